@@ -1,0 +1,49 @@
+# make demo   a finished study with its report, from nothing but Python and make
+# make test   all tests; make check: lint, types and unit tests only
+# make bench  speed and memory, as ratios measured in one run
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+DATA   ?= $(wildcard ../shared/data)
+
+export OMP_NUM_THREADS ?= 1
+export SOFTSEG_TEST_DATA ?= $(if $(DATA),$(abspath $(DATA)))
+
+.PHONY: demo test check bench lock clean
+
+# The environment is made again only when the lock or the project's own needs change.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV): a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/.ready
+	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
+
+test: check
+	$(BIN)/python -m pytest -m engine tests
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not engine" tests softseg_dist
+
+bench: $(VENV)/.ready
+	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check pip-tools
+	echo "torch==2.13.0" > $(VENV)-lock/torch.txt
+	$(VENV)-lock/bin/pip-compile --quiet --strip-extras --extra dev --constraint $(VENV)-lock/torch.txt --no-emit-index-url \
+	    --no-emit-find-links --no-header --no-annotate --output-file requirements.lock pyproject.toml
+	sed -i 's/^torch==.*/torch==2.13.0/' requirements.lock  # without the local label of the build at hand
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

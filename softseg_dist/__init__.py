@@ -1,0 +1,67 @@
+"""softseg_dist: cross-validated studies of soft-label segmentation training on Ray.
+
+The public names of a study file. They are resolved when first used (PEP 562), so that importing the package loads no torch,
+ray or mlflow and the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softseg_dist.data.layouts import Bids as Bids
+    from softseg_dist.data.layouts import DataSet as DataSet
+    from softseg_dist.data.phantom import Phantom as Phantom
+    from softseg_dist.data.preprocess import Preprocess as Preprocess
+    from softseg_dist.data.splits import KFold as KFold
+    from softseg_dist.data.splits import MonteCarlo as MonteCarlo
+    from softseg_dist.numerics.activations import Activation as Activation
+    from softseg_dist.numerics.activations import NormReLU as NormReLU
+    from softseg_dist.numerics.activations import Sigmoid as Sigmoid
+    from softseg_dist.numerics.activations import Softmax as Softmax
+    from softseg_dist.numerics.augmentation import Affine as Affine
+    from softseg_dist.numerics.augmentation import Augmentation as Augmentation
+    from softseg_dist.numerics.augmentation import Elastic as Elastic
+    from softseg_dist.numerics.augmentation import Flip as Flip
+    from softseg_dist.numerics.augmentation import Gamma as Gamma
+    from softseg_dist.numerics.augmentation import Noise as Noise
+    from softseg_dist.numerics.losses import BCE as BCE
+    from softseg_dist.numerics.losses import AdaptiveWing as AdaptiveWing
+    from softseg_dist.numerics.losses import Brier as Brier
+    from softseg_dist.numerics.losses import Dice as Dice
+    from softseg_dist.numerics.losses import DiceSemimetric as DiceSemimetric
+    from softseg_dist.numerics.losses import Loss as Loss
+    from softseg_dist.numerics.networks import Network as Network
+    from softseg_dist.numerics.networks import UNet as UNet
+    from softseg_dist.study import Optim as Optim
+    from softseg_dist.study import Recipe as Recipe
+    from softseg_dist.study import Resources as Resources
+    from softseg_dist.study import Search as Search
+    from softseg_dist.study import Study as Study
+    from softseg_dist.study import factorial as factorial
+
+_HOME = {
+    "softseg_dist.data.layouts": ("Bids", "DataSet"),
+    "softseg_dist.data.phantom": ("Phantom",),
+    "softseg_dist.data.preprocess": ("Preprocess",),
+    "softseg_dist.data.splits": ("KFold", "MonteCarlo"),
+    "softseg_dist.numerics.activations": ("Activation", "NormReLU", "Sigmoid", "Softmax"),
+    "softseg_dist.numerics.augmentation": ("Affine", "Augmentation", "Elastic", "Flip", "Gamma", "Noise"),
+    "softseg_dist.numerics.losses": ("BCE", "AdaptiveWing", "Brier", "Dice", "DiceSemimetric", "Loss"),
+    "softseg_dist.numerics.networks": ("Network", "UNet"),
+    "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__version__ = "0.1.0"
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'softseg_dist' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

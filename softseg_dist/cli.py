@@ -1,0 +1,167 @@
+"""softseg: run studies, look at data, print reports. Flags say where and how much machine, never what science.
+
+Exit codes: 0 done, 1 some fits failed, 2 bad input, 130 interrupted and resumable.
+Heavy packages are imported inside the commands: `softseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from softseg_dist.errors import UserError
+
+app = typer.Typer(
+    help="Cross-validated studies of soft-label segmentation training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/s001_quickstart", show_default=False)]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)]
+Stores = Annotated[Path, typer.Option("--stores", help="Folder for prepared data")]
+Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
+
+
+class Exit(StrEnum):
+    """Why a run ended, in the words of its last line."""
+
+    DONE = "done"
+    FAILED = "some fits failed"
+    INTERRUPTED = "interrupted; the same command goes on"
+
+
+@app.command()
+def run(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for runs; this one becomes OUT/<study name>")] = Path("runs"),
+    stores: Stores = Path("stores"),
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False)
+    ] = None,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with it: prepare data, train every candidate on every split, write the report."""
+    from softseg_dist.pipeline import RunOptions, run_study
+    from softseg_dist.search.live import progress_for
+
+    options = RunOptions(data_root, out, stores, max_concurrent, gpus_per_fit, tracking_uri, command=" ".join(["softseg", *sys.argv[1:]]))
+    finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
+    outcome = finished.outcome
+    end = Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
+    if as_json:
+        typer.echo(json.dumps({"end": end.name.lower(), "run": str(finished.folder), "report": str(finished.report), **vars(outcome)}))
+    else:
+        _say_where(finished.folder, finished.report, finished.tracking_uri, end)
+    raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
+
+
+@app.command()
+def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("stores"), debug: Debug = False) -> None:
+    """Read, resample and crop a study's images once, into one Arrow file."""
+    from softseg_dist.pipeline import prepare as prepare_store
+    from softseg_dist.search.live import progress_for
+
+    prepared = prepare_store(_load(study, debug).study, data_root, stores, progress_for(sys.stdout))
+    store = prepared.store
+    size = " x ".join(map(str, store.size))
+    typer.echo(f"{prepared.path}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}")
+
+
+@app.command()
+def check(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    picture: Annotated[Path, typer.Option(help="Where the montage goes")] = Path("montage.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Look at a study's data: a table of problems, and a picture of every case with its labels' contours."""
+    from softseg_dist.data.check import check_cases
+    from softseg_dist.data.montage import write_montage
+
+    loaded = _load(study, debug=False).study
+    cases = loaded.data.cases(data_root)
+    problems = check_cases(cases, loaded.preprocess)
+    bad = {problem.case for problem in problems if problem.level == "error"}
+    good = [case for case in cases if case.name not in bad]
+    if good:
+        write_montage([loaded.preprocess.apply(case) for case in good[:24]], loaded.data.classes, picture)
+    if as_json:
+        typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": str(picture)}))
+    else:
+        _print_problems(problems, len(cases), picture if good else None)
+    raise typer.Exit(2 if bad else 0)
+
+
+@app.command()
+def report(run: RunArg, as_json: AsJson = False) -> None:
+    """Write the report of a run again, or print its numbers as JSON."""
+    from softseg_dist.pipeline import report_run
+    from softseg_dist.report.page import summary_json
+
+    if as_json:
+        typer.echo(json.dumps(summary_json(run), indent=2))
+    else:
+        typer.echo(str(report_run(run)))
+
+
+def _load(path: Path, debug: bool):  # type: ignore[no-untyped-def]  # StudyFile would import torch here
+    from dataclasses import replace
+
+    from softseg_dist.study_file import load_study
+
+    loaded = load_study(path)
+    return replace(loaded, study=loaded.study.debug()) if debug else loaded
+
+
+def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) -> None:
+    typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
+    if page is not None:
+        typer.echo(f"Report   {page}\n         open it: python -m webbrowser -t {page.resolve().as_uri()}")
+    typer.echo(f"MLflow   {tracking_uri}\n         open it: mlflow ui --backend-store-uri {tracking_uri}")
+    typer.echo(f"Numbers  softseg report {folder} --json")
+
+
+def _print_problems(problems, num_cases: int, picture: Path | None) -> None:  # type: ignore[no-untyped-def]
+    from rich.table import Table
+
+    console = Console()
+    if problems:
+        table = Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
+        for problem in problems:
+            table.add_row(problem.case, problem.level, problem.rule, problem.detail)
+        console.print(table)
+    console.print(f"{num_cases} cases, {len(problems)} problems" + (f"; picture: {picture}" if picture else ""))
+
+
+def main() -> None:
+    """The command `softseg`."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

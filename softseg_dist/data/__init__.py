@@ -1,0 +1,1 @@
+"""From files to prepared cases: volumes, layouts, preprocessing, the Arrow store, splits, the phantom."""

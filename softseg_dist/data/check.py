@@ -1,0 +1,141 @@
+"""Is a data set fit to be trained on? A table of problems, each case looked at, none of them stopping the others."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from softseg_dist.data.dataset import Case, CaseData
+from softseg_dist.data.preprocess import Preprocess, Sample
+from softseg_dist.errors import UserError
+
+SPACING_OUTLIER = 1.5  # a voxel size is unusual if it is this many times larger or smaller than the median
+LOST = 0.001  # share of the labelled volume outside the crop that is worth a line
+RATERS_DISAGREE = 0.3  # Dice of two raters below which one of them may have drawn on something else
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line of the table. An "error" stops `softseg prepare`, a "warning" should be looked at.
+
+    `case` is the case's name, or "" for what concerns several. `rule` names the kind of problem, `detail` has value and
+    place.
+    """
+
+    case: str
+    level: Literal["error", "warning"]
+    rule: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is compared between cases."""
+
+    name: str
+    orientation: str
+    spacing_mm: tuple[float, float, float]
+    size: tuple[int, ...]
+
+
+def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
+    """All problems of `cases` (those of `DataSet.scan`: incomplete ones count), one case in memory at a time.
+
+    Errors: something missing, unreadable or contradictory; sizes that differ. Warnings: an empty mask, labels outside
+    the crop, raters that hardly overlap, an orientation or voxel size unlike the others', a person at two sites.
+    """
+    problems: list[Problem] = []
+    seen: list[_Seen] = []
+    for case in cases:
+        if lacks := case.missing():
+            problems += [Problem(case.name, "error", "incomplete", sentence) for sentence in lacks]
+            continue
+        try:
+            data = case.load()
+            sample = preprocess.transform(case, data)
+        except UserError as error:
+            problems.append(Problem(case.name, "error", "unusable", str(error)))
+            continue
+        problems += _labels(case, data)
+        problems += _crop(case, data, sample)
+        geometry = data.geometry
+        seen.append(_Seen(case.name, geometry.orientation, geometry.spacing_mm, sample.image.shape[2:]))
+    return [*problems, *_between(seen), *_people(cases)]
+
+
+def samples_without_errors(
+    cases: Sequence[Case], preprocess: Preprocess, problems: Sequence[Problem]
+) -> Iterator[Sample]:
+    """The samples of the cases that `check_cases` found no error in; for the montage."""
+    bad = {problem.case for problem in problems if problem.level == "error"}
+    return (preprocess.apply(case) for case in cases if case.name not in bad)
+
+
+def _labels(case: Case, data: CaseData) -> Iterator[Problem]:
+    for c, channel in enumerate(data.image):
+        if channel.min() == channel.max():
+            yield Problem(case.name, "error", "constant image", f"channel {c} is {channel.min():g} everywhere")
+    volumes = data.raters.sum(axis=(2, 3, 4), dtype=np.float64)  # [R K]
+    for rater, k in np.argwhere(volumes == 0):
+        yield Problem(case.name, "warning", "empty mask", f"rater {case.rater_names[rater]}, class {k} labels no voxel")
+    for (i, one), (j, other) in combinations(enumerate(case.rater_names), 2):
+        overlap = np.minimum(data.raters[i], data.raters[j]).sum(dtype=np.float64)
+        if (total := volumes[i].sum() + volumes[j].sum()) > 0 and 2 * overlap / total < RATERS_DISAGREE:
+            detail = f"Dice of {one} and {other} is {2 * overlap / total:.2f}"
+            yield Problem(case.name, "warning", "raters hardly overlap", detail)
+
+
+def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
+    """How much of what is labelled lies outside the crop: compared by extent, so that interpolation does not count."""
+    labelled = data.raters.max(axis=(0, 1), initial=0)
+    total = float(labelled.sum(dtype=np.float64))
+    window = tuple(_window(axis.kept, axis.num_resampled, axis.num_in) for axis in sample.placement.axes)
+    inside = float(labelled[window].sum(dtype=np.float64))
+    if total > 0 and (lost := 1 - inside / total) > LOST:
+        yield Problem(case.name, "warning", "label outside the crop", f"{lost:.1%} of the labelled voxels are cut off")
+
+
+def _window(kept: tuple[int, int], num_resampled: int, num_in: int) -> slice:
+    begin, end = (round(edge / num_resampled * num_in) for edge in kept)
+    return slice(begin, end)
+
+
+def _between(seen: Sequence[_Seen]) -> Iterator[Problem]:
+    if not seen:
+        return
+    usual, count = Counter(one.orientation for one in seen).most_common(1)[0]
+    for one in seen:
+        if one.orientation != usual:
+            detail = f"{one.orientation}, while {count} of {len(seen)} cases are {usual}; it is turned when read"
+            yield Problem(one.name, "warning", "orientation", detail)
+    median = np.median([one.spacing_mm for one in seen], axis=0)
+    for one in seen:
+        ratio = np.maximum(one.spacing_mm / median, median / one.spacing_mm)
+        if ratio.max() > SPACING_OUTLIER:
+            detail = f"{_by(one.spacing_mm)} mm, the median is {_by(median.tolist())} mm"
+            yield Problem(one.name, "warning", "resolution", detail)
+    sizes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for one in seen:
+        sizes[one.size].append(one.name)
+    if len(sizes) > 1:
+        detail = "; ".join(f"{_by(size)}: {names[0]} and {len(names) - 1} more" for size, names in sizes.items())
+        yield Problem("", "error", "sizes differ", f"{detail}; set crop=... of Preprocess")
+
+
+def _people(cases: Sequence[Case]) -> Iterator[Problem]:
+    sites: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        sites[case.subject].add(case.site)
+    for subject, of_one in sorted(sites.items()):
+        if len(of_one) > 1:
+            detail = f"{subject} was seen at {', '.join(sorted(of_one))}; splits count the person at one of them"
+            yield Problem("", "warning", "person at several sites", detail)
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{n:.3g}" for n in numbers)

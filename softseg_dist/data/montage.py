@@ -1,0 +1,82 @@
+"""One picture of many cases: is the label where it should be?
+
+The only module of `data` that knows matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from softseg_dist.data.dataset import Float32
+from softseg_dist.data.preprocess import Sample
+from softseg_dist.errors import UserError
+
+COLUMNS = 6
+TILE_INCHES = 2.0
+COLOURS = (
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#f0e442",
+    "#cc79a7",
+    "#d55e00",
+)  # Okabe and Ito: safe for colour-blind eyes
+
+
+def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str], limit: int = 24) -> int:
+    """Write a PNG with the first `limit` samples and return their number.
+
+    Each tile is the axial slice through the middle of the label, seen from below as radiologists do (left is right);
+    the line is where the mean of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per
+    class.
+    Raises UserError if there is no sample or the file cannot be written.
+    """
+    tiles = [(sample, *_middle(sample)) for sample in islice(samples, limit)]
+    if not tiles:
+        raise UserError("there is no usable case to show")
+    columns = min(COLUMNS, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    figure = Figure(figsize=(columns * TILE_INCHES, rows * (TILE_INCHES + 0.25) + 0.4), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (sample, image, label) in zip(axes, tiles, strict=False):
+        low, high = np.percentile(image, (0.5, 99.5))
+        aspect = sample.spacing_mm[1] / sample.spacing_mm[0]
+        axis.imshow(image.T[:, ::-1], cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
+        for k, mask in enumerate(label):
+            colour = COLOURS[k % len(COLOURS)]
+            for levels, style in (((0.5,), "solid"), ((0.02, 0.98), "dotted")):
+                if mask.min() < levels[0] < mask.max():
+                    axis.contour(mask.T[:, ::-1], levels=levels, colors=colour, linewidths=0.8, linestyles=style)
+        axis.set_title(sample.name, fontsize=6)
+    for k, name in enumerate(classes):
+        axes[0].plot([], [], color=COLOURS[k % len(COLOURS)], label=name)
+    figure.legend(loc="outside lower center", ncols=max(len(classes), 1), fontsize=7, frameon=False)
+    FigureCanvasAgg(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return len(tiles)
+
+
+def _middle(sample: Sample) -> tuple[Float32, Float32]:
+    """Image [X Y] and mean label [K X Y] of the slice at the label's centre of mass (of the volume's middle if empty)."""
+    mean: NDArray[np.float32] = sample.raters.mean(axis=1)  # [N K *S]
+    image = sample.image[:, 0]
+    if sample.placement.slices is None:
+        image, mean = np.moveaxis(image[0], -1, 0), np.moveaxis(mean[0], -1, 0)
+    weights = mean.sum(axis=tuple(range(1, mean.ndim)), dtype=np.float64)
+    positions = np.arange(len(weights))
+    middle = round(float(weights @ positions / weights.sum())) if weights.sum() > 0 else len(weights) // 2
+    return image[middle], mean[middle]

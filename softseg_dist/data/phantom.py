@@ -1,0 +1,223 @@
+"""A data set without files: shapes whose partial volume is known exactly, drawn by raters who do not quite agree.
+
+Everything follows from the fields: the same phantom on every machine. It is what the package is tried and tested on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, model_validator
+from scipy import ndimage
+
+from softseg_dist.data.dataset import Case, CaseData, DataSet, Float32
+from softseg_dist.data.geometry import Affine4, Geometry, Shape3
+from softseg_dist.data.phantom_shapes import RATER_POINTS, Body, Column, Ellipsoid, Vector3, Wobble, partial_volume
+from softseg_dist.errors import UserError
+
+SPACING_MM: dict[int, Vector3] = {2: (0.5, 0.5, 2.5), 3: (1.0, 1.0, 1.0)}
+SIZE: dict[int, tuple[int, ...]] = {2: (48, 48), 3: (32, 32, 32)}
+# Image intensity of each tissue at the first site; the other sites have less contrast and more noise.
+FLUID, WHITE, GRAY, LESION = 1.0, 0.5, 0.75, 0.95
+SITE_CONTRAST, SITE_NOISE = 0.85, 1.25  # factors from one site to the next
+INTENSITY = 400.0  # images are in arbitrary units, as MRI is
+VERSION = 1  # raised when the same fields would give other voxels
+
+
+class Phantom(DataSet):
+    """Simulated images with a known soft truth and raters who move its boundary.
+
+    Args:
+        shape: "cord" has gray matter (class "GM") in a spinal cord; "lesions" has several ellipsoids (class "lesion").
+        subjects: number of people, one case each.
+        dim: 2 for thick axial slices (0.5 x 0.5 x 2.5 mm), 3 for 1 mm volumes.
+        size: voxels of an item; None is 48 x 48 (dim=2) or 32 x 32 x 32 (dim=3).
+        num_slices: slices per case for dim=2.
+        raters: number of raters, named "A", "B", ... Each has a bias of his own; all masks are binary.
+        disagreement_mm: half of the range of the raters' biases, and standard deviation of the rest of their boundary
+            shift.
+        sites: number of sites, named "site1", ...; contrast falls and noise rises from one to the next.
+        noise: standard deviation of the noise at the first site (tissues differ by 0.25).
+        bias_field: the slow brightness change over the image is about 1 +- this.
+        seed: another seed, another set of people.
+
+    >>> Phantom(subjects=2).cases(None)[0].load().raters.shape
+    (4, 1, 48, 48, 8)
+    """
+
+    shape: Literal["cord", "lesions"] = "cord"
+    subjects: int = Field(30, ge=1, le=9999)
+    dim: Literal[2, 3] = 2
+    size: tuple[int, ...] | None = None
+    num_slices: int = Field(8, ge=1, le=512)
+    raters: int = Field(4, ge=1, le=26)
+    disagreement_mm: NonNegativeFloat = 0.25
+    sites: int = Field(2, ge=1, le=26)
+    noise: NonNegativeFloat = 0.1
+    bias_field: float = Field(0.15, ge=0, lt=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _size_fits(self) -> Self:
+        if self.size is not None and (len(self.size) != self.dim or not all(16 <= n <= 512 for n in self.size)):
+            raise ValueError(f"size needs {self.dim} numbers of 16 to 512 for dim={self.dim}, got {self.size}")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """("GM",) or ("lesion",)."""
+        return ("GM",) if self.shape == "cord" else ("lesion",)
+
+    @property
+    def rater_names(self) -> tuple[str, ...]:
+        """("A", "B", ...)."""
+        return tuple(chr(ord("A") + r) for r in range(self.raters))
+
+    def scan(self, data_root: Path | None) -> tuple[Case, ...]:
+        """One case per person; no file is read, so `data_root` does not matter."""
+        return tuple(PhantomCase(self, index) for index in range(self.subjects))
+
+    @property
+    def grid(self) -> Shape3:
+        """Voxels of a case."""
+        x, y, z = (*(self.size or SIZE[self.dim]), self.num_slices)[:3]
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> Vector3:
+        """Voxel size of a case."""
+        return SPACING_MM[self.dim]
+
+    def rater_biases_mm(self) -> list[float]:
+        """How far outside the true boundary each rater draws on average; they add up to 0."""
+        return (
+            [float(b) for b in np.linspace(-self.disagreement_mm, self.disagreement_mm, self.raters)]
+            if self.raters > 1
+            else [0.0]
+        )
+
+
+class PhantomCase(Case):
+    """One simulated person."""
+
+    def __init__(self, phantom: Phantom, index: int) -> None:
+        self.phantom = phantom
+        self.index = index
+        self.name = self.subject = f"sub-{index + 1:03d}"
+        self.site = f"site{index % phantom.sites + 1}"
+        self.rater_names = phantom.rater_names
+
+    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+        """See `Case.sources`: all fields but the number of people say everything."""
+        return (f"phantom {VERSION} case {self.index} {self.phantom.replace(subjects=1).fingerprint}",)
+
+    def load(self) -> CaseData:
+        """See `Case.load`."""
+        phantom, grid = self.phantom, self.phantom.grid
+        extent = tuple(n * s for n, s in zip(grid, phantom.spacing_mm, strict=True))
+        target, surround = self.bodies()
+        truth = partial_volume(target, grid, phantom.spacing_mm)
+        masks = []
+        for rater, bias_mm in enumerate(phantom.rater_biases_mm()):
+            wobble = Wobble.draw(self._generator("rater", rater), bias_mm, phantom.disagreement_mm)
+            share = partial_volume(target, grid, phantom.spacing_mm, RATER_POINTS, wobble)
+            masks.append((share >= 0.5).astype(np.float32))
+        image = self._image(truth, partial_volume(surround, grid, phantom.spacing_mm) if surround else None, extent)
+        geometry = Geometry(grid, _affine(grid, phantom.spacing_mm))
+        return CaseData(image[None], np.stack(masks)[:, None], truth[None], geometry.canonical_affine, geometry)
+
+    def mask(self, part: str) -> Float32:
+        """See `Case.mask`: the class's own name, or "cord"."""
+        target, surround = self.bodies()
+        parts = {self.phantom.classes[0]: target} | ({"cord": surround} if surround else {})
+        if part not in parts:
+            raise UserError(f"{self.name}: the phantom has no mask {part!r}; there are {', '.join(parts)}")
+        return partial_volume(parts[part], self.phantom.grid, self.phantom.spacing_mm)
+
+    def bodies(self) -> tuple[list[Body], list[Body]]:
+        """What is labelled, and what it lies in (nothing for lesions)."""
+        generator = self._generator("shape")
+        extent = [n * s for n, s in zip(self.phantom.grid, self.phantom.spacing_mm, strict=True)]
+        if self.phantom.shape == "cord":
+            gray, cord = _cord(generator, extent)
+            return [gray], [cord]
+        return list(_lesions(generator, extent, min(self.phantom.spacing_mm))), []
+
+    def _image(self, target: Float32, surround: Float32 | None, extent_mm: Sequence[float]) -> Float32:
+        """Tissues mixed by their partial volume, times the bias field, plus noise: [X Y Z]."""
+        generator = self._generator("image")
+        level = self.index % self.phantom.sites
+        contrast = SITE_CONTRAST**level
+        if surround is None:
+            tissue = WHITE + 0.08 * _texture(generator, target.shape) + contrast * (LESION - WHITE) / 2 * target
+        else:
+            outside = FLUID + 0.25 * _texture(generator, target.shape)
+            inside = WHITE + contrast * (GRAY - WHITE) * target
+            tissue = (1 - surround) * outside + surround * inside
+        bias = np.exp(self.phantom.bias_field * _slow_field(generator, target.shape))
+        noise = generator.normal(0, self.phantom.noise * SITE_NOISE**level, target.shape)
+        return (INTENSITY * (tissue * bias + noise)).astype(np.float32)
+
+    def _generator(self, purpose: str, number: int = 0) -> np.random.Generator:
+        key = f"phantom/{self.phantom.seed}/{self.phantom.shape}/{self.index}/{purpose}/{number}"
+        return np.random.default_rng(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
+
+
+def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[Column, Column]:
+    """A gray matter butterfly and the cord around it, the cord taking about half of the field of view."""
+    width, height = (share * extent for share, extent in zip((0.29, 0.23), extent_mm, strict=False))
+    width, height = (side * generator.uniform(0.85, 1.15) for side in (width, height))
+    center = (float(generator.normal(0, 0.04 * extent_mm[0])), float(generator.normal(0, 0.04 * extent_mm[1])))
+    drift = (float(generator.normal(0, 0.02)), float(generator.normal(0, 0.02)))
+    taper = float(generator.uniform(-0.2, 0.2))
+    size = generator.uniform(0.9, 1.1)
+    # Four horns (k = 4), wider than high (k = 2), thicker in front (sine of k = 1 and 3), no two alike.
+    cosines = size * (np.array([0.44, 0.0, 0.08, 0.0, -0.22, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
+    sines = size * (np.array([0.0, 0.03, 0.0, 0.04, 0.0, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
+    gray = Column(extent_mm[2], center, drift, (width, height), taper, cosines, sines)
+    cord = Column(extent_mm[2], center, drift, (width, height), taper / 2, np.array([1.0]), np.array([0.0]))
+    return gray, cord
+
+
+def _lesions(generator: np.random.Generator, extent_mm: Sequence[float], smallest_mm: float) -> list[Ellipsoid]:
+    """Three to seven ellipsoids that do not touch."""
+    lesions: list[Ellipsoid] = []
+    wanted = int(generator.integers(3, 8))
+    for _ in range(100):
+        mean = math.exp(generator.uniform(math.log(2.0), math.log(5.0))) * smallest_mm
+        a, b, c = (float(mean * generator.uniform(0.75, 1.3)) for _ in range(3))
+        half_axes = (a, b, max(c, 0.08 * extent_mm[2]))
+        room = [max(extent / 2 - half - smallest_mm, 0.0) for extent, half in zip(extent_mm, half_axes, strict=True)]
+        x, y, z = (float(generator.uniform(-r, r)) for r in room)
+        apart = [math.dist((x, y, z), o.center_mm) - max(half_axes) - max(o.half_axes_mm) for o in lesions]
+        if all(gap > 2 * smallest_mm for gap in apart):
+            lesions.append(Ellipsoid((x, y, z), half_axes))
+        if len(lesions) == wanted:
+            break
+    return lesions
+
+
+def _texture(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Smooth noise over about 3 voxels, standard deviation 1."""
+    field = ndimage.gaussian_filter(generator.normal(size=shape), (2.0, 2.0, 0.7))
+    return field / max(float(field.std()), 1e-9)
+
+
+def _slow_field(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """A random quadratic over the image, within about +- 1."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    terms = np.stack([x, y, z, x * y, x * x - 0.5, y * y - 0.5])
+    return np.tensordot(generator.normal(0, 0.5, len(terms)), terms, 1)
+
+
+def _affine(grid: Shape3, spacing_mm: Vector3) -> Affine4:
+    """The middle of the grid at the origin."""
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(grid, spacing_mm, strict=True)]
+    return affine

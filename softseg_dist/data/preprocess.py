@@ -1,0 +1,223 @@
+"""From a case as it lies on disk to a sample that can be trained on: resampled, cropped, normalised.
+
+Legend: N items (2D: slices, 3D: 1), C image channels, R raters, K classes, X Y Z canonical (RAS+) axes, *S the axes
+of an item (2D: X Y, so that an item is an axial slice; 3D: X Y Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from softseg_dist.data.dataset import Case, CaseData, Float32
+from softseg_dist.data.geometry import Geometry, spacing_of
+from softseg_dist.data.resampling import Axis, resample, restore
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+PERCENTILES = (0.5, 99.5)  # "percentile" maps these to 0 and 1
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a sample lies in its file: all that is needed to put predictions back on the original grid.
+
+    `axes`: how each of X, Y, Z was resampled and cropped. `slices`: the Z index of each item in 2D, None in 3D.
+    """
+
+    geometry: Geometry
+    axes: tuple[Axis, ...]
+    slices: tuple[int, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "geometry": self.geometry.to_dict(),
+            "axes": [asdict(axis) for axis in self.axes],
+            "slices": None if self.slices is None else list(self.slices),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Placement:
+        """The inverse of `to_dict`."""
+        slices = fields["slices"]
+        return cls(
+            Geometry.from_dict(fields["geometry"]),
+            tuple(Axis(**axis) for axis in fields["axes"]),
+            None if slices is None else tuple(slices),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A prepared case.
+
+    `image` [N C *S] normalised; `raters` [N R K *S] in [0, 1]; `nearest` [N R K *S] in {0, 1}: each rater's mask >=
+    0.5 resampled by nearest neighbour, None if nothing was resampled (then it would be `raters` >= 0.5); `truth` [N K
+    *S] or None; `spacing_mm` of *S; `voxel_mm3` the volume of a voxel (in 2D with the slice's thickness); `placement`
+    leads back.
+    """
+
+    name: str
+    subject: str
+    site: str
+    rater_names: tuple[str, ...]
+    image: Float32
+    raters: Float32
+    nearest: NDArray[np.uint8] | None
+    truth: Float32 | None
+    spacing_mm: tuple[float, ...]
+    voxel_mm3: float
+    placement: Placement
+
+
+class Preprocess(Frozen):
+    """Resample, crop, normalise: the same for every candidate of a study.
+
+    Args:
+        dim: 2 trains on axial slices, 3 on volumes.
+        spacing_mm: voxel size to resample to, per axis of an item (2D: in plane only); None keeps each case's own.
+        crop: size of an item in voxels; where the image is smaller it is padded (image: its minimum, labels: 0). None
+            keeps the whole field of view, and then all cases must have one size.
+        center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
+            brighter than the mean), or a mask's part of the file name, as in "seg-manual" (that mask's centre of
+            mass).
+        label_resampling: "linear", or "area": the exact share of each new voxel that is labelled, so that label x
+            voxel volume adds up to the same; use it for down-sampling.
+        normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
+            become 0 to 1, clipped), "none".
+        slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled.
+    """
+
+    dim: Literal[2, 3] = 2
+    spacing_mm: tuple[PositiveFloat, ...] | None = None
+    crop: tuple[PositiveInt, ...] | None = None
+    center: Annotated[str, Field(min_length=1)] = "image"
+    label_resampling: Literal["linear", "area"] = "linear"
+    normalize: Literal["zscore", "percentile", "none"] = "zscore"
+    slices: Literal["all", "labelled"] = "all"
+
+    @model_validator(mode="after")
+    def _as_many_as_axes(self) -> Self:
+        for name, value in (("spacing_mm", self.spacing_mm), ("crop", self.crop)):
+            if value is not None and len(value) != self.dim:
+                raise ValueError(f"{name} needs {self.dim} numbers for dim={self.dim}, got {value}")
+        if self.slices == "labelled" and self.dim == 3:
+            raise ValueError('slices="labelled" is for dim=2; a volume is kept whole')
+        return self
+
+    @property
+    def mask_parts(self) -> tuple[str, ...]:
+        """The masks that centre the crop, besides the labels: none or one."""
+        return () if self.crop is None or self.center in ("image", "foreground") else (self.center,)
+
+    def apply(self, case: Case) -> Sample:
+        """The sample of `case`. Raises UserError naming the case if it cannot be read or used."""
+        return self.transform(case, case.load())
+
+    def transform(self, case: Case, data: CaseData) -> Sample:
+        """As `apply`, for voxels that are loaded already."""
+        axes = self._axes(case, data)
+        image = resample(data.image, axes, "linear")
+        image = np.stack([self._normalized(channel, f"{case.name}, channel {c}") for c, channel in enumerate(image)])
+        raters = _padded(resample(data.raters, axes, self.label_resampling), axes)
+        truth = None
+        if data.truth is not None:
+            truth = _padded(resample(data.truth, axes, self.label_resampling), axes)
+        nearest = None
+        if any(axis.is_resampled for axis in axes):
+            nearest = _padded(resample(data.raters >= 0.5, axes, "nearest"), axes).astype(np.uint8)
+        slices = self._slices(case, raters)
+        return Sample(
+            name=case.name,
+            subject=case.subject,
+            site=case.site,
+            rater_names=case.rater_names,
+            image=_items(np.stack([_padded(channel, axes, channel.min()) for channel in image]), slices),
+            raters=_items(raters, slices),
+            nearest=None if nearest is None else _items(nearest, slices),
+            truth=None if truth is None else _items(truth, slices),
+            spacing_mm=tuple(axis.spacing_mm for axis in axes[: self.dim]),
+            voxel_mm3=float(abs(np.linalg.det(data.affine[:3, :3])) * np.prod([axis.step for axis in axes])),
+            placement=Placement(data.geometry, axes, slices),
+        )
+
+    def restore(self, maps: Float32, placement: Placement) -> Float32:
+        """Maps [N K *S] of a sample back on the original grid [K X Y Z], canonical: linear, 0 outside the crop."""
+        if placement.slices is None:
+            volume = maps[0]
+        else:
+            num_z = placement.axes[2].size
+            volume = np.zeros((*maps.shape[1:], num_z), dtype=np.float32)
+            volume[..., list(placement.slices)] = np.moveaxis(maps, 0, -1)
+        return restore(volume, placement.axes)
+
+    def _axes(self, case: Case, data: CaseData) -> tuple[Axis, ...]:
+        spacings = spacing_of(data.affine)
+        wanted: tuple[float | None, ...] = (*(self.spacing_mm or (None,) * self.dim), None)[:3]
+        axes = tuple(map(Axis.whole, data.image.shape[1:], spacings, wanted))
+        if self.crop is None:
+            return axes
+        center = self._center(case, data)
+        return tuple(axis.window(n, c) for axis, n, c in zip(axes, self.crop, center, strict=False)) + axes[self.dim :]
+
+    def _center(self, case: Case, data: CaseData) -> tuple[float, ...]:
+        """The voxel index [X Y Z], with fractions, that the crop is centred on."""
+        if self.center == "image":
+            return tuple((n - 1) / 2 for n in data.image.shape[1:])
+        if self.center == "foreground":
+            weights = (data.image[0] > data.image[0].mean(dtype=np.float64)).astype(np.float32)
+        else:
+            weights = case.mask(self.center)
+        total = float(weights.sum(dtype=np.float64))
+        if total <= 0:
+            raise UserError(f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there")
+        planes = ((1, 2), (0, 2), (0, 1))
+        return tuple(
+            float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total
+            for plane, n in zip(planes, weights.shape, strict=True)
+        )
+
+    def _normalized(self, channel: Float32, where: str) -> Float32:
+        if self.normalize == "none":
+            return channel
+        if self.normalize == "zscore":
+            low, scale = float(channel.mean(dtype=np.float64)), float(channel.std(dtype=np.float64))
+        else:
+            low, high = (float(value) for value in np.percentile(channel, PERCENTILES))
+            scale = high - low
+        if scale <= 0:
+            raise UserError(f"{where}: the image is constant ({low:g}) within the crop, so it cannot be normalised")
+        scaled = ((channel - low) / scale).astype(np.float32)
+        return scaled.clip(0, 1) if self.normalize == "percentile" else scaled
+
+    def _slices(self, case: Case, raters: Float32) -> tuple[int, ...] | None:
+        if self.dim == 3:
+            return None
+        if self.slices == "all" or not case.rater_names:  # an image to predict has no raters: all its slices count
+            return tuple(range(raters.shape[-1]))
+        labelled = np.flatnonzero(raters.any(axis=tuple(range(raters.ndim - 1))))
+        if not labelled.size:
+            raise UserError(f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop')
+        return tuple(labelled.tolist())
+
+
+def _padded(volume: Float32, axes: tuple[Axis, ...], value: float = 0.0) -> Float32:
+    widths = [(0, 0)] * (volume.ndim - 3) + [axis.padding for axis in axes]
+    return np.pad(volume, widths, constant_values=value) if any(map(any, widths)) else volume
+
+
+def _items(volume: NDArray[Scalar], slices: tuple[int, ...] | None) -> NDArray[Scalar]:
+    """[... X Y Z] -> [N ... *S]."""
+    if slices is None:
+        return volume[None]
+    if len(slices) < volume.shape[-1]:
+        volume = volume[..., list(slices)]
+    return np.ascontiguousarray(np.moveaxis(volume, -1, 0))

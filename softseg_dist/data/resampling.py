@@ -1,0 +1,170 @@
+"""Resampling one axis at a time, by weights: linear, area or nearest, never a spline (splines leave [0, 1]).
+
+Both grids share their centre, and the new one covers the field of view of the old one: num_out = ceil(num_in * r_in /
+r_out). So new voxel j is centred at old index x_j = (j - (num_out - 1) / 2) * step + (num_in - 1) / 2, with step =
+r_out / r_in, and x_j never leaves [-1/2, num_in - 1/2].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Method = Literal["linear", "area", "nearest"]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+SAME_STEP = 0.05  # voxels: grids that drift apart by less than this from the centre to the edge are taken as one
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a grid, resampled and then cropped or padded.
+
+    `num_in` voxels of `spacing_in_mm` become `num_resampled` of `spacing_mm`, of which the window of `size` voxels
+    from index `start` on is kept; `start` may be negative and the window may reach beyond the end.
+    """
+
+    num_in: int
+    spacing_in_mm: float
+    num_resampled: int
+    spacing_mm: float
+    start: int
+    size: int
+
+    @classmethod
+    def whole(cls, num_in: int, spacing_in_mm: float, spacing_mm: float | None = None) -> Axis:
+        """The axis resampled to `spacing_mm` (None: as it is) and kept whole."""
+        if spacing_mm is None or abs(spacing_mm / spacing_in_mm - 1) * num_in / 2 < SAME_STEP:
+            return cls(num_in, spacing_in_mm, num_in, spacing_in_mm, 0, num_in)
+        num = max(1, math.ceil(num_in * spacing_in_mm / spacing_mm - 1e-6))  # 1e-6: 35 * 1.0 / 0.7 is 50, not 51
+        return cls(num_in, spacing_in_mm, num, spacing_mm, 0, num)
+
+    def window(self, size: int, center: float) -> Axis:
+        """The axis cropped or padded to `size` voxels around `center`, an index of the old grid (may be fractional)."""
+        assert 0 <= center <= self.num_in - 1, "a window around a place outside the grid would be empty"
+        middle = (center - (self.num_in - 1) / 2) / self.step + (self.num_resampled - 1) / 2
+        start = math.floor(middle - (size - 1) / 2 + 0.5)
+        return Axis(self.num_in, self.spacing_in_mm, self.num_resampled, self.spacing_mm, start, size)
+
+    @property
+    def is_resampled(self) -> bool:
+        """False if voxels are only copied."""
+        return self.num_in != self.num_resampled or self.spacing_in_mm != self.spacing_mm
+
+    @property
+    def step(self) -> float:
+        """Old voxels per new voxel."""
+        return self.spacing_mm / self.spacing_in_mm
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """First and one past the last resampled voxel that lies in the window."""
+        return max(self.start, 0), min(self.start + self.size, self.num_resampled)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Voxels of the window before and after the resampled voxels."""
+        begin, end = self.kept
+        return begin - self.start, self.start + self.size - end
+
+    def centers(self) -> Float64:
+        """Where the resampled voxels lie in the old grid, as old indices [num_resampled]."""
+        return (np.arange(self.num_resampled, dtype=np.float64) - (self.num_resampled - 1) / 2) * self.step + (
+            self.num_in - 1
+        ) / 2
+
+    def centers_back(self) -> Float64:
+        """Where the old voxels lie in the resampled grid, as resampled indices [num_in]."""
+        return (np.arange(self.num_in, dtype=np.float64) - (self.num_in - 1) / 2) / self.step + (
+            self.num_resampled - 1
+        ) / 2
+
+
+def linear_weights(centers: Float64, num_in: int) -> Float64:
+    """[len(centers) num_in]: interpolation between the two nearest centres; constant beyond the outermost centres."""
+    clamped = np.clip(centers, 0, num_in - 1)
+    low = np.minimum(clamped.astype(np.int64), max(num_in - 2, 0))
+    share = clamped - low
+    weights = np.zeros((len(centers), num_in))
+    rows = np.arange(len(centers))
+    weights[rows, low] = 1 - share
+    if num_in > 1:
+        weights[rows, low + 1] = share
+    return weights
+
+
+def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
+    """[len(centers) num_in]: the share of each new voxel that each old voxel covers; nothing lies outside the old grid.
+
+    The sum of value x voxel size is kept: rows add up to 1 inside the grid, columns to 1 / step.
+    """
+    begin, end = (centers + side * step / 2 for side in (-1, 1))
+    edges = np.arange(num_in) - 0.5
+    overlap = np.minimum(end[:, None], edges + 1) - np.maximum(begin[:, None], edges)
+    return np.maximum(overlap, 0) / step
+
+
+def nearest_weights(centers: Float64, num_in: int) -> Float64:
+    """[len(centers) num_in]: 1 at the nearest voxel (the upper one of two equally near)."""
+    weights = np.zeros((len(centers), num_in))
+    weights[np.arange(len(centers)), np.clip(np.floor(centers + 0.5), 0, num_in - 1).astype(np.int64)] = 1
+    return weights
+
+
+def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Float32:
+    """`volume` [... *S], its last len(axes) axes resampled and cropped, without the padding; float32.
+
+    An axis that is not resampled is copied, so values stay bit-exact there; else they stay within the range of the
+    input.
+    """
+    matrices = [None if not axis.is_resampled else _weights(axis, method) for axis in axes]
+    lead = volume.ndim - len(axes)
+    cropped = volume[
+        (..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))
+    ]
+    if all(m is None for m in matrices):
+        return np.ascontiguousarray(cropped, dtype=np.float32)
+    kept = tuple(axis.kept[1] - axis.kept[0] for axis in axes)
+    result = np.empty((*volume.shape[:lead], *kept), dtype=np.float32)
+    for index in np.ndindex(volume.shape[:lead]):  # one channel at a time: the sums are made in float64
+        result[index] = _apply(cropped[index], matrices)
+    return result
+
+
+def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
+    """The way back of `resample` and padding: [... *sizes] -> [... *num_in], linear, 0 outside the window.
+
+    Exact where the axis was only cropped or padded.
+    """
+    lead = cropped.shape[: cropped.ndim - len(axes)]
+    matrices = [linear_weights(axis.centers_back(), axis.num_resampled) if axis.is_resampled else None for axis in axes]
+    here = tuple(slice(*axis.kept) for axis in axes)
+    there = tuple(slice(axis.kept[0] - axis.start, axis.kept[1] - axis.start) for axis in axes)
+    result = np.empty((*lead, *(axis.num_in for axis in axes)), dtype=np.float32)
+    for index in np.ndindex(lead):
+        whole = np.zeros([axis.num_resampled for axis in axes], dtype=np.float32)
+        whole[here] = cropped[index][there]
+        result[index] = _apply(whole, matrices)
+    return result
+
+
+def _weights(axis: Axis, method: Method) -> Float64:
+    centers = axis.centers()[slice(*axis.kept)]
+    if method == "linear":
+        return linear_weights(centers, axis.num_in)
+    if method == "area":
+        return area_weights(centers, axis.num_in, axis.step)
+    return nearest_weights(centers, axis.num_in)
+
+
+def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None]) -> NDArray[Any]:
+    for axis, weights in enumerate(matrices):
+        if weights is not None:
+            volume = np.moveaxis(np.tensordot(weights, volume, (1, axis)), 0, axis)
+    return volume

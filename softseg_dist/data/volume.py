@@ -1,0 +1,246 @@
+"""NIfTI files, read with suspicion: every limit is checked on the header before anything is allocated or inflated.
+
+The only module that knows nibabel. Single files only (`.nii`, `.nii.gz`; NIfTI-1 and NIfTI-2, either byte order). In
+memory, volumes are float32 in canonical axis order (RAS+, see `geometry`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import secrets
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from softseg_dist.data.geometry import SAME_GRID_TOLERANCE, Affine4, Geometry, Shape3, spacing_of, worst_corner_mm
+from softseg_dist.errors import UserError
+
+MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
+MAX_SKIP = 2**24  # bytes of header extensions before the voxels
+DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger promise is a lie
+CHUNK = 2**24  # bytes inflated at a time
+DTYPES = {2: "u1", 256: "i1", 512: "u2", 4: "i2", 768: "u4", 8: "i4", 1280: "u8", 1024: "i8", 16: "f4", 64: "f8"}
+HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+MAGIC = {348: b"n+1", 540: b"n+2"}
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A file: `data` [X Y Z] float32 in canonical order, `affine` [4 4] of that order, `geometry` as stored."""
+
+    data: NDArray[np.float32]
+    affine: Affine4
+    geometry: Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class _Header:
+    """What is needed to read the voxels, checked."""
+
+    geometry: Geometry
+    dtype: np.dtype[np.generic]
+    offset: int
+    slope: float
+    intercept: float
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.geometry.shape) * self.dtype.itemsize
+
+
+def read_geometry(path: Path) -> Geometry:
+    """The grid of a file; reads the header only.
+
+    Raises UserError naming the file if it is missing or no NIfTI, or if the header declares more than 3 dimensions,
+    more than `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or
+    two affines that disagree.
+    """
+    return _read_header(path).geometry
+
+
+def read_volume(path: Path) -> Volume:
+    """The voxels of a file.
+
+    Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN or infinite.
+    """
+    header = _read_header(path)
+    values = _read_voxels(path, header).reshape(header.geometry.shape, order="F")
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
+        if (header.slope, header.intercept) != (1.0, 0.0):
+            values = values.astype(np.float64) * header.slope + header.intercept
+        values = values.astype(np.float32)
+    if bad := int(values.size - np.count_nonzero(np.isfinite(values))):
+        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {values.size} in {path}")
+    data = np.ascontiguousarray(header.geometry.to_canonical(values))
+    return Volume(data, header.geometry.canonical_affine, header.geometry)
+
+
+def write_volume(path: Path, data: NDArray[np.float32], geometry: Geometry) -> None:
+    """Write `data` [X Y Z] (canonical) as float32 NIfTI-1 in the orientation and grid of `geometry`; atomic.
+
+    Raises UserError if the file cannot be written.
+    """
+    assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
+    image = nib.Nifti1Image(np.asarray(geometry.from_canonical(data), dtype=np.float32), geometry.affine)
+    image.set_sform(geometry.affine, code=1)
+    image.set_qform(geometry.affine, code=1, strip_shears=True)
+    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(
+        geometry.spacing_mm
+    ):
+        image.header["qform_code"] = 0  # a qform cannot hold shears
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    draft = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, draft)
+        draft.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read_header(path: Path) -> _Header:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"an image must be a .nii or .nii.gz file, got {path}")
+    with _opened(path) as file:
+        block = _read_exactly(file, 540, path, at_least=348)
+    sizes = {int.from_bytes(block[:4], order): order for order in ("big", "little")}
+    size = next((size for size in HEADERS if size in sizes), 0)
+    if len(block) < size or not size or block[{348: 344, 540: 4}[size] :][:3] != MAGIC[size]:
+        raise UserError(f"{path} is not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one")
+    raw = HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False)
+    shape = _shape(raw, path)
+    dtype = _dtype(raw, path)
+    if math.prod(shape) > MAX_VOXELS:
+        raise UserError(f"{path} declares {_by(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
+    offset = float(raw["vox_offset"])
+    if not (math.isfinite(offset) and size <= offset <= MAX_SKIP):
+        raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
+    slope, intercept = _scaling(raw, path)
+    header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)
+    on_disk, needed = path.stat().st_size, int(offset) + header.num_bytes
+    if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
+        raise UserError(f"{path} is cut off, or its header lies: {needed} bytes are declared, the file has {on_disk}")
+    return header
+
+
+def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
+    """Trailing axes of length 1 do not count; missing ones have length 1."""
+    dim = [int(n) for n in raw["dim"]]
+    if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1:
+        raise UserError(f"{path} is not a valid NIfTI file: its dimensions are {dim}")
+    used = dim[1 : dim[0] + 1]
+    if any(n > 1 for n in used[3:]):
+        raise UserError(f"images must have 3 dimensions, got {_by(used)} in {path}; split it into volumes")
+    x, y, z = (*used, 1, 1)[:3]
+    return x, y, z
+
+
+def _dtype(raw: nib.Nifti1Header, path: Path) -> np.dtype[np.generic]:
+    code = int(raw["datatype"])
+    if code not in DTYPES:
+        raise UserError(
+            f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}"
+        )
+    return np.dtype(raw.endianness + DTYPES[code])
+
+
+def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:
+    """Slope 0 or NaN means no scaling, as the format says."""
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if slope == 0 or math.isnan(slope):
+        return 1.0, 0.0
+    if math.isnan(intercept):
+        intercept = 0.0
+    if not (math.isfinite(slope) and math.isfinite(intercept)):
+        raise UserError(
+            f"the scaling of voxels must be finite, got slope {slope:g} and intercept {intercept:g} in {path}"
+        )
+    return slope, intercept
+
+
+def _affine(raw: nib.Nifti1Header, shape: Shape3, path: Path) -> Affine4:
+    """The sform if it has a code, else the qform, else the voxel size alone (as nibabel does); if both, they agree."""
+    found: dict[str, Affine4] = {}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # what would be warned about is refused below
+        try:
+            if int(raw["sform_code"]) > 0:
+                found["sform"] = np.asarray(raw.get_sform(), dtype=np.float64)
+            if int(raw["qform_code"]) > 0:
+                found["qform"] = np.asarray(raw.get_qform(), dtype=np.float64)
+            if not found:
+                found["voxel size"] = np.asarray(raw.get_base_affine(), dtype=np.float64)
+        except (ValueError, HeaderDataError, np.linalg.LinAlgError) as error:
+            raise UserError(f"the orientation in the header of {path} is not valid: {error}") from error
+    for kind, affine in found.items():
+        if not _is_invertible(affine):
+            raise UserError(f"the affine must be finite and invertible, got the {kind} {_rows(affine)} in {path}")
+    if len(found) == 2:
+        apart = worst_corner_mm(shape, found["sform"], found["qform"])
+        if apart > SAME_GRID_TOLERANCE * min(spacing_of(found["sform"])):
+            raise UserError(
+                f"sform and qform disagree by up to {apart:.3g} mm in {path}: sform {_rows(found['sform'])}, "
+                f"qform {_rows(found['qform'])}; set the wrong one's code to 0"
+            )
+    return next(iter(found.values()))
+
+
+def _is_invertible(affine: Affine4) -> bool:
+    """Finite, voxels of 1e-6 to 1e6 mm along each axis, and no two axes almost parallel."""
+    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e9:
+        return False
+    spacing = np.array(spacing_of(affine))
+    return bool(spacing.min() > 1e-6 and spacing.max() < 1e6 and abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-6)
+
+
+def _read_voxels(path: Path, header: _Header) -> NDArray[Any]:
+    with _opened(path) as file:
+        _read_exactly(file, header.offset, path)
+        data = _read_exactly(file, header.num_bytes, path)
+        _read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
+    return np.frombuffer(data, dtype=header.dtype)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
+    except FileNotFoundError as error:
+        linked = "; the link leads nowhere: has the data been fetched (git annex get)?" if path.is_symlink() else ""
+        raise UserError(f"there is no file {path}{linked}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | None = None) -> bytearray:
+    """`num_bytes` bytes, and not one more is inflated; fewer, but `at_least`, if the file ends there."""
+    data = bytearray()
+    try:
+        while len(data) < num_bytes and (chunk := file.read(min(CHUNK, num_bytes - len(data)))):
+            data += chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is cut off or corrupt: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) < (num_bytes if at_least is None else at_least):
+        raise UserError(f"{path} is cut off: {num_bytes} bytes were expected where {len(data)} are left")
+    return data
+
+
+def _rows(affine: Affine4) -> str:
+    return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in affine[:3]) + "]"
+
+
+def _by(numbers: Sequence[int]) -> str:
+    return " x ".join(map(str, numbers))

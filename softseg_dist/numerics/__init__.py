@@ -1,0 +1,1 @@
+"""Formulas: torch, numpy and scipy only; no input or output, no Ray."""

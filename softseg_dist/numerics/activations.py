@@ -1,0 +1,209 @@
+"""Final activations: logits become a prediction in [0, 1]; they are never part of a loss.
+
+Legend: B batch, K classes, *S space (2 or 3 axes). `logits` [B num_logits *S] are unbounded, a `prediction` [B K
+*S] is not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from softseg_dist.frozen import Frozen
+
+SMALLEST_SHARE = 1e-4  # a class that fills less of the images than this starts as if it filled this much
+NORMRELU_BIAS = 0.1  # above 0, or the output would start dead: 0 everywhere, without gradient
+MOMENTUM = 0.1  # weight of the newest maximum in the running one, as in torch's batch norm
+
+
+class Activation(Frozen, ABC):
+    """What turns logits into a prediction. Called directly, or built into a module when it has state."""
+
+    @abstractmethod
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The prediction [B K *S] in [0, 1] of `logits` [B num_logits *S], as in training; keeps no state."""
+
+    @abstractmethod
+    def initial_bias(self, mean_label: Tensor) -> Tensor:
+        """The bias [num_logits] of the last layer to start from, given each class's mean training label [K] in [0, 1].
+
+        With it, different activations start from comparable predictions, so that a short training compares more than
+        their initialisations.
+        """
+
+    def num_logits(self, classes: int) -> int:
+        """How many channels the network must give for `classes` classes."""
+        return classes
+
+    def build(self, classes: int) -> nn.Module:
+        """The activation as the last module of a network for `classes` classes; its state is saved with the weights."""
+        return _Stateless(self)
+
+
+class _Stateless(nn.Module):
+    """An activation without state, as a module."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.activation(logits)
+
+
+class Sigmoid(Activation):
+    """p = 1 / (1 + exp(-x)), class by class; classes may overlap. Reaches neither 0 nor 1."""
+
+    short: ClassVar[str] = "sigmoid"
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The prediction [B K *S] in [0, 1] of `logits` [B K *S]."""
+        return torch.sigmoid(logits)
+
+    def initial_bias(self, mean_label: Tensor) -> Tensor:
+        """The logit of the mean label [K], so that the first predictions have the right volume.
+
+        >>> Sigmoid().initial_bias(torch.tensor([0.5, 0.2])).sigmoid()
+        tensor([0.5000, 0.2000])
+        """
+        return torch.logit(mean_label, eps=SMALLEST_SHARE)
+
+
+class Softmax(Activation):
+    """p_k = exp(x_k) / sum_j exp(x_j) over background and classes; the background comes first and is not in the output.
+
+    Classes exclude each other: at every voxel the predictions of all classes add up to at most 1.
+    """
+
+    short: ClassVar[str] = "softmax"
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The prediction [B K *S] in [0, 1] of `logits` [B K+1 *S]."""
+        return torch.softmax(logits, dim=1)[:, 1:]
+
+    def initial_bias(self, mean_label: Tensor) -> Tensor:
+        """The log share of background and of every class [K+1]; softmax of it gives the shares back.
+
+        >>> Softmax().initial_bias(torch.tensor([0.2, 0.1])).softmax(0)
+        tensor([0.7000, 0.2000, 0.1000])
+        """
+        background = 1 - mean_label.sum(dim=0, keepdim=True)
+        shares = torch.cat([background, mean_label]).clamp_min(SMALLEST_SHARE)
+        return torch.log(shares / shares.sum())
+
+    def num_logits(self, classes: int) -> int:
+        """One more than `classes`: the background has its own logit."""
+        return classes + 1
+
+
+class NormReLU(Activation):
+    """p = r / M with r = max(x, 0) and M a maximum of r; p = 0 where M = 0. The final activation of SoftSeg.
+
+    `over` says what M runs over.
+    "sample": the space of one sample and class. Depends on nothing else, but forces a peak of 1 on every image, an
+      empty one too, as soon as one logit is positive.
+    "batch": the whole tensor on this worker, as in ivadomed. The result depends on batch size and number of workers; at
+      inference give it the items of exactly one case.
+    "global": the whole tensor over all workers of torch.distributed; equal to "batch" on one worker and at inference.
+    "running": in training as "global"; at inference an exponential average of the M seen in training, stored with the
+      weights. Predictions above 1 are cut to 1.
+
+    All logits <= 0 gives 0 everywhere and no gradient: the sample is dead (see `dead_samples`). The gradient flows
+    through M too, shared evenly among voxels that tie for the maximum.
+
+    Source: Gros et al., Med Image Anal 71 (2021) 102038, doi 10.1016/j.media.2021.102038. The variants are ours.
+
+    >>> NormReLU()(torch.tensor([[[[-1.0, 1.0], [2.0, 4.0]]]]))
+    tensor([[[[0.0000, 0.2500],
+              [0.5000, 1.0000]]]])
+    """
+
+    short: ClassVar[str] = "normrelu"
+    over: Literal["sample", "batch", "global", "running"] = "sample"
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The prediction [B K *S] in [0, 1] of `logits` [B K *S]; "global" and "running" wait for all workers."""
+        rectified = torch.relu(logits)
+        return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
+
+    def initial_bias(self, mean_label: Tensor) -> Tensor:
+        """Slightly above 0 for every class [K]: alive, and about 1 nowhere but at the peak."""
+        return torch.full_like(mean_label, NORMRELU_BIAS)
+
+    def build(self, classes: int) -> nn.Module:
+        """The activation as a module; in "running" its buffer `maximum` is saved with the weights."""
+        return _NormReLUModule(self) if self.over in ("global", "running") else _Stateless(self)
+
+    def _maximum(self, rectified: Tensor, everywhere: bool) -> Tensor:
+        if self.over == "sample":
+            return rectified.amax(dim=tuple(range(2, rectified.ndim)), keepdim=True)
+        if everywhere and _num_workers() > 1:
+            return _MaximumOfAllWorkers.apply(rectified)
+        return rectified.amax()
+
+
+def _num_workers() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _divide(rectified: Tensor, maximum: Tensor) -> Tensor:
+    return rectified / torch.where(maximum > 0, maximum, 1)  # where M = 0 all of r is 0, and so is p
+
+
+class _NormReLUModule(nn.Module):
+    """NormReLU that at inference reduces nothing over workers, which then see different cases."""
+
+    maximum: Tensor
+
+    def __init__(self, activation: NormReLU) -> None:
+        super().__init__()
+        self.activation = activation
+        if activation.over == "running":
+            self.register_buffer("maximum", torch.zeros(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        rectified = torch.relu(logits)
+        running = self.activation.over == "running"
+        if running and not self.training:
+            return _divide(rectified, self.maximum.to(rectified.dtype)).clamp(max=1)
+        maximum = self.activation._maximum(rectified, everywhere=self.training)
+        if running:
+            self._remember(maximum.detach().to(self.maximum.dtype))
+        return _divide(rectified, maximum)
+
+    @torch.no_grad()
+    def _remember(self, newest: Tensor) -> None:
+        averaged = torch.lerp(self.maximum, newest, MOMENTUM)
+        self.maximum.copy_(torch.where(self.maximum > 0, averaged, newest))  # the first one is taken as it is
+
+
+class _MaximumOfAllWorkers(torch.autograd.Function):
+    """max over all workers, whose gradient is that of one `amax` over the tensors of all workers put together."""
+
+    @staticmethod
+    def forward(ctx: Any, rectified: Tensor) -> Tensor:
+        maximum = rectified.detach().amax()
+        distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX)
+        ctx.save_for_backward(rectified, maximum)
+        return maximum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        rectified, maximum = ctx.saved_tensors
+        is_maximum = rectified == maximum
+        # Every worker's loss depends on M, so its owner needs the sum of all gradients; ties share it.
+        total = torch.stack([grad_outputs[0].double(), is_maximum.sum().double()])
+        distributed.all_reduce(total)
+        return is_maximum * (total[0] / total[1]).to(rectified.dtype)
+
+
+def dead_samples(prediction: Tensor) -> Tensor:
+    """How many samples of `prediction` [B K *S] are 0 at every voxel of every class: a count on the tensor's device.
+
+    >>> int(dead_samples(torch.tensor([[[0.0, 0.0]], [[0.0, 0.1]]])))
+    1
+    """
+    return (prediction == 0).flatten(1).all(dim=1).sum()

@@ -1,0 +1,98 @@
+"""Augmentation of a batch: one spatial transform, shared by image and label, then the intensity of the image.
+
+Legend: B batch, C image channels, K classes, *S space (2 or 3 axes). All that happens to a sample follows from its
+seed and from nothing else: neither its batch, nor the worker, nor the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from softseg_dist.numerics.intensity import Gamma, Noise
+from softseg_dist.numerics.labels import LabelMode, harden
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.spatial import Affine, Elastic, Flip
+from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Spatial
+
+__all__ = ["Affine", "Augmentation", "Elastic", "Flip", "Frame", "Gamma", "Intensity", "Noise", "Spatial", "augment"]
+
+Step = tuple[Spatial, Tensor]  # a transform and the parameters of all samples
+
+
+def augment(
+    image: Tensor,
+    target: Tensor,
+    transforms: Sequence[Augmentation],
+    seeds: Sequence[int],
+    mode: LabelMode,
+    spacing_mm: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The augmented image [B C *S] and the final target [B K *S].
+
+    All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity
+    transforms follow, in their order. Outside its field of view an image goes on as at its border, and a label is
+    0. What happens to the target depends on `mode` (see `labels`): "soft" is never rounded, and bit-exact unless
+    something interpolates; "hard" is rounded here, once, last; "nearest" takes the nearest voxel; "hard_each" is
+    resampled and rounded transform by transform.
+
+    Args:
+        image: prepared images. target: what `labels.prepare_target` gave, in [0, 1]; 0 or 1 for "nearest" and
+        "hard_each". transforms: any of Affine, Flip, Elastic, Noise, Gamma, or subclasses of `Spatial` and
+        `Intensity`. May be empty. seeds: one per sample, of this sample in this epoch. mode: the label mode.
+        spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
+
+    Raises:
+        UserError: if a transform needs an axis that the images lack.
+    """
+    assert len(image) == len(target) == len(seeds), f"{len(image)} images, {len(target)} targets, {len(seeds)} seeds"
+    assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
+    assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
+    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
+    active = [(index, transform) for index, transform in enumerate(transforms) if not transform.idle]
+    drawn = [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+    steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
+    if steps:
+        image, target = _moved(image, target, steps, mode, frame)
+    for transform, parameters in drawn:
+        if isinstance(transform, Intensity):
+            image = transform.change(image, parameters)
+    return image, harden(target) if mode == "hard" else target
+
+
+def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:
+    """The parameters of all samples [B ...]. Each transform has its own seed, so that none shifts another's draws."""
+    generator = torch.Generator()
+    name = type(transform).__name__
+    draws = [transform.draw(generator.manual_seed(seed_of(seed, index, name)), frame) for seed in seeds]
+    return torch.stack(draws).to(frame.device)
+
+
+def _moved(
+    image: Tensor, target: Tensor, steps: Sequence[Step], mode: LabelMode, frame: Frame
+) -> tuple[Tensor, Tensor]:
+    """Image and label after all `steps`, both by the one map that the steps compose into."""
+    move = _mover(steps, frame)
+    if mode == "hard_each":
+        for step in steps:
+            target = harden(_mover([step], frame)(target, "bilinear", "zeros"))
+    elif mode == "nearest":
+        target = move(target, "nearest", "zeros")
+    else:
+        # The weights of an interpolation add up to 1 only up to rounding, which must not lift a label above 1.
+        target = move(target, "bilinear", "zeros").clamp(0, 1)
+    return move(image, "bilinear", "border"), target
+
+
+def _mover(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
+    """What gives maps [B C *S] after all `steps`, interpolated once, or not at all if the steps only mirror."""
+    mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
+    if len(mirrors) == len(steps):
+        return lambda maps, mode, padding: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
+    positions = frame.positions
+    for transform, parameters in reversed(steps):  # from the output back to the input
+        positions = transform.move(positions, parameters, frame)
+    return lambda maps, mode, padding: frame.sample(maps, positions, mode, padding)

@@ -1,0 +1,174 @@
+"""Spatial transforms: affine, flip, elastic. All act in mm, so that voxels need not be cubes.
+
+Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Axes are those of a canonical image: 0
+is left to right, 1 back to front, 2 bottom to top.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
+from torch import Tensor
+
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.transforms import Frame, Spatial
+
+MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
+
+
+class Affine(Spatial):
+    """Rotation, scaling and shift about the image's centre: x' = R S x + t in mm, so that a rotation keeps shapes.
+
+    The angle is uniform in +-`degrees`; in 3D about an axis of uniformly random direction. Every axis has its own
+    scale, uniform in 1 +- `scale`, and its own shift, uniform in +- `shift` times the field of view along it.
+
+    Source: the ranges are those of SoftSeg's published configuration (arXiv 2011.09041).
+    """
+
+    short: ClassVar[str] = "affine"
+    degrees: float = Field(20.0, ge=0, le=180)
+    scale: float = Field(0.1, ge=0, lt=1)
+    shift: float = Field(0.03, ge=0, le=1)
+
+    @property
+    def idle(self) -> bool:
+        """True if angle, scale and shift are all fixed at nothing."""
+        return self.degrees == self.scale == self.shift == 0
+
+    def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
+        """Angle, scales and shifts [1 + 2D] uniform in [-1, 1]; in 3D then the normal deviates [3] of the axis."""
+        dim = len(frame.size)
+        uniform = torch.rand(1 + 2 * dim, generator=generator) * 2 - 1
+        return uniform if dim == 2 else torch.cat([uniform, torch.randn(3, generator=generator)])
+
+    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """x = S^-1 R^T (x' - t) for output `positions` x'."""
+        dim = len(frame.size)
+        angle = parameters[:, 0] * math.radians(self.degrees)
+        scale = 1 + parameters[:, 1 : 1 + dim] * self.scale
+        shift = parameters[:, 1 + dim : 1 + 2 * dim] * self.shift * parameters.new_tensor(frame.extent_mm)
+        rotation = _rotation_2d(angle) if dim == 2 else _rotation_3d(angle, parameters[:, -3:])
+        backwards = rotation / scale[:, None, :]  # transposed, as positions are rows
+        rows = positions.flatten(1, -2) - shift[:, None, :]
+        return (rows @ backwards).reshape(-1, *positions.shape[1:])
+
+
+def _rotation_2d(angle: Tensor) -> Tensor:
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
+
+
+def _rotation_3d(angle: Tensor, direction: Tensor) -> Tensor:
+    """Rodrigues' formula I + sin K + (1 - cos) K^2 for `angle` [B] about `direction` [B 3]."""
+    x, y, z = (direction / direction.norm(dim=1, keepdim=True)).unbind(dim=1)
+    zero = torch.zeros_like(x)
+    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).reshape(-1, 3, 3)
+    identity = torch.eye(3, dtype=K.dtype, device=K.device)
+    return identity + angle.sin()[:, None, None] * K + (1 - angle.cos())[:, None, None] * (K @ K)
+
+
+class Flip(Spatial):
+    """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
+
+    Axis 0, left to right, is the one along which anatomy is nearly symmetric.
+    """
+
+    short: ClassVar[str] = "flip"
+    axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0,)
+    p: float = Field(0.5, ge=0, le=1)
+
+    @field_validator("axes")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"axes to flip must differ from each other, got {value}")
+        return value
+
+    @property
+    def idle(self) -> bool:
+        """True if no axis is ever mirrored."""
+        return not self.axes or self.p == 0
+
+    def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
+        """-1 for every axis of space that is mirrored, else 1 [D]. Raises UserError if images lack one of `axes`."""
+        if self.axes and max(self.axes) >= len(frame.size):
+            last = len(frame.size) - 1
+            raise UserError(f"Flip's axes must lie in 0 to {last} for these images, got {max(self.axes)}: leave it out")
+        signs = torch.ones(len(frame.size))
+        signs[list(self.axes)] = 1.0 - 2.0 * (torch.rand(len(self.axes), generator=generator) < self.p)
+        return signs
+
+    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """The mirror image of `positions`."""
+        return positions * parameters.reshape(len(parameters), *[1] * len(frame.size), -1)
+
+    def mirror(self, maps: Tensor, parameters: Tensor) -> Tensor:
+        """`maps` [B C *S] mirrored by reversing indices: the values of `move`, without interpolation."""
+        flags = (parameters < 0).reshape(*parameters.shape, *[1] * (maps.ndim - 1))  # [B D 1 1 ..]
+        for axis in self.axes:
+            maps = torch.where(flags[:, axis], maps.flip(2 + axis), maps)
+        return maps
+
+
+class Elastic(Spatial):
+    """A smooth random displacement: a cubic B-spline over control points `spacing_mm` apart, which move at random.
+
+    `std_mm` is the root mean square of the displacement along every axis, in mm. Ratios std_mm / spacing_mm above
+    1/4 are refused: space would fold over itself.
+
+    Source: free-form deformation, Rueckert et al., IEEE TMI 18 (1999), doi 10.1109/42.796284.
+    """
+
+    short: ClassVar[str] = "elastic"
+    spacing_mm: PositiveFloat = 8.0
+    std_mm: NonNegativeFloat = 1.0
+
+    @model_validator(mode="after")
+    def _does_not_fold(self) -> Self:
+        if self.std_mm > self.spacing_mm / 4:
+            raise ValueError(
+                f"Elastic folds space if std_mm exceeds spacing_mm / 4, got std_mm={self.std_mm:g} for "
+                f"spacing_mm={self.spacing_mm:g}"
+            )
+        return self
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing is displaced."""
+        return self.std_mm == 0
+
+    def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
+        """The displacement of the control points in mm [D controls..]."""
+        controls = [self._intervals(n, step) + 3 for n, step in zip(frame.size, frame.spacing_mm, strict=True)]
+        # A spline averages its control points, which costs amplitude along each of the D axes.
+        scale = self.std_mm * MEAN_SQUARE_WEIGHT ** (-len(frame.size) / 2)
+        return torch.randn(len(frame.size), *controls, generator=generator) * scale
+
+    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """`positions` plus the displacement there, which is exact at voxel centres and linear between them."""
+        field = parameters
+        for n, step in zip(frame.size, frame.spacing_mm, strict=True):
+            weights = self._weights(n, step).to(field)
+            field = torch.tensordot(field, weights, dims=([2], [1]))  # takes the first axis of space away, adds it last
+        if positions is not frame.positions:
+            field = frame.sample(field, positions)
+        return positions + field.movedim(1, -1)
+
+    def _intervals(self, voxels: int, step_mm: float) -> int:
+        return max(1, math.ceil((voxels - 1) * step_mm / self.spacing_mm - 1e-9))
+
+    def _weights(self, voxels: int, step_mm: float) -> Tensor:
+        """The weight of every control point at every voxel along one axis [voxels controls], centred on the image."""
+        intervals = self._intervals(voxels, step_mm)
+        offsets = (torch.arange(voxels, dtype=torch.float64) - (voxels - 1) / 2) * step_mm / self.spacing_mm
+        knots = torch.arange(-1, intervals + 2, dtype=torch.float64) - intervals / 2
+        return _cubic_b_spline((offsets[:, None] - knots).abs())
+
+
+def _cubic_b_spline(distance: Tensor) -> Tensor:
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = (2 - distance).clamp_min(0) ** 3 / 6
+    return torch.where(distance < 1, near, far)

@@ -1,0 +1,267 @@
+"""Is one candidate better than another? Tests and intervals for paired differences of cross-validated scores.
+
+Differences are a table [a b]: subject i in split j, NaN where subject i is not in the test set of split j. The
+primary test is `crossed_test`; the others are reported beside it. Every answer is defined: where a p-value cannot
+be had it is NaN and `note` says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Table = npt.NDArray[np.float64]  # [a b], NaN where not tested
+NAN = float("nan")
+LEVEL = 0.95  # of all intervals
+ALL_EQUAL = "all differences are equal: there is no variance to test against"
+
+
+@dataclass(frozen=True)
+class CrossedTest:
+    """The answer of `crossed_test`. `low` and `high` bound the 95 % interval of `mean`; variances are per component."""
+
+    mean: float
+    low: float = NAN
+    high: float = NAN
+    t: float = NAN
+    df: float = NAN
+    p: float = NAN
+    var_subject: float = NAN
+    var_split: float = NAN
+    var_error: float = NAN
+    num_subjects: int = 0
+    num_splits: int = 0
+    num_pairs: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SplitTest:
+    """The answer of a test on one mean difference per split. `statistic` is W of Wilcoxon or t."""
+
+    mean: float
+    statistic: float = NAN
+    p: float = NAN
+    num_splits: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class BootstrapInterval:
+    """The answer of `paired_bootstrap`: percentile interval of the mean difference."""
+
+    mean: float
+    low: float = NAN
+    high: float = NAN
+    draws: int = 0
+    note: str = ""
+
+
+def crossed_test(differences: Table) -> CrossedTest:
+    """Two-sided t-test of mean difference 0 under d_ij = mu + subject_i + split_j + error_ij, both effects random.
+
+    Variance components by Henderson's method 1, negative ones set to 0. With S, F, E the components of subject,
+    split (fit) and error, var(mean) = S k3/N + F k4/N + E/N, where k3 = sum n_i^2/N and k4 = sum m_j^2/N; degrees
+    of freedom by Satterthwaite over the two levels, the error shared half and half. It speaks about new subjects
+    and new training runs.
+
+    Components that the design cannot tell apart are merged: the error into the subjects if each was tested once
+    (k-fold), into the splits if each tested one subject, everything into the subjects if both hold: then it is the
+    plain one-sample t-test.
+
+    Args:
+        differences: [a b], NaN where subject i was not tested in split j.
+
+    Returns p = NaN and a note if there are fewer than two subjects or splits, or if all differences are equal.
+    Source: Henderson 1953 (doi 10.2307/3001853); Satterthwaite 1946 (doi 10.2307/3002019).
+
+    >>> import numpy as np
+    >>> table = np.array([[0.1, 0.2, np.nan], [0.3, np.nan, 0.2], [np.nan, 0.1, 0.1]])
+    >>> round(crossed_test(table).p, 3)
+    0.035
+    """
+    tested = ~np.isnan(differences)
+    kept = differences[tested.any(axis=1)][:, tested.any(axis=0)]
+    design = _Design.of(~np.isnan(kept))
+    d = kept[~np.isnan(kept)]
+    mean = float(d.mean()) if d.size else NAN
+    sizes = {"num_subjects": design.a, "num_splits": design.b, "num_pairs": d.size}
+    if note := _why_untestable(d, design):
+        return CrossedTest(mean, note=note, **sizes)
+    s, f, e = (max(c, 0.0) for c in _components(np.nan_to_num(kept - mean), design))
+    by_subject = s * design.k3 / d.size + e / d.size / 2
+    by_split = f * design.k4 / d.size + e / d.size / 2
+    df = (by_subject + by_split) ** 2 / (by_subject**2 / (design.a - 1) + by_split**2 / (design.b - 1))
+    error = math.sqrt(by_subject + by_split)
+    t, reach = mean / error, float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+    p = float(2 * stats.t.sf(abs(t), df))
+    return CrossedTest(mean, mean - reach, mean + reach, t, df, p, s, f, e, **sizes, note=design.merged)
+
+
+class _Design(NamedTuple):
+    """Which subject was tested in which split, and what the moment equations need of it."""
+
+    tested: npt.NDArray[np.bool_]
+    a: int  # subjects
+    b: int  # splits
+    num: int  # pairs
+    k3: float
+    k4: float
+
+    @classmethod
+    def of(cls, tested: npt.NDArray[np.bool_]) -> _Design:
+        n_i, m_j, num = tested.sum(axis=1), tested.sum(axis=0), int(tested.sum())
+        k3, k4 = (float((counts**2).sum()) / max(num, 1) for counts in (n_i, m_j))
+        return cls(tested, len(n_i), len(m_j), num, k3, k4)
+
+    @property
+    def once(self) -> bool:
+        """Each subject was tested once."""
+        return self.num == self.a
+
+    @property
+    def alone(self) -> bool:
+        """Each split tested one subject."""
+        return self.num == self.b
+
+    @property
+    def merged(self) -> str:
+        if self.once and self.alone:
+            return "one subject per split and one split per subject: equal to the one-sample t-test"
+        if self.once:
+            return "each subject was tested once: the error is part of the variation between subjects"
+        if self.alone:
+            return "each split tested one subject: the error is part of the variation between splits"
+        return ""
+
+
+def _why_untestable(d: npt.NDArray[np.float64], design: _Design) -> str:
+    if d.size == 0:
+        return "no pair of scores to compare"
+    if design.a == 1:
+        return "only one subject: the variation between subjects is unknown"
+    if design.b == 1:
+        return "only one split: the variation between training runs is unknown"
+    return ALL_EQUAL if _constant(d) else ""
+
+
+def _constant(d: npt.NDArray[np.float64]) -> bool:
+    """Equal up to the rounding of float64."""
+    return bool(np.ptp(d) <= 1e-12 * np.abs(d).max())
+
+
+def _components(x: Table, design: _Design) -> tuple[float, float, float]:
+    """Variance components of subject, split and error. `x` [a b]: differences less their mean, 0 where not tested.
+
+    The equations are singular exactly if each subject was tested once, or each split tested one subject (with at
+    least two of each): those come first. Centring makes Tm = 0 and changes nothing else.
+    """
+    a, b, num, k3, k4 = design.a, design.b, design.num, design.k3, design.k4
+    n_i, m_j = design.tested.sum(axis=1), design.tested.sum(axis=0)
+    t0 = float((x**2).sum())
+    ts = float((x.sum(axis=1) ** 2 / n_i).sum())
+    tf = float((x.sum(axis=0) ** 2 / m_j).sum())
+    if design.once and design.alone:
+        return t0 / (num - 1), 0.0, 0.0
+    if design.once:
+        s = (t0 - tf) / (num - b)
+        return s, (t0 - (num - k3) * s) / (num - k4), 0.0
+    if design.alone:
+        f = (t0 - ts) / (num - a)
+        return (t0 - (num - k4) * f) / (num - k3), f, 0.0
+    equations = [[num - k3, a - k4, a - 1], [b - k3, num - k4, b - 1], [num - k3, num - k4, num - 1]]
+    s, f, e = np.linalg.solve(np.array(equations, dtype=np.float64), np.array([ts, tf, t0]))  # k1 = a and k2 = b
+    return float(s), float(f), float(e)
+
+
+def wilcoxon_test(differences: npt.NDArray[np.float64]) -> SplitTest:
+    """Wilcoxon signed-rank test over splits, two-sided and exact: the test of the SoftSeg paper.
+
+    Splits share subjects, so it rejects too often (14 % instead of 5 % with 15 random splits): reported, never primary.
+    Differences of 0 are dropped, as in scipy; if all are 0, p = 1.
+
+    Args:
+        differences: [J], one mean difference per split; NaN is left out.
+    """
+    d = differences[~np.isnan(differences)]
+    mean = float(d.mean()) if d.size else NAN
+    if not d.size:
+        return SplitTest(mean, note="no split to compare")
+    note = f"the smallest p that {d.size} splits can give is 2^(1-{d.size}) = {2.0 ** (1 - d.size):.2g}"
+    if not d.any():
+        return SplitTest(mean, 0.0, 1.0, d.size, note)
+    result = stats.wilcoxon(d[d != 0], alternative="two-sided")
+    return SplitTest(mean, float(result.statistic), float(result.pvalue), d.size, note)
+
+
+def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float) -> SplitTest:
+    """Corrected resampled t-test, two-sided: t = mean d / sqrt((1/J + n_test/n_train) var d), df = J - 1.
+
+    Args:
+        differences: [J], one mean difference per split; NaN is left out.
+        test_to_train: number of test subjects over number of training subjects, > 0.
+
+    Source: Nadeau and Bengio 2003 (doi 10.1023/A:1024068626366).
+
+    >>> import numpy as np
+    >>> result = corrected_t_test(np.array([0.02, 0.03, 0.01, 0.025, 0.015]), 1 / 3)
+    >>> round(result.statistic, 6), round(result.p, 6)
+    (3.464102, 0.025721)
+    """
+    d = differences[~np.isnan(differences)]
+    mean = float(d.mean()) if d.size else NAN
+    if d.size < 2:
+        return SplitTest(mean, num_splits=d.size, note="fewer than two splits: the variation between splits is unknown")
+    if _constant(d):
+        return SplitTest(mean, num_splits=d.size, note=ALL_EQUAL)
+    t = mean / math.sqrt((1 / d.size + test_to_train) * float(d.var(ddof=1)))
+    return SplitTest(mean, t, float(2 * stats.t.sf(abs(t), d.size - 1)), d.size)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's step-down method; NaN stays NaN and is not counted.
+
+    Source: Holm 1979 (doi 10.2307/4615733).
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [NAN] * len(p_values), 0.0
+    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def paired_bootstrap(differences: Table, seed: int, draws: int = 2000) -> BootstrapInterval:
+    """95 % percentile interval of the mean difference; each draw resamples the subjects and, separately, the splits.
+
+    A check of the interval of `crossed_test`; somewhat wide, as the error is resampled twice. Draws that hold no
+    pair are left out. Source: Owen 2007, The pigeonhole bootstrap (doi 10.1214/07-AOAS122).
+
+    Args:
+        differences: [a b], NaN where subject i was not tested in split j.
+        seed: of the resampling; the same seed gives the same interval.
+        draws: number of resamplings.
+    """
+    tested = ~np.isnan(differences)
+    if not tested.any():
+        return BootstrapInterval(NAN, note="no pair of scores to compare")
+    d = differences[tested.any(axis=1)][:, tested.any(axis=0)]
+    (a, b), x, mean = d.shape, np.nan_to_num(d), float(np.nanmean(d))
+    if a == 1 or b == 1:
+        return BootstrapInterval(mean, note="fewer than two subjects or splits: nothing to resample")
+    generator = np.random.default_rng(seed)
+    subjects = generator.multinomial(a, np.full(a, 1 / a), draws).astype(np.float64)  # how often each was drawn
+    splits = generator.multinomial(b, np.full(b, 1 / b), draws).astype(np.float64)
+    counts = np.einsum("db,db->d", subjects @ (~np.isnan(d)).astype(np.float64), splits)
+    means = np.einsum("db,db->d", subjects @ x, splits)[counts > 0] / counts[counts > 0]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return BootstrapInterval(mean, float(low), float(high), len(means))

@@ -1,0 +1,81 @@
+"""Where to cut a soft prediction: three rules, chosen on validation cases only.
+
+`fixed` is 0.5. `grid` is the threshold of `CURVE` with the best mean Dice. `dice_optimal` follows from the
+predictions alone, as if they were calibrated. Maps are [N K *S]: N items, K classes, *S space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from softseg_dist.numerics.metrics import Map, dice_curve
+
+FIXED = 0.5
+CURVE: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
+
+
+def choose_thresholds(predictions: Sequence[Map], references: Sequence[Map]) -> dict[str, float]:
+    """The threshold of each rule, one for all classes: {"fixed", "grid", "dice_optimal"}.
+
+    Args:
+        predictions: one map [N K *S] in [0, 1] per validation case.
+        references: the mean of the raters for the same cases [N K *S].
+    """
+    return {
+        "fixed": FIXED,
+        "grid": grid_threshold(predictions, references),
+        "dice_optimal": dice_optimal_threshold(predictions),
+    }
+
+
+def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> float:
+    """The threshold of `CURVE` with the highest mean Dice over cases and classes; among ties the nearest to 0.5.
+
+    Pairs of case and class whose Dice is NaN at some threshold are left out, so that all thresholds are judged on
+    the same pairs. 0.5 if none is left.
+    """
+    curves = np.concatenate([dice_curve(p, y, CURVE) for p, y in zip(predictions, references, strict=True)])
+    curves = curves[~np.isnan(curves).any(axis=1)]
+    if not len(curves):
+        return FIXED
+    means = curves.mean(axis=0)
+    tied = [tau for tau, mean in zip(CURVE, means, strict=True) if mean >= means.max() - 1e-12]
+    return min(tied, key=lambda tau: (abs(tau - FIXED), tau))
+
+
+def dice_optimal_threshold(predictions: Sequence[Map]) -> float:
+    """The mean over cases and classes of D*/2 (see `optimal_dice`); predictions that are 0 everywhere are left out.
+
+    It is best for a calibrated map and never above 0.5. 0.5 if every prediction is 0.
+    """
+    best = [optimal_dice(p[:, k]) for p in predictions for k in range(p.shape[1])]
+    known = [d for d in best if not np.isnan(d)]
+    return float(np.mean(known) / 2) if known else FIXED
+
+
+def optimal_dice(probability: npt.NDArray[np.floating]) -> float:
+    """D* = sup over sets s of 2 sum s m / (sum s + sum m), for a map m of any shape; reached by {m > D*/2}.
+
+    Found by the fixed point D <- D({m > D/2}) from D = 1, which rises to D* after its first step. NaN for a map of
+    zeros. Source: Lipton et al. 2014 (doi 10.1007/978-3-662-44851-9_15); Nordstroem et al. 2023.
+
+    >>> import numpy as np
+    >>> round(optimal_dice(np.arange(11) / 10), 3)
+    0.784
+    """
+    m = np.asarray(probability, dtype=np.float64)
+    m = m[m > 0]
+    if not m.size:
+        return float("nan")
+
+    def dice_above(threshold: float) -> float:
+        inside = m[m > threshold]
+        return float(2 * inside.sum() / (inside.size + m.sum()))
+
+    best = dice_above(0.5)
+    while (higher := dice_above(best / 2)) > best:
+        best = higher
+    return best

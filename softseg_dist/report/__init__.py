@@ -1,0 +1,1 @@
+"""From finished fits to tables, tests, figures and one HTML page."""

@@ -1,0 +1,93 @@
+"""From rows of the results table to the unit of analysis: the score of one subject in one split.
+
+A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test; what is NaN
+(both maps empty) is left out. Tables are [subject x split], NaN where the subject was not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from softseg_dist.numerics.thresholds import CURVE
+from softseg_dist.training.task import FitResult
+
+Table = npt.NDArray[np.float64]
+UNIT = ["candidate", "split", "subject"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All test scores of one metric. `subjects` and `splits` name the rows and columns of every table."""
+
+    subjects: tuple[str, ...]
+    splits: tuple[int, ...]
+    tables: Mapping[str, Table]
+
+    def of(self, candidate: str) -> Table:
+        """Scores [subject x split] of a candidate; all NaN if none of its fits has finished."""
+        empty = np.full((len(self.subjects), len(self.splits)), np.nan)
+        return self.tables.get(candidate, empty)
+
+    def difference(self, candidate: str, reference: str) -> Table:
+        """`candidate` less `reference`, where both were tested on the subject in the split."""
+        return self.of(candidate) - self.of(reference)
+
+
+def on_test(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a report speaks about: what was measured on test subjects."""
+    return results[results["subset"] == "test"]
+
+
+def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_class: str | None = None) -> Scores:
+    """Scores of a metric without threshold, over all classes or one of them."""
+    rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].isna()]
+    return _tables(rows if only_class is None else rows[rows["class"] == only_class], test)
+
+
+def dice_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], rule: str) -> Scores:
+    """Dice at the threshold that each fit chose on validation by `rule`."""
+    chosen = {(fit.candidate, fit.split): fit.thresholds[rule] for fit in fits if rule in fit.thresholds}
+    rows = _dice(test)
+    keys = pd.MultiIndex.from_arrays([rows["candidate"].astype(str), rows["split"]])
+    wanted = pd.Series(chosen, dtype=np.float64).reindex(keys).to_numpy()
+    return _tables(rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)], test)
+
+
+def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:
+    """Mean Dice over all subjects and splits at each threshold of `CURVE`, for every candidate that was tested."""
+    rows = _dice(test)
+    on_curve = rows["threshold"].round(9).isin(CURVE)
+    means = _subject_means(rows[on_curve], ["threshold"]).groupby(["candidate", "threshold"], observed=True).mean()
+    table = means.unstack("threshold").reindex(columns=list(CURVE))
+    return {name: [float(v) for v in table.loc[name]] for name in candidates if name in table.index}
+
+
+def undefined_cases(test: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
+    """Per candidate: how many values (case, class, split) of a soft metric are NaN, and how many there are."""
+    rows = test[(test["metric"] == metric) & (test["reference"] == "mean") & test["threshold"].isna()]
+    grouped = rows["value"].isna().groupby(rows["candidate"], observed=True).agg(["sum", "count"])
+    return {str(name): (int(undefined), int(total)) for name, undefined, total in grouped.itertuples()}
+
+
+def _dice(test: pd.DataFrame) -> pd.DataFrame:
+    return test[(test["metric"] == "dice") & (test["reference"] == "mean") & test["threshold"].notna()]
+
+
+def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[float]:
+    by_case = rows.groupby([*UNIT, *also, "case"], observed=True)["value"].mean()
+    return by_case.groupby([*UNIT, *also], observed=True).mean()
+
+
+def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
+    subjects, splits = sorted(test["subject"].astype(str).unique()), sorted(test["split"].unique())
+    means = _subject_means(rows)
+    tables = {
+        str(name): part.droplevel("candidate").unstack("split").reindex(index=subjects, columns=splits).to_numpy(np.float64)
+        for name, part in means.groupby(level="candidate", observed=True)
+    }
+    return Scores(tuple(subjects), tuple(int(j) for j in splits), tables)

@@ -1,0 +1,1 @@
+"""Many fits: Optuna proposes, Ray Tune runs, the ledger remembers, MLflow shows."""

@@ -1,0 +1,91 @@
+"""What differs between the study of a run folder and the study that shall run in it now: extension, or another study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FREE = ("question", "control", "resources", "subjects", "splits")
+"""Fields of a study that change no finished fit. `subjects` and `splits` act through the splits, which are compared themselves."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """One line per change, as `path: old -> new`. `refused` would mix two studies in one table; `extended` only adds."""
+
+    refused: tuple[str, ...] = ()
+    extended: tuple[str, ...] = ()
+
+
+def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: Sequence[Json]) -> Changes:
+    """Compare two studies and their splits, all as JSON.
+
+    Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged), and
+    whatever is in `FREE`. Everything else changes results.
+    """
+    refused, extended = [], []
+    for field in sorted(old.keys() | new.keys()):
+        for line, path in _differences(old.get(field), new.get(field), field):
+            (extended if _extends(path, old, new) else refused).append(line)
+    splits = _split_changes(old_splits, new_splits)
+    if splits:
+        refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:")))]
+    return Changes(tuple(refused), tuple(extended))
+
+
+def _extends(path: tuple[str, ...], old: Json, new: Json) -> bool:
+    if path[0] in FREE:
+        return True
+    if path[0] == "candidates" and len(path) > 1:
+        return path[1] not in old["candidates"]
+    if path == ("search",):
+        return old.get("search") is None
+    return path == ("search", "trials") and bool(new["search"]["trials"] > old["search"]["trials"])
+
+
+def _differences(old: Any, new: Any, *path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Leaves that differ, depth first; objects of two types differ in their type alone."""
+    if old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if old.get("type") != new.get("type"):
+            yield f"{'.'.join(path)}: {_show(old)} -> {_show(new)}", path
+            return
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), *path, key)
+    elif _objects(old) and _objects(new) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, *path, str(index))
+    else:
+        yield f"{'.'.join(path)}: {_show(old)} -> {_show(new)}", path
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return str(value.get("type", "given"))
+    if isinstance(value, list):
+        return f"({', '.join(map(_show, value))})"
+    return str(value)
+
+
+def _split_changes(old: Sequence[Json], new: Sequence[Json]) -> str:
+    if len(new) < len(old):
+        return f"number of splits: {len(old)} -> {len(new)}"
+    for before, after in zip(old, new, strict=False):
+        for part in ("train", "validation", "test"):
+            if before[part] != after[part]:
+                return f"split {before['index']}, {part} subjects: {_sample(before[part])} -> {_sample(after[part])}"
+    return ""
+
+
+def _sample(subjects: Sequence[str]) -> str:
+    return f"{len(subjects)} ({', '.join(subjects[:3])}{', ...' if len(subjects) > 3 else ''})"

@@ -1,0 +1,205 @@
+"""The ledger: the run folder's record of the study, its candidates and every fit that has ended.
+
+    study.json  splits.json  store.json  fits/<candidate>/candidate.json  fits/<candidate>/<split>.json
+
+It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
+filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pyarrow import fs
+from pydantic import ValidationError
+
+from softseg_dist.data.splits import Split
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.search.changes import Json, study_changes
+from softseg_dist.search.lock import hold
+from softseg_dist.study import Study
+from softseg_dist.training.task import FitResult
+
+SHOWN_CHANGES = 8  # a refusal is one line of text
+log = logging.getLogger(__name__)
+F = TypeVar("F", bound=Frozen)
+
+
+class CandidateRecord(Frozen):
+    """A candidate as it was first emitted.
+
+    `number` is its place in the order asked, among its own kind: Optuna's trial number for a proposed one. `recipe` is JSON, so
+    that it can be read without the study file. `params` and `distributions` (JSON of each) are Optuna's.
+    """
+
+    name: str
+    origin: Literal["fixed", "proposed"]
+    number: int
+    recipe: dict[str, Any]
+    params: dict[str, Any] = {}
+    distributions: dict[str, str] = {}
+
+
+class Ledger:
+    """Reads and writes one run folder. Reading needs no lock; `open_study` and a search hold it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = str(folder).rstrip("/")
+        self._local = "://" not in self.folder or self.folder.startswith("file://")
+        if "://" in self.folder:
+            self._files, self._root = fs.FileSystem.from_uri(self.folder)
+        else:
+            self._files, self._root = fs.LocalFileSystem(), str(Path(self.folder).absolute())
+        self._held = False
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other drivers out while the block runs; may be nested. Object stores have no lock: there it is up to you.
+
+        Raises UserError, naming process and host, if another driver holds it.
+        """
+        if self._held or not self._local:
+            yield
+            return
+        with hold(Path(self._root) / ".lock"):
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def open_study(self, study: Study, splits: Sequence[Split], fingerprint: str | None = None) -> tuple[str, ...]:
+        """Record the study, or check it against the one recorded; returns what an extension adds, one line per change.
+
+        `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed.
+        Raises UserError with the differences if finished fits would no longer belong to the study; nothing is written then.
+        """
+        with self.lock():
+            now, now_splits = json_of(study), [json_of(split) for split in splits]
+            refused, extended = [], ()
+            if (before := self._read("study.json")) is not None:
+                changes = study_changes(before, now, self._read("splits.json") or [], now_splits)
+                refused, extended = list(changes.refused), changes.extended
+            stored = (self._read("store.json") or {}).get("fingerprint")
+            if stored is not None and fingerprint is not None and stored != fingerprint:
+                refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
+            if refused:
+                raise UserError(self._refusal(refused))
+            self._write("splits.json", json.dumps(now_splits, indent=1))
+            if fingerprint is not None:
+                self._write("store.json", json.dumps({"fingerprint": fingerprint}))
+            self._write("study.json", json.dumps(now, indent=1))
+        return extended
+
+    def fit_folder(self, candidate: str, split: Split) -> str:
+        """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
+        return f"{self.folder}/fits/{candidate}/{split.name}"
+
+    def write_candidate(self, record: CandidateRecord) -> None:
+        """Record a candidate before its first fit is emitted."""
+        self._write(f"fits/{record.name}/candidate.json", json.dumps(json_of(record), indent=1))
+
+    def write_result(self, result: FitResult) -> None:
+        """Record a fit that has ended, finished or failed: it never runs again."""
+        self._write(f"fits/{result.candidate}/{result.split:03d}.json", json.dumps(json_of(result), indent=1))
+
+    def candidates(self) -> dict[str, CandidateRecord]:
+        """All recorded candidates by name: the fixed ones first, each kind in the order asked.
+
+        Raises UserError if a record cannot be read: which recipe its fits belong to would be a guess.
+        """
+        records = []
+        for name in self._names("fits", folders=True):
+            path = f"fits/{name}/candidate.json"
+            if (data := self._read(path)) is None:
+                continue
+            record = _parsed(CandidateRecord, data)
+            if record is None or record.name != name:
+                raise UserError(f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again")
+            records.append(record)
+        return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
+
+    def results(self) -> dict[tuple[str, int], FitResult]:
+        """Every fit that has ended, by (candidate, split index). A file that cannot be read is named in a warning and left out."""
+        found = {}
+        for name in self.candidates():
+            for file in self._names(f"fits/{name}", folders=False):
+                stem = file.removesuffix(".json")
+                if not (file.endswith(".json") and stem.isdecimal()):
+                    continue
+                result = _parsed(FitResult, self._read(f"fits/{name}/{file}", torn={}))
+                if result is None or (result.candidate, result.split) != (name, int(stem)):
+                    log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
+                    continue
+                found[name, result.split] = result
+        return found
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder of the run that is not part of the record."""
+        full = f"{self._root}/{folder}"
+        if self._files.get_file_info(full).type == fs.FileType.Directory:
+            self._files.delete_dir(full)
+
+    def _refusal(self, changes: list[str]) -> str:
+        more = len(changes) - SHOWN_CHANGES
+        shown = "; ".join(changes[:SHOWN_CHANGES]) + (f"; and {more} more" if more > 0 else "")
+        return f"{self.folder}: holds another study: {shown}. Finished fits are untouched: give the study a new name, or another --out"
+
+    def _names(self, folder: str, *, folders: bool) -> list[str]:
+        entries = self._files.get_file_info(fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True))
+        kind = fs.FileType.Directory if folders else fs.FileType.File
+        return sorted(entry.base_name for entry in entries if entry.type == kind)
+
+    def _read(self, path: str, torn: Any = None) -> Any:
+        """The JSON in a file; None if there is no file. What is not JSON is `torn` if that is given, else a UserError."""
+        full = f"{self._root}/{path}"
+        if self._files.get_file_info(full).type != fs.FileType.File:
+            return None
+        with self._files.open_input_stream(full) as stream:
+            data = stream.read()
+        try:
+            return json.loads(data)
+        except ValueError:
+            if torn is None:
+                raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
+            return torn
+
+    def _write(self, path: str, text: str) -> None:
+        full = f"{self._root}/{path}"
+        if self._local:
+            _write_durably(Path(full), text)
+        else:  # an object store shows an object when its stream is closed, not before
+            self._files.create_dir(full.rpartition("/")[0], recursive=True)
+            with self._files.open_output_stream(full) as stream:
+                stream.write(text.encode())
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write beside the place, force it to the disk, rename: after a crash the file is there whole, or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def json_of(value: Frozen) -> Json:
+    """The JSON of a frozen object, as reading it back from a file would give it."""
+    plain: Json = json.loads(canonical_json(value.model_dump(mode="json")))
+    return plain
+
+
+def _parsed(kind: type[F], data: Mapping[str, Any]) -> F | None:
+    try:
+        return kind.model_validate(data)
+    except ValidationError:
+        return None

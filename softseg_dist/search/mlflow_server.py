@@ -1,0 +1,114 @@
+"""Records of the tracker, carried out with an MLflow client. Imported in the tracker's thread only, since importing MLflow is slow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # a slow server holds up the thread, never the study; but closing waits for the thread
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool retries
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+for _name, _value in ENVIRONMENT.items():  # MLflow reads some of them when it is imported
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
+
+from softseg_dist.search.spool import Record  # noqa: E402
+
+CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
+PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
+CLOSED = ("FINISHED", "FAILED")
+RUN_TAG, KEY_TAG = "softseg.run", "softseg.key"
+
+
+class MlflowServer:
+    """One experiment, named after the study, and in it the runs of one run folder, found by their tags."""
+
+    def __init__(self, uri: str, folder: Path, study: str, run: str) -> None:
+        self._client = MlflowClient(uri)
+        self._run = run
+        self._experiment = self._find_experiment(study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None)
+        self._ids: dict[str, str] = {}
+        self._ended: set[str] = set()  # keys of runs that are closed for good
+        self._find_runs()
+
+    def ping(self) -> None:
+        """Raises whatever the client raises if the server cannot be reached."""
+        self._client.search_experiments(max_results=1)
+
+    def apply(self, record: Record) -> None:
+        """Do what one record says. A "known" one repeats what an earlier session said, and is skipped for a run that is closed."""
+        if record.get("known") and record["key"] in self._ended:
+            return
+        getattr(self, f"_{record['what']}")(record)
+
+    def _find_experiment(self, name: str, artifacts: str | None) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(self._client.create_experiment(name, artifact_location=artifacts))
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+
+    def _find_runs(self) -> None:
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
+            )
+            for run in page:
+                key = run.data.tags[KEY_TAG]
+                self._ids[key] = run.info.run_id
+                if run.info.status in CLOSED:
+                    self._ended.add(key)
+            token = page.token
+            if not token:
+                return
+
+    def _open(self, record: Record) -> None:
+        key = record["key"]
+        if (run_id := self._ids.get(key)) is None:
+            tags = {RUN_TAG: self._run, KEY_TAG: key} | record["tags"]
+            if record["parent"] in self._ids:
+                tags["mlflow.parentRunId"] = self._ids[record["parent"]]
+            cut = {name: value[:TAG_CHARS] for name, value in tags.items()}
+            run = self._client.create_run(self._experiment, start_time=record["ms"], tags=cut, run_name=record["name"])
+            run_id = self._ids[key] = run.info.run_id
+        else:
+            self._client.update_run(run_id, status="RUNNING")
+            self._batch(run_id, tags=_tags(record["tags"]))
+        self._batch(run_id, params=[Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()])
+
+    def _log(self, record: Record) -> None:
+        metrics = [Metric(name[:250], value, ms, step) for name, value, ms, step in record["metrics"]]
+        self._batch(self._ids[record["key"]], metrics=metrics, tags=_tags(record["tags"]))
+
+    def _close(self, record: Record) -> None:
+        self._client.set_terminated(self._ids[record["key"]], record["status"], end_time=record["ms"])
+        if record["status"] in CLOSED:
+            self._ended.add(record["key"])
+
+    def _data_set(self, record: Record) -> None:
+        data = Dataset(name=record["name"], digest=record["digest"], source_type="local", source=record["source"])
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
+
+    def _artifact(self, record: Record) -> None:
+        self._client.log_artifact(self._ids[record["key"]], record["path"], record["folder"] or None)
+
+    def _batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+        for start in range(0, max(len(metrics), len(params), len(tags)), CHUNK):
+            part = slice(start, start + CHUNK)
+            self._client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
+
+
+def _tags(tags: dict[str, str]) -> list[Any]:
+    return [RunTag(name, value[:TAG_CHARS]) for name, value in tags.items()]

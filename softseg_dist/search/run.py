@@ -1,0 +1,246 @@
+"""Run the fits of a study on Ray Tune: one Tune trial is one fit.
+
+Tune gives processes, placement and concurrency. What runs next is decided by `searcher`, what is recorded by `ledger`; Tune's
+own persistence, loggers, retries and signal handling are switched off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from softseg_dist.data.splits import Split
+from softseg_dist.errors import UserError
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import Progress
+from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.search.session import Outcome, Session
+from softseg_dist.search.tracking import Tracker
+from softseg_dist.search.worker import Ending, Fit, StopFile, run_fit
+from softseg_dist.study import Recipe, Resources, Study
+from softseg_dist.training.task import FitTask
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # the ledger is the state
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
+
+
+def run_search(
+    study: Study,
+    splits: Sequence[Split],
+    store: Path,
+    fingerprint: str,
+    ledger: Ledger,
+    fit: Fit,
+    resources: Resources,
+    tracker: Tracker | None,
+    progress: Progress,
+    address: str | None = None,
+    study_source: tuple[str, str] | None = None,
+) -> Outcome:
+    """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
+
+    `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without it Ray is
+    started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers that meet
+    classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one stops at once.
+
+    Raises UserError if another driver uses the run folder, no machine is large enough for one fit, or `propose` or a fit reports
+    a mistake of the user's. Fits that have ended stay recorded in every case.
+    """
+
+    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+        return FitTask(
+            study=study.name,
+            seed=study.seed,
+            candidate=candidate,
+            recipe=recipe,
+            split=split,
+            objective=study.objective,
+            store=str(store),
+            store_fingerprint=fingerprint,
+            folder=ledger.fit_folder(candidate, split),
+            threads=resources.cpus_per_fit,
+            checkpoint_every_s=resources.checkpoint_every_s,
+            time_limit_s=resources.time_limit_s,
+            attempt=attempt,
+        )
+
+    with ledger.lock():
+        stop_file = StopFile(f"{ledger.folder}/.stop")
+        stop_file.remove()  # left by a session that was killed
+        session = Session(StudySearcher(study, splits, ledger, make_task), tracker, progress, stop_file)
+        try:
+            session.start()
+            if not session.ended:
+                with _quiet(), _ray(address), _signals(session):  # Ray sets a SIGTERM handler of its own
+                    _tune(session, fit, resources, ledger, study_source)
+        except KeyboardInterrupt:
+            session.interrupted = True
+        finally:
+            progress.close()
+            stop_file.remove()
+            ledger.discard(".tune")
+        if session.error is not None:
+            raise session.error
+        return session.outcome()
+
+
+def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
+    bundle = {"CPU": float(resources.cpus_per_fit)} | ({"GPU": resources.gpus_per_fit} if resources.gpus_per_fit else {})
+    device = "cuda" if resources.gpus_per_fit else "cpu"
+    places = _places(bundle)
+
+    def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
+        return run_fit(config, fit, source, device, tune.report)
+
+    tune.Tuner(
+        tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle])),
+        tune_config=tune.TuneConfig(
+            search_alg=_TuneSearcher(session, f"{ledger.folder}/.stop"),
+            num_samples=-1,
+            max_concurrent_trials=min(places, resources.max_concurrent or places),
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=ledger.folder if "://" in ledger.folder else str(Path(ledger.folder).absolute()),
+            name=".tune",
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),  # retries are new trials, so that a fit knows its attempt
+        ),
+    ).fit()
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+class _TuneSearcher(Searcher):
+    """Tune's view of a session. It is shared, not copied: Tune pickles and copies searchers, and neither must reach ours."""
+
+    def __init__(self, session: Session, stop: str) -> None:
+        super().__init__(metric=None, mode=None)
+        self._session, self._stop = session, stop
+
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        task = self._session.next_fit(trial_id)
+        if task is None:
+            return Searcher.FINISHED if self._session.ended else None
+        return {"task": json.dumps(task.model_dump(mode="json")), "stop": self._stop}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        if "epoch" in result and "ending" not in result:
+            self._session.epoch(trial_id, json.loads(result["epoch"]))
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        told = None if error or result is None else result.get("ending")
+        self._session.ended_as(trial_id, None if told is None else Ending.model_validate(json.loads(told)))
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The ledger is the state."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """The ledger is the state."""
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """The ledger is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of Tune's has nothing to do."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def _places(bundle: Mapping[str, float]) -> int:
+    """How many fits the cluster can hold at once. Raises UserError if it cannot hold one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in bundle.items())) for node in nodes)
+    if places == 0:
+        largest = " and ".join(f"{max((n.get(kind, 0.0) for n in nodes), default=0):g} {kind}s" for kind in bundle)
+        wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
+        raise UserError(f"one fit needs {wanted} on one machine, but the most that one has is {largest}; lower --workers-per-fit or --gpus-per-fit")
+    return places
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A Ray to run on: the one that runs in this process already, that at `address`, or a new one on this machine."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(**({"address": address} if address else local), logging_level=logging.CRITICAL, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of Ray's on the terminal: what matters of it reaches people through the session's notes."""
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"ray\..*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the session gently, the second one at once. Only a main thread can do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.stop()
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before: list[Callable[[int, FrameType | None], Any] | int | None] = [signal.signal(kind, stop) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

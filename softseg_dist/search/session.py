@@ -1,0 +1,141 @@
+"""One session of a search in the driver: what Tune asks and tells, passed on to searcher, tracker and display.
+
+Knows no Ray, so that the order of events can be read, and tested, without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softseg_dist.errors import UserError
+from softseg_dist.search.live import Progress
+from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.search.tracking import Tracker
+from softseg_dist.search.worker import Ending, StopFile, reason_of
+from softseg_dist.training.task import FitTask
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Fits of the whole study, by how they stand after a session.
+
+    `failed` ended without a score, or were given up after their processes died twice. `unfinished` would run next time.
+    """
+
+    finished: int
+    failed: int
+    unfinished: int
+    interrupted: bool
+
+
+class Session:
+    """Running fits by an id of the caller's, and who must hear of what happens to them."""
+
+    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
+        self.searcher, self.tracker, self.progress, self._stop_file = searcher, tracker, progress, stop_file
+        self.error: UserError | None = None
+        self.interrupted = False
+        self._running: dict[str, FitTask] = {}
+        self._announced: set[str] = set()
+        self._told_stop = False
+
+    def start(self) -> None:
+        """Tell tracker and display what earlier sessions have done."""
+        done = [result for candidate in self.searcher.candidates.values() for result in candidate.results.values()]
+        self.progress.start(self.searcher.num_planned, done)
+        for name in self.searcher.candidates:
+            self._announce(name)
+        if self.tracker is not None:
+            ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
+            self.tracker.recall(self.searcher.ledger.candidates(), done, ended)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing will be emitted any more."""
+        return self.searcher.stopped or self.searcher.ended
+
+    def next_fit(self, fit_id: str) -> FitTask | None:
+        """The task of the next fit, which will be known as `fit_id`. A mistake in `propose` stops the session."""
+        if self.interrupted and not self._told_stop:
+            self._told_stop = True
+            self.progress.note("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        try:
+            task = self.searcher.next_fit()
+        except UserError as error:
+            self._abort(error)
+            return None
+        if task is None:
+            return None
+        self._running[fit_id] = task
+        self._announce(task.candidate)
+        if self.tracker is not None:
+            self.tracker.fit_started(task)
+        return task
+
+    def epoch(self, fit_id: str, metrics: dict[str, float]) -> None:
+        """A running fit has finished an epoch."""
+        key = self._running[fit_id].key
+        self.progress.epoch(key, metrics)
+        if self.tracker is not None:
+            self.tracker.epoch(key, metrics)
+
+    def ended_as(self, fit_id: str, ending: Ending | None) -> None:
+        """A fit no longer runs; `ending` is None if its process did not live to say how."""
+        task = self._running.pop(fit_id)
+        if ending is None:
+            self._lost(task)
+        elif ending.kind == "user_error":
+            self.searcher.interrupt(task)
+            self._gone(task, "FAILED")
+            self._abort(UserError(f"{task.key}: {ending.text}"))
+        elif ending.kind == "interrupted":
+            self.searcher.interrupt(task)
+            self._gone(task, "KILLED")
+        else:
+            assert ending.result is not None
+            assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
+            self.searcher.finish(ending.result)
+            self.progress.finished(ending.result)
+            if self.tracker is not None:
+                self.tracker.fit_ended(ending.result)
+        self._close_candidate(task.candidate)
+
+    def stop(self) -> None:
+        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print."""
+        self.interrupted = True
+        self.searcher.stop()
+        self._stop_file.write()
+
+    def outcome(self) -> Outcome:
+        """How the study stands."""
+        candidates = list(self.searcher.candidates.values())
+        results = [result for candidate in candidates for result in candidate.results.values()]
+        finished = sum(result.state == "finished" for result in results)
+        failed = len(results) - finished + sum(len(candidate.lost) for candidate in candidates)
+        return Outcome(finished, failed, self.searcher.num_planned - finished - failed, self.interrupted)
+
+    def _abort(self, error: UserError) -> None:
+        self.error = self.error or error
+        self.searcher.stop()
+        self._stop_file.write()
+
+    def _lost(self, task: FitTask) -> None:
+        reason = reason_of(task)
+        again = self.searcher.lose(task, reason)
+        self.progress.note(f"{task.key}: {reason}; " + ("trying again" if again else "given up; running the study again tries it again"))
+        self._gone(task, None if again else "FAILED")
+
+    def _gone(self, task: FitTask, status: str | None) -> None:
+        self.progress.gone(task.key)
+        if self.tracker is not None and status is not None:
+            self.tracker.fit_gone(task.key, status)
+
+    def _announce(self, name: str) -> None:
+        if name not in self._announced:
+            self._announced.add(name)
+            self.progress.planned(name, len(self.searcher.splits), self.searcher.num_planned)
+
+    def _close_candidate(self, name: str) -> None:
+        candidate = self.searcher.candidates[name]
+        if candidate.ended and self.tracker is not None:
+            self.tracker.candidate_ended(name, list(candidate.results.values()))

@@ -1,0 +1,136 @@
+"""What happens around a fit in its worker process: load the study file, watch the clock, say how it ended.
+
+Knows no Ray: the caller gives `report`. What can be expected to go wrong comes back as a value, since an exception costs
+the process; what cannot is written to `error.txt` in the fit's folder and raised, and the fit gets a fresh process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pyarrow import fs
+
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen
+from softseg_dist.study_file import describe, load_source
+from softseg_dist.training.task import EpochReport, FitResult, FitTask, Interrupted, Worker
+
+STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
+
+Fit = Callable[[FitTask, Worker], FitResult]
+
+
+class Ending(Frozen):
+    """How a fit ended in its process: with a result, asked to stop, or on a mistake of the user's."""
+
+    kind: Literal["result", "interrupted", "user_error"]
+    result: FitResult | None = None
+    text: str = ""
+
+
+class StopFile:
+    """True once the file is there; the driver writes it to make all fits stop. Looks at the disk twice a second at most."""
+
+    def __init__(self, uri: str) -> None:
+        self._files, self._path = (fs.FileSystem.from_uri(uri)) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self._seen = False
+        self._next_s = 0.0
+
+    def __call__(self) -> bool:
+        if not self._seen and time.monotonic() >= self._next_s:
+            self._seen = self._files.get_file_info(self._path).type == fs.FileType.File
+            self._next_s = time.monotonic() + STOP_CHECK_S
+        return self._seen
+
+    def write(self) -> None:
+        """Make all fits stop."""
+        with self._files.open_output_stream(self._path) as stream:
+            stream.write(b"")
+        self._seen = True
+
+    def remove(self) -> None:
+        """Let fits run."""
+        if self._files.get_file_info(self._path).type == fs.FileType.File:
+            self._files.delete_file(self._path)
+        self._seen = False
+
+
+def run_fit(
+    config: dict[str, Any], fit: Fit, source: tuple[str, str] | None, device: str, report: Callable[[dict[str, str]], None]
+) -> dict[str, str]:
+    """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
+
+    `source` is stem and text of the study file, whose classes the task's JSON may name.
+    """
+    if source is not None:
+        load_source(*source)
+    task = FitTask.model_validate(json.loads(config["task"]))
+    stop = StopFile(config["stop"])
+
+    def tell(metrics: dict[str, float]) -> None:
+        report({"epoch": json.dumps(metrics)})
+
+    ending = Ending(kind="interrupted") if stop() else _guarded(task, fit, Worker(device=device, report=tell, stop=stop))
+    return {"ending": json.dumps(ending.model_dump(mode="json"))}
+
+
+def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _error_path(task).unlink(missing_ok=True)
+    try:
+        with _time_limit(task):
+            result = fit(task, worker)
+    except Interrupted:
+        return Ending(kind="interrupted")
+    except UserError as error:
+        return Ending(kind="user_error", text=str(error))
+    except Exception as error:
+        _error_path(task).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
+        raise
+    return Ending(kind="result", result=result)
+
+
+@contextmanager
+def _time_limit(task: FitTask) -> Iterator[None]:
+    """End the process if the block takes too long, and leave all stacks in `stack.txt`.
+
+    A thread of the interpreter's own does it, without the GIL, so that it also ends a fit that hangs in native code.
+    """
+    path = _stack_path(task)
+    path.unlink(missing_ok=True)
+    if task.time_limit_s is None:
+        yield
+        return
+    with path.open("w") as file:
+        faulthandler.dump_traceback_later(task.time_limit_s, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    path.unlink()
+
+
+def reason_of(task: FitTask) -> str:
+    """Why a fit's process ended without an `Ending`, as far as its folder tells."""
+    if _error_path(task).exists():
+        lines = _error_path(task).read_text(encoding="utf-8").splitlines()
+        return f"{lines[0] if lines else 'error'} (see {_error_path(task)})"
+    if _stack_path(task).exists() and _stack_path(task).stat().st_size:
+        return f"took longer than its time limit of {task.time_limit_s:g} s (see {_stack_path(task)})"
+    return "its process died (killed, out of memory, or crashed)"
+
+
+def _error_path(task: FitTask) -> Path:
+    return Path(task.folder) / "error.txt"
+
+
+def _stack_path(task: FitTask) -> Path:
+    return Path(task.folder) / "stack.txt"

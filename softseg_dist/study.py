@@ -1,0 +1,207 @@
+"""What to run: a study, its candidates (recipes), its search, and the machine a fit may use.
+
+A study file builds one `Study`; everything in it is a frozen object that validates, prints, compares, goes to JSON and back
+and has a fingerprint. Nothing happens when it is built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from softseg_dist.data.layouts import DataSet
+from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.splits import Splits
+from softseg_dist.frozen import Frozen, function_of
+from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
+from softseg_dist.numerics.augmentation import Augmentation
+from softseg_dist.numerics.labels import LabelMode, check_fusion
+from softseg_dist.numerics.losses import Dice, Loss
+from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.networks import Network, UNet
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Optim(Frozen):
+    """Adam and its schedule, for one fit.
+
+    `patience` counts epochs without a better objective on validation; None trains for all `epochs`. `clip_norm` bounds the
+    gradient's L2 norm before each step. Defaults follow SoftSeg's published configuration where it has one.
+    """
+
+    lr: PositiveFloat = 1e-3
+    epochs: PositiveInt = 200
+    batch_size: PositiveInt = 16
+    patience: PositiveInt | None = 50
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: PositiveFloat | None = None
+
+
+class Recipe(Frozen):
+    """One way to train: label mode, rater fusion, augmentation, network, activation, loss, optimizer. A candidate is one.
+
+    `label`: "soft" (never rounded), "hard" (rounded once, last), "nearest" or "hard_each" (see `numerics.labels`).
+    `fusion`: "mean", "majority", "random_rater", or "rater:<name>".
+    """
+
+    network: Network = UNet()
+    activation: Activation = Sigmoid()
+    loss: Loss = Dice()
+    label: LabelMode = "soft"
+    fusion: str = "mean"
+    augment: tuple[Augmentation, ...] = ()
+    optim: Optim = Optim()
+
+    _check_fusion = field_validator("fusion")(check_fusion)
+
+
+class Search(Frozen):
+    """Let Optuna propose candidates: `propose(trial) -> Recipe` is define-by-run, conditional spaces are plain `if`.
+
+    `startup_trials` random candidates come before the TPE model is used. Enqueued candidates do not count as trials.
+    """
+
+    propose: Callable[..., Any]
+    trials: PositiveInt = 20
+    startup_trials: PositiveInt = 10
+
+    def __init__(self, propose: Callable[..., Any] | Mapping[str, str], **fields: Any) -> None:
+        super().__init__(propose=propose, **fields)  # type: ignore[call-arg]
+
+    @field_validator("propose", mode="before")
+    @classmethod
+    def _find(cls, value: Any) -> Any:
+        return function_of(value["function"]) if isinstance(value, Mapping) else value
+
+
+class Resources(Frozen):
+    """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it."""
+
+    cpus_per_fit: PositiveInt = 1
+    gpus_per_fit: float = Field(0.0, ge=0)
+    max_concurrent: PositiveInt | None = None
+    checkpoint_every_s: float = Field(60.0, ge=0)
+    time_limit_s: PositiveFloat | None = None
+
+
+class Study(Frozen):
+    """One question, one data set, splits and candidates.
+
+    `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
+    `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
+    since losses of different candidates are not comparable. `subjects` keeps the first N subjects only.
+    """
+
+    DEBUG_SUBJECTS: ClassVar[int] = 6
+
+    name: str
+    question: str
+    data: DataSet
+    preprocess: Preprocess = Preprocess()
+    splits: Splits
+    objective: str = "dice_dml"
+    candidates: dict[str, Recipe] = {}
+    control: str | None = None
+    search: Search | None = None
+    seed: int = Field(0, ge=0)
+    subjects: int | None = Field(None, ge=3)
+    resources: Resources = Resources()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"a study's name becomes a folder: letters, digits, '.', '_' and '-' only, got {value!r}")
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        if value not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(sorted(OBJECTIVES))}, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.candidates and self.search is None:
+            raise ValueError("a study needs candidates=..., search=..., or both")
+        for name, recipe in self.candidates.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
+            self.check_recipe(name, recipe)
+        if self.control is not None and self.control not in self.candidates:
+            raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
+        return self
+
+    def check_recipe(self, name: str, recipe: Recipe) -> None:
+        """Raises ValueError if `recipe` cannot be trained on this study's data."""
+        kind, _, rater = recipe.fusion.partition(":")
+        known = self.data.rater_names
+        if kind == "rater" and known is not None and rater not in known:
+            raise ValueError(f"candidate {name}: fusion names rater {rater!r}, but the raters are {', '.join(known)}")
+        if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
+            raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
+
+    def debug(self) -> Study:
+        """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""
+        recipes = {n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()}
+        search = self.search and self.search.replace(trials=min(2, self.search.trials))
+        return self.replace(
+            name=f"{self.name}-debug",
+            splits=self.splits.first(2),
+            candidates=recipes,
+            search=search,
+            subjects=min(self.subjects or self.DEBUG_SUBJECTS, self.DEBUG_SUBJECTS),
+        )
+
+
+def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:
+    """Every combination of `factors` over `base`, named by the short names of what varies, joined by "-".
+
+    >>> from softseg_dist import BCE, Dice, Recipe
+    >>> list(factorial(Recipe(), label=("hard", "soft"), loss=(Dice(), BCE())))
+    ['hard-dice', 'hard-bce', 'soft-dice', 'soft-bce']
+
+    Two values of one class are told apart by the fields in which they differ: `wing_omega8`, `wing_omega14`.
+    Raises ValueError if a factor is not a field of Recipe, or if two values of one factor are equal.
+    """
+    named = {field: _levels(field, values) for field, values in factors.items()}
+    cells = itertools.product(*named.values())
+    return {"-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True))) for cell in cells}
+
+
+def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    if field not in Recipe.model_fields:
+        raise ValueError(f"factor {field!r} is not a field of Recipe; there are {', '.join(Recipe.model_fields)}")
+    shorts = [_short(v) for v in values]
+    names = [
+        short if shorts.count(short) == 1 else short + _difference(value, [v for v in values if _short(v) == short])
+        for short, value in zip(shorts, values, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two values of factor {field!r} are the same: {', '.join(map(str, values))}")
+    return list(zip(names, values, strict=True))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_short, value)).replace("+", "_") or "none"
+    return (value.short or type(value).__name__.lower()) if isinstance(value, Frozen) else str(value).replace(":", "_")
+
+
+def _difference(value: Any, among: list[Any]) -> str:
+    if not isinstance(value, Frozen) or len({type(v) for v in among}) > 1:
+        return ""
+    fields = [f for f in type(value).model_fields if len({str(getattr(v, f)) for v in among}) > 1]
+    return "".join(f"_{f}{_number(getattr(value, f))}" for f in fields)
+
+
+def _number(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")

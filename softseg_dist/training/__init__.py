@@ -1,0 +1,1 @@
+"""One fit: plain torch, on one device or one rank."""

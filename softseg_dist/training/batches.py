@@ -1,0 +1,84 @@
+"""From the store to training batches: which items belong to a split, in which order they come, and their augmented targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softseg_dist.data.store import Store
+from softseg_dist.numerics.augmentation import augment
+from softseg_dist.numerics.labels import prepare_target
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.study import Recipe
+from softseg_dist.training.task import FitTask
+
+
+@lru_cache(maxsize=2)
+def open_store(path: str, fingerprint: str) -> Store:
+    """The store, mapped once per process: fits that follow each other in a warm process share it."""
+    return Store.open(path, fingerprint)
+
+
+def cases_of(store: Store, subjects: Sequence[str]) -> list[int]:
+    """Indices of all cases of `subjects`, in the store's order."""
+    wanted = set(subjects)
+    return [case.index for case in store.cases if case.subject in wanted]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All training items of one fit. What is drawn, and how it is augmented, depends on (study, seed, split, epoch, item) alone."""
+
+    store: Store
+    recipe: Recipe
+    items: tuple[tuple[int, int], ...]  # (case, item of the case)
+    seed: int
+
+    @classmethod
+    def of(cls, task: FitTask, store: Store) -> Batches:
+        """The training items of a task's split."""
+        items = tuple((c, i) for c in cases_of(store, task.split.train) for i in range(store.cases[c].num_items))
+        return cls(store, task.recipe, items, seed_of(task.study, task.seed, task.split.index))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last batch may be smaller; nothing is dropped or repeated."""
+        return -(-len(self.items) // self.recipe.optim.batch_size)
+
+    def order(self, epoch: int) -> list[int]:
+        """The items in the order in which `epoch` sees them: each exactly once."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+        return torch.randperm(len(self.items), generator=generator).tolist()
+
+    def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
+        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them."""
+        images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
+        image = torch.from_numpy(np.stack(images)).to(device)
+        target = torch.stack(targets).to(device)
+        seeds = [seed_of(self.seed, "augment", epoch, member) for member in members]
+        spacing = self.store.sample(self.items[members[0]][0]).spacing_mm
+        return augment(image, target, self.recipe.augment, seeds, self.recipe.label, spacing)
+
+    def mean_label(self) -> Tensor:
+        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation."""
+        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in range(len(self.items)))
+        assert isinstance(total, Tensor), "a split has training items"
+        return total / len(self.items)
+
+    def _item(self, epoch: int, member: int) -> tuple[np.ndarray, Tensor]:
+        case, item = self.items[member]
+        sample = self.store.sample(case)
+        target = prepare_target(
+            torch.from_numpy(np.array(sample.raters[item])),
+            None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest[item])),
+            self.recipe.label,
+            self.recipe.fusion,
+            sample.rater_names,
+            seed_of(self.seed, "rater", epoch, member),
+        )
+        return sample.image[item], target

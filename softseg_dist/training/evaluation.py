@@ -1,0 +1,101 @@
+"""What a trained model is worth on the validation and test subjects of its split, as one score and as rows of the results table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from softseg_dist.data.preprocess import Sample
+from softseg_dist.data.store import Store
+from softseg_dist.numerics.metrics import OBJECTIVES, case_rows, objective_score
+from softseg_dist.numerics.thresholds import CURVE, choose_thresholds
+from softseg_dist.training.batches import cases_of
+from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.model import Model
+from softseg_dist.training.results import write_rows
+from softseg_dist.training.task import FitTask, cases_path
+
+Subset = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objective, in its own unit, on both subsets (None if undefined on every case), and the thresholds chosen on validation."""
+
+    score: float | None
+    test_score: float | None
+    thresholds: dict[str, float]
+
+
+def mean_reference(sample: Sample) -> np.ndarray:
+    """The mean of the raters, soft [N K *S]: what every candidate is measured against, whatever it was trained on."""
+    mean: np.ndarray = sample.raters.mean(axis=1)
+    return mean
+
+
+def validation_score(model: Model, task: FitTask, store: Store, device: str) -> float:
+    """The signed objective on validation, higher is better: mean over subjects of their cases' scores; NaN if undefined on all."""
+    scores: dict[str, list[float]] = {}
+    for sample, prediction in _predict(model, task, store, "validation", device):
+        score = objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3)
+        scores.setdefault(sample.subject, []).append(score)
+    return _mean([_mean(of_subject) for of_subject in scores.values()])
+
+
+def evaluate(model: Model, task: FitTask, store: Store, device: str) -> Evaluation:
+    """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table."""
+    on_validation = list(_predict(model, task, store, "validation", device))
+    thresholds = choose_thresholds([p for _, p in on_validation], [mean_reference(s) for s, _ in on_validation])
+    rows = [row for sample, p in on_validation for row in _rows(task, store, "validation", sample, p, thresholds)]
+    for sample, prediction in _predict(model, task, store, "test", device):
+        rows += _rows(task, store, "test", sample, prediction, thresholds)
+    write_rows(rows, cases_path(task.folder))
+    return Evaluation(_score(rows, task.objective, "validation"), _score(rows, task.objective, "test"), thresholds)
+
+
+def _predict(model: Model, task: FitTask, store: Store, subset: Subset, device: str) -> Iterator[tuple[Sample, np.ndarray]]:
+    subjects = task.split.validation if subset == "validation" else task.split.test
+    for case in cases_of(store, subjects):
+        sample = store.sample(case)
+        yield sample, predict_sample(model, sample, device)
+
+
+def _rows(
+    task: FitTask, store: Store, subset: Subset, sample: Sample, prediction: np.ndarray, thresholds: dict[str, float]
+) -> list[dict[str, Any]]:
+    references = {"mean": mean_reference(sample)}
+    if len(sample.rater_names) > 1:
+        references |= {name: sample.raters[:, r] for r, name in enumerate(sample.rater_names)}
+    if sample.truth is not None:
+        references["truth"] = sample.truth
+    measured = case_rows(prediction, references, store.classes, list(thresholds.values()), CURVE, sample.voxel_mm3)
+    head = {
+        "study": task.study,
+        "candidate": task.candidate,
+        "split": task.split.index,
+        "subset": subset,
+        "subject": sample.subject,
+        "case": sample.name,
+    }
+    return [
+        head | {"class": r.class_name, "reference": r.reference, "threshold": r.threshold, "metric": r.metric, "value": r.value}
+        for r in measured
+    ]
+
+
+def _score(rows: list[dict[str, Any]], objective: str, subset: Subset) -> float | None:
+    metric = OBJECTIVES[objective].metric
+    subjects: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["subset"] == subset and row["reference"] == "mean" and row["metric"] == metric and row["threshold"] is None:
+            subjects.setdefault(row["subject"], {}).setdefault(row["case"], []).append(row["value"])
+    score = _mean([_mean([_mean(classes) for classes in cases.values()]) for cases in subjects.values()])
+    return None if np.isnan(score) else score
+
+
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if not np.isnan(v)]
+    return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,240 @@
+"""One fit: one candidate on one split, plain torch on one device.
+
+Everything random follows from (study, seed, split, epoch, item), never from the candidate, the process or a restart. So every
+candidate starts from the same weights and sees the same batches, and a fit that goes on from its checkpoint ends with the
+weights it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softseg_dist.numerics.activations import dead_samples
+from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.training.batches import Batches, open_store
+from softseg_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from softseg_dist.training.evaluation import evaluate, validation_score
+from softseg_dist.training.files import replace_file
+from softseg_dist.training.model import Model, build_model, load_weights, save_weights
+from softseg_dist.training.task import (
+    FitResult,
+    FitTask,
+    Interrupted,
+    Worker,
+    cases_path,
+    checkpoint_path,
+    history_path,
+    result_path,
+    weights_path,
+)
+
+NOT_CONVERGED_SHARE = 0.05  # a best epoch in the last 5 % of the budget: SCIENCE.md, section 9
+
+
+class Diverged(Exception):
+    """A loss that is not finite: the fit has failed, for good; the text says where and why."""
+
+
+@dataclass
+class Progress:
+    """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    dead: int = 0
+    dead_share: float = 0.0
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    elapsed_s: float = 0.0
+
+
+def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
+    """Train, pick the best epoch on validation, evaluate validation and test; idempotent and resumable.
+
+    Writes only into `task.folder`. A fit that has ended there is returned as it was; one that has not goes on from its
+    checkpoint. A loss that is not finite gives a result with state "failed"; asked to stop it raises `Interrupted`.
+    """
+    worker = worker or Worker()
+    if (ended := _ended(task)) is not None:
+        return ended
+    torch.set_num_threads(task.threads)
+    torch.set_flush_denormal(True)
+    Path(task.folder).mkdir(parents=True, exist_ok=True)
+    training = Training(task, worker)
+    try:
+        training.run()
+        result = training.result()
+    except Diverged as reason:
+        result = training.describe(state="failed", reason=str(reason))
+    text = json.dumps({"identity": task.identity, "result": result.model_dump(mode="json")})
+    replace_file(result_path(task.folder), lambda partial: partial.write_text(text))
+    checkpoint_path(task.folder).unlink(missing_ok=True)
+    return result
+
+
+def _ended(task: FitTask) -> FitResult | None:
+    path = result_path(task.folder)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return FitResult.model_validate(record["result"]) if record["identity"] == task.identity else None
+
+
+class Training:
+    """The state of one running fit: model, optimizer, batches and progress."""
+
+    def __init__(self, task: FitTask, worker: Worker) -> None:
+        self.task, self.worker, self.optim = task, worker, task.recipe.optim
+        self.store = open_store(task.store, task.store_fingerprint)
+        self.batches = Batches.of(task, self.store)
+        weights_seed = seed_of(self.batches.seed, "weights")
+        shape = self.store.channels, len(self.store.classes), self.store.dim
+        self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).to(worker.device)
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
+        self.progress = Progress()
+        self.resumed_epoch: int | None = None
+        self.started = self.saved = time.monotonic()
+        self._resume()
+
+    def run(self) -> None:
+        """Train to the last epoch, or until the objective has not risen for `patience` epochs."""
+        while self.progress.epoch < self.optim.epochs and not self._out_of_patience():
+            self._train_epoch()
+            self._close_epoch()
+
+    def result(self) -> FitResult:
+        """Evaluate the best epoch on validation and test, write its rows, and say what came out."""
+        best = self.progress.best_epoch
+        if best == 0:
+            return self.describe(state="failed", reason=f"{self.task.objective} is undefined on every validation case")
+        load_weights(self.model, weights_path(self.task.folder))
+        outcome = evaluate(self.model, self.task, self.store, self.worker.device)
+        return self.describe(
+            state="finished",
+            score=outcome.score,
+            test_score=outcome.test_score,
+            best_epoch=best,
+            converged=best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs,
+            thresholds=outcome.thresholds,
+        )
+
+    def describe(self, **outcome: Any) -> FitResult:
+        """A result with everything that is known whether the fit has failed or not."""
+        return FitResult(
+            candidate=self.task.candidate,
+            split=self.task.split.index,
+            epochs=self.progress.epoch,
+            dead_share=self.progress.dead_share,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            duration_s=self.progress.elapsed_s + time.monotonic() - self.started,
+            peak_memory_mb=_peak_memory_mb(self.worker.device),
+            attempt=self.task.attempt,
+            resumed_epoch=self.resumed_epoch,
+            process=platform.node(),
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+            **outcome,
+        )
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        order, size, now = self.batches.order(self.progress.epoch), self.optim.batch_size, self.progress
+        while now.step < self.batches.steps_per_epoch:
+            members = order[now.step * size : (now.step + 1) * size]
+            torch.manual_seed(seed_of(self.batches.seed, "step", now.epoch, now.step))  # dropout, without a state to restore
+            self._step(*self.batches.batch(now.epoch, members, self.worker.device))
+            now.step += 1
+            if self.worker.stop():
+                self._checkpoint()
+                raise Interrupted(self.task.key)
+            if time.monotonic() - self.saved >= self.task.checkpoint_every_s:
+                self._checkpoint()
+
+    def _step(self, image: Tensor, target: Tensor) -> None:
+        now = self.progress
+        for group in self.adam.param_groups:
+            group["lr"] = self._lr(now.epoch * self.batches.steps_per_epoch + now.step)
+        logits = self.model.logits(image)
+        prediction = self.model.activation(logits)
+        loss = self.task.recipe.loss(prediction, target)
+        if not torch.isfinite(loss):
+            raise Diverged(f"loss is {loss.item()} in epoch {now.epoch + 1}, step {now.step + 1}: {self._cause(logits, prediction)}")
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        self.adam.step()
+        now.losses.append(loss.item())
+        now.dead += int(dead_samples(prediction.detach()))
+
+    def _lr(self, step: int) -> float:
+        if self.optim.schedule == "constant":
+            return self.optim.lr
+        return self.optim.lr * 0.5 * (1 + math.cos(math.pi * step / (self.optim.epochs * self.batches.steps_per_epoch)))
+
+    def _cause(self, logits: Tensor, prediction: Tensor) -> str:
+        if not torch.isfinite(logits).all():
+            return f"the network's output is not finite, its weights diverged; try a smaller lr than {self.optim.lr:g} or clip_norm=1"
+        if not torch.isfinite(prediction).all():
+            return f"{self.task.recipe.activation} is not finite for finite logits"
+        low, high = prediction.min().item(), prediction.max().item()
+        return f"{self.task.recipe.loss} is not finite for finite predictions in [{low:g}, {high:g}]"
+
+    def _close_epoch(self) -> None:
+        now = self.progress
+        score = validation_score(self.model, self.task, self.store, self.worker.device)
+        now.dead_share = now.dead / len(self.batches.items)
+        if score > now.best_score:
+            now.best_score, now.best_epoch = score, now.epoch + 1
+            save_weights(self.model, weights_path(self.task.folder))
+        row = {
+            "epoch": now.epoch + 1,
+            "loss": sum(now.losses) / len(now.losses),
+            self.task.objective: OBJECTIVES[self.task.objective].sign * score,
+            "lr": self._lr((now.epoch + 1) * self.batches.steps_per_epoch - 1),
+            "dead_share": now.dead_share,
+        }
+        with history_path(self.task.folder).open("a") as history:
+            history.write(json.dumps(row) + "\n")
+        now.epoch, now.step, now.losses, now.dead = now.epoch + 1, 0, [], 0
+        self.worker.report({name: float(value) for name, value in row.items()})
+
+    def _out_of_patience(self) -> bool:
+        now = self.progress
+        return self.optim.patience is not None and now.epoch - now.best_epoch >= self.optim.patience
+
+    def _checkpoint(self) -> None:
+        self.progress.elapsed_s += time.monotonic() - self.started
+        self.started = self.saved = time.monotonic()
+        save_checkpoint(self.task, self.model, self.adam, vars(self.progress))
+
+    def _resume(self) -> None:
+        history = history_path(self.task.folder)
+        saved = load_checkpoint(self.task, self.model, self.adam)
+        if saved is None:
+            for stale in (history, weights_path(self.task.folder), cases_path(self.task.folder)):
+                stale.unlink(missing_ok=True)
+            return
+        self.progress = Progress(**saved)
+        self.resumed_epoch = self.progress.epoch
+        rows = history.read_text().splitlines(keepends=True) if history.exists() else []
+        history.write_text("".join(rows[: self.progress.epoch]))
+
+
+def _peak_memory_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

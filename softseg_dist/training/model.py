@@ -1,0 +1,55 @@
+"""A network with its final activation, and how its weights go to disk and back (safetensors: no pickle)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from softseg_dist.numerics.activations import Activation
+from softseg_dist.numerics.networks import Network
+from softseg_dist.study import Recipe
+from softseg_dist.training.files import replace_file
+
+
+class Model(nn.Module):
+    """Images [B C *S] -> prediction [B K *S] in [0, 1]; `logits` stops before the activation."""
+
+    def __init__(self, network: Network, activation: Activation, channels: int, classes: int, dim: int) -> None:
+        super().__init__()
+        self.network = network.build(channels, activation.num_logits(classes), dim)
+        self.activation = activation.build(classes)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """[B C *S] -> [B num_logits *S]."""
+        return self.network(image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B C *S] -> [B K *S] in [0, 1]."""
+        return self.activation(self.network(image))
+
+
+def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:
+    """A fresh model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
+
+    The last bias starts where the activation gives the mean training label, or every sigmoid arm would spend its first hundreds
+    of steps on the faint background alone (SCIENCE.md, section 9).
+    """
+    torch.manual_seed(seed)
+    model = Model(recipe.network, recipe.activation, channels, classes, dim)
+    with torch.no_grad():
+        recipe.network.last_bias(model.network).copy_(recipe.activation.initial_bias(mean_label))
+    return model
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write all parameters and buffers; the file appears whole or not at all."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    replace_file(path, lambda partial: save_file(state, partial))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read what `save_weights` wrote. Raises RuntimeError if names or shapes differ."""
+    model.load_state_dict(load_file(path))

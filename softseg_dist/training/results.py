@@ -1,0 +1,51 @@
+"""The results table: one row per study, candidate, split, case, class, reference, threshold and metric, as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softseg_dist.training.files import replace_file
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("study", _NAME),
+        ("candidate", _NAME),
+        ("split", pa.int32()),
+        ("subset", _NAME),  # validation or test
+        ("subject", _NAME),
+        ("case", _NAME),
+        ("class", _NAME),
+        ("reference", _NAME),  # "mean" of the raters, each rater by name, "truth" where it is known
+        ("threshold", pa.float64()),  # null for what is measured on the soft map
+        ("metric", _NAME),
+        ("value", pa.float64()),
+    ]
+)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Write rows of the results table; the file appears whole or not at all."""
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+
+def merge_tables(parts: Iterable[str | Path], path: str | Path) -> int:
+    """Write the rows of all `parts` to one table, part by part; returns the number of rows."""
+    rows = 0
+
+    def write(partial: Path) -> None:
+        nonlocal rows
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            for part in parts:
+                table = pq.read_table(part).cast(SCHEMA)
+                rows += table.num_rows
+                writer.write_table(table)
+
+    replace_file(path, write)
+    return rows

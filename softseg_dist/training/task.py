@@ -1,0 +1,124 @@
+"""What goes into a fit and what comes out of it: the frozen types that cross between search, workers and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from softseg_dist.data.splits import Split
+from softseg_dist.frozen import Frozen
+from softseg_dist.study import Recipe
+
+
+class FitTask(Frozen):
+    """One fit: one candidate on one split. Everything that its result depends on, and where it may write.
+
+    `seed` is the study's; all randomness of the fit follows from (`study`, `seed`, split index), never from the candidate, so that
+    all candidates see the same initial weights, batches and augmentation. `store` is the path of the Arrow file and
+    `store_fingerprint` the name it must have. `folder` belongs to this fit alone.
+    """
+
+    study: str
+    seed: int
+    candidate: str
+    recipe: Recipe
+    split: Split
+    objective: str
+    store: str
+    store_fingerprint: str
+    folder: str
+    threads: int = 1
+    checkpoint_every_s: float = 60.0
+    time_limit_s: float | None = None
+    attempt: int = 0
+
+    @property
+    def key(self) -> str:
+        """`hard-sigmoid-dice/003`: names the fit in the ledger, in MLflow and in messages."""
+        return f"{self.candidate}/{self.split.name}"
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what the result depends on; where and how fast it runs is left out."""
+        where = {"store": "", "folder": "", "threads": 1, "checkpoint_every_s": 0.0, "time_limit_s": None, "attempt": 0}
+        return self.replace(**where).fingerprint
+
+
+class FitResult(Frozen):
+    """What is known of a fit when it has ended; one JSON file of the ledger.
+
+    `score` is the objective on validation at the best epoch, `test_score` the same metric on the test subjects (both means
+    over subjects, NaN cases left out). `thresholds` maps rule to the value chosen on validation. `converged` is
+    False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
+    epoch, whose NormReLU output was 0 everywhere. A "failed" fit has a `reason` and no score.
+    """
+
+    candidate: str
+    split: int
+    state: Literal["finished", "failed"]
+    reason: str = ""
+    score: float | None = None
+    test_score: float | None = None
+    best_epoch: int | None = None
+    epochs: int = 0
+    converged: bool | None = None
+    dead_share: float | None = None
+    thresholds: dict[str, float] = {}
+    parameters: int | None = None
+    duration_s: float = 0.0
+    peak_memory_mb: float = 0.0
+    attempt: int = 0
+    resumed_epoch: int | None = None
+    process: str = ""
+    versions: dict[str, str] = {}
+
+
+EpochReport = Callable[[dict[str, float]], None]
+
+
+def _ignore(metrics: dict[str, float]) -> None:
+    """The report of a fit that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Where a fit runs, as far as the fit needs to know: on which device, whom it tells, and who may stop it.
+
+    `report` gets one flat dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked after every
+    step: True makes the fit write its checkpoint and raise `Interrupted`.
+    """
+
+    device: str = "cpu"
+    report: EpochReport = field(default=_ignore)
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+
+class Interrupted(Exception):
+    """The fit was asked to stop; its checkpoint is written and the next call goes on from there."""
+
+
+def history_path(folder: str | Path) -> Path:
+    """One JSON line per finished epoch."""
+    return Path(folder) / "history.jsonl"
+
+
+def result_path(folder: str | Path) -> Path:
+    """The result of a fit that has ended, beside what it is the result of; makes a fit that is run again free."""
+    return Path(folder) / "result.json"
+
+
+def checkpoint_path(folder: str | Path) -> Path:
+    """The state of a fit that has not ended; removed when it has."""
+    return Path(folder) / "checkpoint.pt"
+
+
+def weights_path(folder: str | Path) -> Path:
+    """The weights of the best epoch."""
+    return Path(folder) / "best.safetensors"
+
+
+def cases_path(folder: str | Path) -> Path:
+    """The fit's rows of the results table."""
+    return Path(folder) / "cases.parquet"

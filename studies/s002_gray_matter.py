@@ -1,0 +1,48 @@
+"""Does soft training beat binary training on spinal cord gray matter?
+
+Run:    softseg run studies/s002_gray_matter.py --data-root DATA
+Debug:  softseg run studies/s002_gray_matter.py --data-root DATA --debug
+Cost:   8 candidates x 6 splits = 48 fits
+Result: (filled in after the run)
+
+DATA holds gm_challenge: T2*-weighted spinal cord, 8 sessions of 6 people at 6 sites, one rater. Sessions of one person stay
+together. The masks are binary; resampling them to 0.5 mm in plane makes them soft at their borders, which is where SoftSeg's
+soft labels come from when there is one rater.
+"""
+
+from softseg_dist import (
+    AdaptiveWing,
+    Affine,
+    Bids,
+    Dice,
+    MonteCarlo,
+    NormReLU,
+    Optim,
+    Preprocess,
+    Recipe,
+    Sigmoid,
+    Study,
+    UNet,
+    factorial,
+)
+
+BASE = Recipe(
+    network=UNet(filters=(16, 32, 64, 128)),
+    label="hard",
+    fusion="mean",
+    augment=(Affine(degrees=20, scale=0.1, shift=0.03),),
+    optim=Optim(lr=1e-3, epochs=60, batch_size=16),
+)
+
+STUDY = Study(
+    name="s002_gray_matter",
+    question="Does soft training beat binary training on spinal cord gray matter?",
+    data=Bids("gm_challenge", image="T2starw", labels={"GM": "gmseg-manual"}, person=r"sub-(\d+)"),
+    preprocess=Preprocess(dim=2, spacing_mm=(0.5, 0.5), crop=(96, 96), center="seg-manual"),
+    splits=MonteCarlo(count=6),
+    objective="dice_dml",
+    candidates=factorial(
+        BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())
+    ),
+    control="hard-sigmoid-dice",
+)

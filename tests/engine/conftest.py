@@ -1,0 +1,31 @@
+"""One Ray for all engine tests of this process: starting one takes seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from softseg_dist.search.run import ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    """A local Ray with two places for fits."""
+    import ray
+
+    os.environ.update(ENVIRONMENT)
+    here = str(Path(__file__).parent)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )
+    yield
+    ray.shutdown()

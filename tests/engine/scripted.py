@@ -1,0 +1,134 @@
+"""Fits that train nothing and do what a script says, and the study they belong to. Imported by workers and by subprocesses.
+
+The script is `faults.json` in the run folder: fit key -> what goes wrong with it ("raise", "kill", "hang", "nan", ...).
+Run as a program it is a driver: `python scripted.py FOLDER '{"sleep_s": 0.1, ...}'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study
+from softseg_dist.data.splits import Split
+from softseg_dist.errors import UserError
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import PlainLines, Progress
+from softseg_dist.search.run import run_search
+from softseg_dist.search.session import Outcome
+from softseg_dist.search.tracking import Tracker
+from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
+
+NUM_SPLITS = 3
+NUM_EPOCHS = 3
+BASE = Recipe(optim=Optim(epochs=NUM_EPOCHS))
+
+
+def propose(trial: Any) -> Recipe:
+    return BASE.replace(optim=Optim(epochs=NUM_EPOCHS, lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True)))
+
+
+def make_study(candidates: tuple[str, ...] = ("a", "b"), trials: int = 0, num_splits: int = NUM_SPLITS) -> Study:
+    return Study(
+        name="scripted",
+        question="Does the engine do what it is told?",
+        data=Phantom(subjects=10),
+        splits=MonteCarlo(count=num_splits),
+        candidates={name: BASE for name in candidates},
+        control=candidates[0] if candidates else None,
+        search=Search(propose, trials=trials) if trials else None,
+    )
+
+
+def splits_of(study: Study) -> tuple[Split, ...]:
+    return study.splits.make({f"sub-{i}": "" for i in range(10)}, study.seed)
+
+
+def score_of(task: FitTask) -> float:
+    return task.recipe.optim.lr + task.split.index / 100
+
+
+def scripted_fit(task: FitTask, worker: Worker) -> FitResult:
+    """Count the start, report some epochs, and do what the script says in the middle of it."""
+    folder, run = Path(task.folder), Path(task.folder).parents[2]
+    script = json.loads((run / "faults.json").read_text()) if (run / "faults.json").exists() else {}
+    with (folder / "starts").open("a") as starts:
+        starts.write(f"{os.getpid()} {task.attempt}\n")
+    for epoch in range(1, NUM_EPOCHS + 1):
+        worker.report({"epoch": float(epoch), "loss": 1 / epoch})
+        _pause(worker, script.get("sleep_s", 0.0))
+        if epoch == 2 and (task.attempt == 0 or script.get("always")):
+            _go_wrong(script.get(task.key, ""))
+    known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt, "process": str(os.getpid())}
+    if script.get(task.key) == "nan":
+        return FitResult(**known, state="failed", reason="loss is nan in epoch 2")
+    return FitResult(**known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5})
+
+
+def _pause(worker: Worker, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        if worker.stop():
+            raise Interrupted
+        if time.monotonic() >= until:
+            return
+        time.sleep(0.01)
+
+
+def _go_wrong(how: str) -> None:
+    if how == "raise":
+        raise ValueError("the fit broke")
+    if how == "user":
+        raise UserError("the store is missing")
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+    if how == "exit":
+        os._exit(3)
+    if how == "hang":
+        time.sleep(600)
+
+
+def run(
+    folder: Path,
+    study: Study,
+    progress: Progress | None = None,
+    tracker: Tracker | None = None,
+    faults: dict[str, Any] | None = None,
+    resources: Resources | None = None,
+    source: tuple[str, str] | None = None,
+) -> Outcome:
+    """A session of the study in `folder`, with `faults` as its script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "faults.json").write_text(json.dumps(faults or {}))
+    ledger = Ledger(folder)
+    with ledger.lock():
+        ledger.open_study(study, splits_of(study))
+        progress = progress or PlainLines(sys.stderr)
+        return run_search(
+            study,
+            splits_of(study),
+            folder / "none.arrow",
+            "0" * 16,
+            ledger,
+            scripted_fit,
+            resources or Resources(max_concurrent=2),
+            tracker,
+            progress,
+            study_source=source,
+        )
+
+
+def starts(folder: Path) -> dict[str, int]:
+    """How often each fit was started, over all sessions."""
+    files = folder.glob("fits/*/*/starts")
+    return {f"{file.parent.parent.name}/{file.parent.name}": len(file.read_text().splitlines()) for file in files}
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2])
+    outcome = run(Path(sys.argv[1]), make_study(trials=options.pop("trials", 0)), PlainLines(sys.stdout), faults=options)
+    print(json.dumps(vars(outcome)), flush=True)

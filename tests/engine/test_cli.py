@@ -1,0 +1,194 @@
+"""The command line as a user meets it: a study runs, is killed, goes on, reports; every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.engine
+
+STUDY = '''"""Tiny."""
+from softseg_dist import (AdaptiveWing, Brier, Dice, MonteCarlo, NormReLU, Optim, Phantom, Preprocess, Recipe, Search, Sigmoid,
+                          Study, UNet, factorial)
+
+class Halved(Brier):
+    """A loss that exists in this file alone."""
+    def per_sample(self, prediction, target):
+        return 0.5 * super().per_sample(prediction, target)
+
+BASE = Recipe(network=UNet(filters=(4, 8)), optim=Optim(lr=5e-3, epochs={epochs}, batch_size=8))
+
+def propose(trial):
+    return BASE.replace(loss=Halved(), optim=BASE.optim.replace(lr=trial.suggest_float("lr", 1e-3, 1e-2, log=True)))
+
+STUDY = Study(
+    name="tiny", question="Does it run?", data=Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2), preprocess=Preprocess(dim=2),
+    splits=MonteCarlo(count=2), candidates=factorial(BASE, label=("hard", "soft")), control="hard", search=Search(propose, trials=2),
+)
+'''
+
+
+def softseg(*args: object, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "softseg_dist.cli", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload]
+
+
+def write(folder: Path, text: str, epochs: int = 2) -> Path:
+    path = folder / "tiny.py"
+    path.write_text(text.replace("{epochs}", str(epochs)))
+    return path
+
+
+def table(run: Path) -> pd.DataFrame:
+    keys = ["candidate", "split", "subset", "case", "class", "reference", "threshold", "metric"]
+    rows = pd.read_parquet(run / "results.parquet")
+    return rows.astype({name: str for name in keys if name not in ("split", "threshold")}).sort_values(keys, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("cli")
+    ran = softseg("run", write(folder, STUDY), "--json", cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1])["end"] == "done"
+    return folder / "runs" / "tiny"
+
+
+def test_a_run_leaves_what_the_design_promises(done: Path) -> None:
+    for name in ("study.json", "splits.json", "run.json", "results.parquet", "report/index.html", "mlflow.db"):
+        assert (done / name).is_file(), name
+    fit = done / "fits" / "hard" / "000"
+    assert fit.with_suffix(".json").is_file()
+    assert {p.name for p in fit.iterdir()} >= {"history.jsonl", "best.safetensors", "cases.parquet"}
+    assert sorted(p.name for p in (done / "fits").iterdir()) == ["hard", "soft", "trial-000", "trial-001"]
+    assert not list(done.rglob("checkpoint.pt"))
+
+
+def test_running_again_runs_nothing_and_changes_nothing(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done / "fits").rglob("*") if path.is_file()}
+    again = softseg("run", done.parents[1] / "tiny.py", "--json", cwd=done.parents[1])
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (done / "fits").rglob("*") if path.is_file()} == before
+
+
+def test_report_prints_the_numbers_of_the_page(done: Path) -> None:
+    numbers = json.loads(softseg("report", done, "--json", cwd=done.parents[1]).stdout)
+    assert {c["name"] for c in numbers["candidates"]} == {"hard", "soft", "trial-000", "trial-001"}
+    page = (done / "report" / "index.html").read_text()
+    assert all(f"{c['mean']:.3f}" in page for c in numbers["candidates"])
+    assert "src=\"http" not in page
+    assert "href=\"http" not in page
+
+
+def test_a_changed_study_is_refused_with_what_changed_and_fits_stay(done: Path) -> None:
+    folder = done.parents[1]
+    before = table(done)
+    changed = write(folder, STUDY.replace("lr=5e-3", "lr=5e-4"))
+    refused = softseg("run", changed, cwd=folder)
+    write(folder, STUDY)
+    assert refused.returncode == 2
+    assert "candidates.hard.optim.lr: 0.005 -> 0.0005" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    pd.testing.assert_frame_equal(table(done), before)
+
+
+def test_kill_minus_nine_and_the_same_command_again_give_the_same_table(done: Path, tmp_path: Path) -> None:
+    study = write(tmp_path, STUDY)
+    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json"]
+    driver = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    fits, run = tmp_path / "runs/tiny/fits", tmp_path / "runs/tiny"
+    deadline = time.monotonic() + 120
+    while not list(fits.glob("*/*[0-9].json")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # polling a file that another process writes
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    kept = {path: path.stat().st_mtime_ns for path in fits.glob("*/*[0-9].json")}
+    assert kept, "no fit had finished in two minutes"
+    assert len(kept) < 8
+    again = softseg("run", study, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    pd.testing.assert_frame_equal(table(run), table(done))
+
+
+def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
+    study = write(tmp_path, STUDY, epochs=2000)
+    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json"]
+    driver = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs/tiny/fits").glob("*/*/history.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # polling a file that another process writes
+    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: the whole group gets it
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130, err
+    assert json.loads(out.splitlines()[-1])["end"] == "interrupted"
+    assert list((tmp_path / "runs/tiny/fits").glob("*/*/checkpoint.pt"))
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("subjects=6, size", "subjects=2, size"), "at least 3 subjects"),
+        (('control="hard"', 'control="harder"'), "control 'harder' is not a candidate"),
+        (("UNet(filters=(4, 8))", "UNet(filters=(4, 8, 16, 32, 64, 128, 256))"), "cannot be trained on images of size"),
+        (("Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)", 'Phantom(subjects=6, colour="red")'), "Phantom.colour"),
+        (("Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)", '__import__("softseg_dist").Bids("nowhere", image="T1w", labels={"a": "b"})'), "nowhere"),
+        (("return BASE.replace", "return 1 or BASE.replace"), "propose"),
+    ],
+    ids=["too few subjects", "control", "network too deep", "unknown field", "missing folder", "propose"],
+)
+def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(tmp_path: Path, edit: tuple[str, str], message: str) -> None:
+    assert edit[0] in STUDY
+    ran = softseg("run", write(tmp_path, STUDY.replace(*edit)), cwd=tmp_path)
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert message in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*/fits/*/*.json"))
+
+
+def test_debug_runs_the_quickstart_in_under_a_minute(tmp_path: Path) -> None:
+    study = Path(__file__).parents[2] / "studies" / "s001_quickstart.py"
+    started = time.monotonic()
+    ran = softseg("run", study, "--debug", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "runs/s001_quickstart-debug/report/index.html").is_file()
+
+
+def test_check_finds_the_problem_and_draws_the_rest(tmp_path: Path) -> None:
+    ran = softseg("check", write(tmp_path, STUDY), "--json", cwd=tmp_path)
+    found = json.loads(ran.stdout)
+    assert found["cases"] == 6
+    assert ran.returncode == 0
+    assert Path(tmp_path, found["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_prepare_builds_the_store_once(tmp_path: Path) -> None:
+    study = write(tmp_path, STUDY)
+    first = softseg("prepare", study, cwd=tmp_path)
+    (store,) = (tmp_path / "stores").glob("*.arrow")
+    written = store.stat().st_mtime_ns
+    assert softseg("prepare", study, cwd=tmp_path).stdout == first.stdout
+    assert store.stat().st_mtime_ns == written
+
+
+def test_help_answers_in_half_a_second() -> None:
+    executable = shutil.which("softseg", path=str(Path(sys.executable).parent))
+    assert executable is not None
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([executable, "--help"], check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    assert min(times) < 0.5

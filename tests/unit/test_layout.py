@@ -1,0 +1,79 @@
+"""The package keeps its shape: imports point one way, heavy packages have one owner, the top module loads none of them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import softseg_dist
+
+PACKAGE = Path(softseg_dist.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What each layer may import of the package; a layer may always import itself.
+LAYERS = {
+    "errors": set(),
+    "frozen": {"errors"},
+    "numerics": {"errors", "frozen"},
+    "data": {"errors", "frozen"},
+    "study": {"errors", "frozen", "numerics", "data"},
+    "study_file": {"errors", "frozen", "study"},
+    "training": {"errors", "frozen", "numerics", "data", "study"},
+    "search": {"errors", "frozen", "numerics", "data", "study", "study_file", "training"},
+    "report": {"errors", "frozen", "numerics", "data", "study", "training", "search"},
+    "pipeline": {"errors", "frozen", "numerics", "data", "study", "study_file", "training", "search", "report"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline"},
+}
+OWNERS = {
+    "nibabel": ("data/volume.py",),
+    "pyarrow.ipc": ("data/store.py",),
+    "optuna": ("search/searcher.py",),
+    "ray": ("search/run.py", "search/searcher.py"),
+    "mlflow": ("search/tracking.py",),
+    "monai": ("numerics/networks.py",),
+    "matplotlib": ("report/figures.py", "data/montage.py"),
+    "jinja2": ("report/page.py",),
+    "typer": ("cli.py",),
+    "safetensors": ("training/model.py",),
+}
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return names | {str(node.module) for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if layer == "__init__":
+        return
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("softseg_dist.")}
+    assert ours - {layer} <= LAYERS[layer]
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_heavy_package_is_imported_by_its_owners_only(package: str) -> None:
+    users = {str(p.relative_to(PACKAGE)) for p in FILES if any(n == package or n.startswith(package + ".") for n in imported(p))}
+    assert users <= set(OWNERS[package])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_under_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_importing_the_package_and_its_command_line_loads_no_heavy_package() -> None:
+    code = "import sys, softseg_dist, softseg_dist.cli; print(*{'torch', 'ray', 'mlflow', 'optuna', 'monai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_every_public_name_resolves() -> None:
+    assert all(getattr(softseg_dist, name) is not None for name in softseg_dist.__all__)
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        _ = softseg_dist.NoSuchName

@@ -1,0 +1,81 @@
+"""Every network: shapes, sizes, equal weights for equal seeds, and the last bias."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.networks import Network, UNet
+
+NETWORKS: list[Network] = [
+    UNet(filters=(4, 8)),
+    UNet(filters=(2, 5, 3), norm="instance", upsample="deconv"),
+    UNet(filters=(4, 4, 8), norm="instance"),
+    UNet(filters=(3, 6, 12), upsample="deconv", dropout=0.2),
+]
+every_network = pytest.mark.parametrize("network", NETWORKS, ids=repr)
+
+
+@every_network
+@pytest.mark.parametrize("size", [(8, 8), (11, 13), (9, 8, 5)])
+def test_logits_have_the_size_of_the_image(network: Network, size: tuple[int, ...]) -> None:
+    module = network.build(2, 3, len(size))
+    logits = module(torch.randn(2, 2, *size))
+    assert logits.shape == (2, 3, *size)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@every_network
+def test_equal_seeds_give_equal_weights(network: Network) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(network.build(1, 1, 2).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+@every_network
+def test_last_bias_is_added_to_the_logits(network: Network) -> None:
+    module = network.build(1, 2, 2).eval()
+    image = torch.randn(1, 1, 8, 8)
+    before = module(image)
+    with torch.no_grad():
+        network.last_bias(module).add_(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(module(image) - before, torch.tensor([1.0, -2.0])[:, None, None].expand(1, 2, 8, 8))
+
+
+@every_network
+def test_inference_on_an_image_does_not_depend_on_its_batch(network: Network) -> None:
+    module = network.build(1, 1, 2).eval()
+    images = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(module(images), torch.cat([module(image) for image in images.split(1)]))
+
+
+@every_network
+def test_network_comes_back_from_json(network: Network) -> None:
+    assert Network.model_validate(network.model_dump(mode="json")) == network
+
+
+@pytest.mark.parametrize(("norm", "upsample"), list(itertools.product(["batch", "instance"], ["interp", "deconv"])))
+def test_depth_is_the_number_of_filters(norm: str, upsample: str) -> None:
+    for depth in (2, 3, 5):
+        network = UNet.model_validate({"filters": (2,) * depth, "norm": norm, "upsample": upsample})
+        smallest = 2 ** (depth - 1)
+        assert network.build(1, 1, 2)(torch.randn(2, 1, smallest, 2 * smallest)).shape[2:] == (smallest, 2 * smallest)
+
+
+@pytest.mark.parametrize("size", [(7, 64), (8, 8)])
+def test_image_too_small_for_the_depth_is_refused(size: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=f"4 levels .* at least 8 voxels .* 16 along one, got {size[0]} x {size[1]}"):
+        UNet().build(1, 1, 2)(torch.zeros(1, 1, *size))
+
+
+@pytest.mark.parametrize("fields", [{"filters": (8,)}, {"filters": (1, 2)}, {"norm": "layer"}, {"dropout": 1.0}])
+def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        UNet.model_validate(fields)

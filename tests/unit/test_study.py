@@ -1,0 +1,134 @@
+"""Study objects validate, print, compare, replace, go through JSON and have fingerprints; factorial names its cells."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from softseg_dist import (
+    AdaptiveWing,
+    Affine,
+    BCE,
+    Bids,
+    Dice,
+    KFold,
+    MonteCarlo,
+    NormReLU,
+    Optim,
+    Phantom,
+    Preprocess,
+    Recipe,
+    Resources,
+    Sigmoid,
+    Study,
+    UNet,
+    factorial,
+)
+
+BASE = Recipe(network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60))
+
+
+def study(**changes: object) -> Study:
+    fields = {
+        "name": "s000_test",
+        "question": "Does it work?",
+        "data": Phantom(subjects=6),
+        "splits": MonteCarlo(count=2),
+        "candidates": factorial(BASE, label=("hard", "soft"), loss=(Dice(), AdaptiveWing())),
+        "control": "hard-dice",
+    }
+    return Study(**(fields | changes))
+
+
+def test_softseg_factorial_has_eight_cells_named_by_what_varies() -> None:
+    cells = factorial(BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing()))
+    assert len(cells) == 2 * 2 * 2
+    assert {"hard-sigmoid-dice", "soft-normrelu-wing"} <= set(cells)
+    assert cells["soft-normrelu-wing"] == BASE.replace(label="soft", activation=NormReLU(), loss=AdaptiveWing())
+
+
+def test_two_values_of_one_class_are_told_apart_by_what_differs() -> None:
+    cells = factorial(BASE, loss=(AdaptiveWing(omega=8), AdaptiveWing(omega=14), BCE()))
+    assert list(cells) == ["wing_omega8", "wing_omega14", "bce"]
+
+
+@pytest.mark.parametrize("factors", [{"losss": (Dice(),)}, {"loss": (Dice(), Dice())}])
+def test_factorial_refuses_unknown_fields_and_equal_values(factors: dict[str, tuple[object, ...]]) -> None:
+    with pytest.raises(ValueError, match="factor"):
+        factorial(BASE, **factors)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        study(),
+        study(data=Bids("gm_challenge", image="T2starw", labels={"GM": "gmseg-manual"}, person=r"sub-(\d+)")),
+        study(preprocess=Preprocess(dim=3, spacing_mm=(2, 2, 2), crop=(24, 32, 24)), splits=KFold(folds=3)),
+        BASE,
+        AdaptiveWing(omega=8),
+    ],
+    ids=lambda thing: type(thing).__name__,
+)
+def test_json_round_trip_gives_an_equal_object_of_the_same_class(thing: Study) -> None:
+    again = type(thing).model_validate_json(thing.model_dump_json())
+    assert again == thing
+    assert again.fingerprint == thing.fingerprint
+
+
+def test_json_names_the_class_of_every_component() -> None:
+    recipe = json.loads(BASE.replace(loss=AdaptiveWing(omega=8)).model_dump_json())
+    assert recipe["loss"]["type"] == "AdaptiveWing"
+    assert recipe["loss"]["omega"] == 8
+    assert recipe["augment"][0]["type"] == "Affine"
+
+
+def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
+    assert study().fingerprint == study().fingerprint
+    assert study().fingerprint != study(seed=1).fingerprint
+    assert BASE.fingerprint != BASE.replace(optim=BASE.optim.replace(lr=2e-3)).fingerprint
+
+
+def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
+    loss = AdaptiveWing(omega=8)
+    with pytest.raises(ValidationError, match="frozen"):
+        loss.omega = 14  # type: ignore[misc]
+    assert repr(loss) == "AdaptiveWing(omega=8.0)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"control": "softer"}, "control 'softer' is not a candidate"),
+        ({"name": "a/b"}, "folder"),
+        ({"objective": "loss"}, "objective must be one of"),
+        ({"candidates": {}, "control": None}, "candidates=..., search=..."),
+        ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),
+        ({"candidates": {"a": BASE.replace(fusion="rater:nobody")}, "control": None}, "nobody"),
+        ({"question_": "?"}, "Extra inputs"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused_with_its_value(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        study(**changes)
+
+
+@pytest.mark.parametrize("fields", [{"lr": 0}, {"epochs": 0}, {"batch_size": -1}, {"lr": float("nan")}])
+def test_optim_refuses_what_no_optimizer_can_use(fields: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Optim(**fields)
+
+
+def test_debug_is_small_and_a_pure_function_of_the_study() -> None:
+    small = study().debug()
+    assert small == study().debug()
+    assert small.name == "s000_test-debug"
+    assert small.subjects == 6
+    assert {r.optim.epochs for r in small.candidates.values()} == {2}
+    assert len(small.splits.make({f"s{i}": "" for i in range(6)}, 0)) == 2
+
+
+def test_resources_are_positive() -> None:
+    with pytest.raises(ValidationError):
+        Resources(cpus_per_fit=0)

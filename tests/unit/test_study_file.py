@@ -1,0 +1,81 @@
+"""Study files are loaded from their path; what they define works by name; what is wrong with them is one line."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from softseg_dist import Recipe
+from softseg_dist.errors import UserError
+from softseg_dist.study_file import load_source, load_study
+
+MINE = '''
+import torch
+from softseg_dist import Loss, Phantom, MonteCarlo, Recipe, Search, Study
+
+class Cubic(Loss):
+    """Mean of |p - y|^3."""
+    power: float = 3.0
+
+    def per_sample(self, prediction, target):
+        return (prediction - target).abs().pow(self.power).flatten(1).mean(1)
+
+def propose(trial):
+    return Recipe(loss=Cubic(power=trial.suggest_float("power", 1, 4)))
+
+STUDY = Study(name="mine", question="?", data=Phantom(subjects=6), splits=MonteCarlo(count=2),
+              candidates={"cubic": Recipe(loss=Cubic(power=2))}, search=Search(propose, trials=3))
+'''
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "s009_mine.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_loss_defined_in_a_study_file_goes_through_json(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, MINE)).study
+    again = type(study).model_validate_json(study.model_dump_json())
+    assert again == study
+    loss = again.candidates["cubic"].loss
+    assert loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)).item() == 0.5**2
+
+
+def test_another_process_needs_only_the_text(tmp_path: Path) -> None:
+    file = load_study(write(tmp_path, MINE))
+    text = file.study.candidates["cubic"].model_dump_json()
+    load_source(file.stem, pickle.loads(pickle.dumps(file.text)))
+    assert type(Recipe.model_validate_json(text).loss).__name__ == "Cubic"
+
+
+def test_editing_a_loss_or_propose_changes_the_fingerprint(tmp_path: Path) -> None:
+    before = load_study(write(tmp_path, MINE)).study.fingerprint
+    edited_loss = load_study(write(tmp_path, MINE.replace(".mean(1)", ".sum(1)"))).study.fingerprint
+    edited_propose = load_study(write(tmp_path, MINE.replace("1, 4", "1, 5"))).study.fingerprint
+    assert len({before, edited_loss, edited_propose}) == 3
+    assert load_study(write(tmp_path, MINE)).study.fingerprint == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("STUDY = (", r"s009_mine\.py, line 1: SyntaxError"),
+        ("import softseg_dist\nsoftseg_dist.NoSuchLoss()", r"line 2: AttributeError.*NoSuchLoss"),
+        ("import no_such_package", "line 1: ModuleNotFoundError"),
+        ("x = 1", r"sets STUDY = Study\(\.\.\.\); found NoneType"),
+        ("from softseg_dist import Optim\n\nOptim(lr=-1)", r"line 3: Optim\.lr: Input should be greater than 0, got -1"),
+    ],
+)
+def test_a_study_file_with_an_error_is_one_line_with_file_line_and_cause(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        load_study(write(tmp_path, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_study_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such study file"):
+        load_study(tmp_path / "nothing.py")
