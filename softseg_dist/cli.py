@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_SHOWN = 24  # cases on the montage of `softseg check`
+
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/s001_quickstart", show_default=False)]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
+]
 Stores = Annotated[Path, typer.Option("--stores", help="Folder for prepared data")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
@@ -45,12 +50,19 @@ class Exit(StrEnum):
 def run(
     study: StudyArg,
     data_root: DataRoot = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for runs; this one becomes OUT/<study name>")] = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for runs; this one becomes OUT/<study name>")] = Path(
+        "runs"
+    ),
     stores: Stores = Path("stores"),
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")] = None,
-    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four")] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
+    ] = None,
+    gpus_per_fit: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four")
+    ] = None,
     tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False)
+        str | None,
+        typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
     ] = None,
     debug: Debug = False,
     as_json: AsJson = False,
@@ -59,12 +71,20 @@ def run(
     from softseg_dist.pipeline import RunOptions, run_study
     from softseg_dist.search.live import progress_for
 
-    options = RunOptions(data_root, out, stores, max_concurrent, gpus_per_fit, tracking_uri, command=" ".join(["softseg", *sys.argv[1:]]))
+    options = RunOptions(
+        data_root, out, stores, max_concurrent, gpus_per_fit, tracking_uri, command=" ".join(["softseg", *sys.argv[1:]])
+    )
     finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
     outcome = finished.outcome
-    end = Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
+    end = (
+        Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
+    )
     if as_json:
-        typer.echo(json.dumps({"end": end.name.lower(), "run": str(finished.folder), "report": str(finished.report), **vars(outcome)}))
+        typer.echo(
+            json.dumps(
+                {"end": end.name.lower(), "run": str(finished.folder), "report": str(finished.report), **vars(outcome)}
+            )
+        )
     else:
         _say_where(finished.folder, finished.report, finished.tracking_uri, end)
     raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
@@ -79,7 +99,9 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("
     prepared = prepare_store(_load(study, debug).study, data_root, stores, progress_for(sys.stdout))
     store = prepared.store
     size = " x ".join(map(str, store.size))
-    typer.echo(f"{prepared.path}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}")
+    typer.echo(
+        f"{prepared.path}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
+    )
 
 
 @app.command()
@@ -90,21 +112,21 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Look at a study's data: a table of problems, and a picture of every case with its labels' contours."""
-    from softseg_dist.data.check import check_cases
-    from softseg_dist.data.montage import write_montage
+    from softseg_dist.data.check import check_cases, samples_without_errors
+    from softseg_dist.data.montage import montage
 
     loaded = _load(study, debug=False).study
-    cases = loaded.data.cases(data_root)
+    cases = loaded.data.scan(data_root)
     problems = check_cases(cases, loaded.preprocess)
-    bad = {problem.case for problem in problems if problem.level == "error"}
-    good = [case for case in cases if case.name not in bad]
-    if good:
-        write_montage([loaded.preprocess.apply(case) for case in good[:24]], loaded.data.classes, picture)
+    usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MOST_SHOWN))
+    if usable:
+        montage(usable, picture, loaded.data.classes)
+    shown = str(picture) if usable else None
     if as_json:
-        typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": str(picture)}))
+        typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
     else:
-        _print_problems(problems, len(cases), picture if good else None)
-    raise typer.Exit(2 if bad else 0)
+        _print_problems(problems, len(cases), shown)
+    raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
 
 
 @app.command()
@@ -136,7 +158,7 @@ def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) ->
     typer.echo(f"Numbers  softseg report {folder} --json")
 
 
-def _print_problems(problems, num_cases: int, picture: Path | None) -> None:  # type: ignore[no-untyped-def]
+def _print_problems(problems, num_cases: int, picture: str | None) -> None:  # type: ignore[no-untyped-def]
     from rich.table import Table
 
     console = Console()

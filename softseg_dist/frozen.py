@@ -81,7 +81,9 @@ class Frozen(BaseModel):
         for child in _subclasses(cls):
             if tag_of(child) == data["type"]:
                 return child.model_validate(fields)  # type: ignore[return-value]
-        raise ValueError(f"{cls.__name__} of type {data['type']!r} is unknown: load the study file that defines it first")
+        raise ValueError(
+            f"{cls.__name__} of type {data['type']!r} is unknown: load the study file that defines it first"
+        )
 
     @model_serializer(mode="plain")
     def _tagged(self) -> dict[str, Any]:

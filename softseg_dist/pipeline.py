@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +29,19 @@ from softseg_dist.training.preflight import check_recipes
 from softseg_dist.training.results import merge_tables
 from softseg_dist.training.task import cases_path
 
-PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
+PACKAGES = (
+    "softseg_dist",
+    "ray",
+    "torch",
+    "monai",
+    "optuna",
+    "mlflow",
+    "nibabel",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "pydantic",
+)
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,15 @@ def _search(
 
 def _collect(folder: Path) -> Path:
     """Merge the fits' rows into the results table and write the report."""
-    ended = [(result.candidate, f"{result.split:03d}") for result in Ledger(folder).results().values() if result.state == "finished"]
-    merge_tables([cases_path(folder / "fits" / candidate / split) for candidate, split in sorted(ended)], folder / "results.parquet")
+    ended = [
+        (result.candidate, f"{result.split:03d}")
+        for result in Ledger(folder).results().values()
+        if result.state == "finished"
+    ]
+    merge_tables(
+        [cases_path(folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
+        folder / "results.parquet",
+    )
     return report_run(folder)
 
 
@@ -166,8 +185,13 @@ def _describe_run(folder: Path, file: StudyFile, prepared: Prepared, options: Ru
             "spacing_mm": list(sample.spacing_mm),
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "host": platform.node()},
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "host": platform.node(),
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     replace_file(folder / f"{file.stem}.py", lambda partial: partial.write_text(file.text, encoding="utf-8"))
     replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))

@@ -133,10 +133,14 @@ class Study(Frozen):
             raise ValueError("a study needs candidates=..., search=..., or both")
         for name, recipe in self.candidates.items():
             if not NAME.fullmatch(name):
-                raise ValueError(f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
+                raise ValueError(
+                    f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}"
+                )
             self.check_recipe(name, recipe)
         if self.control is not None and self.control not in self.candidates:
-            raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
+            raise ValueError(
+                f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}"
+            )
         return self
 
     def check_recipe(self, name: str, recipe: Recipe) -> None:
@@ -150,7 +154,9 @@ class Study(Frozen):
 
     def debug(self) -> Study:
         """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""
-        recipes = {n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()}
+        recipes = {
+            n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()
+        }
         search = self.search and self.search.replace(trials=min(2, self.search.trials))
         return self.replace(
             name=f"{self.name}-debug",
@@ -173,7 +179,10 @@ def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:
     """
     named = {field: _levels(field, values) for field, values in factors.items()}
     cells = itertools.product(*named.values())
-    return {"-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True))) for cell in cells}
+    return {
+        "-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True)))
+        for cell in cells
+    }
 
 
 def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:

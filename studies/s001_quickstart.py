@@ -1,4 +1,4 @@
-"""Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom whose truth is known?
+"""Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom with known truth?
 
 Run:    softseg run studies/s001_quickstart.py          (or: make demo)
 Debug:  softseg run studies/s001_quickstart.py --debug
@@ -32,7 +32,7 @@ BASE = Recipe(
 
 STUDY = Study(
     name="s001_quickstart",
-    question="Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom whose truth is known?",
+    question="Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom with known truth?",
     data=Phantom(subjects=30),
     preprocess=Preprocess(dim=2),
     splits=MonteCarlo(count=6),

@@ -27,7 +27,7 @@ from softseg_dist import (
 )
 
 BASE = Recipe(
-    network=UNet(filters=(16, 32, 64, 128)),
+    network=UNet(filters=(8, 16, 32, 64)),
     label="hard",
     fusion="mean",
     augment=(Affine(degrees=20, scale=0.1, shift=0.03),),

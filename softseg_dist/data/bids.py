@@ -69,6 +69,8 @@ class Bids(DataSet):
         with_rater = [name for name, part in self.labels.items() if RATER in part]
         if with_rater and len(with_rater) < len(self.labels):
             raise ValueError(f"either all parts have {RATER} or none has, got it for {', '.join(with_rater)} only")
+        for part in self.labels.values():
+            _part(part)
         if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
             raise ValueError(f"a part may have {RATER} once, got {twice[0]!r}")
         return self

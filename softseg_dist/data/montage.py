@@ -34,12 +34,12 @@ COLOURS = (
 def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str], limit: int = 24) -> int:
     """Write a PNG with the first `limit` samples and return their number.
 
-    Each tile is the axial slice through the middle of the label, seen from below as radiologists do (left is right);
+    Each tile is the axial slice with the most label, seen from below as radiologists do (left is right);
     the line is where the mean of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per
     class.
     Raises UserError if there is no sample or the file cannot be written.
     """
-    tiles = [(sample, *_middle(sample)) for sample in islice(samples, limit)]
+    tiles = [(sample, *_fullest(sample)) for sample in islice(samples, limit)]
     if not tiles:
         raise UserError("there is no usable case to show")
     columns = min(COLUMNS, len(tiles))
@@ -56,7 +56,7 @@ def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str], limit
             colour = COLOURS[k % len(COLOURS)]
             for levels, style in (((0.5,), "solid"), ((0.02, 0.98), "dotted")):
                 if mask.min() < levels[0] < mask.max():
-                    axis.contour(mask.T[:, ::-1], levels=levels, colors=colour, linewidths=0.8, linestyles=style)
+                    axis.contour(mask.T[:, ::-1], levels=levels, colors=colour, linewidths=0.6, linestyles=style)
         axis.set_title(sample.name, fontsize=6)
     for k, name in enumerate(classes):
         axes[0].plot([], [], color=COLOURS[k % len(COLOURS)], label=name)
@@ -70,13 +70,12 @@ def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str], limit
     return len(tiles)
 
 
-def _middle(sample: Sample) -> tuple[Float32, Float32]:
-    """Image [X Y] and mean label [K X Y] of the slice at the label's centre of mass (of the volume's middle if empty)."""
+def _fullest(sample: Sample) -> tuple[Float32, Float32]:
+    """Image [X Y] and mean label [K X Y] of the slice with the most label (of the middle one if there is none)."""
     mean: NDArray[np.float32] = sample.raters.mean(axis=1)  # [N K *S]
     image = sample.image[:, 0]
     if sample.placement.slices is None:
         image, mean = np.moveaxis(image[0], -1, 0), np.moveaxis(mean[0], -1, 0)
-    weights = mean.sum(axis=tuple(range(1, mean.ndim)), dtype=np.float64)
-    positions = np.arange(len(weights))
-    middle = round(float(weights @ positions / weights.sum())) if weights.sum() > 0 else len(weights) // 2
-    return image[middle], mean[middle]
+    amounts = mean.sum(axis=tuple(range(1, mean.ndim)), dtype=np.float64)
+    index = int(amounts.argmax()) if amounts.any() else len(amounts) // 2
+    return image[index], mean[index]

@@ -24,7 +24,7 @@ from softseg_dist.errors import UserError
 SPACING_MM: dict[int, Vector3] = {2: (0.5, 0.5, 2.5), 3: (1.0, 1.0, 1.0)}
 SIZE: dict[int, tuple[int, ...]] = {2: (48, 48), 3: (32, 32, 32)}
 # Image intensity of each tissue at the first site; the other sites have less contrast and more noise.
-FLUID, WHITE, GRAY, LESION = 1.0, 0.5, 0.75, 0.95
+FLUID, WHITE, GRAY, LESION = 1.0, 0.5, 0.75, 0.85
 SITE_CONTRAST, SITE_NOISE = 0.85, 1.25  # factors from one site to the next
 INTENSITY = 400.0  # images are in arbitrary units, as MRI is
 VERSION = 1  # raised when the same fields would give other voxels
@@ -96,11 +96,9 @@ class Phantom(DataSet):
 
     def rater_biases_mm(self) -> list[float]:
         """How far outside the true boundary each rater draws on average; they add up to 0."""
-        return (
-            [float(b) for b in np.linspace(-self.disagreement_mm, self.disagreement_mm, self.raters)]
-            if self.raters > 1
-            else [0.0]
-        )
+        if self.raters == 1:
+            return [0.0]
+        return [float(bias) for bias in np.linspace(-self.disagreement_mm, self.disagreement_mm, self.raters)]
 
 
 class PhantomCase(Case):
@@ -120,7 +118,6 @@ class PhantomCase(Case):
     def load(self) -> CaseData:
         """See `Case.load`."""
         phantom, grid = self.phantom, self.phantom.grid
-        extent = tuple(n * s for n, s in zip(grid, phantom.spacing_mm, strict=True))
         target, surround = self.bodies()
         truth = partial_volume(target, grid, phantom.spacing_mm)
         masks = []
@@ -128,7 +125,7 @@ class PhantomCase(Case):
             wobble = Wobble.draw(self._generator("rater", rater), bias_mm, phantom.disagreement_mm)
             share = partial_volume(target, grid, phantom.spacing_mm, RATER_POINTS, wobble)
             masks.append((share >= 0.5).astype(np.float32))
-        image = self._image(truth, partial_volume(surround, grid, phantom.spacing_mm) if surround else None, extent)
+        image = self._image(truth, partial_volume(surround, grid, phantom.spacing_mm) if surround else None)
         geometry = Geometry(grid, _affine(grid, phantom.spacing_mm))
         return CaseData(image[None], np.stack(masks)[:, None], truth[None], geometry.canonical_affine, geometry)
 
@@ -149,13 +146,13 @@ class PhantomCase(Case):
             return [gray], [cord]
         return list(_lesions(generator, extent, min(self.phantom.spacing_mm))), []
 
-    def _image(self, target: Float32, surround: Float32 | None, extent_mm: Sequence[float]) -> Float32:
+    def _image(self, target: Float32, surround: Float32 | None) -> Float32:
         """Tissues mixed by their partial volume, times the bias field, plus noise: [X Y Z]."""
         generator = self._generator("image")
         level = self.index % self.phantom.sites
         contrast = SITE_CONTRAST**level
         if surround is None:
-            tissue = WHITE + 0.08 * _texture(generator, target.shape) + contrast * (LESION - WHITE) / 2 * target
+            tissue = WHITE + 0.08 * _texture(generator, target.shape) + contrast * (LESION - WHITE) * target
         else:
             outside = FLUID + 0.25 * _texture(generator, target.shape)
             inside = WHITE + contrast * (GRAY - WHITE) * target

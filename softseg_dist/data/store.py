@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -100,7 +100,7 @@ class Store:
     """
 
     def __init__(self, path: Path, source: pa.MemoryMappedFile, reader: pa.RecordBatchFileReader) -> None:
-        about = json.loads(reader.schema.metadata[KEY])
+        about = _unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again"
@@ -116,7 +116,7 @@ class Store:
         self._source = source
         self._reader = reader
         self._about = [
-            json.loads(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
+            _unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
             for index in range(reader.num_record_batches)
         ]
         self.cases: tuple[StoredCase, ...] = tuple(
@@ -238,7 +238,7 @@ def _write(path: Path, samples: Iterator[Sample], data: DataSet, preprocess: Pre
         "data": data.model_dump(mode="json"),
         "preprocess": preprocess.model_dump(mode="json"),
     }
-    schema = SCHEMA.with_metadata({KEY: canonical_json(about)})
+    schema = SCHEMA.with_metadata({KEY: _sealed(about)})
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         for sample in itertools.chain([first], samples):
             _write_case(writer, sample, schema)
@@ -272,7 +272,20 @@ def _write_case(writer: pa.RecordBatchFileWriter, sample: Sample, schema: pa.Sch
         "placement": sample.placement.to_dict(),
         "digest": hashed.hexdigest(),
     }
-    writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={KEY: canonical_json(about)})
+    writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={KEY: _sealed(about)})
+
+
+def _sealed(about: dict[str, Any]) -> str:
+    """JSON behind its own digest, so that damage to it is seen."""
+    text = canonical_json(about)
+    return digest(text) + text
+
+
+def _unsealed(sealed: bytes) -> dict[str, Any]:
+    text = sealed[12:]
+    if digest(text) != sealed[:12].decode():
+        raise ValueError("its description was changed")
+    return cast("dict[str, Any]", json.loads(text))
 
 
 def _by(size: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Final activations: logits become a prediction in [0, 1]; they are never part of a loss.
 
-Legend: B batch, K classes, *S space (2 or 3 axes). `logits` [B num_logits *S] are unbounded, a `prediction` [B K
-*S] is not.
+Legend: B batch, K classes, *S space (2 or 3 axes). `logits` [B num_logits *S] are unbounded,
+a `prediction` [B K *S] is not.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class NormReLU(Activation):
         return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
-        """Slightly above 0 for every class [K]: alive, and about 1 nowhere but at the peak."""
+        """Slightly above 0 for every class [K], whatever its mean label: alive at the start."""
         return torch.full_like(mean_label, NORMRELU_BIAS)
 
     def build(self, classes: int) -> nn.Module:
@@ -150,7 +150,7 @@ def _num_workers() -> int:
 
 
 def _divide(rectified: Tensor, maximum: Tensor) -> Tensor:
-    return rectified / torch.where(maximum > 0, maximum, 1)  # where M = 0 all of r is 0, and so is p
+    return rectified / torch.where(maximum > 0, maximum, torch.inf)  # p = 0 where M = 0
 
 
 class _NormReLUModule(nn.Module):

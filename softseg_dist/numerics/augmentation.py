@@ -40,9 +40,11 @@ def augment(
     resampled and rounded transform by transform.
 
     Args:
-        image: prepared images. target: what `labels.prepare_target` gave, in [0, 1]; 0 or 1 for "nearest" and
-        "hard_each". transforms: any of Affine, Flip, Elastic, Noise, Gamma, or subclasses of `Spatial` and
-        `Intensity`. May be empty. seeds: one per sample, of this sample in this epoch. mode: the label mode.
+        image: prepared images.
+        target: what `labels.prepare_target` gave, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
+        transforms: Affine, Flip, Elastic, Noise, Gamma, or other subclasses of `Spatial` and `Intensity`; may be empty.
+        seeds: one per sample, of this sample in this epoch.
+        mode: the label mode.
         spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
 
     Raises:

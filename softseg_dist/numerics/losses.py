@@ -72,7 +72,7 @@ class AdaptiveWing(Loss):
 class Dice(Loss):
     """1 - (2 sum p y + s) / (sum p + sum y + s), per sample and class, then averaged over classes. SoftSeg's control.
 
-    0 for a perfect prediction of a hard target, and when both are empty; 1 at no overlap (nearly, for s > 0).
+    0 for a perfect prediction of a hard target, and when both are empty; 1 at no overlap (nearly, if s > 0).
     Mis-specified on soft targets: with y = 0.5 everywhere, p = 0.5 costs 0.5 and p = 1 costs 0.333. Use
     `DiceSemimetric` there. `smooth` is s, in voxels: what an empty target teaches comes from it alone.
 
@@ -96,9 +96,9 @@ class Dice(Loss):
 class DiceSemimetric(Loss):
     """1 - (|p| + |y| - |p-y| + s) / (|p| + |y| + s), per sample and class, then averaged: Dice for soft targets.
 
-    |.| are L1 norms. 0 if and only if p = y, soft or hard, both empty included; 1 at no overlap (nearly, for s >
-    0). Equals `Dice` of the same `smooth` when y is hard. With s = 0, the published form, an empty target costs 1
-    whatever p > 0 is, without gradient: where many samples are empty choose `smooth` > 0, in voxels.
+    |.| are L1 norms. 0 if and only if p = y, soft or hard, both empty included; 1 at no overlap (nearly, if s > 0).
+    Equals `Dice` of the same `smooth` when y is hard. With s = 0, the published form, an empty target costs 1 whatever
+    p > 0 is, without gradient: where many samples are empty choose `smooth` > 0, in voxels.
 
     Source: Wang et al., Dice Semimetric Losses, MICCAI 2023 (arXiv 2303.16296), DML_1.
 

@@ -10,8 +10,6 @@ from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-from monai.networks.layers.factories import Conv
-from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -68,6 +66,10 @@ class _UNetModule(nn.Module):
     """MONAI's BasicUNet with any depth of at least 2 and any filters."""
 
     def __init__(self, config: UNet, in_channels: int, out_channels: int, dim: int) -> None:
+        # Importing monai takes seconds, and a study file that only names a network should not pay them.
+        from monai.networks.layers.factories import Conv
+        from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
+
         super().__init__()
         filters = config.filters
         norm = (config.norm, {"affine": True})

@@ -1,4 +1,4 @@
-"""The figures of a report, as matplotlib figures. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""The figures of a report. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 
 Blue is better than the reference, vermillion worse, grey not shown to differ; markers say the same without colour.
 """
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -28,7 +30,7 @@ MOST = 12  # candidates in a figure, besides the reference
 INK, QUIET, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 BETTER, WORSE, UNSHOWN = "#0072B2", "#D55E00", "#7a7a7a"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # the stubs of matplotlib spell every key as a literal
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": QUIET,
@@ -51,8 +53,9 @@ LOOK = {"better": (BETTER, "o", BETTER), "worse": (WORSE, "s", WORSE), "not show
 class Overlay:
     """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective.
 
-    `image`, `truth` and `prediction` are [X Y] in canonical order (x to the right, y up); truth and prediction in [0, 1], of one
-    class, whose name goes into `class_name` if there are several. `spacing_mm` is the size of a pixel along X and Y.
+    `image`, `truth` and `prediction` are [X Y] in canonical order (x to the right, y up); truth and prediction in
+    [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm` is the size of a
+    pixel along X and Y.
     """
 
     case: str
@@ -66,10 +69,10 @@ class Overlay:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure at twice the usual resolution."""
+    """The figure at 160 dots per inch."""
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -79,8 +82,15 @@ def data_uri(figure: Figure, vector: bool = True) -> str:
         return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", facecolor="white", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """Solve the layout once, not again for every file that the figure goes to."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def shown(summary: Summary) -> list[str]:
@@ -101,12 +111,15 @@ def forest_figure(summary: Summary) -> Figure:
     heights = [len(entries) + 0.9 for _, entries in groups]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.9), layout="constrained")
-        axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axis, (title, entries) in zip(axes, groups, strict=True):
+        grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1, 0.62))
+        for (axis, beside), (title, entries) in zip(grid, groups, strict=True):
+            axis.sharex(grid[-1, 0])
+            axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, title, entries, summary.sign)
+            _forest_words(beside, entries, axis.get_ylim())
         better = "higher is better" if summary.sign > 0 else "lower is better"
-        axes[-1].set_xlabel(f"difference in {summary.objective_title} ({better}), with 95 % interval")
-    return figure
+        grid[-1, 0].set_xlabel(f"difference in {summary.objective_title} ({better}), with 95 % interval")
+        return _laid_out(figure)
 
 
 def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Effect]], sign: int) -> None:
@@ -116,11 +129,6 @@ def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Ef
         if math.isfinite(test.low):
             axis.plot([test.low, test.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
         axis.plot(test.mean, y, marker, color=colour, markerfacecolor=fill, markersize=6.5)
-        words = (f"{number(test.mean, signed=True)}  ({interval(test.low, test.high, signed=True)})", p_value(entry.p_holm))
-        for x, text, side in zip((1.02, 1.42), words, ("left", "right"), strict=True):
-            axis.text(x, y, text, transform=axis.get_yaxis_transform(), va="center", ha=side, color=INK)
-    for x, text, side in zip((1.02, 1.42), ("difference (95 % interval)", "p, Holm"), ("left", "right"), strict=True):
-        axis.text(x, -0.85, text, transform=axis.get_yaxis_transform(), va="center", ha=side, color=QUIET)
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_yticks(range(len(entries)), [name for name, _ in entries], color=INK)
     axis.set_ylim(len(entries) - 0.4, -0.6)
@@ -130,6 +138,20 @@ def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Ef
     axis.set_title(title, color=QUIET)
 
 
+def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]], heights: tuple[float, float]) -> None:
+    """The same in numbers, in an invisible axis at the right."""
+    lines: list[tuple[str, str, float, str]] = [("difference (95 % interval)", "p, Holm", -0.85, QUIET)]
+    for y, (_, entry) in enumerate(entries):
+        test = entry.crossed
+        reach = interval(test.low, test.high, signed=True)
+        lines.append((f"{number(test.mean, signed=True)}  ({reach})", p_value(entry.p_holm), y, INK))
+    for difference, p, height, colour in lines:
+        axis.text(0.02, height, difference, va="center", color=colour)
+        axis.text(0.98, height, p, va="center", ha="right", color=colour)
+    axis.set(ylim=heights, xlim=(0, 1))
+    axis.set_axis_off()
+
+
 def paired_figure(summary: Summary) -> Figure:
     """One panel per candidate: box plots of the means of the splits, the reference beside it, each split joined by a line."""
     names = set(shown(summary))
@@ -137,20 +159,21 @@ def paired_figure(summary: Summary) -> Figure:
     columns = min(7, max(len(panels), 1))
     rows = max(1, math.ceil(len(panels) / columns))
     standings = {s.name: s for s in summary.ranking}
+    label = "control" if summary.reference == summary.control else "reference"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(1.32 * columns, 2.6), 2.9 * rows + 0.2), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axis, comparison in zip(axes.flat, panels, strict=False):
             one, other = standings[comparison.reference].by_split, standings[comparison.candidate].by_split
-            _pairs(axis, one, other, summary.sign)
+            _pairs(axis, label, one, other, summary.sign)
             axis.set_title(comparison.candidate.replace("-", "-\n", 2), fontsize=8, color=INK)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         figure.supylabel(f"mean {summary.objective_title} of a split", fontsize=9)
-    return figure
+        return _laid_out(figure)
 
 
-def _pairs(axis: Axes, reference: Mapping[int, float], candidate: Mapping[int, float], sign: int) -> None:
+def _pairs(axis: Axes, label: str, reference: Mapping[int, float], candidate: Mapping[int, float], sign: int) -> None:
     both = sorted(set(reference) & set(candidate))
     boxes = axis.boxplot(
         [[reference[j] for j in both], [candidate[j] for j in both]],
@@ -168,7 +191,7 @@ def _pairs(axis: Axes, reference: Mapping[int, float], candidate: Mapping[int, f
         better = sign * (candidate[j] - reference[j]) > 0
         colour, style = (BETTER, "-") if better else (WORSE, "--")
         axis.plot([0, 1], [reference[j], candidate[j]], style, marker="o", color=colour, markersize=3, linewidth=0.9)
-    axis.set_xticks([0, 1], ["reference", "this"], fontsize=7.5)
+    axis.set_xticks([0, 1], [label, "this"], fontsize=7.5)
     axis.set_xlim(-0.45, 1.45)
     axis.grid(axis="y")
 
@@ -197,7 +220,7 @@ def curve_figure(summary: Summary) -> Figure:
         axis.set(xlabel="threshold", ylabel="mean Dice on test", xlim=(0, 1))
         axis.grid()
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    return figure
+        return _laid_out(figure)
 
 
 def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.DataFrame]) -> Figure | None:
@@ -223,21 +246,22 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.Dat
             axis.set_axis_off()
         figure.supxlabel("epoch", fontsize=9)
         figure.supylabel(f"validation {summary.objective_title}", fontsize=9)
-    return figure
+        return _laid_out(figure)
 
 
 def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
     """A row per case: image, then, enlarged, soft truth, prediction and signed error (prediction less truth)."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 2.32 * len(overlays) + 0.6), layout="constrained")
-        axes = figure.subplots(len(overlays), 4, squeeze=False)
+        figure = Figure(figsize=(9, 1.98 * len(overlays) + 0.75), layout="constrained")
+        grid = figure.add_gridspec(len(overlays) + 1, 4, height_ratios=[1.0] * len(overlays) + [0.05])
+        axes = np.array([[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(len(overlays))])
         for row, overlay in zip(axes, overlays, strict=True):
             soft, error = _overlay_row(row, overlay)
         for axis, title in zip(axes[0], ("image", "soft truth", "prediction", "prediction − truth"), strict=True):
             axis.set_title(title, color=INK, loc="center")
-        figure.colorbar(soft, ax=list(axes[:, 1:3].flat), location="bottom", shrink=0.5, aspect=40, pad=0.02)
-        figure.colorbar(error, ax=list(axes[:, 3]), location="bottom", shrink=0.9, aspect=20, pad=0.02)
-    return figure
+        figure.colorbar(soft, cax=figure.add_subplot(grid[-1, 1:3]), orientation="horizontal")
+        figure.colorbar(error, cax=figure.add_subplot(grid[-1, 3]), orientation="horizontal")
+        return _laid_out(figure)
 
 
 def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
@@ -250,19 +274,18 @@ def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
     row[0].add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="#F0E442", linewidth=1))
     words = (overlay.label, overlay.case, overlay.class_name, f"score {number(overlay.score)}")
     row[0].set_ylabel("\n".join(word for word in words if word), rotation=0, ha="right", va="center", color=INK)
-    mappables = []
-    signed = overlay.prediction - overlay.truth
-    for axis, values in zip(row[1:], (overlay.truth, overlay.prediction, signed), strict=True):
-        error = values is signed
-        layer: dict[str, Any] = {"cmap": "PuOr_r" if error else "viridis", "vmin": -1 if error else 0, "vmax": 1}
-        inside = np.ma.masked_where(np.abs(values[zoom].T) < 0.02, values[zoom].T)
+    soft: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(0, 1)}
+    error: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-1, 1)}
+    layers = ((overlay.truth, soft), (overlay.prediction, soft), (overlay.prediction - overlay.truth, error))
+    for axis, (values, look) in zip(row[1:], layers, strict=True):
+        seen = np.clip(3 * np.abs(values[zoom].T), 0, 0.9)  # what is near 0 lets the image through
         axis.imshow(overlay.image[zoom].T, **image)
-        mappables.append(axis.imshow(inside, origin="lower", aspect=ratio, alpha=0.85, interpolation="nearest", **layer))
+        axis.imshow(values[zoom].T, origin="lower", aspect=ratio, alpha=seen, interpolation="nearest", **look)
     for axis in row:
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
             spine.set_visible(False)
-    return mappables[0], mappables[2]
+    return ScalarMappable(**soft), ScalarMappable(**error)
 
 
 def _zoom(overlay: Overlay) -> tuple[slice, slice]:

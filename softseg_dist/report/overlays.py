@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
@@ -34,7 +32,10 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     try:
         store = Store.open(run.run.get("store", ""), run.run.get("store_fingerprint"))
         recipe = next(c.recipe for c in run.candidates if c.name == summary.winner.name)
-        network, activation = NETWORK.validate_python(recipe["network"]), ACTIVATION.validate_python(recipe["activation"])
+        network, activation = (
+            NETWORK.validate_python(recipe["network"]),
+            ACTIVATION.validate_python(recipe["activation"]),
+        )
     except (UserError, ValidationError):  # moved to another machine, or a network of a study file that is not loaded
         return ()
     ranked = _ranked_cases(run, summary)

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run: everything on it is inlined, so it can be mailed, archived and printed.
 
-`write_report` writes report/index.html and the figures beside it as PNG; `summary_json` gives the same numbers for machines.
+`write_report` writes report/index.html and the figures beside it as PNG; `summary_json` gives the same numbers for
+machines.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on the page: its source, what it shows in words, and its width in CSS pixels."""
+    """A figure on the page: its source, and what it shows in words."""
 
     source: str
     alt: str
@@ -71,6 +72,7 @@ def summary_json(run: Path) -> dict[str, Any]:
     summary = summarise(data)
     return {
         "answer": words.answer(summary),
+        "effects_answer": words.effects_answer(summary),
         "caveats": words.caveats(summary, _spacing(data)),
         **plain(summary),
         "run": plain(dict(data.run)),
@@ -78,16 +80,22 @@ def summary_json(run: Path) -> dict[str, Any]:
 
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
-    """Those that the run has data for, with their text for who cannot see them."""
+    """Those that the run has data for, with their text for those who cannot see them."""
     title = summary.objective_title
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
-        found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
+        found["differences"] = (
+            forest_figure(summary),
+            f"Forest plot of differences in {title}; the numbers are in the tests",
+        )
         found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
     if overlays:
-        found["overlays"] = overlay_figure(overlays), "Image, soft truth, prediction and signed error of single test cases"
+        found["overlays"] = (
+            overlay_figure(overlays),
+            "Image, soft truth, prediction and signed error of single test cases",
+        )
     if (learning := learning_figure(summary, data.histories)) is not None:
         found["learning"] = learning, f"Learning curves: {title} on validation by epoch"
     return found
@@ -109,7 +117,9 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
         run=data.run,
         info=data.run.get("data") or {},
         pictures=pictures,
+        folder=data.folder,
         answer=words.answer(summary),
+        effects_answer=words.effects_answer(summary),
         caveats=words.caveats(summary, _spacing(data)),
         shown=shown(summary),
         most=MOST,

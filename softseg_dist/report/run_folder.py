@@ -101,7 +101,9 @@ def _candidates(folder: Path, study: Mapping[str, Any], fits: tuple[FitResult, .
     records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
     asked = sorted((r for n, r in records.items() if n not in fixed), key=lambda record: record.get("number", 0))
     proposed = {record["name"]: record.get("recipe") or {} for record in asked}
-    unknown = {fit.candidate: {} for fit in fits if fit.candidate not in fixed and fit.candidate not in proposed}
+    unknown: dict[str, Any] = {
+        fit.candidate: {} for fit in fits if fit.candidate not in fixed and fit.candidate not in proposed
+    }
     return tuple(Candidate(name, recipe, name not in fixed) for name, recipe in (fixed | proposed | unknown).items())
 
 
@@ -115,7 +117,9 @@ def _results(folder: Path, finished: list[FitResult]) -> pd.DataFrame:
         if (fit.candidate, fit.split) not in held:
             part = cases_path(_fit_folder(folder, fit))
             if not part.exists():
-                raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
+                raise UserError(
+                    f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again"
+                )
             parts.append(pd.read_parquet(part))
     table = pd.concat(parts, ignore_index=True)
     return table.astype(dict.fromkeys(NAMES, "category"))

@@ -1,7 +1,7 @@
 """From rows of the results table to the unit of analysis: the score of one subject in one split.
 
-A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test; what is NaN
-(both maps empty) is left out. Tables are [subject x split], NaN where the subject was not tested.
+A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test; what
+is NaN (both maps empty) is left out. Tables are [subject x split], NaN where the subject was not tested.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list
     on_curve = rows["threshold"].round(9).isin(CURVE)
     means = _subject_means(rows[on_curve], ["threshold"]).groupby(["candidate", "threshold"], observed=True).mean()
     table = means.unstack("threshold").reindex(columns=list(CURVE))
-    return {name: [float(v) for v in table.loc[name]] for name in candidates if name in table.index}
+    curves = dict(zip(table.index.astype(str), table.to_numpy(np.float64).tolist(), strict=True))
+    return {name: curves[name] for name in candidates if name in curves}
 
 
 def undefined_cases(test: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
@@ -87,7 +88,10 @@ def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
     subjects, splits = sorted(test["subject"].astype(str).unique()), sorted(test["split"].unique())
     means = _subject_means(rows)
     tables = {
-        str(name): part.droplevel("candidate").unstack("split").reindex(index=subjects, columns=splits).to_numpy(np.float64)
+        str(name): part.droplevel("candidate")
+        .unstack("split")
+        .reindex(index=subjects, columns=splits)
+        .to_numpy(np.float64)
         for name, part in means.groupby(level="candidate", observed=True)
     }
     return Scores(tuple(subjects), tuple(int(j) for j in splits), tables)

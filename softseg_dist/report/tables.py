@@ -1,7 +1,7 @@
-"""All numbers of a report: ranking, comparisons, main effects, threshold curves, splits, caveats, as one frozen Summary.
+"""All numbers of a report, as one frozen Summary: ranking, comparisons, main effects, threshold curves, splits.
 
-The page prints this object and `softseg report --json` dumps it, so both say the same. Ranks and tests are on the objective
-metric, measured on test; the unit of analysis is a subject in a split (see `report.scores`).
+The page prints this object and `softseg report --json` dumps it, so both say the same. Ranks and tests are on the
+objective metric, measured on test; the unit of analysis is a subject in a split (see `report.scores`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from softseg_dist.report.scores import (
     Table,
     dice_at_rule,
     dice_curves,
-    soft_scores,
     on_test,
+    soft_scores,
     undefined_cases,
 )
 from softseg_dist.training.task import FitResult
@@ -48,11 +48,12 @@ RULES = ("fixed", "grid", "dice_optimal")
 
 @dataclass(frozen=True)
 class Standing:
-    """One candidate in the ranking. Ranks follow the paired difference to the reference. `mean` is over all subjects and splits, `sd` over the means of the splits.
+    """One candidate in the ranking. Ranks follow the paired difference to the reference; None without a score.
 
-    `low` and `high`: 95 % interval of the mean by the crossed random-effects model. `beside` has further metrics, `dice` the
-    Dice at the threshold of each rule, `thresholds` the mean threshold chosen, `by_reference` and `by_class` the objective
-    against each rater and in each class. `rank` is None without a score.
+    `mean` is over all subjects and splits with its 95 % interval from `low` to `high` by the crossed random-effects model,
+    `sd` over the means of the splits. `beside` has further metrics, `dice` the Dice at the threshold of each rule,
+    `thresholds` the mean threshold chosen, `by_reference` and `by_class` the objective against each rater and in each
+    class. Of `values` (case, class, split) `undefined` are NaN.
     """
 
     rank: int | None
@@ -119,8 +120,9 @@ class SplitSizes:
 class Summary:
     """Everything that a report says in numbers.
 
-    `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study has none
-    (or its control no score). `curves` are mean Dice at each threshold of `CURVE`. `varying` has the fields in which recipes
+    `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
+    has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
+    are theirs. `curves` are mean Dice at each threshold of `CURVE`. `varying` has the fields in which recipes
     differ, per candidate.
     """
 
@@ -133,6 +135,7 @@ class Summary:
     reference: str
     num_planned: int
     num_subjects: int
+    num_tested: int
     num_cases: int
     test_to_train: float
     tested_times: tuple[int, int]
@@ -163,7 +166,7 @@ def summarise(run: RunData) -> Summary:
     test = on_test(run.results)
     objective = OBJECTIVES[run.study["objective"]]
     scores = soft_scores(test, objective.metric)
-    control = run.study.get("control")
+    control: str = run.study.get("control") or ""
     reference = control if control in scores.tables else _best_complete(scores, objective.sign)
     ranking = _ranking(_standings(run, test, scores), reference, scores, objective.sign)
     sizes = tuple(SplitSizes(s.index, len(s.train), len(s.validation), len(s.test)) for s in run.splits)
@@ -176,10 +179,11 @@ def summarise(run: RunData) -> Summary:
         objective=objective.metric,
         objective_title=objective.title,
         sign=objective.sign,
-        control=control,
+        control=control or None,
         reference=reference,
         num_planned=len(run.candidates) * len(run.splits),
         num_subjects=len(everyone),
+        num_tested=len(scores.subjects),
         num_cases=int(test["case"].nunique()),
         test_to_train=ratio,
         tested_times=(min(times[s] for s in everyone), max(times[s] for s in everyone)),
@@ -215,7 +219,8 @@ def _best_complete(scores: Scores, sign: int) -> str:
 def _ranking(standings: Sequence[Standing], reference: str, scores: Scores, sign: int) -> tuple[Standing, ...]:
     """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
 
-    With all fits there this is the order of the means. Candidates that share no pair with the reference go by their mean.
+    With all fits there this is the order of the means. Candidates that share no pair with the reference go by their
+    mean.
     """
 
     def gain(standing: Standing) -> float:
@@ -348,5 +353,7 @@ def _flatten(value: Any, path: str = "") -> dict[str, str]:
         inner = [_flatten(v, f"{path}.{k}" if path else k) for k, v in value.items() if k not in ("type", "code")]
         return head | {k: v for part in inner for k, v in part.items()}
     if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-        return {path: ", ".join(str(item.get("type", item)) if isinstance(item, Mapping) else str(item) for item in value)}
+        return {
+            path: ", ".join(str(item.get("type", item)) if isinstance(item, Mapping) else str(item) for item in value)
+        }
     return {path: f"{value:g}" if isinstance(value, float) else str(value)}

@@ -69,12 +69,22 @@ def verdict(mean: float, p_holm: float, sign: int) -> str:
 
 
 def answer(summary: Summary) -> str:
-    """The finding in one or two sentences, with effect size, interval, corrected p, n. It never claims more than the test."""
+    """The finding in one sentence, with effect size, interval, corrected p and n. It never claims more than the test."""
     if not summary.comparisons:
         return f"There is one candidate with scores, {summary.winner.name}: nothing to compare it with."
     if summary.reference != summary.control:
         return _without_control(summary)
-    return _against_control(summary) + _effects_sentence(summary)
+    return _against_control(summary)
+
+
+def effects_answer(summary: Summary) -> str:
+    """What each factor does, averaged over the others, those shown to matter first; "" if the study is no factorial."""
+    said = {v: [e for e in summary.effects if _verdict(e, summary) == v] for v in ("better", "worse", "not shown")}
+    parts = [f"{e.level} is {v} than {e.base} ({e.factor}: {size_of(e)})" for v in ("better", "worse") for e in said[v]]
+    if said["not shown"]:
+        unsure = "; ".join(f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in said["not shown"])
+        parts.append(f"not shown to matter: {unsure}")
+    return f"Averaged over the other factors: {'; '.join(parts)}." if parts else ""
 
 
 def size_of(comparison: Comparison | Effect) -> str:
@@ -89,9 +99,10 @@ def size_of(comparison: Comparison | Effect) -> str:
 
 
 def _against_control(summary: Summary) -> str:
-    by_verdict = {v: [c for c in summary.comparisons if _verdict(c, summary) == v] for v in ("better", "worse", "not shown")}
+    by_verdict = {
+        v: [c for c in summary.comparisons if _verdict(c, summary) == v] for v in ("better", "worse", "not shown")
+    }
     num = len(summary.comparisons)
-    sample = f"{count(summary.num_subjects, 'subject')}, {count(len(summary.splits), 'split')}"
     best = summary.comparisons[0]
     if by_verdict["better"]:
         best = by_verdict["better"][0]
@@ -99,28 +110,30 @@ def _against_control(summary: Summary) -> str:
         verb = "do" if len(by_verdict["better"]) > 1 else "does"
         first = (
             f"{share} {verb} better than the control {summary.reference} on {summary.objective_title}; "
-            f"the highest ranked of them is {best.candidate} ({size_of(best)}; {sample})."
+            f"the highest ranked of them is {best.candidate} ({size_of(best)}; {_sample(best)})."
         )
     else:
         higher = "is ahead of the control by" if summary.sign * best.crossed.mean > 0 else "differs from the control by"
         first = (
             f"No candidate was shown to be better than the control {summary.reference} on {summary.objective_title}; "
-            f"the best of the others, {best.candidate}, {higher} {size_of(best)} ({sample})."
+            f"the best of the others, {best.candidate}, {higher} {size_of(best)} ({_sample(best)})."
         )
     worse = by_verdict["worse"]
-    return first + (f" {count(len(worse), 'candidate')} {'is' if len(worse) == 1 else 'are'} worse than it." if worse else "")
+    return first + (
+        f" {count(len(worse), 'candidate')} {'is' if len(worse) == 1 else 'are'} worse than it." if worse else ""
+    )
 
 
-def _effects_sentence(summary: Summary) -> str:
-    if not summary.effects:
-        return ""
-    parts = [f"{e.level} instead of {e.base} ({e.factor}) {size_of(e)}" for e in summary.effects]
-    return f" Averaged over all other factors: {'; '.join(parts)}."
+def _sample(comparison: Comparison) -> str:
+    test = comparison.crossed
+    return f"{count(test.num_subjects, 'tested subject')}, {count(test.num_splits, 'split')}"
 
 
 def _without_control(summary: Summary) -> str:
     why = (
-        "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
+        "The study names no control"
+        if summary.control is None
+        else f"The control {summary.control} has no finished fit"
     )
     tied = [c.candidate for c in summary.comparisons if _verdict(c, summary) == "not shown"]
     rest = (
@@ -134,7 +147,7 @@ def _without_control(summary: Summary) -> str:
     )
 
 
-def _verdict(comparison: Comparison, summary: Summary) -> str:
+def _verdict(comparison: Comparison | Effect, summary: Summary) -> str:
     return verdict(comparison.crossed.mean, comparison.p_holm, summary.sign)
 
 
@@ -156,8 +169,8 @@ def _completeness(summary: Summary) -> list[str]:
     if failed or missing:
         what = ", ".join(f"{n} {word}" for n, word in ((failed, "failed"), (missing, "not run yet")) if n)
         found.append(
-            f"{failed + missing} of {summary.num_planned} fits have no score ({what}). Comparisons use the subjects and splits that "
-            "both sides have, and ranks follow these comparisons; a mean in the ranking is over what its candidate has."
+            f"{failed + missing} of {summary.num_planned} fits have no score ({what}). Comparisons use the subjects and "
+            "splits that both sides have, and ranks follow these comparisons; a mean in the ranking is over what its candidate has."
         )
     unscored = [s.name for s in summary.ranking if s.rank is None]
     if unscored:
@@ -174,8 +187,9 @@ def _selection(summary: Summary) -> list[str]:
         )
     if summary.winner.proposed:
         found.append(
-            f"{summary.winner.name} was found by a search on validation subjects who are test subjects of other splits: its score is "
-            "optimistic by an unknown amount. Confirm it on subjects who took no part, or in a new study with it as a fixed candidate."
+            f"{summary.winner.name} was found by a search on validation subjects who are test subjects of other splits: "
+            "its score is optimistic by an unknown amount. Confirm it on subjects who took no part, or in a new study that "
+            "has it as a fixed candidate."
         )
     elif len(summary.comparisons) > 1:
         found.append(
@@ -198,32 +212,38 @@ def _training(summary: Summary) -> list[str]:
     dead = [t for t in summary.training if t.dead_share is not None and t.dead_share > ALPHA]
     if dead:
         parts = ", ".join(f"{t.name} {percent(t.dead_share)}" for t in dead)
-        found.append(f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}.")
+        found.append(
+            f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}."
+        )
     if len(summary.learning_rates) == 1 and len(summary.ranking) > 1:
         found.append(
-            f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none of them: "
-            "a difference may be one of how well that rate suits each."
+            f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "
+            "of them: a difference may be one of how well that rate suits each."
         )
     return found
 
 
 def _data(summary: Summary) -> list[str]:
     found = []
-    never = summary.tested_times[0] == 0
-    if never:
-        found.append("Some subjects were never in a test set: the results say nothing about them.")
+    if summary.num_tested < summary.num_subjects:
+        never = summary.num_subjects - summary.num_tested
+        found.append(
+            f"{never} of {summary.num_subjects} subjects were in no test set: they only trained and validated."
+        )
     if len(summary.splits) < 6:
         found.append(
             f"With {count(len(summary.splits), 'split')} Wilcoxon's test cannot reach p < 0.05 "
             f"(its smallest p is {2.0 ** (1 - len(summary.splits)):.3g})."
         )
-    if summary.num_subjects < 12:
+    if summary.num_tested < 12:
         found.append(
-            f"{summary.num_subjects} subjects are few: variance components and degrees of freedom are poorly known, "
+            f"{count(summary.num_tested, 'tested subject')} are few: variance components and degrees of freedom are poorly known, "
             "and intervals are approximate."
         )
     undefined = sum(s.undefined for s in summary.ranking)
     if undefined:
         total = sum(s.values for s in summary.ranking)
-        found.append(f"{undefined} of {total} values of the objective do not exist (nothing to find, nothing found) and are left out.")
+        found.append(
+            f"{undefined} of {total} values of the objective do not exist (there was nothing to find) and are left out."
+        )
     return found

@@ -10,7 +10,7 @@ from typing import Any
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # a slow server holds up the thread, never the study; but closing waits for the thread
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # a slow server holds up the thread, never the study; but closing waits for the thread
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool retries
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",

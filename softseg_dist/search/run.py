@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import ray
 from ray import tune
+from ray._private import worker as ray_worker
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
@@ -215,14 +216,16 @@ def _ray(address: str | None) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Nothing of Ray's on the terminal: what matters of it reaches people through the session's notes."""
     logger = logging.getLogger("ray")
-    level = logger.level
+    level, shown = logger.level, ray_worker._worker_logs_enabled
     logger.setLevel(logging.CRITICAL + 1)
+    ray_worker._worker_logs_enabled = False  # else the death of a worker is told on stdout, amid --json
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"ray\..*")
         try:
             yield
         finally:
             logger.setLevel(level)
+            ray_worker._worker_logs_enabled = shown
 
 
 @contextmanager

@@ -58,17 +58,25 @@ class Batches:
     def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them."""
         images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
-        image = torch.from_numpy(np.stack(images)).to(device)
-        target = torch.stack(targets).to(device)
+        image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
         seeds = [seed_of(self.seed, "augment", epoch, member) for member in members]
-        spacing = self.store.sample(self.items[members[0]][0]).spacing_mm
-        return augment(image, target, self.recipe.augment, seeds, self.recipe.label, spacing)
+        for spacing_mm, rows in self._by_spacing(members).items():
+            part = image[rows], target[rows], self.recipe.augment, [seeds[row] for row in rows]
+            image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
+        return image, target
 
     def mean_label(self) -> Tensor:
         """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation."""
         total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in range(len(self.items)))
         assert isinstance(total, Tensor), "a split has training items"
         return total / len(self.items)
+
+    def _by_spacing(self, members: Sequence[int]) -> dict[tuple[float, ...], list[int]]:
+        """Rows of a batch by voxel size, one group unless a study keeps each case's own: a rotation must be one in mm."""
+        rows: dict[tuple[float, ...], list[int]] = {}
+        for row, member in enumerate(members):
+            rows.setdefault(self.store.sample(self.items[member][0]).spacing_mm, []).append(row)
+        return rows
 
     def _item(self, epoch: int, member: int) -> tuple[np.ndarray, Tensor]:
         case, item = self.items[member]

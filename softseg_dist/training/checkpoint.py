@@ -14,7 +14,12 @@ from softseg_dist.training.task import FitTask, checkpoint_path
 
 def save_checkpoint(task: FitTask, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
     """Replace the fit's checkpoint; a crash in the middle leaves the former one."""
-    state = {"identity": task.identity, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
+    state = {
+        "identity": task.identity,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": progress,
+    }
     replace_file(checkpoint_path(task.folder), lambda partial: torch.save(state, partial))
 
 

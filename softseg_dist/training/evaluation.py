@@ -23,7 +23,7 @@ Subset = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective, in its own unit, on both subsets (None if undefined on every case), and the thresholds chosen on validation."""
+    """The objective, in its own unit, on both subsets (None: undefined on every case), and the thresholds from validation."""
 
     score: float | None
     test_score: float | None
@@ -56,7 +56,9 @@ def evaluate(model: Model, task: FitTask, store: Store, device: str) -> Evaluati
     return Evaluation(_score(rows, task.objective, "validation"), _score(rows, task.objective, "test"), thresholds)
 
 
-def _predict(model: Model, task: FitTask, store: Store, subset: Subset, device: str) -> Iterator[tuple[Sample, np.ndarray]]:
+def _predict(
+    model: Model, task: FitTask, store: Store, subset: Subset, device: str
+) -> Iterator[tuple[Sample, np.ndarray]]:
     subjects = task.split.validation if subset == "validation" else task.split.test
     for case in cases_of(store, subjects):
         sample = store.sample(case)
@@ -81,7 +83,14 @@ def _rows(
         "case": sample.name,
     }
     return [
-        head | {"class": r.class_name, "reference": r.reference, "threshold": r.threshold, "metric": r.metric, "value": r.value}
+        head
+        | {
+            "class": r.class_name,
+            "reference": r.reference,
+            "threshold": r.threshold,
+            "metric": r.metric,
+            "value": r.value,
+        }
         for r in measured
     ]
 
@@ -90,7 +99,12 @@ def _score(rows: list[dict[str, Any]], objective: str, subset: Subset) -> float 
     metric = OBJECTIVES[objective].metric
     subjects: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        if row["subset"] == subset and row["reference"] == "mean" and row["metric"] == metric and row["threshold"] is None:
+        if (
+            row["subset"] == subset
+            and row["reference"] == "mean"
+            and row["metric"] == metric
+            and row["threshold"] is None
+        ):
             subjects.setdefault(row["subject"], {}).setdefault(row["case"], []).append(row["value"])
     score = _mean([_mean([_mean(classes) for classes in cases.values()]) for cases in subjects.values()])
     return None if np.isnan(score) else score

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softseg_dist.numerics.activations import dead_samples
+from softseg_dist.numerics.activations import NormReLU, dead_samples
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
@@ -137,7 +137,7 @@ class Training:
             candidate=self.task.candidate,
             split=self.task.split.index,
             epochs=self.progress.epoch,
-            dead_share=self.progress.dead_share,
+            dead_share=self.progress.dead_share if isinstance(self.task.recipe.activation, NormReLU) else None,
             parameters=sum(p.numel() for p in self.model.parameters()),
             duration_s=self.progress.elapsed_s + time.monotonic() - self.started,
             peak_memory_mb=_peak_memory_mb(self.worker.device),
@@ -153,7 +153,9 @@ class Training:
         order, size, now = self.batches.order(self.progress.epoch), self.optim.batch_size, self.progress
         while now.step < self.batches.steps_per_epoch:
             members = order[now.step * size : (now.step + 1) * size]
-            torch.manual_seed(seed_of(self.batches.seed, "step", now.epoch, now.step))  # dropout, without a state to restore
+            torch.manual_seed(
+                seed_of(self.batches.seed, "step", now.epoch, now.step)
+            )  # dropout, without a state to restore
             self._step(*self.batches.batch(now.epoch, members, self.worker.device))
             now.step += 1
             if self.worker.stop():
@@ -170,7 +172,9 @@ class Training:
         prediction = self.model.activation(logits)
         loss = self.task.recipe.loss(prediction, target)
         if not torch.isfinite(loss):
-            raise Diverged(f"loss is {loss.item()} in epoch {now.epoch + 1}, step {now.step + 1}: {self._cause(logits, prediction)}")
+            raise Diverged(
+                f"loss is {loss.item()} in epoch {now.epoch + 1}, step {now.step + 1}: {self._cause(logits, prediction)}"
+            )
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         if self.optim.clip_norm is not None:
@@ -186,7 +190,10 @@ class Training:
 
     def _cause(self, logits: Tensor, prediction: Tensor) -> str:
         if not torch.isfinite(logits).all():
-            return f"the network's output is not finite, its weights diverged; try a smaller lr than {self.optim.lr:g} or clip_norm=1"
+            lr = f"{self.optim.lr:g}"
+            return (
+                f"the network's output is not finite, its weights diverged; try a smaller lr than {lr} or clip_norm=1"
+            )
         if not torch.isfinite(prediction).all():
             return f"{self.task.recipe.activation} is not finite for finite logits"
         low, high = prediction.min().item(), prediction.max().item()

@@ -21,14 +21,16 @@ class Model(nn.Module):
         super().__init__()
         self.network = network.build(channels, activation.num_logits(classes), dim)
         self.activation = activation.build(classes)
+        self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
+        self.network.to(memory_format=self.layout)
 
     def logits(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B num_logits *S]."""
-        return self.network(image)
+        return self.network(image.contiguous(memory_format=self.layout))
 
     def forward(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B K *S] in [0, 1]."""
-        return self.activation(self.network(image))
+        return self.activation(self.logits(image))
 
 
 def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:

@@ -22,7 +22,9 @@ def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split) -> 
             _try(recipe, store, first)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"candidate {name} cannot be trained on images of size {store.size}: {cause:.300}") from error
+            raise UserError(
+                f"candidate {name} cannot be trained on images of size {store.size}: {cause:.300}"
+            ) from error
 
 
 def _try(recipe: Recipe, store: Store, case: int) -> None:

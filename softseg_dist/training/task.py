@@ -52,7 +52,7 @@ class FitResult(Frozen):
     `score` is the objective on validation at the best epoch, `test_score` the same metric on the test subjects (both means
     over subjects, NaN cases left out). `thresholds` maps rule to the value chosen on validation. `converged` is
     False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
-    epoch, whose NormReLU output was 0 everywhere. A "failed" fit has a `reason` and no score.
+    epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
     """
 
     candidate: str

@@ -11,7 +11,12 @@ import pandas as pd
 
 from softseg_dist.numerics.thresholds import CURVE
 
-CELLS = [f"{label}-{act}-{loss}" for label in ("hard", "soft") for act in ("sigmoid", "normrelu") for loss in ("dice", "wing")]
+CELLS = [
+    f"{label}-{act}-{loss}"
+    for label in ("hard", "soft")
+    for act in ("sigmoid", "normrelu")
+    for loss in ("dice", "wing")
+]
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
 GAIN = {"soft": 0.02, "normrelu": 0.006, "wing": -0.004}  # planted main effects on the objective
 RATERS = ("mean", "rater1", "rater2", "rater3", "rater4")
@@ -70,8 +75,15 @@ def write_run(
     level = {s: generator.normal(0, 0.04) for s in subjects}
     tables = []
     for number, name in enumerate([*candidates, *proposed]):
-        gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (generator.normal(0.01, 0.02) if name in proposed else 0)
-        record = {"type": "CandidateRecord", "name": name, "number": number, "recipe": recipe(CELLS[-1]) | {"fusion": name}}
+        gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (
+            generator.normal(0.01, 0.02) if name in proposed else 0
+        )
+        record = {
+            "type": "CandidateRecord",
+            "name": name,
+            "number": number,
+            "recipe": recipe(CELLS[-1]) | {"fusion": name},
+        }
         fixed = {"origin": "fixed", "recipe": recipe(name)} if name in candidates else {"origin": "proposed"}
         _write(folder / "fits" / name / "candidate.json", record | fixed)
         of_subject = {s: generator.normal(0, 0.008) for s in subjects}
@@ -90,14 +102,18 @@ def write_run(
             if not collected:
                 table.to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
     if collected:
-        pd.concat(tables).to_parquet(folder / "results.parquet")
+        pd.concat(tables, ignore_index=True).to_parquet(folder / "results.parquet")
         _write(folder / "run.json", _run(num_subjects, classes))
     return folder
 
 
 def _split(generator: np.random.Generator, subjects: list[str], index: int, num_tested: int) -> dict[str, object]:
     order = [str(s) for s in generator.permutation(subjects)]
-    parts = {"test": order[:num_tested], "validation": order[num_tested : 2 * num_tested], "train": order[2 * num_tested :]}
+    parts = {
+        "test": order[:num_tested],
+        "validation": order[num_tested : 2 * num_tested],
+        "train": order[2 * num_tested :],
+    }
     return {"type": "Split", "index": index, **parts}
 
 
@@ -111,7 +127,9 @@ def _write_fit(
 ) -> None:
     fit = {"type": "FitResult", "candidate": name, "split": split}
     if bad:
-        _write(folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"})
+        _write(
+            folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"}
+        )
         return
     best = int(generator.integers(38, 61))
     measured = {
@@ -129,7 +147,11 @@ def _write_fit(
     _write(folder / "fits" / name / f"{split:03d}.json", fit | measured)
     noise = generator.normal(0, 0.01, 60)
     history = [
-        {"epoch": e + 1, "loss": float(0.6 * np.exp(-e / 15) + 0.1), "dice_dml": float(0.85 - 0.6 * np.exp(-e / 9) + noise[e])}
+        {
+            "epoch": e + 1,
+            "loss": float(0.6 * np.exp(-e / 15) + 0.1),
+            "dice_dml": float(0.85 - 0.6 * np.exp(-e / 9) + noise[e]),
+        }
         for e in range(60)
     ]
     path = folder / "fits" / name / f"{split:03d}" / "history.jsonl"

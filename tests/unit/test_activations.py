@@ -155,6 +155,10 @@ def test_running_maximum_is_an_exponential_average_saved_with_the_weights() -> N
     torch.testing.assert_close(prediction, torch.tensor([[[[0, 1.9 / M], [1, 1]]]]))
 
 
+def test_running_maximum_that_has_seen_nothing_predicts_nothing() -> None:
+    assert (NormReLU(over="running").build(1).eval()(torch.ones(1, 1, 2, 2)) == 0).all()
+
+
 def test_running_maximum_does_not_move_at_inference() -> None:
     module = NormReLU(over="running").build(1)
     module(torch.full((1, 1, 2, 2), 4.0))

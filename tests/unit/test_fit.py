@@ -11,7 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from softseg_dist import AdaptiveWing, Affine, Dice, Loss, MonteCarlo, NormReLU, Optim, Phantom, Preprocess, Recipe, Sigmoid, UNet
+from softseg_dist import (
+    AdaptiveWing,
+    Affine,
+    Dice,
+    Loss,
+    MonteCarlo,
+    NormReLU,
+    Optim,
+    Phantom,
+    Preprocess,
+    Recipe,
+    Sigmoid,
+    UNet,
+)
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.training.batches import Batches
@@ -69,7 +82,9 @@ def test_learning_curve_is_the_golden_one(task: FitTask, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(task: FitTask, tmp_path: Path, steps: int) -> None:
+def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
+    task: FitTask, tmp_path: Path, steps: int
+) -> None:
     whole, parts = task.replace(folder=str(tmp_path / "whole")), task.replace(folder=str(tmp_path / "parts"))
     straight = fit(whole)
     with pytest.raises(Interrupted):
@@ -79,7 +94,11 @@ def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(task: 
     assert history(Path(whole.folder)) == history(Path(parts.folder))
     left, right = load_file(weights_path(whole.folder)), load_file(weights_path(parts.folder))
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert (resumed.score, resumed.test_score, resumed.thresholds) == (straight.score, straight.test_score, straight.thresholds)
+    assert (resumed.score, resumed.test_score, resumed.thresholds) == (
+        straight.score,
+        straight.test_score,
+        straight.thresholds,
+    )
 
 
 def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Path) -> None:
@@ -157,7 +176,9 @@ def test_every_candidate_sees_the_same_weights_batches_and_fields(task: FitTask,
     other_recipe = RECIPE.replace(loss=Dice(), activation=Sigmoid(), label="hard")
     two = Training(task.replace(folder=_folder(tmp_path / "b"), candidate="d", recipe=other_recipe), Worker())
     weights = [
-        (a, b) for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True) if "bias" not in name
+        (a, b)
+        for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True)
+        if "bias" not in name
     ]
     assert weights
     assert all(torch.equal(a, b) for a, b in weights)
@@ -175,7 +196,9 @@ def test_every_epoch_sees_every_item_once_and_never_another_subject(task: FitTas
     assert {store.cases[case].subject for case, _ in batches.items} == set(task.split.train)
 
 
-def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(task: FitTask, tmp_path: Path) -> None:
+def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(
+    task: FitTask, tmp_path: Path
+) -> None:
     result = fit(task.replace(folder=str(tmp_path)))
     rows = pq.read_table(cases_path(tmp_path)).to_pandas()
     assert set(rows[rows.subset == "validation"].subject) == set(task.split.validation)
@@ -188,7 +211,9 @@ def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_tru
 
 
 def test_early_stopping_waits_for_patience_epochs(task: FitTask, tmp_path: Path) -> None:
-    frozen = RECIPE.replace(optim=Optim(lr=1e-12, epochs=20, patience=2, batch_size=8), network=UNet(filters=(4, 8), norm="instance"))
+    frozen = RECIPE.replace(
+        optim=Optim(lr=1e-12, epochs=20, patience=2, batch_size=8), network=UNet(filters=(4, 8), norm="instance")
+    )
     result = fit(task.replace(folder=str(tmp_path), recipe=frozen))
     assert result.best_epoch is not None
     assert result.epochs == result.best_epoch + 2 < 20

@@ -45,7 +45,9 @@ def imported(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return names | {str(node.module) for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
+    return (
+        names | {str(node.module) for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -59,7 +61,11 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_heavy_package_is_imported_by_its_owners_only(package: str) -> None:
-    users = {str(p.relative_to(PACKAGE)) for p in FILES if any(n == package or n.startswith(package + ".") for n in imported(p))}
+    users = {
+        str(p.relative_to(PACKAGE))
+        for p in FILES
+        if any(n == package or n.startswith(package + ".") for n in imported(p))
+    }
     assert users <= set(OWNERS[package])
 
 

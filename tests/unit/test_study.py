@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from softseg_dist import (
+    BCE,
     AdaptiveWing,
     Affine,
-    BCE,
     Bids,
     Dice,
     KFold,
@@ -27,7 +27,9 @@ from softseg_dist import (
     factorial,
 )
 
-BASE = Recipe(network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60))
+BASE = Recipe(
+    network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60)
+)
 
 
 def study(**changes: object) -> Study:

@@ -1,0 +1,75 @@
+"""What a newcomer waits for: `softseg --help`, and the quickstart study from nothing to its report.
+
+Run:     python tests/benchmarks/bench_quickstart.py
+Targets: --help under 0.5 s; the quickstart under 5 minutes and 3 GB on 2 cores
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+SOFTSEG = [sys.executable, "-m", "softseg_dist.cli"]
+SAMPLE_S = 0.5
+
+
+def main() -> None:
+    help_s = statistics.median(_seconds([*SOFTSEG, "--help"]) for _ in range(5))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        study = ROOT / "studies" / "s001_quickstart.py"
+        run = subprocess.Popen([*SOFTSEG, "run", str(study), "--json"], cwd=folder, stdout=subprocess.PIPE, text=True)
+        peak_bytes = _peak_memory(run)
+        quickstart_s = time.monotonic() - started
+        assert run.stdout is not None
+        end = json.loads(run.stdout.read().splitlines()[-1])
+    assert end["end"] == "done", end
+    figures = {"help_s": help_s, "quickstart_s": quickstart_s, "quickstart_peak_gb": peak_bytes / 1e9, "fits": end["finished"]}
+    print(f"{'what':<42}{'measured':>12}{'target':>12}")
+    print(f"{'softseg --help, median of 5 [s]':<42}{help_s:>12.2f}{'0.5':>12}")
+    print(f"{'quickstart, ' + str(end['finished']) + ' fits [s]':<42}{quickstart_s:>12.0f}{'300':>12}")
+    print(f"{'quickstart, all processes together [GB]':<42}{peak_bytes / 1e9:>12.2f}{'3':>12}")
+    out = Path(__file__).parent / "out"
+    out.mkdir(exist_ok=True)
+    (out / "quickstart.json").write_text(json.dumps(figures, indent=1))
+
+
+def _seconds(command: list[str]) -> float:
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def _peak_memory(run: subprocess.Popen[str]) -> int:
+    """High-water of the proportional set size of the process and all its children: memory shared by several counts once."""
+    peak = 0
+    while run.poll() is None:
+        family = [psutil.Process(run.pid)]
+        total = 0
+        try:
+            family += family[0].children(recursive=True)
+            total = sum(_pss(process) for process in family)
+        except psutil.NoSuchProcess:
+            total = 0  # one ended while we looked; the next look is in half a second
+        peak = max(peak, total)
+        time.sleep(SAMPLE_S)
+    return peak
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Real Ray: fits run once, deaths and hangs are survived, a run that was stopped goes on, and nothing of Ray's is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripted import NUM_SPLITS, make_study, run, starts
+
+from softseg_dist import Recipe, Resources, Search
+from softseg_dist.errors import UserError
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import JsonLines, PlainLines
+from softseg_dist.search.session import Outcome
+from softseg_dist.study_file import load_source
+
+pytestmark = pytest.mark.engine
+DRIVER = Path(__file__).parent / "scripted.py"
+
+
+def driver(folder: Path, **options: object) -> subprocess.Popen[str]:
+    """A driver in a process group of its own, as a shell would start it."""
+    command = [sys.executable, str(DRIVER), str(folder), json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_results(folder: Path, num_results: int, process: subprocess.Popen[str]) -> None:
+    """Return when the ledger has that many results."""
+    deadline = time.monotonic() + 120
+    while len(results := list(folder.glob("fits/*/[0-9]*.json"))) < num_results:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, results
+        time.sleep(0.02)
+
+
+def test_every_accident_of_a_fit_is_survived(shared_ray, tmp_path, capfd):
+    """One session with everything that can go wrong at once, as each Ray session costs seconds."""
+    lines = io.StringIO()
+    faults = {"a/000": "kill", "a/001": "raise", "b/000": "nan", "b/001": "exit", "b/002": "hang"}
+    study = make_study(trials=1)
+    resources = Resources(max_concurrent=2, time_limit_s=3)
+    assert run(tmp_path, study, PlainLines(lines), faults=faults, resources=resources) == Outcome(8, 1, 0, False)
+
+    expected = {f"{name}/{split:03d}": 1 for name in ("a", "b", "trial-000") for split in range(NUM_SPLITS)}
+    assert starts(tmp_path) == expected | {"a/000": 2, "a/001": 2, "b/001": 2, "b/002": 2}
+    results = Ledger(tmp_path).results()
+    assert results["b", 0].state == "failed"
+    assert results["b", 0].reason == "loss is nan in epoch 2"
+    assert {key: result.attempt for key, result in results.items() if result.attempt} == {
+        ("a", 0): 1,
+        ("a", 1): 1,
+        ("b", 1): 1,
+        ("b", 2): 1,
+    }
+    told = lines.getvalue()
+    assert "a/001: ValueError: the fit broke" in told
+    assert "b/002: took longer than its time limit of 3 s" in told
+    assert "a/000: its process died" in told
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / ".tune").exists()
+    assert not (tmp_path / ".stop").exists()
+
+
+def test_a_fit_that_dies_twice_is_given_up_and_tried_again_next_time(shared_ray, tmp_path):
+    study = make_study(("a",))
+    faults = {"a/001": "raise", "always": True}
+    assert run(tmp_path, study, PlainLines(io.StringIO()), faults=faults) == Outcome(2, 1, 0, False)
+    assert starts(tmp_path)["a/001"] == 2
+    assert ("a", 1) not in Ledger(tmp_path).results()
+    events = io.StringIO()
+    assert run(tmp_path, study, JsonLines(events)) == Outcome(3, 0, 0, False)
+    assert starts(tmp_path) == {"a/000": 1, "a/001": 3, "a/002": 1}
+    lines = [json.loads(line) for line in events.getvalue().splitlines()]
+    assert lines[0] == {"event": "start", "total": 3, "done": 2}
+    assert [line["fit"] for line in lines if line["event"] == "fit"] == ["a/001"]
+    assert sum(line["event"] == "epoch" for line in lines) == 3
+
+
+def test_a_finished_study_starts_nothing(shared_ray, tmp_path):
+    study = make_study(("a",), num_splits=1)
+    assert run(tmp_path, study) == Outcome(1, 0, 0, False)
+    started = time.monotonic()
+    assert run(tmp_path, study) == Outcome(1, 0, 0, False)
+    assert time.monotonic() - started < 1
+    assert starts(tmp_path) == {"a/000": 1}
+
+
+def test_a_user_error_in_a_fit_stops_the_study_with_its_text(shared_ray, tmp_path):
+    with pytest.raises(UserError, match="a/000: the store is missing"):
+        run(tmp_path, make_study(("a",)), faults={"a/000": "user"}, resources=Resources(max_concurrent=1))
+    assert starts(tmp_path) == {"a/000": 1}
+
+
+def broken(trial):
+    raise RuntimeError("not today")
+
+
+def test_a_mistake_in_propose_stops_the_study_and_keeps_what_ended(shared_ray, tmp_path):
+    study = make_study(("a",), num_splits=1).replace(search=Search(broken, trials=1))
+    with pytest.raises(UserError, match="not today"):
+        run(tmp_path, study, resources=Resources(max_concurrent=1))
+    assert list(Ledger(tmp_path).results()) == [("a", 0)]
+
+
+def test_a_fit_that_no_machine_can_hold_is_refused_before_anything_starts(shared_ray, tmp_path):
+    with pytest.raises(UserError, match=r"one fit needs 99 CPUs on one machine, but the most that one has is 2 CPUs"):
+        run(tmp_path, make_study(), resources=Resources(cpus_per_fit=99))
+    with pytest.raises(UserError, match=r"needs 1 CPUs and 1 GPUs"):
+        run(tmp_path, make_study(), resources=Resources(gpus_per_fit=1))
+    assert starts(tmp_path) == {}
+
+
+OWN_LOSS = '''
+from softseg_dist import Brier, Recipe
+class Halved(Brier):
+    def per_sample(self, prediction, target):
+        return 0.5 * super().per_sample(prediction, target)
+RECIPE = Recipe(loss=Halved())
+'''
+
+
+def test_a_loss_of_the_study_file_is_known_in_the_workers(shared_ray, tmp_path):
+    recipe: Recipe = load_source("s999_own", OWN_LOSS).RECIPE
+    study = make_study(("a",), num_splits=1).replace(candidates={"a": recipe})
+    assert run(tmp_path, study, source=("s999_own", OWN_LOSS)).finished == 1
+
+
+def test_a_killed_driver_goes_on_where_it_was(tmp_path):
+    first = driver(tmp_path, sleep_s=0.1, trials=2)
+    wait_for_results(tmp_path, 4, first)
+    with pytest.raises(UserError, match=f"in use by process {first.pid} on "), Ledger(tmp_path).lock():
+        pass
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    ended = {f"{name}/{split:03d}" for name, split in Ledger(tmp_path).results()}
+    assert len(ended) < 12
+    second = driver(tmp_path, trials=2)
+    out, err = second.communicate(timeout=120)
+    assert (json.loads(out.splitlines()[-1]), err) == ({"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False}, "")
+    assert {key: count for key, count in starts(tmp_path).items() if key in ended} == dict.fromkeys(ended, 1)
+
+    for (name, split), result in Ledger(tmp_path).results().items():
+        lr = Ledger(tmp_path).candidates()[name].recipe["optim"]["lr"]
+        assert result.score == lr + split / 100  # what `score_of` gives: no result went to another fit
+
+
+def test_ctrl_c_lets_fits_end_and_a_second_one_does_not(tmp_path):
+    first = driver(tmp_path, sleep_s=0.1, trials=2)
+    wait_for_results(tmp_path, 2, first)
+    os.killpg(first.pid, signal.SIGINT)  # the whole group, as a terminal does: workers must not die of it
+    out, err = first.communicate(timeout=60)
+    outcome = json.loads(out.splitlines()[-1])
+    assert (outcome["interrupted"], outcome["failed"], err) == (True, 0, "")
+    assert outcome["finished"] + outcome["unfinished"] == 12
+    assert "stopping: running fits write their checkpoints" in out
+    assert "died" not in out
+
+    second = driver(tmp_path, trials=2, **{"b/000": "hang", "b/001": "hang"})
+    deadline = time.monotonic() + 60
+    while starts(tmp_path).get("b/001", 0) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(second.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(timeout=2)  # the fits hang
+    os.killpg(second.pid, signal.SIGINT)
+    out, err = second.communicate(timeout=30)
+    assert (json.loads(out.splitlines()[-1])["interrupted"], err) == (True, "")
+
+

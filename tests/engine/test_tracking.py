@@ -1,0 +1,250 @@
+"""Real MLflow, SQLite and server: every event arrives once and in its place, whatever happens to the server or the driver."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import BASE, make_study, run, splits_of
+
+from softseg_dist import AdaptiveWing, Affine, Flip
+from softseg_dist.search.ledger import CandidateRecord, json_of
+from softseg_dist.search.live import PlainLines
+from softseg_dist.search.tracking import Tracker, coalesced, default_uri, parameters
+from softseg_dist.training.task import FitResult, FitTask
+
+pytestmark = pytest.mark.engine
+STUDY = make_study(("a",))
+
+
+def task(split: int = 0) -> FitTask:
+    return FitTask(
+        study=STUDY.name,
+        seed=0,
+        candidate="a",
+        recipe=BASE,
+        split=splits_of(STUDY)[split],
+        objective="dice_dml",
+        store="",
+        store_fingerprint="",
+        folder="",
+    )
+
+
+def result(split: int = 0, score: float | None = 0.5) -> FitResult:
+    state = "failed" if score is None else "finished"
+    return FitResult(candidate="a", split=split, state=state, score=score, test_score=score, thresholds={"fixed": 0.5}, reason="nan")
+
+
+def run_fit(tracker: Tracker, split: int = 0, score: float | None = 0.5, num_epochs: int = 3) -> None:
+    tracker.fit_started(task(split))
+    for epoch in range(1, num_epochs + 1):
+        tracker.epoch(f"a/{split:03d}", {"epoch": float(epoch), "loss": 1 / epoch})
+    tracker.fit_ended(result(split, score))
+
+
+def runs_of(uri: str) -> dict[str, Any]:
+    """All runs of the study's experiment, by their key."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(STUDY.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert len({run.data.tags["softseg.key"] for run in runs}) == len(runs), "one run per key"
+    return {run.data.tags["softseg.key"]: run for run in runs}
+
+
+def losses(uri: str, run_id: str) -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    return sorted((metric.step, metric.value) for metric in MlflowClient(uri).get_metric_history(run_id, "loss"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextmanager
+def server(port: int, folder: Path) -> Iterator[str]:
+    """`mlflow server` on a port of this machine."""
+    import requests
+
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+    options += ["--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if requests.get(f"{uri}/health", timeout=1).ok:
+                    break
+            except requests.RequestException:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it has children that outlive a SIGTERM
+        process.wait()
+
+
+def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
+    page = tmp_path / "index.html"
+    page.write_text("<p>report</p>")
+    with Tracker(None, tmp_path / "run", STUDY) as tracker:
+        tracker.data_set("Phantom", "d" * 64, "store.arrow")
+        run_fit(tracker, 0, 0.4)
+        run_fit(tracker, 1, 0.6)
+        run_fit(tracker, 2, None)
+        tracker.candidate_ended("a", [result(0, 0.4), result(1, 0.6), result(2, None)])
+        tracker.artifact(page, "report")
+    runs = runs_of(default_uri(tmp_path / "run"))
+    study, candidate, fit = runs["study"], runs["a"], runs["a/000"]
+    assert candidate.data.tags["mlflow.parentRunId"] == study.info.run_id
+    assert fit.data.tags["mlflow.parentRunId"] == candidate.info.run_id
+    assert {key: run.info.status for key, run in runs.items()} == {
+        "study": "FINISHED",
+        "a": "FINISHED",
+        "a/000": "FINISHED",
+        "a/001": "FINISHED",
+        "a/002": "FAILED",
+    }
+    assert candidate.data.metrics["score_mean"] == pytest.approx((0.4 + 0.6) / 2)
+    assert candidate.data.metrics["score_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert candidate.data.metrics["failed_fits"] == 1
+    assert fit.data.metrics["score"] == 0.4
+    assert fit.data.metrics["threshold_fixed"] == 0.5
+    assert fit.data.params["loss"] == "Dice"
+    assert runs["a/002"].data.tags["softseg.reason"] == "nan"
+    assert losses(default_uri(tmp_path / "run"), fit.info.run_id) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert study.data.tags["softseg.fingerprint"] == STUDY.fingerprint
+    assert study.inputs.dataset_inputs[0].dataset.digest == "d" * 36
+    assert (tmp_path / "run/mlartifacts" / study.info.run_id / "artifacts/report/index.html").exists()
+    assert not (tmp_path / "run/mlflow_spool.jsonl").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupted_study_leaves_nothing_running_and_goes_on_in_the_same_runs(tmp_path):
+    uri = default_uri(tmp_path)
+    tracker = Tracker(None, tmp_path, STUDY)
+    run_fit(tracker, 0)
+    tracker.fit_started(task(1))
+    assert tracker.close("KILLED") == ()
+    before = runs_of(uri)
+    assert {key: run.info.status for key, run in before.items()} == {
+        "study": "KILLED",
+        "a": "KILLED",
+        "a/000": "FINISHED",
+        "a/001": "KILLED",
+    }
+    tracker = Tracker(None, tmp_path, STUDY)
+    record = CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE))
+    tracker.recall({"a": record}, [result(0)], ended=())
+    run_fit(tracker, 1)
+    tracker.candidate_ended("a", [result(0), result(1)])
+    assert tracker.close() == ()
+    after = runs_of(uri)
+    assert {run.info.status for run in after.values()} == {"FINISHED"}
+    assert {key: run.info.run_id for key, run in after.items()} == {key: run.info.run_id for key, run in before.items()}
+    assert len(losses(uri, after["a/000"].info.run_id)) == 3
+
+
+def test_what_a_killed_driver_did_not_send_is_told_from_the_ledger(tmp_path):
+    record = CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE))
+    with Tracker(None, tmp_path, STUDY) as tracker:
+        tracker.recall({"a": record}, [result(split, 0.5) for split in range(3)], ended=["a"])
+    runs = runs_of(default_uri(tmp_path))
+    assert set(runs) == {"study", "a", "a/000", "a/001", "a/002"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["a"].data.metrics["score_mean"] == 0.5
+
+
+def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path):
+    port = free_port()
+    tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path / "run", STUDY)
+    started = time.monotonic()
+    run_fit(tracker, 0, num_epochs=200)
+    tracker.candidate_ended("a", [result(0)])
+    assert time.monotonic() - started < 0.5
+    (note,) = tracker.close()
+    assert "out of reach" in note
+    assert f"http://127.0.0.1:{port}" in note
+    assert "mlflow_spool.jsonl" in note
+
+    with server(port, tmp_path / "server") as uri:
+        page = tmp_path / "index.html"
+        page.write_text("<p>report</p>")
+        second = Tracker(uri, tmp_path / "run", STUDY)
+        second.artifact(page, "report")
+        assert second.close() == ()
+        runs = runs_of(uri)
+        assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(("study", "a", "a/000"), "FINISHED")
+        assert losses(uri, runs["a/000"].info.run_id) == [(epoch, 1 / epoch) for epoch in range(1, 201)]
+    assert list((tmp_path / "server/artifacts").rglob("index.html"))
+    assert not (tmp_path / "run/mlflow_spool.jsonl").exists()
+
+
+def test_a_refused_record_is_told_and_does_not_hold_up_the_others(tmp_path):
+    tracker = Tracker(None, tmp_path, STUDY)
+    tracker.artifact(tmp_path / "no_such_file.html")
+    run_fit(tracker, 0)
+    (note,) = tracker.close()
+    assert "refused 1 records" in note
+    assert "no_such_file.html" in note
+    assert runs_of(default_uri(tmp_path))["a/000"].info.status == "FINISHED"
+
+
+def test_a_real_search_arrives_in_mlflow(shared_ray, tmp_path):
+    study = make_study(("a",), trials=1)
+    tracker = Tracker(None, tmp_path, study)
+    faults = {"a/000": "nan", "trial-000/001": "raise"}
+    run(tmp_path, study, PlainLines(io.StringIO()), tracker, faults)
+    assert tracker.close() == ()
+    runs = runs_of(default_uri(tmp_path))
+    assert {key: run.info.status for key, run in runs.items() if run.info.status != "FINISHED"} == {"a/000": "FAILED"}
+    assert len(runs) == 1 + 2 + 6
+    assert runs["trial-000/001"].data.tags["softseg.attempt"] == "1"
+    steps = [step for step, _ in losses(default_uri(tmp_path), runs["a/001"].info.run_id)]
+    assert steps == [1, 2, 3]
+
+
+def test_parameters_are_flat_and_named_as_in_the_study_file():
+    recipe = BASE.replace(loss=AdaptiveWing(omega=8), augment=(Affine(degrees=10), Flip()))
+    flat = parameters(json_of(recipe))
+    assert flat["loss"] == "AdaptiveWing"
+    assert flat["loss.omega"] == "8.0"
+    assert flat["label"] == "soft"
+    assert (flat["augment.0"], flat["augment.1"]) == ("Affine", "Flip")
+    assert json.loads(flat["network.filters"]) == list(recipe.network.filters)
+
+
+def test_logs_of_one_run_are_joined_but_not_past_its_end():
+    def log(key: str, step: int) -> dict[str, Any]:
+        return {"what": "log", "key": key, "metrics": [["loss", 1.0, 0, step]], "tags": {}, "known": False}
+
+    end = {"what": "close", "key": "a", "status": "FINISHED"}
+    joined = coalesced([log("a", 1), log("b", 1), log("a", 2), end, log("a", 3)])
+    assert [(r["what"], r["key"], [m[3] for m in r.get("metrics", [])]) for r in joined] == [
+        ("log", "a", [1, 2]),
+        ("log", "b", [1]),
+        ("close", "a", []),
+        ("log", "a", [3]),
+    ]

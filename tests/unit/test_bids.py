@@ -1,0 +1,283 @@
+"""BIDS-like folders: masks are found whatever their order of words; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from softseg_dist.data.bids import Bids
+from softseg_dist.data.layouts import DataSet, ImageCase
+from softseg_dist.errors import UserError
+
+SHAPE = (6, 5, 4)
+MASK = np.zeros(SHAPE, np.uint8)
+MASK[2:4, 2:4, 1:3] = 1
+IMAGE = np.arange(120, dtype=np.int16).reshape(SHAPE)
+
+
+def put(root: Path, name: str, data: np.ndarray = MASK, affine: np.ndarray | None = None) -> Path:
+    path = root / "set" / f"{name}.nii.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def simple(root: Path, mask: str = "sub-01_T2w_label-GM_mask", **fields: Any) -> Bids:
+    put(root, "sub-01/anat/sub-01_T2w", IMAGE)
+    put(root, f"derivatives/labels/sub-01/anat/{mask}")
+    return Bids(**({"folder": "set", "image": "T2w", "labels": {"GM": "label-GM_mask"}} | fields))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "sub-01_T2w_label-GM_mask",
+        "sub-01_label-GM_T2w_mask",
+        "label-GM_sub-01_T2w_mask",
+        "sub-01_label-GM_mask",
+    ],
+)
+def test_a_mask_is_found_by_the_words_of_its_name_in_any_order(tmp_path: Path, mask: str) -> None:
+    (case,) = simple(tmp_path, mask).cases(tmp_path)
+    data = case.load()
+    assert (case.name, case.subject, case.site, case.rater_names) == ("sub-01", "sub-01", "", ("rater",))
+    assert np.array_equal(data.image[0], IMAGE)
+    assert np.array_equal(data.raters[0, 0], MASK)
+    assert data.truth is None
+
+
+@pytest.mark.parametrize(
+    "mask", ["sub-01_T2w_label-GM_desc-x_mask", "sub-01_T1w_label-GM_mask", "sub-02_T2w_label-GM_mask"]
+)
+def test_a_mask_with_other_words_does_not_belong(tmp_path: Path, mask: str) -> None:
+    with pytest.raises(UserError, match="no mask"):
+        simple(tmp_path, mask).cases(tmp_path)
+
+
+def test_the_name_with_the_contrast_wins_over_the_one_without(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_label-GM_mask", np.zeros_like(MASK))
+    assert data.cases(tmp_path)[0].load().raters.any()
+
+
+def test_two_masks_that_fit_equally_are_refused_and_derivatives_tells_which(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "derivatives/other/sub-01/anat/sub-01_T2w_label-GM_mask")
+    with pytest.raises(UserError, match=r"sub-01: 2 masks fit 'label-GM_mask'.*derivatives"):
+        data.cases(tmp_path)
+    assert data.replace(derivatives="other").cases(tmp_path)[0].load().raters.any()
+
+
+def test_sessions_runs_and_people(tmp_path: Path) -> None:
+    for session in ("a1", "a2", "b1"):
+        for run in ("1", "2"):
+            folder, stem = f"sub-{session}/ses-x/anat", f"sub-{session}_ses-x_run-{run}"
+            put(tmp_path, f"{folder}/{stem}_T2w", IMAGE)
+            put(tmp_path, f"derivatives/d/{folder}/{stem}_T2w_seg")
+    cases = Bids("set", image="T2w", labels={"c": "seg"}, person=r"sub-([a-z]+)\d").cases(tmp_path)
+    assert [case.name for case in cases][:2] == ["sub-a1_ses-x_run-1", "sub-a1_ses-x_run-2"]
+    assert [case.subject for case in cases] == ["a"] * 4 + ["b"] * 2
+    with pytest.raises(UserError, match=r"person='nobody' does not match 'sub-a1'"):
+        Bids("set", image="T2w", labels={"c": "seg"}, person="nobody").cases(tmp_path)
+
+
+def test_raters_are_found_by_name_and_may_be_absent_from_a_case(tmp_path: Path) -> None:
+    for subject, raters in (("01", "ab"), ("02", "b")):
+        put(tmp_path, f"sub-{subject}/anat/sub-{subject}_T2w", IMAGE)
+        for rater in raters:
+            put(
+                tmp_path,
+                f"derivatives/labels/sub-{subject}/anat/sub-{subject}_T2w_label-GM_desc-{rater}_mask",
+                MASK * (rater == "b"),
+            )
+    data = Bids("set", image="T2w", labels={"GM": "label-GM_desc-{rater}_mask"})
+    assert data.rater_names is None
+    one, two = data.cases(tmp_path)
+    assert (one.rater_names, two.rater_names) == (("a", "b"), ("b",))
+    assert one.load().raters.any(axis=(1, 2, 3, 4)).tolist() == [False, True]
+    assert np.array_equal(one.mask("label-GM_desc-b_mask"), MASK)
+
+
+def test_a_rater_may_be_part_of_a_word(tmp_path: Path) -> None:
+    simple(tmp_path, "sub-01_T2w_lesion-manual-rater3")
+    data = Bids("set", image="T2w", labels={"lesion": "_lesion-manual-{rater}"})
+    assert data.cases(tmp_path)[0].rater_names == ("rater3",)
+
+
+def test_a_rater_without_all_classes_is_refused(tmp_path: Path) -> None:
+    simple(tmp_path, "sub-01_T2w_label-GM_desc-a_mask")
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-WM_desc-a_mask")
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_desc-b_mask")
+    parts = {"GM": "label-GM_desc-{rater}_mask", "WM": "label-WM_desc-{rater}_mask"}
+    with pytest.raises(UserError, match="sub-01: rater b has no mask of WM"):
+        Bids("set", image="T2w", labels=parts).cases(tmp_path)
+
+
+def test_values_of_an_integer_map_become_classes(tmp_path: Path) -> None:
+    data = simple(tmp_path, "sub-01_T2w_dseg", labels={"one": "dseg:1", "two": "dseg:2", "nine": "dseg:9"})
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", MASK * 2)
+    raters = data.cases(tmp_path)[0].load().raters
+    assert [int(label.sum()) for label in raters[0]] == [0, int(MASK.sum()), 0]
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", MASK * np.float32(0.5))
+    with pytest.raises(UserError, match=f"value 1 needs a map of integers, got {int(MASK.sum())} other"):
+        data.cases(tmp_path)[0].load()
+
+
+def test_several_contrasts_become_channels(tmp_path: Path) -> None:
+    data = simple(tmp_path, image=("T2w", "T1w"))
+    with pytest.raises(UserError, match=r"sub-01 needs one image sub-01/anat/sub-01_T1w.nii.gz"):
+        data.cases(tmp_path)
+    put(tmp_path, "sub-01/anat/sub-01_T1w", IMAGE * 2)
+    image = data.cases(tmp_path)[0].load().image
+    assert np.array_equal(image[1], image[0] * 2)
+
+
+def test_sites_come_from_participants_whatever_the_case_of_the_column(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    table = tmp_path / "set" / "participants.tsv"
+    table.write_text("\ufeffparticipant_id\tage\tSITE\nsub-01\t30\tUCL\n", encoding="utf-8")
+    assert data.cases(tmp_path)[0].site == "UCL"
+    table.write_text("participant_id\tsite\nsub-01\tn/a\nsub-02\n")
+    assert data.cases(tmp_path)[0].site == ""
+    assert data.replace(site="centre").cases(tmp_path)[0].site == ""
+
+
+def test_sources_are_the_files_and_follow_their_content(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_seg")
+    (case,) = data.cases(tmp_path)
+    before = case.sources(("seg",))
+    assert len(before) == 3
+    assert len(case.sources()) == 2
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_seg", MASK * 0)
+    assert [a == b for a, b in zip(before, case.sources(("seg",)), strict=True)] == [True, True, False]
+
+
+# --- bad input: one line with rule, value and file ---
+
+
+def message(data: DataSet, root: Path | None) -> str:
+    with pytest.raises(UserError) as caught:
+        [case.load() for case in data.cases(root)]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in message(simple(tmp_path, folder="none"), tmp_path)
+    assert "--data-root" in message(simple(tmp_path), None)
+
+
+def test_an_empty_folder_and_an_unknown_contrast(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "there are no images" in message(simple(tmp_path, folder="empty"), tmp_path)
+    assert "there are T2w" in message(simple(tmp_path, image="T1w"), tmp_path)
+
+
+def test_an_unknown_part_lists_those_that_exist(tmp_path: Path) -> None:
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_seg-manual")
+    text = message(simple(tmp_path, labels={"GM": "gmseg"}), tmp_path)
+    assert "class GM" in text
+    assert "'gmseg'" in text
+    assert "there are label-GM_mask, seg-manual" in text
+
+
+def test_a_case_without_a_mask_is_named_with_the_file_looked_for(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "sub-02/anat/sub-02_T2w", IMAGE)
+    text = message(data, tmp_path)
+    assert "case sub-02" in text
+    assert "sub-02/anat/sub-02_T2w_label-GM_mask.nii.gz" in text
+    assert [len(case.missing()) for case in data.scan(tmp_path)] == [0, 1]
+
+
+def test_a_mask_on_another_grid(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    name = "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask"
+    put(tmp_path, name, MASK[:5])
+    text = message(data, tmp_path)
+    assert "sub-01_T2w_label-GM_mask.nii.gz is on another grid than" in text
+    assert "shape 5x5x4 against 6x5x4" in text
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.5
+    put(tmp_path, name, MASK, shifted)
+    assert "0.5 mm apart" in message(data, tmp_path)
+    shifted[0, 3] = 0.1
+    put(tmp_path, name, MASK, shifted)
+    assert data.cases(tmp_path)[0].load().raters.any()
+
+
+@pytest.mark.parametrize("factor", [255.0, -1.0, 1.01])
+def test_labels_outside_0_and_1(tmp_path: Path, factor: float) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask", MASK * np.float32(factor))
+    text = message(data, tmp_path)
+    assert f"labels must lie in [0, 1], got {factor:g} in" in text
+    assert "sub-01_T2w_label-GM_mask.nii.gz" in text
+
+
+def test_labels_that_leave_the_range_by_rounding_are_clipped(tmp_path: Path) -> None:
+    data = simple(tmp_path)
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask", MASK * np.float32(1 + 5e-7))
+    assert data.cases(tmp_path)[0].load().raters.max() == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"labels": {}},
+        {"labels": {"GM": ""}},
+        {"image": ()},
+        {"person": "("},
+        {"labels": {"a": "x-{rater}", "b": "y"}},
+        {"labels": {"a": "x-{rater}_{rater}"}},
+        {"labels": {"a": "seg:one"}},
+    ],
+    ids=str,
+)
+def test_fields_that_make_no_sense_are_refused_at_once(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must|either|may"):
+        Bids(**({"folder": "set", "image": "T2w", "labels": {"GM": "seg"}} | fields))
+
+
+def test_a_layout_survives_json() -> None:
+    data = Bids("set", image=("T1w", "T2w"), labels={"b": "x", "a": "y:2"}, person="sub-(.)")
+    again = DataSet.model_validate_json(data.model_dump_json())
+    assert again == data
+    assert again.classes == ("b", "a")
+
+
+def test_an_image_alone_is_a_case_without_raters(tmp_path: Path) -> None:
+    path = put(tmp_path, "any_name", IMAGE)
+    case = ImageCase("any_name", [path])
+    data = case.load()
+    assert np.array_equal(data.image[0], IMAGE)
+    assert data.raters.shape == (0, 0, *SHAPE)
+    with pytest.raises(UserError, match="an image alone has no mask 'seg'"):
+        case.mask("seg")
+
+
+@pytest.mark.data
+def test_gray_matter_challenge(real_data: Path) -> None:
+    data = Bids("gm_challenge", image="T2starw", labels={"GM": "gmseg-manual"}, person=r"sub-(\d+)")
+    cases = data.cases(real_data)
+    assert len(cases) == 8
+    assert len({case.subject for case in cases}) == 6
+    assert {case.site for case in cases} == {"CEITEC", "NWU", "UCL", "Milan", "Juntendo", "Philips"}
+    assert (
+        sum(int(case.load().raters.any(axis=(0, 1, 2, 3)).sum()) for case in cases) == 144
+    )  # slices, as its README says
+
+
+@pytest.mark.data
+def test_hippocampus(real_data: Path) -> None:
+    parts = {"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"}
+    cases = Bids("hippocampus_msd", image="T1w", labels=parts).cases(real_data)
+    assert len(cases) == 120
+    raters = cases[0].load().raters
+    assert raters.shape[:2] == (1, 2)
+    assert raters.sum(axis=1).max() == 1

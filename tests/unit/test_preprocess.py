@@ -1,0 +1,313 @@
+"""Preprocessing: soft labels pass through, volumes are kept, crops are centred, and everything leads back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from softseg_dist.data.dataset import Case, CaseData, Float32
+from softseg_dist.data.geometry import Geometry
+from softseg_dist.data.layouts import Bids, Phantom
+from softseg_dist.data.preprocess import Placement, Preprocess, Sample
+from softseg_dist.data.resampling import Axis, Method, resample, restore
+from softseg_dist.errors import UserError
+
+METHODS = get_args(Method)
+unit = st.floats(0, 1, width=32)
+lines = hnp.arrays(np.float32, st.integers(1, 40), elements=unit)
+spacings = st.floats(0.3, 4.0)
+
+
+class MemoryCase(Case):
+    """A case that lies in memory."""
+
+    def __init__(self, image: Float32, raters: Float32, spacing_mm: Sequence[float] = (1, 1, 1)) -> None:
+        self.name = self.subject = "sub-1"
+        self.site = ""
+        self.rater_names = tuple(f"r{i}" for i in range(len(raters)))
+        geometry = Geometry(image.shape, np.diag([*map(float, spacing_mm), 1.0]))
+        self.data = CaseData(image[None], raters, None, geometry.canonical_affine, geometry)
+
+    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+        return ()
+
+    def load(self) -> CaseData:
+        return self.data
+
+    def mask(self, part: str) -> Float32:
+        return self.data.raters[0, 0]
+
+
+def case_of(label: Float32, spacing_mm: Sequence[float] = (1, 1, 1)) -> MemoryCase:
+    image = np.random.default_rng(0).normal(100, 20, label.shape).astype(np.float32)
+    return MemoryCase(image, label[None, None], spacing_mm)
+
+
+def ball(shape: tuple[int, ...], center: Sequence[float], radius: float) -> Float32:
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    return (np.linalg.norm(grid - center, axis=-1) <= radius).astype(np.float32)
+
+
+# --- one axis ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(values=lines, spacing_in=spacings, spacing_out=spacings)
+@settings(max_examples=60, deadline=None)
+def test_resampled_labels_stay_between_the_smallest_and_largest(
+    method: Method, values: Float32, spacing_in: float, spacing_out: float
+) -> None:
+    result = resample(values, [Axis.whole(len(values), spacing_in, spacing_out)], method)
+    low = 0.0 if method == "area" else values.min()  # area: what lies outside counts as 0
+    assert result.min() >= low
+    assert result.max() <= values.max()
+
+
+@given(values=lines, spacing_in=spacings, spacing_out=spacings)
+@settings(max_examples=80, deadline=None)
+def test_area_resampling_keeps_the_labelled_volume(values: Float32, spacing_in: float, spacing_out: float) -> None:
+    axis = Axis.whole(len(values), spacing_in, spacing_out)
+    result = resample(values, [axis], "area")
+    before = values.sum(dtype=np.float64) * axis.spacing_in_mm
+    assert result.sum(dtype=np.float64) * axis.spacing_mm == pytest.approx(before, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(value=unit, num=st.integers(1, 30), spacing_in=spacings)
+@settings(max_examples=30, deadline=None)
+def test_a_constant_stays_exactly_constant_inside(method: Method, value: float, num: int, spacing_in: float) -> None:
+    axis = Axis.whole(2 * num, spacing_in, 2 * spacing_in)  # whole new voxels: nothing lies outside
+    assert np.array_equal(
+        resample(np.full(2 * num, value, np.float32), [axis], method), np.full(num, value, np.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("linear", [(1 + 0) / 2, (0 + 1) / 2, (1 + 1) / 2]), ("area", [0.5, 0.5, 1]), ("nearest", [0, 1, 1])],
+)
+def test_halving_the_resolution_of_a_line(method: Method, expected: list[float]) -> None:
+    values = np.array([1, 0, 0, 1, 1, 1], dtype=np.float32)
+    assert resample(values, [Axis.whole(6, 1.0, 2.0)], method).tolist() == expected
+
+
+def test_a_ramp_is_resampled_linearly_to_where_the_voxel_centres_are() -> None:
+    mm = (np.arange(20) + 0.5) * 0.8
+    axis = Axis.whole(20, 0.8, 0.5)  # 16 mm of field of view are 32 voxels of 0.5 mm
+    result = resample(mm, [axis], "linear")
+    inside = slice(1, -1)  # beyond the outermost centres the value stays
+    assert np.allclose(result[inside], ((np.arange(32) + 0.5) * 0.5)[inside], atol=1e-6)
+
+
+def test_the_field_of_view_is_covered_and_centred() -> None:
+    axis = Axis.whole(35, 1.0, 2.0)
+    assert axis.num_resampled == 18
+    assert axis.centers()[[0, -1]].tolist() == [17 - 17.0, 17 + 17.0]
+
+
+@given(num=st.integers(1, 60), spacing_in=spacings, spacing_out=spacings)
+@settings(max_examples=100, deadline=None)
+def test_new_voxel_centres_lie_in_the_old_field_of_view(num: int, spacing_in: float, spacing_out: float) -> None:
+    axis = Axis.whole(num, spacing_in, spacing_out)
+    assert axis.num_resampled * axis.spacing_mm >= num * spacing_in * (1 - 1e-5) or not axis.is_resampled
+    assert axis.centers().min() >= -0.5 - 1e-6
+    assert axis.centers().max() <= num - 0.5 + 1e-6
+
+
+def test_a_spacing_that_is_equal_but_for_rounding_is_not_resampled() -> None:
+    assert not Axis.whole(384, 0.49999998, 0.5).is_resampled
+    assert Axis.whole(384, 0.498, 0.5).is_resampled
+
+
+@given(num=st.integers(1, 30), size=st.integers(1, 40), share=st.floats(0, 1), values=st.data())
+@settings(max_examples=80, deadline=None)
+def test_cropping_and_going_back_is_exact_inside_and_zero_outside(
+    num: int, size: int, share: float, values: st.DataObject
+) -> None:
+    line = values.draw(hnp.arrays(np.float32, num, elements=unit))
+    axis = Axis.whole(num, 1.0).window(size, share * (num - 1))
+    begin, end = axis.kept
+    cropped = np.pad(resample(line, [axis], "linear"), axis.padding)
+    assert len(cropped) == size
+    back = restore(cropped, [axis])
+    assert np.array_equal(back[begin:end], line[begin:end])
+    assert not back[:begin].any()
+    assert not back[end:].any()
+
+
+# --- whole cases ---
+
+
+@given(label=hnp.arrays(np.float32, (7, 6, 5), elements=unit), crop=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_soft_labels_pass_bit_exact_where_nothing_is_resampled(label: Float32, crop: int) -> None:
+    sample = Preprocess(dim=3, crop=(crop, 6, 5)).apply(case_of(label))
+    axis = sample.placement.axes[0]
+    inside = slice(axis.padding[0], crop - axis.padding[1])
+    assert np.array_equal(sample.raters[0, 0, 0][inside], label[slice(*axis.kept)])
+    assert sample.nearest is None
+
+
+@pytest.mark.parametrize("method", ["linear", "area"])
+def test_resampled_labels_are_soft_and_nearest_is_binary(method: str) -> None:
+    case = case_of(ball((20, 20, 12), (9.7, 9.2, 5.5), 5), (0.7, 0.7, 1.0))
+    sample = Preprocess(dim=3, spacing_mm=(1.1, 1.1, 1.1), label_resampling=method).apply(case)  # type: ignore[arg-type]
+    assert ((sample.raters > 0) & (sample.raters < 1)).sum() > 100
+    assert sample.nearest is not None
+    assert set(np.unique(sample.nearest)) == {0, 1}
+    assert sample.voxel_mm3 == pytest.approx(1.1**3)
+    volume = case.data.raters.sum() * 0.7 * 0.7 * 1.0
+    assert sample.raters.sum(dtype=float) * sample.voxel_mm3 == pytest.approx(
+        volume, rel=1e-6 if method == "area" else 0.05
+    )
+
+
+def test_items_of_2d_are_axial_slices_resampled_in_plane_only() -> None:
+    sample = Preprocess(dim=2, spacing_mm=(0.5, 0.5)).apply(case_of(ball((10, 12, 4), (5, 6, 2), 2), (1, 1, 3)))
+    assert sample.image.shape == (4, 1, 20, 24)
+    assert sample.raters.shape == (4, 1, 1, 20, 24)
+    assert sample.spacing_mm == (0.5, 0.5)
+    assert sample.voxel_mm3 == pytest.approx(0.5 * 0.5 * 3)
+
+
+def test_items_of_3d_are_volumes() -> None:
+    sample = Preprocess(dim=3).apply(case_of(ball((10, 12, 4), (5, 6, 2), 2)))
+    assert sample.image.shape == (1, 1, 10, 12, 4)
+    assert sample.placement.slices is None
+
+
+@pytest.mark.parametrize("center", ["mask", "foreground"])
+@pytest.mark.parametrize("spacing_mm", [None, (0.5, 0.8, 2.0)])
+def test_the_crop_is_centred_on_a_mask_or_the_foreground(center: str, spacing_mm: tuple[float, ...] | None) -> None:
+    label = ball((40, 40, 20), (28, 11, 8), 4)
+    case = MemoryCase(label * 50 + 1, label[None, None])
+    sample = Preprocess(dim=3, spacing_mm=spacing_mm, crop=(24, 16, 10), center=center).apply(case)
+    weights = sample.raters[0, 0, 0]
+    for axis in range(3):
+        profile = weights.sum(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
+        middle = profile @ np.arange(len(profile)) / profile.sum()
+        assert abs(middle - (len(profile) - 1) / 2) <= 0.51
+
+
+def test_an_empty_mask_cannot_centre_the_crop() -> None:
+    with pytest.raises(UserError, match=r"sub-1.*'mask', which is empty"):
+        Preprocess(crop=(4, 4), center="mask").apply(case_of(np.zeros((8, 8, 2), np.float32)))
+
+
+def test_padding_is_the_minimum_of_the_image_and_no_label() -> None:
+    sample = Preprocess(dim=3, crop=(8, 8, 8)).apply(case_of(np.ones((4, 4, 4), np.float32)))
+    border = np.ones((8, 8, 8), bool)
+    border[2:6, 2:6, 2:6] = False
+    assert np.all(sample.image[0, 0][border] == sample.image.min())
+    assert not sample.raters[0, 0, 0][border].any()
+    assert sample.raters[0, 0, 0][~border].all()
+
+
+def test_zscore_has_mean_0_and_sd_1_in_the_crop_and_ignores_brightness() -> None:
+    case = case_of(ball((10, 12, 4), (5, 6, 2), 2))
+    sample = Preprocess(crop=(6, 6)).apply(case)
+    assert sample.image.mean(dtype=float) == pytest.approx(0, abs=1e-6)
+    assert sample.image.std(dtype=float) == pytest.approx(1, abs=1e-6)
+    brighter = MemoryCase(case.data.image[0] * 7 + 1000, case.data.raters)
+    assert np.allclose(Preprocess(crop=(6, 6)).apply(brighter).image, sample.image, atol=1e-4)
+
+
+def test_percentile_lies_in_0_and_1_and_none_changes_nothing() -> None:
+    case = case_of(ball((10, 12, 4), (5, 6, 2), 2))
+    scaled = Preprocess(normalize="percentile").apply(case).image
+    assert scaled.min() == 0
+    assert scaled.max() == 1
+    raw = Preprocess(dim=3, normalize="none").apply(case).image
+    assert np.array_equal(raw[0], case.data.image)
+
+
+def test_a_constant_image_cannot_be_normalised() -> None:
+    case = MemoryCase(np.full((6, 6, 3), 7, np.float32), np.zeros((1, 1, 6, 6, 3), np.float32))
+    with pytest.raises(UserError, match=r"sub-1, channel 0: the image is constant \(7\)"):
+        Preprocess().apply(case)
+
+
+def test_labelled_slices_are_kept_alone_and_go_back_to_their_place() -> None:
+    label = ball((10, 12, 9), (5, 6, 3), 2)
+    preprocess = Preprocess(slices="labelled")
+    sample = preprocess.apply(case_of(label))
+    assert sample.placement.slices == (1, 2, 3, 4, 5)
+    assert np.array_equal(preprocess.restore(sample.raters[:, 0], sample.placement), label[None])
+    with pytest.raises(UserError, match="keeps none"):
+        preprocess.apply(case_of(np.zeros_like(label)))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"dim": 2, "spacing_mm": (0.5, 0.5)},
+    {"dim": 2, "spacing_mm": (0.9, 0.6), "crop": (30, 36), "center": "mask"},
+    {"dim": 3, "spacing_mm": (0.6, 0.6, 1.0), "crop": (36, 36, 20), "center": "mask"},
+    {"dim": 3, "spacing_mm": (0.5, 0.5, 0.5)},
+]
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+def test_a_label_comes_back_on_its_original_grid(fields: dict[str, Any]) -> None:
+    preprocess = Preprocess(**fields)
+    label = ball((30, 34, 16), (13, 18, 8), 6)
+    sample = preprocess.apply(case_of(label, (0.7, 0.7, 1.2)))
+    back = preprocess.restore(sample.raters[:, 0], sample.placement)
+    assert back.shape == (1, 30, 34, 16)
+    assert back.min() >= 0
+    assert back.max() <= 1
+    assert 2 * ((back[0] >= 0.5) & (label > 0)).sum() / ((back[0] >= 0.5).sum() + label.sum()) > 0.97
+
+
+@given(label=hnp.arrays(np.float32, (7, 6, 5), elements=unit), dim=st.sampled_from((2, 3)))
+@settings(max_examples=20, deadline=None)
+def test_a_label_comes_back_bit_exact_where_nothing_is_resampled(label: Float32, dim: int) -> None:
+    preprocess = Preprocess(dim=dim, crop=(9, 8, 7)[:dim])  # type: ignore[arg-type]
+    sample = preprocess.apply(case_of(label))
+    assert np.array_equal(preprocess.restore(sample.raters[:, 0], sample.placement)[0], label)
+
+
+def test_a_placement_survives_json() -> None:
+    sample = Preprocess(crop=(8, 8), spacing_mm=(0.5, 0.5)).apply(case_of(ball((10, 12, 4), (5, 6, 2), 2)))
+    again = Placement.from_dict(sample.placement.to_dict())
+    assert again.axes == sample.placement.axes
+    assert again.slices == sample.placement.slices
+    assert again.geometry.difference(sample.placement.geometry) == ""
+
+
+@pytest.mark.parametrize("fields", [{"dim": 3, "crop": (8, 8)}, {"spacing_mm": (1, 1, 1)}, {"crop": (0, 4)}], ids=str)
+def test_numbers_that_do_not_fit_the_dimension_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs|greater"):
+        Preprocess(**fields)
+    with pytest.raises(ValueError, match="dim=2"):
+        Preprocess(dim=3, slices="labelled")
+
+
+def test_an_image_without_raters_can_be_prepared_for_prediction() -> None:
+    case = MemoryCase(np.random.default_rng(0).random((6, 6, 3), np.float32), np.zeros((0, 0, 6, 6, 3), np.float32))
+    sample = Preprocess(slices="labelled", spacing_mm=(0.5, 0.5)).apply(case)
+    assert sample.image.shape == (3, 1, 12, 12)
+    assert sample.raters.shape == (3, 0, 0, 12, 12)
+
+
+def test_the_truth_of_a_phantom_is_resampled_like_its_raters() -> None:
+    case = Phantom(subjects=1).cases(None)[0]
+    sample: Sample = Preprocess(spacing_mm=(1, 1), crop=(24, 24), label_resampling="area").apply(case)
+    truth = case.load().truth
+    assert truth is not None
+    assert sample.truth is not None
+    assert sample.truth.sum(dtype=float) * sample.voxel_mm3 == pytest.approx(truth.sum(dtype=float) * 0.5 * 0.5 * 2.5)
+
+
+@pytest.mark.data
+def test_real_soft_labels_pass_bit_exact(real_data: Path) -> None:
+    data = Bids("sct_tiny", image="T2star", labels={"GM": "label-GM_probseg", "WM": "label-WM_probseg"})
+    case = next(case for case in data.scan(real_data) if not case.missing())
+    sample = Preprocess().apply(case)
+    assert ((sample.raters > 0) & (sample.raters < 1)).sum() > 300
+    assert np.array_equal(np.moveaxis(sample.raters, 0, -1), case.load().raters)

@@ -1,0 +1,244 @@
+"""The store: what goes in comes out without a copy, whole or not at all, and only if it is the one asked for."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+
+from softseg_dist.data.dataset import CaseData, Float32
+from softseg_dist.data.layouts import Case, Phantom
+from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.store import Store, build_store, fingerprint
+from softseg_dist.errors import UserError
+
+DATA = Phantom(subjects=3, size=(24, 20), num_slices=3, raters=2)
+PREPROCESS = Preprocess(spacing_mm=(0.6, 0.5), crop=(16, 20))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_store(tmp_path_factory.mktemp("stores"), DATA.cases(None), DATA, PREPROCESS)
+
+
+class Broken(Case):
+    """A case that cannot be read."""
+
+    name = subject = "broken"
+    site = ""
+    rater_names = ("A", "B")
+
+    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+        return ("broken",)
+
+    def load(self) -> CaseData:
+        raise UserError("broken.nii.gz is cut off")
+
+    def mask(self, part: str) -> Float32:
+        raise AssertionError(part)
+
+
+def test_samples_come_out_as_they_went_in(built: Path) -> None:
+    store = Store.open(built)
+    for index, case in enumerate(DATA.cases(None)):
+        expected, got = PREPROCESS.apply(case), store.sample(index)
+        assert expected.nearest is not None
+        for field in ("image", "raters", "nearest", "truth"):
+            assert np.array_equal(getattr(expected, field), getattr(got, field)), field
+            assert getattr(expected, field).dtype == getattr(got, field).dtype
+        for field in ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3"):
+            assert getattr(expected, field) == getattr(got, field), field
+        assert got.placement.axes == expected.placement.axes
+        assert np.array_equal(got.placement.geometry.affine, expected.placement.geometry.affine)
+
+
+def test_a_store_says_what_it_holds(built: Path) -> None:
+    store = Store.open(built, fingerprint(DATA.cases(None), DATA, PREPROCESS))
+    assert (store.classes, store.dim, store.channels, store.size) == (("GM",), 2, 1, (16, 20))
+    assert store.preprocess == PREPROCESS
+    assert [case.name for case in store.cases] == ["sub-001", "sub-002", "sub-003"]
+    assert store.cases[1].num_items == 3
+    assert store.cases[1].rater_names == ("A", "B")
+    assert store.path.name == f"{store.fingerprint}.arrow"
+    assert len(store) == 3
+
+
+def mapped_ranges(path: Path) -> list[range]:
+    """The addresses at which this process has the file mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    return [range(*(int(address, 16) for address in line[0].split("-"))) for line in lines]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="addresses of mapped files are read from Linux's /proc"
+)
+def test_arrays_are_views_of_the_mapped_file(built: Path) -> None:
+    sample = Store.open(built).sample(1)
+    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
+        assert array is not None
+        first = array.ctypes.data
+        assert any(first in addresses and first + array.nbytes - 1 in addresses for addresses in mapped_ranges(built))
+
+
+def test_arrays_are_read_only(built: Path) -> None:
+    sample = Store.open(built).sample(0)
+    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
+        assert array is not None
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_raters_that_differ_in_number_are_kept_apart(tmp_path: Path) -> None:
+    four = DATA.replace(raters=4, seed=1)
+    cases = (DATA.cases(None)[0], four.cases(None)[1])
+    store = Store.open(build_store(tmp_path, cases, DATA, PREPROCESS))
+    assert [store.sample(i).raters.shape[1] for i in (0, 1)] == [2, 4]
+    assert [case.rater_names for case in store.cases] == [("A", "B"), ("A", "B", "C", "D")]
+
+
+def test_without_resampling_there_is_no_nearest_column_to_read(tmp_path: Path) -> None:
+    store = Store.open(build_store(tmp_path, DATA.cases(None)[:1], DATA, Preprocess()))
+    assert store.sample(0).nearest is None
+
+
+def test_any_arrow_reader_can_open_it(built: Path) -> None:
+    table = pa.ipc.open_file(pa.memory_map(str(built))).read_all()
+    assert table.num_rows == 3 * 3
+    assert len(table["image"][0]) == 16 * 20
+
+
+def test_the_fingerprint_follows_sources_and_preprocessing_only() -> None:
+    base = fingerprint(DATA.cases(None), DATA, PREPROCESS)
+    assert len(base) == 16
+    assert fingerprint(DATA.cases(None), DATA, PREPROCESS) == base
+    assert fingerprint(DATA.cases(None)[:2], DATA, PREPROCESS) != base
+    assert fingerprint(DATA.cases(None), DATA, PREPROCESS.replace(crop=(16, 16))) != base
+    other = DATA.replace(seed=5)
+    assert fingerprint(other.cases(None), other, PREPROCESS) != base
+
+
+def test_the_digest_is_of_the_content(built: Path, tmp_path: Path) -> None:
+    again = build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS)
+    assert Store.open(again).digest == Store.open(built).digest
+    assert again.read_bytes() == built.read_bytes()
+
+
+def test_a_store_that_is_there_is_not_built_again(built: Path) -> None:
+    before = built.stat().st_mtime_ns
+    assert build_store(built.parent, DATA.cases(None), DATA, PREPROCESS) == built
+    assert built.stat().st_mtime_ns == before
+
+
+def test_progress_is_told_case_by_case(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS, lambda *step: seen.append(step))
+    assert seen == [(1, 3, "sub-001"), (2, 3, "sub-002"), (3, 3, "sub-003")]
+
+
+def test_a_store_can_be_sent_to_another_process(built: Path) -> None:
+    assert pickle.loads(pickle.dumps(Store.open(built))).digest == Store.open(built).digest
+
+
+def test_a_case_that_cannot_be_read_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"broken.nii.gz is cut off"):
+        build_store(tmp_path, (*DATA.cases(None), Broken()), DATA, PREPROCESS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cases_of_several_sizes_are_refused_and_crop_is_named(tmp_path: Path) -> None:
+    wide = DATA.replace(size=(32, 20))
+    with pytest.raises(UserError, match=r"24x20 for sub-001 and 32x20 for sub-002; set crop"):
+        build_store(tmp_path, (DATA.cases(None)[0], wide.cases(None)[1]), DATA, Preprocess())
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_case_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no case"):
+        build_store(tmp_path, (), DATA, PREPROCESS)
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Writing beyond fails with an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [100, 9000, 20_000])
+def test_a_full_disk_is_told_and_leaves_no_file(tmp_path: Path, num_bytes: int) -> None:
+    with files_of_at_most(num_bytes), pytest.raises(UserError, match="cannot write the store"):
+        build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_may_build_one_store_at_once(built: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from softseg_dist.data.layouts import DataSet;"
+        "from softseg_dist.data.preprocess import Preprocess; from softseg_dist.data.store import build_store;"
+        "data = DataSet.model_validate_json(sys.argv[2]); preprocess = Preprocess.model_validate_json(sys.argv[3]);"
+        "build_store(Path(sys.argv[1]), data.cases(None), data, preprocess)"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path), DATA.model_dump_json(), PREPROCESS.model_dump_json()]
+    processes = [subprocess.Popen(arguments) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == built.read_bytes()
+
+
+def test_a_missing_store_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="softseg prepare"):
+        Store.open(tmp_path / "none.arrow")
+
+
+def test_a_store_from_another_preprocessing_is_refused(built: Path) -> None:
+    with pytest.raises(UserError, match=f"expected fingerprint {'0' * 16}, got {Store.open(built).fingerprint}"):
+        Store.open(built, "0" * 16)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_store_is_refused(built: Path, tmp_path: Path, share: float) -> None:
+    whole = built.read_bytes()
+    cut = tmp_path / "cut.arrow"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"cut.arrow is cut off, damaged or not a store"):
+        Store.open(cut)
+
+
+def test_another_arrow_file_is_no_store(tmp_path: Path) -> None:
+    path = tmp_path / "other.arrow"
+    table = pa.table({"a": [1, 2]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="not a store"):
+        Store.open(path)
+
+
+def test_a_damaged_store_gives_a_user_error_or_its_samples(built: Path, tmp_path: Path) -> None:
+    whole = built.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for number in range(120):
+        damaged = bytearray(whole)
+        for position in generator.integers(0, len(whole), 60):
+            damaged[position] = generator.integers(256)
+        path = tmp_path / f"{number}.arrow"
+        path.write_bytes(damaged)
+        try:
+            store = Store.open(path)
+            assert all(store.sample(i).image.shape[0] == case.num_items for i, case in enumerate(store.cases))
+        except UserError:
+            refused += 1
+    assert refused > 10
