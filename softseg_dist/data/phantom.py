@@ -125,7 +125,8 @@ class PhantomCase(Case):
             wobble = Wobble.draw(self._generator("rater", rater), bias_mm, phantom.disagreement_mm)
             share = partial_volume(target, grid, phantom.spacing_mm, RATER_POINTS, wobble)
             masks.append((share >= 0.5).astype(np.float32))
-        image = self._image(truth, partial_volume(surround, grid, phantom.spacing_mm) if surround else None)
+        around = partial_volume(surround, grid, phantom.spacing_mm, RATER_POINTS) if surround else None
+        image = self._image(truth, around)
         geometry = Geometry(grid, _affine(grid, phantom.spacing_mm))
         return CaseData(image[None], np.stack(masks)[:, None], truth[None], geometry.canonical_affine, geometry)
 

@@ -24,7 +24,7 @@ Float64 = NDArray[np.float64]
 Vector3 = tuple[float, float, float]
 
 TRUTH_POINTS = (8, 8, 4)  # sample points per voxel and axis for the exact partial volume (volumes are right to 0.5 %)
-RATER_POINTS = (4, 4, 2)  # for a rater's mask, which asks only whether the partial volume reaches 1/2
+RATER_POINTS = (4, 4, 2)  # where less will do: a rater's mask asks only whether the partial volume reaches 1/2
 FAR = 3.0  # half axes: no rater draws an ellipsoid that large
 
 

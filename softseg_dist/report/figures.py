@@ -21,6 +21,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from softseg_dist.report.effects import Effect
 from softseg_dist.report.tables import Comparison, Summary
@@ -143,7 +144,7 @@ def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]]
     lines: list[tuple[str, str, float, str]] = [("difference (95 % interval)", "p, Holm", -0.85, QUIET)]
     for y, (_, entry) in enumerate(entries):
         test = entry.crossed
-        reach = interval(test.low, test.high, signed=True)
+        reach = interval(test.low, test.high, signed=True) if math.isfinite(test.low) else "not tested"
         lines.append((f"{number(test.mean, signed=True)}  ({reach})", p_value(entry.p_holm), y, INK))
     for difference, p, height, colour in lines:
         axis.text(0.02, height, difference, va="center", color=colour)
@@ -241,6 +242,7 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.Dat
             for history in by_name[name]:
                 axis.plot(history["epoch"], history[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
             axis.set_title(name, fontsize=8, color=INK)
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.grid()
         for axis in axes.flat[len(names) :]:
             axis.set_axis_off()

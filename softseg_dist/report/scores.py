@@ -86,12 +86,10 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
 
 def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
     subjects, splits = sorted(test["subject"].astype(str).unique()), sorted(test["split"].unique())
-    means = _subject_means(rows)
-    tables = {
-        str(name): part.droplevel("candidate")
-        .unstack("split")
-        .reindex(index=subjects, columns=splits)
-        .to_numpy(np.float64)
-        for name, part in means.groupby(level="candidate", observed=True)
-    }
+    means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
+    at_row, at_column = pd.Index(subjects).get_indexer(means["subject"]), pd.Index(splits).get_indexer(means["split"])
+    tables = {}
+    for name, places in means.groupby("candidate").indices.items():
+        tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)
+        table[at_row[places], at_column[places]] = means["value"].to_numpy()[places]
     return Scores(tuple(subjects), tuple(int(j) for j in splits), tables)

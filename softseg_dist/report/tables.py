@@ -78,7 +78,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Training:
-    """How the fits of one candidate went. `dead_share` is a mean over fits, None without NormReLU; `duration_s` a median."""
+    """How the fits of one candidate went. `dead_share` is a mean over fits, None if not recorded; `duration_s` a median."""
 
     name: str
     finished: int

@@ -74,12 +74,19 @@ def answer(summary: Summary) -> str:
         return f"There is one candidate with scores, {summary.winner.name}: nothing to compare it with."
     if summary.reference != summary.control:
         return _without_control(summary)
+    if all(math.isnan(c.crossed.p) for c in summary.comparisons):
+        first = summary.comparisons[0]
+        return (
+            f"Nothing could be tested ({first.crossed.note}): {summary.winner.name} ranks highest, and {first.candidate} differs "
+            f"from the control {summary.reference} by {number(first.crossed.mean, signed=True)} in {_metric(summary)}."
+        )
     return _against_control(summary)
 
 
 def effects_answer(summary: Summary) -> str:
-    """What each factor does, averaged over the others, those shown to matter first; "" if the study is no factorial."""
-    said = {v: [e for e in summary.effects if _verdict(e, summary) == v] for v in ("better", "worse", "not shown")}
+    """What each factor does, averaged over the others, those shown to matter first; "" without a factorial or a test."""
+    tested = [e for e in summary.effects if not math.isnan(e.crossed.p)]
+    said = {v: [e for e in tested if _verdict(e, summary) == v] for v in ("better", "worse", "not shown")}
     parts = [f"{e.level} is {v} than {e.base} ({e.factor}: {size_of(e)})" for v in ("better", "worse") for e in said[v]]
     if said["not shown"]:
         unsure = "; ".join(f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in said["not shown"])
@@ -99,29 +106,28 @@ def size_of(comparison: Comparison | Effect) -> str:
 
 
 def _against_control(summary: Summary) -> str:
-    by_verdict = {
-        v: [c for c in summary.comparisons if _verdict(c, summary) == v] for v in ("better", "worse", "not shown")
-    }
-    num = len(summary.comparisons)
-    best = summary.comparisons[0]
-    if by_verdict["better"]:
-        best = by_verdict["better"][0]
-        share = f"{len(by_verdict['better'])} of the {num} other candidates" if num > 1 else "The candidate"
-        verb = "do" if len(by_verdict["better"]) > 1 else "does"
-        first = (
-            f"{share} {verb} better than the control {summary.reference} on {summary.objective_title}; "
-            f"the highest ranked of them is {best.candidate} ({size_of(best)}; {_sample(best)})."
-        )
+    better = [c for c in summary.comparisons if _verdict(c, summary) == "better"]
+    num_worse = sum(_verdict(c, summary) == "worse" for c in summary.comparisons)
+    best = (better or summary.comparisons)[0]
+    control, found = f"the control {summary.reference} on {_metric(summary)}", f"{size_of(best)}; {_sample(best)}"
+    if len(summary.comparisons) == 1:
+        shown = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}
+        return f"{best.candidate} {shown[_verdict(best, summary)]} {control} (difference {found})."
+    if better:
+        share = f"{len(better)} of the {len(summary.comparisons)} other candidates"
+        verb = "do" if len(better) > 1 else "does"
+        first = f"{share} {verb} better than {control}; the highest ranked of them is {best.candidate} ({found})."
     else:
-        higher = "is ahead of the control by" if summary.sign * best.crossed.mean > 0 else "differs from the control by"
         first = (
-            f"No candidate was shown to be better than the control {summary.reference} on {summary.objective_title}; "
-            f"the best of the others, {best.candidate}, {higher} {size_of(best)} ({_sample(best)})."
+            f"No candidate was shown to be better than {control}; the highest ranked of the others is {best.candidate} "
+            f"(difference {found})."
         )
-    worse = by_verdict["worse"]
-    return first + (
-        f" {count(len(worse), 'candidate')} {'is' if len(worse) == 1 else 'are'} worse than it." if worse else ""
-    )
+    worse = f" {count(num_worse, 'candidate')} {'is' if num_worse == 1 else 'are'} worse than the control."
+    return first + (worse if num_worse else "")
+
+
+def _metric(summary: Summary) -> str:
+    return summary.objective_title + ("" if summary.sign > 0 else " (lower is better)")
 
 
 def _sample(comparison: Comparison) -> str:
@@ -141,9 +147,10 @@ def _without_control(summary: Summary) -> str:
         if tied
         else "all others were shown to be worse"
     )
+    sample = f"{count(summary.winner.num_subjects, 'tested subject')}, {count(summary.winner.num_splits, 'split')}"
     return (
         f"{why}, so candidates are only ranked: {summary.winner.name} has the best mean {summary.objective_title} "
-        f"({number(summary.winner.mean)}, 95 % interval {interval(summary.winner.low, summary.winner.high)}); {rest}."
+        f"({number(summary.winner.mean)}, 95 % interval {interval(summary.winner.low, summary.winner.high)}; {sample}); {rest}."
     )
 
 
@@ -237,8 +244,8 @@ def _data(summary: Summary) -> list[str]:
         )
     if summary.num_tested < 12:
         found.append(
-            f"{count(summary.num_tested, 'tested subject')} are few: variance components and degrees of freedom are poorly known, "
-            "and intervals are approximate."
+            f"With {count(summary.num_tested, 'tested subject')} variance components and degrees of freedom are poorly known: "
+            "intervals are approximate."
         )
     undefined = sum(s.undefined for s in summary.ranking)
     if undefined:

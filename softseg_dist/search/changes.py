@@ -26,7 +26,8 @@ def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: 
     Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged), and
     whatever is in `FREE`. Everything else changes results.
     """
-    refused, extended = [], []
+    refused: list[str] = []
+    extended: list[str] = []
     for field in sorted(old.keys() | new.keys()):
         for line, path in _differences(old.get(field), new.get(field), field):
             (extended if _extends(path, old, new) else refused).append(line)

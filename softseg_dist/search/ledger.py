@@ -83,7 +83,8 @@ class Ledger:
         """
         with self.lock():
             now, now_splits = json_of(study), [json_of(split) for split in splits]
-            refused, extended = [], ()
+            refused: list[str] = []
+            extended: tuple[str, ...] = ()
             if (before := self._read("study.json")) is not None:
                 changes = study_changes(before, now, self._read("splits.json") or [], now_splits)
                 refused, extended = list(changes.refused), changes.extended
@@ -122,7 +123,9 @@ class Ledger:
                 continue
             record = _parsed(CandidateRecord, data)
             if record is None or record.name != name:
-                raise UserError(f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again")
+                raise UserError(
+                    f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again"
+                )
             records.append(record)
         return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
 
@@ -136,7 +139,12 @@ class Ledger:
                     continue
                 result = _parsed(FitResult, self._read(f"fits/{name}/{file}", torn={}))
                 if result is None or (result.candidate, result.split) != (name, int(stem)):
-                    log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
+                    log.warning(
+                        "%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again",
+                        self.folder,
+                        name,
+                        file,
+                    )
                     continue
                 found[name, result.split] = result
         return found
@@ -150,7 +158,8 @@ class Ledger:
     def _refusal(self, changes: list[str]) -> str:
         more = len(changes) - SHOWN_CHANGES
         shown = "; ".join(changes[:SHOWN_CHANGES]) + (f"; and {more} more" if more > 0 else "")
-        return f"{self.folder}: holds another study: {shown}. Finished fits are untouched: give the study a new name, or another --out"
+        advice = "Finished fits are untouched: give the study a new name, or another --out"
+        return f"{self.folder}: holds another study: {shown}. {advice}"
 
     def _names(self, folder: str, *, folders: bool) -> list[str]:
         entries = self._files.get_file_info(fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -14,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from softseg_dist.training.task import FitResult
 
@@ -26,38 +26,6 @@ def progress_for(stream: TextIO, *, as_json: bool = False) -> Progress:
     if as_json:
         return JsonLines(stream)
     return LiveTable(stream) if stream.isatty() else PlainLines(stream)
-
-
-class Progress(ABC):
-    """What a search tells its audience. `total` and `done` count fits; a fit's `key` is `candidate/split`."""
-
-    @abstractmethod
-    def start(self, total: int, done: Sequence[FitResult]) -> None:
-        """The search begins: `total` fits in all, of which `done` ended in earlier sessions."""
-
-    @abstractmethod
-    def planned(self, candidate: str, splits: int, total: int) -> None:
-        """A candidate is known that will run `splits` fits; the study now has `total`."""
-
-    @abstractmethod
-    def epoch(self, key: str, metrics: dict[str, float]) -> None:
-        """A running fit has finished an epoch."""
-
-    @abstractmethod
-    def finished(self, result: FitResult) -> None:
-        """A fit has ended, with a score or failed."""
-
-    @abstractmethod
-    def gone(self, key: str) -> None:
-        """A fit no longer runs and has no result: its process died, or it was interrupted."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Something a person should know, in one line."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """The search is over."""
 
 
 @dataclass
@@ -74,8 +42,11 @@ class Tally:
         return sum(self.scores) / len(self.scores) if self.scores else None
 
 
-class Silent(Progress):
-    """Tells nobody, but counts: the base of what does tell."""
+class Progress:
+    """What a search tells its audience. This one tells nobody, but counts; the others override what they show.
+
+    `total` and `done` count fits; a fit's `key` is `candidate/split`.
+    """
 
     def __init__(self) -> None:
         self.total = self.num_done = self.num_before = 0
@@ -84,29 +55,34 @@ class Silent(Progress):
         self.started = time.monotonic()
 
     def start(self, total: int, done: Sequence[FitResult]) -> None:
+        """The search begins: `total` fits in all, of which `done` ended in earlier sessions."""
         self.total, self.num_before, self.started = total, len(done), time.monotonic()
         for result in done:
             self._count(result)
 
     def planned(self, candidate: str, splits: int, total: int) -> None:
+        """A candidate is known that will run `splits` fits; the study now has `total`."""
         self.total = total
         self._tally(candidate).splits = splits
 
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
+        """A running fit has finished an epoch."""
         self.running[key] = metrics
 
     def finished(self, result: FitResult) -> None:
+        """A fit has ended, with a score or failed."""
         self.running.pop(key_of(result), None)
         self._count(result)
 
     def gone(self, key: str) -> None:
+        """A fit no longer runs and has no result: its process died, or it was interrupted."""
         self.running.pop(key, None)
 
     def note(self, text: str) -> None:
-        """Nobody listens."""
+        """Something a person should know, in one line."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """The search is over; notes may follow."""
 
     def remaining_s(self) -> float | None:
         """Time left, from the pace of this session; None before its first fit has ended."""
@@ -125,7 +101,7 @@ class Silent(Progress):
         return self.tallies.setdefault(candidate, Tally(0))
 
 
-class PlainLines(Silent):
+class PlainLines(Progress):
     """One line per event, for log files and pipes."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
@@ -133,10 +109,12 @@ class PlainLines(Silent):
         self._stream = stream
         self._last: dict[str, float] = {}
 
+    @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
         super().start(total, done)
         self.note(f"{total} fits" + (f", {len(done)} of them done before" if done else ""))
 
+    @override
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
         super().epoch(key, metrics)
         now = time.monotonic()
@@ -144,39 +122,48 @@ class PlainLines(Silent):
             self._last[key] = now
             self.note(f"{key}  {describe(metrics)}")
 
+    @override
     def finished(self, result: FitResult) -> None:
         super().finished(result)
         left = self.remaining_s()
         eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
         self.note(f"{self.num_done}/{self.total}  {key_of(result)}  {outcome_of(result)}{eta}")
 
+    @override
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
 
-class JsonLines(Silent):
+class JsonLines(Progress):
     """One JSON object per line: {"event": "fit" | "epoch" | "start" | "note" | "end", ...}."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__()
         self._stream = stream
 
+    @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
         super().start(total, done)
         self._emit("start", total=total, done=len(done))
 
+    @override
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
         super().epoch(key, metrics)
         self._emit("epoch", fit=key, metrics=metrics)
 
+    @override
     def finished(self, result: FitResult) -> None:
         super().finished(result)
-        shown = {name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")}
+        shown = {
+            name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")
+        }
         self._emit("fit", fit=key_of(result), done=self.num_done, total=self.total, **shown)
 
+    @override
     def note(self, text: str) -> None:
         self._emit("note", text=text)
 
+    @override
     def close(self) -> None:
         self._emit("end", done=self.num_done, total=self.total)
 
@@ -184,20 +171,25 @@ class JsonLines(Silent):
         print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
 
 
-class LiveTable(Silent):
+class LiveTable(Progress):
     """A table of candidates that is redrawn in place, with the running fits and the time left below it."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__()
-        self._live = Live(console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False)
+        self._live = Live(
+            console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False
+        )
 
+    @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
         super().start(total, done)
         self._live.start()
 
+    @override
     def note(self, text: str) -> None:
         self._live.console.print(text, markup=False, highlight=False)
 
+    @override
     def close(self) -> None:
         self._live.stop()
 
@@ -217,7 +209,9 @@ class LiveTable(Silent):
         lines: list[RenderableType] = [table]
         if hidden > 0:
             lines.append(Text(f"and {hidden} more candidates", style="dim"))
-        lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
+        lines += [
+            Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())
+        ]
         left = self.remaining_s()
         lines.append(Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else "")))
         return Group(*lines)

@@ -1,4 +1,7 @@
-"""Records of the tracker, carried out with an MLflow client. Imported in the tracker's thread only, since importing MLflow is slow."""
+"""Records of the tracker, carried out by an MLflow client: the only module that imports MLflow.
+
+The tracker imports it in its thread, since importing MLflow takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ class MlflowServer:
     def __init__(self, uri: str, folder: Path, study: str, run: str) -> None:
         self._client = MlflowClient(uri)
         self._run = run
-        self._experiment = self._find_experiment(study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None)
+        self._experiment = self._find_experiment(
+            study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+        )
         self._ids: dict[str, str] = {}
         self._ended: set[str] = set()  # keys of runs that are closed for good
         self._find_runs()
@@ -62,7 +67,11 @@ class MlflowServer:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
+                [self._experiment],
+                f"tags.`{RUN_TAG}` = '{self._run}'",
+                ViewType.ACTIVE_ONLY,
+                max_results=1000,
+                page_token=token,
             )
             for run in page:
                 key = run.data.tags[KEY_TAG]
@@ -104,7 +113,9 @@ class MlflowServer:
     def _artifact(self, record: Record) -> None:
         self._client.log_artifact(self._ids[record["key"]], record["path"], record["folder"] or None)
 
-    def _batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+    def _batch(
+        self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()
+    ) -> None:
         for start in range(0, max(len(metrics), len(params), len(tags)), CHUNK):
             part = slice(start, start + CHUNK)
             self._client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])

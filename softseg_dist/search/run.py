@@ -63,9 +63,9 @@ def run_search(
 ) -> Outcome:
     """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
 
-    `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without it Ray is
-    started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers that meet
-    classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one stops at once.
+    `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
+    it Ray is started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers
+    that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one stops at once.
 
     Raises UserError if another driver uses the run folder, no machine is large enough for one fit, or `propose` or a fit reports
     a mistake of the user's. Fits that have ended stay recorded in every case.
@@ -109,7 +109,9 @@ def run_search(
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
-    bundle = {"CPU": float(resources.cpus_per_fit)} | ({"GPU": resources.gpus_per_fit} if resources.gpus_per_fit else {})
+    bundle = {"CPU": float(resources.cpus_per_fit)} | (
+        {"GPU": resources.gpus_per_fit} if resources.gpus_per_fit else {}
+    )
     device = "cuda" if resources.gpus_per_fit else "cpu"
     places = _places(bundle)
 
@@ -130,7 +132,9 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
             storage_path=ledger.folder if "://" in ledger.folder else str(Path(ledger.folder).absolute()),
             name=".tune",
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),  # retries are new trials, so that a fit knows its attempt
+            failure_config=tune.FailureConfig(
+                max_failures=0
+            ),  # retries are new trials, so that a fit knows its attempt
         ),
     ).fit()
 
@@ -192,7 +196,10 @@ def _places(bundle: Mapping[str, float]) -> int:
     if places == 0:
         largest = " and ".join(f"{max((n.get(kind, 0.0) for n in nodes), default=0):g} {kind}s" for kind in bundle)
         wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
-        raise UserError(f"one fit needs {wanted} on one machine, but the most that one has is {largest}; lower --workers-per-fit or --gpus-per-fit")
+        raise UserError(
+            f"one fit needs {wanted} on one machine, but the most that one has is {largest}; "
+            "lower cpus_per_fit of the study's resources, or --gpus-per-fit"
+        )
     return places
 
 

@@ -67,8 +67,9 @@ class StudySearcher:
     """Emits the fits of a study and keeps ledger and Optuna up to date.
 
     A candidate's splits are emitted in order. A new candidate is proposed only when the open ones have nothing left to emit,
-    so each proposal knows as many results as possible and no worker waits. A failed fit (a loss that is not finite) is final: a fixed
-    candidate runs its other splits, so that the report can count failures; a proposed one emits no more and Optuna is told FAIL.
+    so each proposal knows as many results as possible and no worker waits. A failed fit (a loss that is not finite) is final: a
+    fixed candidate runs its other splits, so that the report can count failures; a proposed one emits no more and Optuna is told
+    FAIL. Fixed candidates are no Optuna trials.
 
     Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
     """
@@ -172,7 +173,9 @@ class StudySearcher:
         records = self.ledger.candidates()
         for number, (name, recipe) in enumerate(_control_first(self.study)):
             if self.study.search and PROPOSED.fullmatch(name):
-                raise UserError(f"candidate {name!r}: names of the form trial-<number> belong to proposed candidates; give another name")
+                raise UserError(
+                    f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name"
+                )
             if name not in records:
                 self.ledger.write_candidate(_record(name, "fixed", number, recipe))
             self._open(name, recipe, results.get(name, {}))
@@ -181,13 +184,18 @@ class StudySearcher:
             if number in proposed:
                 self._recall(proposed[number], results.get(proposed[number].name, {}))
             else:
-                self._propose(number)  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
+                self._propose(
+                    number
+                )  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
 
     def _recall(self, record: CandidateRecord, results: dict[int, FitResult]) -> None:
         """A proposed candidate of an earlier session: told as it ended, or open again."""
         recipe = Recipe.model_validate(record.recipe)
         if json_of(recipe) != record.recipe:
-            raise UserError(f"{record.name}: the code of a class in its recipe has changed since it ran; undo that, or give the study a new name")
+            raise UserError(
+                f"{record.name}: the code of a class in its recipe has changed since it ran; "
+                "undo the change, or give the study a new name"
+            )
         failed = any(result.score is None for result in results.values())
         if not failed and len(results) < len(self.splits):
             self._optuna.enqueue_trial(record.params)
@@ -205,7 +213,9 @@ class StudySearcher:
             )
         )
 
-    def _propose(self, number: int, known: CandidateRecord | None = None, results: dict[int, FitResult] | None = None) -> Candidate:
+    def _propose(
+        self, number: int, known: CandidateRecord | None = None, results: dict[int, FitResult] | None = None
+    ) -> Candidate:
         """Ask Optuna for trial `number`; a `known` one gets its recorded parameters back."""
         assert self.study.search is not None
         self._optuna.sampler = _sampler(self.study, number)
@@ -225,6 +235,7 @@ class StudySearcher:
         candidate.trial = trial
         return candidate
 
+
 def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
     """What `propose` gives for a trial. Raises UserError, naming the trial, if that cannot be used."""
     assert study.search is not None
@@ -232,7 +243,9 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
     try:
         recipe = study.search.propose(trial)
     except Exception as error:
-        raise UserError(f"trial {number}: propose() raised {describe(error)}; parameters {_show(trial.params)}") from error
+        raise UserError(
+            f"trial {number}: propose() raised {describe(error)}; parameters {_show(trial.params)}"
+        ) from error
     if not isinstance(recipe, Recipe):
         raise UserError(f"trial {number}: propose() must return a Recipe, got {type(recipe).__name__}")
     for name, distribution in trial.distributions.items():
@@ -263,7 +276,9 @@ def sample_proposals(study: Study, count: int = 3) -> dict[str, Recipe]:
 
 
 def _control_first(study: Study) -> list[tuple[str, Recipe]]:
-    return sorted(study.candidates.items(), key=lambda item: item[0] != study.control)  # stable: the others keep their order
+    return sorted(
+        study.candidates.items(), key=lambda item: item[0] != study.control
+    )  # stable: the others keep their order
 
 
 def _sampler(study: Study, number: int) -> TPESampler:
@@ -274,7 +289,9 @@ def _sampler(study: Study, number: int) -> TPESampler:
     """
     assert study.search is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group` may change; the lock file pins Optuna
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # `group` may change; the lock file pins Optuna
         return TPESampler(
             n_startup_trials=study.search.startup_trials,
             n_ei_candidates=24,

@@ -31,7 +31,9 @@ class Outcome:
 class Session:
     """Running fits by an id of the caller's, and who must hear of what happens to them."""
 
-    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
+    def __init__(
+        self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile
+    ) -> None:
         self.searcher, self.tracker, self.progress, self._stop_file = searcher, tracker, progress, stop_file
         self.error: UserError | None = None
         self.interrupted = False
@@ -122,7 +124,8 @@ class Session:
     def _lost(self, task: FitTask) -> None:
         reason = reason_of(task)
         again = self.searcher.lose(task, reason)
-        self.progress.note(f"{task.key}: {reason}; " + ("trying again" if again else "given up; running the study again tries it again"))
+        what_next = "trying again" if again else "given up; running the study again tries it again"
+        self.progress.note(f"{task.key}: {reason}; {what_next}")
         self._gone(task, None if again else "FAILED")
 
     def _gone(self, task: FitTask, status: str | None) -> None:

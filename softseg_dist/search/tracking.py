@@ -46,9 +46,10 @@ class Server(Protocol):
 
 
 class Tracker:
-    """Says what happens in a study; a thread tells MLflow. No method raises or waits, except `close`, which waits for the thread.
+    """Says what happens in a study; a thread tells MLflow. No method raises or waits, but `close`, which waits for the thread.
 
-    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder. All runs of one run folder carry one tag.
+    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder. All runs of one run folder carry
+    one tag.
     """
 
     def __init__(self, uri: str | None, folder: str | Path, study: Study) -> None:
@@ -77,7 +78,9 @@ class Tracker:
         """Record on the study run which data it used; `digest` identifies the content."""
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
 
-    def recall(self, records: Mapping[str, CandidateRecord], results: Iterable[FitResult], ended: Collection[str]) -> None:
+    def recall(
+        self, records: Mapping[str, CandidateRecord], results: Iterable[FitResult], ended: Collection[str]
+    ) -> None:
         """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
@@ -152,7 +155,9 @@ class Tracker:
         self._thread.join(CLOSE_S)
         self._give_up.set()
         self._thread.join(CLOSE_S / 6)
-        notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
+        notes = (
+            [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
+        )
         waiting = len(self._spool.read())
         if waiting:
             notes.append(
@@ -165,17 +170,36 @@ class Tracker:
         self._records.put({**record, "ms": int(time.time() * 1000)})
 
     def _put_open(
-        self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str], *, known: bool = False
+        self,
+        key: str,
+        name: str,
+        parent: str | None,
+        tags: dict[str, str],
+        params: dict[str, str],
+        *,
+        known: bool = False,
     ) -> None:
         self._open[key] = None
         self._put(what="open", key=key, name=name, parent=parent, tags=tags, params=params, known=known)
 
     def _put_log(
-        self, key: str, metrics: Mapping[str, float], *, step: int = 0, tags: Mapping[str, str] | None = None, known: bool = False
+        self,
+        key: str,
+        metrics: Mapping[str, float],
+        *,
+        step: int = 0,
+        tags: Mapping[str, str] | None = None,
+        known: bool = False,
     ) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         ms = int(time.time() * 1000)
-        self._put(what="log", key=key, metrics=[[n, v, ms, step] for n, v in finite.items()], tags=dict(tags or {}), known=known)
+        self._put(
+            what="log",
+            key=key,
+            metrics=[[n, v, ms, step] for n, v in finite.items()],
+            tags=dict(tags or {}),
+            known=known,
+        )
 
     def _put_close(self, key: str, status: str, *, known: bool = False) -> None:
         self._open.pop(key, None)

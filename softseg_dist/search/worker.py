@@ -20,7 +20,7 @@ from pyarrow import fs
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.study_file import describe, load_source
-from softseg_dist.training.task import EpochReport, FitResult, FitTask, Interrupted, Worker
+from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
 
@@ -39,11 +39,14 @@ class StopFile:
     """True once the file is there; the driver writes it to make all fits stop. Looks at the disk twice a second at most."""
 
     def __init__(self, uri: str) -> None:
-        self._files, self._path = (fs.FileSystem.from_uri(uri)) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self._files: Any
+        self._path: str
+        self._files, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
         self._seen = False
         self._next_s = 0.0
 
     def __call__(self) -> bool:
+        """Shall the fit stop?"""
         if not self._seen and time.monotonic() >= self._next_s:
             self._seen = self._files.get_file_info(self._path).type == fs.FileType.File
             self._next_s = time.monotonic() + STOP_CHECK_S
@@ -63,7 +66,11 @@ class StopFile:
 
 
 def run_fit(
-    config: dict[str, Any], fit: Fit, source: tuple[str, str] | None, device: str, report: Callable[[dict[str, str]], None]
+    config: dict[str, Any],
+    fit: Fit,
+    source: tuple[str, str] | None,
+    device: str,
+    report: Callable[[dict[str, str]], None],
 ) -> dict[str, str]:
     """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
 
@@ -77,7 +84,9 @@ def run_fit(
     def tell(metrics: dict[str, float]) -> None:
         report({"epoch": json.dumps(metrics)})
 
-    ending = Ending(kind="interrupted") if stop() else _guarded(task, fit, Worker(device=device, report=tell, stop=stop))
+    ending = (
+        Ending(kind="interrupted") if stop() else _guarded(task, fit, Worker(device=device, report=tell, stop=stop))
+    )
     return {"ending": json.dumps(ending.model_dump(mode="json"))}
 
 

@@ -38,7 +38,7 @@ def make_study(candidates: tuple[str, ...] = ("a", "b"), trials: int = 0, num_sp
         question="Does the engine do what it is told?",
         data=Phantom(subjects=10),
         splits=MonteCarlo(count=num_splits),
-        candidates={name: BASE for name in candidates},
+        candidates=dict.fromkeys(candidates, BASE),
         control=candidates[0] if candidates else None,
         search=Search(propose, trials=trials) if trials else None,
     )
@@ -63,10 +63,17 @@ def scripted_fit(task: FitTask, worker: Worker) -> FitResult:
         _pause(worker, script.get("sleep_s", 0.0))
         if epoch == 2 and (task.attempt == 0 or script.get("always")):
             _go_wrong(script.get(task.key, ""))
-    known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt, "process": str(os.getpid())}
+    known = {
+        "candidate": task.candidate,
+        "split": task.split.index,
+        "attempt": task.attempt,
+        "process": str(os.getpid()),
+    }
     if script.get(task.key) == "nan":
         return FitResult(**known, state="failed", reason="loss is nan in epoch 2")
-    return FitResult(**known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5})
+    return FitResult(
+        **known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5}
+    )
 
 
 def _pause(worker: Worker, seconds: float) -> None:
@@ -130,5 +137,7 @@ def starts(folder: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
-    outcome = run(Path(sys.argv[1]), make_study(trials=options.pop("trials", 0)), PlainLines(sys.stdout), faults=options)
+    outcome = run(
+        Path(sys.argv[1]), make_study(trials=options.pop("trials", 0)), PlainLines(sys.stdout), faults=options
+    )
     print(json.dumps(vars(outcome)), flush=True)

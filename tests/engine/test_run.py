@@ -117,13 +117,13 @@ def test_a_fit_that_no_machine_can_hold_is_refused_before_anything_starts(shared
     assert starts(tmp_path) == {}
 
 
-OWN_LOSS = '''
+OWN_LOSS = """
 from softseg_dist import Brier, Recipe
 class Halved(Brier):
     def per_sample(self, prediction, target):
         return 0.5 * super().per_sample(prediction, target)
 RECIPE = Recipe(loss=Halved())
-'''
+"""
 
 
 def test_a_loss_of_the_study_file_is_known_in_the_workers(shared_ray, tmp_path):
@@ -143,7 +143,10 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path):
     assert len(ended) < 12
     second = driver(tmp_path, trials=2)
     out, err = second.communicate(timeout=120)
-    assert (json.loads(out.splitlines()[-1]), err) == ({"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False}, "")
+    assert (json.loads(out.splitlines()[-1]), err) == (
+        {"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False},
+        "",
+    )
     assert {key: count for key, count in starts(tmp_path).items() if key in ended} == dict.fromkeys(ended, 1)
 
     for (name, split), result in Ledger(tmp_path).results().items():
@@ -173,5 +176,3 @@ def test_ctrl_c_lets_fits_end_and_a_second_one_does_not(tmp_path):
     os.killpg(second.pid, signal.SIGINT)
     out, err = second.communicate(timeout=30)
     assert (json.loads(out.splitlines()[-1])["interrupted"], err) == (True, "")
-
-

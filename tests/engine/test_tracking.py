@@ -44,7 +44,9 @@ def task(split: int = 0) -> FitTask:
 
 def result(split: int = 0, score: float | None = 0.5) -> FitResult:
     state = "failed" if score is None else "finished"
-    return FitResult(candidate="a", split=split, state=state, score=score, test_score=score, thresholds={"fixed": 0.5}, reason="nan")
+    return FitResult(
+        candidate="a", split=split, state=state, score=score, test_score=score, thresholds={"fixed": 0.5}, reason="nan"
+    )
 
 
 def run_fit(tracker: Tracker, split: int = 0, score: float | None = 0.5, num_epochs: int = 3) -> None:

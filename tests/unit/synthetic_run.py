@@ -19,7 +19,7 @@ CELLS = [
 ]
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
 GAIN = {"soft": 0.02, "normrelu": 0.006, "wing": -0.004}  # planted main effects on the objective
-RATERS = ("mean", "rater1", "rater2", "rater3", "rater4")
+RATERS = ("mean", "rater1", "rater2")
 
 
 def recipe(cell: str) -> dict[str, object]:

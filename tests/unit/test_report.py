@@ -111,9 +111,29 @@ def test_answer_names_effect_interval_p_and_n(summary: Summary):
 
 
 def test_answer_claims_nothing_where_nothing_was_shown(tmp_path: Path):
-    candidates = [CONTROL, "hard-sigmoid-wing"]
+    candidates = [CONTROL, "hard-sigmoid-wing", "hard-normrelu-wing"]
     text = answer(summarise(load_run(write_run(tmp_path, candidates=candidates, num_splits=3, seed=1))))
     assert text.startswith("No candidate was shown to be better than the control")
+
+
+def test_answer_says_so_when_nothing_can_be_tested(tmp_path: Path):
+    folder = write_run(tmp_path, num_splits=2, num_subjects=5, num_tested=1)
+    rows = pd.read_parquet(folder / "results.parquet")
+    rows.assign(subject="the only one").to_parquet(folder / "results.parquet")
+    summary = summarise(load_run(folder))
+    assert answer(summary).startswith("Nothing could be tested (only one subject")
+    assert effects_answer(summary) == ""
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.1, "is better than"), (-0.1, "is worse than"), (0.0, "not shown to differ")]
+)
+def test_answer_for_one_candidate_and_its_control(tmp_path: Path, gain: float, words: str):
+    folder = write_run(tmp_path, candidates=[CONTROL, "hard-sigmoid-wing"], num_splits=4)
+    rows = pd.read_parquet(folder / "results.parquet")
+    rows["value"] += gain * (rows["candidate"] == "hard-sigmoid-wing")
+    rows.to_parquet(folder / "results.parquet")
+    assert words in answer(summarise(load_run(folder)))
 
 
 def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
@@ -126,6 +146,7 @@ def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
     summary = summarise(load_run(folder))
     assert summary.winner.name == "soft-sigmoid-dice"
     assert summary.comparisons[0].crossed.mean < 0
+    assert "Brier score (lower is better)" in answer(summary)
     assert "soft-sigmoid-dice (−0.010" in answer(summary)
 
 

@@ -26,7 +26,9 @@ def propose(trial):
     return BASE.replace(loss=Dice())
 
 
-def make_study(candidates: dict[str, Recipe] | None = None, control: str | None = None, search: Search | None = None) -> Study:
+def make_study(
+    candidates: dict[str, Recipe] | None = None, control: str | None = None, search: Search | None = None
+) -> Study:
     return Study(
         name="s",
         question="?",

@@ -1,0 +1,76 @@
+"""What does the engine cost per fit? 200 fits that do nothing, through Tune, ledger and MLflow on SQLite, two at a time.
+
+Run:    python tests/benchmarks/bench_overhead.py [number of fits]
+Target: 200 fits in less than 20 s, Ray's start and MLflow's end included.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+
+from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import PlainLines
+from softseg_dist.search.run import ENVIRONMENT, run_search
+from softseg_dist.search.tracking import Tracker
+from softseg_dist.training.task import FitResult, FitTask, Worker
+
+TARGET_S = 20.0
+NUM_SPLITS = 10
+
+
+def no_fit(task: FitTask, worker: Worker) -> FitResult:
+    """End at once, after one report."""
+    worker.report({"epoch": 1.0, "loss": 0.5})
+    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=0.5, test_score=0.5, epochs=1)
+
+
+def main(num_fits: int) -> None:
+    """Measure, and print a table and one line of JSON."""
+    num_candidates = num_fits // NUM_SPLITS
+    study = Study(
+        name="overhead",
+        question="What does the engine cost per fit?",
+        data=Phantom(subjects=10),
+        splits=MonteCarlo(count=NUM_SPLITS),
+        candidates={f"c{number:03d}": Recipe() for number in range(num_candidates)},
+    )
+    splits = study.splits.make({f"sub-{number}": "" for number in range(10)}, study.seed)
+    marks = {"start": time.perf_counter()}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(ENVIRONMENT)
+        tracker = Tracker(None, folder, study)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        marks["Ray starts"] = time.perf_counter()
+        ledger = Ledger(folder)
+        ledger.open_study(study, splits)
+        lines = io.StringIO()
+        outcome = run_search(
+            study, splits, Path("none"), "0" * 16, ledger, no_fit, Resources(max_concurrent=2), tracker, PlainLines(lines)
+        )
+        marks["fits run"] = time.perf_counter()
+        notes = tracker.close()
+        marks["MLflow ends"] = time.perf_counter()
+        ray.shutdown()
+        marks["Ray stops"] = time.perf_counter()
+    assert (outcome.finished, notes) == (num_candidates * NUM_SPLITS, ()), (outcome, notes)
+    names = list(marks)
+    parts = {name: marks[name] - marks[before] for before, name in zip(names, names[1:], strict=False)}
+    total = sum(parts.values())
+    for name, seconds in parts.items():
+        print(f"{name:12} {seconds:7.2f} s")
+    print(f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits")
+    record = {name.replace(" ", "_").lower() + "_s": round(seconds, 3) for name, seconds in parts.items()}
+    print(json.dumps({"benchmark": "overhead", "fits": outcome.finished, "total_s": round(total, 3), **record}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
