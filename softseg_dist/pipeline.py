@@ -14,7 +14,10 @@ from pathlib import Path
 from softseg_dist.data.layouts import Case
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import write_report
+from softseg_dist.report.run_folder import load_run
+from softseg_dist.report.tables import summarise
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.run import run_search
@@ -123,7 +126,8 @@ def report_run(folder: Path) -> Path:
     """Write the report of a run folder, finished or not; returns its page."""
     for path in folder.glob("*.py"):  # the study file as it was run: its own classes may be needed to predict
         load_source(path.stem, path.read_text(encoding="utf-8"))
-    return write_report(folder)
+    run = load_run(folder)
+    return write_report(folder, choose_overlays(run, summarise(run)))
 
 
 def _search(

@@ -24,7 +24,7 @@ from softseg_dist.errors import UserError
 SPACING_MM: dict[int, Vector3] = {2: (0.5, 0.5, 2.5), 3: (1.0, 1.0, 1.0)}
 SIZE: dict[int, tuple[int, ...]] = {2: (48, 48), 3: (32, 32, 32)}
 # Image intensity of each tissue at the first site; the other sites have less contrast and more noise.
-FLUID, WHITE, GRAY, LESION = 1.0, 0.5, 0.75, 0.85
+FLUID, WHITE, GRAY, LESION = 1.0, 0.5, 0.75, 0.9
 SITE_CONTRAST, SITE_NOISE = 0.85, 1.25  # factors from one site to the next
 INTENSITY = 400.0  # images are in arbitrary units, as MRI is
 VERSION = 1  # raised when the same fields would give other voxels
@@ -153,7 +153,7 @@ class PhantomCase(Case):
         level = self.index % self.phantom.sites
         contrast = SITE_CONTRAST**level
         if surround is None:
-            tissue = WHITE + 0.08 * _texture(generator, target.shape) + contrast * (LESION - WHITE) * target
+            tissue = WHITE + 0.06 * _texture(generator, target.shape) + contrast * (LESION - WHITE) * target
         else:
             outside = FLUID + 0.25 * _texture(generator, target.shape)
             inside = WHITE + contrast * (GRAY - WHITE) * target
@@ -184,11 +184,11 @@ def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[C
 
 
 def _lesions(generator: np.random.Generator, extent_mm: Sequence[float], smallest_mm: float) -> list[Ellipsoid]:
-    """Three to seven ellipsoids that do not touch."""
+    """Two to six ellipsoids that do not touch, their mean half axes 2.5 to 7 of the smallest voxel side."""
     lesions: list[Ellipsoid] = []
-    wanted = int(generator.integers(3, 8))
+    wanted = int(generator.integers(2, 7))
     for _ in range(100):
-        mean = math.exp(generator.uniform(math.log(2.0), math.log(5.0))) * smallest_mm
+        mean = math.exp(generator.uniform(math.log(2.5), math.log(7.0))) * smallest_mm
         a, b, c = (float(mean * generator.uniform(0.75, 1.3)) for _ in range(3))
         half_axes = (a, b, max(c, 0.08 * extent_mm[2]))
         room = [max(extent / 2 - half - smallest_mm, 0.0) for extent, half in zip(extent_mm, half_axes, strict=True)]

@@ -76,7 +76,7 @@ def write_run(
     tables = []
     for number, name in enumerate([*candidates, *proposed]):
         gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (
-            generator.normal(0.01, 0.02) if name in proposed else 0
+            generator.normal(0.04, 0.01) if name in proposed else 0
         )
         record = {
             "type": "CandidateRecord",
