@@ -31,7 +31,7 @@ BASE = Recipe(
     label="hard",
     fusion="mean",
     augment=(Affine(degrees=20, scale=0.1, shift=0.03),),
-    optim=Optim(lr=1e-3, epochs=80, batch_size=16),
+    optim=Optim(lr=1e-3, epochs=40, batch_size=8),
 )
 
 STUDY = Study(
