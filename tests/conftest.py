@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("softseg", deadline=None)  # a busy machine is not a defect
+settings.load_profile("softseg")
 
 
 @pytest.fixture(scope="session")

@@ -94,11 +94,11 @@ class MlflowServer:
         else:
             self._client.update_run(run_id, status="RUNNING")
             self._batch(run_id, tags=_tags(record["tags"]))
-        self._batch(run_id, params=[Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()])
 
     def _log(self, record: Record) -> None:
         metrics = [Metric(name[:250], value, ms, step) for name, value, ms, step in record["metrics"]]
-        self._batch(self._ids[record["key"]], metrics=metrics, tags=_tags(record["tags"]))
+        params = [Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()]
+        self._batch(self._ids[record["key"]], metrics, params, _tags(record["tags"]))
 
     def _close(self, record: Record) -> None:
         self._client.set_terminated(self._ids[record["key"]], record["status"], end_time=record["ms"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import warnings
@@ -65,7 +66,8 @@ def run_search(
 
     `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
     it Ray is started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers
-    that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one stops at once.
+    that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
+    stops at once.
 
     Raises UserError if another driver uses the run folder, no machine is large enough for one fit, or `propose` or a fit reports
     a mistake of the user's. Fits that have ended stay recorded in every case.
@@ -132,6 +134,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
             storage_path=ledger.folder if "://" in ledger.folder else str(Path(ledger.folder).absolute()),
             name=".tune",
             verbose=0,
+            callbacks=[_TuneErrors(session)],
             failure_config=tune.FailureConfig(
                 max_failures=0
             ),  # retries are new trials, so that a fit knows its attempt
@@ -143,8 +146,39 @@ def _trial_name(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-class _TuneSearcher(Searcher):
-    """Tune's view of a session. It is shared, not copied: Tune pickles and copies searchers, and neither must reach ours."""
+class _Shared:
+    """Tune pickles and copies what it is given; a session must be neither."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of Tune's has nothing to do."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class _TuneErrors(_Shared, tune.Callback):
+    """Tells the session of fits whose process died or raised."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._session.ended_as(trial.trial_id, None, _cause(str(trial.get_error())))
+
+
+def _cause(text: str) -> str:
+    """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
+    if "low on memory" in text:
+        return "its process was killed because the machine ran low on memory"
+    inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
+    return inner[-1] if inner else ""
+
+
+class _TuneSearcher(_Shared, Searcher):
+    """Tune's view of a session."""
 
     def __init__(self, session: Session, stop: str) -> None:
         super().__init__(metric=None, mode=None)
@@ -161,8 +195,9 @@ class _TuneSearcher(Searcher):
             self._session.epoch(trial_id, json.loads(result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        told = None if error or result is None else result.get("ending")
-        self._session.ended_as(trial_id, None if told is None else Ending.model_validate(json.loads(told)))
+        if not error:  # errors come through `_TuneErrors`, which knows their cause
+            told = (result or {}).get("ending")
+            self._session.ended_as(trial_id, None if told is None else Ending.model_validate(json.loads(told)))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -178,15 +213,6 @@ class _TuneSearcher(Searcher):
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """The ledger is the state."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of Tune's has nothing to do."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
 
 
 def _places(bundle: Mapping[str, float]) -> int:

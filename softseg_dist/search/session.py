@@ -14,6 +14,8 @@ from softseg_dist.search.tracking import Tracker
 from softseg_dist.search.worker import Ending, StopFile, reason_of
 from softseg_dist.training.task import FitTask
 
+HOPELESS = 3  # so many fits given up, and none ended: the cause is not the fit
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,6 +42,7 @@ class Session:
         self._running: dict[str, FitTask] = {}
         self._announced: set[str] = set()
         self._told_stop = False
+        self._num_ended = self._num_given_up = 0
 
     def start(self) -> None:
         """Tell tracker and display what earlier sessions have done."""
@@ -81,11 +84,11 @@ class Session:
         if self.tracker is not None:
             self.tracker.epoch(key, metrics)
 
-    def ended_as(self, fit_id: str, ending: Ending | None) -> None:
-        """A fit no longer runs; `ending` is None if its process did not live to say how."""
+    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "") -> None:
+        """A fit no longer runs. `ending` is None if its process did not live to say how; `cause` is what the engine knows."""
         task = self._running.pop(fit_id)
         if ending is None:
-            self._lost(task)
+            self._lost(task, reason_of(task, cause))
         elif ending.kind == "user_error":
             self.searcher.interrupt(task)
             self._gone(task, "FAILED")
@@ -97,6 +100,7 @@ class Session:
             assert ending.result is not None
             assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
             self.searcher.finish(ending.result)
+            self._num_ended += 1
             self.progress.finished(ending.result)
             if self.tracker is not None:
                 self.tracker.fit_ended(ending.result)
@@ -121,12 +125,14 @@ class Session:
         self.searcher.stop()
         self._stop_file.write()
 
-    def _lost(self, task: FitTask) -> None:
-        reason = reason_of(task)
+    def _lost(self, task: FitTask, reason: str) -> None:
         again = self.searcher.lose(task, reason)
         what_next = "trying again" if again else "given up; running the study again tries it again"
         self.progress.note(f"{task.key}: {reason}; {what_next}")
         self._gone(task, None if again else "FAILED")
+        self._num_given_up += not again
+        if self._num_given_up >= HOPELESS and self._num_ended == 0:
+            self._abort(UserError(f"the first {HOPELESS} fits all died, the last one, {task.key}, with: {reason}"))
 
     def _gone(self, task: FitTask, status: str | None) -> None:
         self.progress.gone(task.key)

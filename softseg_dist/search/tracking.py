@@ -117,9 +117,7 @@ class Tracker:
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""
         key = key_of(result)
-        tags = {"softseg.state": result.state, "softseg.process": result.process}
-        if result.reason:
-            tags["softseg.reason"] = result.reason
+        tags = {"softseg.reason": result.reason} if result.reason else {}
         self._put_log(key, _numbers(result), tags=tags, known=known)
         self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
 
@@ -180,7 +178,8 @@ class Tracker:
         known: bool = False,
     ) -> None:
         self._open[key] = None
-        self._put(what="open", key=key, name=name, parent=parent, tags=tags, params=params, known=known)
+        self._put(what="open", key=key, name=name, parent=parent, tags=tags, known=known)
+        self._put_log(key, {}, params=params, known=known)
 
     def _put_log(
         self,
@@ -188,18 +187,13 @@ class Tracker:
         metrics: Mapping[str, float],
         *,
         step: int = 0,
+        params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
         known: bool = False,
     ) -> None:
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         ms = int(time.time() * 1000)
-        self._put(
-            what="log",
-            key=key,
-            metrics=[[n, v, ms, step] for n, v in finite.items()],
-            tags=dict(tags or {}),
-            known=known,
-        )
+        finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
+        self._put(what="log", key=key, metrics=finite, params=dict(params or {}), tags=dict(tags or {}), known=known)
 
     def _put_close(self, key: str, status: str, *, known: bool = False) -> None:
         self._open.pop(key, None)
@@ -309,9 +303,10 @@ def coalesced(records: Sequence[Record]) -> list[Record]:
             joined.append(record)
         elif (log := open_log.get(key)) is not None and log["known"] == record["known"]:
             log["metrics"] += record["metrics"]
+            log["params"] |= record["params"]
             log["tags"] |= record["tags"]
         else:
-            open_log[key] = {**record, "metrics": list(record["metrics"]), "tags": dict(record["tags"])}
+            open_log[key] = record | {name: record[name].copy() for name in ("metrics", "params", "tags")}
             joined.append(open_log[key])
     return joined
 

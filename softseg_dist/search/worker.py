@@ -127,14 +127,14 @@ def _time_limit(task: FitTask) -> Iterator[None]:
     path.unlink()
 
 
-def reason_of(task: FitTask) -> str:
-    """Why a fit's process ended without an `Ending`, as far as its folder tells."""
+def reason_of(task: FitTask, cause: str = "") -> str:
+    """Why a fit's process ended without an `Ending`: what its folder tells, else `cause`, else that it died."""
     if _error_path(task).exists():
         lines = _error_path(task).read_text(encoding="utf-8").splitlines()
         return f"{lines[0] if lines else 'error'} (see {_error_path(task)})"
     if _stack_path(task).exists() and _stack_path(task).stat().st_size:
         return f"took longer than its time limit of {task.time_limit_s:g} s (see {_stack_path(task)})"
-    return "its process died (killed, out of memory, or crashed)"
+    return cause or "its process died (killed, out of memory, or crashed)"
 
 
 def _error_path(task: FitTask) -> Path:

@@ -22,7 +22,7 @@ class Model(nn.Module):
         self.network = network.build(channels, activation.num_logits(classes), dim)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
-        self.network.to(memory_format=self.layout)
+        self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
 
     def logits(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B num_logits *S]."""

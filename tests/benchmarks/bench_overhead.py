@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import ray
@@ -30,7 +31,9 @@ NUM_SPLITS = 10
 def no_fit(task: FitTask, worker: Worker) -> FitResult:
     """End at once, after one report."""
     worker.report({"epoch": 1.0, "loss": 0.5})
-    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=0.5, test_score=0.5, epochs=1)
+    return FitResult(
+        candidate=task.candidate, split=task.split.index, state="finished", score=0.5, test_score=0.5, epochs=1
+    )
 
 
 def main(num_fits: int) -> None:
@@ -54,7 +57,15 @@ def main(num_fits: int) -> None:
         ledger.open_study(study, splits)
         lines = io.StringIO()
         outcome = run_search(
-            study, splits, Path("none"), "0" * 16, ledger, no_fit, Resources(max_concurrent=2), tracker, PlainLines(lines)
+            study,
+            splits,
+            Path("none"),
+            "0" * 16,
+            ledger,
+            no_fit,
+            Resources(max_concurrent=2),
+            tracker,
+            PlainLines(lines),
         )
         marks["fits run"] = time.perf_counter()
         notes = tracker.close()
@@ -63,11 +74,13 @@ def main(num_fits: int) -> None:
         marks["Ray stops"] = time.perf_counter()
     assert (outcome.finished, notes) == (num_candidates * NUM_SPLITS, ()), (outcome, notes)
     names = list(marks)
-    parts = {name: marks[name] - marks[before] for before, name in zip(names, names[1:], strict=False)}
+    parts = {name: marks[name] - marks[before] for before, name in pairwise(names)}
     total = sum(parts.values())
     for name, seconds in parts.items():
         print(f"{name:12} {seconds:7.2f} s")
-    print(f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits")
+    print(
+        f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits"
+    )
     record = {name.replace(" ", "_").lower() + "_s": round(seconds, 3) for name, seconds in parts.items()}
     print(json.dumps({"benchmark": "overhead", "fits": outcome.finished, "total_s": round(total, 3), **record}))
 

@@ -176,3 +176,10 @@ def test_ctrl_c_lets_fits_end_and_a_second_one_does_not(tmp_path):
     os.killpg(second.pid, signal.SIGINT)
     out, err = second.communicate(timeout=30)
     assert (json.loads(out.splitlines()[-1])["interrupted"], err) == (True, "")
+
+
+def test_a_study_whose_fits_all_die_is_stopped_and_says_why(shared_ray, tmp_path):
+    faults = dict.fromkeys((f"{name}/{split:03d}" for name in ("a", "b") for split in range(NUM_SPLITS)), "raise")
+    with pytest.raises(UserError, match=r"the first 3 fits all died, .*ValueError: the fit broke"):
+        run(tmp_path, make_study(), PlainLines(io.StringIO()), faults=faults | {"always": True})
+    assert sum(starts(tmp_path).values()) <= 2 * 3 + 2  # what ran beside the last of them
