@@ -7,7 +7,13 @@ ray or mlflow and the command line answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Nobody's usage is reported to anybody; read by Ray and MLflow when they are first imported, here or in a worker.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 if TYPE_CHECKING:
     from softseg_dist.data.layouts import Bids as Bids

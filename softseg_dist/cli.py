@@ -6,15 +6,17 @@ Heavy packages are imported inside the commands: `softseg --help` answers at onc
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from softseg_dist.errors import UserError
 
@@ -26,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
@@ -175,14 +178,18 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM_OR_RIGHTS:
+            raise
+        where = error.filename or "a file of the run"
+        _fail(f"cannot write {where}: {error.strerror}; what has finished is kept, the same command goes on")
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _fail(message: str) -> NoReturn:
+    line = Text("error: ", style="bold red").append(message, style="not bold default")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from softseg_dist.data.layouts import Case
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.errors import UserError
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import write_report
 from softseg_dist.report.run_folder import load_run
@@ -98,11 +99,12 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
     study, folder = file.study, options.out / file.study.name
+    prepared = prepare(study, options.data_root, options.stores, progress)
+    splits = study.splits.make(prepared.sites, study.seed)
+    check_recipes({**study.candidates, **sample_proposals(study)}, prepared.store, splits[0])
+    _make(folder)
     ledger = Ledger(folder)
     with ledger.lock():
-        prepared = prepare(study, options.data_root, options.stores, progress)
-        splits = study.splits.make(prepared.sites, study.seed)
-        check_recipes({**study.candidates, **sample_proposals(study)}, prepared.store, splits[0])
         for line in ledger.open_study(study, splits, prepared.store.fingerprint):
             progress.note(f"extended: {line}")
         _describe_run(folder, file, prepared, options)
@@ -120,6 +122,13 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
             for line in tracker.close(status):
                 progress.note(line)
     return Finished(folder, outcome, page, tracker.uri)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
 
 
 def report_run(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from softseg_dist.training.task import FitResult
 
-SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its best and its latest
+SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, the controls among them, and its latest
 LINE_EVERY_S = 10.0  # plain lines: at most one per fit and this long
 
 
@@ -199,9 +199,7 @@ class LiveTable(Progress):
         rows = list(self.tallies.items())
         hidden = len(rows) - SHOWN_CANDIDATES
         if hidden > 0:
-            best = sorted(rows, key=lambda row: row[1].mean if row[1].mean is not None else float("-inf"), reverse=True)
-            shown = {name for name, _ in [*best[: SHOWN_CANDIDATES // 2], *rows[-SHOWN_CANDIDATES // 2 :]]}
-            rows = [row for row in rows if row[0] in shown]
+            rows = rows[: SHOWN_CANDIDATES // 2] + rows[-SHOWN_CANDIDATES // 2 :]
         for name, tally in rows:
             failed = f", {tally.failed} failed" if tally.failed else ""
             mean = "" if tally.mean is None else f"{tally.mean:.4f}"

@@ -5,14 +5,13 @@ The tracker imports it in its thread, since importing MLflow takes seconds.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # a slow server holds up the thread, never the study; but closing waits for the thread
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool retries
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -36,6 +35,9 @@ class MlflowServer:
     """One experiment, named after the study, and in it the runs of one run folder, found by their tags."""
 
     def __init__(self, uri: str, folder: Path, study: str, run: str) -> None:
+        # MLflow may have been imported before this module, by MONAI, without the environment above.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._client = MlflowClient(uri)
         self._run = run
         self._experiment = self._find_experiment(

@@ -36,7 +36,6 @@ from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.training.task import FitTask
 
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker

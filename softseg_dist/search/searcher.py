@@ -21,6 +21,7 @@ from optuna.trial import TrialState, create_trial
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.study import Recipe, Study
@@ -79,7 +80,8 @@ class StudySearcher:
         self.candidates: dict[str, Candidate] = {}
         self.stopped = False
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._optuna = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+        direction = "maximize" if OBJECTIVES[study.objective].sign > 0 else "minimize"
+        self._optuna = optuna.create_study(direction=direction, pruner=optuna.pruners.NopPruner())
         self._asked = 0  # trials that Optuna knows; the number of the next one
         self._replay()
 

@@ -26,7 +26,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store.open(build_store(Path(folder), data.cases(None), data, preprocess))
         generator = np.random.default_rng(0)
-        picks = [list(zip(generator.integers(0, SUBJECTS, BATCH), generator.integers(0, 8, BATCH), strict=True)) for _ in range(REPEATS)]
+        picks = [
+            list(zip(generator.integers(0, SUBJECTS, BATCH), generator.integers(0, 8, BATCH), strict=True))
+            for _ in range(REPEATS)
+        ]
 
         def by_view(items: list[tuple[int, int]]) -> np.ndarray:
             return np.stack([store.sample(case).image[item] for case, item in items])
@@ -46,7 +49,9 @@ def main() -> None:
     (out / "store.json").write_text(json.dumps(figures, indent=1))
 
 
-def _measure(read: Callable[[list[tuple[int, int]]], np.ndarray], picks: list[list[tuple[int, int]]]) -> tuple[int, float]:
+def _measure(
+    read: Callable[[list[tuple[int, int]]], np.ndarray], picks: list[list[tuple[int, int]]]
+) -> tuple[int, float]:
     """Bytes allocated at most while a batch is read, and seconds per batch."""
     read(picks[0])
     started = time.perf_counter()

@@ -31,7 +31,7 @@ OWNERS = {
     "nibabel": ("data/volume.py",),
     "pyarrow.ipc": ("data/store.py",),
     "optuna": ("search/searcher.py",),
-    "ray": ("search/run.py", "search/searcher.py"),
+    "ray": ("search/run.py",),
     "mlflow": ("search/mlflow_server.py",),
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
