@@ -61,7 +61,8 @@ def run(
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
     ] = None,
     gpus_per_fit: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four")
+        float | None,
+        typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four; default: 1 if there is any"),
     ] = None,
     tracking_uri: Annotated[
         str | None,

@@ -81,10 +81,13 @@ class Search(Frozen):
 
 
 class Resources(Frozen):
-    """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it."""
+    """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it.
+
+    `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU.
+    """
 
     cpus_per_fit: PositiveInt = 1
-    gpus_per_fit: float = Field(0.0, ge=0)
+    gpus_per_fit: float | None = Field(None, ge=0)
     max_concurrent: PositiveInt | None = None
     checkpoint_every_s: float = Field(60.0, ge=0)
     time_limit_s: PositiveFloat | None = None

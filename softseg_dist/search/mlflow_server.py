@@ -27,6 +27,9 @@ from softseg_dist.search.spool import Record  # noqa: E402
 
 CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # the pages show training runs, not language models
 CLOSED = ("FINISHED", "FAILED")
 RUN_TAG, KEY_TAG = "softseg.run", "softseg.key"
 
@@ -60,7 +63,7 @@ class MlflowServer:
     def _find_experiment(self, name: str, artifacts: str | None) -> str:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            return str(self._client.create_experiment(name, artifact_location=artifacts))
+            return str(self._client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)

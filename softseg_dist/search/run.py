@@ -110,10 +110,8 @@ def run_search(
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
-    bundle = {"CPU": float(resources.cpus_per_fit)} | (
-        {"GPU": resources.gpus_per_fit} if resources.gpus_per_fit else {}
-    )
-    device = "cuda" if resources.gpus_per_fit else "cpu"
+    bundle = _bundle(resources)
+    device = "cuda" if "GPU" in bundle else "cpu"
     places = _places(bundle)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
@@ -134,9 +132,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
             name=".tune",
             verbose=0,
             callbacks=[_TuneErrors(session)],
-            failure_config=tune.FailureConfig(
-                max_failures=0
-            ),  # retries are new trials, so that a fit knows its attempt
+            failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
         ),
     ).fit()
 
@@ -212,6 +208,14 @@ class _TuneSearcher(_Shared, Searcher):
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """The ledger is the state."""
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    """What one fit holds. Where the study does not say, a fit gets one GPU if there is any."""
+    gpus = resources.gpus_per_fit
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) > 0 else 0.0
+    return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
 
 
 def _places(bundle: Mapping[str, float]) -> int:
