@@ -28,7 +28,7 @@ BASE = Recipe(
     activation=Sigmoid(),
     loss=DiceSemimetric(),
     augment=(Affine(degrees=10, scale=0.1, shift=0.03),),
-    optim=Optim(lr=2e-3, epochs=40, batch_size=4),
+    optim=Optim(lr=3e-3, epochs=40, batch_size=4),
 )
 
 STUDY = Study(
