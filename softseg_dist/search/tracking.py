@@ -279,7 +279,7 @@ class Connection:
 
 def connect(uri: str, folder: Path, study: str) -> Server:
     """Open MLflow. Imported here, in the thread: it takes two seconds, in which the study starts."""
-    from softseg_dist.search.mlflow_server import MlflowServer
+    from softseg_dist.search.tracking_server import MlflowServer
 
     return MlflowServer(uri, folder, study, run_id_of(folder))
 

@@ -32,7 +32,7 @@ OWNERS = {
     "pyarrow.ipc": ("data/store.py",),
     "optuna": ("search/searcher.py",),
     "ray": ("search/run.py",),
-    "mlflow": ("search/mlflow_server.py",),
+    "mlflow": ("search/tracking_server.py",),
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),

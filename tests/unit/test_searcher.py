@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from softseg_dist import BCE, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.search.searcher import StudySearcher, sample_proposals
 from softseg_dist.training.task import FitResult, FitTask
 
 BASE = Recipe(optim=Optim(epochs=1))
@@ -274,3 +274,20 @@ def test_a_fixed_candidate_may_not_be_called_like_a_trial(tmp_path):
     study = make_study({"trial-7": BASE}, search=Search(propose))
     with pytest.raises(UserError, match="trial-7"):
         searcher(tmp_path, study)
+
+
+@pytest.mark.parametrize(("objective", "pick"), [("dice_dml", max), ("brier", min)])
+def test_the_best_trial_is_the_lowest_where_less_is_better(tmp_path, objective, pick):
+    search = searcher(tmp_path, SEARCH.replace(objective=objective))
+    run(search)
+    assert search._optuna.best_value == pick(value for _, _, value in trials(search))
+
+
+def test_sampled_proposals_show_the_mistakes_of_propose_before_a_search():
+    def broken(trial):
+        return trial.suggest_float("lr", 0, 1) / 0
+
+    assert all(isinstance(recipe, Recipe) for recipe in sample_proposals(SEARCH).values())
+    assert sample_proposals(FIXED) == {}
+    with pytest.raises(UserError, match=r"trial 0: propose\(\) raised ZeroDivisionError"):
+        sample_proposals(make_study({"a": BASE}, search=Search(broken, trials=1)))
