@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import sys
 from enum import StrEnum
 from itertools import islice
@@ -157,9 +159,16 @@ def _load(path: Path, debug: bool):  # type: ignore[no-untyped-def]  # StudyFile
 def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) -> None:
     typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
     if page is not None:
-        typer.echo(f"Report   {page}\n         open it: python -m webbrowser -t {page.resolve().as_uri()}")
-    typer.echo(f"MLflow   {tracking_uri}\n         open it: mlflow ui --backend-store-uri {tracking_uri}")
-    typer.echo(f"Numbers  softseg report {folder} --json")
+        typer.echo(f"Report   {page}\n         open it: {_installed('python')} -m webbrowser -t {page.resolve().as_uri()}")
+    typer.echo(f"MLflow   {tracking_uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {tracking_uri}")
+    typer.echo(f"Numbers  {_installed('softseg')} report {folder} --json")
+
+
+def _installed(command: str) -> str:
+    """How to call a command of this environment: by its name if that finds it, else by its path."""
+    here = Path(sys.executable).parent / command
+    found = shutil.which(command)
+    return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
 
 
 def _print_problems(problems, num_cases: int, picture: str | None) -> None:  # type: ignore[no-untyped-def]
