@@ -159,8 +159,12 @@ def _load(path: Path, debug: bool):  # type: ignore[no-untyped-def]  # StudyFile
 def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) -> None:
     typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
     if page is not None:
-        typer.echo(f"Report   {page}\n         open it: {_installed('python')} -m webbrowser -t {page.resolve().as_uri()}")
-    typer.echo(f"MLflow   {tracking_uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {tracking_uri}")
+        typer.echo(
+            f"Report   {page}\n         open it: {_installed('python')} -m webbrowser -t {page.resolve().as_uri()}"
+        )
+    typer.echo(
+        f"MLflow   {tracking_uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {tracking_uri}"
+    )
     typer.echo(f"Numbers  {_installed('softseg')} report {folder} --json")
 
 

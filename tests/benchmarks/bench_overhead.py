@@ -7,7 +7,6 @@ Target: 200 fits in less than 20 s, Ray's start and MLflow's end included.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ray
+from record import record
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
 from softseg_dist.search.ledger import Ledger
@@ -37,7 +37,7 @@ def no_fit(task: FitTask, worker: Worker) -> FitResult:
 
 
 def main(num_fits: int) -> None:
-    """Measure, and print a table and one line of JSON."""
+    """Measure, and print a table."""
     num_candidates = num_fits // NUM_SPLITS
     study = Study(
         name="overhead",
@@ -81,8 +81,8 @@ def main(num_fits: int) -> None:
     print(
         f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits"
     )
-    record = {name.replace(" ", "_").lower() + "_s": round(seconds, 3) for name, seconds in parts.items()}
-    print(json.dumps({"benchmark": "overhead", "fits": outcome.finished, "total_s": round(total, 3), **record}))
+    named = {name.replace(" ", "_").lower() + "_s": seconds for name, seconds in parts.items()}
+    record("overhead", {"fits": outcome.finished, "total_s": total, **named})
 
 
 if __name__ == "__main__":

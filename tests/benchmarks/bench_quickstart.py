@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+from record import record
 
 ROOT = Path(__file__).parents[2]
 SOFTSEG = [sys.executable, "-m", "softseg_dist.cli"]
@@ -42,9 +43,7 @@ def main() -> None:
     print(f"{'softseg --help, median of 5 [s]':<42}{help_s:>12.2f}{'0.5':>12}")
     print(f"{'quickstart, ' + str(end['finished']) + ' fits [s]':<42}{quickstart_s:>12.0f}{'300':>12}")
     print(f"{'quickstart, all processes together [GB]':<42}{peak_bytes / 1e9:>12.2f}{'3':>12}")
-    out = Path(__file__).parent / "out"
-    out.mkdir(exist_ok=True)
-    (out / "quickstart.json").write_text(json.dumps(figures, indent=1))
+    record("quickstart", figures)
 
 
 def _seconds(command: list[str]) -> float:

@@ -6,7 +6,6 @@ Target: reading allocates no more than the batch itself
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import tracemalloc
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from record import record
 
 from softseg_dist import Phantom, Preprocess
 from softseg_dist.data.store import Store, build_store
@@ -43,10 +43,7 @@ def main() -> None:
     print(f"{'way of reading 16 slices of 48 x 48':<40}{'x batch size':>14}{'ms':>8}")
     print(f"{'views of the memory map (what we do)':<40}{view_bytes / batch_bytes:>14.2f}{view_s * 1e3:>8.2f}")
     print(f"{'whole cases copied':<40}{copy_bytes / batch_bytes:>14.2f}{copy_s * 1e3:>8.2f}")
-    out = Path(__file__).parent / "out"
-    out.mkdir(exist_ok=True)
-    figures = {"allocated_per_batch": view_bytes / batch_bytes, "seconds_ratio_copy_to_view": copy_s / view_s}
-    (out / "store.json").write_text(json.dumps(figures, indent=1))
+    record("store", {"allocated_per_batch": view_bytes / batch_bytes, "time_copy_to_view": copy_s / view_s})
 
 
 def _measure(

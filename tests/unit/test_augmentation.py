@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import get_args
 
 import pytest
@@ -184,16 +183,6 @@ def test_a_size_of_one_voxel_is_no_trouble(size: tuple[int, ...]) -> None:
     image, label = augment(maps, maps, (Affine(), Elastic(), Gamma()), range(2), "soft", (1.0,) * len(size))
     assert image.isfinite().all()
     assert label.isfinite().all()
-
-
-def test_sixteen_slices_take_less_than_twenty_milliseconds() -> None:
-    image, target = uniform(16, 1, 96, 96), uniform(16, 1, 96, 96)
-    durations_s = []
-    for _ in range(8):
-        start = time.process_time()
-        augment(image, target, (Affine(), Elastic()), range(16), "soft", (0.5, 0.5))
-        durations_s.append(time.process_time() - start)
-    assert min(durations_s) < 0.02 * torch.get_num_threads()  # processor time adds up over threads
 
 
 # ---------------------------------------------------------------- Affine

@@ -1,0 +1,61 @@
+"""What does augmenting a batch cost? Image and label of 16 slices of 96 x 96, affine and elastic, on one thread.
+
+Run:    python tests/benchmarks/bench_augmentation.py
+Target: less than 20 ms for a batch
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from record import record
+
+from softseg_dist import Affine, Elastic
+from softseg_dist.numerics.augmentation import augment
+from softseg_dist.numerics.labels import LabelMode
+
+BATCH, SIZE, REPEATS = 16, 96, 30
+MOVES = (Affine(degrees=20, scale=0.1, shift=0.03), Elastic(spacing_mm=8, std_mm=1))
+SPACING_MM = (0.5, 0.5)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    image, target = torch.rand(2, BATCH, 1, SIZE, SIZE, generator=generator)
+
+    def batched(mode: LabelMode) -> None:
+        augment(image, target, MOVES, range(BATCH), mode, SPACING_MM)
+
+    def one_by_one() -> None:
+        for i in range(BATCH):
+            augment(image[i : i + 1], target[i : i + 1], MOVES, [i], "soft", SPACING_MM)
+
+    rows = {
+        "batched, soft": _milliseconds(lambda: batched("soft")),
+        "batched, hard_each (label interpolated twice)": _milliseconds(lambda: batched("hard_each")),
+        "one slice after the other, soft": _milliseconds(one_by_one),
+    }
+    best = rows["batched, soft"]
+    print(f"{'16 slices of 96 x 96, image and label':<48}{'ms':>8}{'ratio':>8}")
+    for name, milliseconds in rows.items():
+        print(f"{name:<48}{milliseconds:>8.1f}{milliseconds / best:>8.2f}")
+    record("augmentation", rows)
+
+
+def _milliseconds(work: Callable[[], None]) -> float:
+    """Median processor time of one call."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        started = time.process_time()
+        work()
+        times.append(1e3 * (time.process_time() - started))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
