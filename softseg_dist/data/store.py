@@ -115,6 +115,7 @@ class Store:
         self.preprocess = Preprocess.model_validate(about["preprocess"])
         self._source = source
         self._reader = reader
+        self._samples: dict[int, Sample] = {}
         self._about = [
             _unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
             for index in range(reader.num_record_batches)
@@ -152,6 +153,11 @@ class Store:
 
         Raises UserError if the file is damaged there.
         """
+        if index not in self._samples:  # the views are checked once: training asks for a case again and again
+            self._samples[index] = self._view(index)
+        return self._samples[index]
+
+    def _view(self, index: int) -> Sample:
         about = self._about[index]
 
         def view(batch: pa.RecordBatch, column: str) -> NDArray[Any] | None:
