@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
@@ -39,6 +41,8 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     except (UserError, ValidationError):  # moved to another machine, or a network of a study file that is not loaded
         return ()
     ranked = _ranked_cases(run, summary)
+    if not all(_weights(run, summary, split).exists() for split in ranked["split"]):
+        return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     model = Model(network, activation, store.channels, len(store.classes), store.dim)
     return tuple(_overlay(label, ranked.iloc[at], run, summary, store, model) for label, at in shown.items())
@@ -58,8 +62,12 @@ def _ranked_cases(run: RunData, summary: Summary) -> pd.DataFrame:
     return means.sort_values(["value", "case", "split"], ascending=OBJECTIVES[summary.objective].sign < 0)
 
 
+def _weights(run: RunData, summary: Summary, split: int) -> Path:
+    return weights_path(run.folder / "fits" / summary.winner.name / f"{split:03d}")
+
+
 def _overlay(label: str, row: pd.Series, run: RunData, summary: Summary, store: Store, model: Model) -> Overlay:
-    load_weights(model, weights_path(run.folder / "fits" / summary.winner.name / f"{row['split']:03d}"))
+    load_weights(model, _weights(run, summary, row["split"]))
     index = next(case.index for case in store.cases if case.name == row["case"])
     sample = store.sample(index)
     image, truth, prediction = _slice(sample, mean_reference(sample), predict_sample(model, sample))

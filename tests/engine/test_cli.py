@@ -73,6 +73,7 @@ def test_a_run_leaves_what_the_design_promises(done: Path) -> None:
     fit = done / "fits" / "hard" / "000"
     assert fit.with_suffix(".json").is_file()
     assert {p.name for p in fit.iterdir()} >= {"history.jsonl", "best.safetensors", "cases.parquet"}
+    assert {"overlays.png", "differences.png"} <= {p.name for p in (done / "report").iterdir()}
     assert sorted(p.name for p in (done / "fits").iterdir()) == ["hard", "soft", "trial-000", "trial-001"]
     assert not list(done.rglob("checkpoint.pt"))
 
@@ -209,3 +210,13 @@ def test_help_answers_in_half_a_second() -> None:
         subprocess.run([executable, "--help"], check=True, capture_output=True)
         times.append(time.monotonic() - started)
     assert min(times) < 0.5
+
+
+def test_a_report_without_the_prepared_images_says_so(done: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(done, copy)
+    recorded = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(recorded | {"store": str(tmp_path / "gone.arrow")}))
+    ran = softseg("report", copy, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "No pictures: the prepared images" in (copy / "report" / "index.html").read_text()
