@@ -31,7 +31,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not engine" tests softseg_dist
+	$(BIN)/python -m pytest -m "not engine" --numprocesses 2 --dist loadfile tests softseg_dist
 
 bench: $(VENV)/.ready
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
@@ -42,7 +42,7 @@ lock:
 	echo "torch==2.13.0" > $(VENV)-lock/torch.txt
 	$(VENV)-lock/bin/pip-compile --quiet --strip-extras --extra dev --constraint $(VENV)-lock/torch.txt --no-emit-index-url \
 	    --no-emit-find-links --no-header --no-annotate --output-file requirements.lock pyproject.toml
-	sed -i 's/^torch==.*/torch==2.13.0/' requirements.lock  # without the local label of the build at hand
+	sed -i -e 's/^torch==.*/torch==2.13.0/' -e '/^#/d' requirements.lock  # without the local label of the build at hand
 	rm -rf $(VENV)-lock
 
 clean:
