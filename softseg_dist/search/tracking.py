@@ -95,7 +95,8 @@ class Tracker:
             self._put_open(name, name, STUDY, _candidate_tags(name), parameters(record.recipe), known=True)
             for result in by_candidate[name]:
                 key = key_of(result)
-                self._put_open(key, key, name, _fit_tags(name, result.split), parameters(record.recipe), known=True)
+                tags = _fit_tags(name, result.split)
+                self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
                 self.candidate_ended(name, by_candidate[name], known=True)
@@ -107,7 +108,7 @@ class Tracker:
             self._running.add(task.candidate)
             self._put_open(task.candidate, task.candidate, STUDY, _candidate_tags(task.candidate), recipe)
         tags = _fit_tags(task.candidate, task.split.index) | {"softseg.attempt": str(task.attempt)}
-        self._put_open(task.key, task.key, task.candidate, tags, recipe)
+        self._put_open(task.key, _fit_name(task.key), task.candidate, tags, recipe)
 
     def epoch(self, key: str, metrics: Mapping[str, float]) -> None:
         """A fit has finished an epoch; `metrics["epoch"]` is the step."""
@@ -332,6 +333,12 @@ def _flat(value: Any, path: str) -> Iterable[tuple[str, str]]:
 
 def _candidate_tags(candidate: str) -> dict[str, str]:
     return {"softseg.candidate": candidate}
+
+
+def _fit_name(key: str) -> str:
+    """`003 hard-dice`: MLflow's table cuts long names at their end."""
+    candidate, split = key.rsplit("/", 1)
+    return f"{split} {candidate}"
 
 
 def _fit_tags(candidate: str, split: int) -> dict[str, str]:
