@@ -37,6 +37,7 @@ from softseg_dist.training.task import FitTask
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
+    "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep what the fit has freed
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
