@@ -14,13 +14,17 @@ import sys
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from softseg_dist.errors import UserError
+
+if TYPE_CHECKING:  # both would import torch
+    from softseg_dist.data.check import Problem
+    from softseg_dist.study_file import StudyFile
 
 app = typer.Typer(
     help="Cross-validated studies of soft-label segmentation training.",
@@ -147,7 +151,7 @@ def report(run: RunArg, as_json: AsJson = False) -> None:
         typer.echo(str(report_run(run)))
 
 
-def _load(path: Path, debug: bool):  # type: ignore[no-untyped-def]  # StudyFile would import torch here
+def _load(path: Path, debug: bool) -> StudyFile:
     from dataclasses import replace
 
     from softseg_dist.study_file import load_study
@@ -175,7 +179,7 @@ def _installed(command: str) -> str:
     return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
 
 
-def _print_problems(problems, num_cases: int, picture: str | None) -> None:  # type: ignore[no-untyped-def]
+def _print_problems(problems: list[Problem], num_cases: int, picture: str | None) -> None:
     from rich.table import Table
 
     console = Console()
