@@ -34,16 +34,21 @@ class Activation(Frozen, ABC):
         their initialisations.
         """
 
+    @property
+    def per_sample(self) -> bool:
+        """Does the prediction of a sample follow from its own logits, whatever else is in the batch?"""
+        return True
+
     def num_logits(self, classes: int) -> int:
         """How many channels the network must give for `classes` classes."""
         return classes
 
     def build(self, classes: int) -> nn.Module:
         """The activation as the last module of a network for `classes` classes; its state is saved with the weights."""
-        return _Stateless(self)
+        return Stateless(self)
 
 
-class _Stateless(nn.Module):
+class Stateless(nn.Module):
     """An activation without state, as a module."""
 
     def __init__(self, activation: Activation) -> None:
@@ -51,6 +56,7 @@ class _Stateless(nn.Module):
         self.activation = activation
 
     def forward(self, logits: Tensor) -> Tensor:
+        """The prediction [B K *S] of `logits` [B num_logits *S]."""
         return self.activation(logits)
 
 
@@ -129,20 +135,23 @@ class NormReLU(Activation):
         rectified = torch.relu(logits)
         return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
 
+    @property
+    def per_sample(self) -> bool:
+        """Only over "sample"."""
+        return self.over == "sample"
+
     def initial_bias(self, mean_label: Tensor) -> Tensor:
         """Slightly above 0 for every class [K], whatever its mean label: alive at the start."""
         return torch.full_like(mean_label, NORMRELU_BIAS)
 
     def build(self, classes: int) -> nn.Module:
         """The activation as a module; in "running" its buffer `maximum` is saved with the weights."""
-        return _NormReLUModule(self) if self.over in ("global", "running") else _Stateless(self)
+        return _NormReLUModule(self) if self.over in ("global", "running") else Stateless(self)
 
     def _maximum(self, rectified: Tensor, everywhere: bool) -> Tensor:
         if self.over == "sample":
             return rectified.amax(dim=tuple(range(2, rectified.ndim)), keepdim=True)
-        if everywhere and _num_workers() > 1:
-            return _MaximumOfAllWorkers.apply(rectified)
-        return rectified.amax()
+        return _MaximumOfAllWorkers.apply(rectified)[0] if everywhere else rectified.amax()
 
 
 def _num_workers() -> int:
@@ -166,13 +175,14 @@ class _NormReLUModule(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         rectified = torch.relu(logits)
-        running = self.activation.over == "running"
-        if running and not self.training:
+        if self.training:
+            maximum, newest = _MaximumOfAllWorkers.apply(rectified)
+            if self.activation.over == "running":
+                self._remember(newest.to(self.maximum.dtype))
+            return _divide(rectified, maximum)
+        if self.activation.over == "running":
             return _divide(rectified, self.maximum.to(rectified.dtype)).clamp(max=1)
-        maximum = self.activation._maximum(rectified, everywhere=self.training)
-        if running:
-            self._remember(maximum.detach().to(self.maximum.dtype))
-        return _divide(rectified, maximum)
+        return _divide(rectified, rectified.amax())
 
     @torch.no_grad()
     def _remember(self, newest: Tensor) -> None:
@@ -181,22 +191,29 @@ class _NormReLUModule(nn.Module):
 
 
 class _MaximumOfAllWorkers(torch.autograd.Function):
-    """max over all workers, whose gradient is that of one `amax` over the tensors of all workers put together."""
+    """max over all workers, with the gradient of one `amax` over the tensors of all workers put together.
+
+    Gives it once per sample [B 1 ...], and once without a gradient. Every worker's loss depends on M, so its owner needs the
+    sum of all gradients; ties share it. That sum is taken sample by sample in float64, so that it does not matter which worker
+    has which sample. A worker may have no sample.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rectified: Tensor) -> Tensor:
-        maximum = rectified.detach().amax()
-        distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX)
+    def forward(ctx: Any, rectified: Tensor) -> tuple[Tensor, Tensor]:
+        maximum = rectified.detach().amax() if len(rectified) else rectified.new_zeros(())
+        if _num_workers() > 1:
+            distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX)
         ctx.save_for_backward(rectified, maximum)
-        return maximum
+        ctx.mark_non_differentiable(maximum)
+        return maximum.expand(len(rectified), *[1] * (rectified.ndim - 1)).clone(), maximum
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         rectified, maximum = ctx.saved_tensors
         is_maximum = rectified == maximum
-        # Every worker's loss depends on M, so its owner needs the sum of all gradients; ties share it.
-        total = torch.stack([grad_outputs[0].double(), is_maximum.sum().double()])
-        distributed.all_reduce(total)
+        total = torch.stack([grad_outputs[0].double().sum(), is_maximum.sum().double()])
+        if _num_workers() > 1:
+            distributed.all_reduce(total)
         return is_maximum * (total[0] / total[1]).to(rectified.dtype)
 
 

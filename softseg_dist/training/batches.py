@@ -56,7 +56,10 @@ class Batches:
         return torch.randperm(len(self.items), generator=generator).tolist()
 
     def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them."""
+        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them; B may be 0."""
+        if not members:
+            empty = [torch.empty(0, n, *self.store.size) for n in (self.store.channels, len(self.store.classes))]
+            return empty[0].to(device), empty[1].to(device)
         images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
         image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
         seeds = [seed_of(self.seed, "augment", epoch, member) for member in members]

@@ -6,25 +6,19 @@ import pickle
 from typing import Any
 
 import torch
-from torch import nn, optim
 
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.task import FitTask, checkpoint_path
 
 
-def save_checkpoint(task: FitTask, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
+def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
     """Replace the fit's checkpoint; a crash in the middle leaves the former one."""
-    state = {
-        "identity": task.identity,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": progress,
-    }
-    replace_file(checkpoint_path(task.folder), lambda partial: torch.save(state, partial))
+    marked = {"identity": task.identity, **state}
+    replace_file(checkpoint_path(task.folder), lambda partial: torch.save(marked, partial))
 
 
-def load_checkpoint(task: FitTask, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any] | None:
-    """Restore model and optimizer and return the progress; None, with nothing changed, if there is nothing to go on from.
+def load_checkpoint(task: FitTask) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` was given; None if there is nothing to go on from.
 
     A checkpoint of another task (the recipe was changed) or one that cannot be read is no checkpoint: starting again gives the
     same result, only later.
@@ -33,12 +27,7 @@ def load_checkpoint(task: FitTask, model: nn.Module, optimizer: optim.Optimizer)
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
         return None
-    if state["identity"] != task.identity:
-        return None
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    progress: dict[str, Any] = state["progress"]
-    return progress
+    return state if state["identity"] == task.identity else None

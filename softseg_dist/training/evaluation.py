@@ -16,9 +16,10 @@ from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model
 from softseg_dist.training.results import write_rows
-from softseg_dist.training.task import FitTask, cases_path
+from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test"]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,38 +37,57 @@ def mean_reference(sample: Sample) -> np.ndarray:
     return mean
 
 
-def validation_score(model: Model, task: FitTask, store: Store, device: str) -> float:
+def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) -> float:
     """The signed objective on validation, higher is better: mean over subjects of their cases' scores; NaN if undefined on all."""
+    scored = [
+        (case, objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3))
+        for case, sample, prediction in _predict(model, task, store, "validation", worker)
+    ]
     scores: dict[str, list[float]] = {}
-    for sample, prediction in _predict(model, task, store, "validation", device):
-        score = objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3)
-        scores.setdefault(sample.subject, []).append(score)
+    for case, score in sorted(worker.gather(scored)):
+        scores.setdefault(store.cases[case].subject, []).append(score)
     return _mean([_mean(of_subject) for of_subject in scores.values()])
 
 
-def evaluate(model: Model, task: FitTask, store: Store, device: str) -> Evaluation:
+def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evaluation:
     """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table."""
-    on_validation = list(_predict(model, task, store, "validation", device))
-    thresholds = choose_thresholds([p for _, p in on_validation], [mean_reference(s) for s, _ in on_validation])
-    rows = [row for sample, p in on_validation for row in _rows(task, store, "validation", sample, p, thresholds)]
-    for sample, prediction in _predict(model, task, store, "test", device):
-        rows += _rows(task, store, "test", sample, prediction, thresholds)
-    write_rows(rows, cases_path(task.folder))
+    predicted = [(case, p) for case, _, p in _predict(model, task, store, "validation", worker)]
+    on_validation = dict(sorted(worker.gather(predicted), key=lambda item: item[0]))
+    references = [mean_reference(store.sample(case)) for case in on_validation]
+    thresholds = choose_thresholds(list(on_validation.values()), references)
+    rows = _in_order(
+        worker,
+        [(case, _rows(task, store, "validation", store.sample(case), p, thresholds)) for case, p in predicted],
+    ) + _in_order(
+        worker,
+        [
+            (case, _rows(task, store, "test", sample, p, thresholds))
+            for case, sample, p in _predict(model, task, store, "test", worker)
+        ],
+    )
+    if worker.leads:
+        write_rows(rows, cases_path(task.folder))
     return Evaluation(_score(rows, task.objective, "validation"), _score(rows, task.objective, "test"), thresholds)
 
 
+def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
+    """The rows of all workers' cases, in the store's order whoever measured them."""
+    return [row for _, rows in sorted(worker.gather(parts), key=lambda part: part[0]) for row in rows]
+
+
 def _predict(
-    model: Model, task: FitTask, store: Store, subset: Subset, device: str
-) -> Iterator[tuple[Sample, np.ndarray]]:
+    model: Model, task: FitTask, store: Store, subset: Subset, worker: Worker
+) -> Iterator[tuple[int, Sample, np.ndarray]]:
+    """This worker's cases of a subset: index, sample, prediction."""
     subjects = task.split.validation if subset == "validation" else task.split.test
-    for case in cases_of(store, subjects):
+    for case in worker.part_of(cases_of(store, subjects)):
         sample = store.sample(case)
-        yield sample, predict_sample(model, sample, device)
+        yield case, sample, predict_sample(model, sample, worker.device)
 
 
 def _rows(
     task: FitTask, store: Store, subset: Subset, sample: Sample, prediction: np.ndarray, thresholds: dict[str, float]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     references = {"mean": mean_reference(sample)}
     if len(sample.rater_names) > 1:
         references |= {name: sample.raters[:, r] for r, name in enumerate(sample.rater_names)}
@@ -95,7 +115,7 @@ def _rows(
     ]
 
 
-def _score(rows: list[dict[str, Any]], objective: str, subset: Subset) -> float | None:
+def _score(rows: list[Row], objective: str, subset: Subset) -> float | None:
     metric = OBJECTIVES[objective].metric
     subjects: dict[str, dict[str, list[float]]] = {}
     for row in rows:

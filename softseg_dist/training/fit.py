@@ -1,8 +1,8 @@
-"""One fit: one candidate on one split, plain torch on one device.
+"""One fit: one candidate on one split, plain torch, on one worker or on several that share every batch.
 
-Everything random follows from (study, seed, split, epoch, item), never from the candidate, the process or a restart. So every
-candidate starts from the same weights and sees the same batches, and a fit that goes on from its checkpoint ends with the
-weights it would have had.
+Everything random follows from (study, seed, split, epoch, item), never from the candidate, the process, the number of workers or
+a restart. So every candidate starts from the same weights and sees the same batches, and a fit that goes on from its checkpoint
+ends with the weights it would have had.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from softseg_dist.training.data_parallel import Team
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.files import replace_file
-from softseg_dist.training.model import Model, build_model, load_weights, save_weights
+from softseg_dist.training.model import Model, build_model, read_weights, save_weights
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -70,10 +71,11 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     checkpoint. A loss that is not finite gives a result with state "failed"; asked to stop it raises `Interrupted`.
     """
     worker = worker or Worker()
-    if (ended := _ended(task)) is not None:
+    if (ended := worker.share(_ended(task) if worker.leads else None)) is not None:
         return ended
     torch.set_num_threads(task.threads)
-    Path(task.folder).mkdir(parents=True, exist_ok=True)
+    if worker.leads:
+        Path(task.folder).mkdir(parents=True, exist_ok=True)
     with _no_denormals():
         training = Training(task, worker)
         try:
@@ -81,9 +83,10 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
             result = training.result()
         except Diverged as reason:
             result = training.describe(state="failed", reason=str(reason))
-    text = json.dumps({"identity": task.identity, "result": result.model_dump(mode="json")})
-    replace_file(result_path(task.folder), lambda partial: partial.write_text(text))
-    checkpoint_path(task.folder).unlink(missing_ok=True)
+    if worker.leads:
+        text = json.dumps({"identity": task.identity, "result": result.model_dump(mode="json")})
+        replace_file(result_path(task.folder), lambda partial: partial.write_text(text))
+        checkpoint_path(task.folder).unlink(missing_ok=True)
     return result
 
 
@@ -115,6 +118,7 @@ class Training:
         weights_seed = seed_of(self.batches.seed, "weights")
         shape = self.store.channels, len(self.store.classes), self.store.dim
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).to(worker.device)
+        self.team = Team(self.model, worker, self.optim.batch_size)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
         self.progress = Progress()
         self.resumed_epoch: int | None = None
@@ -132,8 +136,9 @@ class Training:
         best = self.progress.best_epoch
         if best == 0:
             return self.describe(state="failed", reason=f"{self.task.objective} is undefined on every validation case")
-        load_weights(self.model, weights_path(self.task.folder))
-        outcome = evaluate(self.model, self.task, self.store, self.worker.device)
+        weights = self.worker.share(read_weights(weights_path(self.task.folder)) if self.worker.leads else {})
+        self.model.load_state_dict(weights)
+        outcome = evaluate(self.model, self.task, self.store, self.worker)
         return self.describe(
             state="finished",
             score=outcome.score,
@@ -155,6 +160,7 @@ class Training:
             peak_memory_mb=_peak_memory_mb(self.worker.device),
             attempt=self.task.attempt,
             resumed_epoch=self.resumed_epoch,
+            num_workers=self.worker.num_workers,
             process=platform.node(),
             versions={"python": platform.python_version(), "torch": torch.__version__},
             **outcome,
@@ -165,42 +171,61 @@ class Training:
         order, size, now = self.batches.order(self.progress.epoch), self.optim.batch_size, self.progress
         while now.step < self.batches.steps_per_epoch:
             members = order[now.step * size : (now.step + 1) * size]
-            torch.manual_seed(
-                seed_of(self.batches.seed, "step", now.epoch, now.step)
-            )  # dropout, without a state to restore
-            self._step(*self.batches.batch(now.epoch, members, self.worker.device))
+            seed = seed_of(self.batches.seed, "step", now.epoch, now.step)
+            torch.manual_seed(seed)  # dropout, without a state to restore
+            stop, save = self._step(members)
             now.step += 1
-            if self.worker.stop():
+            if stop or save:
                 self._checkpoint()
+            if stop:
                 raise Interrupted(self.task.key)
-            if time.monotonic() - self.saved >= self.task.checkpoint_every_s:
-                self._checkpoint()
 
-    def _step(self, image: Tensor, target: Tensor) -> None:
-        now = self.progress
+    def _step(self, members: list[int]) -> tuple[bool, bool]:
+        """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""
+        now, worker = self.progress, self.worker
+        mine = members[self.team.begin(len(members))]
         for group in self.adam.param_groups:
             group["lr"] = self._lr(now.epoch * self.batches.steps_per_epoch + now.step)
-        logits = self.model.logits(image)
-        prediction = self.model.activation(logits)
-        loss = self.task.recipe.loss(prediction, target)
-        if not torch.isfinite(loss):
-            raise Diverged(
-                f"loss is {loss.item()} in epoch {now.epoch + 1}, step {now.step + 1}: {self._cause(logits, prediction)}"
-            )
-        self.adam.zero_grad(set_to_none=True)
-        loss.backward()
+        size = self.team.portions.size
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)] or [[]]
+        made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
+        image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+        prediction = self.model(image)
+        losses = [self.task.recipe.loss.per_sample(*portion) for portion in self.team.portions.of(prediction, target)]
+        loss = (torch.cat(losses) if losses else prediction.flatten(1).sum(1)) / len(members)
+        total, dead, stop, save = self._agree(loss, prediction)
+        if not math.isfinite(total):
+            cause = next((c for c in worker.gather([self._cause(image, prediction, loss)]) if c), "")
+            raise Diverged(f"loss is {total:g} in epoch {now.epoch + 1}, step {now.step + 1}: {cause}")
+        self.team.backward(loss.sum())
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.adam.step()
-        now.losses.append(loss.item())
-        now.dead += int(dead_samples(prediction.detach()))
+        now.losses.append(total)
+        now.dead += int(dead)
+        return stop > 0, save > 0
+
+    def _agree(self, loss: Tensor, prediction: Tensor) -> list[float]:
+        """[loss, dead samples, stop, save] of the whole batch, equal on all workers: one exchange for all that they share."""
+        told = torch.zeros(4, dtype=torch.float64, device=loss.device)
+        told[0], told[1] = loss.detach().double().sum(), dead_samples(prediction.detach())
+        if self.worker.leads:
+            told[2] = self.worker.stop()
+            told[3] = time.monotonic() - self.saved >= self.task.checkpoint_every_s
+        agreed: list[float] = self.worker.sum(told).tolist()
+        return agreed
 
     def _lr(self, step: int) -> float:
         if self.optim.schedule == "constant":
             return self.optim.lr
         return self.optim.lr * 0.5 * (1 + math.cos(math.pi * step / (self.optim.epochs * self.batches.steps_per_epoch)))
 
-    def _cause(self, logits: Tensor, prediction: Tensor) -> str:
+    def _cause(self, image: Tensor, prediction: Tensor, loss: Tensor) -> str:
+        """Where the first number that is not finite came from; "" if it was another worker's."""
+        if torch.isfinite(loss).all():
+            return ""
+        with torch.no_grad():
+            logits = self.model.eval().logits(image)
         if not torch.isfinite(logits).all():
             lr = f"{self.optim.lr:g}"
             return (
@@ -213,11 +238,12 @@ class Training:
 
     def _close_epoch(self) -> None:
         now = self.progress
-        score = validation_score(self.model, self.task, self.store, self.worker.device)
+        score = validation_score(self.model, self.task, self.store, self.worker)
         now.dead_share = now.dead / len(self.batches.items)
         if score > now.best_score:
             now.best_score, now.best_epoch = score, now.epoch + 1
-            save_weights(self.model, weights_path(self.task.folder))
+            if self.worker.leads:
+                save_weights(self.model, weights_path(self.task.folder))
         row = {
             "epoch": now.epoch + 1,
             "loss": sum(now.losses) / len(now.losses),
@@ -225,10 +251,11 @@ class Training:
             "lr": self._lr((now.epoch + 1) * self.batches.steps_per_epoch - 1),
             "dead_share": now.dead_share,
         }
-        with history_path(self.task.folder).open("a") as history:
-            history.write(json.dumps(row) + "\n")
         now.epoch, now.step, now.losses, now.dead = now.epoch + 1, 0, [], 0
-        self.worker.report({name: float(value) for name, value in row.items()})
+        if self.worker.leads:
+            with history_path(self.task.folder).open("a") as history:
+                history.write(json.dumps(row) + "\n")
+            self.worker.report({name: float(value) for name, value in row.items()})
 
     def _out_of_patience(self) -> bool:
         now = self.progress
@@ -237,17 +264,27 @@ class Training:
     def _checkpoint(self) -> None:
         self.progress.elapsed_s += time.monotonic() - self.started
         self.started = self.saved = time.monotonic()
-        save_checkpoint(self.task, self.model, self.adam, vars(self.progress))
+        if self.worker.leads:
+            state = {"model": self.model.state_dict(), "optimizer": self.adam.state_dict()}
+            save_checkpoint(self.task, state | {"progress": vars(self.progress)})
 
     def _resume(self) -> None:
+        state = self.worker.share(load_checkpoint(self.task) if self.worker.leads else None)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.adam.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            self.resumed_epoch = self.progress.epoch
+        if self.worker.leads:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Leave in the folder what belongs to the epochs that are done, and nothing of another fit."""
         history = history_path(self.task.folder)
-        saved = load_checkpoint(self.task, self.model, self.adam)
-        if saved is None:
+        if self.resumed_epoch is None:
             for stale in (history, weights_path(self.task.folder), cases_path(self.task.folder)):
                 stale.unlink(missing_ok=True)
             return
-        self.progress = Progress(**saved)
-        self.resumed_epoch = self.progress.epoch
         rows = history.read_text().splitlines(keepends=True) if history.exists() else []
         history.write_text("".join(rows[: self.progress.epoch]))
 

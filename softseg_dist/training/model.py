@@ -52,6 +52,12 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     replace_file(path, lambda partial: save_file(state, partial))
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict that `save_weights` wrote."""
+    state: dict[str, Tensor] = load_file(path)
+    return state
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Read what `save_weights` wrote. Raises RuntimeError if names or shapes differ."""
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(read_weights(path))

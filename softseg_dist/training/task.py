@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+from torch import Tensor, distributed
 
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
@@ -71,10 +73,12 @@ class FitResult(Frozen):
     peak_memory_mb: float = 0.0
     attempt: int = 0
     resumed_epoch: int | None = None
+    num_workers: int = 1
     process: str = ""
     versions: dict[str, str] = {}
 
 
+T = TypeVar("T")
 EpochReport = Callable[[dict[str, float]], None]
 
 
@@ -84,15 +88,50 @@ def _ignore(metrics: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class Worker:
-    """Where a fit runs, as far as the fit needs to know: on which device, whom it tells, and who may stop it.
+    """Where a fit runs, as far as the fit needs to know: on which device, beside whom, whom it tells, and who may stop it.
 
-    `report` gets one flat dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked after every
-    step: True makes the fit write its checkpoint and raise `Interrupted`.
+    A fit runs on `num_workers` processes at once, which call the same functions in the same order and differ in `rank`; they
+    find each other through torch.distributed. Rank 0 alone writes files, reports and is asked to stop. `report` gets one flat
+    dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked in every step: True makes the fit
+    write its checkpoint and raise `Interrupted`.
     """
 
     device: str = "cpu"
     report: EpochReport = field(default=_ignore)
     stop: Callable[[], bool] = field(default=lambda: False)
+    rank: int = 0
+    num_workers: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Is this the one that writes and reports?"""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of every worker's `values`, on all of them; overwrites `values`."""
+        if self.num_workers > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def share(self, value: T) -> T:
+        """Rank 0's `value`, on all workers."""
+        if self.num_workers == 1:
+            return value
+        shared = [value]
+        distributed.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The lists of all workers, one after the other by rank, on all of them."""
+        if self.num_workers == 1:
+            return values
+        lists: list[list[T]] = [[] for _ in range(self.num_workers)]
+        distributed.all_gather_object(lists, values)
+        return [value for of_one in lists for value in of_one]
+
+    def part_of(self, values: Sequence[T]) -> Sequence[T]:
+        """This worker's part of `values`; every value is in exactly one worker's part."""
+        return values[self.rank :: self.num_workers]
 
 
 class Interrupted(Exception):
