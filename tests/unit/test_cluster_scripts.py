@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node, start
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
@@ -157,6 +159,53 @@ def test_a_node_without_a_token_is_not_started(bench: Path) -> None:
     assert done.returncode == 2
     assert "ray get-auth-token --generate" in done.stderr
     assert calls(bench, "ray") == []
+
+
+# ---- aws/prepare.sh, gcp/prepare.sh
+
+# Answers of the clouds' command lines: nothing there yet, or everything there, as STATE says.
+AWS = """
+words, new = sys.argv[1:], os.environ["STATE"] == "new"
+if words[1] in ("get-role", "head-bucket") and new:
+    sys.exit(254)
+asked = next((word for word in words if "Account" in word or "VpcId" in word or "GroupId" in word or "Cidr" in word), "")
+answers = {"Account": "123456789012", "Vpcs[0].VpcId": "vpc-1", "SecurityGroups[0].GroupId": "None" if new else "sg-1"}
+answers |= {"GroupId": "sg-1"}
+print("198.51.100.9/32" if "Cidr" in asked and not new else answers.get(asked, "ami-1" if words[0] == "ssm" else ""))
+"""
+GCLOUD = """
+words, new = sys.argv[1:], os.environ["STATE"] == "new"
+if "describe" in words and new:
+    sys.exit(1)
+if "images" in words:
+    print("projects/deeplearning-platform-release/global/images/common-cu128-v1")
+"""
+OURS = "203.0.113.7/32"
+
+
+@pytest.mark.parametrize("state", ["new", "known"])
+@pytest.mark.parametrize(("cloud", "words"), [("aws", ["us-east-1"]), ("gcp", ["project", "us-central1-a"])])
+def test_prepare_writes_a_launcher_file_for_ray_and_opens_ssh_to_one_address(
+    bench: Path, cloud: str, words: list[str], state: str
+) -> None:
+    program = {"aws": "aws", "gcp": "gcloud"}[cloud]
+    stand_in(bench, program, {"aws": AWS, "gcp": GCLOUD}[cloud])
+    command = ["bash", str(CLUSTER / cloud / "prepare.sh"), *words, "bucket", "registry.example", OURS]
+    done = subprocess.run(command, env=environment(bench, STATE=state), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FILL_IN_" not in done.stdout
+    config = yaml.safe_load(done.stdout)
+    validate_config(prepare_config(config))
+    assert config["docker"]["image"].startswith("registry.example/softseg:")
+    opened = [call for call in calls(bench, program) if OURS in call]
+    assert len(opened) == 1
+    assert ("22" in opened[0]) or ("tcp:22" in opened[0]) or ("update" in opened[0])
+    assert not [word for call in calls(bench, program) for word in call if "FILL_IN" in word or word == "0.0.0.0/0"]
+    if cloud == "aws" and state == "known":  # the address of last time may no longer come in
+        assert [call for call in calls(bench, program) if "198.51.100.9/32" in call and "revoke" in call[1]]
+    token = bench / ".softseg" / cloud / "auth_token"
+    assert len(token.read_text()) >= 32
+    assert token.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(("cloud", "words"), [("aws", ["us-east-1"]), ("gcp", ["project", "us-central1-a"])])
