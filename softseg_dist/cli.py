@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from softseg_dist.errors import UserError
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
+    from softseg_dist.plan import Offer, Plan, Prices
     from softseg_dist.study_file import StudyFile
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 
 NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+PRICES = Path("cluster/prices.yaml")
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
@@ -151,6 +154,37 @@ def report(run: RunArg, as_json: AsJson = False) -> None:
         typer.echo(str(report_run(run)))
 
 
+@app.command()
+def plan(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there", show_default=False)
+    ] = None,
+    seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="How long one fit takes")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="A run folder whose finished fits tell how long one takes, such as that of --debug"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many fits a study has, how long they take, and what they cost on machines that can be rented."""
+    from softseg_dist.plan import load_prices, offers, plan_study
+
+    if prices is None and PRICES.exists():
+        prices = PRICES
+    listed = load_prices(prices) if prices else None
+    loaded = _load(study, debug=False).study
+    planned = plan_study(loaded, data_root, seconds_per_fit, run)
+    found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
+    if as_json:
+        machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]
+        written = str(listed.written) if listed else None
+        typer.echo(json.dumps(vars(planned) | {"fits": planned.fits, "prices_written": written, "machines": machines}))
+    else:
+        _print_plan(planned, found, listed, study)
+
+
 def _load(path: Path, debug: bool) -> StudyFile:
     from dataclasses import replace
 
@@ -189,6 +223,36 @@ def _print_problems(problems: list[Problem], num_cases: int, picture: str | None
             table.add_row(problem.case, problem.level, problem.rule, problem.detail)
         console.print(table)
     console.print(f"{num_cases} cases, {len(problems)} problems" + (f"; picture: {picture}" if picture else ""))
+
+
+def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: Path) -> None:
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    who = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
+    console.print(f"{plan.study}: {who}, each on {plan.splits} splits: {plan.fits} fits")
+    if not plan.seconds_per_fit:
+        console.print(f"How long a fit takes is not known yet: softseg run {study} --debug")
+        console.print(f"and then                               softseg plan {study} --run runs/{plan.study}-debug")
+        return
+    total = plan.fits * plan.seconds_per_fit / 3600
+    console.print(f"{plan.seconds_per_fit:,.1f} s per fit at most, {total:,.2f} hours one after the other")
+    if prices is None:
+        console.print("For costs name a price list with --prices; cluster/prices.yaml of the source is one.")
+        return
+    table = Table("Machine", "Where", "GPUs", "Places", "Hours", "USD", "USD spot", box=None, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        column.no_wrap, column.justify = True, "right" if number > 2 else "left"
+    for offer in offers:
+        machine = offer.machine
+        gpus = f"{machine.gpus} x {machine.gpu}" if machine.gpus else ""
+        amounts = (f"{value:.2f}" for value in (offer.hours, offer.on_demand_usd, offer.spot_usd))
+        table.add_row(machine.name, f"{machine.provider} {machine.region}", gpus, str(offer.places), *amounts)
+    console.print(table if offers else "No machine of the price list can hold one fit: see the study's resources.")
+    console.print(
+        "Places: fits at a time. Several machines divide the hours, not the costs; each kind has a speed of its own."
+    )
+    console.print(f"Prices of {prices.written}, indicative: look at {'; '.join(prices.pages.values())}")
 
 
 def main() -> None:

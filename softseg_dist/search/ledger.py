@@ -149,6 +149,10 @@ class Ledger:
                 found[name, result.split] = result
         return found
 
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were recorded with the study; () if there is no study."""
+        return tuple(Split.model_validate(split) for split in self._read("splits.json") or ())
+
     def discard(self, folder: str) -> None:
         """Remove a folder of the run that is not part of the record."""
         full = f"{self._root}/{folder}"

@@ -25,7 +25,8 @@ LAYERS = {
     "search": {"errors", "frozen", "numerics", "data", "study", "study_file", "training"},
     "report": {"errors", "frozen", "numerics", "data", "study", "training", "search"},
     "pipeline": {"errors", "frozen", "numerics", "data", "study", "study_file", "training", "search", "report"},
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline"},
+    "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan"},
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),
@@ -38,6 +39,7 @@ OWNERS = {
     "jinja2": ("report/page.py",),
     "typer": ("cli.py",),
     "safetensors": ("training/model.py",),
+    "yaml": ("plan.py",),
 }
 
 
