@@ -24,8 +24,9 @@ LAYERS = {
     "training": {"errors", "frozen", "numerics", "data", "study"},
     "search": {"errors", "frozen", "numerics", "data", "study", "study_file", "training"},
     "report": {"errors", "frozen", "numerics", "data", "study", "training", "search"},
+    "prediction": {"errors", "data", "study_file", "training"},
     "pipeline": {"errors", "frozen", "numerics", "data", "study", "study_file", "training", "search", "report"},
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "prediction"},
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),
