@@ -121,6 +121,7 @@ def test_the_map_is_the_prediction_for_the_stored_sample(tmp_path: Path, dim: in
 def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int) -> None:
     soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)
     soft[6, 5, 4] = 1.0  # NormReLU divides by the highest value, which shall be 1
+    soft[6, 5, 5] = 0.5  # on the threshold is not above it
     image = write(tmp_path / "image.nii.gz", soft)
     card = card_of(Preprocess(dim=dim, normalize="none", crop=(8,) * dim), PASSING, thresholds=RULES)
     model = saved(tmp_path / "model", card, passing_model(card))
@@ -134,8 +135,8 @@ def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path,
     mask = nib.load(done.masks["GM"])
     assert mask.get_data_dtype() == np.uint8
     assert np.array_equal(mask.get_fdata() == 1, expected > np.float32(0.35))
-    (done,) = predicted(model, [image], tmp_path / "out", binary="0.8")
-    assert np.array_equal(read(done.masks["GM"]) == 1, expected > np.float32(0.8))
+    (done,) = predicted(model, [image], tmp_path / "out", binary="0.5")
+    assert np.array_equal(read(done.masks["GM"]) == 1, expected > 0.5)
 
 
 def test_channels_are_taken_in_order_and_classes_written_by_name(tmp_path: Path) -> None:
