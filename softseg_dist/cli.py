@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,6 +56,14 @@ class Exit(StrEnum):
     DONE = "done"
     FAILED = "some fits failed"
     INTERRUPTED = "interrupted; the same command goes on"
+
+
+class Device(StrEnum):
+    """Where a model predicts."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @app.command()
@@ -185,6 +193,61 @@ def plan(
         _print_plan(planned, found, listed, study)
 
 
+@app.command()
+def predict(
+    model: Annotated[
+        Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
+    ],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)],
+    center_mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--center-mask",
+            help="Mask that centres the crop, where the model wants one: once per image, in order",
+            show_default=False,
+        ),
+    ] = None,
+    binary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE|NUMBER",
+            help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one")] = Device.AUTO,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the soft maps of new images with a study's model, on the grids of the images."""
+    from softseg_dist.prediction import predict_images
+
+    paths = [[Path(channel) for channel in image.split(",")] for image in images]
+    predictions = []
+    for done in predict_images(
+        model, paths, out, center_masks=center_mask or (), binary=binary, device=device.value, trust=trust
+    ):
+        predictions.append(done)
+        if done.error:
+            _say("error", done.error)
+        elif done.covered < 1:
+            _say("warning", f"{done.image}: the model's crop covers {done.covered:.1%} of it; the maps are 0 outside")
+        if not as_json:
+            for path in (*done.maps.values(), *done.masks.values()):
+                typer.echo(str(path))
+    if as_json:
+        typer.echo(json.dumps([vars(done) for done in predictions], default=str))
+    raise typer.Exit(2 if any(done.error for done in predictions) else 0)
+
+
 def _load(path: Path, debug: bool) -> StudyFile:
     from dataclasses import replace
 
@@ -269,9 +332,14 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    line = Text("error: ", style="bold red").append(message, style="not bold default")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    _say("error", message)
     sys.exit(2)
+
+
+def _say(level: Literal["error", "warning"], message: str) -> None:
+    """One line on standard error."""
+    line = Text(f"{level}: ", style={"error": "bold red", "warning": "bold yellow"}[level])
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line.append(message, style="not bold default"))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,31 @@ class MaskFile:
 
 
 class ImageCase(Case):
-    """An image without masks, as one has it for prediction. `images` are its channels, all on one grid."""
+    """An image without labels, as one has it for prediction. `images` are its channels, all on one grid.
 
-    def __init__(self, name: str, images: Sequence[Path], subject: str = "", site: str = "") -> None:
+    `center_mask` is the mask that centres the crop, where the preprocessing wants one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: Sequence[Path],
+        subject: str = "",
+        site: str = "",
+        center_mask: MaskFile | None = None,
+    ) -> None:
         self.name = name
         self.subject = subject or name
         self.site = site
         self.rater_names: tuple[str, ...] = ()
         self.images = tuple(images)
+        self.center_mask = center_mask
+
+    def check_headers(self) -> None:
+        """Raises UserError if a file is missing or no NIfTI, or on another grid; reads no voxels."""
+        reference = read_geometry(self.images[0])
+        for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
+            _check_grid(read_geometry(path), path, reference, self.images[0])
 
     def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
         """See `Case.sources`."""
@@ -49,17 +66,39 @@ class ImageCase(Case):
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
-        """See `Case.mask`: there is none."""
-        raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
+        """See `Case.mask`: `center_mask`, whatever its file is called."""
+        if self.center_mask is None:
+            raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
+        return self._read_mask(self.center_mask, read_geometry(self.images[0]), {}, part)
 
     def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
-        return self.images
+        return (*self.images, *([self.center_mask.path] if self.center_mask and parts else []))
 
     def _read_images(self) -> tuple[Float32, Geometry]:
         volumes = [read_volume(path) for path in self.images]
         for path, volume in zip(self.images[1:], volumes[1:], strict=True):
             _check_grid(volume.geometry, path, volumes[0].geometry, self.images[0])
         return np.stack([volume.data for volume in volumes]), volumes[0].geometry
+
+    def _read_mask(self, mask: MaskFile, geometry: Geometry, read: dict[Path, Volume], what: str) -> Float32:
+        if mask.path not in read:
+            read[mask.path] = read_volume(mask.path)
+            _check_grid(read[mask.path].geometry, mask.path, geometry, self.images[0])
+        values = read[mask.path].data
+        if mask.value is not None:
+            if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
+                raise UserError(
+                    f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}"
+                )
+            return (values == mask.value).astype(np.float32)
+        low, high = float(values.min()), float(values.max())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            worst = high if high > 1 + ROUNDING else low
+            raise UserError(
+                f"{what}: labels must lie in [0, 1], got {worst:g} in {mask.path}; "
+                'scale it, or name one value of an integer map in the study file as "part:value"'
+            )
+        return values.clip(0, 1)
 
 
 class LabelledCase(ImageCase):
@@ -107,26 +146,6 @@ class LabelledCase(ImageCase):
     def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
         masks = [mask.path for masks in self.labels.values() for mask in masks.values()]
         return tuple(dict.fromkeys([*self.images, *masks, *(self.find_mask(part).path for part in parts)]))
-
-    def _read_mask(self, mask: MaskFile, geometry: Geometry, read: dict[Path, Volume], what: str) -> Float32:
-        if mask.path not in read:
-            read[mask.path] = read_volume(mask.path)
-            _check_grid(read[mask.path].geometry, mask.path, geometry, self.images[0])
-        values = read[mask.path].data
-        if mask.value is not None:
-            if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
-                raise UserError(
-                    f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}"
-                )
-            return (values == mask.value).astype(np.float32)
-        low, high = float(values.min()), float(values.max())
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            worst = high if high > 1 + ROUNDING else low
-            raise UserError(
-                f"{what}: labels must lie in [0, 1], got {worst:g} in {mask.path}; "
-                'for one value of an integer map write "part:value"'
-            )
-        return values.clip(0, 1)
 
 
 def _check_grid(geometry: Geometry, path: Path, reference: Geometry, reference_path: Path) -> None:

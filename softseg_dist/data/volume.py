@@ -32,6 +32,16 @@ CHUNK = 2**24  # bytes inflated at a time
 DTYPES = {2: "u1", 256: "i1", 512: "u2", 4: "i2", 768: "u4", 8: "i4", 1280: "u8", 1024: "i8", 16: "f4", 64: "f8"}
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 MAGIC = {348: b"n+1", 540: b"n+2"}
+QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+PLACE = (
+    "pixdim",
+    *QFORM,
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+    "xyzt_units",
+)  # header fields: where a volume lies
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +95,18 @@ def read_volume(path: Path) -> Volume:
     return Volume(data, header.geometry.canonical_affine, header.geometry)
 
 
-def write_volume(path: Path, data: NDArray[np.float32], geometry: Geometry) -> None:
-    """Write `data` [X Y Z] (canonical) as float32 NIfTI-1 in the orientation and grid of `geometry`; atomic.
+def write_volume(
+    path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geometry: Geometry, like: Path | None = None
+) -> None:
+    """Write `data` [X Y Z] (canonical; float32 or uint8) as NIfTI in the orientation and grid of `geometry`; atomic.
 
+    `like` is a file on that grid: its qform and sform, their codes and its units are copied to the last bit, so that
+    every tool puts the two at one place. Without it both forms say what `geometry` says.
     Raises UserError if the file cannot be written.
     """
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
-    image = nib.Nifti1Image(np.asarray(geometry.from_canonical(data), dtype=np.float32), geometry.affine)
-    image.set_sform(geometry.affine, code=1)
-    image.set_qform(geometry.affine, code=1, strip_shears=True)
-    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(
-        geometry.spacing_mm
-    ):
-        image.header["qform_code"] = 0  # a qform cannot hold shears
+    stored = np.ascontiguousarray(geometry.from_canonical(data))
+    image = _image(stored, geometry) if like is None else _image_like(stored, like)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     draft = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}{suffix}")
     try:
@@ -110,7 +119,29 @@ def write_volume(path: Path, data: NDArray[np.float32], geometry: Geometry) -> N
         draft.unlink(missing_ok=True)
 
 
-def _read_header(path: Path) -> _Header:
+def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(stored, geometry.affine)
+    image.set_sform(geometry.affine, code=1)
+    image.set_qform(geometry.affine, code=1, strip_shears=True)
+    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(
+        geometry.spacing_mm
+    ):
+        image.header["qform_code"] = 0  # a qform cannot hold shears
+    return image
+
+
+def _image_like(stored: NDArray[Any], like: Path) -> nib.Nifti1Image:
+    raw = _raw_header(like)
+    header = type(raw)()
+    for name in PLACE:
+        header[name] = raw[name]
+    header.set_data_dtype(stored.dtype)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return kind(stored, None, header)  # with an affine, nibabel would write both forms anew
+
+
+def _raw_header(path: Path) -> nib.Nifti1Header:
+    """The header as it is stored, in its byte order; only that it is one has been checked."""
     if not path.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"an image must be a .nii or .nii.gz file, got {path}")
     with _opened(path) as file:
@@ -119,13 +150,17 @@ def _read_header(path: Path) -> _Header:
     size = next((size for size in HEADERS if size in sizes), 0)
     if len(block) < size or not size or block[{348: 344, 540: 4}[size] :][:3] != MAGIC[size]:
         raise UserError(f"{path} is not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one")
-    raw = HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False)
+    return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False)
+
+
+def _read_header(path: Path) -> _Header:
+    raw = _raw_header(path)
     shape = _shape(raw, path)
     dtype = _dtype(raw, path)
     if math.prod(shape) > MAX_VOXELS:
         raise UserError(f"{path} declares {_by(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
     offset = float(raw["vox_offset"])
-    if not (math.isfinite(offset) and size <= offset <= MAX_SKIP):
+    if not (math.isfinite(offset) and len(raw.binaryblock) <= offset <= MAX_SKIP):
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
     slope, intercept = _scaling(raw, path)
     header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)

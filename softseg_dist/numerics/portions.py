@@ -23,7 +23,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from softseg_dist.numerics.activations import Stateless
 
-LOW_BITS = 0xFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
+LOW_BITS = 0xFFFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
 SMALL = 20480  # for a single item of up to so many numbers torch takes another algorithm, with other digits
 
 Exchange = Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ Exchange = Callable[[Tensor], Tensor]
 def summable(values: Tensor) -> Tensor:
     """`values` in float64, rounded so that sums of them do not depend on the order.
 
-    >>> x = summable(torch.rand(1000, dtype=torch.float64))
+    >>> x = summable(1 + torch.rand(1000, dtype=torch.float64))
     >>> bool(x.sum() == x.flip(0).sum() == x[::2].sum() + x[1::2].sum())
     True
     """

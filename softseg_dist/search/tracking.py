@@ -143,6 +143,10 @@ class Tracker:
         """Store a file with the study run, under `folder`."""
         self._put(what="artifact", key=STUDY, path=str(Path(path).absolute()), folder=folder)
 
+    def model(self, folder: str | Path) -> None:
+        """Store a saved model with the study run and register it under the study's name; once per weights."""
+        self._put(what="model", key=STUDY, path=str(Path(folder).absolute()), name=self.study.name)
+
     def close(self, status: str = "FINISHED") -> tuple[str, ...]:
         """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
 

@@ -24,6 +24,7 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 
 from softseg_dist.search.spool import Record  # noqa: E402
+from softseg_dist.training.saved_model import read_card  # noqa: E402
 
 CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
@@ -31,7 +32,7 @@ EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development"
 }  # the pages show training runs, not language models
 CLOSED = ("FINISHED", "FAILED")
-RUN_TAG, KEY_TAG = "softseg.run", "softseg.key"
+RUN_TAG, KEY_TAG, WEIGHTS_TAG = "softseg.run", "softseg.key", "softseg.weights_sha256"
 
 
 class MlflowServer:
@@ -117,6 +118,23 @@ class MlflowServer:
 
     def _artifact(self, record: Record) -> None:
         self._client.log_artifact(self._ids[record["key"]], record["path"], record["folder"] or None)
+
+    def _model(self, record: Record) -> None:
+        """What lies in the folder now is what is registered; the registry is told nothing twice."""
+        folder, name, run_id = Path(record["path"]), record["name"], self._ids[record["key"]]
+        card = read_card(folder)
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name, description=card.question)
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        if any(version.tags.get(WEIGHTS_TAG) == card.weights_sha256 for version in versions):
+            return
+        place = f"model/{card.weights_sha256[:12]}"  # one each, or a later model would replace what a version points to
+        self._client.log_artifacts(run_id, str(folder), place)
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
+        tags = {WEIGHTS_TAG: card.weights_sha256, "softseg.candidate": card.candidate}
+        self._client.create_model_version(
+            name, source, run_id, tags, description=card.intended_use, await_creation_for=0
+        )
 
     def _batch(
         self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()

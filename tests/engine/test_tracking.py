@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_folders import card_of, model_of, saved
 from scripted import BASE, make_study, run, splits_of
 
-from softseg_dist import AdaptiveWing, Affine, Flip
+from softseg_dist import AdaptiveWing, Affine, Flip, Preprocess
 from softseg_dist.search.ledger import CandidateRecord, json_of
 from softseg_dist.search.live import PlainLines
 from softseg_dist.search.tracking import Tracker, coalesced, default_uri, parameters
+from softseg_dist.training.saved_model import load_model, read_card
 from softseg_dist.training.task import FitResult, FitTask
 
 pytestmark = pytest.mark.engine
@@ -66,6 +68,15 @@ def runs_of(uri: str) -> dict[str, Any]:
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert len({run.data.tags["softseg.key"] for run in runs}) == len(runs), "one run per key"
     return {run.data.tags["softseg.key"]: run for run in runs}
+
+
+def versions_of(uri: str) -> dict[str, Any]:
+    """All registered versions of the study's model, by the SHA-256 of their weights."""
+    from mlflow import MlflowClient
+
+    versions = MlflowClient(uri).search_model_versions(f"name = '{STUDY.name}'")
+    assert len({version.tags["softseg.weights_sha256"] for version in versions}) == len(versions)
+    return {version.tags["softseg.weights_sha256"]: version for version in versions}
 
 
 def losses(uri: str, run_id: str) -> list[tuple[int, float]]:
@@ -180,11 +191,13 @@ def test_what_a_killed_driver_did_not_send_is_told_from_the_ledger(tmp_path):
 
 
 def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path):
-    port = free_port()
+    port, card = free_port(), card_of(Preprocess())
+    model = saved(tmp_path / "model", card, model_of(card))
     tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path / "run", STUDY)
     started = time.monotonic()
     run_fit(tracker, 0, num_epochs=200)
     tracker.candidate_ended("a", [result(0)])
+    tracker.model(model)
     assert time.monotonic() - started < 0.5
     (note,) = tracker.close()
     assert "out of reach" in note
@@ -200,8 +213,32 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path
         runs = runs_of(uri)
         assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(("study", "a", "a/000"), "FINISHED")
         assert losses(uri, runs["a/000"].info.run_id) == [(epoch, 1 / epoch) for epoch in range(1, 201)]
+        assert set(versions_of(uri)) == {read_card(model).weights_sha256}
+    assert list((tmp_path / "server/artifacts").rglob("model/*/model.safetensors"))
     assert list((tmp_path / "server/artifacts").rglob("index.html"))
     assert not (tmp_path / "run/mlflow_spool.jsonl").exists()
+
+
+def test_a_model_is_registered_once_per_weights_and_can_be_loaded_from_there(tmp_path):
+    from mlflow.artifacts import download_artifacts
+
+    uri, card = default_uri(tmp_path / "run"), card_of(Preprocess())
+    first = saved(tmp_path / "first", card, model_of(card, seed=0))
+    second = saved(tmp_path / "second", card, model_of(card, seed=1))
+    for folder in (first, first, second, first):
+        tracker = Tracker(None, tmp_path / "run", STUDY)
+        tracker.model(folder)
+        assert tracker.close() == ()
+    versions = versions_of(uri)
+    assert set(versions) == {read_card(first).weights_sha256, read_card(second).weights_sha256}
+    study = runs_of(uri)["study"]
+    for folder in (first, second):
+        version = versions[read_card(folder).weights_sha256]
+        assert version.run_id == study.info.run_id
+        there = Path(download_artifacts(version.source, tracking_uri=uri))
+        assert {path.name for path in there.iterdir()} == {"model.json", "model.safetensors"}
+        assert read_card(there) == read_card(folder)
+        load_model(there, read_card(there))
 
 
 def test_a_refused_record_is_told_and_does_not_hold_up_the_others(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from softseg_dist.data.bids import Bids
+from softseg_dist.data.file_cases import MaskFile
 from softseg_dist.data.layouts import DataSet, ImageCase
 from softseg_dist.errors import UserError
 
@@ -259,6 +260,18 @@ def test_an_image_alone_is_a_case_without_raters(tmp_path: Path) -> None:
     assert data.raters.shape == (0, 0, *SHAPE)
     with pytest.raises(UserError, match="an image alone has no mask 'seg'"):
         case.mask("seg")
+    assert case.sources(("seg",)) == case.sources()
+
+
+def test_an_image_alone_takes_the_mask_that_centres_its_crop_from_any_file(tmp_path: Path) -> None:
+    mask = put(tmp_path, "elsewhere", MASK + 1)
+    case = ImageCase("any_name", [put(tmp_path, "any_name", IMAGE)], center_mask=MaskFile(mask, 2))
+    case.check_headers()
+    assert np.array_equal(case.mask("seg"), MASK)
+    assert len(case.sources(("seg",))) == len(case.sources()) + 1
+    small = put(tmp_path, "small", IMAGE[:-1])
+    with pytest.raises(UserError, match=r"small.nii.gz is on another grid than .*any_name"):
+        ImageCase("any_name", case.images, center_mask=MaskFile(small)).check_headers()
 
 
 @pytest.mark.data

@@ -24,9 +24,10 @@ LAYERS = {
     "training": {"errors", "frozen", "numerics", "data", "study"},
     "search": {"errors", "frozen", "numerics", "data", "study", "study_file", "training"},
     "report": {"errors", "frozen", "numerics", "data", "study", "training", "search"},
+    "prediction": {"errors", "data", "study_file", "training"},
     "pipeline": {"errors", "frozen", "numerics", "data", "study", "study_file", "training", "search", "report"},
     "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "prediction"},
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),

@@ -218,6 +218,35 @@ def test_a_sheared_grid_is_written_so_that_it_can_be_read_again(tmp_path: Path) 
     assert read_geometry(tmp_path / "b.nii").difference(volume.geometry) == ""
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize(("qform", "sform"), [(1, 4), (2, 0), (0, 3), (0, 0)])
+def test_a_map_lies_where_its_image_lies_to_the_last_bit(
+    tmp_path: Path, kind: type, endianness: str, qform: int, sform: int
+) -> None:
+    image = kind(ramp(), AFFINE, kind.header_class(endianness=endianness))
+    image.set_qform(AFFINE, code=qform)
+    image.set_sform(AFFINE, code=sform)
+    image.header.set_xyzt_units("micron", "msec")
+    image.header.set_slope_inter(0.5, 3)
+    nib.save(image, tmp_path / "image.nii")
+    geometry = read_geometry(tmp_path / "image.nii")
+    soft = np.random.default_rng(0).random(geometry.canonical_shape, dtype=np.float32)
+    for name, data in {"soft.nii.gz": soft, "mask.nii": (soft > 0.5).astype(np.uint8)}.items():
+        write_volume(tmp_path / name, data, geometry, like=tmp_path / "image.nii")
+        before, after = nib.load(tmp_path / "image.nii"), nib.load(tmp_path / name)
+        assert type(after) is kind
+        assert after.get_data_dtype() == data.dtype
+        assert np.array_equal(read_volume(tmp_path / name).data, data)
+        assert np.array_equal(after.affine, before.affine)
+        for form in ("get_qform", "get_sform"):
+            (one, code), (other, other_code) = getattr(before, form)(coded=True), getattr(after, form)(coded=True)
+            assert code == other_code
+            assert one is None or np.array_equal(one, other)
+        assert after.header.get_xyzt_units() == before.header.get_xyzt_units()
+        assert np.array_equal(after.header.get_zooms(), before.header.get_zooms())
+
+
 @given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), max_size=12), st.booleans())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_header_gives_a_volume_or_a_user_error(

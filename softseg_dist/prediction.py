@@ -1,0 +1,208 @@
+"""From a saved model and new NIfTI files to soft maps on the grids of those files. What `softseg predict` calls.
+
+Everything that headers can tell is checked before the first prediction, and one bad image stops all. What only the voxels tell
+(NaN, a file cut off, a centre mask that is empty) costs that image alone: it is named, and the others are predicted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from softseg_dist.data.file_cases import ImageCase, MaskFile
+from softseg_dist.data.preprocess import Placement, Preprocess
+from softseg_dist.data.volume import write_volume
+from softseg_dist.errors import UserError
+from softseg_dist.study_file import load_source
+from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.model import Model
+from softseg_dist.training.saved_model import CARD, ModelCard, load_model, read_card
+
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one image: the soft map of each class, and its mask where one was asked for; or what was wrong.
+
+    `covered` is the share of the image's field of view that lies within the model's crop: the map is 0 outside.
+    """
+
+    image: Path
+    maps: Mapping[str, Path] = field(default_factory=dict)
+    masks: Mapping[str, Path] = field(default_factory=dict)
+    covered: float = 1.0
+    error: str = ""
+
+
+def predict_images(
+    model: Path,
+    images: Sequence[Sequence[Path]],
+    out: Path,
+    *,
+    center_masks: Sequence[Path] = (),
+    binary: str | None = None,
+    device: str = "auto",
+    trust: bool = False,
+) -> Iterator[Prediction]:
+    """Predict image after image; each is written whole, over what was there, before it is yielded.
+
+    The soft map of a class is float32 in [0, 1], never rounded, on the grid of the image's first channel:
+    `<stem>_label-<class>_softseg.nii.gz`. Voxels outside the model's crop are 0: nothing was predicted there.
+
+    Args:
+        model: a model folder, or a run folder that has one.
+        images: one sequence of files per image, its channels in the order of training.
+        out: folder of the maps.
+        center_masks: one per image, if the model's crop is centred on a mask; else none.
+        binary: a rule of the card's thresholds, or a number: masks {map > threshold} are written too, as uint8
+            `<stem>_label-<class>_mask.nii.gz`.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        trust: run the study file that the model carries, if its network is defined there.
+
+    Raises UserError, before anything is written, if the model cannot be used, an argument or a header does not fit it, or
+    two maps would have one name. What is found later is the `error` of that image.
+    """
+    folder = model if (model / CARD).exists() or not (model / "model").is_dir() else model / "model"
+    card = read_card(folder)
+    threshold = None if binary is None else _threshold(card, binary)
+    cases = _cases(card, images, center_masks)
+    outputs = [_outputs(case, card, out, threshold) for case in cases]
+    _check_names(outputs, [*itertools.chain(*images), *center_masks])
+    for case in cases:
+        case.check_headers()
+    where = _device(device)
+    loaded = _load(folder, card, trust).to(where)
+    _make(out)
+    return (
+        _predict(loaded, card.preprocess, case, output, threshold, where)
+        for case, output in zip(cases, outputs, strict=True)
+    )
+
+
+def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
+    if card.needs_study_file:
+        if card.study_source is None:
+            raise UserError(
+                f"{folder}: its network is defined in the study file of {card.study}, which it does not carry"
+            )
+        stem, text = card.study_source
+        if not trust:
+            raise UserError(
+                f"{folder}: its network is defined in its study file {stem}.py, whose code must be run to predict; "
+                f"if you trust where this model comes from, give --trust"
+            )
+        load_source(stem, text)
+    return load_model(folder, card)
+
+
+def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
+    for paths in images:
+        if len(paths) != card.channels:
+            raise UserError(
+                f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training, "
+                f"got {len(paths)}: {', '.join(map(str, paths))}; write the channels of one image as A.nii.gz,B.nii.gz"
+            )
+    masks = _center_masks(card.preprocess, [paths[0] for paths in images], center_masks)
+    return [ImageCase(_stem(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
+
+
+def _center_masks(
+    preprocess: Preprocess, images: Sequence[Path], center_masks: Sequence[Path]
+) -> Sequence[MaskFile | None]:
+    if not preprocess.mask_parts:
+        if center_masks:
+            raise UserError(
+                f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}"
+            )
+        return [None] * len(images)
+    (part,) = preprocess.mask_parts
+    if len(center_masks) != len(images):
+        raise UserError(
+            f"this model sees a crop that is centred on the mask {part!r}, so every image needs that mask: give "
+            f"--center-mask FILE once per image, in the same order; got {len(center_masks)} for {len(images)} "
+            f"image{'s' * (len(images) > 1)}, the first of which is {images[0]}"
+        )
+    _, _, value = part.partition(":")  # "part:value" is one value of an integer map, as in training
+    return [MaskFile(path, int(value) if value else None) for path in center_masks]
+
+
+def _threshold(card: ModelCard, binary: str) -> float:
+    if binary in card.thresholds:
+        return card.thresholds[binary]
+    try:
+        threshold = float(binary)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold < 1:
+        rules = ", ".join(f"{rule} ({value:.3g})" for rule, value in card.thresholds.items())
+        raise UserError(f"--binary takes a number from 0 to below 1, or a rule of this model: {rules}; got {binary!r}")
+    return threshold
+
+
+def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | None) -> Prediction:
+    names = {name: f"{case.name}_label-{NOT_IN_A_NAME.sub('-', name)}" for name in card.classes}
+    masks = {} if threshold is None else {name: out / f"{stem}_mask.nii.gz" for name, stem in names.items()}
+    return Prediction(case.images[0], {name: out / f"{stem}_softseg.nii.gz" for name, stem in names.items()}, masks)
+
+
+def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
+    """Nothing is written over an input, or over the map of another image that has the same name in another folder."""
+    taken = {path.resolve() for path in inputs}
+    for output in outputs:
+        for path in (*output.maps.values(), *output.masks.values()):
+            if path.resolve() in taken:
+                raise UserError(
+                    f"{output.image}: its map would be written over {path}, which is an input or the map of another image; "
+                    "give another --out, and predict images of one name one by one"
+                )
+            taken.add(path.resolve())
+
+
+def _predict(
+    model: Model, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None, device: str
+) -> Prediction:
+    try:
+        sample = preprocess.apply(case)
+        maps = preprocess.restore(predict_sample(model, sample, device), sample.placement)
+        for soft, name in zip(maps, output.maps, strict=True):
+            write_volume(output.maps[name], soft, sample.placement.geometry, like=case.images[0])
+            if threshold is not None:
+                mask = (soft > threshold).astype(np.uint8)
+                write_volume(output.masks[name], mask, sample.placement.geometry, like=case.images[0])
+    except UserError as error:
+        text = str(error)
+        return Prediction(case.images[0], error=text if str(case.images[0]) in text else f"{case.images[0]}: {text}")
+    except torch.OutOfMemoryError:
+        return Prediction(
+            case.images[0], error=f"{case.images[0]}: the GPU's memory is too small for it; use --device cpu"
+        )
+    return replace(output, covered=_covered(sample.placement))
+
+
+def _covered(placement: Placement) -> float:
+    return math.prod((axis.kept[1] - axis.kept[0]) / axis.num_resampled for axis in placement.axes)
+
+
+def _device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU that this torch can use; --device auto takes the CPU then")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; give another --out") from error
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")

@@ -1,0 +1,150 @@
+"""A trained model as a folder: `model.safetensors`, the weights, and `model.json`, the card: all that is needed to predict.
+
+No pickle. The card is written last and carries the SHA-256 of the weights, so that a pair that does not belong together is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.numerics.activations import Activation
+from softseg_dist.numerics.networks import Network
+from softseg_dist.training.files import replace_file
+from softseg_dist.training.model import Model, load_weights
+
+FORMAT: Final = 1  # raised when an older version could not read a card, or would misread it
+CARD, WEIGHTS = "model.json", "model.safetensors"
+INTENDED_USE = "Research use only; not a medical device. The licence of the training data may restrict it further."
+NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
+ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
+OF_A_STUDY_FILE = re.compile(r'"type":"[^"\\]*:')  # "s009_mine:MyNetwork", in canonical JSON; ours have no colon
+
+
+class ModelCard(Frozen):
+    """What a model is, what it takes and gives, and where it comes from.
+
+    `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps it gives, in order; `channels`
+    and `size` (voxels of an item) what it was trained on, after `preprocess`. `thresholds` maps each rule to the value chosen on
+    validation. `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this
+    model: it was trained on all `num_subjects`. `study_source` is stem and text of the study file. `created` is an ISO date.
+    `weights_sha256` is filled in by `save_model`.
+    """
+
+    format: Literal[1] = FORMAT
+    study: str
+    question: str
+    candidate: str
+    recipe: dict[str, Any]
+    classes: tuple[str, ...]
+    dim: Literal[2, 3]
+    channels: PositiveInt
+    size: tuple[PositiveInt, ...]
+    preprocess: Preprocess
+    epochs: PositiveInt
+    thresholds: dict[str, float]
+    objective: str
+    validation_score: float | None = None
+    test_score: float | None = None
+    num_subjects: PositiveInt
+    store_fingerprint: str
+    study_source: tuple[str, str] | None = None
+    versions: dict[str, str]
+    created: str
+    intended_use: str = INTENDED_USE
+    weights_sha256: str = ""
+
+    @model_validator(mode="after")
+    def _one_dim(self) -> Self:
+        if self.preprocess.dim != self.dim or len(self.size) != self.dim:
+            raise ValueError(f"dim is {self.dim}, but size is {self.size} and preprocess.dim is {self.preprocess.dim}")
+        return self
+
+    @property
+    def needs_study_file(self) -> bool:
+        """True if network or activation are classes of the study file: its text must be run before `load_model`."""
+        parts = [self.recipe.get("network"), self.recipe.get("activation")]
+        return OF_A_STUDY_FILE.search(canonical_json(parts)) is not None
+
+
+def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
+    """Write `folder`: a copy of the weights file that `save_weights` made, then the card.
+
+    A crash in between leaves a pair that `load_model` refuses, never one that predicts with the wrong weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
+    sealed = card.replace(weights_sha256=_sha256(folder / WEIGHTS))
+    text = json.dumps(sealed.model_dump(mode="json"), indent=1)
+    replace_file(folder / CARD, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a model folder; runs nothing of the study file.
+
+    Raises UserError if the folder holds no model, or if the card is torn or of another format.
+    """
+    path = folder / CARD
+    try:
+        about = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no model: there is no {CARD}; give a model folder, or a run folder with model/ in it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError:
+        raise _broken(path, "it is not JSON (torn?)") from None
+    if not isinstance(about, dict) or "format" not in about:
+        raise _broken(path, "it is not the card of a model")
+    if about["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {about['format']!r}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    try:
+        return ModelCard.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _broken(path, f"{'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from error
+
+
+def load_model(folder: Path, card: ModelCard) -> Model:
+    """The model of a folder, ready to predict on the CPU. Where `card.needs_study_file`, the study file has been run before.
+
+    Raises UserError if the weights are missing or not those of the card, or do not fit its recipe.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} holds no model: there is no {WEIGHTS}; copy the whole folder, or train it again")
+    if _sha256(path) != card.weights_sha256:
+        raise _broken(path, f"it is not the file that {CARD} was written for (torn, or replaced?)")
+    try:
+        network = NETWORK.validate_python(card.recipe.get("network"))
+        activation = ACTIVATION.validate_python(card.recipe.get("activation"))
+    except ValidationError as error:
+        raise _broken(folder / CARD, f"recipe: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    model = Model(network, activation, card.channels, len(card.classes), card.dim)
+    try:
+        load_weights(model, path)
+    except RuntimeError as error:  # torch lists every name and shape that differs, one per line
+        reason = " ".join(str(error).split())
+        raise _broken(path, f"its weights do not fit the recipe in {CARD}: {reason:.200}") from error
+    return model.eval()
+
+
+def _broken(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} cannot be used: {reason}; restore the folder from a copy, or train the model again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,320 @@
+"""A prediction lies where its image lies, is as soft as the model made it, and a mistake costs one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from model_folders import PASSING, RECIPE, card_of, model_of, passing_model, saved
+from scipy.spatial.transform import Rotation
+
+from softseg_dist import Bids, Network, Preprocess, UNet
+from softseg_dist.cli import main
+from softseg_dist.data.store import Store, build_store
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.thresholds import FIXED
+from softseg_dist.prediction import Prediction, predict_images
+from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.saved_model import CARD
+
+SHAPE = (14, 12, 10)
+TURN = Rotation.from_euler("zxy", [15, -6, 8], degrees=True).as_matrix()
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3], OBLIQUE[:3, 3] = TURN @ np.diag([0.8, 0.8, 1.5]), (-31, 12, 4)
+ORIENTATIONS = ("RAS", "LPI", "AIL", "SLP", "PSR", "IRA")
+RULES = {"fixed": FIXED, "grid": 0.35}
+
+
+def scan(path: Path, orientation: str = "RAS", seed: int = 0, affine: np.ndarray = OBLIQUE) -> Path:
+    """An int16 file with a scale; the same voxels at the same place in space, in whatever order they are stored."""
+    voxels = np.random.default_rng(seed).integers(0, 1000, SHAPE, dtype=np.int16)
+    canonical = nib.Nifti1Image(voxels, affine)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
+    )
+    stored = canonical.as_reoriented(turn)
+    stored.header.set_slope_inter(0.25, -20)
+    stored.set_qform(stored.affine, code=1)
+    stored.set_sform(stored.affine, code=2 if orientation[0] in "RL" else 0)  # some have both forms, some one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(stored, path)
+    return path
+
+
+def write(path: Path, data: np.ndarray, affine: np.ndarray = OBLIQUE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, affine), path)
+    return path
+
+
+def read(path: Path) -> np.ndarray:
+    """Voxels in canonical order."""
+    voxels: np.ndarray = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
+    return voxels
+
+
+def predicted(model: Path, images: Sequence[Path], out: Path, **options: object) -> list[Prediction]:
+    done = list(predict_images(model, [[image] for image in images], out, **options))  # type: ignore[arg-type]
+    assert [one.error for one in done] == [""] * len(images)
+    return done
+
+
+def random_model(folder: Path, preprocess: Preprocess, **fields: object) -> Path:
+    card = card_of(preprocess, **fields)
+    return saved(folder, card, model_of(card))
+
+
+PREPROCESSING = [
+    Preprocess(dim=2),
+    Preprocess(dim=2, crop=(8, 16), center="foreground", normalize="percentile"),
+    Preprocess(dim=2, spacing_mm=(1.1, 0.6), crop=(8, 8), center="seg"),
+    Preprocess(dim=3, crop=(8, 8, 8), center="seg"),
+    Preprocess(dim=3, spacing_mm=(1.0, 1.0, 1.0), crop=(16, 8, 20)),
+]
+
+
+@pytest.mark.parametrize("preprocess", PREPROCESSING, ids=str)
+def test_the_map_does_not_depend_on_how_the_image_is_stored(tmp_path: Path, preprocess: Preprocess) -> None:
+    model = random_model(tmp_path / "model", preprocess)
+    images = [scan(tmp_path / f"{o}.nii.gz", o) for o in ORIENTATIONS]
+    masks = []
+    if preprocess.mask_parts:
+        for image in images:
+            stored = nib.load(image)
+            inside = (stored.get_fdata() > 200).astype(np.uint8)
+            masks.append(write(tmp_path / f"mask_{image.name}", inside, stored.affine))
+    done = predicted(model, images, tmp_path / "out", center_masks=masks)
+    first = nib.as_closest_canonical(nib.load(done[0].maps["GM"]))
+    assert np.ptp(first.get_fdata()[first.get_fdata() > 0]) > 0.05, "a map that is flat could not tell"
+    for image, one in zip(images, done, strict=True):
+        soft = nib.load(one.maps["GM"])
+        assert nib.aff2axcodes(soft.affine) == nib.aff2axcodes(nib.load(image).affine)
+        canonical = nib.as_closest_canonical(soft)
+        assert np.allclose(canonical.affine, first.affine, atol=1e-4)
+        assert np.allclose(canonical.get_fdata(), first.get_fdata(), atol=1e-5)
+        assert one.covered == done[0].covered
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_map_is_the_prediction_for_the_stored_sample(tmp_path: Path, dim: int) -> None:
+    image = scan(tmp_path / "set/sub-1/anat/sub-1_T1w.nii.gz", "AIL")
+    label = (nib.load(image).get_fdata() > 100).astype(np.uint8)
+    write(tmp_path / "set/derivatives/labels/sub-1/anat/sub-1_T1w_seg.nii.gz", label, nib.load(image).affine)
+    data, preprocess = Bids("set", image="T1w", labels={"GM": "seg"}), Preprocess(dim=dim)
+    sample = Store.open(build_store(tmp_path / "stores", data.cases(tmp_path), data, preprocess)).sample(0)
+    card = card_of(preprocess)
+    model = model_of(card)
+    done = predicted(saved(tmp_path / "model", card, model), [image], tmp_path / "out")
+    expected = predict_sample(model, sample)
+    expected = np.moveaxis(expected[:, 0], 0, -1) if dim == 2 else expected[0, 0]
+    assert np.array_equal(read(done[0].maps["GM"]), expected)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int) -> None:
+    soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    soft[6, 5, 4] = 1.0  # NormReLU divides by the highest value, which shall be 1
+    soft[6, 5, 5] = 0.5  # on the threshold is not above it
+    image = write(tmp_path / "image.nii.gz", soft)
+    card = card_of(Preprocess(dim=dim, normalize="none", crop=(8,) * dim), PASSING, thresholds=RULES)
+    model = saved(tmp_path / "model", card, passing_model(card))
+    (done,) = predicted(model, [image], tmp_path / "out", binary="grid")
+    window = (slice(3, 11), slice(2, 10), slice(1, 9))[:dim]
+    expected = np.zeros(SHAPE, dtype=np.float32)
+    expected[window] = soft[window]
+    assert np.array_equal(read(done.maps["GM"]), expected)
+    assert nib.load(done.maps["GM"]).get_data_dtype() == np.float32
+    assert done.covered == pytest.approx(8 * 8 / (14 * 12) * (8 / 10 if dim == 3 else 1))
+    mask = nib.load(done.masks["GM"])
+    assert mask.get_data_dtype() == np.uint8
+    assert np.array_equal(mask.get_fdata() == 1, expected > np.float32(0.35))
+    (done,) = predicted(model, [image], tmp_path / "out", binary="0.5")
+    assert np.array_equal(read(done.masks["GM"]) == 1, expected > 0.5)
+
+
+def test_channels_are_taken_in_order_and_classes_written_by_name(tmp_path: Path) -> None:
+    preprocess, recipe = Preprocess(dim=3), RECIPE.replace(network=UNet(filters=(2, 3)))
+    card = card_of(preprocess, recipe, channels=2, classes=("gray matter", "lesion"))
+    model = saved(tmp_path / "run/model", card, model_of(card, recipe))
+    one, two = scan(tmp_path / "T1w.nii.gz", seed=1), scan(tmp_path / "T2w.nii.gz", seed=2)
+    (done,) = predict_images(tmp_path / "run", [[one, two]], tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "T1w_label-gray-matter_softseg.nii.gz",
+        "T1w_label-lesion_softseg.nii.gz",
+    }
+    (swapped,) = predict_images(model, [[two, one]], tmp_path / "swapped")
+    assert not np.allclose(read(done.maps["lesion"]), read(swapped.maps["lesion"]), atol=1e-3)
+    assert not np.allclose(read(done.maps["lesion"]), read(done.maps["gray matter"]), atol=1e-3)
+
+
+def test_one_value_of_an_integer_map_centres_the_crop_as_in_training(tmp_path: Path) -> None:
+    preprocess = Preprocess(dim=2, crop=(4, 4), center="dseg:2")
+    model = random_model(tmp_path / "model", preprocess)
+    values = np.ones(SHAPE, dtype=np.uint8)
+    values[9:11, 3:5] = 2
+    (done,) = predicted(
+        model, [scan(tmp_path / "image.nii")], tmp_path, center_masks=[write(tmp_path / "map.nii", values)]
+    )
+    assert np.argwhere(read(done.maps["GM"]).any(axis=2)).min(axis=0).tolist() == [8, 2]
+
+
+CENTERED = Preprocess(dim=2, crop=(8, 8), center="seg-manual")
+WHOLE = Preprocess(dim=2)
+
+
+def refused(model: Path, images: Sequence[Sequence[Path]], out: Path, **options: object) -> str:
+    """The refusal, in one line; nothing has been written."""
+    with pytest.raises(UserError) as caught:
+        predict_images(model, images, out, **options)  # type: ignore[arg-type]
+    assert not out.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_headers_tell_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model, out, good = random_model(tmp_path / "model", WHOLE), tmp_path / "out", scan(tmp_path / "good.nii.gz")
+    movie = write(tmp_path / "movie.nii.gz", np.zeros((8, 8, 8, 3), dtype=np.float32))
+    assert "takes 1 channel per image" in refused(model, [[good], [good, good]], out)
+    assert "3 dimensions, got 8 x 8 x 8 x 3" in refused(model, [[good], [movie]], out)
+    assert f"there is no file {tmp_path / 'gone.nii.gz'}" in refused(model, [[good], [tmp_path / "gone.nii.gz"]], out)
+    assert "must be a .nii or .nii.gz file" in refused(model, [[tmp_path]], out)
+    same = scan(tmp_path / "elsewhere/good.nii.gz")
+    assert "the map of another image" in refused(model, [[good], [same]], out)
+    assert "takes no --center-mask" in refused(model, [[good]], out, center_masks=[good])
+    for wrong in ("best", "1", "-0.1", "nan"):
+        message = refused(model, [[good]], out, binary=wrong)
+        assert f"fixed (0.5), grid (0.35); got '{wrong}'" in message
+    two = random_model(tmp_path / "two", WHOLE, channels=2)
+    message = refused(two, [[good, scan(tmp_path / "moved.nii.gz", affine=OBLIQUE + np.eye(4)[:, [3, 3, 3, 0]])]], out)
+    assert "moved.nii.gz is on another grid than" in message
+    assert f"{tmp_path / 'elsewhere'} holds no model" in refused(tmp_path / "elsewhere", [[good]], out)
+
+
+def test_a_crop_that_is_centred_on_a_mask_needs_one_per_image(tmp_path: Path) -> None:
+    model, out = random_model(tmp_path / "model", CENTERED), tmp_path / "out"
+    one, two = scan(tmp_path / "1.nii.gz"), scan(tmp_path / "2.nii.gz")
+    mask = write(tmp_path / "seg.nii.gz", np.ones(SHAPE, dtype=np.uint8))
+    message = refused(model, [[one], [two]], out)
+    assert "centred on the mask 'seg-manual'" in message
+    assert "--center-mask FILE once per image" in message
+    assert "got 1 for 2 images" in refused(model, [[one], [two]], out, center_masks=[mask])
+    other = scan(tmp_path / "other.nii.gz", "LPI")
+    assert "is on another grid" in refused(model, [[one]], out, center_masks=[other])
+
+
+def test_a_map_is_never_written_over_an_input(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", CENTERED)
+    image = scan(tmp_path / "a.nii.gz")
+    mask = write(tmp_path / "a_label-GM_softseg.nii.gz", np.ones(SHAPE, dtype=np.uint8))
+    with pytest.raises(UserError, match=r"would be written over .*a_label-GM_softseg"):
+        predict_images(model, [[image]], tmp_path, center_masks=[mask])
+
+
+def test_what_only_the_voxels_tell_costs_that_image_alone(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", CENTERED)
+    voxels = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    images = [write(tmp_path / f"{name}.nii.gz", voxels) for name in ("good", "nan", "torn", "empty", "flat", "last")]
+    voxels[3, 3, 3] = np.nan
+    write(images[1], voxels)
+    images[2].write_bytes(images[2].read_bytes()[:-2000])
+    write(images[4], np.ones(SHAPE, dtype=np.float32))
+    full, none = (write(tmp_path / f"m{value}.nii.gz", np.full(SHAPE, value, dtype=np.uint8)) for value in (1, 0))
+    out = tmp_path / "out"
+    done = list(predict_images(model, [[i] for i in images], out, center_masks=[full, full, full, none, full, full]))
+    messages = ("", "got 1 NaN or infinite", "is cut off", "'seg-manual', which is empty", "image is constant", "")
+    for image, one, message in zip(images, done, messages, strict=True):
+        assert one.image == image
+        assert message in one.error
+        assert (str(image) in one.error) is bool(message)
+        assert "\n" not in one.error
+        assert bool(one.maps) is not bool(message)
+    assert sorted(path.name[:4] for path in out.iterdir()) == ["good", "last"]
+
+
+def test_an_image_that_is_too_small_for_the_network_is_named(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(network=UNet(filters=(2, 2, 2, 2, 2)))
+    card = card_of(WHOLE, recipe)
+    model = saved(tmp_path / "model", card, model_of(card, recipe))
+    (done,) = predict_images(model, [[scan(tmp_path / "small.nii.gz")]], tmp_path / "out")
+    assert re.search("small.nii.gz: a U-Net of 5 levels needs images of at least 16 voxels .* got 14 x 12", done.error)
+
+
+def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> None:
+    text = "from torch import nn\nfrom softseg_dist import Network\n\n\nclass Pointwise(Network):\n"
+    text += "    def build(self, i, o, dim):\n        return nn.Conv2d(i, o, 1)\n\n"
+    text += "    def last_bias(self, module):\n        return module.bias\n"
+    recipe = {"network": {"type": "s000_pointwise:Pointwise"}, "activation": {"type": "Sigmoid"}}
+    card = card_of(WHOLE).replace(recipe=recipe, study_source=("s000_pointwise", text))
+    weights = torch.nn.Module()
+    weights.network = torch.nn.Conv2d(1, 1, 1)
+    model = saved(tmp_path / "model", card, weights)
+    images, out = [[scan(tmp_path / "a.nii")]], tmp_path / "out"
+    assert "give --trust" in refused(model, images, out)
+    assert not [cls for cls in Network.__subclasses__() if cls.__name__ == "Pointwise"], "nothing of it has been run"
+    (done,) = predict_images(model, images, out, trust=True)
+    assert done.error == ""
+    card_alone = json.loads((model / CARD).read_text()) | {"study_source": None}
+    (model / CARD).write_text(json.dumps(card_alone))
+    with pytest.raises(UserError, match="which it does not carry"):
+        predict_images(model, images, out, trust=True)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["softseg", "predict", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command_prints_a_line_per_map_and_names_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(tmp_path / "run/model", Preprocess(dim=2, crop=(8, 8)))
+    good = scan(tmp_path / "good.nii.gz")
+    bad = write(tmp_path / "bad.nii.gz", np.full(SHAPE, np.nan, dtype=np.float32))
+    out = tmp_path / "out"
+    assert command(monkeypatch, tmp_path / "run", good, "--out", out, "--binary", "0.4", "--device", "cpu") == 0
+    printed = capfd.readouterr()
+    assert [Path(line) for line in printed.out.splitlines()] == [
+        out / "good_label-GM_softseg.nii.gz",
+        out / "good_label-GM_mask.nii.gz",
+    ]
+    assert f"warning: {good}: the model's crop covers 38.1% of it; the maps are 0 outside" in printed.err
+    assert command(monkeypatch, model, bad, good, "--out", out, "--json") == 2
+    printed = capfd.readouterr()
+    failed, done = json.loads(printed.out)
+    assert "NaN" in failed["error"]
+    assert done["maps"] == {"GM": str(out / "good_label-GM_softseg.nii.gz")}
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["error", "warning"]
+    assert command(monkeypatch, model, f"{good},{good}", "--out", out) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("error: this model takes 1 channel")
+
+
+@pytest.mark.data
+def test_a_real_image_gets_its_map_on_its_own_grid(real_data: Path, tmp_path: Path) -> None:
+    preprocess = Preprocess(dim=2, spacing_mm=(0.5, 0.5), crop=(96, 96), center="seg-manual")
+    model = random_model(tmp_path / "model", preprocess)
+    root = real_data / "gm_challenge"
+    images = sorted(root.glob("sub-9*/anat/*_T2starw.nii.gz"))[:3]
+    masks = [next(root.glob(f"derivatives/labels/*/anat/{i.name[:-7]}_seg-manual.nii.gz")) for i in images]
+    for image, mask, one in zip(images, masks, predicted(model, images, tmp_path, center_masks=masks), strict=True):
+        before, soft = nib.load(image), nib.load(one.maps["GM"])
+        assert soft.shape == before.shape
+        assert np.array_equal(soft.affine, before.affine)
+        values = soft.get_fdata()
+        assert 0 <= values.min() < 0.01
+        assert 0.5 < values.max() <= 1
+        assert (values[nib.load(mask).get_fdata() > 0] > 0).all(), "the crop holds the cord, and a sigmoid is above 0"
+        assert np.mean(values > 0) == pytest.approx(one.covered, rel=0.05)
