@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pyarrow import fs
-
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.places import Place
 from softseg_dist.study_file import describe, load_source
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
+REMOTE_STOP_CHECK_S = 5.0  # every look at an object store costs money
 
 Fit = Callable[[FitTask, Worker], FitResult]
 
@@ -36,32 +36,29 @@ class Ending(Frozen):
 
 
 class StopFile:
-    """True once the file is there; the driver writes it to make all fits stop. Looks at the disk twice a second at most."""
+    """True once the file is there; the driver writes it to make all fits stop. Looks for it now and then only."""
 
     def __init__(self, uri: str) -> None:
-        self._files: Any
-        self._path: str
-        self._files, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self._place = Place.at(uri)
+        self._every_s = STOP_CHECK_S if self._place.path is not None else REMOTE_STOP_CHECK_S
         self._seen = False
         self._next_s = 0.0
 
     def __call__(self) -> bool:
         """Shall the fit stop?"""
         if not self._seen and time.monotonic() >= self._next_s:
-            self._seen = self._files.get_file_info(self._path).type == fs.FileType.File
-            self._next_s = time.monotonic() + STOP_CHECK_S
+            self._seen = self._place.is_file()
+            self._next_s = time.monotonic() + self._every_s
         return self._seen
 
     def write(self) -> None:
         """Make all fits stop."""
-        with self._files.open_output_stream(self._path) as stream:
-            stream.write(b"")
+        self._place.write(b"")
         self._seen = True
 
     def remove(self) -> None:
         """Let fits run."""
-        if self._files.get_file_info(self._path).type == fs.FileType.File:
-            self._files.delete_file(self._path)
+        self._place.delete()
         self._seen = False
 
 
