@@ -39,6 +39,7 @@ MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/s001_quickstart", show_default=False)]
+PlaceArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
 ]
@@ -149,6 +150,18 @@ def report(run: RunArg, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(summary_json(run), indent=2))
     else:
         typer.echo(str(report_run(run)))
+
+
+@app.command()
+def status(run: PlaceArg, as_json: AsJson = False) -> None:
+    """How far a run is: what is done, what seems to run, since when nothing has happened. Reads only, from anywhere."""
+    from softseg_dist.search.status import show, status_of
+
+    found = status_of(run)
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2))
+    else:
+        show(found, Console(highlight=False, soft_wrap=True))
 
 
 def _load(path: Path, debug: bool) -> StudyFile:

@@ -7,6 +7,7 @@ What goes wrong on a remote filesystem is an OSError with the errno EIO that nam
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ def is_remote(where: str | Path) -> bool:
 def cache_folder() -> Path:
     """Where this machine keeps copies of what lies elsewhere: SOFTSEG_CACHE, or ~/.cache/softseg. May be removed at any time."""
     return Path(os.environ.get("SOFTSEG_CACHE") or Path.home() / ".cache" / "softseg")
+
+
+def working_folder(run: Place) -> Path:
+    """This machine's folder for what only the driver of a run needs: the run folder itself, or one in the cache if it is remote."""
+    if run.path is not None:
+        return run.path
+    name = run.uri.partition("?")[0].rpartition("/")[2]
+    return cache_folder() / "runs" / f"{name}-{hashlib.sha256(run.uri.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)

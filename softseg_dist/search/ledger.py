@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen, canonical_json, digest
-from softseg_dist.places import Place, cache_folder
+from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.places import Place, working_folder
 from softseg_dist.search.changes import Json, study_changes
 from softseg_dist.search.lock import hold
 from softseg_dist.study import Study
@@ -174,14 +174,6 @@ class Ledger:
 
     def _write(self, path: str, text: str) -> None:
         (self.place / path).write(text.encode())
-
-
-def working_folder(run: Place) -> Path:
-    """The folder of this machine for a run folder: that itself, or for one that is elsewhere, a folder in the cache."""
-    if run.path is not None:
-        return run.path
-    name = run.uri.partition("?")[0].rpartition("/")[2]
-    return cache_folder() / "runs" / f"{name}-{digest(run.uri)}"
 
 
 def json_of(value: Frozen) -> Json:

@@ -33,3 +33,15 @@ def hold(path: Path, of: str = "") -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lock file `path` now: process and host; None if nobody does. Looks at it for an instant, writes nothing."""
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None

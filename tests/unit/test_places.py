@@ -7,22 +7,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET, s3_server
+from s3_server import BUCKET
 
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place, is_remote
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, str]]:
-    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield environment
 
 
 @pytest.fixture(params=["path", "file", "s3"])
