@@ -164,6 +164,27 @@ def status(run: PlaceArg, as_json: AsJson = False) -> None:
         show(found, Console(highlight=False, soft_wrap=True))
 
 
+@app.command()
+def sync(
+    run: PlaceArg,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database; default: that of the run", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell MLflow what it could not be told while a study ran, because its server was away."""
+    from softseg_dist.search.sync import sync_run
+
+    synced = sync_run(run, tracking_uri)
+    if as_json:
+        typer.echo(json.dumps(vars(synced)))
+    else:
+        for note in synced.notes:
+            typer.echo(note)
+        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
+    raise typer.Exit(1 if synced.waiting or synced.notes else 0)
+
+
 def _load(path: Path, debug: bool) -> StudyFile:
     from dataclasses import replace
 

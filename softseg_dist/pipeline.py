@@ -24,7 +24,7 @@ from softseg_dist.search.live import Progress
 from softseg_dist.search.run import run_search
 from softseg_dist.search.searcher import sample_proposals
 from softseg_dist.search.session import Outcome
-from softseg_dist.search.tracking import Tracker
+from softseg_dist.search.tracking import Tracker, without_password
 from softseg_dist.study import Study
 from softseg_dist.study_file import StudyFile, load_source
 from softseg_dist.training.files import replace_file
@@ -184,6 +184,7 @@ def _describe_run(folder: Path, file: StudyFile, prepared: Prepared, options: Ru
     sample = store.sample(0)
     record = {
         "command": options.command,
+        "tracking_uri": without_password(options.tracking_uri),
         "study_fingerprint": file.study.fingerprint,
         "store": str(prepared.path.absolute()),
         "store_fingerprint": store.fingerprint,

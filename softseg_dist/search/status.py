@@ -19,10 +19,10 @@ from softseg_dist.errors import UserError
 from softseg_dist.places import Entry, Place, working_folder
 from softseg_dist.search.durations import duration
 from softseg_dist.search.lock import holder
+from softseg_dist.search.spool import SPOOL
 
 SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
 READERS = 16  # files that are read at a time: an object store takes some 30 ms for each
-SPOOL = "mlflow_spool.jsonl"
 Json = dict[str, Any]
 
 

@@ -42,6 +42,7 @@ class MlflowServer:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self._client = MlflowClient(uri)
+        self._folder = folder
         self._run = run
         self._experiment = self._find_experiment(
             study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
@@ -116,7 +117,8 @@ class MlflowServer:
         self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
 
     def _artifact(self, record: Record) -> None:
-        self._client.log_artifact(self._ids[record["key"]], record["path"], record["folder"] or None)
+        path = str(self._folder / record["path"])
+        self._client.log_artifact(self._ids[record["key"]], path, record["folder"] or None)
 
     def _batch(
         self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()
