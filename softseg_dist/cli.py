@@ -6,7 +6,6 @@ Heavy packages are imported inside the commands: `softseg --help` answers at onc
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
@@ -34,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
@@ -232,10 +230,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in NO_ROOM_OR_RIGHTS:
+        if (told := no_room(error) or out_of_reach(error)) is None:
             raise
-        where = error.filename or "a file of the run"
-        _fail(f"cannot write {where}: {error.strerror}; what has finished is kept, the same command goes on")
+        _fail(told)
 
 
 def _fail(message: str) -> NoReturn:

@@ -279,7 +279,8 @@ class Connection:
                 self._server.ping()
                 self._server.apply(record)
         except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
-            self.lost = self._is_lost()
+            # A server or database that cannot write now, as when its disk is full, takes the record later.
+            self.lost = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE" or self._is_lost()
             return " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return None
 

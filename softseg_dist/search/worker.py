@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
 from softseg_dist.study_file import describe, load_source
@@ -88,10 +88,9 @@ def run_fit(
 
 
 def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
-    folder = Path(task.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _error_path(task).unlink(missing_ok=True)
     try:
+        Path(task.folder).mkdir(parents=True, exist_ok=True)
+        _error_path(task).unlink(missing_ok=True)
         with _time_limit(task):
             result = fit(task, worker)
     except Interrupted:
@@ -99,6 +98,8 @@ def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
     except UserError as error:
         return Ending(kind="user_error", text=str(error))
     except Exception as error:
+        if (told := no_room(error)) is not None:  # so it would be for every other fit
+            return Ending(kind="user_error", text=told)
         _error_path(task).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
         raise
     return Ending(kind="result", result=result)
