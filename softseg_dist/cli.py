@@ -36,12 +36,11 @@ app = typer.Typer(
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
-RunArg = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/s001_quickstart", show_default=False)]
-PlaceArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
+RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
 ]
-Stores = Annotated[Path, typer.Option("--stores", help="Folder for prepared data")]
+Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 
@@ -58,10 +57,10 @@ class Exit(StrEnum):
 def run(
     study: StudyArg,
     data_root: DataRoot = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for runs; this one becomes OUT/<study name>")] = Path(
-        "runs"
-    ),
-    stores: Stores = Path("stores"),
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for runs, or its URI; this one becomes OUT/<study name>")
+    ] = "runs",
+    stores: Stores = "stores",
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
     ] = None,
@@ -91,7 +90,7 @@ def run(
     if as_json:
         typer.echo(
             json.dumps(
-                {"end": end.name.lower(), "run": str(finished.folder), "report": str(finished.report), **vars(outcome)}
+                {"end": end.name.lower(), "run": finished.folder, "report": str(finished.report), **vars(outcome)}
             )
         )
     else:
@@ -100,7 +99,7 @@ def run(
 
 
 @app.command()
-def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("stores"), debug: Debug = False) -> None:
+def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
     """Read, resample and crop a study's images once, into one Arrow file."""
     from softseg_dist.pipeline import prepare as prepare_store
     from softseg_dist.search.live import progress_for
@@ -109,7 +108,7 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("
     store = prepared.store
     size = " x ".join(map(str, store.size))
     typer.echo(
-        f"{prepared.path}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
+        f"{prepared.where}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
     )
 
 
@@ -141,17 +140,16 @@ def check(
 @app.command()
 def report(run: RunArg, as_json: AsJson = False) -> None:
     """Write the report of a run again, or print its numbers as JSON."""
-    from softseg_dist.pipeline import report_run
-    from softseg_dist.report.page import summary_json
+    from softseg_dist.pipeline import numbers_of, report_run
 
     if as_json:
-        typer.echo(json.dumps(summary_json(run), indent=2))
+        typer.echo(json.dumps(numbers_of(run), indent=2))
     else:
         typer.echo(str(report_run(run)))
 
 
 @app.command()
-def status(run: PlaceArg, as_json: AsJson = False) -> None:
+def status(run: RunArg, as_json: AsJson = False) -> None:
     """How far a run is: what is done, what seems to run, since when nothing has happened. Reads only, from anywhere."""
     from softseg_dist.search.status import show, status_of
 
@@ -164,7 +162,7 @@ def status(run: PlaceArg, as_json: AsJson = False) -> None:
 
 @app.command()
 def sync(
-    run: PlaceArg,
+    run: RunArg,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server or database; default: that of the run", show_default=False)
     ] = None,
@@ -192,7 +190,7 @@ def _load(path: Path, debug: bool) -> StudyFile:
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
-def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) -> None:
+def _say_where(folder: str, page: Path | None, tracking_uri: str, end: Exit) -> None:
     typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
     if page is not None:
         typer.echo(

@@ -52,7 +52,7 @@ OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its defaul
 def run_search(
     study: Study,
     splits: Sequence[Split],
-    store: Path,
+    store: str | Path,
     fingerprint: str,
     ledger: Ledger,
     fit: Fit,

@@ -19,18 +19,25 @@ class WorkingCopy:
 
     def __init__(self, run: str | Path) -> None:
         self.place = Place.at(run)
-        self.folder = working_folder(self.place)
+        self.folder = working_folder(self.place) if "://" in str(run) else Path(run)
 
     def pull(self, *patterns: str) -> None:
-        """Fetch all files whose names match, such as "fits/*/*.json", unless what is here is as new."""
+        """Fetch all files whose names match, such as "fits/*/*.json", unless what is here is as new.
+
+        A file of a fit that is not there any more is removed here: its fit runs again.
+        """
         if self.place.path is not None:
             return
+        there = self.place.walk()
         wanted = {
             name: entry.modified_s
-            for name, entry in self.place.walk().items()
+            for name, entry in there.items()
             if any(PurePosixPath(name).match(pattern) for pattern in patterns)
             and _modified_s(self.folder / name) < entry.modified_s
         }
+        for path in self.folder.glob("fits/**/*.*"):
+            if path.relative_to(self.folder).as_posix() not in there:
+                path.unlink()
         with ThreadPoolExecutor(COPIERS) as copiers:
             for _ in copiers.map(self._pull, wanted, wanted.values()):
                 pass

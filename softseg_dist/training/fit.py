@@ -238,6 +238,7 @@ class Training:
         self.progress.elapsed_s += time.monotonic() - self.started
         self.started = self.saved = time.monotonic()
         save_checkpoint(self.task, self.model, self.adam, vars(self.progress))
+        self.worker.saved()
 
     def _resume(self) -> None:
         history = history_path(self.task.folder)

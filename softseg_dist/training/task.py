@@ -87,12 +87,13 @@ class Worker:
     """Where a fit runs, as far as the fit needs to know: on which device, whom it tells, and who may stop it.
 
     `report` gets one flat dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked after every
-    step: True makes the fit write its checkpoint and raise `Interrupted`.
+    step: True makes the fit write its checkpoint and raise `Interrupted`. `saved` is called when a checkpoint has been written.
     """
 
     device: str = "cpu"
     report: EpochReport = field(default=_ignore)
     stop: Callable[[], bool] = field(default=lambda: False)
+    saved: Callable[[], None] = field(default=lambda: None)
 
 
 class Interrupted(Exception):
