@@ -82,6 +82,9 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
     assert (page.parent / "overlays.png").is_file(), "the store and the winner's weights are found as well"
     status = json.loads(softseg("status", RUN, "--json", cwd=tmp_path, env=third).stdout)
     assert (status["finished"], status["left"], status["running"]) == (8, 0, [])
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    synced = softseg("sync", RUN, "--tracking-uri", database, "--json", cwd=tmp_path, env=third)
+    assert (synced.returncode, json.loads(synced.stdout)["notes"]) == (0, []), synced.stdout
 
 
 def test_a_bucket_that_is_not_there_is_one_line_with_exit_code_2(s3: dict[str, str], tmp_path: Path) -> None:

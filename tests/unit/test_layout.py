@@ -44,7 +44,7 @@ OWNERS = {
     "pyarrow.fs": ("places.py",),
     "pyarrow.ipc": ("data/store.py",),
     "optuna": ("search/searcher.py",),
-    "ray": ("search/run.py",),
+    "ray": ("search/run.py", "search/reach.py"),
     "mlflow": ("search/tracking_server.py",),
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
