@@ -125,7 +125,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
             progress.note(f"extended: {line}")
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
-        _describe_run(copy.folder, file, prepared, options)
+        _describe_run(run, copy.folder, file, prepared, options)
         copy.push("mlflow_run", "run.json", f"{file.stem}.py")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
@@ -218,12 +218,13 @@ def _collect(copy: WorkingCopy) -> Path:
     return page
 
 
-def _describe_run(folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
+def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
     """What somebody needs to run this again, and what the report says about data, versions and machine."""
     store, sites = prepared.store, list(prepared.sites.values())
     sample = store.sample(0)
     record = {
         "command": options.command,
+        "run": run.uri if run.path is None else None,  # a local one may be moved
         "tracking_uri": without_password(options.tracking_uri),
         "study_fingerprint": file.study.fingerprint,
         "store": prepared.where,

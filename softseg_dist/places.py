@@ -22,6 +22,7 @@ from pyarrow import fs
 from softseg_dist.errors import UserError
 
 FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
+GCS_RETRY_S = 60
 CHUNK_BYTES = 8 * 2**20  # what is copied at a time
 
 
@@ -68,7 +69,7 @@ class Place:
             path = Path(text).absolute()
             return cls(text.rstrip("/") or "/", path, fs.LocalFileSystem(), str(path))
         try:
-            files, root = fs.FileSystem.from_uri(text)
+            files, root = fs.FileSystem.from_uri(_with_patience(text))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{text}: cannot be used as a folder: {_first_line(error)}") from error
         head, mark, query = text.partition("?")
@@ -172,6 +173,13 @@ class Place:
             if self.path is not None or error.errno is not None:
                 raise
             raise OSError(errno.EIO, f"cannot {doing} it: {_first_line(error)}", self.uri) from error
+
+
+def _with_patience(uri: str) -> str:
+    """Without credentials or network, Google's client would try for 15 minutes before it says so."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
 
 
 def _write_durably(path: Path, content: bytes) -> None:

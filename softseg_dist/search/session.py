@@ -106,10 +106,13 @@ class Session:
         self._close_candidate(task.candidate)
 
     def stop(self) -> None:
-        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print."""
+        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print, nor raise anywhere."""
         self.interrupted = True
         self.searcher.stop()
-        self._stop_file.write()
+        try:
+            self._stop_file.write()
+        except OSError as error:
+            self.error = self.error or _explained(error)
 
     def outcome(self) -> Outcome:
         """How the study stands."""

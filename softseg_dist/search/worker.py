@@ -57,7 +57,7 @@ class StopFile:
 
     def write(self) -> None:
         """Make all fits stop."""
-        self._place.write(b"")
+        self._place.write(b"stop\n")
         self._seen = True
 
     def remove(self) -> None:

@@ -79,6 +79,7 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
     assert comparable(from_anywhere.stdout) == comparable(softseg("report", "runs/tiny", "--json", cwd=tmp_path).stdout)
     page = Path(softseg("report", RUN, cwd=tmp_path, env=third).stdout.strip())
     assert "third/cache" in str(page)
+    assert f"softseg report {RUN} --json" in page.read_text()
     assert (page.parent / "overlays.png").is_file(), "the store and the winner's weights are found as well"
     status = json.loads(softseg("status", RUN, "--json", cwd=tmp_path, env=third).stdout)
     assert (status["finished"], status["left"], status["running"]) == (8, 0, [])

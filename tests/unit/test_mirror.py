@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -13,29 +15,24 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET
 
-from softseg_dist import MonteCarlo, Recipe
+from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, UNet
+from softseg_dist.data.store import build_store
 from softseg_dist.places import Place
 from softseg_dist.search.mirror import FRESH_S, Mirror, mirrored
 from softseg_dist.search.worker import StopFile, reason_of, run_fit
+from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 SPLIT = MonteCarlo(count=1).make({f"sub-{i}": "" for i in range(10)}, 0)[0]
 RESULT = FitResult(candidate="a", split=0, state="finished", score=0.5)
 
 
+GIVEN = ("recipe", "split", "store", "store_fingerprint", "checkpoint_every_s")
+
+
 def task(folder: str, **changes: object) -> FitTask:
-    return FitTask(
-        study="s",
-        seed=0,
-        candidate="a",
-        recipe=Recipe(),
-        split=SPLIT,
-        objective="dice_dml",
-        store="none.arrow",
-        store_fingerprint="0",
-        folder=folder,
-        **changes,
-    )
+    given = {"recipe": Recipe(), "split": SPLIT, "store": "none.arrow", "store_fingerprint": "0"} | changes
+    return FitTask(study="s", seed=0, candidate="a", objective="dice_dml", folder=folder, **given)
 
 
 @pytest.fixture
@@ -137,6 +134,43 @@ def test_why_a_fit_broke_reaches_the_driver_and_is_gone_when_it_runs_again(remot
     run(remote, lambda task, worker: RESULT)
     assert names(remote) == []
     assert reason_of(task(remote)) == "its process died (killed, out of memory, or crashed)"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_a_real_fit_that_moves_to_another_node_ends_as_one_that_stayed(remote: str, tmp_path: Path, steps: int) -> None:
+    """Its process is gone after `steps` steps: nothing is sent but what was sent with its checkpoints."""
+    data, preprocess = Phantom(subjects=6, size=(24, 24), num_slices=4), Preprocess(dim=2)
+    store = build_store(tmp_path / "stores", data.cases(None), data, preprocess)
+    recipe = Recipe(network=UNet(filters=(4, 8)), optim=Optim(lr=5e-3, epochs=3, batch_size=8))
+    split = MonteCarlo(count=1).make({case.subject: case.site for case in data.cases(None)}, 0)[0]
+    real = task(
+        remote, recipe=recipe, split=split, store=str(store), store_fingerprint=store.stem, checkpoint_every_s=0.0
+    )
+    stayed = fit(real.replace(folder=str(tmp_path / "stayed")), Worker())
+
+    counts, sent = itertools.count(1), []
+    place = Place.at(remote)
+    lost = tmp_path / "lost node"
+    lost.mkdir()
+    mirror = Mirror(place, lost)
+
+    def saved() -> None:
+        mirror.push()
+        sent.append(place.names())
+
+    with pytest.raises(Interrupted):
+        fit(real.replace(folder=str(lost)), Worker(stop=lambda: next(counts) >= steps, saved=saved))
+    assert all("checkpoint.pt" in names for names in sent)
+    assert len(sent) >= 1
+
+    moved = json.loads(run(remote, fit, **{name: getattr(real, name) for name in GIVEN})["ending"])["result"]
+    assert moved["resumed_epoch"] is not None
+    assert (moved["score"], moved["test_score"]) == (stayed.score, stayed.test_score)
+    assert names(remote) == ["best.safetensors", "cases.parquet", "history.jsonl", "result.json"]
+    for name in ("best.safetensors", "history.jsonl"):
+        assert (place / name).read() == (tmp_path / "stayed" / name).read_bytes()
+    again = json.loads(run(remote, fit, **{name: getattr(real, name) for name in GIVEN})["ending"])["result"]
+    assert again == moved, "a fit that has ended is not run again"
 
 
 def test_a_full_disk_of_the_node_is_a_users_error_and_not_a_death(tmp_path: Path) -> None:
