@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import Ledger
@@ -13,6 +15,7 @@ from softseg_dist.search.tracking import Connection, Tracker, connect, default_u
 from softseg_dist.search.working_copy import WorkingCopy
 from softseg_dist.study import Study
 from softseg_dist.study_file import load_source
+from softseg_dist.training.task import FitResult, history_path
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     status = status_of(run)
     ledger, copy = Ledger(run), WorkingCopy(run)
     with ledger.lock():
-        copy.pull(SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "*.py", "report/*")
+        copy.pull(
+            SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "*.py", "report/*", "fits/*/*/history.jsonl"
+        )
         uri = tracking_uri or _recorded(copy).get("tracking_uri") or default_uri(copy.folder)
         connection = Connection(lambda: connect(uri, copy.folder, status.study))
         if problem := connection.reach():
@@ -80,7 +85,13 @@ def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
     status = status_of(ledger.folder)
     ended = [c.name for c in status.candidates if c.finished + c.failed == c.splits]
     tracker = Tracker(uri, copy.folder, study)
-    tracker.recall(ledger.candidates(), results, ended)
+    tracker.recall(ledger.candidates(), results, ended, lambda result: _curve(copy.folder, result))
     for path in sorted((copy.folder / "report").glob("*")):
         tracker.artifact(path, "report")
     return tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED")
+
+
+def _curve(folder: Path, result: FitResult) -> Iterator[dict[str, float]]:
+    path = history_path(folder / "fits" / result.candidate / f"{result.split:03d}")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        yield json.loads(line)

@@ -81,12 +81,16 @@ class Tracker:
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
 
     def recall(
-        self, records: Mapping[str, CandidateRecord], results: Iterable[FitResult], ended: Collection[str]
+        self,
+        records: Mapping[str, CandidateRecord],
+        results: Iterable[FitResult],
+        ended: Collection[str],
+        curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
     ) -> None:
         """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run.
+        with no fit left to run, `curve` gives the epochs of a fit where they are at hand.
         """
         by_candidate: dict[str, list[FitResult]] = {}
         for result in results:
@@ -99,6 +103,8 @@ class Tracker:
                 key = key_of(result)
                 tags = _fit_tags(name, result.split)
                 self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
+                for metrics in curve(result):
+                    self.epoch(key, metrics, known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
                 self.candidate_ended(name, by_candidate[name], known=True)
@@ -112,10 +118,10 @@ class Tracker:
         tags = _fit_tags(task.candidate, task.split.index) | {"softseg.attempt": str(task.attempt)}
         self._put_open(task.key, _fit_name(task.key), task.candidate, tags, recipe)
 
-    def epoch(self, key: str, metrics: Mapping[str, float]) -> None:
+    def epoch(self, key: str, metrics: Mapping[str, float], *, known: bool = False) -> None:
         """A fit has finished an epoch; `metrics["epoch"]` is the step."""
         step = int(metrics.get("epoch", 0))
-        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step)
+        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step, known=known)
 
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""

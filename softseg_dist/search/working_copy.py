@@ -35,8 +35,8 @@ class WorkingCopy:
             if any(PurePosixPath(name).match(pattern) for pattern in patterns)
             and _modified_s(self.folder / name) < entry.modified_s
         }
-        for path in self.folder.glob("fits/**/*.*"):
-            if path.relative_to(self.folder).as_posix() not in there:
+        for path in self.folder.glob("fits/**/*"):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in there:
                 path.unlink()
         with ThreadPoolExecutor(COPIERS) as copiers:
             for _ in copiers.map(self._pull, wanted, wanted.values()):

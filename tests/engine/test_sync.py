@@ -14,7 +14,7 @@ from test_tracking import free_port, losses, runs_of, server, task
 
 from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.search.tracking import Tracker, default_uri
-from softseg_dist.training.task import FitResult
+from softseg_dist.training.task import FitResult, history_path
 
 pytestmark = pytest.mark.engine
 STUDY = make_study(("a",))
@@ -32,6 +32,8 @@ def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
     for split in range(num_splits):
         tracker.fit_started(task(split))
         tracker.epoch(f"a/{split:03d}", {"epoch": 1.0, "loss": 0.5})
+        (folder / f"fits/a/{split:03d}").mkdir()
+        history_path(folder / f"fits/a/{split:03d}").write_text('{"epoch": 1, "loss": 0.5}\n')
         result = FitResult(candidate="a", split=split, state="finished", score=score_of(task(split)))
         ledger.write_result(result)
         tracker.fit_ended(result)
@@ -80,6 +82,7 @@ def test_a_server_that_knows_nothing_is_told_what_the_ledger_knows(tmp_path: Pat
     statuses = {"study": "KILLED", "a": "KILLED", "a/000": "FINISHED", "a/001": "FINISHED"}  # a third split is left
     assert {key: run.info.status for key, run in runs.items()} == statuses
     assert runs["a/001"].data.metrics["score"] == score_of(task(1))
+    assert losses(other, runs["a/001"].info.run_id) == [(1, 0.5)]
 
 
 def test_a_run_that_is_in_use_is_refused(tmp_path: Path) -> None:
