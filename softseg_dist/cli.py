@@ -6,7 +6,6 @@ Heavy packages are imported inside the commands: `softseg --help` answers at onc
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
@@ -36,16 +35,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 PRICES = Path("cluster/prices.yaml")
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
-RunArg = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/s001_quickstart", show_default=False)]
+RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
 ]
-Stores = Annotated[Path, typer.Option("--stores", help="Folder for prepared data")]
+Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 
@@ -70,10 +68,10 @@ class Device(StrEnum):
 def run(
     study: StudyArg,
     data_root: DataRoot = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for runs; this one becomes OUT/<study name>")] = Path(
-        "runs"
-    ),
-    stores: Stores = Path("stores"),
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for runs, or its URI; this one becomes OUT/<study name>")
+    ] = "runs",
+    stores: Stores = "stores",
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
     ] = None,
@@ -103,7 +101,7 @@ def run(
     if as_json:
         typer.echo(
             json.dumps(
-                {"end": end.name.lower(), "run": str(finished.folder), "report": str(finished.report), **vars(outcome)}
+                {"end": end.name.lower(), "run": finished.folder, "report": str(finished.report), **vars(outcome)}
             )
         )
     else:
@@ -112,7 +110,7 @@ def run(
 
 
 @app.command()
-def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("stores"), debug: Debug = False) -> None:
+def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
     """Read, resample and crop a study's images once, into one Arrow file."""
     from softseg_dist.pipeline import prepare as prepare_store
     from softseg_dist.search.live import progress_for
@@ -121,7 +119,7 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = Path("
     store = prepared.store
     size = " x ".join(map(str, store.size))
     typer.echo(
-        f"{prepared.path}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
+        f"{prepared.where}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
     )
 
 
@@ -153,11 +151,10 @@ def check(
 @app.command()
 def report(run: RunArg, as_json: AsJson = False) -> None:
     """Write the report of a run again, or print its numbers as JSON."""
-    from softseg_dist.pipeline import report_run
-    from softseg_dist.report.page import summary_json
+    from softseg_dist.pipeline import numbers_of, report_run
 
     if as_json:
-        typer.echo(json.dumps(summary_json(run), indent=2))
+        typer.echo(json.dumps(numbers_of(run), indent=2))
     else:
         typer.echo(str(report_run(run)))
 
@@ -248,6 +245,39 @@ def predict(
     raise typer.Exit(2 if any(done.error for done in predictions) else 0)
 
 
+@app.command()
+def status(run: RunArg, as_json: AsJson = False) -> None:
+    """How far a run is: what is done, what seems to run, since when nothing has happened. Reads only, from anywhere."""
+    from softseg_dist.search.status import show, status_of
+
+    found = status_of(run)
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2))
+    else:
+        show(found, Console(highlight=False, soft_wrap=True))
+
+
+@app.command()
+def sync(
+    run: RunArg,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database; default: that of the run", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell MLflow what it could not be told while a study ran, because its server was away."""
+    from softseg_dist.search.sync import sync_run
+
+    synced = sync_run(run, tracking_uri)
+    if as_json:
+        typer.echo(json.dumps(vars(synced)))
+    else:
+        for note in synced.notes:
+            typer.echo(note)
+        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
+    raise typer.Exit(1 if synced.waiting or synced.notes else 0)
+
+
 def _load(path: Path, debug: bool) -> StudyFile:
     from dataclasses import replace
 
@@ -257,7 +287,7 @@ def _load(path: Path, debug: bool) -> StudyFile:
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
-def _say_where(folder: Path, page: Path | None, tracking_uri: str, end: Exit) -> None:
+def _say_where(folder: str, page: Path | None, tracking_uri: str, end: Exit) -> None:
     typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
     if page is not None:
         typer.echo(
@@ -325,10 +355,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in NO_ROOM_OR_RIGHTS:
+        if (told := no_room(error) or out_of_reach(error)) is None:
             raise
-        where = error.filename or "a file of the run"
-        _fail(f"cannot write {where}: {error.strerror}; what has finished is kept, the same command goes on")
+        _fail(told)
 
 
 def _fail(message: str) -> NoReturn:

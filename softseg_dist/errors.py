@@ -1,6 +1,10 @@
-"""The one exception that is shown to people as a line of text instead of a traceback."""
+"""The one exception that is shown to people as a line of text instead of a traceback, and what disks and servers refuse."""
 
 from __future__ import annotations
+
+import errno
+
+NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -8,3 +12,18 @@ class UserError(ValueError):
 
     The command line prints its text on one line and exits with code 2. Every other exception is a defect of ours.
     """
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to tell people if `error` means that a disk is full or may not be written; None if it means something else."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM_OR_RIGHTS:
+        return None
+    where = error.filename or "a file of the run"
+    return f"cannot write {where}: {error.strerror}; what has finished is kept, the same command goes on"
+
+
+def out_of_reach(error: BaseException) -> str | None:
+    """The same for a remote filesystem that does not answer or refuses (see `places`)."""
+    if not isinstance(error, OSError) or error.errno != errno.EIO:
+        return None
+    return f"{error.filename}: {error.strerror}; what has finished is kept, the same command goes on"

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from softseg_dist.data.layouts import Case
 from softseg_dist.data.splits import Split
-from softseg_dist.data.store import Store, build_store
+from softseg_dist.data.store import Store
+from softseg_dist.data.store_cache import local_store, shared_store
 from softseg_dist.errors import UserError
+from softseg_dist.places import Place
 from softseg_dist.report.overlays import choose_overlays
-from softseg_dist.report.page import write_report
+from softseg_dist.report.page import summary_json, write_report
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
 from softseg_dist.search.ledger import Ledger
@@ -24,7 +27,9 @@ from softseg_dist.search.live import Progress
 from softseg_dist.search.run import run_search
 from softseg_dist.search.searcher import sample_proposals
 from softseg_dist.search.session import Outcome
-from softseg_dist.search.tracking import Tracker
+from softseg_dist.search.spool import SPOOL
+from softseg_dist.search.tracking import Tracker, default_uri, run_id_of, without_password
+from softseg_dist.search.working_copy import WorkingCopy
 from softseg_dist.study import Study
 from softseg_dist.study_file import StudyFile, load_source
 from softseg_dist.training.files import replace_file
@@ -47,14 +52,25 @@ PACKAGES = (
     "pydantic",
 )
 
+REPORTED = (
+    "study.json",
+    "splits.json",
+    "run.json",
+    "results.parquet",
+    "*.py",
+    "fits/*/*.json",
+    "fits/*/*/history.jsonl",
+    "fits/*/*/cases.parquet",
+)  # what a report is made of
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and on how much machine; nothing here changes a result."""
+    """Where and on how much machine; nothing here changes a result. `out` and `stores` are paths, or URIs of shared places."""
 
     data_root: Path | None = None
-    out: Path = Path("runs")
-    stores: Path = Path("stores")
+    out: str | Path = "runs"
+    stores: str | Path = "stores"
     max_concurrent: int | None = None
     gpus_per_fit: float | None = None
     tracking_uri: str | None = None
@@ -63,24 +79,24 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The store of a study, and the site of each of its subjects."""
+    """The store of a study, the path or URI by which workers find it, and the site of each of its subjects."""
 
-    path: Path
+    where: str
     store: Store
     sites: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left behind. `report` is None if no fit has finished."""
+    """What a run left behind. `folder` may be a URI, `report` is on this machine, or None if no fit has finished."""
 
-    folder: Path
+    folder: str
     outcome: Outcome
     report: Path | None
     tracking_uri: str
 
 
-def prepare(study: Study, data_root: Path | None, stores: Path, progress: Progress) -> Prepared:
+def prepare(study: Study, data_root: Path | None, stores: str | Path, progress: Progress) -> Prepared:
     """Build the study's store, or find it built. Raises UserError on data that cannot be used."""
     cases = _first_subjects(study.data.cases(data_root), study.subjects)
 
@@ -88,9 +104,9 @@ def prepare(study: Study, data_root: Path | None, stores: Path, progress: Progre
         if done % max(1, total // 10) == 0:
             progress.note(f"prepared {done} of {total} cases, the last one {name}")
 
-    path = build_store(stores, cases, study.data, study.preprocess, say)
-    store = Store.open(path)
-    return Prepared(path, store, {case.subject: case.site for case in store.cases})
+    where = shared_store(stores, cases, study.data, study.preprocess, say)
+    store = Store.open(local_store(where))
+    return Prepared(where, store, {case.subject: case.site for case in store.cases})
 
 
 def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finished:
@@ -98,30 +114,34 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
-    study, folder = file.study, options.out / file.study.name
+    study, run = file.study, Place.at(options.out) / file.study.name
     prepared = prepare(study, options.data_root, options.stores, progress)
     splits = study.splits.make(prepared.sites, study.seed)
     check_recipes({**study.candidates, **sample_proposals(study)}, prepared.store, splits[0])
-    _make(folder)
-    ledger = Ledger(folder)
+    ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
+    _make(copy.folder)
     with ledger.lock():
         for line in ledger.open_study(study, splits, prepared.store.fingerprint):
             progress.note(f"extended: {line}")
-        _describe_run(folder, file, prepared, options)
-        tracker = Tracker(options.tracking_uri, folder, study)
-        tracker.data_set(type(study.data).__name__, prepared.store.digest, str(prepared.path))
+        copy.pull("mlflow_run", "mlflow.db", SPOOL)
+        run_id_of(copy.folder)
+        _describe_run(run, copy.folder, file, prepared, options)
+        copy.push("mlflow_run", "run.json", f"{file.stem}.py")
+        tracker = Tracker(options.tracking_uri, copy.folder, study)
+        tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
         status, page = "FAILED", None
         try:
             outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
             status = "KILLED" if outcome.interrupted else "FINISHED"
             if outcome.finished:
-                page = _collect(folder)
+                page = _collect(copy)
                 for path in sorted(page.parent.iterdir()):
                     tracker.artifact(path, "report")
         finally:
             for line in tracker.close(status):
                 progress.note(line)
-    return Finished(folder, outcome, page, tracker.uri)
+            copy.push(SPOOL, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
+    return Finished(run.uri, outcome, page, tracker.uri)
 
 
 def _make(folder: Path) -> None:
@@ -131,12 +151,29 @@ def _make(folder: Path) -> None:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
 
 
-def report_run(folder: Path) -> Path:
-    """Write the report of a run folder, finished or not; returns its page."""
-    for path in folder.glob("*.py"):  # the study file as it was run: its own classes may be needed to predict
+def report_run(run: str | Path) -> Path:
+    """Write the report of a run folder, finished or not; returns its page, which is on this machine."""
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    page = _report(copy)
+    copy.push("report")
+    return page
+
+
+def numbers_of(run: str | Path) -> dict[str, Any]:
+    """The numbers of the report of a run folder, for machines."""
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    return summary_json(copy.folder)
+
+
+def _report(copy: WorkingCopy) -> Path:
+    for path in copy.folder.glob("*.py"):  # the study file as it was run: its own classes may be needed to predict
         load_source(path.stem, path.read_text(encoding="utf-8"))
-    run = load_run(folder)
-    return write_report(folder, choose_overlays(run, summarise(run)))
+    run = load_run(copy.folder)
+    summary = summarise(run)
+    copy.pull(f"fits/{summary.winner.name}/*/best.safetensors")
+    return write_report(copy.folder, choose_overlays(run, summary))
 
 
 def _search(
@@ -153,7 +190,7 @@ def _search(
     return run_search(
         file.study,
         splits,
-        prepared.path.absolute(),
+        prepared.where,
         prepared.store.fingerprint,
         ledger,
         fit,
@@ -164,28 +201,33 @@ def _search(
     )
 
 
-def _collect(folder: Path) -> Path:
+def _collect(copy: WorkingCopy) -> Path:
     """Merge the fits' rows into the results table and write the report."""
+    copy.pull(*REPORTED)
     ended = [
         (result.candidate, f"{result.split:03d}")
-        for result in Ledger(folder).results().values()
+        for result in Ledger(copy.folder).results().values()
         if result.state == "finished"
     ]
     merge_tables(
-        [cases_path(folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
-        folder / "results.parquet",
+        [cases_path(copy.folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
+        copy.folder / "results.parquet",
     )
-    return report_run(folder)
+    page = _report(copy)
+    copy.push("results.parquet", "report")
+    return page
 
 
-def _describe_run(folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
+def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
     """What somebody needs to run this again, and what the report says about data, versions and machine."""
     store, sites = prepared.store, list(prepared.sites.values())
     sample = store.sample(0)
     record = {
         "command": options.command,
+        "run": run.uri if run.path is None else None,  # a local one may be moved
+        "tracking_uri": without_password(options.tracking_uri),
         "study_fingerprint": file.study.fingerprint,
-        "store": str(prepared.path.absolute()),
+        "store": prepared.where,
         "store_fingerprint": store.fingerprint,
         "store_digest": store.digest,
         "data": {

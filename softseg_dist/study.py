@@ -83,9 +83,11 @@ class Search(Frozen):
 class Resources(Frozen):
     """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it.
 
-    `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU.
+    `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU. With several
+    `workers_per_fit` every batch is shared out among them, and CPUs and GPUs count for each worker.
     """
 
+    workers_per_fit: PositiveInt = 1
     cpus_per_fit: PositiveInt = 1
     gpus_per_fit: float | None = Field(None, ge=0)
     max_concurrent: PositiveInt | None = None

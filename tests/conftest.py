@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from s3_server import s3_server
 
 settings.register_profile("softseg", deadline=None)  # a busy machine is not a defect
 settings.load_profile("softseg")
@@ -19,3 +21,12 @@ def real_data() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("SOFTSEG_TEST_DATA does not name a folder: the real images are not at hand")
     return Path(root)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    """The environment of a real S3 server with the bucket `lab`; set in this process."""
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment

@@ -194,6 +194,12 @@ class Store:
         """12 hexadecimal digits of the content, from the digest that each case got when it was written."""
         return digest(canonical_json([self.fingerprint, [about["digest"] for about in self._about]]))
 
+    def verify(self) -> None:
+        """Read everything and compare it with the digests of its cases. Raises UserError, naming the case, if they differ."""
+        for case, about in zip(self.cases, self._about, strict=True):
+            if _digest(self._view(case.index)) != about["digest"]:
+                raise _damaged(self.path, ValueError(f"the numbers of {case.name} are not those that were written"))
+
     def __len__(self) -> int:
         return len(self.cases)
 
@@ -256,14 +262,12 @@ def _write(path: Path, samples: Iterator[Sample], data: DataSet, preprocess: Pre
 def _write_case(writer: pa.RecordBatchFileWriter, sample: Sample, schema: pa.Schema) -> None:
     arrays = {"image": sample.image, "raters": sample.raters, "nearest": sample.nearest, "truth": sample.truth}
     num_items = len(sample.image)
-    hashed = hashlib.blake2b(digest_size=16)
     columns = []
     for column, array in arrays.items():
         if array is None:
             columns.append(pa.nulls(num_items, schema.field(column).type))
             continue
         flat = np.ascontiguousarray(array).reshape(-1)
-        hashed.update(flat.data)
         offsets = np.arange(num_items + 1, dtype=np.int64) * (flat.size // num_items)
         columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat), type=schema.field(column).type))
     about = {
@@ -276,9 +280,18 @@ def _write_case(writer: pa.RecordBatchFileWriter, sample: Sample, schema: pa.Sch
         "spacing_mm": sample.spacing_mm,
         "voxel_mm3": sample.voxel_mm3,
         "placement": sample.placement.to_dict(),
-        "digest": hashed.hexdigest(),
+        "digest": _digest(sample),
     }
     writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={KEY: _sealed(about)})
+
+
+def _digest(sample: Sample) -> str:
+    """Of the numbers of a case."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
+        if array is not None:
+            hashed.update(np.ascontiguousarray(array).reshape(-1).data)
+    return hashed.hexdigest()
 
 
 def _sealed(about: dict[str, Any]) -> str:

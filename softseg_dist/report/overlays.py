@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
+from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.metrics import OBJECTIVES
@@ -32,13 +33,17 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     A case that was tested in several splits counts once per split; each is predicted by the model of its own split.
     """
     try:
-        store = Store.open(run.run.get("store", ""), run.run.get("store_fingerprint"))
+        store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
         recipe = next(c.recipe for c in run.candidates if c.name == summary.winner.name)
         network, activation = (
             NETWORK.validate_python(recipe["network"]),
             ACTIVATION.validate_python(recipe["activation"]),
         )
-    except (UserError, ValidationError):  # moved to another machine, or a network of a study file that is not loaded
+    except (
+        UserError,
+        ValidationError,
+        OSError,
+    ):  # moved or out of reach, or a network of a study file that is not loaded
         return ()
     ranked = _ranked_cases(run, summary)
     if not all(_weights(run, summary, split).exists() for split in ranked["split"]):

@@ -117,7 +117,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
         run=data.run,
         info=data.run.get("data") or {},
         pictures=pictures,
-        folder=data.folder,
+        folder=data.run.get("run") or data.folder,
         answer=words.answer(summary),
         effects_answer=words.effects_answer(summary),
         caveats=words.caveats(summary, _spacing(data)),

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pyarrow import fs
 from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.places import Place, working_folder
 from softseg_dist.search.changes import Json, study_changes
 from softseg_dist.search.lock import hold
 from softseg_dist.study import Study
@@ -48,27 +48,28 @@ class CandidateRecord(Frozen):
 
 
 class Ledger:
-    """Reads and writes one run folder. Reading needs no lock; `open_study` and a search hold it."""
+    """Reads and writes one run folder. Reading needs no lock; `open_study` and a search hold it.
+
+    `working` is the folder of this machine for what only the driver needs: the run folder itself, if it is on this machine.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = str(folder).rstrip("/")
-        self._local = "://" not in self.folder or self.folder.startswith("file://")
-        if "://" in self.folder:
-            self._files, self._root = fs.FileSystem.from_uri(self.folder)
-        else:
-            self._files, self._root = fs.LocalFileSystem(), str(Path(self.folder).absolute())
+        self.place = Place.at(folder)
+        self.folder = self.place.uri
+        self.working = working_folder(self.place)
         self._held = False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other drivers out while the block runs; may be nested. Object stores have no lock: there it is up to you.
+        """Keep other drivers out while the block runs; may be nested. Object stores have no lock: there it keeps out only
+        those of this machine.
 
         Raises UserError, naming process and host, if another driver holds it.
         """
-        if self._held or not self._local:
+        if self._held:
             yield
             return
-        with hold(Path(self._root) / ".lock"):
+        with hold(self.working / ".lock", self.folder):
             self._held = True
             try:
                 yield
@@ -101,7 +102,7 @@ class Ledger:
 
     def fit_folder(self, candidate: str, split: Split) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
-        return f"{self.folder}/fits/{candidate}/{split.name}"
+        return str(self.place / "fits" / candidate / split.name)
 
     def write_candidate(self, record: CandidateRecord) -> None:
         """Record a candidate before its first fit is emitted."""
@@ -117,7 +118,7 @@ class Ledger:
         Raises UserError if a record cannot be read: which recipe its fits belong to would be a guess.
         """
         records = []
-        for name in self._names("fits", folders=True):
+        for name in (self.place / "fits").names(folders=True):
             path = f"fits/{name}/candidate.json"
             if (data := self._read(path)) is None:
                 continue
@@ -133,7 +134,7 @@ class Ledger:
         """Every fit that has ended, by (candidate, split index). A file that cannot be read is named in a warning and left out."""
         found = {}
         for name in self.candidates():
-            for file in self._names(f"fits/{name}", folders=False):
+            for file in (self.place / "fits" / name).names():
                 stem = file.removesuffix(".json")
                 if not (file.endswith(".json") and stem.isdecimal()):
                     continue
@@ -154,10 +155,9 @@ class Ledger:
         return tuple(Split.model_validate(split) for split in self._read("splits.json") or ())
 
     def discard(self, folder: str) -> None:
-        """Remove a folder of the run that is not part of the record."""
-        full = f"{self._root}/{folder}"
-        if self._files.get_file_info(full).type == fs.FileType.Directory:
-            self._files.delete_dir(full)
+        """Remove a folder of `working` that is not part of the record."""
+        if (self.working / folder).is_dir():
+            shutil.rmtree(self.working / folder)
 
     def _refusal(self, changes: list[str]) -> str:
         more = len(changes) - SHOWN_CHANGES
@@ -165,18 +165,10 @@ class Ledger:
         advice = "Finished fits are untouched: give the study a new name, or another --out"
         return f"{self.folder}: holds another study: {shown}. {advice}"
 
-    def _names(self, folder: str, *, folders: bool) -> list[str]:
-        entries = self._files.get_file_info(fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True))
-        kind = fs.FileType.Directory if folders else fs.FileType.File
-        return sorted(entry.base_name for entry in entries if entry.type == kind)
-
     def _read(self, path: str, torn: Any = None) -> Any:
         """The JSON in a file; None if there is no file. What is not JSON is `torn` if that is given, else a UserError."""
-        full = f"{self._root}/{path}"
-        if self._files.get_file_info(full).type != fs.FileType.File:
+        if (data := (self.place / path).read()) is None:
             return None
-        with self._files.open_input_stream(full) as stream:
-            data = stream.read()
         try:
             return json.loads(data)
         except ValueError:
@@ -185,24 +177,7 @@ class Ledger:
             return torn
 
     def _write(self, path: str, text: str) -> None:
-        full = f"{self._root}/{path}"
-        if self._local:
-            _write_durably(Path(full), text)
-        else:  # an object store shows an object when its stream is closed, not before
-            self._files.create_dir(full.rpartition("/")[0], recursive=True)
-            with self._files.open_output_stream(full) as stream:
-                stream.write(text.encode())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write beside the place, force it to the disk, rename: after a crash the file is there whole, or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+        (self.place / path).write(text.encode())
 
 
 def json_of(value: Frozen) -> Json:

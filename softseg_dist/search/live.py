@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from softseg_dist.search.durations import duration
 from softseg_dist.training.task import FitResult
 
 SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, the controls among them, and its latest
@@ -231,14 +232,3 @@ def outcome_of(result: FitResult) -> str:
     if result.score is None:
         return f"failed: {result.reason}"
     return f"score {result.score:.4f}  ({duration(result.duration_s)})"
-
-
-def duration(seconds: float) -> str:
-    """`0.3 s`, `45 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

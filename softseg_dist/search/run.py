@@ -52,7 +52,7 @@ OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its defaul
 def run_search(
     study: Study,
     splits: Sequence[Split],
-    store: Path,
+    store: str | Path,
     fingerprint: str,
     ledger: Ledger,
     fit: Fit,
@@ -91,7 +91,7 @@ def run_search(
         )
 
     with ledger.lock():
-        stop_file = StopFile(f"{ledger.folder}/.stop")
+        stop_file = StopFile(str(ledger.place / ".stop"))
         stop_file.remove()  # left by a session that was killed
         session = Session(StudySearcher(study, splits, ledger, make_task), tracker, progress, stop_file)
         try:
@@ -121,7 +121,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
     tune.Tuner(
         tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle])),
         tune_config=tune.TuneConfig(
-            search_alg=_TuneSearcher(session, f"{ledger.folder}/.stop"),
+            search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
             num_samples=-1,
             max_concurrent_trials=min(places, resources.max_concurrent or places),
             reuse_actors=True,
@@ -129,7 +129,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            storage_path=ledger.folder if "://" in ledger.folder else str(Path(ledger.folder).absolute()),
+            storage_path=str(ledger.working),  # on this machine: nothing of Tune's is kept
             name=".tune",
             verbose=0,
             callbacks=[_TuneErrors(session)],

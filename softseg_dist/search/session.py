@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, no_room, out_of_reach
 from softseg_dist.search.live import Progress
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.search.tracking import Tracker
 from softseg_dist.search.worker import Ending, StopFile, reason_of
-from softseg_dist.training.task import FitTask
+from softseg_dist.training.task import FitResult, FitTask
 
 HOPELESS = 3  # so many fits given up, and none ended: the cause is not the fit
 
@@ -69,6 +69,9 @@ class Session:
         except UserError as error:
             self._abort(error)
             return None
+        except OSError as error:
+            self._abort(_explained(error))
+            return None
         if task is None:
             return None
         self._running[fit_id] = task
@@ -99,18 +102,17 @@ class Session:
         else:
             assert ending.result is not None
             assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
-            self.searcher.finish(ending.result)
-            self._num_ended += 1
-            self.progress.finished(ending.result)
-            if self.tracker is not None:
-                self.tracker.fit_ended(ending.result)
+            self._record(task, ending.result)
         self._close_candidate(task.candidate)
 
     def stop(self) -> None:
-        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print."""
+        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print, nor raise anywhere."""
         self.interrupted = True
         self.searcher.stop()
-        self._stop_file.write()
+        try:
+            self._stop_file.write()
+        except OSError as error:
+            self.error = self.error or _explained(error)
 
     def outcome(self) -> Outcome:
         """How the study stands."""
@@ -123,7 +125,23 @@ class Session:
     def _abort(self, error: UserError) -> None:
         self.error = self.error or error
         self.searcher.stop()
-        self._stop_file.write()
+        try:
+            self._stop_file.write()
+        except OSError as unheard:
+            self.progress.note(f"the fits that run could not be asked to stop, so they end as they do: {unheard}")
+
+    def _record(self, task: FitTask, result: FitResult) -> None:
+        try:
+            self.searcher.finish(result)
+        except OSError as error:
+            self.searcher.interrupt(task)  # what could not be recorded runs again, and finds its result in its folder
+            self._gone(task, "KILLED")
+            self._abort(_explained(error))
+            return
+        self._num_ended += 1
+        self.progress.finished(result)
+        if self.tracker is not None:
+            self.tracker.fit_ended(result)
 
     def _lost(self, task: FitTask, reason: str) -> None:
         again = self.searcher.lose(task, reason)
@@ -148,3 +166,10 @@ class Session:
         candidate = self.searcher.candidates[name]
         if candidate.ended and self.tracker is not None:
             self.tracker.candidate_ended(name, list(candidate.results.values()))
+
+
+def _explained(error: OSError) -> UserError:
+    """Why the run folder cannot be written, as what stops the study; raises `error` again if it is about something else."""
+    if (told := no_room(error) or out_of_reach(error)) is None:
+        raise error
+    return UserError(told)

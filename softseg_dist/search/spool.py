@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+SPOOL = "mlflow_spool.jsonl"  # its name in a run folder
 Record = dict[str, Any]
 
 
 class Spool:
-    """JSON lines. A last line torn by a crash is left out."""
+    """JSON lines. A line torn by a crash is left out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,24 +24,32 @@ class Spool:
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
                 records.append(json.loads(line))
-            except ValueError:
-                break
         return records
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add records at the end."""
-        if records:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+        """Add records at the end. Raises OSError if not all could be written; adding them again does no harm."""
+        if not records:
+            return
+        with self.path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # ends a line that a crash or a full disk has torn
+            file.write(_lines(records))
 
     def replace(self, records: Sequence[Record]) -> None:
-        """Make `records` the whole content; none removes the file."""
+        """Make `records` the whole content; none removes the file. Raises OSError, with nothing changed, if that cannot be."""
         if not records:
             self.path.unlink(missing_ok=True)
             return
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        partial.replace(self.path)
+        try:
+            partial.write_bytes(_lines(records))
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _lines(records: Sequence[Record]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

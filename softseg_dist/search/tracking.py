@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import queue
+import re
 import statistics
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any, Protocol, Self
 
 from softseg_dist.search.ledger import CandidateRecord, json_of
 from softseg_dist.search.live import key_of
-from softseg_dist.search.spool import Record, Spool
+from softseg_dist.search.spool import SPOOL, Record, Spool
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, FitTask
 
@@ -58,7 +59,8 @@ class Tracker:
         self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
-        self._spool = Spool(self.folder / "mlflow_spool.jsonl")
+        self._spool = Spool(self.folder / SPOOL)
+        self._num_unkept = 0
         self._give_up = threading.Event()
         self._problem = ""
         self._rejected: list[str] = []
@@ -79,12 +81,16 @@ class Tracker:
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
 
     def recall(
-        self, records: Mapping[str, CandidateRecord], results: Iterable[FitResult], ended: Collection[str]
+        self,
+        records: Mapping[str, CandidateRecord],
+        results: Iterable[FitResult],
+        ended: Collection[str],
+        curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
     ) -> None:
         """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run.
+        with no fit left to run, `curve` gives the epochs of a fit where they are at hand.
         """
         by_candidate: dict[str, list[FitResult]] = {}
         for result in results:
@@ -97,6 +103,8 @@ class Tracker:
                 key = key_of(result)
                 tags = _fit_tags(name, result.split)
                 self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
+                for metrics in curve(result):
+                    self.epoch(key, metrics, known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
                 self.candidate_ended(name, by_candidate[name], known=True)
@@ -110,10 +118,10 @@ class Tracker:
         tags = _fit_tags(task.candidate, task.split.index) | {"softseg.attempt": str(task.attempt)}
         self._put_open(task.key, _fit_name(task.key), task.candidate, tags, recipe)
 
-    def epoch(self, key: str, metrics: Mapping[str, float]) -> None:
+    def epoch(self, key: str, metrics: Mapping[str, float], *, known: bool = False) -> None:
         """A fit has finished an epoch; `metrics["epoch"]` is the step."""
         step = int(metrics.get("epoch", 0))
-        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step)
+        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step, known=known)
 
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""
@@ -140,8 +148,10 @@ class Tracker:
         self._put_close(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Store a file with the study run, under `folder`."""
-        self._put(what="artifact", key=STUDY, path=str(Path(path).absolute()), folder=folder)
+        """Store a file with the study run, under `folder`. One of the run folder is known by its place in it: that may move."""
+        full = Path(path).absolute()
+        known = full.relative_to(self.folder) if full.is_relative_to(self.folder) else full
+        self._put(what="artifact", key=STUDY, path=str(known), folder=folder)
 
     def model(self, folder: str | Path) -> None:
         """Store a saved model with the study run and register it under the study's name; once per weights."""
@@ -165,7 +175,12 @@ class Tracker:
         if waiting:
             notes.append(
                 f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
-                "and are sent when the study runs again"
+                "and are sent when the study runs again, or by softseg sync"
+            )
+        if self._num_unkept:
+            notes.append(
+                f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "
+                "softseg sync tells MLflow what the ledger knows"
             )
         return tuple(notes)
 
@@ -209,13 +224,19 @@ class Tracker:
     def _serve(self) -> None:
         connection = Connection(lambda: connect(self.uri, self.folder, self.study.name))
         retry_at = 0.0
+        unkept: list[Record] = []
         last = False
         while not last:
-            records, last = self._collect()
-            if last or time.monotonic() >= retry_at:
-                retry_at = 0.0 if self._deliver(connection, records) else time.monotonic() + RETRY_S
-            else:
-                self._spool.append(records)
+            collected, last = self._collect()
+            records, unkept = unkept + collected, []
+            try:
+                if last or time.monotonic() >= retry_at:
+                    retry_at = 0.0 if self._deliver(connection, records) else time.monotonic() + RETRY_S
+                else:
+                    self._spool.append(records)
+            except OSError as error:  # the disk is full: the study hears of that from its ledger; these wait in memory
+                self._problem, unkept = str(error), records
+        self._num_unkept = len(unkept)
 
     def _collect(self) -> tuple[list[Record], bool]:
         """The records of the next half second, and whether they are the last."""
@@ -268,7 +289,16 @@ class Connection:
                 self._server.ping()
                 self._server.apply(record)
         except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
-            self.lost = self._is_lost()
+            # A server or database that cannot write now, as when its disk is full, takes the record later.
+            self.lost = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE" or self._is_lost()
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None
+
+    def reach(self) -> str | None:
+        """None if the server can be reached, else why not."""
+        try:
+            self._server = self._server or self._connect()
+        except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
             return " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return None
 
@@ -314,6 +344,11 @@ def coalesced(records: Sequence[Record]) -> list[Record]:
             open_log[key] = record | {name: record[name].copy() for name in ("metrics", "params", "tags")}
             joined.append(open_log[key])
     return joined
+
+
+def without_password(uri: str | None) -> str | None:
+    """A tracking URI as it may be recorded: what signs in to the server comes from the environment."""
+    return None if uri is None else re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # a slow server holds up the thread, never the study; but closing waits for the thread
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool retries
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is told by the tracker, in one line
 }
 for _name, _value in ENVIRONMENT.items():  # MLflow reads some of them when it is imported
     os.environ.setdefault(_name, _value)
@@ -41,8 +42,10 @@ class MlflowServer:
     def __init__(self, uri: str, folder: Path, study: str, run: str) -> None:
         # MLflow may have been imported before this module, by MONAI, without the environment above.
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _make_database(uri)
         self._client = MlflowClient(uri)
+        self._folder = folder
         self._run = run
         self._experiment = self._find_experiment(
             study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
@@ -117,7 +120,8 @@ class MlflowServer:
         self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
 
     def _artifact(self, record: Record) -> None:
-        self._client.log_artifact(self._ids[record["key"]], record["path"], record["folder"] or None)
+        path = str(self._folder / record["path"])
+        self._client.log_artifact(self._ids[record["key"]], path, record["folder"] or None)
 
     def _model(self, record: Record) -> None:
         """What lies in the folder now is what is registered; the registry is told nothing twice."""
@@ -142,6 +146,19 @@ class MlflowServer:
         for start in range(0, max(len(metrics), len(params), len(tags)), CHUNK):
             part = slice(start, start + CHUNK)
             self._client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
+
+
+def _make_database(uri: str) -> None:
+    """Make an SQLite database whole or not at all: one whose tables are half made, MLflow never opens again."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that went wrong
+    try:
+        MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _tags(tags: dict[str, str]) -> list[Any]:

@@ -12,17 +12,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pyarrow import fs
-
-from softseg_dist.errors import UserError
+from softseg_dist.data.store_cache import local_store
+from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
+from softseg_dist.places import Place
+from softseg_dist.search.mirror import mirrored
 from softseg_dist.study_file import describe, load_source
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
+REMOTE_STOP_CHECK_S = 5.0  # every look at an object store costs money
+ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
 
 Fit = Callable[[FitTask, Worker], FitResult]
 
@@ -36,32 +40,29 @@ class Ending(Frozen):
 
 
 class StopFile:
-    """True once the file is there; the driver writes it to make all fits stop. Looks at the disk twice a second at most."""
+    """True once the file is there; the driver writes it to make all fits stop. Looks for it now and then only."""
 
     def __init__(self, uri: str) -> None:
-        self._files: Any
-        self._path: str
-        self._files, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self._place = Place.at(uri)
+        self._every_s = STOP_CHECK_S if self._place.path is not None else REMOTE_STOP_CHECK_S
         self._seen = False
         self._next_s = 0.0
 
     def __call__(self) -> bool:
         """Shall the fit stop?"""
         if not self._seen and time.monotonic() >= self._next_s:
-            self._seen = self._files.get_file_info(self._path).type == fs.FileType.File
-            self._next_s = time.monotonic() + STOP_CHECK_S
+            self._seen = self._place.is_file()
+            self._next_s = time.monotonic() + self._every_s
         return self._seen
 
     def write(self) -> None:
         """Make all fits stop."""
-        with self._files.open_output_stream(self._path) as stream:
-            stream.write(b"")
+        self._place.write(b"stop\n")
         self._seen = True
 
     def remove(self) -> None:
         """Let fits run."""
-        if self._files.get_file_info(self._path).type == fs.FileType.File:
-            self._files.delete_file(self._path)
+        self._place.delete()
         self._seen = False
 
 
@@ -91,20 +92,33 @@ def run_fit(
 
 
 def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
-    folder = Path(task.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _error_path(task).unlink(missing_ok=True)
     try:
-        with _time_limit(task):
-            result = fit(task, worker)
+        local_store(task.store)  # a node fetches it once, outside of any fit's time limit
+        with mirrored(task) as (here, saved):
+            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))
     except Interrupted:
         return Ending(kind="interrupted")
     except UserError as error:
         return Ending(kind="user_error", text=str(error))
-    except Exception as error:
-        _error_path(task).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
+    except OSError as error:
+        if (told := no_room(error)) is None:
+            raise
+        return Ending(kind="user_error", text=told)  # so it would be for every other fit
+
+
+def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        with _time_limit(task):
+            return fit(task, worker)
+    except (Interrupted, UserError):
         raise
-    return Ending(kind="result", result=result)
+    except Exception as error:
+        if no_room(error) is None:
+            (folder / ERROR).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
+        raise
 
 
 @contextmanager
@@ -113,7 +127,7 @@ def _time_limit(task: FitTask) -> Iterator[None]:
 
     A thread of the interpreter's own does it, without the GIL, so that it also ends a fit that hangs in native code.
     """
-    path = _stack_path(task)
+    path = Path(task.folder) / STACK
     path.unlink(missing_ok=True)
     if task.time_limit_s is None:
         yield
@@ -129,17 +143,10 @@ def _time_limit(task: FitTask) -> Iterator[None]:
 
 def reason_of(task: FitTask, cause: str = "") -> str:
     """Why a fit's process ended without an `Ending`: what its folder tells, else `cause`, else that it died."""
-    if _error_path(task).exists():
-        lines = _error_path(task).read_text(encoding="utf-8").splitlines()
-        return f"{lines[0] if lines else 'error'} (see {_error_path(task)})"
-    if _stack_path(task).exists() and _stack_path(task).stat().st_size:
-        return f"took longer than its time limit of {task.time_limit_s:g} s (see {_stack_path(task)})"
+    folder = Place.at(task.folder)
+    if (error := (folder / ERROR).read()) is not None:
+        lines = error.decode(errors="replace").splitlines()
+        return f"{lines[0] if lines else 'error'} (see {folder / ERROR})"
+    if (folder / STACK).read():
+        return f"took longer than its time limit of {task.time_limit_s:g} s (see {folder / STACK})"
     return cause or "its process died (killed, out of memory, or crashed)"
-
-
-def _error_path(task: FitTask) -> Path:
-    return Path(task.folder) / "error.txt"
-
-
-def _stack_path(task: FitTask) -> Path:
-    return Path(task.folder) / "stack.txt"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softseg_dist.data.store import Store
+from softseg_dist.data.store_cache import local_store
 from softseg_dist.numerics.augmentation import augment
 from softseg_dist.numerics.labels import prepare_target
 from softseg_dist.numerics.seeds import seed_of
@@ -21,7 +22,7 @@ from softseg_dist.training.task import FitTask
 @lru_cache(maxsize=2)
 def open_store(path: str, fingerprint: str) -> Store:
     """The store, mapped once per process: fits that follow each other in a warm process share it."""
-    return Store.open(path, fingerprint)
+    return Store.open(local_store(path), fingerprint)
 
 
 def cases_of(store: Store, subjects: Sequence[str]) -> list[int]:

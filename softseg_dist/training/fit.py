@@ -267,6 +267,7 @@ class Training:
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizer": self.adam.state_dict()}
             save_checkpoint(self.task, state | {"progress": vars(self.progress)})
+            self.worker.saved()
 
     def _resume(self) -> None:
         state = self.worker.share(load_checkpoint(self.task) if self.worker.leads else None)

@@ -93,12 +93,13 @@ class Worker:
     A fit runs on `num_workers` processes at once, which call the same functions in the same order and differ in `rank`; they
     find each other through torch.distributed. Rank 0 alone writes files, reports and is asked to stop. `report` gets one flat
     dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked in every step: True makes the fit
-    write its checkpoint and raise `Interrupted`.
+    write its checkpoint and raise `Interrupted`. `saved` is called when a checkpoint has been written.
     """
 
     device: str = "cpu"
     report: EpochReport = field(default=_ignore)
     stop: Callable[[], bool] = field(default=lambda: False)
+    saved: Callable[[], None] = field(default=lambda: None)
     rank: int = 0
     num_workers: int = 1
 

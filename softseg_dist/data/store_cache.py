@@ -1,0 +1,86 @@
+"""Stores that lie elsewhere: each machine fetches one once, into its cache, and checks what it got."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softseg_dist.data.dataset import Case, DataSet
+from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.store import Progress, Store, build_store, fingerprint
+from softseg_dist.errors import UserError
+from softseg_dist.places import Place, cache_folder
+
+
+def local_store(where: str | Path) -> Path:
+    """The file of a store on this machine: `where` itself, or its copy in the cache, fetched by one process of the machine.
+
+    A copy that is damaged is fetched again, once. Raises UserError if it is damaged still, or if there is no such store.
+    """
+    place = Place.at(where)
+    if place.path is not None:
+        return place.path
+    path = cached_path(place)
+    with _locked(path):
+        if _stamp(path) == _checked(path):
+            return path
+        return _fetch(place, path)
+
+
+def shared_store(
+    folder: str | Path, cases: tuple[Case, ...], data: DataSet, preprocess: Preprocess, progress: Progress | None = None
+) -> str:
+    """Where the store of these cases is in `folder`, a path or URI; it is built on this machine if it is not there yet."""
+    place = Place.at(folder)
+    if place.path is not None:  # absolute: workers have their own working directories
+        return str(build_store(place.path, cases, data, preprocess, progress))
+    place /= f"{fingerprint(cases, data, preprocess)}.arrow"
+    if not place.is_file():
+        path = build_store(cached_path(place).parent, cases, data, preprocess, progress)
+        place.push(path)
+    return str(place)
+
+
+def cached_path(place: Place) -> Path:
+    """Where the cache keeps a remote store. Its name says what it was made from, so it is the same from every folder."""
+    return cache_folder() / "stores" / place.uri.partition("?")[0].rpartition("/")[2]
+
+
+def _fetch(place: Place, path: Path) -> Path:
+    damage: UserError | None = None
+    for _ in range(2):
+        if not path.exists():
+            try:
+                place.pull(path)
+            except FileNotFoundError:
+                raise UserError(f"there is no store {place}; run `softseg prepare` first") from None
+        try:
+            Store.open(path).verify()
+        except UserError as error:
+            path.unlink()
+            damage = error
+            continue
+        path.with_suffix(".checked").write_text(_stamp(path))
+        return path
+    raise UserError(f"the store {place} is damaged; delete it to prepare it again") from damage
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of a file: a copy that was checked is checked again only if they differ."""
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.exists() else "none"
+
+
+def _checked(path: Path) -> str:
+    note = path.with_suffix(".checked")
+    return note.read_text() if note.exists() else ""
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,203 @@
+"""Places: files and folders on any filesystem that pyarrow knows, from a path or from a URI such as s3://bucket/runs.
+
+S3 takes endpoint, region and credentials where the AWS tools do (AWS_ENDPOINT_URL, AWS_REGION, ...), GCS where Google's do.
+What goes wrong on a remote filesystem is an OSError with the errno EIO that names the place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import fs
+
+from softseg_dist.errors import UserError
+
+FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
+GCS_RETRY_S = 60
+CHUNK_BYTES = 8 * 2**20  # what is copied at a time
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether `where` is a URI of another filesystem than this machine's."""
+    return "://" in str(where) and not str(where).startswith("file://")
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps copies of what lies elsewhere: SOFTSEG_CACHE, or ~/.cache/softseg. May be removed at any time."""
+    return Path(os.environ.get("SOFTSEG_CACHE") or Path.home() / ".cache" / "softseg")
+
+
+def working_folder(run: Place) -> Path:
+    """This machine's folder for what only the driver of a run needs: the run folder itself, or one in the cache if it is remote."""
+    if run.path is not None:
+        return run.path
+    name = run.uri.partition("?")[0].rpartition("/")[2]
+    return cache_folder() / "runs" / f"{name}-{hashlib.sha256(run.uri.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a listing: size, and when it was written (seconds since 1970)."""
+
+    size: int
+    modified_s: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or a folder. `uri` is as given; `path` is None on a filesystem that is not this machine's."""
+
+    uri: str
+    path: Path | None
+    _files: Any = field(repr=False, compare=False)
+    _root: str = field(repr=False, compare=False)
+
+    @classmethod
+    def at(cls, where: str | Path) -> Place:
+        """The place of a path or URI. Raises UserError if it is a URI that pyarrow does not know."""
+        text = str(where)
+        if "://" not in text:
+            path = Path(text).absolute()
+            return cls(text.rstrip("/") or "/", path, fs.LocalFileSystem(), str(path))
+        try:
+            files, root = fs.FileSystem.from_uri(_with_patience(text))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{text}: cannot be used as a folder: {_first_line(error)}") from error
+        head, mark, query = text.partition("?")
+        local = Path(root) if isinstance(files, fs.LocalFileSystem) else None
+        return cls(head.rstrip("/") + mark + query, local, files, root.rstrip("/"))
+
+    def __truediv__(self, name: str) -> Place:
+        head, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        local = None if self.path is None else self.path / name
+        return Place(f"{head}/{name}{mark}{query}", local, self._files, f"{self._root}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def read(self) -> bytes | None:
+        """The content of the file; None if there is no file."""
+        try:
+            with self._named("read"), self._files.open_input_stream(self._root) as stream:
+                content: bytes = stream.read()
+                return content
+        except FileNotFoundError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        """Make the file hold `content`: whole or as it was, even after a crash. Makes the folders above it."""
+        if self.path is not None:
+            _write_durably(self.path, content)
+            return
+        with self._named("write"):
+            self._make_parent()
+            with self._files.open_output_stream(self._root) as stream:  # appears when the stream is closed, not before
+                stream.write(content)
+
+    def is_file(self) -> bool:
+        """Whether there is a file here."""
+        return self._kind() == fs.FileType.File
+
+    def names(self, *, folders: bool = False) -> list[str]:
+        """Sorted names of the files in this folder, or of the folders in it."""
+        kind = fs.FileType.Directory if folders else fs.FileType.File
+        return sorted(entry.base_name for entry in self._list(recursive=False) if entry.type == kind)
+
+    def walk(self) -> dict[str, Entry]:
+        """All files below this folder by their names relative to it, such as `fits/hard/000.json`."""
+        return {
+            entry.path[len(self._root) + 1 :]: Entry(entry.size, (entry.mtime_ns or 0) / 1e9)
+            for entry in self._list(recursive=True)
+            if entry.type == fs.FileType.File
+        }
+
+    def delete(self) -> None:
+        """Remove the file, or the folder with what it holds; nothing happens if there is neither."""
+        with self._named("remove"):
+            kind = self._kind()
+            if kind == fs.FileType.Directory:
+                self._files.delete_dir(self._root)
+            elif kind == fs.FileType.File:
+                self._files.delete_file(self._root)
+
+    def pull(self, to: Path) -> None:
+        """Copy the file to `to` on this machine, whole or not at all. Raises FileNotFoundError if it is not there."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        partial = to.with_name(f".{to.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file, self._named("read"), self._files.open_input_stream(self._root) as stream:
+                shutil.copyfileobj(stream, file, CHUNK_BYTES)
+            partial.replace(to)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def push(self, source: Path) -> None:
+        """Copy the file `source` of this machine here."""
+        if self.path is not None:
+            Place.at(source).pull(self.path)
+            return
+        with source.open("rb") as file, self._named("write"):
+            self._make_parent()
+            with self._files.open_output_stream(self._root) as stream:
+                shutil.copyfileobj(file, stream, CHUNK_BYTES)
+
+    def _kind(self) -> Any:
+        with self._named("read"):
+            return self._files.get_file_info(self._root).type
+
+    def _list(self, *, recursive: bool) -> list[Any]:
+        with self._named("read"):
+            selector = fs.FileSelector(self._root, recursive=recursive, allow_not_found=True)
+            found: list[Any] = self._files.get_file_info(selector)
+            return found
+
+    def _make_parent(self) -> None:
+        if self._files.type_name not in FLAT:
+            self._files.create_dir(self._root.rpartition("/")[0], recursive=True)
+
+    @contextmanager
+    def _named(self, doing: str) -> Iterator[None]:
+        """Errors of a remote filesystem in one form; of this machine's disk, as they are."""
+        try:
+            yield
+        except OSError as error:
+            if self.path is not None or error.errno is not None:
+                raise
+            raise OSError(errno.EIO, f"cannot {doing} it: {_first_line(error)}", self.uri) from error
+
+
+def _with_patience(uri: str) -> str:
+    """Without credentials or network, Google's client would try for 15 minutes before it says so."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write beside the place, force it to the disk, rename: after a crash the file is there whole, or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # writing, unlike opening, does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
