@@ -7,25 +7,20 @@ own persistence, loggers, retries and signal handling are switched off.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import ray
 from ray import tune
-from ray._private import worker as ray_worker
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.errors import UserError
+from softseg_dist.search.cluster import bundle_of, places_for, quiet, ray_at
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.searcher import StudySearcher
@@ -34,19 +29,6 @@ from softseg_dist.search.tracking import Tracker
 from softseg_dist.search.worker import Ending, Fit, StopFile, run_fit
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.training.task import FitTask
-
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
-    "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep what the fit has freed
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # the ledger is the state
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-}
-OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 
 
 def run_search(
@@ -97,7 +79,7 @@ def run_search(
         try:
             session.start()
             if not session.ended:
-                with _quiet(), _ray(address), _signals(session):  # Ray sets a SIGTERM handler of its own
+                with quiet(), ray_at(address), _signals(session):  # Ray sets a SIGTERM handler of its own
                     _tune(session, fit, resources, ledger, study_source)
         except KeyboardInterrupt:
             session.interrupted = True
@@ -111,9 +93,9 @@ def run_search(
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
-    bundle = _bundle(resources)
+    bundle = bundle_of(resources)
     device = "cuda" if "GPU" in bundle else "cpu"
-    places = _places(bundle)
+    places = places_for(bundle, resources)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         return run_fit(config, fit, source, device, tune.report)
@@ -209,60 +191,6 @@ class _TuneSearcher(_Shared, Searcher):
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """The ledger is the state."""
-
-
-def _bundle(resources: Resources) -> dict[str, float]:
-    """What one fit holds. Where the study does not say, a fit gets one GPU if there is any."""
-    gpus = resources.gpus_per_fit
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) > 0 else 0.0
-    return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
-
-
-def _places(bundle: Mapping[str, float]) -> int:
-    """How many fits the cluster can hold at once. Raises UserError if it cannot hold one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in bundle.items())) for node in nodes)
-    if places == 0:
-        largest = " and ".join(f"{max((n.get(kind, 0.0) for n in nodes), default=0):g} {kind}s" for kind in bundle)
-        wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
-        raise UserError(
-            f"one fit needs {wanted} on one machine, but the most that one has is {largest}; "
-            "lower cpus_per_fit of the study's resources, or --gpus-per-fit"
-        )
-    return places
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A Ray to run on: the one that runs in this process already, that at `address`, or a new one on this machine."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        yield
-        return
-    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(**({"address": address} if address else local), logging_level=logging.CRITICAL, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing of Ray's on the terminal: what matters of it reaches people through the session's notes."""
-    logger = logging.getLogger("ray")
-    level, shown = logger.level, ray_worker._worker_logs_enabled
-    logger.setLevel(logging.CRITICAL + 1)
-    ray_worker._worker_logs_enabled = False  # else the death of a worker is told on stdout, amid --json
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"ray\..*")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            ray_worker._worker_logs_enabled = shown
 
 
 @contextmanager

@@ -18,9 +18,10 @@ import ray
 from record import record
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
+from softseg_dist.search.cluster import ENVIRONMENT
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import PlainLines
-from softseg_dist.search.run import ENVIRONMENT, run_search
+from softseg_dist.search.run import run_search
 from softseg_dist.search.tracking import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Worker
 

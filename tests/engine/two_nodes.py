@@ -14,8 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from softseg_dist.errors import UserError
+from softseg_dist.search.cluster import ENVIRONMENT
 from softseg_dist.search.reach import check_reach
-from softseg_dist.search.run import ENVIRONMENT
 
 if __name__ == "__main__":
     here, there, folders = sys.argv[1:]

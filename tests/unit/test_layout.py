@@ -46,7 +46,7 @@ OWNERS = {
     "pyarrow.fs": ("places.py",),
     "pyarrow.ipc": ("data/store.py",),
     "optuna": ("search/searcher.py",),
-    "ray": ("search/run.py", "search/reach.py"),
+    "ray": ("search/run.py", "search/cluster.py", "search/reach.py", "search/submit.py", "training/workers.py"),
     "mlflow": ("search/tracking_server.py",),
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
