@@ -75,9 +75,12 @@ def run(
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
     ] = None,
+    workers_per_fit: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share every batch of a fit; changes no result")
+    ] = None,
     gpus_per_fit: Annotated[
         float | None,
-        typer.Option(min=0, help="GPUs of one fit, 0.25 shares one among four; default: 1 if there is any"),
+        typer.Option(min=0, help="GPUs of each worker, 0.25 shares one among four; default: 1 if there is any"),
     ] = None,
     tracking_uri: Annotated[
         str | None,
@@ -91,7 +94,14 @@ def run(
     from softseg_dist.search.live import progress_for
 
     options = RunOptions(
-        data_root, out, stores, max_concurrent, gpus_per_fit, tracking_uri, command=" ".join(["softseg", *sys.argv[1:]])
+        data_root=data_root,
+        out=out,
+        stores=stores,
+        max_concurrent=max_concurrent,
+        workers_per_fit=workers_per_fit,
+        gpus_per_fit=gpus_per_fit,
+        tracking_uri=tracking_uri,
+        command=" ".join(["softseg", *sys.argv[1:]]),
     )
     finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
     outcome = finished.outcome

@@ -72,6 +72,7 @@ class RunOptions:
     out: str | Path = "runs"
     stores: str | Path = "stores"
     max_concurrent: int | None = None
+    workers_per_fit: int | None = None
     gpus_per_fit: float | None = None
     tracking_uri: str | None = None
     command: str = ""
@@ -185,8 +186,8 @@ def _search(
     options: RunOptions,
     progress: Progress,
 ) -> Outcome:
-    changes = {"max_concurrent": options.max_concurrent, "gpus_per_fit": options.gpus_per_fit}
-    resources = file.study.resources.replace(**{name: value for name, value in changes.items() if value is not None})
+    named = {name: getattr(options, name) for name in ("max_concurrent", "workers_per_fit", "gpus_per_fit")}
+    resources = file.study.resources.replace(**{name: value for name, value in named.items() if value is not None})
     return run_search(
         file.study,
         splits,

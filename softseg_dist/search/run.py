@@ -23,12 +23,16 @@ from softseg_dist.data.splits import Split
 from softseg_dist.search.cluster import bundle_of, places_for, quiet, ray_at
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
+from softseg_dist.search.orphans import Orphans, wait_until_free
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.tracking import Tracker
 from softseg_dist.search.worker import Ending, Fit, StopFile, run_fit
 from softseg_dist.study import Recipe, Resources, Study
-from softseg_dist.training.task import FitTask
+from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.workers import LostJob, Report, lane_of_process
+
+LANE_HOLDER = {"node:__internal_head__": 0.001}  # a trial whose fit runs elsewhere must not hold what its workers need
 
 
 def run_search(
@@ -93,15 +97,25 @@ def run_search(
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
-    bundle = bundle_of(resources)
+    bundle, workers = bundle_of(resources), resources.workers_per_fit
     device = "cuda" if "GPU" in bundle else "cpu"
     places = places_for(bundle, resources)
+    lanes = str(ledger.place / ".tune")
+
+    def run_here(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
+        return run_fit(config, fit, source, worker, report)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
-        return run_fit(config, fit, source, device, tune.report)
+        if workers == 1:
+            return run_here(config, Worker(device=device), tune.report)
+        try:
+            answer: dict[str, str] = lane_of_process(run_here, workers, bundle, lanes).run(config, tune.report)
+        except LostJob as lost:  # as a value: Train is starting the workers again, which this process must live to see
+            return {"ending": json.dumps(Ending(kind="lost", text=str(lost)).model_dump(mode="json"))}
+        return answer
 
     tune.Tuner(
-        tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle])),
+        tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if workers == 1 else LANE_HOLDER])),
         tune_config=tune.TuneConfig(
             search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
             num_samples=-1,
@@ -114,10 +128,12 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
             storage_path=str(ledger.working),  # on this machine: nothing of Tune's is kept
             name=".tune",
             verbose=0,
-            callbacks=[_TuneErrors(session)],
+            callbacks=[_TuneErrors(session)] if workers == 1 else [_TuneErrors(session), _Sweeper()],
             failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
         ),
     ).fit()
+    if workers > 1:
+        wait_until_free()
 
 
 def _trial_name(trial: Any) -> str:
@@ -145,6 +161,16 @@ class _TuneErrors(_Shared, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._session.ended_as(trial.trial_id, None, _cause(str(trial.get_error())))
+
+
+class _Sweeper(_Shared, tune.Callback):
+    """Frees, between two steps of Tune, what lanes have left behind that were killed."""
+
+    def __init__(self) -> None:
+        self._orphans = Orphans()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._orphans.sweep()
 
 
 def _cause(text: str) -> str:

@@ -92,6 +92,8 @@ class Session:
         task = self._running.pop(fit_id)
         if ending is None:
             self._lost(task, reason_of(task, cause))
+        elif ending.kind == "lost":
+            self._lost(task, reason_of(task, ending.text))
         elif ending.kind == "user_error":
             self.searcher.interrupt(task)
             self._gone(task, "FAILED")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,9 +33,9 @@ Fit = Callable[[FitTask, Worker], FitResult]
 
 
 class Ending(Frozen):
-    """How a fit ended in its process: with a result, asked to stop, or on a mistake of the user's."""
+    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with one of its several workers."""
 
-    kind: Literal["result", "interrupted", "user_error"]
+    kind: Literal["result", "interrupted", "user_error", "lost"]
     result: FitResult | None = None
     text: str = ""
 
@@ -70,12 +71,12 @@ def run_fit(
     config: dict[str, Any],
     fit: Fit,
     source: tuple[str, str] | None,
-    device: str,
+    worker: Worker,
     report: Callable[[dict[str, str]], None],
 ) -> dict[str, str]:
     """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
 
-    `source` is stem and text of the study file, whose classes the task's JSON may name.
+    `source` is stem and text of the study file, whose classes the task's JSON may name. Each of several workers calls this.
     """
     if source is not None:
         load_source(*source)
@@ -85,15 +86,19 @@ def run_fit(
     def tell(metrics: dict[str, float]) -> None:
         report({"epoch": json.dumps(metrics)})
 
-    ending = (
-        Ending(kind="interrupted") if stop() else _guarded(task, fit, Worker(device=device, report=tell, stop=stop))
-    )
+    if worker.share(stop() if worker.leads else False):
+        ending = Ending(kind="interrupted")
+    else:
+        ending = _guarded(task, fit, replace(worker, report=tell, stop=stop))
     return {"ending": json.dumps(ending.model_dump(mode="json"))}
 
 
 def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
     try:
         local_store(task.store)  # a node fetches it once, outside of any fit's time limit
+        if not worker.leads:
+            with tempfile.TemporaryDirectory() as scratch:  # the fit's own folder belongs to rank 0
+                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker))
         with mirrored(task) as (here, saved):
             return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))
     except Interrupted:

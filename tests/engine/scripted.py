@@ -53,6 +53,13 @@ def score_of(task: FitTask) -> float:
 
 
 def scripted_fit(task: FitTask, worker: Worker) -> FitResult:
+    """What rank 0 does with the script, on all workers."""
+    result = worker.share(_scripted(task, worker) if worker.leads else None)
+    assert result is not None
+    return result
+
+
+def _scripted(task: FitTask, worker: Worker) -> FitResult:
     """Count the start, report some epochs, and do what the script says in the middle of it."""
     folder, run = Path(task.folder), Path(task.folder).parents[2]
     script = json.loads((run / "faults.json").read_text()) if (run / "faults.json").exists() else {}

@@ -1,0 +1,222 @@
+"""Lanes: groups of workers that stay alive and run one job after the other, each job on all of them at once.
+
+A lane is a Ray Train group (`TorchTrainer`) whose workers wait for jobs in a loop: starting the group takes seconds, a further job
+milliseconds. A job that loses a worker, or fails in a way that leaves the others waiting, is lost; Train then starts the group
+again, and the lane takes the next job. Nothing here knows what a job is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch import distributed
+
+from softseg_dist.training.task import Worker
+
+WAIT_S = 5.0  # a question to the mailbox is answered after this long at the latest, and then asked again
+BROKEN = (
+    "Connection closed",
+    "Connection reset",
+    "connection lost",
+    "NCCL",
+    "gloo",
+)  # what others see of a worker's death
+
+Report = Callable[[dict[str, str]], None]
+Run = Callable[[Any, Worker, Report], Any]
+"""(message, worker, report) -> answer: a job, run by all workers of a lane with the same message; rank 0's answer counts."""
+
+
+class LostJob(Exception):
+    """A job that has no answer, as a worker died or raised; the text says what is known."""
+
+
+@dataclass
+class _Job:
+    number: int = 0
+    message: Any = None
+    taken: bool = True
+    reports: list[dict[str, str]] = field(default_factory=list)
+    answer: Any = None
+    lost: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.answer is not None or self.lost is not None
+
+
+class Mailbox:
+    """One job at a time, between who gives it and rank 0 of the group. An actor."""
+
+    def __init__(self) -> None:
+        self._job = _Job()
+        self._changed = asyncio.Condition()
+        self._closed = False
+
+    async def put(self, message: Any) -> None:
+        """Give a job; the former one has ended."""
+        async with self._changed:
+            self._job = _Job(self._job.number + 1, message, taken=False)
+            self._changed.notify_all()
+
+    async def take(self) -> tuple[int, Any] | None:
+        """The next job with its number, for rank 0; None to ask again. A job that was taken before died with its group."""
+        async with self._changed:
+            if self._job.taken and not self._job.ended and self._job.number:
+                self._job.lost = "one of its workers died (killed, out of memory, or its machine was lost)"
+                self._changed.notify_all()
+            await self._until(lambda: self._closed or not self._job.taken)
+            if self._closed:
+                return 0, None
+            if self._job.taken:
+                return None
+            self._job.taken = True
+            return self._job.number, self._job.message
+
+    async def tell(self, number: int, report: dict[str, str]) -> None:
+        """Pass on a report."""
+        await self._change(number, lambda job: job.reports.append(report))
+
+    async def answer(self, number: int, answer: Any) -> None:
+        """The job has ended."""
+        await self._change(number, lambda job: setattr(job, "answer", answer))
+
+    async def lose(self, number: int, reason: str) -> None:
+        """The job will never be answered. The first reason counts."""
+        await self._change(number, lambda job: setattr(job, "lost", job.lost or reason))
+
+    async def news(self) -> tuple[list[dict[str, str]], Any, str | None]:
+        """Reports that nobody has had yet, the answer, the reason why there is none; waits for one of them."""
+        async with self._changed:
+            await self._until(lambda: bool(self._job.reports) or self._job.ended)
+            reports, self._job.reports = self._job.reports, []
+            return reports, self._job.answer, self._job.lost
+
+    async def close(self) -> None:
+        """Let the group end."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def _change(self, number: int, change: Callable[[_Job], None]) -> None:
+        async with self._changed:
+            if number == self._job.number and not self._job.ended:  # else it comes from a job that was given up
+                change(self._job)
+                self._changed.notify_all()
+
+    async def _until(self, predicate: Callable[[], bool]) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait_for(predicate), WAIT_S)
+        except TimeoutError:
+            return
+
+
+class Lane:
+    """A group of `num_workers`, each with `resources` ({"CPU": 1, "GPU": 1}), that runs `run` for every job it is given.
+
+    `storage` is a path or URI that all nodes can write; Train keeps a file or two there. One thread at a time may use a lane.
+    """
+
+    def __init__(self, run: Run, num_workers: int, resources: dict[str, float], storage: str) -> None:
+        self._mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+        gpus = resources.get("GPU", 0.0) > 0
+        trainer = TorchTrainer(
+            _wait_for_jobs,
+            train_loop_config={"mailbox": self._mailbox, "run": run},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=num_workers, use_gpu=gpus, resources_per_worker=resources, placement_strategy="PACK"
+            ),
+            run_config=train.RunConfig(
+                name=f"lane-{uuid.uuid4().hex[:12]}",
+                storage_path=storage,
+                failure_config=train.FailureConfig(
+                    max_failures=-1
+                ),  # a lost job is told to who gave it: that one counts
+            ),
+        )
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, args=(trainer,), name="lane", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Can it take a job?"""
+        return self._thread.is_alive()
+
+    def run(self, message: Any, report: Report) -> Any:
+        """Run a job on all workers and return the answer of rank 0. Raises LostJob if there will be none."""
+        ray.get(self._mailbox.put.remote(message))
+        while True:
+            reports, answer, lost = ray.get(self._mailbox.news.remote())
+            for told in reports:
+                report(told)
+            if answer is not None:
+                return answer
+            if lost is not None:
+                raise LostJob(lost)
+            if not self.alive:
+                raise LostJob(f"its group of workers could not be started: {self._error}")
+
+    def close(self) -> None:
+        """Let the workers go and wait until they have gone."""
+        ray.get(self._mailbox.close.remote())
+        self._thread.join()
+
+    def _serve(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 - `run` says it, in the thread that waits for an answer
+            self._error = error
+
+
+_LANES: dict[tuple[int, str, str], Lane] = {}
+
+
+def lane_of_process(run: Run, num_workers: int, resources: dict[str, float], storage: str) -> Lane:
+    """The lane of this process, started when it is first asked for. `run` must be the same every time."""
+    key = num_workers, str(sorted(resources.items())), storage
+    if key not in _LANES or not _LANES[key].alive:
+        _LANES[key] = Lane(run, num_workers, resources, storage)
+    return _LANES[key]
+
+
+def _wait_for_jobs(config: dict[str, Any]) -> None:
+    """What every worker of a lane does. An exception here makes Train start the group again."""
+    mailbox, run = config["mailbox"], config["run"]
+    context = train.get_context()
+    device = get_device()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    while True:
+        told = [ray.get(mailbox.take.remote()) if rank == 0 else None]
+        distributed.broadcast_object_list(told, src=0)
+        if told[0] is None:
+            continue
+        number, message = told[0]
+        if number == 0:
+            return
+
+        def tell(report: dict[str, str], number: int = number) -> None:
+            mailbox.tell.remote(number, report)
+
+        worker = Worker(device=str(device), rank=rank, num_workers=num_workers)
+        try:
+            answer = run(message, worker, tell)
+        except Exception as error:
+            ray.get(mailbox.lose.remote(number, _in_words(error)))
+            raise
+        if rank == 0:
+            ray.get(mailbox.answer.remote(number, answer))
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return "one of its workers died (killed, or out of memory)" if any(sign in text for sign in BROKEN) else text
