@@ -20,9 +20,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.cluster import bundle_of, places_for, quiet, ray_at
+from softseg_dist.search.cluster import bundle_of, fits_at_once, quiet, ray_at, wait_for_room
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
+from softseg_dist.search.reach import check_package, check_reach
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.tracking import Tracker
@@ -43,11 +44,13 @@ def run_search(
     progress: Progress,
     address: str | None = None,
     study_source: tuple[str, str] | None = None,
+    max_wait_s: float | None = None,
 ) -> Outcome:
     """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
 
     `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
-    it Ray is started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers
+    it Ray is started on this machine, and stopped at the end. Where there is no room for one fit, machines are waited for up to
+    `max_wait_s` (see `wait_for_room`). `study_source` is stem and text of the study file, for workers
     that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
     stops at once.
 
@@ -80,7 +83,12 @@ def run_search(
             session.start()
             if not session.ended:
                 with quiet(), ray_at(address), _signals(session):  # Ray sets a SIGTERM handler of its own
-                    _tune(session, fit, resources, ledger, study_source)
+                    wait_for_room(resources, max_wait_s, progress.note, lambda: session.interrupted)
+                    if address is not None:
+                        check_package()
+                        check_reach({"--out": ledger.folder, "--stores": str(store).rpartition("/")[0]})
+                    if not session.interrupted:
+                        _tune(session, fit, resources, ledger, study_source)
         except KeyboardInterrupt:
             session.interrupted = True
         finally:
@@ -95,7 +103,6 @@ def run_search(
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
     bundle = bundle_of(resources)
     device = "cuda" if "GPU" in bundle else "cpu"
-    places = places_for(bundle, resources)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         return run_fit(config, fit, source, device, tune.report)
@@ -105,7 +112,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
         tune_config=tune.TuneConfig(
             search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
             num_samples=-1,
-            max_concurrent_trials=min(places, resources.max_concurrent or places),
+            max_concurrent_trials=fits_at_once(resources),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
