@@ -45,6 +45,14 @@ DataRoot = Annotated[
 ]
 Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
+MaxWait = Annotated[
+    float | None,
+    typer.Option(
+        "--max-wait",
+        min=0,
+        help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 
 
@@ -86,6 +94,11 @@ def run(
         str | None,
         typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here"),
+    ] = None,
+    max_wait: MaxWait = None,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,6 +115,8 @@ def run(
         gpus_per_fit=gpus_per_fit,
         tracking_uri=tracking_uri,
         command=" ".join(["softseg", *sys.argv[1:]]),
+        address=address,
+        max_wait_s=max_wait,
     )
     finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
     outcome = finished.outcome

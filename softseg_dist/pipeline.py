@@ -22,6 +22,7 @@ from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import summary_json, write_report
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
+from softseg_dist.search.cluster import check_submitter
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.run import run_search
@@ -76,6 +77,8 @@ class RunOptions:
     gpus_per_fit: float | None = None
     tracking_uri: str | None = None
     command: str = ""
+    address: str | None = None
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
+    check_submitter()
     study, run = file.study, Place.at(options.out) / file.study.name
     prepared = prepare(study, options.data_root, options.stores, progress)
     splits = study.splits.make(prepared.sites, study.seed)
@@ -198,7 +202,9 @@ def _search(
         resources,
         tracker,
         progress,
+        address=options.address,
         study_source=(file.stem, file.text),
+        max_wait_s=options.max_wait_s,
     )
 
 

@@ -1,15 +1,29 @@
-"""The Ray that fits run on: start one on this machine or connect to a cluster, and find out how many fits it holds at once."""
+"""The Ray that fits run on: start one on this machine or connect to a cluster, and wait until it can hold a fit.
+
+softseg run STUDY --address auto        # on a machine of the cluster; --address HOST:PORT names the head
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_get
 
 from softseg_dist.errors import UserError
 from softseg_dist.study import Resources
@@ -26,7 +40,34 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+OF_WORKERS = (
+    "MALLOC_ARENA_MAX",
+    "RAY_CHDIR_TO_TRIAL_DIR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+)
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
+CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
+GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
+SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # tells a job the version of softseg_dist that submitted it
+
+TRY = """
+import json, sys, ray
+try:
+    ray.init(address=sys.argv[1], logging_level="CRITICAL", log_to_driver=False)
+    print(json.dumps({"address": ray.get_runtime_context().gcs_address}), flush=True)
+except Exception as error:
+    print(json.dumps({"error": str(error) or type(error).__name__}), flush=True)
+"""
+
+
+def check_submitter() -> None:
+    """Raise UserError in a job whose submitter has another version of this package than the cluster."""
+    theirs, ours = os.environ.get(SUBMITTED_BY), version("softseg_dist")
+    if theirs not in (None, ours):
+        raise UserError(
+            f"submitted by softseg_dist {theirs}, but the cluster has {ours}; install one version in both places"
+        )
 
 
 def bundle_of(resources: Resources) -> dict[str, float]:
@@ -49,6 +90,61 @@ def places_for(bundle: Mapping[str, float], resources: Resources) -> int:
     return places // resources.workers_per_fit
 
 
+def fits_at_once(resources: Resources) -> int:
+    """How many fits to start at a time: what there is room for, and at most what is asked for.
+
+    On a cluster that grows, what is asked for counts alone: a fit that waits for its place is what makes it grow.
+    Raises UserError if there is no room for one.
+    """
+    places = places_for(bundle_of(resources), resources)
+    wanted = resources.max_concurrent or places
+    return wanted if grows() else min(places, wanted)
+
+
+def wait_for_room(
+    resources: Resources, max_wait_s: float | None, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> None:
+    """Return when there is room for one fit, or `stopped`; machines that a growing cluster may add are asked for.
+
+    `max_wait_s`: None waits `GROWING_WAIT_S` where machines can be added, else not at all. `say` hears once what is waited for.
+    Raises UserError, saying what is missing, if it is still missing then.
+    """
+    limit_s = (GROWING_WAIT_S if grows() else 0.0) if max_wait_s is None else max_wait_s
+    deadline_s = time.monotonic() + limit_s
+    asked = False
+    try:
+        while not stopped():
+            bundle = bundle_of(resources)  # anew: whether there is a GPU may be known only now
+            try:
+                places_for(bundle, resources)
+                return
+            except UserError as error:
+                if time.monotonic() >= deadline_s:
+                    waited = f" (waited {limit_s:g} s)" if limit_s else ""
+                    raise UserError(f"{error}{waited}") from None
+                if not asked:
+                    request_resources(bundles=[bundle] * resources.workers_per_fit)
+                    say(f"waiting up to {limit_s:g} s for machines: {error}")
+                    asked = True
+            time.sleep(0.5)
+    finally:
+        if asked:
+            request_resources(bundles=[])
+
+
+def grows() -> bool:
+    """Has the cluster an autoscaler that can add machines?
+
+    Ray runs one everywhere; the first version calls the machines of a cluster without it `node_<id>`, each a type of its own. The
+    second version has to be switched on, which is done for such clusters only.
+    """
+    if is_autoscaler_v2():
+        return True
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not name.startswith("node_") for name in types)
+
+
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
     if places:
@@ -65,18 +161,66 @@ def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Se
 
 @contextmanager
 def ray_at(address: str | None) -> Iterator[None]:
-    """A Ray to run on: the one that runs in this process already, that at `address`, or a new one on this machine."""
+    """A Ray to run on: the one that runs in this process already, that at `address`, or a new one on this machine.
+
+    Raises UserError if there is none at `address`, it wants a token, or it is of another version.
+    """
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if name != "RAY_AUTH_MODE" or not address:  # how a cluster is guarded is for its users to say
+            os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
-    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(**({"address": address} if address else local), logging_level=logging.CRITICAL, log_to_driver=False)
+    if address:
+        found = _reachable(address)
+        known = {name: os.environ[name] for name in OF_WORKERS} | {"RAY_ADDRESS": found}  # there may be other Rays
+        where: dict[str, Any] = {"address": found, "runtime_env": {"env_vars": known}}
+    else:
+        where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reachable(address: str) -> str:
+    """HOST:PORT of the cluster at `address`, from which a process of this machine can connect.
+
+    A process of its own tries it: Ray takes a minute to give up, tells why on stderr only, and may end the process.
+    """
+    said = ""
+    command = [sys.executable, "-c", TRY, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as trying:
+        limit = threading.Timer(CONNECT_S, trying.kill)
+        limit.start()
+        try:
+            assert trying.stdout is not None
+            for said in trying.stdout:
+                if said.startswith('{"') or "InvalidAuthToken" in said or "Failed to connect to GCS" in said:
+                    break
+        finally:
+            limit.cancel()
+            trying.kill()
+    answer = json.loads(said) if said.startswith('{"') else {"error": said.strip()}
+    if "address" in answer:
+        return str(answer["address"])
+    raise UserError(f"--address {address}: {_refusal(' '.join(answer['error'].split()))}")
+
+
+def _refusal(error: str) -> str:
+    """Why a connection failed and what to do, from Ray's words for it."""
+    if "InvalidAuthToken" in error or "authentication" in error.lower():
+        return (
+            "the cluster refuses the token, or there is none; "
+            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
+    if "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
+        return (
+            "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "
+            "cluster; from elsewhere use: softseg submit"
+        )
+    return error
 
 
 @contextmanager

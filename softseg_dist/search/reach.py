@@ -1,10 +1,11 @@
-"""Can every node of a cluster use the folders of a run? Found out before the first fit, by asking the nodes."""
+"""Can every node of a cluster run fits: has it this package, can it use the folders of a run? Found out by asking the nodes."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,36 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
     `folders` maps what a folder is for, in the words of the command line (`--out`), to its path or URI. They are made if they are
     missing. Nothing is asked where there is one node only. A node that joins later is not asked.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    asked = [node for node in alive if node["Resources"].get("CPU", 0) > 0]
-    if len(alive) < 2:
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
+    asked = _nodes_for_fits()
     for purpose, folder in folders.items():
         place = Place.at(folder if "://" in str(folder) else Path(folder).absolute())
         with _token(place) as token:
-            answers = _ask(asked, place, token)
+            answers = _ask(asked, probe, [(str(place), token, f"{token}.{number}") for number in range(len(asked))])
         problems = {name: answer for name, answer in answers.items() if answer}
         if problems:
             raise UserError(_refusal(purpose, folder, problems, len(asked)))
+
+
+def check_package() -> None:
+    """Raise UserError, naming nodes and versions, if a node that runs fits has not this version of this package."""
+    ours = version("softseg_dist")
+
+    def other_version() -> str:  # nested: it travels by value, so that a node without the package can answer
+        try:
+            theirs = version("softseg_dist")
+        except PackageNotFoundError:
+            return "has none"
+        return "" if theirs == ours else f"has {theirs}"
+
+    nodes = _nodes_for_fits()
+    problems = {name: answer for name, answer in _ask(nodes, other_version, [()] * len(nodes)).items() if answer}
+    if problems:
+        raise UserError(
+            f"softseg_dist {ours} must be installed on all nodes of the cluster, but {_shown(problems)}; "
+            "give all nodes one image or environment"
+        )
 
 
 def probe(folder: str, token: str, trace: str) -> str:
@@ -54,14 +74,20 @@ def probe(folder: str, token: str, trace: str) -> str:
     return ""
 
 
-def _ask(nodes: Sequence[Mapping[str, Any]], place: Place, token: str) -> dict[str, str]:
+def _nodes_for_fits() -> list[Mapping[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _ask(
+    nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]
+) -> dict[str, str]:
     """The answer of each node, by its address and the start of its id: several may share a machine."""
     asking = {}
-    for number, node in enumerate(nodes):
+    for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(probe)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question)
         name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-        asking[name] = task.remote(str(place), token, f"{token}.{number}")
+        asking[name] = task.remote(*given)
     return {name: _answer(waiting) for name, waiting in asking.items()}
 
 
@@ -89,9 +115,12 @@ def _token(place: Place) -> Iterator[str]:
 
 
 def _refusal(purpose: str, folder: str | Path, problems: Mapping[str, str], num_nodes: int) -> str:
-    shown = [f"{name} {problem}" for name, problem in list(problems.items())[:SHOWN_NODES]]
-    more = f"; and {len(problems) - SHOWN_NODES} more" if len(problems) > SHOWN_NODES else ""
     return (
-        f"{purpose} {folder}: {len(problems)} of {num_nodes} nodes of the cluster cannot use it: {'; '.join(shown)}{more}. "
+        f"{purpose} {folder}: {len(problems)} of {num_nodes} nodes of the cluster cannot use it: {_shown(problems)}. "
         "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
     )
+
+
+def _shown(problems: Mapping[str, str]) -> str:
+    shown = [f"{name} {problem}" for name, problem in list(problems.items())[:SHOWN_NODES]]
+    return "; ".join(shown) + (f"; and {len(problems) - SHOWN_NODES} more" if len(problems) > SHOWN_NODES else "")

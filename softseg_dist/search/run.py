@@ -20,10 +20,11 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.cluster import bundle_of, places_for, quiet, ray_at
+from softseg_dist.search.cluster import bundle_of, fits_at_once, quiet, ray_at, wait_for_room
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.orphans import Orphans, wait_until_free
+from softseg_dist.search.reach import check_package, check_reach
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.tracking import Tracker
@@ -47,11 +48,13 @@ def run_search(
     progress: Progress,
     address: str | None = None,
     study_source: tuple[str, str] | None = None,
+    max_wait_s: float | None = None,
 ) -> Outcome:
     """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
 
     `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
-    it Ray is started on this machine, and stopped at the end. `study_source` is stem and text of the study file, for workers
+    it Ray is started on this machine, and stopped at the end. Where there is no room for one fit, machines are waited for up to
+    `max_wait_s` (see `wait_for_room`). `study_source` is stem and text of the study file, for workers
     that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
     stops at once.
 
@@ -84,7 +87,12 @@ def run_search(
             session.start()
             if not session.ended:
                 with quiet(), ray_at(address), _signals(session):  # Ray sets a SIGTERM handler of its own
-                    _tune(session, fit, resources, ledger, study_source)
+                    wait_for_room(resources, max_wait_s, progress.note, lambda: session.interrupted)
+                    if address is not None:
+                        check_package()
+                        check_reach({"--out": ledger.folder, "--stores": str(store).rpartition("/")[0]})
+                    if not session.interrupted:
+                        _tune(session, fit, resources, ledger, study_source)
         except KeyboardInterrupt:
             session.interrupted = True
         finally:
@@ -99,7 +107,6 @@ def run_search(
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
     bundle, workers = bundle_of(resources), resources.workers_per_fit
     device = "cuda" if "GPU" in bundle else "cpu"
-    places = places_for(bundle, resources)
     lanes = str(ledger.place / ".tune")
 
     def run_here(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
@@ -119,7 +126,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
         tune_config=tune.TuneConfig(
             search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
             num_samples=-1,
-            max_concurrent_trials=min(places, resources.max_concurrent or places),
+            max_concurrent_trials=fits_at_once(resources),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
