@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
+from softseg_dist.cli_models import predict, refit
+from softseg_dist.cli_options import Address, AsJson, DataRoot, Debug, MaxWait, RunArg, Stores, StudyArg, say
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
+    from softseg_dist.pipeline import Finished
     from softseg_dist.plan import Offer, Plan, Prices
     from softseg_dist.study_file import StudyFile
 
@@ -38,23 +40,6 @@ app = typer.Typer(
 PRICES = Path("cluster/prices.yaml")
 MOST_SHOWN = 24  # cases on the montage of `softseg check`
 
-StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
-RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
-]
-Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
-Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
-MaxWait = Annotated[
-    float | None,
-    typer.Option(
-        "--max-wait",
-        min=0,
-        help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
-
 
 class Exit(StrEnum):
     """Why a run ended, in the words of its last line."""
@@ -62,14 +47,6 @@ class Exit(StrEnum):
     DONE = "done"
     FAILED = "some fits failed"
     INTERRUPTED = "interrupted; the same command goes on"
-
-
-class Device(StrEnum):
-    """Where a model predicts."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 @app.command()
@@ -94,10 +71,7 @@ def run(
         str | None,
         typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here"),
-    ] = None,
+    address: Address = None,
     max_wait: MaxWait = None,
     debug: Debug = False,
     as_json: AsJson = False,
@@ -124,13 +98,10 @@ def run(
         Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
     )
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"end": end.name.lower(), "run": finished.folder, "report": str(finished.report), **vars(outcome)}
-            )
-        )
+        where = {"run": finished.folder, "report": str(finished.report), "model": str(finished.model)}
+        typer.echo(json.dumps({"end": end.name.lower(), **where, **vars(outcome)}))
     else:
-        _say_where(finished.folder, finished.report, finished.tracking_uri, end)
+        _say_where(finished, end)
     raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
 
 
@@ -184,6 +155,10 @@ def report(run: RunArg, as_json: AsJson = False) -> None:
         typer.echo(str(report_run(run)))
 
 
+app.command()(refit)
+app.command()(predict)
+
+
 @app.command()
 def plan(
     study: StudyArg,
@@ -213,61 +188,6 @@ def plan(
         typer.echo(json.dumps(vars(planned) | {"fits": planned.fits, "prices_written": written, "machines": machines}))
     else:
         _print_plan(planned, found, listed, study)
-
-
-@app.command()
-def predict(
-    model: Annotated[
-        Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
-    ],
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)],
-    center_mask: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--center-mask",
-            help="Mask that centres the crop, where the model wants one: once per image, in order",
-            show_default=False,
-        ),
-    ] = None,
-    binary: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RULE|NUMBER",
-            help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one")] = Device.AUTO,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Predict the soft maps of new images with a study's model, on the grids of the images."""
-    from softseg_dist.prediction import predict_images
-
-    paths = [[Path(channel) for channel in image.split(",")] for image in images]
-    predictions = []
-    for done in predict_images(
-        model, paths, out, center_masks=center_mask or (), binary=binary, device=device.value, trust=trust
-    ):
-        predictions.append(done)
-        if done.error:
-            _say("error", done.error)
-        elif done.covered < 1:
-            _say("warning", f"{done.image}: the model's crop covers {done.covered:.1%} of it; the maps are 0 outside")
-        if not as_json:
-            for path in (*done.maps.values(), *done.masks.values()):
-                typer.echo(str(path))
-    if as_json:
-        typer.echo(json.dumps([vars(done) for done in predictions], default=str))
-    raise typer.Exit(2 if any(done.error for done in predictions) else 0)
 
 
 @app.command()
@@ -312,16 +232,19 @@ def _load(path: Path, debug: bool) -> StudyFile:
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
-def _say_where(folder: str, page: Path | None, tracking_uri: str, end: Exit) -> None:
+def _say_where(finished: Finished, end: Exit) -> None:
     typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
-    if page is not None:
+    if finished.report is not None:
+        page = finished.report.resolve().as_uri()
+        typer.echo(f"Report   {finished.report}\n         open it: {_installed('python')} -m webbrowser -t {page}")
+    uri = finished.tracking_uri
+    typer.echo(f"MLflow   {uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {uri}")
+    typer.echo(f"Numbers  {_installed('softseg')} report {finished.folder} --json")
+    if finished.model is not None:
+        model = finished.model
         typer.echo(
-            f"Report   {page}\n         open it: {_installed('python')} -m webbrowser -t {page.resolve().as_uri()}"
+            f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps"
         )
-    typer.echo(
-        f"MLflow   {tracking_uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {tracking_uri}"
-    )
-    typer.echo(f"Numbers  {_installed('softseg')} report {folder} --json")
 
 
 def _installed(command: str) -> str:
@@ -386,14 +309,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    _say("error", message)
+    say("error", message)
     sys.exit(2)
-
-
-def _say(level: Literal["error", "warning"], message: str) -> None:
-    """One line on standard error."""
-    line = Text(f"{level}: ", style={"error": "bold red", "warning": "bold yellow"}[level])
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line.append(message, style="not bold default"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store, shared_store
 from softseg_dist.errors import UserError
+from softseg_dist.final_model import Trained, Where, make_model
 from softseg_dist.places import Place
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import summary_json, write_report
@@ -31,7 +32,7 @@ from softseg_dist.search.session import Outcome
 from softseg_dist.search.spool import SPOOL
 from softseg_dist.search.tracking import Tracker, default_uri, run_id_of, without_password
 from softseg_dist.search.working_copy import WorkingCopy
-from softseg_dist.study import Study
+from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, load_source
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.fit import fit
@@ -63,6 +64,7 @@ REPORTED = (
     "fits/*/*/history.jsonl",
     "fits/*/*/cases.parquet",
 )  # what a report is made of
+MODEL = "model"  # the folder of the winner, trained on all subjects
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left behind. `folder` may be a URI, `report` is on this machine, or None if no fit has finished."""
+    """What a run left behind. `folder` may be a URI.
+
+    `report` is on this machine, or None if no fit has finished; `model` too, or None while fits are left to run.
+    """
 
     folder: str
     outcome: Outcome
     report: Path | None
+    model: Path | None
     tracking_uri: str
 
 
@@ -134,19 +140,28 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
         copy.push("mlflow_run", "run.json", f"{file.stem}.py")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
-        status, page = "FAILED", None
+        status, page, model = "FAILED", None, None
         try:
             outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
             status = "KILLED" if outcome.interrupted else "FINISHED"
             if outcome.finished:
-                page = _collect(copy)
+                page, winner = _collect(copy)
                 for path in sorted(page.parent.iterdir()):
                     tracker.artifact(path, "report")
+                if not (outcome.interrupted or outcome.unfinished):
+                    made = Trained(study, (file.stem, file.text), ledger, prepared.store, prepared.where, copy.folder)
+                    where = Where(_resources(study, options), options.address, options.max_wait_s)
+                    model = make_model(made, winner, copy.folder / MODEL, where, progress)
+                    copy.push(MODEL)
+                    tracker.model(model)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            outcome = replace(outcome, interrupted=True)
         finally:
             for line in tracker.close(status):
                 progress.note(line)
             copy.push(SPOOL, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
-    return Finished(run.uri, outcome, page, tracker.uri)
+    return Finished(run.uri, outcome, page, model, tracker.uri)
 
 
 def _make(folder: Path) -> None:
@@ -160,7 +175,7 @@ def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not; returns its page, which is on this machine."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    page = _report(copy)
+    page, _ = _report(copy)
     copy.push("report")
     return page
 
@@ -172,13 +187,42 @@ def numbers_of(run: str | Path) -> dict[str, Any]:
     return summary_json(copy.folder)
 
 
-def _report(copy: WorkingCopy) -> Path:
+def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progress: Progress) -> Path:
+    """Train a candidate of a run, by default its winner, on all subjects; returns the model's folder.
+
+    That of the winner is `model` in the run folder, that of another candidate `model-<name>`.
+    Raises UserError if the run has no such candidate, or its store is not to be had any more.
+    """
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    _load_own_classes(copy)
+    loaded = load_run(copy.folder)
+    winner = summarise(loaded).winner.name
+    study = Study.model_validate(loaded.study)
+    sources = [(path.stem, path.read_text(encoding="utf-8")) for path in copy.folder.glob("*.py")]
+    where = str(loaded.run["store"])
+    store = Store.open(local_store(where), loaded.run["store_fingerprint"])
+    made = Trained(study, sources[0] if sources else None, Ledger(run), store, where, copy.folder)
+    name = candidate or winner
+    out = MODEL if name == winner else f"{MODEL}-{name}"
+    machines = Where(_resources(study, options), options.address, options.max_wait_s)
+    model = make_model(made, name, copy.folder / out, machines, progress)
+    copy.push(out)
+    return model
+
+
+def _load_own_classes(copy: WorkingCopy) -> None:
     for path in copy.folder.glob("*.py"):  # the study file as it was run: its own classes may be needed to predict
         load_source(path.stem, path.read_text(encoding="utf-8"))
+
+
+def _report(copy: WorkingCopy) -> tuple[Path, str]:
+    """Write the report; returns its page, and the winner."""
+    _load_own_classes(copy)
     run = load_run(copy.folder)
     summary = summarise(run)
     copy.pull(f"fits/{summary.winner.name}/*/best.safetensors")
-    return write_report(copy.folder, choose_overlays(run, summary))
+    return write_report(copy.folder, choose_overlays(run, summary)), summary.winner.name
 
 
 def _search(
@@ -190,8 +234,6 @@ def _search(
     options: RunOptions,
     progress: Progress,
 ) -> Outcome:
-    named = {name: getattr(options, name) for name in ("max_concurrent", "workers_per_fit", "gpus_per_fit")}
-    resources = file.study.resources.replace(**{name: value for name, value in named.items() if value is not None})
     return run_search(
         file.study,
         splits,
@@ -199,7 +241,7 @@ def _search(
         prepared.store.fingerprint,
         ledger,
         fit,
-        resources,
+        _resources(file.study, options),
         tracker,
         progress,
         address=options.address,
@@ -208,8 +250,14 @@ def _search(
     )
 
 
-def _collect(copy: WorkingCopy) -> Path:
-    """Merge the fits' rows into the results table and write the report."""
+def _resources(study: Study, options: RunOptions) -> Resources:
+    """The study's, with what the command line says instead."""
+    named = {name: getattr(options, name) for name in ("max_concurrent", "workers_per_fit", "gpus_per_fit")}
+    return study.resources.replace(**{name: value for name, value in named.items() if value is not None})
+
+
+def _collect(copy: WorkingCopy) -> tuple[Path, str]:
+    """Merge the fits' rows into the results table and write the report; returns its page, and the winner."""
     copy.pull(*REPORTED)
     ended = [
         (result.candidate, f"{result.split:03d}")
@@ -220,9 +268,9 @@ def _collect(copy: WorkingCopy) -> Path:
         [cases_path(copy.folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
         copy.folder / "results.parquet",
     )
-    page = _report(copy)
+    page, winner = _report(copy)
     copy.push("results.parquet", "report")
-    return page
+    return page, winner
 
 
 def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:

@@ -21,12 +21,15 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Split(Frozen):
-    """Who trains, validates and tests. All sessions of one person are in one part."""
+    """Who trains, validates and tests. All sessions of one person are in one part.
+
+    A split of a study has someone in each part. One without validation and test trains a final model on everybody.
+    """
 
     index: int = Field(ge=0)
     train: tuple[str, ...]
-    validation: tuple[str, ...]
-    test: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -39,7 +42,7 @@ class Split(Frozen):
         if len(set(everyone)) < len(everyone):
             twice = sorted({s for s in everyone if everyone.count(s) > 1})
             raise ValueError(f"split {self.index}: a subject must be in one part only, got {', '.join(twice)} in two")
-        if not (self.train and self.validation and self.test):
+        if not self.train or bool(self.validation) != bool(self.test):
             raise ValueError(f"split {self.index}: train, validation and test must each have a subject")
         return self
 

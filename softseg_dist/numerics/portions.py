@@ -24,7 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from softseg_dist.numerics.activations import Stateless
 
 LOW_BITS = 0xFFFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
-SMALL = 20480  # for a single item of up to so many numbers torch takes another algorithm, with other digits
+SMALL = 20480  # numbers: up to so many, torch takes a convolution of one volume for too small for the fast algorithm
 
 Exchange = Callable[[Tensor], Tensor]
 """The sum of a tensor over all workers."""
@@ -145,38 +145,42 @@ class _Conv(_Replacement):
 
 
 class _Convolve(torch.autograd.Function):
+    """Portion by portion also where nothing is summed: how torch computes a convolution depends on the number of items."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Conv) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        y = torch.convolution(_doubled(x, x), weight, bias, *layer.options)
-        return y if len(y) == len(x) else y[: len(x)].clone()
+        cut = [portion for (portion,) in layer.portions.of(x)] or [x]
+        return torch.cat([torch.convolution(_doubled(p, p), weight, bias, *layer.options)[: len(p)] for p in cut])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad_outputs[0]
-        of_portions = [_gradients(layer, *portion, of_input=False) for portion in layer.portions.of(x, grad)]
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        needs_x = ctx.needs_input_grad[0]
+        of_portions = [_gradients(layer, p, g, needs_x=needs_x) for p, g in layer.portions.of(x, grad_outputs[0])]
         layer.portions.add(layer.weight, [of_portion[1] for of_portion in of_portions])
         layer.portions.add(layer.bias, [of_portion[2] for of_portion in of_portions])
-        grad_x = _gradients(layer, x, grad, of_input=True)[0][: len(x)] if ctx.needs_input_grad[0] else None
+        if not needs_x:
+            return None, None, None, None
+        grad_x = torch.cat([of_portion[0] for of_portion in of_portions]) if of_portions else torch.zeros_like(x)
         return grad_x, None, None, None
 
 
-def _gradients(layer: _Conv, x: Tensor, grad: Tensor, *, of_input: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(layer: _Conv, x: Tensor, grad: Tensor, *, needs_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     bias_sizes = None if layer.bias is None else [len(layer.bias)]
-    wanted = [of_input, not of_input, layer.bias is not None and not of_input]
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+    wanted = [needs_x, True, layer.bias is not None]
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
         _doubled(grad, x), _doubled(x, x), layer.weight, bias_sizes, *layer.options, wanted
     )
-    return gradients
+    return of_x[: len(x)] if needs_x else of_x, of_weight, of_bias
 
 
 def _doubled(values: Tensor, x: Tensor) -> Tensor:
-    """`values` with an empty second item if the input `x` is a single small item: torch then computes it as it does in a batch."""
-    if len(x) != 1 or x.shape[1:4].numel() > SMALL:
+    """`values` with an empty second item if the input `x` is one small volume, for which torch would take a slow algorithm."""
+    if len(x) != 1 or x.ndim != 5 or x.shape[1:4].numel() > SMALL:
         return values
-    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return torch.cat([values, torch.zeros_like(values)]).contiguous(memory_format=layout)
+    return torch.cat([values, torch.zeros_like(values)]).contiguous(memory_format=torch.channels_last_3d)
 
 
 class _PortionsBatchNorm(_Replacement):

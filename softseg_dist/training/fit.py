@@ -136,6 +136,8 @@ class Training:
         best = self.progress.best_epoch
         if best == 0:
             return self.describe(state="failed", reason=f"{self.task.objective} is undefined on every validation case")
+        if not self.task.split.validation:
+            return self.describe(state="finished", best_epoch=best)
         weights = self.worker.share(read_weights(weights_path(self.task.folder)) if self.worker.leads else {})
         self.model.load_state_dict(weights)
         outcome = evaluate(self.model, self.task, self.store, self.worker)
@@ -238,16 +240,17 @@ class Training:
 
     def _close_epoch(self) -> None:
         now = self.progress
-        score = validation_score(self.model, self.task, self.store, self.worker)
+        validates = bool(self.task.split.validation)  # else the last epoch counts
+        score = validation_score(self.model, self.task, self.store, self.worker) if validates else math.nan
         now.dead_share = now.dead / len(self.batches.items)
-        if score > now.best_score:
+        if score > now.best_score or not validates:
             now.best_score, now.best_epoch = score, now.epoch + 1
             if self.worker.leads:
                 save_weights(self.model, weights_path(self.task.folder))
         row = {
             "epoch": now.epoch + 1,
             "loss": sum(now.losses) / len(now.losses),
-            self.task.objective: OBJECTIVES[self.task.objective].sign * score,
+            **({self.task.objective: OBJECTIVES[self.task.objective].sign * score} if validates else {}),
             "lr": self._lr((now.epoch + 1) * self.batches.steps_per_epoch - 1),
             "dead_share": now.dead_share,
         }

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -137,7 +138,7 @@ class Lane:
             ),
             run_config=train.RunConfig(
                 name=f"lane-{uuid.uuid4().hex[:12]}",
-                storage_path=storage,
+                storage_path=storage if "://" in storage else str(Path(storage).absolute()),
                 failure_config=train.FailureConfig(
                     max_failures=-1
                 ),  # a lost job is told to who gave it: that one counts
@@ -164,7 +165,7 @@ class Lane:
             if lost is not None:
                 raise LostJob(lost)
             if not self.alive:
-                raise LostJob(f"its group of workers could not be started: {self._error}")
+                raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
 
     def close(self) -> None:
         """Let the workers go and wait until they have gone."""
@@ -215,6 +216,11 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
             raise
         if rank == 0:
             ray.get(mailbox.answer.remote(number, answer))
+
+
+def _last_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def _in_words(error: Exception) -> str:

@@ -33,7 +33,7 @@ from softseg_dist.training.fit import Training, fit
 from softseg_dist.training.task import FitTask, Interrupted, Worker
 
 STEPS = 20
-OPTIM = Optim(lr=1e-3, epochs=9, batch_size=7)  # 24 items: the last batch of an epoch has 3, fewer than workers
+OPTIM = Optim(lr=1e-3, epochs=5, batch_size=22)  # of 24 items: 2 are left for the last batch, for one worker only
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM)
 LOSSES = (AdaptiveWing(), BCE(), Brier(), Dice(), DiceSemimetric())
 ACTIVATIONS = (Sigmoid(), Softmax(), NormReLU(), NormReLU(over="global"), NormReLU(over="running"))

@@ -28,6 +28,7 @@ LAYERS = {
     "prediction": {"errors", "data", "study_file", "training"},
     "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
     "pipeline": {
+        "final_model",
         "errors",
         "frozen",
         "places",
@@ -39,7 +40,10 @@ LAYERS = {
         "search",
         "report",
     },
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "prediction"},
+    "final_model": {"errors", "places", "data", "search", "study", "training"},
+    "cli_options": set(),
+    "cli_models": {"cli_options", "search", "pipeline", "prediction"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "cli_options", "cli_models"},
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),
@@ -58,7 +62,7 @@ OWNERS = {
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "cli_models.py", "cli_options.py"),
     "safetensors": ("training/model.py",),
     "yaml": ("plan.py",),
 }

@@ -1,0 +1,39 @@
+"""What several commands take, and how they complain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
+RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
+]
+Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
+Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
+MaxWait = Annotated[
+    float | None,
+    typer.Option(
+        "--max-wait",
+        min=0,
+        help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here"
+    ),
+]
+
+
+def say(level: Literal["error", "warning"], message: str) -> None:
+    """One line on standard error."""
+    line = Text(f"{level}: ", style={"error": "bold red", "warning": "bold yellow"}[level])
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line.append(message, style="not bold default"))

@@ -1,0 +1,74 @@
+"""Train one candidate on everybody: one fit over all workers that the machine or the cluster has room for, through Ray Train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from softseg_dist.errors import UserError
+from softseg_dist.places import Place
+from softseg_dist.search.cluster import bundle_of, places_for, quiet, ray_at, wait_for_room
+from softseg_dist.search.live import Progress
+from softseg_dist.search.orphans import wait_until_free
+from softseg_dist.search.searcher import MAX_ATTEMPTS
+from softseg_dist.search.worker import Ending, Fit, reason_of, run_fit
+from softseg_dist.study import Resources
+from softseg_dist.training.task import FitResult, FitTask, Worker
+from softseg_dist.training.workers import Lane, LostJob, Report
+
+
+def train_on_all_workers(
+    task: FitTask,
+    fit: Fit,
+    resources: Resources,
+    progress: Progress,
+    address: str | None = None,
+    max_wait_s: float | None = None,
+    source: tuple[str, str] | None = None,
+) -> FitResult:
+    """Run a fit on as many workers as there is room for, but no more than a batch has items; goes on from its checkpoint.
+
+    A lost worker costs what has been trained since the last checkpoint. Arguments are those of `run_search`. Raises UserError if
+    there is no room for one worker, or if the fit is lost again and again.
+    """
+    alone = resources.replace(workers_per_fit=1, max_concurrent=None)
+
+    def run(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
+        return run_fit(config, fit, source, worker, report)
+
+    def tell(report: Mapping[str, str]) -> None:
+        told, epochs = json.loads(report["epoch"]), task.recipe.optim.epochs
+        if told["epoch"] % max(1, epochs // 4) == 0:
+            progress.note(
+                f"{task.candidate} on all subjects: epoch {told['epoch']:g} of {epochs}, loss {told['loss']:.4g}"
+            )
+
+    place = Place.at(task.folder)
+    with quiet(), ray_at(address):
+        wait_for_room(alone, max_wait_s, progress.note, lambda: False)
+        bundle = bundle_of(alone)
+        num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
+        lane = Lane(run, num_workers, bundle, str(place / ".lane"))
+        try:
+            return _answer(lane, task, str(place / ".stop"), tell)
+        finally:
+            lane.close()
+            wait_until_free()
+            (place / ".lane").delete()
+
+
+def _answer(lane: Lane, task: FitTask, stop: str, report: Report) -> FitResult:
+    lost = ""
+    for attempt in range(MAX_ATTEMPTS):
+        message = {"task": json.dumps(task.replace(attempt=attempt).model_dump(mode="json")), "stop": stop}
+        try:
+            ending = Ending.model_validate(json.loads(lane.run(message, report)["ending"]))
+        except LostJob as error:
+            lost = str(error)
+            continue
+        if ending.kind == "user_error":
+            raise UserError(f"{task.key}: {ending.text}")
+        assert ending.result is not None, "nobody writes its stop file"
+        return ending.result
+    raise UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {reason_of(task, lost)}")
