@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.sdk import request_resources
@@ -42,6 +44,7 @@ ENVIRONMENT = {
 OF_WORKERS = ("MALLOC_ARENA_MAX", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
+ANSWER_S = 3.0
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
 SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # tells a job the version of softseg_dist that submitted it
 
@@ -137,6 +140,22 @@ def grows() -> bool:
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
     return any(not name.startswith("node_") for name in types)
+
+
+def node_is_gone(actor: str) -> bool:
+    """Has an actor (its id in hex) lost contact because its machine is gone, and not its process alone?
+
+    Ray itself knows that only after it has missed some signs of life; a machine that is there answers at once.
+    """
+    place = ray_state.actors(actor)["Address"]["NodeID"]
+    node = next((node for node in ray.nodes() if node["NodeID"] == place and node["Alive"]), None)
+    if node is None:
+        return True
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
+            return False
+    except OSError:
+        return True
 
 
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:

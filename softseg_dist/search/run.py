@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.cluster import bundle_of, fits_at_once, quiet, ray_at, wait_for_room
+from softseg_dist.search.cluster import bundle_of, fits_at_once, node_is_gone, quiet, ray_at, wait_for_room
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.reach import check_package, check_reach
@@ -151,13 +151,24 @@ class _TuneErrors(_Shared, tune.Callback):
         self._session = session
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._session.ended_as(trial.trial_id, None, _cause(str(trial.get_error())))
+        path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self._session.ended_as(trial.trial_id, None, _cause(text), node_lost=_node_lost(text))
+
+
+def _node_lost(text: str) -> bool:
+    """Was a fit ended by the loss of its machine, as Ray tells it? A preempted one never comes here: Tune starts it again."""
+    unheard = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)
+    return "its node has died" in text or (unheard is not None and node_is_gone(unheard[1]))
 
 
 def _cause(text: str) -> str:
     """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
     if "low on memory" in text:
-        return "its process was killed because the machine ran low on memory"
+        return (
+            "its process was killed because the machine ran low on memory; "
+            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
+        )
     inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
     return inner[-1] if inner else ""
 
