@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from softseg_dist.cli_submit import MaxWait, submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
@@ -45,14 +46,6 @@ DataRoot = Annotated[
 ]
 Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
-MaxWait = Annotated[
-    float | None,
-    typer.Option(
-        "--max-wait",
-        min=0,
-        help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 
 
@@ -297,6 +290,9 @@ def sync(
             typer.echo(note)
         typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
     raise typer.Exit(1 if synced.waiting or synced.notes else 0)
+
+
+app.command()(submit)
 
 
 def _load(path: Path, debug: bool) -> StudyFile:

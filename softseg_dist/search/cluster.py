@@ -47,6 +47,7 @@ CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
 ANSWER_S = 3.0
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
 SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # tells a job the version of softseg_dist that submitted it
+TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 TRY = """
 import json, sys, ray
@@ -224,10 +225,7 @@ def _reachable(address: str) -> str:
 def _refusal(error: str) -> str:
     """Why a connection failed and what to do, from Ray's words for it."""
     if "InvalidAuthToken" in error or "authentication" in error.lower():
-        return (
-            "the cluster refuses the token, or there is none; "
-            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
+        return TOKEN_WANTED
     if "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
         return (
             "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "

@@ -39,7 +39,8 @@ LAYERS = {
         "search",
         "report",
     },
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "prediction"},
+    "cli_submit": {"study_file", "search"},
+    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "prediction", "cli_submit"},
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),
@@ -51,7 +52,7 @@ OWNERS = {
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "cli_submit.py"),
     "safetensors": ("training/model.py",),
     "yaml": ("plan.py",),
 }
