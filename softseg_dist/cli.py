@@ -21,6 +21,7 @@ from rich.console import Console
 
 from softseg_dist.cli_models import predict, refit
 from softseg_dist.cli_options import Address, AsJson, DataRoot, Debug, MaxWait, RunArg, Stores, StudyArg, say
+from softseg_dist.cli_submit import submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
@@ -221,6 +222,9 @@ def sync(
             typer.echo(note)
         typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
     raise typer.Exit(1 if synced.waiting or synced.notes else 0)
+
+
+app.command()(submit)
 
 
 def _load(path: Path, debug: bool) -> StudyFile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.sdk import request_resources
@@ -48,8 +50,10 @@ OF_WORKERS = (
 )
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
+ANSWER_S = 3.0
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
 SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # tells a job the version of softseg_dist that submitted it
+TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 TRY = """
 import json, sys, ray
@@ -145,6 +149,22 @@ def grows() -> bool:
     return any(not name.startswith("node_") for name in types)
 
 
+def node_is_gone(actor: str) -> bool:
+    """Has an actor (its id in hex) lost contact because its machine is gone, and not its process alone?
+
+    Ray itself knows that only after it has missed some signs of life; a machine that is there answers at once.
+    """
+    place = ray_state.actors(actor)["Address"]["NodeID"]
+    node = next((node for node in ray.nodes() if node["NodeID"] == place and node["Alive"]), None)
+    if node is None:
+        return True
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
+            return False
+    except OSError:
+        return True
+
+
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
     if places:
@@ -211,10 +231,7 @@ def _reachable(address: str) -> str:
 def _refusal(error: str) -> str:
     """Why a connection failed and what to do, from Ray's words for it."""
     if "InvalidAuthToken" in error or "authentication" in error.lower():
-        return (
-            "the cluster refuses the token, or there is none; "
-            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
+        return TOKEN_WANTED
     if "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
         return (
             "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "

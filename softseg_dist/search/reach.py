@@ -82,13 +82,15 @@ def _ask(
     nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]
 ) -> dict[str, str]:
     """The answer of each node, by its address and the start of its id: several may share a machine."""
-    asking = {}
+    asking: dict[str, tuple[str, Any]] = {}
     for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question)
         name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-        asking[name] = task.remote(*given)
-    return {name: _answer(waiting) for name, waiting in asking.items()}
+        asking[name] = node["NodeID"], task.remote(*given)
+    answers = {name: (node, _answer(waiting)) for name, (node, waiting) in asking.items()}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return {name: answer for name, (node, answer) in answers.items() if node in alive}  # one may have gone meanwhile
 
 
 def _answer(waiting: Any) -> str:

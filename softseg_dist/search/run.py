@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.cluster import bundle_of, fits_at_once, quiet, ray_at, wait_for_room
+from softseg_dist.search.cluster import bundle_of, fits_at_once, node_is_gone, quiet, ray_at, wait_for_room
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.orphans import Orphans, wait_until_free
@@ -118,7 +118,8 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
         try:
             answer: dict[str, str] = lane_of_process(run_here, workers, bundle, lanes).run(config, tune.report)
         except LostJob as lost:  # as a value: Train is starting the workers again, which this process must live to see
-            return {"ending": json.dumps(Ending(kind="lost", text=str(lost)).model_dump(mode="json"))}
+            ending = Ending(kind="lost", text=str(lost), node_lost=lost.node_lost)
+            return {"ending": json.dumps(ending.model_dump(mode="json"))}
         return answer
 
     tune.Tuner(
@@ -167,7 +168,15 @@ class _TuneErrors(_Shared, tune.Callback):
         self._session = session
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._session.ended_as(trial.trial_id, None, _cause(str(trial.get_error())))
+        path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self._session.ended_as(trial.trial_id, None, _cause(text), node_lost=_node_lost(text))
+
+
+def _node_lost(text: str) -> bool:
+    """Was a fit ended by the loss of its machine, as Ray tells it? A preempted one never comes here: Tune starts it again."""
+    unheard = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)
+    return "its node has died" in text or (unheard is not None and node_is_gone(unheard[1]))
 
 
 class _Sweeper(_Shared, tune.Callback):
@@ -183,7 +192,10 @@ class _Sweeper(_Shared, tune.Callback):
 def _cause(text: str) -> str:
     """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
     if "low on memory" in text:
-        return "its process was killed because the machine ran low on memory"
+        return (
+            "its process was killed because the machine ran low on memory; "
+            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
+        )
     inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
     return inner[-1] if inner else ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,9 @@ from softseg_dist.study_file import describe
 from softseg_dist.training.task import FitResult, FitTask
 
 MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
+MAX_MOVES = (
+    20  # so often a fit may lose its machine in a session; spot machines come and go, but a fit may also take them down
+)
 PROPOSED = re.compile(r"trial-\d+")
 
 MakeTask = Callable[[str, Recipe, Split, int], FitTask]
@@ -45,6 +48,7 @@ class Candidate:
     running: set[int] = field(default_factory=set)
     results: dict[int, FitResult] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)  # split -> why it was given up in this session
+    moves: Counter[int] = field(default_factory=Counter)  # split -> machines lost in this session
     trial: optuna.Trial | None = None
 
     @property
@@ -119,17 +123,21 @@ class StudySearcher:
         candidate.results[result.split] = result
         self._settle(candidate)
 
-    def lose(self, task: FitTask, reason: str) -> bool:
+    def lose(self, task: FitTask, reason: str, node_lost: bool = False) -> bool:
         """A fit's process died, hung or raised. True: it will be tried again; False: it is given up in this session.
+
+        A fit that went with its machine (`node_lost`) goes on elsewhere: that is no attempt of its own.
 
         What is given up is not recorded in the ledger, so that running the study again tries it again.
         """
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
         given_up = candidate.trial is not None and candidate.failed
-        again = task.attempt + 1 < MAX_ATTEMPTS and not given_up
+        candidate.moves[task.split.index] += node_lost
+        attempt = task.attempt if node_lost else task.attempt + 1
+        again = attempt < MAX_ATTEMPTS and candidate.moves[task.split.index] <= MAX_MOVES and not given_up
         if again:
-            candidate.todo.appendleft((task.split, task.attempt + 1))
+            candidate.todo.appendleft((task.split, attempt))
         else:
             candidate.lost[task.split.index] = reason
         self._settle(candidate)

@@ -87,13 +87,16 @@ class Session:
         if self.tracker is not None:
             self.tracker.epoch(key, metrics)
 
-    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "") -> None:
-        """A fit no longer runs. `ending` is None if its process did not live to say how; `cause` is what the engine knows."""
+    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "", node_lost: bool = False) -> None:
+        """A fit no longer runs. `ending` is None if its process did not live to say how; `cause` is what the engine knows.
+
+        `node_lost`: the process went with its machine, for which the fit is not to blame.
+        """
         task = self._running.pop(fit_id)
         if ending is None:
-            self._lost(task, reason_of(task, cause))
+            self._lost(task, "its machine was lost" if node_lost else reason_of(task, cause), node_lost)
         elif ending.kind == "lost":
-            self._lost(task, reason_of(task, ending.text))
+            self._lost(task, reason_of(task, ending.text), ending.node_lost)
         elif ending.kind == "user_error":
             self.searcher.interrupt(task)
             self._gone(task, "FAILED")
@@ -145,8 +148,8 @@ class Session:
         if self.tracker is not None:
             self.tracker.fit_ended(result)
 
-    def _lost(self, task: FitTask, reason: str) -> None:
-        again = self.searcher.lose(task, reason)
+    def _lost(self, task: FitTask, reason: str, node_lost: bool) -> None:
+        again = self.searcher.lose(task, reason, node_lost)
         what_next = "trying again" if again else "given up; running the study again tries it again"
         self.progress.note(f"{task.key}: {reason}; {what_next}")
         self._gone(task, None if again else "FAILED")

@@ -33,11 +33,15 @@ Fit = Callable[[FitTask, Worker], FitResult]
 
 
 class Ending(Frozen):
-    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with one of its several workers."""
+    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with one of its several workers.
+
+    `node_lost`: that worker went with its machine.
+    """
 
     kind: Literal["result", "interrupted", "user_error", "lost"]
     result: FitResult | None = None
     text: str = ""
+    node_lost: bool = False
 
 
 class StopFile:

@@ -37,7 +37,14 @@ Run = Callable[[Any, Worker, Report], Any]
 
 
 class LostJob(Exception):
-    """A job that has no answer, as a worker died or raised; the text says what is known."""
+    """A job that has no answer, as a worker died or raised; the text says what is known.
+
+    `node_lost`: a machine of the cluster went away meanwhile.
+    """
+
+    def __init__(self, reason: str, node_lost: bool = False) -> None:
+        super().__init__(reason)
+        self.node_lost = node_lost
 
 
 @dataclass
@@ -155,6 +162,7 @@ class Lane:
 
     def run(self, message: Any, report: Report) -> Any:
         """Run a job on all workers and return the answer of rank 0. Raises LostJob if there will be none."""
+        nodes = _nodes()
         ray.get(self._mailbox.put.remote(message))
         while True:
             reports, answer, lost = ray.get(self._mailbox.news.remote())
@@ -163,7 +171,7 @@ class Lane:
             if answer is not None:
                 return answer
             if lost is not None:
-                raise LostJob(lost)
+                raise LostJob(lost, node_lost=not nodes <= _nodes())
             if not self.alive:
                 raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
 
@@ -177,6 +185,10 @@ class Lane:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - `run` says it, in the thread that waits for an answer
             self._error = error
+
+
+def _nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 _LANES: dict[tuple[int, str, str], Lane] = {}

@@ -114,6 +114,8 @@ def run(
     faults: dict[str, Any] | None = None,
     resources: Resources | None = None,
     source: tuple[str, str] | None = None,
+    address: str | None = None,
+    max_wait_s: float | None = None,
 ) -> Outcome:
     """A session of the study in `folder`, with `faults` as its script."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,9 @@ def run(
             resources or Resources(max_concurrent=2),
             tracker,
             progress,
+            address=address,
             study_source=source,
+            max_wait_s=max_wait_s,
         )
 
 
@@ -144,7 +148,8 @@ def starts(folder: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
-    outcome = run(
-        Path(sys.argv[1]), make_study(trials=options.pop("trials", 0)), PlainLines(sys.stdout), faults=options
-    )
+    study = make_study(trials=options.pop("trials", 0))
+    resources = Resources(max_concurrent=2, cpus_per_fit=options.pop("cpus_per_fit", 1))
+    where = {name: options.pop(name, None) for name in ("address", "max_wait_s")}
+    outcome = run(Path(sys.argv[1]), study, PlainLines(sys.stdout), faults=options, resources=resources, **where)
     print(json.dumps(vars(outcome)), flush=True)

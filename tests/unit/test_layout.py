@@ -43,7 +43,19 @@ LAYERS = {
     "final_model": {"errors", "places", "data", "search", "study", "training"},
     "cli_options": set(),
     "cli_models": {"cli_options", "search", "pipeline", "prediction"},
-    "cli": {"errors", "data", "study_file", "search", "report", "pipeline", "plan", "cli_options", "cli_models"},
+    "cli_submit": {"cli_options", "study_file", "search"},
+    "cli": {
+        "errors",
+        "data",
+        "study_file",
+        "search",
+        "report",
+        "pipeline",
+        "plan",
+        "cli_options",
+        "cli_models",
+        "cli_submit",
+    },
 }
 OWNERS = {
     "nibabel": ("data/volume.py",),
@@ -62,7 +74,7 @@ OWNERS = {
     "monai": ("numerics/networks.py",),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
-    "typer": ("cli.py", "cli_models.py", "cli_options.py"),
+    "typer": ("cli.py", "cli_models.py", "cli_options.py", "cli_submit.py"),
     "safetensors": ("training/model.py",),
     "yaml": ("plan.py",),
 }

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from softseg_dist import BCE, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.searcher import StudySearcher, sample_proposals
+from softseg_dist.search.searcher import MAX_MOVES, StudySearcher, sample_proposals
 from softseg_dist.training.task import FitResult, FitTask
 
 BASE = Recipe(optim=Optim(epochs=1))
@@ -177,6 +177,16 @@ def test_a_lost_fit_is_tried_twice_and_again_next_time(tmp_path):
     assert search.candidates["b"].lost == {0: "killed"}
     assert task.key not in [t.key for t in run(search)]
     assert [(t.key, t.attempt) for t in run(searcher(tmp_path, FIXED))] == [(task.key, 0)]
+
+
+def test_a_fit_that_loses_its_machine_goes_on_as_the_same_attempt_but_not_for_ever(tmp_path):
+    search = searcher(tmp_path, FIXED)
+    for _ in range(MAX_MOVES):
+        task = search.next_fit()
+        assert (task.key, task.attempt) == ("b/000", 0)
+        assert search.lose(task, "its machine was lost", node_lost=True) is True
+    assert search.lose(search.next_fit(), "its machine was lost", node_lost=True) is False
+    assert search.candidates["b"].lost == {0: "its machine was lost"}
 
 
 def test_a_proposal_that_lost_a_fit_is_completed_next_time(tmp_path):
