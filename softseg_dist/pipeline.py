@@ -23,7 +23,7 @@ from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import summary_json, write_report
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
-from softseg_dist.search.cluster import check_submitter
+from softseg_dist.search.cluster import check_submitter, one_ray
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.run import run_search
@@ -142,21 +142,19 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
         status, page, model = "FAILED", None, None
         try:
-            outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
-            status = "KILLED" if outcome.interrupted else "FINISHED"
-            if outcome.finished:
-                page, winner = _collect(copy)
-                for path in sorted(page.parent.iterdir()):
-                    tracker.artifact(path, "report")
-                if not (outcome.interrupted or outcome.unfinished):
-                    made = Trained(study, (file.stem, file.text), ledger, prepared.store, prepared.where, copy.folder)
-                    where = Where(_resources(study, options), options.address, options.max_wait_s)
-                    model = make_model(made, winner, copy.folder / MODEL, where, progress)
-                    copy.push(MODEL)
-                    tracker.model(model)
-        except KeyboardInterrupt:
-            status = "KILLED"
-            outcome = replace(outcome, interrupted=True)
+            with one_ray():
+                outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
+                status = "KILLED" if outcome.interrupted else "FINISHED"
+                if outcome.finished:
+                    page, winner = _collect(copy, tracker)
+                    if not (outcome.interrupted or outcome.unfinished):
+                        source = file.stem, file.text
+                        made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
+                        model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
+                        copy.push(MODEL)
+                        tracker.model(model)
+        except KeyboardInterrupt:  # while the model is trained: the next run goes on from its checkpoint
+            status, outcome = "KILLED", replace(outcome, interrupted=True)
         finally:
             for line in tracker.close(status):
                 progress.note(line)
@@ -205,8 +203,7 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     made = Trained(study, sources[0] if sources else None, Ledger(run), store, where, copy.folder)
     name = candidate or winner
     out = MODEL if name == winner else f"{MODEL}-{name}"
-    machines = Where(_resources(study, options), options.address, options.max_wait_s)
-    model = make_model(made, name, copy.folder / out, machines, progress)
+    model = make_model(made, name, copy.folder / out, _machines(study, options), progress)
     copy.push(out)
     return model
 
@@ -256,7 +253,11 @@ def _resources(study: Study, options: RunOptions) -> Resources:
     return study.resources.replace(**{name: value for name, value in named.items() if value is not None})
 
 
-def _collect(copy: WorkingCopy) -> tuple[Path, str]:
+def _machines(study: Study, options: RunOptions) -> Where:
+    return Where(_resources(study, options), options.address, options.max_wait_s)
+
+
+def _collect(copy: WorkingCopy, tracker: Tracker) -> tuple[Path, str]:
     """Merge the fits' rows into the results table and write the report; returns its page, and the winner."""
     copy.pull(*REPORTED)
     ended = [
@@ -270,6 +271,8 @@ def _collect(copy: WorkingCopy) -> tuple[Path, str]:
     )
     page, winner = _report(copy)
     copy.push("results.parquet", "report")
+    for path in sorted(page.parent.iterdir()):
+        tracker.artifact(path, "report")
     return page, winner
 
 

@@ -25,6 +25,7 @@ from softseg_dist.numerics.activations import Stateless
 
 LOW_BITS = 0xFFFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
 SMALL = 20480  # numbers: up to so many, torch takes a convolution of one volume for too small for the fast algorithm
+ALIGNMENT = 64  # bytes: of all memory that torch allocates on a CPU
 
 Exchange = Callable[[Tensor], Tensor]
 """The sum of a tensor over all workers."""
@@ -59,7 +60,7 @@ class Portions:
 
     def of(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The portions of tensors [b ...] that have the same items."""
-        return zip(*(t.split(self.size) if len(t) else () for t in tensors), strict=True)
+        return zip(*([_aligned(p) for p in t.split(self.size)] if len(t) else () for t in tensors), strict=True)
 
     def add(self, parameter: nn.Parameter | None, of_portions: Sequence[Tensor]) -> None:
         """Add the gradients of portions."""
@@ -82,6 +83,11 @@ class Portions:
             return self._sums[parameter]
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return gradient.double()
+
+
+def _aligned(portion: Tensor) -> Tensor:
+    """The portion as it would lie in memory of its own: matrix products depend on that too."""
+    return portion if portion.data_ptr() % ALIGNMENT == 0 else portion.clone()
 
 
 def in_portions(module: nn.Module, portions: Portions) -> None:
@@ -265,7 +271,8 @@ class _PortionsInstanceNorm(_Replacement):
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):
             return x
-        return _Scale.apply(functional.instance_norm(x, eps=self.eps), self.weight, self.bias, self)
+        cut = [functional.instance_norm(portion, eps=self.eps) for (portion,) in self.portions.of(x)]
+        return _Scale.apply(torch.cat(cut), self.weight, self.bias, self)
 
 
 class _Scale(torch.autograd.Function):

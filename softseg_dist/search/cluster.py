@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -198,10 +198,23 @@ def ray_at(address: str | None) -> Iterator[None]:
     else:
         where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
-    try:
+    with ExitStack() as stack:
+        (_HELD[-1] if _HELD else stack).callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
+
+
+_HELD: list[ExitStack] = []
+
+
+@contextmanager
+def one_ray() -> Iterator[None]:
+    """What `ray_at` starts while the block runs stays until its end: what comes next need not start it again."""
+    with ExitStack() as stack:
+        _HELD.append(stack)
+        try:
+            yield
+        finally:
+            _HELD.pop()
 
 
 def _reachable(address: str) -> str:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -68,7 +70,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_what_the_design_promises(done: Path) -> None:
-    for name in ("study.json", "splits.json", "run.json", "results.parquet", "report/index.html", "mlflow.db"):
+    left = ("study.json", "splits.json", "run.json", "results.parquet", "report/index.html", "mlflow.db")
+    for name in (*left, "model/model.json", "model/model.safetensors"):
         assert (done / name).is_file(), name
     fit = done / "fits" / "hard" / "000"
     assert fit.with_suffix(".json").is_file()
@@ -83,6 +86,39 @@ def test_running_again_runs_nothing_and_changes_nothing(done: Path) -> None:
     again = softseg("run", done.parents[1] / "tiny.py", "--json", cwd=done.parents[1])
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (done / "fits").rglob("*") if path.is_file()} == before
+
+
+def test_two_workers_per_fit_give_the_same_table_to_the_last_digit(done: Path, tmp_path: Path) -> None:
+    ran = softseg("run", write(tmp_path, STUDY), "--workers-per-fit", 2, "--json", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    pd.testing.assert_frame_equal(table(tmp_path / "runs" / "tiny"), table(done), check_exact=True)
+    of_fit = json.loads((tmp_path / "runs/tiny/fits/hard/000.json").read_text())
+    assert of_fit["num_workers"] == 2
+
+
+def test_any_candidate_is_trained_on_everybody_and_predicts_on_the_grid_of_an_image(done: Path, tmp_path: Path) -> None:
+    refused = softseg("refit", done, "--candidate", "nobody", cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+    assert "has no candidate 'nobody'; there are hard, soft" in refused.stderr
+
+    names = {"hard", "soft"} - {json.loads((done / "model/model.json").read_text())["candidate"]}
+    name = sorted(names)[0]
+    ran = softseg("refit", done, "--candidate", name, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    model = Path(ran.stdout.splitlines()[-1])
+    card = json.loads((model / "model.json").read_text())
+    assert (model.name, card["candidate"], card["num_subjects"]) == (f"model-{name}", name, 6)
+
+    affine = np.diag([-2.0, 3.0, 4.0, 1.0])
+    voxels = np.random.default_rng(0).normal(size=(24, 24, 3)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "new.nii.gz")
+    predicted = softseg("predict", model, tmp_path / "new.nii.gz", "--out", tmp_path / "maps", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    soft = nib.load(predicted.stdout.splitlines()[0])
+    assert soft.shape == voxels.shape
+    assert np.array_equal(soft.affine, affine)
+    assert soft.get_data_dtype() == np.float32
+    assert 0 <= soft.get_fdata().min() < soft.get_fdata().max() <= 1
 
 
 def test_report_prints_the_numbers_of_the_page(done: Path) -> None:
