@@ -1,28 +1,92 @@
-"""A program: a cluster of several raylets on this machine, which grows and shrinks as it is told.
+"""A program: a cluster of several raylets on this machine, which grows and shrinks as it is told, or by itself.
 
 Prints {"address": HOST:PORT, "dashboard": URL} of a head with one CPU. Then every line on its standard input is an order,
-answered by one line when it is done: `add N` starts a node of N CPUs, `kill` takes the last one away as a power cut would.
-Ends with its input.
+answered by one line when it is done: `add N` starts a node of N CPUs, `kill` takes the last one away as a power cut would,
+`alone` waits until the head is the only node. Ends with its input.
+
+`python raylets.py grow`: a head without CPUs, and Ray's autoscaler with its fake cloud, which adds up to two nodes of one CPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
 
+import psutil
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private.services import get_node_ip_address
+from ray._raylet import GcsClient
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
 
 SMALL = {"object_store_memory": 100 * 2**20}
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+
+
+def growing_head() -> dict[str, Any]:
+    """Arguments of a head whose autoscaler starts nodes on this machine and ends them after some idle seconds."""
+    os.environ |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    flags = dict.fromkeys(("disable_launch_config_check", "disable_node_updaters", "use_node_id_as_ip"), True)
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    worker = {"resources": {"CPU": 1} | SMALL, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    config = {
+        "cluster_name": "fake",
+        "provider": {"type": "fake_multinode", "gcs_address": f"{get_node_ip_address()}:{port}", **flags},
+        "available_node_types": {"ray.head.default": head, "worker": worker},
+        "head_node_type": "ray.head.default",
+        "max_workers": 2,
+        "idle_timeout_minutes": 0.1,
+        "upscaling_speed": 1.0,
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in COMMANDS},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        json.dump(config, file)
+    named = {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
+    return {"num_cpus": 0, "gcs_server_port": port, "autoscaling_config": file.name, "env_vars": named}
+
+
+def wait_until(happened: Any, limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
 
 if __name__ == "__main__":
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    cluster = Cluster(initialize_head=True, head_node_args=head | SMALL)
+    grows = sys.argv[1:] == ["grow"]
+    head = growing_head() if grows else {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head | SMALL | {"dashboard_agent_listen_port": 0})
+    if grows:  # the autoscaler is at work
+        client = GcsClient(address=cluster.address)
+        wait_until(lambda: client.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None))
     print(json.dumps({"address": cluster.address, "dashboard": f"http://{cluster.webui_url}"}), flush=True)
     nodes = []
     for order, *number in map(str.split, sys.stdin):
         if order == "add":
             nodes.append(cluster.add_node(num_cpus=int(number[0]), **SMALL))
-        else:
+        elif order == "kill":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
+        else:
+            wait_until(lambda: len(cluster.global_state._live_node_ids()) == 1)
         print("done", flush=True)
+    children = psutil.Process().children(recursive=True)
     cluster.shutdown()
+    for process in psutil.wait_procs(children, timeout=10)[1]:  # nodes that the autoscaler has started
+        process.kill()
+    if grows:
+        Path(head["autoscaling_config"]).unlink()

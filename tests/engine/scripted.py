@@ -65,6 +65,8 @@ def _scripted(task: FitTask, worker: Worker) -> FitResult:
     script = json.loads((run / "faults.json").read_text()) if (run / "faults.json").exists() else {}
     with (folder / "starts").open("a") as starts:
         starts.write(f"{os.getpid()} {task.attempt}\n")
+    while len(processes(run)) < script.get("together", 1):  # a fit alone waits for others to run beside it
+        _pause(worker, 0.1)
     for epoch in range(1, NUM_EPOCHS + 1):
         worker.report({"epoch": float(epoch), "loss": 1 / epoch})
         _pause(worker, script.get("sleep_s", 0.0))
@@ -144,6 +146,11 @@ def starts(folder: Path) -> dict[str, int]:
     """How often each fit was started, over all sessions."""
     files = folder.glob("fits/*/*/starts")
     return {f"{file.parent.parent.name}/{file.parent.name}": len(file.read_text().splitlines()) for file in files}
+
+
+def processes(folder: Path) -> set[str]:
+    """The processes in which fits were started, over all sessions."""
+    return {line.split()[0] for file in folder.glob("fits/*/*/starts") for line in file.read_text().splitlines()}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import NUM_SPLITS, starts
+from scripted import NUM_SPLITS, processes, starts
 
 from softseg_dist.search.ledger import Ledger
 
@@ -37,8 +37,8 @@ STUDY = Study(
 class Raylets:
     """The program `raylets.py`, and what it is told."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, str(HERE / "raylets.py")]
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, str(HERE / "raylets.py"), *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=WITH_TOKEN
         )
@@ -138,9 +138,9 @@ def test_a_study_uses_all_machines_and_outlives_the_loss_of_one(raylets: Raylets
     raylets.order("add 1")
     process = driver(tmp_path, address=raylets.address, sleep_s=0.7)
     deadline_s = time.monotonic() + 120
-    while len(processes := {line.split()[0] for f in tmp_path.glob("fits/*/*/starts") for line in f.open()}) < 2:
+    while len(processes(tmp_path)) < 2:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s, processes
+        assert time.monotonic() < deadline_s
         time.sleep(0.05)
     before = set(Ledger(tmp_path).results())
     raylets.order("kill")
@@ -153,3 +153,16 @@ def test_a_study_uses_all_machines_and_outlives_the_loss_of_one(raylets: Raylets
     assert len(repeated) == 1
     assert not repeated & {f"{name}/{split:03d}" for name, split in before}
     assert len(results) == 2 * NUM_SPLITS
+
+
+def test_a_cluster_without_workers_grows_for_a_study_and_shrinks_after_it(tmp_path: Path) -> None:
+    cluster = Raylets("grow")
+    process = driver(tmp_path, address=cluster.address, together=2)
+    out = told(process)
+    assert (
+        "waiting up to 600 s for machines: one fit needs 1 CPUs on one machine, but the most that one has is 0" in out
+    )
+    assert json.loads(out.splitlines()[-1])["finished"] == 6
+    assert len(processes(tmp_path)) == 2, "a fit that waits for its place makes the cluster grow"
+    cluster.order("alone")
+    cluster.end()
