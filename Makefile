@@ -25,7 +25,7 @@ demo: $(VENV)/.ready
 	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
 
 test: check
-	$(BIN)/python -m pytest -m engine tests
+	$(BIN)/python -m pytest -m engine --numprocesses 2 --dist loadfile tests
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
