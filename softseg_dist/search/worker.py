@@ -23,6 +23,7 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
 from softseg_dist.search.mirror import mirrored
 from softseg_dist.study_file import describe, load_source
+from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
@@ -125,7 +126,7 @@ def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
     except (Interrupted, UserError):
         raise
     except Exception as error:
-        if no_room(error) is None:
+        if no_room(error) is None and not (worker.num_workers > 1 and partner_died(error)):
             (folder / ERROR).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
         raise
 

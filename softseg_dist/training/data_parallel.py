@@ -14,6 +14,7 @@ from softseg_dist.numerics.portions import Portions, in_portions
 from softseg_dist.training.task import Worker
 
 ALIKE = 4  # portions of a batch, unless there are more workers: more would cost time, fewer would leave workers idle
+BROKEN = ("Connection closed", "Connection reset", "connection lost", "NCCL", "gloo")
 
 
 class Team:
@@ -44,6 +45,11 @@ class Team:
         loss.backward()
         if self.worker.device == "cpu" or self.worker.num_workers > 1:
             self.portions.finish(self.model.parameters())
+
+
+def partner_died(error: Exception) -> bool:
+    """Is this what a worker meets when another one has died, and so not the cause?"""
+    return any(sign in str(error) for sign in BROKEN)
 
 
 def _share_dropout(module: nn.Module, team: Team) -> None:

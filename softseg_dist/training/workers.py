@@ -20,16 +20,10 @@ from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
+from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import Worker
 
 WAIT_S = 5.0  # a question to the mailbox is answered after this long at the latest, and then asked again
-BROKEN = (
-    "Connection closed",
-    "Connection reset",
-    "connection lost",
-    "NCCL",
-    "gloo",
-)  # what others see of a worker's death
 
 Report = Callable[[dict[str, str]], None]
 Run = Callable[[Any, Worker, Report], Any]
@@ -237,4 +231,4 @@ def _last_line(error: BaseException | None) -> str:
 
 def _in_words(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return "one of its workers died (killed, or out of memory)" if any(sign in text for sign in BROKEN) else text
+    return "one of its workers died (killed, or out of memory)" if partner_died(error) else text

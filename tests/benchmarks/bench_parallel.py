@@ -1,0 +1,139 @@
+"""What do several workers, lanes and nodes give and cost? One thread per worker, gloo, no GPU.
+
+Run:     python tests/benchmarks/bench_parallel.py
+Targets: 2 workers learn from at least 90 % of 2 times the volumes per second of 1 worker (one global batch, 3D phantom);
+         a lane costs less than 0.5 s for each further fit; more nodes cost a study little
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from bench_overhead import NUM_SPLITS, no_fit
+from ray.cluster_utils import Cluster
+from record import record
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from parallel_fits import run_on
+
+from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
+from softseg_dist.data.store import build_store, fingerprint
+from softseg_dist.search.cluster import ENVIRONMENT
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import PlainLines
+from softseg_dist.search.run import run_search
+from softseg_dist.training.fit import Training
+from softseg_dist.training.task import FitTask, Worker
+
+HERE = Path(__file__).parent
+BATCH, STEPS, WARM_STEPS, REPEATS = 4, 8, 2, 4
+DATA, PREPROCESS = Phantom(subjects=8, dim=3, size=(48, 48, 48)), Preprocess(dim=3)
+RECIPE = Recipe(network=UNet(filters=(8, 16, 32)), optim=Optim(epochs=100, batch_size=BATCH))
+NODES = (1, 2, 4)
+NUM_FITS = 60
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = efficiency(Path(folder))
+        print(f"{'volumes of 48 x 48 x 48 per second, 1 worker':<48}{figures['one_worker_per_s']:>8.2f}")
+        print(f"{'the same, 2 workers':<48}{figures['two_workers_per_s']:>8.2f}")
+        print(f"{'efficiency (target 0.90)':<48}{figures['efficiency']:>8.2f}")
+        for nodes in NODES:
+            with ray_of(nodes, cpus=2 if nodes == 1 else 1):
+                total, first, further = study_s(
+                    Path(folder) / f"nodes-{nodes}", Resources(max_concurrent=max(2, nodes))
+                )
+                figures |= {f"nodes_{nodes}_total_s": total, f"nodes_{nodes}_per_fit_s": further}
+                name = f"{NUM_FITS} fits that do nothing on {nodes} node{'s' * (nodes > 1)}: in all, each [s]"
+                print(f"{name:<48}{total:>8.1f}{further:>8.3f}")
+                if nodes == 1:
+                    _, first, further = study_s(Path(folder) / "lane", Resources(workers_per_fit=2))
+                    figures |= {"lane_first_fit_s": first, "lane_further_fit_s": further}
+                    print(f"{'a lane: first fit, each further one [s]':<48}{first:>8.1f}{further:>8.3f}")
+    record("parallel", figures)
+
+
+def efficiency(folder: Path) -> dict[str, float]:
+    """Volumes per second of one and of two workers, the best of some alternating repetitions, and their ratio over 2."""
+    torch.set_num_threads(1)
+    cases = DATA.cases(None)
+    path = build_store(folder, cases, DATA, PREPROCESS)
+    task = FitTask(
+        study="parallel", seed=0, candidate="c", recipe=RECIPE, objective="dice_dml", folder=str(folder / "fit"),
+        split=MonteCarlo(count=1).make({case.subject: case.site for case in cases}, 0)[0],
+        store=str(path), store_fingerprint=fingerprint(cases, DATA, PREPROCESS),
+    )  # fmt: skip
+    Path(task.folder).mkdir()
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(REPEATS):
+        for num_workers, of in rates.items():
+            of.append(BATCH / run_on(num_workers, seconds_per_step, {"fit": task})["fit"]["best"])
+    one, two = max(rates[1]), max(rates[2])
+    return {"one_worker_per_s": one, "two_workers_per_s": two, "efficiency": two / one / 2}
+
+
+def seconds_per_step(task: FitTask, worker: Worker) -> dict[str, Any]:
+    """The shortest of some training steps; the machine may have other work."""
+    training = Training(task, worker)
+    training.model.train()
+    times = []
+    for step in range(WARM_STEPS + STEPS):
+        started = time.perf_counter()
+        training._step(training.batches.order(step)[:BATCH])
+        times.append(time.perf_counter() - started)
+    return {"best": min(times[WARM_STEPS:])}
+
+
+@contextmanager
+def ray_of(nodes: int, cpus: int) -> Iterator[None]:
+    """A Ray of so many raylets on this machine."""
+    os.environ.update(ENVIRONMENT)
+    os.environ["PYTHONPATH"] = str(HERE)
+    cluster = Cluster()
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=cpus, include_dashboard=False, object_store_memory=100 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def study_s(folder: Path, resources: Resources) -> tuple[float, float, float]:
+    """Seconds of a study whose fits do nothing, until its first fit has ended, and from one to the next (median)."""
+    study = Study(
+        name="nothing",
+        question="What does the engine cost per fit?",
+        data=Phantom(subjects=10),
+        splits=MonteCarlo(count=NUM_SPLITS),
+        candidates={f"c{number:03d}": Recipe() for number in range(NUM_FITS // NUM_SPLITS)},
+    )
+    splits = study.splits.make({f"sub-{number}": "" for number in range(10)}, study.seed)
+    ledger = Ledger(folder)
+    started = time.time()
+    ledger.open_study(study, splits)
+    lines = PlainLines(io.StringIO())
+    outcome = run_search(study, splits, Path("none"), "0" * 16, ledger, no_fit, resources, None, lines)
+    total = time.time() - started
+    assert outcome.finished == NUM_FITS, outcome
+    ends = sorted(path.stat().st_mtime for path in folder.glob("fits/*/[0-9]*.json"))
+    return total, ends[0] - started, statistics.median(later - sooner for sooner, later in pairwise(ends))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Accidents of a fit of several workers are survived as those of one worker's, and its lane leaves nothing reserved.
+
+`python test_lanes.py FOLDER` is a driver with a Ray of four CPUs of its own: two lanes of two workers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults import reserved
+from scripted import NUM_SPLITS, make_study, run, starts
+
+from softseg_dist import Resources
+from softseg_dist.errors import UserError
+from softseg_dist.search.cluster import ENVIRONMENT
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import PlainLines
+from softseg_dist.search.session import Outcome
+
+pytestmark = pytest.mark.engine
+LANE = Resources(workers_per_fit=2, time_limit_s=5)
+
+
+def test_every_accident_of_a_fit_on_a_lane_is_survived(shared_ray: None, tmp_path: Path) -> None:
+    """One session with everything that can go wrong, as each start of a lane costs seconds."""
+    lines = io.StringIO()
+    faults = {"a/000": "kill", "a/001": "raise", "b/000": "nan", "b/001": "exit", "b/002": "hang"}
+    assert run(tmp_path, make_study(), PlainLines(lines), faults=faults, resources=LANE) == Outcome(5, 1, 0, False)
+    expected = {f"{name}/{split:03d}": 1 for name in ("a", "b") for split in range(NUM_SPLITS)}
+    again = ("a/000", "a/001", "b/001", "b/002")
+    assert starts(tmp_path) == expected | dict.fromkeys(again, 2)
+    results = Ledger(tmp_path).results()
+    assert results["b", 0].reason == "loss is nan in epoch 2"
+    assert {f"{name}/{split:03d}" for (name, split), result in results.items() if result.attempt == 1} == set(again)
+    told = lines.getvalue()
+    assert "a/000: one of its workers died" in told
+    assert "a/001: ValueError: the fit broke" in told
+    assert "b/001: one of its workers died" in told
+    assert "b/002: took longer than its time limit of 5 s" in told
+    assert told.count("trying again") == len(again)
+    assert reserved(2) == 0
+
+
+def test_a_mistake_of_the_users_on_a_lane_stops_the_study_with_its_text(shared_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a/000: the store is missing"):
+        run(tmp_path, make_study(("a",)), faults={"a/000": "user"}, resources=LANE)
+    assert starts(tmp_path) == {"a/000": 1}
+    assert reserved(2) == 0
+
+
+def test_two_lanes_start_at_once_and_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told == {"finished": 6, "failed": 0, "unfinished": 0, "interrupted": False, "reserved": 0}
+    assert starts(tmp_path) == {f"{name}/{split:03d}": 1 for name in ("a", "b") for split in range(NUM_SPLITS)}
+    assert len({line.split()[0] for file in tmp_path.glob("fits/*/*/starts") for line in file.open()}) == 2
+
+
+if __name__ == "__main__":
+    import ray
+
+    os.environ.update(ENVIRONMENT)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False)
+    outcome = run(Path(sys.argv[1]), make_study(), faults={"sleep_s": 0.2}, resources=Resources(workers_per_fit=2))
+    print(json.dumps(vars(outcome) | {"reserved": reserved(4)}), flush=True)
+    ray.shutdown()
