@@ -25,7 +25,8 @@ demo: $(VENV)/.ready
 	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
 
 test: check
-	$(BIN)/python -m pytest -m engine --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest -m "engine and not timed" --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest -m "engine and timed" tests
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

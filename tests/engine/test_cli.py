@@ -210,6 +210,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(
     assert not list(tmp_path.glob("runs/*/fits/*/*.json"))
 
 
+@pytest.mark.timed
 def test_debug_runs_the_quickstart_in_under_a_minute(tmp_path: Path) -> None:
     study = Path(__file__).parents[2] / "studies" / "s001_quickstart.py"
     started = time.monotonic()
@@ -237,6 +238,7 @@ def test_prepare_builds_the_store_once(tmp_path: Path) -> None:
     assert store.stat().st_mtime_ns == written
 
 
+@pytest.mark.timed
 def test_help_answers_in_half_a_second() -> None:
     executable = shutil.which("softseg", path=str(Path(sys.executable).parent))
     assert executable is not None
