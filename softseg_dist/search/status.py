@@ -166,7 +166,12 @@ def _running(
         if parts[0] == "fits" and len(parts) == 4:
             written[f"{parts[1]}/{parts[2]}"] = max(written.get(f"{parts[1]}/{parts[2]}", 0.0), entry.modified_s)
     checkpoint_s = study.get("resources", {}).get("checkpoint_every_s", 0.0)
-    quiet = {key: max(0.0, time.time() - at) for key, at in written.items() if f"fits/{key}.json" not in ended}
+    left = {
+        key: at
+        for key, at in written.items()
+        if f"fits/{key}.json" not in ended and f"fits/{key}/result.json" not in files
+    }
+    quiet = {key: max(0.0, time.time() - at) for key, at in left.items()}
     keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
     histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)
     return tuple(RunningFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))

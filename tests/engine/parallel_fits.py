@@ -33,7 +33,7 @@ from softseg_dist.training.fit import Training, fit
 from softseg_dist.training.task import FitTask, Interrupted, Worker
 
 STEPS = 20
-OPTIM = Optim(lr=1e-3, epochs=5, batch_size=22)  # of 24 items: 2 are left for the last batch, for one worker only
+OPTIM = Optim(lr=1e-3, epochs=5, batch_size=18)  # of 20 items: 2 are left for the last batch, for one worker only
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM)
 LOSSES = (AdaptiveWing(), BCE(), Brier(), Dice(), DiceSemimetric())
 ACTIVATIONS = (Sigmoid(), Softmax(), NormReLU(), NormReLU(over="global"), NormReLU(over="running"))
@@ -47,7 +47,7 @@ Job = Callable[[FitTask, Worker], Any]
 
 def make_tasks(folder: Path) -> dict[str, FitTask]:
     """A task for every loss, for every activation that promises equal results, and for every kind of network."""
-    data, preprocess = Phantom(subjects=8, size=(25, 25), num_slices=4, raters=2), Preprocess(dim=2)
+    data, preprocess = Phantom(subjects=8, size=(25, 25), num_slices=5, raters=2), Preprocess(dim=2)
     cases = data.cases(None)
     path = build_store(folder, cases, data, preprocess)
     split = MonteCarlo(count=1).make({case.subject: case.site for case in cases}, 0)[0]
@@ -85,8 +85,8 @@ def whole_fit(task: FitTask, worker: Worker) -> dict[str, Any]:
 
 
 def interrupted_fit(task: FitTask, worker: Worker) -> dict[str, Any]:
-    """A fit that is asked to stop after ten steps."""
-    left = iter(range(10))
+    """A fit that is asked to stop after five steps."""
+    left = iter(range(5))
     try:
         fit(task, Worker(rank=worker.rank, num_workers=worker.num_workers, stop=lambda: next(left, None) is None))
     except Interrupted:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timed]
 
 # In a process of its own: authentication is on or off for all of a process, and other tests have it off.
 SCENARIO = """
