@@ -92,6 +92,7 @@ def run(
         command=" ".join(["softseg", *sys.argv[1:]]),
         address=address,
         max_wait_s=max_wait,
+        final_model=not debug,
     )
     finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
     outcome = finished.outcome

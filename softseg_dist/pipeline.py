@@ -69,7 +69,10 @@ MODEL = "model"  # the folder of the winner, trained on all subjects
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and on how much machine; nothing here changes a result. `out` and `stores` are paths, or URIs of shared places."""
+    """Where and on how much machine; nothing here changes a result. `out` and `stores` are paths, or URIs of shared places.
+
+    `final_model`: train the winner on all subjects when the study is complete.
+    """
 
     data_root: Path | None = None
     out: str | Path = "runs"
@@ -79,6 +82,7 @@ class RunOptions:
     gpus_per_fit: float | None = None
     tracking_uri: str | None = None
     command: str = ""
+    final_model: bool = True
     address: str | None = None
     max_wait_s: float | None = None
 
@@ -147,7 +151,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
                 status = "KILLED" if outcome.interrupted else "FINISHED"
                 if outcome.finished:
                     page, winner = _collect(copy, tracker)
-                    if not (outcome.interrupted or outcome.unfinished):
+                    if options.final_model and not (outcome.interrupted or outcome.unfinished):
                         source = file.stem, file.text
                         made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
                         model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
