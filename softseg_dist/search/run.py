@@ -25,7 +25,7 @@ from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
 from softseg_dist.search.orphans import Orphans, wait_until_free
 from softseg_dist.search.reach import check_package, check_reach
-from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.search.searcher import MakeTask, StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.tracking import Tracker
 from softseg_dist.search.worker import Ending, Fit, StopFile, run_fit
@@ -62,23 +62,7 @@ def run_search(
     a mistake of the user's. Fits that have ended stay recorded in every case.
     """
 
-    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
-        return FitTask(
-            study=study.name,
-            seed=study.seed,
-            candidate=candidate,
-            recipe=recipe,
-            split=split,
-            objective=study.objective,
-            store=str(store),
-            store_fingerprint=fingerprint,
-            folder=ledger.fit_folder(candidate, split),
-            threads=resources.cpus_per_fit,
-            checkpoint_every_s=resources.checkpoint_every_s,
-            time_limit_s=resources.time_limit_s,
-            attempt=attempt,
-        )
-
+    make_task = _task_maker(study, str(store), fingerprint, ledger, resources)
     with ledger.lock():
         stop_file = StopFile(str(ledger.place / ".stop"))
         stop_file.remove()  # left by a session that was killed
@@ -102,6 +86,27 @@ def run_search(
         if session.error is not None:
             raise session.error
         return session.outcome()
+
+
+def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, resources: Resources) -> MakeTask:
+    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+        return FitTask(
+            study=study.name,
+            seed=study.seed,
+            candidate=candidate,
+            recipe=recipe,
+            split=split,
+            objective=study.objective,
+            store=store,
+            store_fingerprint=fingerprint,
+            folder=ledger.fit_folder(candidate, split),
+            threads=resources.cpus_per_fit,
+            checkpoint_every_s=resources.checkpoint_every_s,
+            time_limit_s=resources.time_limit_s,
+            attempt=attempt,
+        )
+
+    return make_task
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
