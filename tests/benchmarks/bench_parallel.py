@@ -81,7 +81,7 @@ def efficiency(folder: Path) -> dict[str, float]:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(REPEATS):
         for num_workers, of in rates.items():
-            of.append(BATCH / run_on(num_workers, seconds_per_step, {"fit": task})["fit"]["best"])
+            of.append(BATCH / run_on(num_workers, seconds_per_step, {"fit": task}, apart=True)["fit"]["best"])
     one, two = max(rates[1]), max(rates[2])
     return {"one_worker_per_s": one, "two_workers_per_s": two, "efficiency": two / one / 2}
 

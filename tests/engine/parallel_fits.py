@@ -94,9 +94,9 @@ def interrupted_fit(task: FitTask, worker: Worker) -> dict[str, Any]:
     return {}
 
 
-def run_on(num_workers: int, job: Job, tasks: dict[str, FitTask]) -> dict[str, Any]:
-    """What rank 0 of so many workers gives for every task; with one worker in this process."""
-    if num_workers == 1:
+def run_on(num_workers: int, job: Job, tasks: dict[str, FitTask], *, apart: bool = False) -> dict[str, Any]:
+    """What rank 0 of so many workers gives for every task; one worker works in this process, unless `apart`."""
+    if num_workers == 1 and not apart:
         return {name: job(task, Worker()) for name, task in tasks.items()}
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, args=(num_workers, job, tasks, folder), nprocs=num_workers)

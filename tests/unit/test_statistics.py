@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated_studies import SETTINGS, Setting, simulate
+from statsmodels.regression.mixed_linear_model import MixedLM
 
 from softseg_dist.numerics.statistics import (
     corrected_t_test,
@@ -19,25 +22,6 @@ from softseg_dist.numerics.statistics import (
 NAN = float("nan")
 PROPERTY = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def simulate(
-    generator: np.random.Generator,
-    subjects: int = 40,
-    splits: int = 15,
-    tested: int = 8,
-    sd: tuple[float, float, float] = (1.0, 0.5, 0.5),
-    effect: float = 0.0,
-) -> np.ndarray:
-    """Differences [a b] of random splits with known subject, split and error components."""
-    of_subject, of_split, of_error = sd
-    table = np.full((subjects, splits), NAN)
-    subject = generator.normal(0, of_subject, subjects)
-    for j in range(splits):
-        rows = generator.choice(subjects, tested, replace=False)
-        error = generator.normal(0, of_error, tested)
-        table[rows, j] = effect + subject[rows] + generator.normal(0, of_split) + error
-    return table
 
 
 def henderson(table: np.ndarray) -> tuple[float, float]:
@@ -93,11 +77,27 @@ def test_crossed_test_recovers_planted_components():
     assert result.low < 2.0 < result.high
 
 
-@pytest.mark.parametrize("sd", [(1.0, 0.5, 0.5), (0.5, 1.0, 0.5)])
-def test_crossed_test_rejects_about_five_percent_of_equal_candidates(sd: tuple[float, float, float]):
-    generator = np.random.default_rng(2)
-    rejected = [crossed_test(simulate(generator, sd=sd)).p < 0.05 for _ in range(400)]
-    assert 0.02 <= np.mean(rejected) <= 0.08
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_crossed_test_rejects_about_five_percent_of_studies_of_equal_candidates(setting: Setting):
+    generator = np.random.default_rng(SETTINGS.index(setting))
+    rejected = [crossed_test(simulate(generator, *setting)).p < 0.05 for _ in range(1000)]
+    assert 0.03 <= np.mean(rejected) <= 0.075
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_crossed_test_of_a_complete_table_is_the_mixed_model(seed: int):
+    table = simulate(np.random.default_rng(seed), subjects=20, splits=12, tested=20, effect=0.3)
+    cells = pd.DataFrame([(i, j, d) for (i, j), d in np.ndenumerate(table)], columns=["subject", "split", "d"])
+    components = {"subject": "0 + C(subject)", "split": "0 + C(split)"}
+    model = MixedLM.from_formula("d ~ 1", cells, re_formula="0", vc_formula=components, groups=np.ones(len(cells)))
+    fitted = model.fit(reml=True)
+    by_name = dict(zip(model.exog_vc.names, fitted.vcomp, strict=True))
+    result = crossed_test(table)
+    assert result.mean == pytest.approx(fitted.fe_params["Intercept"], rel=1e-3)
+    assert result.var_subject == pytest.approx(by_name["subject"], rel=1e-3)
+    assert result.var_split == pytest.approx(by_name["split"], rel=1e-3)
+    assert result.var_error == pytest.approx(fitted.scale, rel=1e-3)
+    assert result.t == pytest.approx(fitted.tvalues["Intercept"], rel=1e-3)
 
 
 def test_crossed_test_finds_an_effect_that_the_corrected_t_test_mostly_misses():
