@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.activations import Softmax as Softmax
     from softseg_dist.numerics.augmentation import Affine as Affine
     from softseg_dist.numerics.augmentation import Augmentation as Augmentation
+    from softseg_dist.numerics.augmentation import BiasField as BiasField
+    from softseg_dist.numerics.augmentation import Blur as Blur
+    from softseg_dist.numerics.augmentation import Contrast as Contrast
     from softseg_dist.numerics.augmentation import Elastic as Elastic
     from softseg_dist.numerics.augmentation import Flip as Flip
     from softseg_dist.numerics.augmentation import Gamma as Gamma
+    from softseg_dist.numerics.augmentation import LowResolution as LowResolution
+    from softseg_dist.numerics.augmentation import Mixup as Mixup
     from softseg_dist.numerics.augmentation import Noise as Noise
     from softseg_dist.numerics.losses import BCE as BCE
     from softseg_dist.numerics.losses import AdaptiveWing as AdaptiveWing
@@ -53,7 +58,19 @@ _HOME = {
     "softseg_dist.data.preprocess": ("Preprocess",),
     "softseg_dist.data.splits": ("KFold", "MonteCarlo"),
     "softseg_dist.numerics.activations": ("Activation", "NormReLU", "Sigmoid", "Softmax"),
-    "softseg_dist.numerics.augmentation": ("Affine", "Augmentation", "Elastic", "Flip", "Gamma", "Noise"),
+    "softseg_dist.numerics.augmentation": (
+        "Affine",
+        "Augmentation",
+        "BiasField",
+        "Blur",
+        "Contrast",
+        "Elastic",
+        "Flip",
+        "Gamma",
+        "LowResolution",
+        "Mixup",
+        "Noise",
+    ),
     "softseg_dist.numerics.losses": ("BCE", "AdaptiveWing", "Brier", "Dice", "DiceSemimetric", "Loss"),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
     "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),

@@ -1,4 +1,4 @@
-"""Augmentation of a batch: one spatial transform, shared by image and label, then the intensity of the image.
+"""Augmentation of a batch: one spatial transform, shared by image and label, then the intensity of the image, then mixing.
 
 Legend: B batch, C image channels, K classes, *S space (2 or 3 axes). All that happens to a sample follows from its
 seed and from nothing else: neither its batch, nor the worker, nor the order.
@@ -12,13 +12,35 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from softseg_dist.numerics.intensity import Gamma, Noise
+from softseg_dist.numerics.bias import BiasField
+from softseg_dist.numerics.intensity import Contrast, Gamma, Noise
 from softseg_dist.numerics.labels import LabelMode, harden
+from softseg_dist.numerics.mixup import Mixup
+from softseg_dist.numerics.resolution import Blur, LowResolution
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Affine, Elastic, Flip
-from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Spatial
+from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Pairing, Spatial
 
-__all__ = ["Affine", "Augmentation", "Elastic", "Flip", "Frame", "Gamma", "Intensity", "Noise", "Spatial", "augment"]
+__all__ = [
+    "Affine",
+    "Augmentation",
+    "BiasField",
+    "Blur",
+    "Contrast",
+    "Elastic",
+    "Flip",
+    "Frame",
+    "Gamma",
+    "Intensity",
+    "LowResolution",
+    "Mixup",
+    "Noise",
+    "Pairing",
+    "Spatial",
+    "augment",
+    "mix",
+    "pairs",
+]
 
 Step = tuple[Spatial, Tensor]  # a transform and the parameters of all samples
 
@@ -42,7 +64,7 @@ def augment(
     Args:
         image: prepared images.
         target: what `labels.prepare_target` gave, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
-        transforms: Affine, Flip, Elastic, Noise, Gamma, or other subclasses of `Spatial` and `Intensity`; may be empty.
+        transforms: those of a recipe; may be empty. A `Pairing` is left to `mix`.
         seeds: one per sample, of this sample in this epoch.
         mode: the label mode.
         spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
@@ -54,15 +76,45 @@ def augment(
     assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
     assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    active = [(index, transform) for index, transform in enumerate(transforms) if not transform.idle]
+    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
     drawn = [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
         image, target = _moved(image, target, steps, mode, frame)
     for transform, parameters in drawn:
         if isinstance(transform, Intensity):
-            image = transform.change(image, parameters)
+            image = transform.change(image, parameters, frame)
     return image, harden(target) if mode == "hard" else target
+
+
+def pairs(transforms: Sequence[Augmentation]) -> bool:
+    """Whether `transforms` join samples with partners, which must then be augmented too."""
+    return any(isinstance(transform, Pairing) and not transform.idle for transform in transforms)
+
+
+def mix(
+    image: Tensor,
+    target: Tensor,
+    partner_image: Tensor,
+    partner_target: Tensor,
+    transforms: Sequence[Augmentation],
+    seeds: Sequence[int],
+    spacing_mm: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Samples joined with their partners by every `Pairing` of `transforms`, in order; targets are soft then.
+
+    Args:
+        image, target: what `augment` gave for the samples, [B C *S] and [B K *S].
+        partner_image, partner_target: what it gave for their partners, each with its own seed and spacing.
+        transforms, seeds, spacing_mm: as in `augment`, of the samples.
+    """
+    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
+    for index, transform in enumerate(transforms):
+        if isinstance(transform, Pairing) and not transform.idle:
+            parameters = _draw(transform, index, seeds, frame)
+            image = transform.mix(image, partner_image, parameters)
+            target = transform.mix(target, partner_target, parameters)
+    return image, target
 
 
 def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:

@@ -1,18 +1,17 @@
-"""Intensity transforms: noise and gamma. They change the image only.
+"""Transforms of each voxel's value: noise, gamma, contrast. They change the image only.
 
 Legend: B batch, C image channels, *S space (2 or 3 axes).
 """
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Frame, Intensity
+from softseg_dist.numerics.transforms import Frame, Intensity, Range, log_uniform, per_sample
 
 
 class Noise(Intensity):
@@ -34,7 +33,7 @@ class Noise(Intensity):
         std = torch.rand(1, generator=generator).item() * self.std
         return torch.randn(frame.channels, *frame.size, generator=generator) * std
 
-    def change(self, image: Tensor, parameters: Tensor) -> Tensor:
+    def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """`image` [B C *S] plus the noise."""
         return image + parameters
 
@@ -46,14 +45,7 @@ class Gamma(Intensity):
     """
 
     short: ClassVar[str] = "gamma"
-    range: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.5)
-
-    @field_validator("range")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"range must be (smallest, largest) gamma, got {value}")
-        return value
+    range: Range = (0.7, 1.5)
 
     @property
     def idle(self) -> bool:
@@ -62,13 +54,38 @@ class Gamma(Intensity):
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The exponent g, a scalar."""
-        low, high = map(math.log, self.range)
-        return (low + torch.rand((), generator=generator) * (high - low)).exp()
+        return log_uniform(self.range, generator)
 
-    def change(self, image: Tensor, parameters: Tensor) -> Tensor:
+    def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """`image` [B C *S] with changed contrast and the same extremes."""
         space = tuple(range(2, image.ndim))
         low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
         span = high - low
         unit = (image - low) / torch.where(span > 0, span, 1)
-        return low + span * unit ** parameters.reshape(-1, *[1] * (image.ndim - 1))
+        return low + span * unit ** per_sample(parameters, image)
+
+
+class Contrast(Intensity):
+    """v -> m + f (v - m), with m the mean of the image per sample and channel: its spread becomes f times as large.
+
+    ln f is uniform between the logarithms of `range`, per sample. The mean stays, and so does a constant image, both up to
+    rounding. About the mean, and not about 0, since the zero of a normalised image means nothing.
+    """
+
+    short: ClassVar[str] = "contrast"
+    range: Range = (0.75, 1.25)
+
+    @property
+    def idle(self) -> bool:
+        """True if f is always 1."""
+        return self.range == (1, 1)
+
+    def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
+        """The factor f, a scalar."""
+        return log_uniform(self.range, generator)
+
+    def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """`image` [B C *S] with a spread f times as large about the same mean."""
+        # Summed in double precision, a mean does not depend on how the batch was cut up for summing.
+        mean = image.mean(tuple(range(2, image.ndim)), keepdim=True, dtype=torch.float64).to(image.dtype)
+        return mean + per_sample(parameters, image) * (image - mean)

@@ -7,14 +7,13 @@ is left to right, 1 back to front, 2 bottom to top.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from softseg_dist.errors import UserError
-from softseg_dist.numerics.transforms import Frame, Spatial
+from softseg_dist.numerics.transforms import Axes, Frame, Spatial
 
 MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
 
@@ -77,15 +76,8 @@ class Flip(Spatial):
     """
 
     short: ClassVar[str] = "flip"
-    axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0,)
+    axes: Axes = (0,)
     p: float = Field(0.5, ge=0, le=1)
-
-    @field_validator("axes")
-    @classmethod
-    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"axes to flip must differ from each other, got {value}")
-        return value
 
     @property
     def idle(self) -> bool:
@@ -94,9 +86,7 @@ class Flip(Spatial):
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """-1 for every axis of space that is mirrored, else 1 [D]. Raises UserError if images lack one of `axes`."""
-        if self.axes and max(self.axes) >= len(frame.size):
-            last = len(frame.size) - 1
-            raise UserError(f"Flip's axes must lie in 0 to {last} for these images, got {max(self.axes)}: leave it out")
+        frame.check_axes("Flip", self.axes)
         signs = torch.ones(len(frame.size))
         signs[list(self.axes)] = 1.0 - 2.0 * (torch.rand(len(self.axes), generator=generator) < self.p)
         return signs

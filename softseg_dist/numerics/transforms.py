@@ -5,15 +5,47 @@ Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Posi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+
+
+def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axes must differ from each other, got {axes}")
+    return axes
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"range must be (smallest, largest), got {value}")
+    return value
+
+
+Axes = Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], AfterValidator(_distinct)]
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
+
+
+def log_uniform(ends: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """A scalar between `ends` whose logarithm is uniform, so that halving is as likely as doubling."""
+    low, high = map(math.log, ends)
+    return (low + torch.rand((), generator=generator) * (high - low)).exp()
+
+
+def per_sample(values: Tensor, maps: Tensor) -> Tensor:
+    """One value per sample [B], shaped to go with `maps` [B C *S] and of their type."""
+    return values.reshape(-1, *[1] * (maps.ndim - 1)).to(maps.dtype)
 
 
 @dataclass(frozen=True)
@@ -39,6 +71,12 @@ class Frame:
         ]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]
 
+    def check_axes(self, owner: str, axes: Sequence[int]) -> None:
+        """Raises UserError in the name of `owner` if these images lack one of `axes`."""
+        if axes and max(axes) >= len(self.size):
+            rule = f"axes must lie in 0 to {len(self.size) - 1} for these images"
+            raise UserError(f"{owner}'s {rule}, got {max(axes)}: leave it out")
+
     def sample(self, maps: Tensor, positions: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
         """The values of `maps` [B C *S] at `positions` [B *S D]; `mode` and `padding` as in torch's grid_sample."""
         # grid_sample counts from -1 to 1 between outer edges, and its last axis names the axes of space backwards.
@@ -48,7 +86,7 @@ class Frame:
 
 
 class Augmentation(Frozen, ABC):
-    """A random change of an image, and of its label where it is spatial. Subclass `Spatial` or `Intensity`."""
+    """A random change of training samples. Subclass `Spatial` (image and label), `Intensity` (image) or `Pairing` (both)."""
 
     @property
     @abstractmethod
@@ -75,5 +113,16 @@ class Intensity(Augmentation):
     """A change of image values; labels are not concerned."""
 
     @abstractmethod
-    def change(self, image: Tensor, parameters: Tensor) -> Tensor:
+    def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """The changed `image` [B C *S]; `parameters` [B ...] are stacked draws on its device."""
+
+
+class Pairing(Augmentation):
+    """Joins each sample with its partner, another training item, once both are augmented; image and label alike."""
+
+    @abstractmethod
+    def mix(self, maps: Tensor, partners: Tensor, parameters: Tensor) -> Tensor:
+        """`maps` (images [B C *S] or targets [B K *S]) joined with those of the `partners`, of the same shape.
+
+        `parameters` [B ...] are stacked draws on the device of `maps`.
+        """
