@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.numerics.augmentation import augment
+from softseg_dist.numerics.augmentation import augment, mix, pairs
 from softseg_dist.numerics.labels import prepare_target
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.study import Recipe
@@ -57,23 +57,45 @@ class Batches:
         return torch.randperm(len(self.items), generator=generator).tolist()
 
     def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them; B may be 0."""
+        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them; B may be 0.
+
+        Where the recipe joins items in pairs, each is joined with its `partner` after both are augmented and rounded.
+        """
         if not members:
             empty = [torch.empty(0, n, *self.store.size) for n in (self.store.channels, len(self.store.classes))]
             return empty[0].to(device), empty[1].to(device)
-        images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
-        image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
-        seeds = [seed_of(self.seed, "augment", epoch, member) for member in members]
-        for spacing_mm, rows in self._by_spacing(members).items():
-            part = image[rows], target[rows], self.recipe.augment, [seeds[row] for row in rows]
-            image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
+        image, target = self._augmented(epoch, members, device)
+        if pairs(self.recipe.augment):
+            partners = [self.partner(epoch, member) for member in members]
+            partner_image, partner_target = self._augmented(epoch, partners, device)
+            for spacing_mm, rows in self._by_spacing(members).items():
+                part = image[rows], target[rows], partner_image[rows], partner_target[rows]
+                seeds = [self._seed(epoch, members[row]) for row in rows]
+                image[rows], target[rows] = mix(*part, self.recipe.augment, seeds, spacing_mm)
         return image, target
+
+    def partner(self, epoch: int, member: int) -> int:
+        """The item that `epoch` joins `member` with: any other one, or itself if there is no other."""
+        draw = seed_of(self.seed, "partner", epoch, member)
+        return (member + 1 + draw % max(1, len(self.items) - 1)) % len(self.items)
 
     def mean_label(self) -> Tensor:
         """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation."""
         total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in range(len(self.items)))
         assert isinstance(total, Tensor), "a split has training items"
         return total / len(self.items)
+
+    def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
+        """Images and targets of `members`, each augmented by itself in its own spacing, not yet joined with a partner."""
+        images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
+        image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
+        for spacing_mm, rows in self._by_spacing(members).items():
+            part = image[rows], target[rows], self.recipe.augment, [self._seed(epoch, members[row]) for row in rows]
+            image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
+        return image, target
+
+    def _seed(self, epoch: int, member: int) -> int:
+        return seed_of(self.seed, "augment", epoch, member)
 
     def _by_spacing(self, members: Sequence[int]) -> dict[tuple[float, ...], list[int]]:
         """Rows of a batch by voxel size, one group unless a study keeps each case's own: a rotation must be one in mm."""
