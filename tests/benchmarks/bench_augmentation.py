@@ -1,5 +1,7 @@
 """What does augmenting a batch cost? Image and label of 16 slices of 96 x 96, affine and elastic, on one thread.
 
+Beside it every transform of intensity and Mixup by itself, at its defaults.
+
 Run:    python tests/benchmarks/bench_augmentation.py
 Target: less than 20 ms for a batch
 """
@@ -9,16 +11,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from record import record
 
-from softseg_dist import Affine, Elastic
-from softseg_dist.numerics.augmentation import augment
+from softseg_dist import Affine, BiasField, Blur, Contrast, Elastic, Gamma, LowResolution, Mixup, Noise
+from softseg_dist.numerics.augmentation import augment, mix
 from softseg_dist.numerics.labels import LabelMode
 
 BATCH, SIZE, REPEATS = 16, 96, 30
 MOVES = (Affine(degrees=20, scale=0.1, shift=0.03), Elastic(spacing_mm=8, std_mm=1))
+ALONE = (Noise(), Gamma(), Contrast(), BiasField(), Blur(), LowResolution())
 SPACING_MM = (0.5, 0.5)
 
 
@@ -39,6 +43,11 @@ def main() -> None:
         "batched, hard_each (label interpolated twice)": _milliseconds(lambda: batched("hard_each")),
         "one slice after the other, soft": _milliseconds(one_by_one),
     }
+    for transform in ALONE:
+        work = partial(augment, image, target, (transform,), range(BATCH), "soft", SPACING_MM)
+        rows[f"{type(transform).__name__} alone"] = _milliseconds(work)
+    mixed = partial(mix, image, target, image.flip(0), target.flip(0), (Mixup(),), range(BATCH), SPACING_MM)
+    rows["Mixup alone, partners at hand"] = _milliseconds(mixed)
     best = rows["batched, soft"]
     print(f"{'16 slices of 96 x 96, image and label':<48}{'ms':>8}{'ratio':>8}")
     for name, milliseconds in rows.items():
@@ -46,7 +55,7 @@ def main() -> None:
     record("augmentation", rows)
 
 
-def _milliseconds(work: Callable[[], None]) -> float:
+def _milliseconds(work: Callable[[], object]) -> float:
     """Median processor time of one call."""
     work()
     times = []
