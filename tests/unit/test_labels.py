@@ -14,7 +14,8 @@ from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, check_fusion, f
 NAMES = ("ann", "bob", "cas")
 RATERS = torch.tensor([[[0.6, 0.2, 1.0, 0.5]], [[0.6, 0.9, 1.0, 0.4]], [[0.2, 0.1, 0.7, 0.0]]])  # [R=3 K=1 X=4]
 every_mode = pytest.mark.parametrize("mode", LABEL_MODES)
-FUSIONS = ("mean", "majority", "random_rater", "rater:bob")
+ITEM_FUSIONS = ("mean", "majority", "random_rater", "rater:bob")
+FUSIONS = (*ITEM_FUSIONS, "staple", "soft_staple")
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
 
@@ -27,9 +28,11 @@ def test_known_fusions_pass_unchanged(value: str) -> None:
     assert check_fusion(value) == value
 
 
-@pytest.mark.parametrize("value", ["", "Mean", "staple", "rater", "rater:", "rater: ", "random_rater:ann"])
+@pytest.mark.parametrize(
+    "value", ["", "Mean", "STAPLE", "rater", "rater:", "rater: ", "random_rater:ann", "staple:ann"]
+)
 def test_unknown_fusion_is_refused_and_the_message_names_what_there_is(value: str) -> None:
-    with pytest.raises(ValueError, match=r'mean, majority, random_rater or "rater:<name>", got'):
+    with pytest.raises(ValueError, match=r'mean, majority, staple, soft_staple, random_rater or "rater:<name>", got'):
         check_fusion(value)
 
 
@@ -45,7 +48,7 @@ def test_fusion_has_the_values_of_its_definition(fusion: str, expected: list[flo
     torch.testing.assert_close(fuse(RATERS, fusion, NAMES), torch.tensor([expected]))
 
 
-@every_fusion
+@pytest.mark.parametrize("fusion", ITEM_FUSIONS)
 def test_fusing_items_together_equals_fusing_them_one_by_one(fusion: str) -> None:
     items = random_raters(4, 3, 2, 5, 5)
     together = fuse(items, fusion, NAMES, draw=7, axis=1)
@@ -72,6 +75,26 @@ def test_unanimous_raters_give_exactly_zero_and_one(num_raters: int) -> None:
     names = [str(i) for i in range(num_raters)]
     for mode in LABEL_MODES:
         assert torch.equal(prepare_target(unanimous, None, mode, "mean", names), unanimous[0])
+
+
+@every_mode
+def test_one_rater_alone_is_fused_into_his_own_mask(mode: LabelMode) -> None:
+    alone = random_raters(1, 2, 5, 5)
+    for fusion in ("mean", "soft_staple", "random_rater"):
+        assert torch.equal(fuse(alone, fusion, ["a"], draw=3), alone[0])
+    for fusion in ("majority", "staple"):
+        assert torch.equal(fuse(alone, fusion, ["a"]), harden(alone[0]))
+    if mode in ("nearest", "hard_each"):
+        targets = [prepare_target(alone, None, mode, f, ["a"], draw=3) for f in FUSIONS if f != "rater:bob"]
+        assert all(torch.equal(target, harden(alone[0])) for target in targets)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "hard_each"])
+def test_masks_rounded_before_staple_make_its_soft_form_the_hard_one(mode: LabelMode) -> None:
+    raters = random_raters(3, 1, 30, 30)
+    soft, hard = (prepare_target(raters, None, mode, fusion, NAMES) for fusion in ("soft_staple", "staple"))
+    assert torch.equal(soft, hard)
+    assert 0 < hard.mean() < 1
 
 
 def test_random_rater_is_one_whole_rater_chosen_by_the_seed_alone() -> None:
