@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.losses import Loss as Loss
     from softseg_dist.numerics.networks import Network as Network
     from softseg_dist.numerics.networks import UNet as UNet
+    from softseg_dist.numerics.smoothing import SVLS as SVLS
+    from softseg_dist.numerics.smoothing import GeoLS as GeoLS
+    from softseg_dist.numerics.smoothing import Smoothing as Smoothing
+    from softseg_dist.numerics.smoothing import UniformSmoothing as UniformSmoothing
     from softseg_dist.study import Optim as Optim
     from softseg_dist.study import Recipe as Recipe
     from softseg_dist.study import Resources as Resources
@@ -73,6 +77,7 @@ _HOME = {
     ),
     "softseg_dist.numerics.losses": ("BCE", "AdaptiveWing", "Brier", "Dice", "DiceSemimetric", "Loss"),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
+    "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
     "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -19,10 +19,11 @@ from softseg_dist.data.splits import Splits
 from softseg_dist.frozen import Frozen, function_of
 from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
 from softseg_dist.numerics.augmentation import Augmentation
-from softseg_dist.numerics.labels import LabelMode, check_fusion
+from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several, one_rater_only
 from softseg_dist.numerics.losses import Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network, UNet
+from softseg_dist.numerics.smoothing import Smoothing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -44,10 +45,11 @@ class Optim(Frozen):
 
 
 class Recipe(Frozen):
-    """One way to train: label mode, rater fusion, augmentation, network, activation, loss, optimizer. A candidate is one.
+    """One way to train: label mode, fusion, augmentation, smoothing, network, activation, loss, optimizer. A candidate is one.
 
     `label`: "soft" (never rounded), "hard" (rounded once, last), "nearest" or "hard_each" (see `numerics.labels`).
-    `fusion`: "mean", "majority", "random_rater", or "rater:<name>".
+    `fusion`: "mean", "majority", "staple", "soft_staple", "random_rater", or "rater:<name>".
+    `smoothing`: the last change of a sample's target, after augmentation and rounding; evaluation never sees it.
     """
 
     network: Network = UNet()
@@ -56,6 +58,7 @@ class Recipe(Frozen):
     label: LabelMode = "soft"
     fusion: str = "mean"
     augment: tuple[Augmentation, ...] = ()
+    smoothing: Smoothing | None = None
     optim: Optim = Optim()
 
     _check_fusion = field_validator("fusion")(check_fusion)
@@ -154,6 +157,8 @@ class Study(Frozen):
         known = self.data.rater_names
         if kind == "rater" and known is not None and rater not in known:
             raise ValueError(f"candidate {name}: fusion names rater {rater!r}, but the raters are {', '.join(known)}")
+        if needs_several(recipe.fusion) and known is not None and len(known) == 1:
+            raise ValueError(f"candidate {name}: {one_rater_only(recipe.fusion)}")
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
             raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
 
@@ -204,6 +209,8 @@ def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
         return "+".join(map(_short, value)).replace("+", "_") or "none"
     return (value.short or type(value).__name__.lower()) if isinstance(value, Frozen) else str(value).replace(":", "_")

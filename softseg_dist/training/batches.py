@@ -13,9 +13,9 @@ from torch import Tensor
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.numerics.augmentation import augment, mix, pairs
-from softseg_dist.numerics.labels import prepare_target
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.study import Recipe
+from softseg_dist.training.targets import item_target
 from softseg_dist.training.task import FitTask
 
 
@@ -59,7 +59,7 @@ class Batches:
     def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them; B may be 0.
 
-        Where the recipe joins items in pairs, each is joined with its `partner` after both are augmented and rounded.
+        Where the recipe joins items in pairs, each is joined with its `partner` after both are augmented, rounded and smoothed.
         """
         if not members:
             empty = [torch.empty(0, n, *self.store.size) for n in (self.store.channels, len(self.store.classes))]
@@ -80,18 +80,20 @@ class Batches:
         return (member + 1 + draw % max(1, len(self.items) - 1)) % len(self.items)
 
     def mean_label(self) -> Tensor:
-        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation."""
+        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation and smoothing."""
         total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in range(len(self.items)))
         assert isinstance(total, Tensor), "a split has training items"
         return total / len(self.items)
 
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-        """Images and targets of `members`, each augmented by itself in its own spacing, not yet joined with a partner."""
+        """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""
         images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
         image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
         for spacing_mm, rows in self._by_spacing(members).items():
             part = image[rows], target[rows], self.recipe.augment, [self._seed(epoch, members[row]) for row in rows]
             image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
+            if self.recipe.smoothing is not None:
+                target[rows] = self.recipe.smoothing(target[rows], image[rows], spacing_mm)
         return image, target
 
     def _seed(self, epoch: int, member: int) -> int:
@@ -106,13 +108,5 @@ class Batches:
 
     def _item(self, epoch: int, member: int) -> tuple[np.ndarray, Tensor]:
         case, item = self.items[member]
-        sample = self.store.sample(case)
-        target = prepare_target(
-            torch.from_numpy(np.array(sample.raters[item])),
-            None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest[item])),
-            self.recipe.label,
-            self.recipe.fusion,
-            sample.rater_names,
-            seed_of(self.seed, "rater", epoch, member),
-        )
-        return sample.image[item], target
+        draw = seed_of(self.seed, "rater", epoch, member)
+        return self.store.sample(case).image[item], item_target(self.store, self.recipe, case, item, draw)

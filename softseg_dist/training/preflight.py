@@ -1,4 +1,4 @@
-"""Can these recipes be trained on this store at all? One item through network, activation, loss and back, before any fit starts."""
+"""Can these recipes be trained on this store at all? Raters, and one item through network, loss and back, before a fit starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.labels import needs_several, one_rater_only
 from softseg_dist.study import Recipe
 from softseg_dist.training.batches import Batches, cases_of
 from softseg_dist.training.model import Model
 
 
 def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split) -> None:
-    """Raises UserError that names the candidate and the cause if a recipe fails on its first training item."""
+    """Raises UserError that names the candidate and the cause if a recipe lacks raters or fails on its first training item."""
     first = next(c for c in cases_of(store, split.train) if store.cases[c].num_items)
     for name, recipe in recipes.items():
+        _check_raters(name, recipe.fusion, store)
         try:
             _try(recipe, store, first)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
@@ -25,6 +27,19 @@ def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split) -> 
             raise UserError(
                 f"candidate {name} cannot be trained on images of size {store.size}: {cause:.300}"
             ) from error
+
+
+def _check_raters(name: str, fusion: str, store: Store) -> None:
+    """A case may have fewer raters than others; what a fusion names must be in each, and one that fuses needs several in some."""
+    if needs_several(fusion) and all(len(case.rater_names) == 1 for case in store.cases):
+        raise UserError(f"candidate {name}: {one_rater_only(fusion)}")
+    kind, _, rater = fusion.partition(":")
+    for case in store.cases:
+        if kind == "rater" and rater not in case.rater_names:
+            raise UserError(
+                f"candidate {name}: fusion {fusion!r} needs this rater in every case, but {case.name} has "
+                f"{', '.join(case.rater_names)}; choose another fusion or leave the case out"
+            )
 
 
 def _try(recipe: Recipe, store: Store, case: int) -> None:

@@ -13,6 +13,7 @@ from softseg_dist import (
     Affine,
     Bids,
     Dice,
+    GeoLS,
     KFold,
     MonteCarlo,
     NormReLU,
@@ -70,6 +71,7 @@ def test_factorial_refuses_unknown_fields_and_equal_values(factors: dict[str, tu
         study(preprocess=Preprocess(dim=3, spacing_mm=(2, 2, 2), crop=(24, 32, 24)), splits=KFold(folds=3)),
         BASE,
         AdaptiveWing(omega=8),
+        BASE.replace(fusion="soft_staple", smoothing=GeoLS(alpha=0.2)),
     ],
     ids=lambda thing: type(thing).__name__,
 )
@@ -108,6 +110,13 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
         ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),
         ({"candidates": {"a": BASE.replace(fusion="rater:nobody")}, "control": None}, "nobody"),
+        *[
+            (
+                {"data": Phantom(subjects=6, raters=1), "candidates": {"a": BASE.replace(fusion=f)}, "control": None},
+                f"candidate a: fusion '{f}' needs several raters, but no case has more than one; use fusion='mean'",
+            )
+            for f in ("staple", "soft_staple", "random_rater")
+        ],
         ({"question_": "?"}, "Extra inputs"),
     ],
 )
@@ -120,6 +129,11 @@ def test_a_study_that_cannot_run_is_refused_with_its_value(changes: dict[str, ob
 def test_optim_refuses_what_no_optimizer_can_use(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Optim(**fields)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "majority", "rater:A"])
+def test_one_rater_is_enough_for_the_other_fusions(fusion: str) -> None:
+    assert study(data=Phantom(subjects=6, raters=1), candidates={"hard-dice": BASE.replace(fusion=fusion)})
 
 
 def test_debug_is_small_and_a_pure_function_of_the_study() -> None:
