@@ -9,18 +9,18 @@ means and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from softseg_dist.numerics.calibration import neighbourhood, reliability
+
 Map = npt.NDArray[np.floating]  # [N K *S], in [0, 1]
 PerClass = npt.NDArray[np.float64]  # [K]
 
-NUM_BINS = 10
-NEIGHBOURHOOD_RADIUS = 3  # voxels, along every spatial axis: a rim of background around each object
 HARD_METRICS = ("dice", "iou", "precision", "recall", "specificity")
 
 
@@ -109,9 +109,9 @@ def ece(prediction: Map, reference: Map) -> PerClass:
     spatial axis, of the union {p >= 0.5 or y > 0}: the easy background far away would hide everything. No such
     voxel: NaN. Source: Naeini et al. 2015 (doi 10.1609/aaai.v29i1.9602), with soft y.
     """
-    near = _dilate((prediction >= 0.5) | (reference > 0), NEIGHBOURHOOD_RADIUS)
+    near = neighbourhood(prediction, reference)
     masks = ((k, near[:, k]) for k in range(prediction.shape[1]))
-    return np.array([_ece(prediction[:, k][mask], reference[:, k][mask]) for k, mask in masks])
+    return np.array([reliability(prediction[:, k][mask], reference[:, k][mask]).error for k, mask in masks])
 
 
 def soft_metrics(prediction: Map, reference: Map, voxel_mm3: float) -> dict[str, PerClass]:
@@ -145,12 +145,12 @@ def hard_metrics(prediction: Map, reference: Map, threshold: float) -> dict[str,
     Both empty: NaN. Only one of them empty: Dice, IoU, precision and recall are 0, so that predicting nothing is never
     rewarded by being left out. Specificity is NaN where the reference covers everything.
     """
-    return {name: values[:, 0] for name, values in _scores(confusion(prediction, reference, (threshold,))).items()}
+    return {name: values[:, 0] for name, values in hard_scores(confusion(prediction, reference, (threshold,))).items()}
 
 
 def dice_curve(prediction: Map, reference: Map, thresholds: Sequence[float]) -> npt.NDArray[np.float64]:
     """Dice of {prediction > tau} with {reference >= 0.5} per class and threshold: [K T]. NaN where both are empty."""
-    return _scores(confusion(prediction, reference, thresholds))["dice"]
+    return hard_scores(confusion(prediction, reference, thresholds))["dice"]
 
 
 class Confusion(NamedTuple):
@@ -185,49 +185,17 @@ def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> C
     return Confusion(hits, false, actual - hits, _num_voxels(prediction) - actual - false)
 
 
-class Row(NamedTuple):
-    """One line of the results table, as far as the numbers know it. `threshold` is None for soft metrics."""
-
-    class_name: str
-    reference: str
-    threshold: float | None
-    metric: str
-    value: float
-
-
-def case_rows(
-    prediction: Map,
-    references: Mapping[str, Map],
-    classes: Sequence[str],
-    thresholds: Sequence[float],
-    curve: Sequence[float],
-    voxel_mm3: float,
-) -> list[Row]:
-    """Everything that is recorded of one case.
-
-    Soft metrics and, at each of `thresholds`, the thresholded ones against every reference; against "mean" also
-    Dice at every threshold of `curve`. A threshold that is in both appears once.
-
-    Args:
-        prediction: [N K *S] in [0, 1].
-        references: "mean", each rater's name, "truth" where it is known: [N K *S] each.
-        classes: K names.
-        thresholds: those that the fit chose (see `numerics.thresholds`).
-        curve: thresholds of the curve of Dice.
-        voxel_mm3: volume of a voxel in mm3.
-    """
-    chosen = sorted(set(thresholds))
-    rows = []
-    for name, reference in references.items():
-        extra = [tau for tau in curve if tau not in chosen] if name == "mean" else []
-        soft = soft_metrics(prediction, reference, voxel_mm3)
-        hard = _scores(confusion(prediction, reference, chosen + extra)) if chosen or extra else {}
-        for k, class_name in enumerate(classes):
-            rows += [Row(class_name, name, None, metric, float(values[k])) for metric, values in soft.items()]
-            for metric, values in hard.items():
-                at = chosen + (extra if metric == "dice" else [])
-                rows += [Row(class_name, name, tau, metric, float(v)) for tau, v in zip(at, values[k], strict=False)]
-    return rows
+def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
+    """`HARD_METRICS` from counts, each [K T]; see `hard_metrics`."""
+    nothing = c.tp + c.fp + c.fn == 0
+    known = np.where(nothing, np.nan, 1.0)  # a 0/0 below is 0 where one of the two maps holds something
+    return {
+        "dice": known * 2 * c.tp / np.maximum(2 * c.tp + c.fp + c.fn, 1),
+        "iou": known * c.tp / np.maximum(c.tp + c.fp + c.fn, 1),
+        "precision": known * c.tp / np.maximum(c.tp + c.fp, 1),
+        "recall": known * c.tp / np.maximum(c.tp + c.fn, 1),
+        "specificity": known * _ratio(c.tn, c.tn + c.fp),
+    }
 
 
 def objective_score(name: str, prediction: Map, reference: Map, voxel_mm3: float) -> float:
@@ -271,36 +239,3 @@ def _num_voxels(maps: npt.NDArray[np.floating]) -> int:
 def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """over / under, NaN where `under` is 0."""
     return np.divide(over, under, out=np.full(np.broadcast_shapes(over.shape, under.shape), np.nan), where=under != 0)
-
-
-def _scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
-    """`HARD_METRICS` from counts, each [K T]."""
-    nothing = c.tp + c.fp + c.fn == 0
-    known = np.where(nothing, np.nan, 1.0)  # a 0/0 below is 0 where one of the two maps holds something
-    return {
-        "dice": known * 2 * c.tp / np.maximum(2 * c.tp + c.fp + c.fn, 1),
-        "iou": known * c.tp / np.maximum(c.tp + c.fp + c.fn, 1),
-        "precision": known * c.tp / np.maximum(c.tp + c.fp, 1),
-        "recall": known * c.tp / np.maximum(c.tp + c.fn, 1),
-        "specificity": known * _ratio(c.tn, c.tn + c.fp),
-    }
-
-
-def _ece(p: npt.NDArray[np.floating], y: npt.NDArray[np.floating]) -> float:
-    if p.size == 0:
-        return float("nan")
-    bins = np.minimum((p * NUM_BINS).astype(np.intp), NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=p.astype(np.float64) - y, minlength=NUM_BINS)  # n_b (mean p - mean y), 0 if empty
-    return float(np.abs(gaps).sum() / p.size)
-
-
-def _dilate(mask: npt.NDArray[np.bool_], radius: int) -> npt.NDArray[np.bool_]:
-    """`mask` [N K *S] grown by `radius` voxels along every spatial axis (a box), each item for itself."""
-    for axis in range(2, mask.ndim):
-        grown = mask.copy()
-        source, target = np.moveaxis(mask, axis, 0), np.moveaxis(grown, axis, 0)
-        for step in range(1, radius + 1):
-            target[step:] |= source[:-step]
-            target[:-step] |= source[step:]
-        mask = grown
-    return mask

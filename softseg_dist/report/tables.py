@@ -234,7 +234,7 @@ def _ranking(standings: Sequence[Standing], reference: str, scores: Scores, sign
 
 def _standings(run: RunData, test: pd.DataFrame, scores: Scores) -> list[Standing]:
     metric = run.study["objective"]
-    references = [str(r) for r in sorted(test["reference"].unique()) if r != "mean"]
+    references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
     classes = [str(c) for c in sorted(test["class"].unique())]
     fits = run.finished
     tables = {

@@ -10,7 +10,9 @@ import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.numerics.metrics import OBJECTIVES, case_rows, objective_score
+from softseg_dist.numerics.grid import Grid
+from softseg_dist.numerics.metrics import OBJECTIVES, objective_score
+from softseg_dist.numerics.rows import case_rows
 from softseg_dist.numerics.thresholds import CURVE, choose_thresholds
 from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample
@@ -93,7 +95,8 @@ def _rows(
         references |= {name: sample.raters[:, r] for r, name in enumerate(sample.rater_names)}
     if sample.truth is not None:
         references["truth"] = sample.truth
-    measured = case_rows(prediction, references, store.classes, list(thresholds.values()), CURVE, sample.voxel_mm3)
+    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+    measured = case_rows(prediction, references, store.classes, list(thresholds.values()), CURVE, grid)
     head = {
         "study": task.study,
         "candidate": task.candidate,

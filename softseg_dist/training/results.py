@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("subject", _NAME),
         ("case", _NAME),
         ("class", _NAME),
-        ("reference", _NAME),  # "mean" of the raters, each rater by name, "truth" where it is known
+        ("reference", _NAME),  # "mean" of the raters, each by name, all as "raters", "truth" where it is known
         ("threshold", pa.float64()),  # null for what is measured on the soft map
         ("metric", _NAME),
         ("value", pa.float64()),

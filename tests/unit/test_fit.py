@@ -203,7 +203,7 @@ def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_tru
     rows = pq.read_table(cases_path(tmp_path)).to_pandas()
     assert set(rows[rows.subset == "validation"].subject) == set(task.split.validation)
     assert set(rows[rows.subset == "test"].subject) == set(task.split.test)
-    assert set(rows.reference) == {"mean", "truth", *Store.open(task.store).cases[0].rater_names}
+    assert set(rows.reference) == {"mean", "raters", "truth", *Store.open(task.store).cases[0].rater_names}
     curve = rows[(rows.metric == "dice") & (rows.reference == "mean") & (rows.case == rows.case.iloc[0])]
     assert set(CURVE) <= set(curve.threshold)
     mean = rows[(rows.subset == "test") & (rows.reference == "mean") & (rows.metric == "dice_dml")]

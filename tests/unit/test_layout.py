@@ -71,7 +71,7 @@ OWNERS = {
         "training/workers.py",
     ),
     "mlflow": ("search/tracking_server.py",),
-    "monai": ("numerics/networks.py",),
+    "monai": ("numerics/networks.py", "numerics/surface.py"),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
     "typer": ("cli.py", "cli_models.py", "cli_options.py", "cli_submit.py"),

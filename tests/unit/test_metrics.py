@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from softseg_dist.numerics.metrics import (
     HARD_METRICS,
     OBJECTIVES,
     brier,
-    case_rows,
     confusion,
     dice_curve,
     dice_dml,
@@ -210,29 +207,3 @@ def test_objective_leaves_out_classes_without_a_value():
     prediction[:, 1] = reference[:, 1] = 0
     assert objective_score("dice_dml", prediction, reference, 1.0) == dice_dml(prediction, reference)[0]
     assert np.isnan(objective_score("dice_dml", 0 * prediction, 0 * reference, 1.0))
-
-
-def test_rows_hold_every_metric_once():
-    prediction, reference = random_case(2)
-    references = {"mean": reference, "rater1": (reference > 0.7).astype(np.float32)}
-    rows = case_rows(prediction, references, ("GM", "WM"), (0.5, 0.392), (0.25, 0.5), voxel_mm3=0.5)
-    keys = [row[:4] for row in rows]
-    assert len(set(keys)) == len(keys) == 2 * (2 * (11 + 2 * 5) + 1)
-    assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
-    assert {row.threshold for row in rows if row.metric == "iou"} == {0.392, 0.5}
-    found = {row[:4]: row.value for row in rows}
-    assert found["WM", "rater1", 0.392, "iou"] == hard_metrics(prediction, references["rater1"], 0.392)["iou"][1]
-    assert found["GM", "mean", 0.25, "dice"] == hard_metrics(prediction, reference, 0.25)["dice"][0]
-    assert found["WM", "mean", None, "volume_pred_mm3"] == volume_mm3(prediction, 0.5)[1]
-
-
-def test_a_case_is_measured_in_milliseconds():
-    """20 slices of 96 x 96 against 5 references: 13 ms when written; the bound leaves room for a busy machine."""
-    prediction = blob()
-    references = dict.fromkeys(("mean", "a", "b", "c", "d"), 0.9 * prediction)
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        case_rows(prediction, references, ("GM",), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20), voxel_mm3=0.5)
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.08

@@ -1,0 +1,74 @@
+"""Prediction and disagreement: how far raters are from one another, and whether a soft map says so.
+
+Legend: R raters, *S space, n voxels; all maps are of one class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Masks = npt.NDArray[np.bool_]  # [R *S]
+Values = npt.NDArray[np.floating]
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # a soft map is measured as if each of these level sets were as likely
+
+
+def inter_rater_dice(raters: Masks) -> float:
+    """Mean Dice over the pairs of raters, in [0, 1]: what raters reach against each other, for R >= 2.
+
+    Pairs of empty masks are left out; NaN if all are. Where only one of two is empty their Dice is 0.
+    """
+    common = _common_voxels(raters)
+    pairs = np.triu_indices(len(raters), k=1)
+    sizes = np.add.outer(common.diagonal(), common.diagonal())[pairs]
+    dice = 2 * common[pairs][sizes > 0] / sizes[sizes > 0]
+    return float(dice.mean()) if dice.size else float("nan")
+
+
+def ged2(prediction: Values, raters: Masks) -> float:
+    """Squared generalised energy distance: 2 E d(S, Y) - E d(S, S') - E d(Y, Y'), with d = 1 - IoU.
+
+    S are the level sets {p > tau}, tau = .1, .3, .5, .7, .9, of the soft map, Y the masks of the raters. Expectations
+    are over independent draws with replacement, so that a set also meets itself. In [0, 2]: 0 if both are spread in
+    the same way, 2 if the raters agree on one place and the prediction on another. Two empty masks: d = 0.
+
+    Args:
+        prediction: [*S] in [0, 1].
+        raters: [R *S].
+
+    Source: Szekely and Rizzo 2013 (doi 10.1016/j.jspi.2013.03.018); Kohl et al. 2018, arXiv 1806.05034.
+
+    >>> import numpy as np
+    >>> ged2(np.array([1.0, 0.0]), np.array([[True, False], [False, False]]))  # 2 * .5 - 0 - .5
+    0.5
+    """
+    level_sets = np.stack([prediction > level for level in LEVELS])
+    common = _common_voxels(np.concatenate([level_sets, raters]))
+    union = np.add.outer(common.diagonal(), common.diagonal()) - common
+    distance = 1 - np.divide(common, union, out=np.ones_like(common), where=union > 0)
+    s, y = slice(len(LEVELS)), slice(len(LEVELS), None)
+    return float(2 * distance[s, y].mean() - distance[s, s].mean() - distance[y, y].mean())
+
+
+def entropy_disagreement_correlation(prediction: Values, rater_mean: Values) -> float:
+    """Spearman's correlation of the entropy of p with that of the raters' mean y, over voxels; in [-1, 1].
+
+    1: the map is least certain exactly where raters differ most. NaN where either entropy is the same everywhere. The
+    entropy of a binary event rises with min(p, 1 - p), so the ranks of that are its ranks, without a logarithm.
+
+    Args:
+        prediction: [n] in [0, 1].
+        rater_mean: [n] in [0, 1].
+    """
+    uncertainty, disagreement = (np.minimum(values, 1 - values) for values in (prediction, rater_mean))
+    if not uncertainty.size or np.ptp(uncertainty) == 0 or np.ptp(disagreement) == 0:
+        return float("nan")
+    return float(stats.spearmanr(uncertainty, disagreement).statistic)
+
+
+def _common_voxels(masks: Masks) -> npt.NDArray[np.float64]:
+    """How many voxels each pair of masks [M *S] shares: [M M], with the sizes of the masks on the diagonal."""
+    inside = masks[:, masks.any(axis=0)].astype(np.float64)
+    return inside @ inside.T

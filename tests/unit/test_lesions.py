@@ -1,0 +1,89 @@
+"""Lesions: what touches, what counts as found, bins of size, and the counts by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from softseg_dist.numerics.lesions import components, lesion_metrics
+
+
+def measured(prediction: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    return lesion_metrics(components(prediction), components(reference))
+
+
+def line(*lengths: int, rows: int = 1) -> np.ndarray:
+    """Lesions of the given numbers of voxels, one after the other in a plane, a gap of one voxel between them."""
+    mask = np.zeros((rows, sum(lengths) + len(lengths)), dtype=bool)
+    start = 0
+    for length in lengths:
+        mask[0, start : start + length] = True
+        start += length + 1
+    return mask
+
+
+@pytest.mark.parametrize("corner", [(1, 1), (1, 1, 1), (0, 1, 1), (0, 0, 1)])
+def test_voxels_that_touch_by_a_corner_are_one_lesion(corner: tuple[int, ...]):
+    mask = np.zeros((4,) * len(corner), dtype=bool)
+    mask[(1,) * len(corner)] = mask[tuple(1 + step for step in corner)] = True
+    assert components(mask).sizes.tolist() == [2]
+
+
+def test_a_gap_of_one_voxel_makes_two_lesions():
+    assert components(line(2, 5)).sizes.tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("size", "overlap", "found"), [(1, 1, 1), (2, 1, 0), (2, 2, 1), (3, 2, 0), (9, 2, 0), (9, 3, 1)]
+)
+def test_a_lesion_is_found_by_three_voxels_or_by_all_of_a_smaller_one(size: int, overlap: int, found: int):
+    reference, prediction = line(size, rows=2), np.zeros((2, size + 1), dtype=bool)
+    prediction[0, :overlap] = True
+    assert measured(prediction, reference)["lesions_found"] == found
+
+
+def test_true_lesions_are_counted_by_their_size():
+    reference = line(1, 19, 20, 100, 101)
+    found = measured(reference, reference)
+    assert [found[f"lesions_true_{size}"] for size in ("lt20", "20to100", "gt100")] == [2, 2, 1]
+    assert found["lesions_true"] == found["lesions_found"] == 5
+    assert (found["lesion_sensitivity"], found["lesion_fdr"]) == (1, 0)
+
+
+def test_found_lesions_are_counted_by_the_size_of_the_true_lesion():
+    reference = line(5, 30, 150)
+    prediction = reference.copy()
+    prediction[0, 6:36] = False  # the middle one is missed
+    prediction[0, 40:] = False  # of the last one 3 voxels are left
+    found = measured(prediction, reference)
+    assert {name: found[f"lesions_found_{name}"] for name in ("lt20", "20to100", "gt100")} == {
+        "lt20": 1,
+        "20to100": 0,
+        "gt100": 1,
+    }
+    assert (found["lesions_true"], found["lesions_found"]) == (3, 2)
+    assert found["lesion_sensitivity"] == 2 / 3
+
+
+def test_a_predicted_lesion_that_hits_none_is_false():
+    reference, prediction = line(4, 4, 4), line(4, 4, 4)
+    reference[0, 5:9] = False
+    found = measured(prediction, reference)
+    assert (found["lesions_predicted"], found["lesions_false"], found["lesion_fdr"]) == (3, 1, 1 / 3)
+
+
+def test_one_prediction_can_find_several_lesions():
+    found = measured(np.ones_like(line(4, 4)), line(4, 4))
+    assert (found["lesions_found"], found["lesions_predicted"], found["lesions_false"]) == (2, 1, 0)
+
+
+def test_without_lesions_the_ratios_are_nan_and_the_counts_0():
+    empty, full = np.zeros((4, 4, 4), dtype=bool), np.ones((4, 4, 4), dtype=bool)
+    nothing = measured(empty, empty)
+    assert np.isnan([nothing["lesion_sensitivity"], nothing["lesion_fdr"]]).all()
+    assert not any(value for name, value in nothing.items() if name.startswith("lesions_"))
+    assert np.isnan(measured(full, empty)["lesion_sensitivity"])
+    assert measured(full, empty)["lesion_fdr"] == 1
+    assert np.isnan(measured(empty, full)["lesion_fdr"])
+    assert measured(empty, full)["lesion_sensitivity"] == 0
+    assert np.isnan(measured(empty[:0], empty[:0])["lesion_fdr"])
