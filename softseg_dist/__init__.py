@@ -38,11 +38,21 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.augmentation import Mixup as Mixup
     from softseg_dist.numerics.augmentation import Noise as Noise
     from softseg_dist.numerics.losses import BCE as BCE
+    from softseg_dist.numerics.losses import L1 as L1
     from softseg_dist.numerics.losses import AdaptiveWing as AdaptiveWing
+    from softseg_dist.numerics.losses import BatchDice as BatchDice
     from softseg_dist.numerics.losses import Brier as Brier
     from softseg_dist.numerics.losses import Dice as Dice
     from softseg_dist.numerics.losses import DiceSemimetric as DiceSemimetric
+    from softseg_dist.numerics.losses import Focal as Focal
+    from softseg_dist.numerics.losses import FocalTversky as FocalTversky
+    from softseg_dist.numerics.losses import GeneralizedDice as GeneralizedDice
+    from softseg_dist.numerics.losses import Huber as Huber
+    from softseg_dist.numerics.losses import JaccardMetric as JaccardMetric
     from softseg_dist.numerics.losses import Loss as Loss
+    from softseg_dist.numerics.losses import Sum as Sum
+    from softseg_dist.numerics.losses import Tversky as Tversky
+    from softseg_dist.numerics.losses import TverskySemimetric as TverskySemimetric
     from softseg_dist.numerics.networks import Network as Network
     from softseg_dist.numerics.networks import UNet as UNet
     from softseg_dist.numerics.smoothing import SVLS as SVLS
@@ -75,7 +85,24 @@ _HOME = {
         "Mixup",
         "Noise",
     ),
-    "softseg_dist.numerics.losses": ("BCE", "AdaptiveWing", "Brier", "Dice", "DiceSemimetric", "Loss"),
+    "softseg_dist.numerics.losses": (
+        "BCE",
+        "L1",
+        "AdaptiveWing",
+        "BatchDice",
+        "Brier",
+        "Dice",
+        "DiceSemimetric",
+        "Focal",
+        "FocalTversky",
+        "GeneralizedDice",
+        "Huber",
+        "JaccardMetric",
+        "Loss",
+        "Sum",
+        "Tversky",
+        "TverskySemimetric",
+    ),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
     "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),

@@ -193,13 +193,16 @@ class Training:
         made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
         image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
         prediction = self.model(image)
-        losses = [self.task.recipe.loss.per_sample(*portion) for portion in self.team.portions.of(prediction, target)]
-        loss = (torch.cat(losses) if losses else prediction.flatten(1).sum(1)) / len(members)
-        total, dead, stop, save = self._agree(loss, prediction)
+        loss, classes = self.task.recipe.loss, prediction.shape[1]
+        portions = [loss.averaged(*portion) for portion in self.team.portions.of(prediction, target)]
+        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(classes))
+        shares = (torch.cat(portions) if portions else none) / len(members)  # in the means over the batch [b M]
+        slope, (total, dead, stop, save) = self._agree(shares, prediction)
         if not math.isfinite(total):
-            cause = next((c for c in worker.gather([self._cause(image, prediction, loss)]) if c), "")
+            causes = [cause for cause in worker.gather([self._cause(image, prediction, shares)]) if cause]
+            cause = next(iter(causes), f"{loss} is not finite for finite averages")
             raise Diverged(f"loss is {total:g} in epoch {now.epoch + 1}, step {now.step + 1}: {cause}")
-        self.team.backward(loss.sum())
+        self.team.backward((shares * slope.to(shares.dtype)).sum())
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.adam.step()
@@ -207,24 +210,31 @@ class Training:
         now.dead += int(dead)
         return stop > 0, save > 0
 
-    def _agree(self, loss: Tensor, prediction: Tensor) -> list[float]:
-        """[loss, dead samples, stop, save] of the whole batch, equal on all workers: one exchange for all that they share."""
-        told = torch.zeros(4, dtype=torch.float64, device=loss.device)
-        told[0], told[1] = loss.detach().double().sum(), dead_samples(prediction.detach())
+    def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
+        """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
+
+        Equal on all workers, with one exchange for all that they share.
+        """
+        mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
+        mine[0] = dead_samples(prediction.detach())
         if self.worker.leads:
-            told[2] = self.worker.stop()
-            told[3] = time.monotonic() - self.saved >= self.task.checkpoint_every_s
-        agreed: list[float] = self.worker.sum(told).tolist()
-        return agreed
+            mine[1] = self.worker.stop()
+            mine[2] = time.monotonic() - self.saved >= self.task.checkpoint_every_s
+        told = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
+        means = told[3:].requires_grad_()
+        loss = self.task.recipe.loss.of_averages(means, prediction.shape[1])
+        (slope,) = torch.autograd.grad(loss, means)
+        agreed: list[float] = torch.cat([loss.detach().reshape(1), told[:3]]).tolist()
+        return slope, agreed
 
     def _lr(self, step: int) -> float:
         if self.optim.schedule == "constant":
             return self.optim.lr
         return self.optim.lr * 0.5 * (1 + math.cos(math.pi * step / (self.optim.epochs * self.batches.steps_per_epoch)))
 
-    def _cause(self, image: Tensor, prediction: Tensor, loss: Tensor) -> str:
+    def _cause(self, image: Tensor, prediction: Tensor, shares: Tensor) -> str:
         """Where the first number that is not finite came from; "" if it was another worker's."""
-        if torch.isfinite(loss).all():
+        if torch.isfinite(shares).all():
             return ""
         with torch.no_grad():
             logits = self.model.eval().logits(image)

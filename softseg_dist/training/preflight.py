@@ -49,7 +49,11 @@ def _try(recipe: Recipe, store: Store, case: int) -> None:
     prediction = model.eval()(image)  # eval: batch norm has no variance over one item of one voxel
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")
-    loss = recipe.loss(prediction, target)
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
-        raise ValueError(f"{recipe.loss} must return a scalar tensor, got {loss!r:.80}")
-    loss.backward()
+    loss = recipe.loss
+    of_sample = loss.per_sample(prediction, target)
+    if not isinstance(of_sample, torch.Tensor) or of_sample.shape != (1,):
+        raise ValueError(f"per_sample of {loss} must return a tensor of one loss per sample, got {of_sample!r:.80}")
+    averaged, count = loss.averaged(prediction, target), loss.num_averaged(len(store.classes))
+    if averaged.shape != (1, count):
+        raise ValueError(f"{loss} must average {count} numbers of each sample, got shape {tuple(averaged.shape)}")
+    loss(prediction, target).backward()

@@ -13,11 +13,18 @@ from torch import distributed, multiprocessing
 
 from softseg_dist import (
     BCE,
+    L1,
     AdaptiveWing,
     Affine,
+    BatchDice,
     Brier,
     Dice,
     DiceSemimetric,
+    Focal,
+    FocalTversky,
+    GeneralizedDice,
+    Huber,
+    JaccardMetric,
     MonteCarlo,
     NormReLU,
     Optim,
@@ -26,6 +33,9 @@ from softseg_dist import (
     Recipe,
     Sigmoid,
     Softmax,
+    Sum,
+    Tversky,
+    TverskySemimetric,
     UNet,
 )
 from softseg_dist.data.store import build_store, fingerprint
@@ -35,7 +45,9 @@ from softseg_dist.training.task import FitTask, Interrupted, Worker
 STEPS = 20
 OPTIM = Optim(lr=1e-3, epochs=5, batch_size=18)  # of 20 items: 2 are left for the last batch, for one worker only
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM)
-LOSSES = (AdaptiveWing(), BCE(), Brier(), Dice(), DiceSemimetric())
+OTHERS = (JaccardMetric(), Tversky(), TverskySemimetric(), FocalTversky(), GeneralizedDice(), Focal(), L1(), Huber())
+ALL_OTHERS = Sum(terms=(BatchDice(smooth=0), *OTHERS), weights=(0.3, *[1.0] * len(OTHERS)))
+LOSSES = (AdaptiveWing(), BCE(), Brier(), Dice(), DiceSemimetric(), BatchDice(), ALL_OTHERS)
 ACTIVATIONS = (Sigmoid(), Softmax(), NormReLU(), NormReLU(over="global"), NormReLU(over="running"))
 NETWORKS = {
     "instance": UNet(filters=(4, 8, 16), norm="instance"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from softseg_dist import (
     AdaptiveWing,
     Affine,
+    BatchDice,
     Dice,
     Loss,
     MonteCarlo,
@@ -23,6 +24,7 @@ from softseg_dist import (
     Preprocess,
     Recipe,
     Sigmoid,
+    Sum,
     UNet,
 )
 from softseg_dist.data.store import Store, build_store, fingerprint
@@ -145,6 +147,21 @@ def test_a_torn_checkpoint_is_no_checkpoint(task: FitTask, tmp_path: Path) -> No
     content = checkpoint_path(tmp_path).read_bytes()
     checkpoint_path(tmp_path).write_bytes(content[: len(content) // 2])
     assert fit(task).resumed_epoch is None
+
+
+@pytest.mark.parametrize("loss", [BatchDice(), Sum(terms=(BatchDice(), Dice()), weights=(2, 1))], ids=str)
+def test_a_step_follows_the_gradient_of_the_loss_of_the_whole_batch(task: FitTask, tmp_path: Path, loss: Loss) -> None:
+    task = task.replace(recipe=RECIPE.replace(loss=loss, network=UNet(filters=(4, 8))))
+    one, two = (Training(task.replace(folder=_folder(tmp_path / name)), Worker()) for name in ("one", "two"))
+    members = one.batches.order(0)[:7]  # portions of 2, 2, 2 and 1
+    one._step(members)
+    image, target = two.batches.batch(0, members, "cpu")
+    two.team.begin(len(members))
+    value = loss(two.model(image), target)
+    two.team.backward(value)
+    assert one.progress.losses == [pytest.approx(value.item(), rel=1e-6)]
+    for ours, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
 
 class NanLoss(Loss):

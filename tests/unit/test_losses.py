@@ -11,18 +11,57 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softseg_dist.frozen import Frozen
-from softseg_dist.numerics.losses import BCE, AdaptiveWing, Brier, Dice, DiceSemimetric, Loss
+from softseg_dist.numerics.losses import (
+    BCE,
+    L1,
+    AdaptiveWing,
+    BatchDice,
+    Brier,
+    Dice,
+    DiceSemimetric,
+    Focal,
+    FocalTversky,
+    GeneralizedDice,
+    Huber,
+    JaccardMetric,
+    Loss,
+    Sum,
+    Tversky,
+    TverskySemimetric,
+)
 
-LOSSES: list[Loss] = [
+EXACT: list[Loss] = [  # 0 if and only if p = y, soft or hard
     AdaptiveWing(),
     AdaptiveWing(omega=8, theta=0.3, epsilon=0.7),
-    Dice(),
-    Dice(smooth=0),
+    Brier(),
+    L1(),
+    Huber(),
+    Huber(delta=0.05),
+    Focal(),
+    Focal(gamma=1),
     DiceSemimetric(),
     DiceSemimetric(smooth=1),
-    BCE(),
-    Brier(),
+    JaccardMetric(),
+    JaccardMetric(smooth=1),
+    TverskySemimetric(),
+    TverskySemimetric(alpha=2, beta=0.1, smooth=1),
+    Sum(terms=(DiceSemimetric(), Brier()), weights=(1, 10)),
 ]
+OF_PRODUCTS: list[Loss] = [  # mis-specified on soft targets
+    Dice(),
+    Dice(smooth=0),
+    Tversky(),
+    Tversky(alpha=2, beta=0.1, smooth=0),
+    FocalTversky(),
+    FocalTversky(gamma=0.5, smooth=0),
+    GeneralizedDice(),
+    GeneralizedDice(smooth=0),
+    BatchDice(),
+    BatchDice(smooth=0),
+    Sum(terms=(Dice(), BatchDice()), weights=(0.5, 2)),
+]
+MIXED: list[Loss] = [BCE(), Sum(terms=(Sum(terms=(BatchDice(),), weights=(1,)), BCE()), weights=(3, 0.1))]
+LOSSES = EXACT + OF_PRODUCTS + MIXED
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 
 
@@ -53,37 +92,83 @@ def test_loss_and_gradient_are_finite_at_the_extremes(loss: Loss, p: float, y: f
 
 
 @every_loss
+@pytest.mark.parametrize("prediction", [0.0, 0.5, 1.0])
+def test_loss_and_gradient_are_finite_whatever_is_empty(loss: Loss, prediction: float) -> None:
+    target = torch.zeros(3, 3, 4, 4)  # an empty sample, one of a full, an empty and a nearly empty class, a full one
+    target[1, 0], target[1, 2, 0, 0], target[2] = 1, 1e-6, 1
+    p = torch.full_like(target, prediction, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(p, target), p)
+    assert loss(p, target).isfinite()
+    assert grad.isfinite().all()
+
+
+@every_loss
 def test_loss_is_zero_for_a_perfect_prediction_of_a_hard_target(loss: Loss) -> None:
     for target in (uniform(2, 2, 4, 4).round(), torch.zeros(2, 2, 4, 4), torch.ones(2, 2, 4, 4)):
         assert loss(target, target) == 0
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES if not isinstance(x, (Dice, BCE))], ids=str)
+@pytest.mark.parametrize("loss", EXACT, ids=str)
 def test_loss_is_zero_only_for_a_perfect_prediction_of_a_soft_target(loss: Loss) -> None:
     target = uniform(2, 2, 4, 4)
     assert loss(target, target) == 0
-    off = target.clone()
-    off[0, 0, 0, 0] += 1e-3
-    assert loss(off, target) > 0
+    for change in (1e-3, -1e-3):
+        off = target.clone()
+        off[0, 0, 0, 0] += change
+        assert loss(off, target) > 0
+
+
+@pytest.mark.parametrize("loss", [*EXACT, BCE()], ids=str)
+@pytest.mark.parametrize("softness", [0.0, 0.3, 1.0])
+def test_no_prediction_costs_less_than_the_target_where_a_loss_is_right_for_soft_ones(
+    loss: Loss, softness: float
+) -> None:
+    for seed in range(5):
+        target = torch.lerp(uniform(2, 2, 3, 3, seed=seed).round(), uniform(2, 2, 3, 3, seed=seed), softness)
+        predictions = [uniform(2, 2, 3, 3, seed=seed + 9), target.round(), 1 - target, 0.9 * target, target.sqrt()]
+        assert all(loss(target, target) <= loss(prediction, target) for prediction in predictions)
+
+
+@pytest.mark.parametrize("loss", OF_PRODUCTS, ids=str)
+def test_a_loss_of_products_has_its_minimum_on_a_soft_target_at_a_binary_map(loss: Loss) -> None:
+    target = 0.2 + 0.6 * uniform(1, 1, 8)
+    binary = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 8)[:, None]
+    best = min(loss(p[None], target).item() for p in binary)
+    soft = [loss(p[None, None], target).item() for p in uniform(200, 8, seed=1)]
+    assert best < loss(target, target).item()
+    assert best < min(soft)
 
 
 @every_loss
-def test_loss_of_a_sample_does_not_depend_on_its_batch(loss: Loss) -> None:
+def test_what_a_sample_adds_to_a_loss_does_not_depend_on_its_batch(loss: Loss) -> None:
     prediction, target = uniform(5, 2, 4, 4), uniform(5, 2, 4, 4, seed=1)
-    whole = loss.per_sample(prediction, target)
-    alone = torch.cat([loss.per_sample(p, y) for p, y in zip(prediction.split(2), target.split(2), strict=True)])
-    assert whole.shape == (5,)
-    torch.testing.assert_close(whole, alone, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss(prediction, target), alone.mean(), rtol=1e-12, atol=0)
+    pairs = list(zip(prediction.split(2), target.split(2), strict=True))
+    for values in (loss.per_sample, loss.averaged):
+        whole, alone = values(prediction, target), torch.cat([values(p, y) for p, y in pairs])
+        torch.testing.assert_close(whole, alone, rtol=1e-12, atol=0)
+    assert loss.per_sample(prediction, target).shape == (5,)
+    assert loss.averaged(prediction, target).shape == (5, loss.num_averaged(2))
+    for p, y, one in zip(prediction.split(1), target.split(1), loss.per_sample(prediction, target), strict=True):
+        torch.testing.assert_close(loss(p, y), one, rtol=1e-12, atol=0)
 
 
 @every_loss
-def test_gradient_of_a_batch_is_the_mean_of_those_of_its_halves(loss: Loss) -> None:
-    prediction, target = uniform(4, 2, 4, 4).requires_grad_(), uniform(4, 2, 4, 4, seed=1)
-    (whole,) = torch.autograd.grad(loss(prediction, target), prediction)
-    halves = [loss(prediction[part], target[part]) for part in (slice(0, 2), slice(2, 4))]
-    (mean,) = torch.autograd.grad(sum(halves) / 2, prediction)
-    torch.testing.assert_close(whole, mean, rtol=1e-12, atol=1e-15)
+def test_loss_and_gradient_of_a_batch_follow_from_the_averages_of_its_parts(loss: Loss) -> None:
+    prediction, target = uniform(5, 2, 4, 4).requires_grad_(), uniform(5, 2, 4, 4, seed=1)
+    whole = loss(prediction, target)
+    shares = [loss.averaged(p, y) / 5 for p, y in zip(prediction.split(2), target.split(2), strict=True)]
+    means = sum(share.detach().sum(0) for share in shares).requires_grad_()
+    in_parts = loss.of_averages(means, 2)
+    torch.testing.assert_close(in_parts, whole, rtol=1e-12, atol=0)
+    (slope,) = torch.autograd.grad(in_parts, means)
+    (of_parts,) = torch.autograd.grad(sum((share * slope).sum() for share in shares), prediction)
+    torch.testing.assert_close(of_parts, torch.autograd.grad(whole, prediction)[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.num_averaged(2) == 1], ids=str)
+def test_loss_of_a_batch_is_the_mean_over_its_samples(loss: Loss) -> None:
+    prediction, target = uniform(5, 2, 4, 4), uniform(5, 2, 4, 4, seed=1)
+    torch.testing.assert_close(loss(prediction, target), loss.per_sample(prediction, target).mean(), rtol=1e-12, atol=0)
 
 
 @every_loss
@@ -171,57 +256,6 @@ def test_adaptive_wing_refuses_an_exponent_without_a_gradient_at_zero() -> None:
         AdaptiveWing(alpha=1.9)
 
 
-# ---------------------------------------------------------------- Dice and its soft form
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (Dice(smooth=0), 1 - 2 * (0.2 * 0.3 + 0.5 * 0.5 + 0.9 * 1.0) / (1.6 + 1.9)),
-        (Dice(smooth=0), 0.308571),
-        (Dice(smooth=1), 1 - (2 * 1.21 + 1) / (3.5 + 1)),
-        (DiceSemimetric(), (0.1 + 0.1 + 0.1) / (1.6 + 1.9)),
-        (DiceSemimetric(), 0.085714),
-        (DiceSemimetric(smooth=1), 1 - (3.5 - 0.3 + 1) / (3.5 + 1)),
-    ],
-    ids=str,
-)
-def test_dice_losses_have_the_values_of_the_worked_example(loss: Loss, expected: float) -> None:
-    prediction = torch.tensor([[[0.2, 0.5, 0.9, 0.0]]], dtype=torch.float64)
-    target = torch.tensor([[[0.3, 0.5, 1.0, 0.1]]], dtype=torch.float64)
-    assert loss(prediction, target).item() == pytest.approx(expected, abs=5e-7)
-
-
-def test_dice_is_misspecified_on_soft_targets_and_its_semimetric_is_not() -> None:
-    half = torch.full((1, 1, 100, 100), 0.5)
-    assert Dice(smooth=0)(half, half).item() == pytest.approx(1 - 2 * 0.25 / 1.0)
-    assert Dice(smooth=0)(torch.ones_like(half), half).item() == pytest.approx(1 - 2 * 0.5 / 1.5)
-    assert DiceSemimetric()(half, half) == 0 < DiceSemimetric()(torch.ones_like(half), half)
-
-
-@pytest.mark.parametrize("smooth", [0.0, 1.0])
-def test_semimetric_equals_dice_for_hard_targets(smooth: float) -> None:
-    prediction, target = uniform(3, 2, 5, 5), uniform(3, 2, 5, 5, seed=1).round()
-    torch.testing.assert_close(
-        DiceSemimetric(smooth=smooth)(prediction, target), Dice(smooth=smooth)(prediction, target), rtol=1e-12, atol=0
-    )
-
-
-def test_dice_is_averaged_over_classes_whatever_their_size() -> None:
-    target = torch.zeros(1, 2, 10, 10)
-    target[0, 0], target[0, 1, 0, 0] = 1, 1
-    prediction = target.clone()
-    prediction[0, 1] = 0
-    assert Dice(smooth=0)(prediction, target).item() == pytest.approx((0 + 1) / 2)
-
-
-@pytest.mark.parametrize(("loss", "teaches"), [(DiceSemimetric(), False), (DiceSemimetric(smooth=1), True)], ids=str)
-def test_an_empty_target_teaches_the_semimetric_through_smooth_alone(loss: Loss, teaches: bool) -> None:
-    prediction = torch.full((1, 1, 4, 4), 0.25, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(loss(prediction, torch.zeros_like(prediction)), prediction)
-    assert (grad.abs().max().item() > 1e-6) is teaches
-
-
 # ---------------------------------------------------------------- voxel-wise losses, and what each elicits
 
 
@@ -229,6 +263,16 @@ def test_bce_and_brier_have_values_of_their_formulas() -> None:
     assert of_one_voxel(BCE(), 0.2, 0.7) == pytest.approx(-(0.7 * math.log(0.2) + 0.3 * math.log(0.8)))
     assert of_one_voxel(BCE(), 0, 1) == pytest.approx(-math.log(1e-7))
     assert of_one_voxel(Brier(), 0.2, 0.7) == pytest.approx(0.5**2)
+
+
+def test_l1_huber_and_focal_have_values_of_their_formulas() -> None:
+    assert of_one_voxel(L1(), 0.2, 0.7) == pytest.approx(0.5)
+    assert of_one_voxel(Huber(delta=0.6), 0.2, 0.7) == pytest.approx(0.5**2 / 2)
+    assert of_one_voxel(Huber(delta=0.1), 0.2, 0.7) == pytest.approx(0.1 * (0.5 - 0.1 / 2))
+    assert of_one_voxel(Huber(delta=1), 0.1, 1) == pytest.approx(of_one_voxel(Brier(), 0.1, 1) / 2)
+    assert of_one_voxel(Focal(gamma=3), 0.2, 1) == pytest.approx(-((1 - 0.2) ** 3) * math.log(0.2))
+    assert of_one_voxel(Focal(gamma=3), 0.2, 0) == pytest.approx(-(0.2**3) * math.log(1 - 0.2))
+    assert of_one_voxel(Focal(), 0.2, 0.7) == pytest.approx(0.5**2 * of_one_voxel(BCE(), 0.2, 0.7))
 
 
 def elicited(loss: Loss, share: float) -> float:
@@ -253,11 +297,19 @@ def test_adaptive_wing_elicits_less_than_the_mean_and_jumps_to_nearly_one(share:
     assert elicited(AdaptiveWing(), share) == pytest.approx(minimiser, abs=1e-3)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 0.9])
-def test_semimetric_of_random_hard_raters_elicits_a_binary_map(share: float) -> None:
-    disputed = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    prediction = torch.stack([torch.ones_like(disputed), disputed], dim=1)[:, None]
-    wide, narrow = torch.ones_like(prediction), torch.stack([torch.ones(1001), torch.zeros(1001)], dim=1)[:, None]
-    loss = DiceSemimetric()
-    risk = share * loss.per_sample(prediction, wide) + (1 - share) * loss.per_sample(prediction, narrow)
-    assert disputed[risk.argmin()].item() in (0, 1)
+@pytest.mark.parametrize(
+    ("loss", "share", "minimiser"),
+    [
+        (L1(), 0.49, 0),
+        (L1(), 0.51, 1),
+        (Huber(), 0.25, 0.5 * 0.25 / 0.75),
+        (Huber(delta=0.1), 0.4, 0.1 * 0.4 / 0.6),
+        (Huber(delta=0.1), 0.6, 1 - 0.1 * 0.4 / 0.6),
+        (Huber(delta=1), 0.3, 0.3),
+        (Focal(), 0.25, 0.399),
+        (Focal(), 0.5, 0.5),
+    ],
+    ids=str,
+)
+def test_other_losses_elicit_what_they_say(loss: Loss, share: float, minimiser: float) -> None:
+    assert elicited(loss, share) == pytest.approx(minimiser, abs=5e-4)
