@@ -198,6 +198,15 @@ def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
     }
 
 
+def mask_volume_error(c: Confusion, reference: Map) -> npt.NDArray[np.float64]:
+    """Relative error of the volume of {prediction > tau} against that of the soft reference, per class and threshold [K T].
+
+    NaN where the reference is empty. A threshold that is best for overlap is biased in volume by construction.
+    """
+    true = _sum(reference)[:, None]
+    return _ratio(c.tp + c.fp - true, true)
+
+
 def objective_score(name: str, prediction: Map, reference: Map, voxel_mm3: float) -> float:
     """One case's signed objective, higher is better: the mean over the classes that have a value; NaN if none has.
 

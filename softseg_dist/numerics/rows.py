@@ -13,7 +13,7 @@ import numpy as np
 from softseg_dist.numerics.calibration import NUM_BINS, neighbourhood, reliability
 from softseg_dist.numerics.grid import Grid, bounding_box
 from softseg_dist.numerics.lesions import components, lesion_metrics
-from softseg_dist.numerics.metrics import Map, confusion, hard_scores, soft_metrics
+from softseg_dist.numerics.metrics import Map, confusion, hard_scores, mask_volume_error, soft_metrics
 from softseg_dist.numerics.raters import entropy_disagreement_correlation, ged2, inter_rater_dice
 from softseg_dist.numerics.surface import surface_metrics
 
@@ -40,10 +40,10 @@ def case_rows(
 ) -> list[Row]:
     """Everything that is recorded of one case.
 
-    Against every reference: soft metrics and, at each of `thresholds`, the overlap. Against "mean" also Dice at every
-    threshold of `curve` (a threshold that is in both appears once), surfaces and lesions at each of `thresholds`, and the
-    reliability table, whose threshold is the lower edge of the bin. Against "raters", where there are two or more: how
-    they agree with each other, and the prediction with their disagreement.
+    Against every reference: soft metrics and, at each of `thresholds`, overlap and volume error of the mask. Against
+    "mean" also Dice at every threshold of `curve` (a threshold that is in both appears once), surfaces and lesions at each
+    of `thresholds`, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", where there
+    are two or more: how they agree with each other, and the prediction with their disagreement.
 
     Args:
         prediction: [N K *S] in [0, 1].
@@ -85,9 +85,11 @@ def _overlap_rows(
     extra: Sequence[float],
     voxel_mm3: float,
 ) -> Iterator[Row]:
-    """Soft metrics, and the overlap at the `chosen` thresholds; at `extra` ones only Dice."""
-    soft = soft_metrics(prediction, reference, voxel_mm3)
-    hard = hard_scores(confusion(prediction, reference, [*chosen, *extra])) if chosen or extra else {}
+    """Soft metrics, and overlap and volume at the `chosen` thresholds; at `extra` ones only Dice."""
+    soft, hard = soft_metrics(prediction, reference, voxel_mm3), {}
+    if chosen or extra:
+        counts = confusion(prediction, reference, [*chosen, *extra])
+        hard = hard_scores(counts) | {"volume_error": mask_volume_error(counts, reference)}
     for k, class_name in enumerate(classes):
         for metric, values in soft.items():
             yield Row(class_name, name, None, metric, float(values[k]))

@@ -28,7 +28,7 @@ from softseg_dist.training.task import FitTask, cases_path
 
 LEVEL, PLANTED_LEVEL = 0.05, 0.01
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), loss=Brier(), optim=Optim(lr=2e-2, epochs=20, batch_size=8))
-PLANTED = Phantom(shape="lesions", subjects=20, size=(32, 32), num_slices=4, disagreement_mm=0.75, noise=0.05)
+PLANTED = Phantom(shape="lesions", subjects=40, size=(32, 32), num_slices=4, disagreement_mm=0.75, noise=0.05)
 PLANTED_METRICS = ("brier", "volume_error_abs")
 NULL = Phantom(subjects=12, size=(24, 24), num_slices=3)
 NULL_RECIPE = BASE.replace(optim=BASE.optim.replace(epochs=8))

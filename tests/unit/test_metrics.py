@@ -18,6 +18,7 @@ from softseg_dist.numerics.metrics import (
     ece,
     hard_metrics,
     mae,
+    mask_volume_error,
     mse,
     objective_score,
     soft_metrics,
@@ -129,6 +130,15 @@ def test_overlap_and_relative_volume_are_nan_where_both_are_empty():
     for name in ("dice_soft", "dice_dml", "volume_error", "volume_error_abs", "ece", *HARD_METRICS):
         assert np.isnan(found[name]).all(), name
     assert found["brier"] == found["mae"] == found["volume_pred_mm3"] == 0
+
+
+def test_the_volume_of_a_mask_is_measured_against_that_of_the_soft_reference():
+    prediction, soft = one_class(0.9, 0.6, 0.2), one_class(1.0, 0.4, 0.1)
+    counts = confusion(prediction, soft, (0.1, 0.5, 0.95))
+    expected = [(3 - 1.5) / 1.5, (2 - 1.5) / 1.5, (0 - 1.5) / 1.5]
+    np.testing.assert_allclose(mask_volume_error(counts, soft), [expected], rtol=1e-6)
+    empty = one_class(0.0, 0.0, 0.0)
+    assert np.isnan(mask_volume_error(confusion(prediction, empty, (0.5,)), empty)).all()
 
 
 def test_predicting_nothing_or_something_where_there_is_nothing_scores_zero():

@@ -40,7 +40,7 @@ def test_rows_hold_every_metric_once():
     prediction, references = random_case(2)
     rows = rows_of(prediction, references)
     keys = [row[:4] for row in rows]
-    against_each, on_shape, calibration = 3 * (11 + 2 * 5) + 1, 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
+    against_each, on_shape, calibration = 3 * (11 + 2 * 6) + 1, 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
     assert len(set(keys)) == len(keys) == 2 * (against_each + on_shape + calibration + 3)
     assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
     assert {row.threshold for row in rows if row.metric in ("iou", "hd95_mm", "lesion_fdr")} == {0.392, 0.5}
