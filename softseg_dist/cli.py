@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,8 +26,10 @@ from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
+    from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished
     from softseg_dist.plan import Offer, Plan, Prices
+    from softseg_dist.search.session import Outcome
     from softseg_dist.study_file import StudyFile
 
 app = typer.Typer(
@@ -78,9 +80,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with it: prepare data, train every candidate on every split, write the report."""
+    from softseg_dist.nested import run_nested
     from softseg_dist.pipeline import RunOptions, run_study
     from softseg_dist.search.live import progress_for
 
+    loaded = _load(study, debug)
     options = RunOptions(
         data_root=data_root,
         out=out,
@@ -94,17 +98,12 @@ def run(
         max_wait_s=max_wait,
         final_model=not debug,
     )
-    finished = run_study(_load(study, debug), options, progress_for(sys.stdout, as_json=as_json))
-    outcome = finished.outcome
-    end = (
-        Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
-    )
-    if as_json:
-        where = {"run": finished.folder, "report": str(finished.report), "model": str(finished.model)}
-        typer.echo(json.dumps({"end": end.name.lower(), **where, **vars(outcome)}))
-    else:
-        _say_where(finished, end)
-    raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
+    if loaded.study.nested is not None:
+        nested = run_nested(loaded, options, lambda: progress_for(sys.stdout, as_json=as_json))
+        _conclude(nested.outcome, nested.plain() if as_json else None, lambda: _say_outer(nested))
+    finished = run_study(loaded, options, progress_for(sys.stdout, as_json=as_json))
+    where = {"run": finished.folder, "report": str(finished.report), "model": str(finished.model)}
+    _conclude(finished.outcome, where if as_json else None, lambda: _say_where(finished))
 
 
 @app.command()
@@ -237,8 +236,31 @@ def _load(path: Path, debug: bool) -> StudyFile:
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
-def _say_where(finished: Finished, end: Exit) -> None:
-    typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
+def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:
+    """Say how a run ended and where things are, for machines where there is a `plain`; and end with its exit code."""
+    end = (
+        Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
+    )
+    if plain is not None:
+        typer.echo(json.dumps({"end": end.name.lower(), **plain, **vars(outcome)}))
+    else:
+        typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
+        say_where()
+    raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
+
+
+def _say_outer(nested: Nested) -> None:
+    record = nested.record
+    typer.echo(
+        f"Numbers  {nested.folder}/outer.json and outer.parquet: {len(record.outer)} of {record.planned} outer splits"
+    )
+    for run in nested.runs:
+        if run.report is not None:
+            typer.echo(f"Report   {run.report}")
+    typer.echo("Model    none: run the study once more, without nested=... and under another name, to get one")
+
+
+def _say_where(finished: Finished) -> None:
     if finished.report is not None:
         page = finished.report.resolve().as_uri()
         typer.echo(f"Report   {finished.report}\n         open it: {_installed('python')} -m webbrowser -t {page}")
@@ -276,10 +298,12 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
 
     console = Console(soft_wrap=True, highlight=False)
     who = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
-    console.print(f"{plan.study}: {who}, each on {plan.splits} splits: {plan.fits} fits")
+    nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
+    console.print(f"{plan.study}: {who}, each on {plan.splits} splits{nested}: {plan.fits} fits")
     if not plan.seconds_per_fit:
         console.print(f"How long a fit takes is not known yet: softseg run {study} --debug")
-        console.print(f"and then                               softseg plan {study} --run runs/{plan.study}-debug")
+        run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")
+        console.print(f"and then                               softseg plan {study} --run {run}")
         return
     total = plan.fits * plan.seconds_per_fit / 3600
     console.print(f"{plan.seconds_per_fit:,.1f} s per fit at most, {total:,.2f} hours one after the other")

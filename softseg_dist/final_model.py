@@ -1,4 +1,7 @@
-"""The model that a study leaves behind: a candidate trained on all subjects, as a folder that `softseg predict` takes."""
+"""The model that a study leaves behind: a candidate trained on all subjects, as a folder that `softseg predict` takes.
+
+All but the held-out ones: what the report says of them is said of training runs that have not seen them, and so is the model.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SAME = ("study", "candidate", "recipe", "preprocess", "epochs", "num_subjects", 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a model is made from: the study that was run, its store, and where everything lies."""
+    """What a model is made from, or held-out subjects are opened for: the study that was run, its store, where everything lies."""
 
     study: Study
     source: tuple[str, str] | None
@@ -48,7 +51,7 @@ class Where:
 
 
 def make_model(made: Trained, candidate: str, out: Path, where: Where, progress: Progress) -> Path:
-    """Train a candidate on all subjects of the study and save it in `out`; at once if that was done before.
+    """Train a candidate on all subjects of the study that are not held out and save it in `out`; at once if that was done before.
 
     It is trained for the median of the best epochs of its fits, with the learning rate falling to 0 by then, and its last weights
     count, as nobody is left to validate on. Thresholds are the means of those that its splits chose.
@@ -83,8 +86,9 @@ def make_model(made: Trained, candidate: str, out: Path, where: Where, progress:
 
 
 def _task(made: Trained, candidate: str, recipe: Recipe, where: Where) -> FitTask:
-    splits = made.ledger.splits()
-    everybody = Split(index=len(splits), train=tuple(sorted({case.subject for case in made.store.cases})))
+    splits, holdout = made.ledger.splits(), made.ledger.holdout()
+    subjects = {case.subject for case in made.store.cases} - set(holdout.subjects if holdout else ())
+    everybody = Split(index=len(splits), train=tuple(sorted(subjects)))
     return FitTask(
         study=made.study.name,
         seed=made.study.seed,

@@ -18,11 +18,12 @@ from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store, shared_store
 from softseg_dist.errors import UserError
 from softseg_dist.final_model import Trained, Where, make_model
+from softseg_dist.holdout import TABLE, open_holdout
 from softseg_dist.places import Place
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import summary_json, write_report
-from softseg_dist.report.run_folder import load_run
-from softseg_dist.report.tables import summarise
+from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.cluster import check_submitter, one_ray
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
@@ -59,6 +60,8 @@ REPORTED = (
     "splits.json",
     "run.json",
     "results.parquet",
+    "holdout.json",
+    TABLE,
     "*.py",
     "fits/*/*.json",
     "fits/*/*/history.jsonl",
@@ -129,14 +132,18 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
     check_submitter()
-    study, run = file.study, Place.at(options.out) / file.study.name
-    prepared = prepare(study, options.data_root, options.stores, progress)
-    splits = study.splits.make(prepared.sites, study.seed)
+    prepared = prepare(file.study, options.data_root, options.stores, progress)
+    return run_prepared(file, prepared, Place.at(options.out) / file.study.name, options, progress)
+
+
+def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
+    """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
+    study, splits = file.study, file.study.make_splits(prepared.sites)
     check_recipes({**study.candidates, **sample_proposals(study)}, prepared.store, splits[0])
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
-    _make(copy.folder)
+    make_folder(copy.folder)
     with ledger.lock():
-        for line in ledger.open_study(study, splits, prepared.store.fingerprint):
+        for line in ledger.open_study(study, splits, prepared.store.fingerprint, study.held_out(prepared.sites)):
             progress.note(f"extended: {line}")
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
@@ -150,14 +157,18 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
                 outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
                 status = "KILLED" if outcome.interrupted else "FINISHED"
                 if outcome.finished:
-                    page, winner = _collect(copy, tracker)
+                    source = file.stem, file.text
+                    made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
+                    _collect(copy)
+                    data, summary = _ranked(copy)
+                    winner = summary.winner.name
+                    open_holdout(made, copy, winner, outcome, _resources(study, options), progress)
+                    page = _publish(copy, tracker, data, summary)
                     if options.final_model and not (outcome.interrupted or outcome.unfinished):
-                        source = file.stem, file.text
-                        made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
                         model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
                         copy.push(MODEL)
                         tracker.model(model)
-        except KeyboardInterrupt:  # while the model is trained: the next run goes on from its checkpoint
+        except KeyboardInterrupt:  # after the search: the next run goes on with what is there of holdout and model
             status, outcome = "KILLED", replace(outcome, interrupted=True)
         finally:
             for line in tracker.close(status):
@@ -166,7 +177,8 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
     return Finished(run.uri, outcome, page, model, tracker.uri)
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a run folder. Raises UserError that says what to do if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -177,7 +189,7 @@ def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not; returns its page, which is on this machine."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    page, _ = _report(copy)
+    page = _page(copy, *_ranked(copy))
     copy.push("report")
     return page
 
@@ -217,13 +229,17 @@ def _load_own_classes(copy: WorkingCopy) -> None:
         load_source(path.stem, path.read_text(encoding="utf-8"))
 
 
-def _report(copy: WorkingCopy) -> tuple[Path, str]:
-    """Write the report; returns its page, and the winner."""
+def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
+    """The run as it lies in its folder, and its numbers: who is the winner?"""
     _load_own_classes(copy)
     run = load_run(copy.folder)
-    summary = summarise(run)
+    return run, summarise(run)
+
+
+def _page(copy: WorkingCopy, run: RunData, summary: Summary) -> Path:
+    """Write the report; returns its page."""
     copy.pull(f"fits/{summary.winner.name}/*/best.safetensors")
-    return write_report(copy.folder, choose_overlays(run, summary)), summary.winner.name
+    return write_report(copy.folder, choose_overlays(run, summary))
 
 
 def _search(
@@ -261,8 +277,8 @@ def _machines(study: Study, options: RunOptions) -> Where:
     return Where(_resources(study, options), options.address, options.max_wait_s)
 
 
-def _collect(copy: WorkingCopy, tracker: Tracker) -> tuple[Path, str]:
-    """Merge the fits' rows into the results table and write the report; returns its page, and the winner."""
+def _collect(copy: WorkingCopy) -> None:
+    """Merge the fits' rows into the results table."""
     copy.pull(*REPORTED)
     ended = [
         (result.candidate, f"{result.split:03d}")
@@ -273,11 +289,16 @@ def _collect(copy: WorkingCopy, tracker: Tracker) -> tuple[Path, str]:
         [cases_path(copy.folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
         copy.folder / "results.parquet",
     )
-    page, winner = _report(copy)
-    copy.push("results.parquet", "report")
+    copy.push("results.parquet")
+
+
+def _publish(copy: WorkingCopy, tracker: Tracker, run: RunData, summary: Summary) -> Path:
+    """Write the report, send it to where the run is and to MLflow; returns its page, which is here."""
+    page = _page(copy, run, summary)
+    copy.push("report")
     for path in sorted(page.parent.iterdir()):
         tracker.artifact(path, "report")
-    return page, winner
+    return page
 
 
 def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:

@@ -46,18 +46,22 @@ class Prices(Frozen):
 
 @dataclass(frozen=True)
 class Plan:
-    """The fits of a study. `seconds_per_fit` is their mean if every fit trains all its epochs; None if it is not known."""
+    """The fits of a study. `seconds_per_fit` is their mean if every fit trains all its epochs; None if it is not known.
+
+    A nested study has `outer` studies of as many fits each.
+    """
 
     study: str
     candidates: int
     trials: int
     splits: int
     seconds_per_fit: float | None
+    outer: int = 1
 
     @property
     def fits(self) -> int:
-        """Every candidate, fixed or proposed, on every split."""
-        return (self.candidates + self.trials) * self.splits
+        """Every candidate, fixed or proposed, on every split, of every outer split."""
+        return (self.candidates + self.trials) * self.splits * self.outer
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ def plan_study(
     if run is not None and seconds_per_fit is not None:
         raise UserError("--seconds-per-fit and --run both say how long a fit takes; give one of them")
     sites = {case.subject: case.site for case in study.data.cases(data_root)}
-    splits = study.splits.make({subject: sites[subject] for subject in sorted(sites)[: study.subjects]}, study.seed)
+    sites = {subject: sites[subject] for subject in sorted(sites)[: study.subjects]}
+    outer = study.nested.make(sites, study.seed) if study.nested else ()
+    splits = (study.inner(outer[0]) if outer else study).make_splits(sites)
     trials = study.search.trials if study.search else 0
     if run is not None:
         seconds_per_fit = _mean_seconds(study, splits, trials, Ledger(run))
-    return Plan(study.name, len(study.candidates), trials, len(splits), seconds_per_fit)
+    return Plan(study.name, len(study.candidates), trials, len(splits), seconds_per_fit, max(1, len(outer)))
 
 
 def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tuple[Offer, ...]:

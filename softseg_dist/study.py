@@ -15,7 +15,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from softseg_dist.data.layouts import DataSet
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.splits import Splits
+from softseg_dist.data.splits import Split, Splits, held_out
+from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, function_of
 from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
 from softseg_dist.numerics.augmentation import Augmentation
@@ -26,6 +27,7 @@ from softseg_dist.numerics.networks import Network, UNet
 from softseg_dist.numerics.smoothing import Smoothing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WINNER = "winner"  # under this name the winners of all outer splits are told together
 
 
 class Optim(Frozen):
@@ -104,6 +106,10 @@ class Study(Frozen):
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
     since losses of different candidates are not comparable. `subjects` keeps the first N subjects only.
+
+    `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
+    they are opened once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
+    as inner ones, that holds out its outer test subjects.
     """
 
     DEBUG_SUBJECTS: ClassVar[int] = 6
@@ -119,6 +125,8 @@ class Study(Frozen):
     search: Search | None = None
     seed: int = Field(0, ge=0)
     subjects: int | None = Field(None, ge=3)
+    holdout: float | tuple[str, ...] | None = None
+    nested: Splits | None = None
     resources: Resources = Resources()
 
     @field_validator("name")
@@ -135,6 +143,15 @@ class Study(Frozen):
             raise ValueError(f"objective must be one of {', '.join(sorted(OBJECTIVES))}, got {value!r}")
         return value
 
+    @field_validator("holdout")
+    @classmethod
+    def _some_are_held_out(cls, value: float | tuple[str, ...] | None) -> float | tuple[str, ...] | None:
+        if isinstance(value, float) and not 0 < value <= 0.5:
+            raise ValueError(f"a share of subjects lies in (0, 0.5], got {value:g}")
+        if value == ():
+            raise ValueError("name at least one subject, or leave it None")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.candidates and self.search is None:
@@ -149,7 +166,33 @@ class Study(Frozen):
             raise ValueError(
                 f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}"
             )
+        if self.nested is not None and self.holdout is not None:
+            raise ValueError(
+                "nested holds out the test subjects of its outer splits: give holdout=... or nested=..., not both"
+            )
+        if self.nested is not None and WINNER in self.candidates:
+            raise ValueError(
+                f"no candidate of a nested study may be named {WINNER!r}: its results are told under that name"
+            )
         return self
+
+    def held_out(self, sites: Mapping[str, str]) -> tuple[str, ...]:
+        """Who of the subjects (person -> site) is in no split; () without `holdout`. Raises UserError on unknown names."""
+        return held_out(self.holdout, sites, self.seed)
+
+    def make_splits(self, sites: Mapping[str, str]) -> tuple[Split, ...]:
+        """The splits of the subjects (person -> site) that are not held out. Raises UserError if they are too few."""
+        out = self.held_out(sites)
+        try:
+            return self.splits.make({subject: sites[subject] for subject in sites.keys() - out}, self.seed)
+        except UserError as error:
+            if not out:
+                raise
+            raise UserError(f"{error}; {len(out)} of {len(sites)} subjects are held out") from None
+
+    def inner(self, outer: Split) -> Study:
+        """The study of one outer split: its test subjects are held out, and the others are split by `splits`."""
+        return self.replace(name=f"{self.name}-outer-{outer.name}", nested=None, holdout=outer.test)
 
     def check_recipe(self, name: str, recipe: Recipe) -> None:
         """Raises ValueError if `recipe` cannot be trained on this study's data."""
@@ -168,12 +211,15 @@ class Study(Frozen):
             n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()
         }
         search = self.search and self.search.replace(trials=min(2, self.search.trials))
+        few = self.DEBUG_SUBJECTS + (4 if self.nested else 1 if self.holdout else 0)  # as many are left for the splits
         return self.replace(
             name=f"{self.name}-debug",
             splits=self.splits.first(2),
             candidates=recipes,
             search=search,
-            subjects=min(self.subjects or self.DEBUG_SUBJECTS, self.DEBUG_SUBJECTS),
+            subjects=min(self.subjects or few, few),
+            holdout=self.holdout and 1 / few,  # names may be of later subjects
+            nested=self.nested and self.nested.first(2),
         )
 
 

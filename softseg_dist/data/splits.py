@@ -1,4 +1,4 @@
-"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites.
+"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites; who is in none.
 
 No random generator is used: people are ordered by a hash of (seed, split, person), so the splits are the same on every
 machine and for every version of numpy.
@@ -132,6 +132,23 @@ class KFold(Splits):
     def first(self, num_splits: int) -> Self:
         """See `Splits.first`."""
         return self.replace(count=min(num_splits, self.count or self.folds))
+
+
+def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str], seed: int) -> tuple[str, ...]:
+    """Who of `subjects` (person -> site) is in no split: those named, or a share of them, at least one, spread over sites.
+
+    The share depends on the people, their sites and `seed` only. Raises UserError if somebody named is not among them.
+
+    >>> held_out(0.25, {f"p{i}": "AB"[i % 2] for i in range(8)}, seed=0)
+    ('p3', 'p4')
+    """
+    if holdout is None:
+        return ()
+    if isinstance(holdout, tuple):
+        if unknown := sorted(set(holdout) - subjects.keys()):
+            raise UserError(f"holdout names {', '.join(unknown)}, but the subjects are {_listed(subjects)}")
+        return tuple(sorted(set(holdout)))
+    return _cut(_spread(subjects, f"{seed}/holdout"), max(1, round(holdout * len(subjects))))[0]
 
 
 def _spread(subjects: Mapping[str, str], key: str) -> list[str]:

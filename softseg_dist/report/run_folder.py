@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
+from softseg_dist.search.ledger import HoldoutRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
 NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric")  # columns of few different values
@@ -32,7 +33,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of DESIGN.md."""
+    """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of DESIGN.md.
+
+    `holdout` has the rows about held-out subjects, None until they were opened; `holdout_record` says who they are and who has
+    looked, None if nobody is held out.
+    """
 
     folder: Path
     study: Mapping[str, Any]
@@ -42,11 +47,21 @@ class RunData:
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
     histories: Mapping[tuple[str, int], pd.DataFrame]
+    holdout: pd.DataFrame | None = None
+    holdout_record: HoldoutRecord | None = None
 
     @property
     def finished(self) -> tuple[FitResult, ...]:
         """The fits that have a score."""
         return tuple(fit for fit in self.fits if fit.state == "finished")
+
+
+@dataclass(frozen=True)
+class OuterData:
+    """Outer splits of a nested study: `record` is outer.json as `nested.OuterRecord` writes it, `results` the outer test rows."""
+
+    record: Mapping[str, Any]
+    results: pd.DataFrame
 
 
 def load_run(folder: Path) -> RunData:
@@ -57,6 +72,10 @@ def load_run(folder: Path) -> RunData:
     study, splits = _json(folder / "study.json"), _json(folder / "splits.json")
     if not isinstance(study, dict) or not isinstance(splits, list):
         raise UserError(f"{folder}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
+    if study.get("nested"):
+        raise UserError(
+            f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one"
+        )
     fits = tuple(_fit(path) for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
     finished = [fit for fit in fits if fit.state == "finished"]
     if not finished:
@@ -72,7 +91,15 @@ def load_run(folder: Path) -> RunData:
         fits=fits,
         results=_results(folder, finished),
         histories={key: history for key, history in histories.items() if not history.empty},
+        holdout=_table(folder / "holdout.parquet"),
+        holdout_record=_holdout_record(folder / "holdout.json"),
     )
+
+
+def load_outer(folder: Path) -> OuterData | None:
+    """What a nested study has collected in its folder so far; None if there is nothing. Raises UserError on a torn file."""
+    record, results = _json(folder / "outer.json"), _table(folder / "outer.parquet")
+    return None if record is None or results is None else OuterData(record, results)
 
 
 def _json(path: Path) -> Any:
@@ -89,6 +116,18 @@ def _fit(path: Path) -> FitResult:
         return FitResult.model_validate_json(path.read_bytes())
     except ValidationError:
         raise UserError(f"{path}: not the record of a fit (torn?); remove it and run the study again") from None
+
+
+def _holdout_record(path: Path) -> HoldoutRecord | None:
+    record = _json(path)
+    try:
+        return None if record is None else HoldoutRecord.model_validate(record)
+    except ValidationError:
+        raise UserError(f"{path}: not the record of held-out subjects; restore it") from None
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    return pd.read_parquet(path).astype(dict.fromkeys(NAMES, "category")) if path.exists() else None
 
 
 def _fit_folder(folder: Path, fit: FitResult) -> Path:

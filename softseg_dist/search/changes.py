@@ -20,11 +20,16 @@ class Changes:
     extended: tuple[str, ...] = ()
 
 
+def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
+    """How the held-out subjects differ, in one line; "" if they do not."""
+    return "" if sorted(old) == sorted(new) else f"held-out subjects: {_sample(old)} -> {_sample(new)}"
+
+
 def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: Sequence[Json]) -> Changes:
     """Compare two studies and their splits, all as JSON.
 
-    Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged), and
-    whatever is in `FREE`. Everything else changes results.
+    Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
+    ones as well), and whatever is in `FREE`. Everything else changes results.
     """
     refused: list[str] = []
     extended: list[str] = []
@@ -33,13 +38,15 @@ def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: 
             (extended if _extends(path, old, new) else refused).append(line)
     splits = _split_changes(old_splits, new_splits)
     if splits:
-        refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:")))]
+        refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:", "nested")))]
     return Changes(tuple(refused), tuple(extended))
 
 
 def _extends(path: tuple[str, ...], old: Json, new: Json) -> bool:
     if path[0] in FREE:
         return True
+    if path[0] == "nested":  # acts through the splits that are recorded, which are the outer ones then
+        return bool(old.get("nested") and new.get("nested"))
     if path[0] == "candidates" and len(path) > 1:
         return path[1] not in old["candidates"]
     if path == ("search",):
@@ -89,4 +96,6 @@ def _split_changes(old: Sequence[Json], new: Sequence[Json]) -> str:
 
 
 def _sample(subjects: Sequence[str]) -> str:
-    return f"{len(subjects)} ({', '.join(subjects[:3])}{', ...' if len(subjects) > 3 else ''})"
+    return (
+        "none" if not subjects else f"{len(subjects)} ({', '.join(subjects[:3])}{', ...' if len(subjects) > 3 else ''})"
+    )

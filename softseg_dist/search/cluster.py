@@ -199,7 +199,7 @@ def ray_at(address: str | None) -> Iterator[None]:
         where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     with ExitStack() as stack:
-        (_HELD[-1] if _HELD else stack).callback(ray.shutdown)
+        (_HELD[0] if _HELD else stack).callback(ray.shutdown)
         yield
 
 
@@ -208,7 +208,7 @@ _HELD: list[ExitStack] = []
 
 @contextmanager
 def one_ray() -> Iterator[None]:
-    """What `ray_at` starts while the block runs stays until its end: what comes next need not start it again."""
+    """What `ray_at` starts while the block runs stays until its end: what comes next need not start it again. May be nested."""
     with ExitStack() as stack:
         _HELD.append(stack)
         try:

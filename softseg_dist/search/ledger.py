@@ -1,6 +1,6 @@
 """The ledger: the run folder's record of the study, its candidates and every fit that has ended.
 
-    study.json  splits.json  store.json  fits/<candidate>/candidate.json  fits/<candidate>/<split>.json
+    study.json  splits.json  store.json  holdout.json  fits/<candidate>/candidate.json  fits/<candidate>/<split>.json
 
 It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
 filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
@@ -22,7 +22,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import Place, working_folder
-from softseg_dist.search.changes import Json, study_changes
+from softseg_dist.search.changes import Json, holdout_change, study_changes
 from softseg_dist.search.lock import hold
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult
@@ -45,6 +45,22 @@ class CandidateRecord(Frozen):
     recipe: dict[str, Any]
     params: dict[str, Any] = {}
     distributions: dict[str, str] = {}
+
+
+class Opening(Frozen):
+    """One look at the held-out subjects: when (ISO, UTC), at which winner and control, by which of their fits."""
+
+    at: str
+    winner: str
+    control: str | None = None
+    fits: tuple[str, ...] = ()
+
+
+class HoldoutRecord(Frozen):
+    """Who is in no split, and every time that somebody looked: more than once if the study was extended since."""
+
+    subjects: tuple[str, ...]
+    opened: tuple[Opening, ...] = ()
 
 
 class Ledger:
@@ -76,10 +92,17 @@ class Ledger:
             finally:
                 self._held = False
 
-    def open_study(self, study: Study, splits: Sequence[Split], fingerprint: str | None = None) -> tuple[str, ...]:
+    def open_study(
+        self,
+        study: Study,
+        splits: Sequence[Split],
+        fingerprint: str | None = None,
+        held_out: tuple[str, ...] = (),
+    ) -> tuple[str, ...]:
         """Record the study, or check it against the one recorded; returns what an extension adds, one line per change.
 
-        `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed.
+        `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed. `held_out` are
+        the subjects of no split.
         Raises UserError with the differences if finished fits would no longer belong to the study; nothing is written then.
         """
         with self.lock():
@@ -89,12 +112,17 @@ class Ledger:
             if (before := self._read("study.json")) is not None:
                 changes = study_changes(before, now, self._read("splits.json") or [], now_splits)
                 refused, extended = list(changes.refused), changes.extended
+                known = self.holdout()
+                if moved := holdout_change(known.subjects if known else (), held_out):
+                    refused.append(moved)
             stored = (self._read("store.json") or {}).get("fingerprint")
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
             if refused:
                 raise UserError(self._refusal(refused))
             self._write("splits.json", json.dumps(now_splits, indent=1))
+            if held_out and before is None:
+                self.write_holdout(HoldoutRecord(subjects=held_out))
             if fingerprint is not None:
                 self._write("store.json", json.dumps({"fingerprint": fingerprint}))
             self._write("study.json", json.dumps(now, indent=1))
@@ -149,6 +177,18 @@ class Ledger:
                     continue
                 found[name, result.split] = result
         return found
+
+    def write_holdout(self, record: HoldoutRecord) -> None:
+        """Record who is held out, and who has looked."""
+        self._write("holdout.json", json.dumps(json_of(record), indent=1))
+
+    def holdout(self) -> HoldoutRecord | None:
+        """Who is held out, and who has looked; None if nobody is. Raises UserError if the record cannot be read."""
+        if (data := self._read("holdout.json")) is None:
+            return None
+        if (record := _parsed(HoldoutRecord, data)) is None:
+            raise UserError(f"{self.folder}/holdout.json: not the record of held-out subjects; restore it")
+        return record
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""

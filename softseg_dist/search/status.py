@@ -80,6 +80,10 @@ def status_of(run: str) -> RunStatus:
         study, splits = read["study.json"], read["splits.json"]
         if not isinstance(study, dict) or not isinstance(splits, list):
             raise UserError(f"{run}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
+        if study.get("nested"):
+            raise UserError(
+                f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one"
+            )
         running = _running(place, files, ended, study, readers)
     proposed = [record["name"] for record in map(read.get, known) if record and record["origin"] == "proposed"]
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again

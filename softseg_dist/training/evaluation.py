@@ -1,8 +1,11 @@
-"""What a trained model is worth on the validation and test subjects of its split, as one score and as rows of the results table."""
+"""What a trained model is worth on the validation and test subjects of its split, as one score and as rows of the results table.
+
+Held-out subjects are measured in the same way, when their time has come.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +23,7 @@ from softseg_dist.training.model import Model
 from softseg_dist.training.results import write_rows
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
-Subset = Literal["validation", "test"]
+Subset = Literal["validation", "test", "holdout"]
 Row = dict[str, Any]
 
 
@@ -43,7 +46,7 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
     """The signed objective on validation, higher is better: mean over subjects of their cases' scores; NaN if undefined on all."""
     scored = [
         (case, objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3))
-        for case, sample, prediction in _predict(model, task, store, "validation", worker)
+        for case, sample, prediction in _predict(model, store, task.split.validation, worker)
     ]
     scores: dict[str, list[float]] = {}
     for case, score in sorted(worker.gather(scored)):
@@ -53,23 +56,34 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
 
 def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evaluation:
     """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table."""
-    predicted = [(case, p) for case, _, p in _predict(model, task, store, "validation", worker)]
+    predicted = [(case, p) for case, _, p in _predict(model, store, task.split.validation, worker)]
     on_validation = dict(sorted(worker.gather(predicted), key=lambda item: item[0]))
     references = [mean_reference(store.sample(case)) for case in on_validation]
     thresholds = choose_thresholds(list(on_validation.values()), references)
     rows = _in_order(
         worker,
         [(case, _rows(task, store, "validation", store.sample(case), p, thresholds)) for case, p in predicted],
-    ) + _in_order(
-        worker,
-        [
-            (case, _rows(task, store, "test", sample, p, thresholds))
-            for case, sample, p in _predict(model, task, store, "test", worker)
-        ],
-    )
+    ) + measure(model, task, store, "test", task.split.test, thresholds, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
     return Evaluation(_score(rows, task.objective, "validation"), _score(rows, task.objective, "test"), thresholds)
+
+
+def measure(
+    model: Model,
+    task: FitTask,
+    store: Store,
+    subset: Subset,
+    subjects: Sequence[str],
+    thresholds: dict[str, float],
+    worker: Worker,
+) -> list[Row]:
+    """The rows of the results table of all cases of `subjects`, who are the fit's `subset`, at thresholds chosen before."""
+    measured = [
+        (case, _rows(task, store, subset, sample, prediction, thresholds))
+        for case, sample, prediction in _predict(model, store, subjects, worker)
+    ]
+    return _in_order(worker, measured)
 
 
 def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
@@ -78,10 +92,9 @@ def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
 
 
 def _predict(
-    model: Model, task: FitTask, store: Store, subset: Subset, worker: Worker
+    model: Model, store: Store, subjects: Sequence[str], worker: Worker
 ) -> Iterator[tuple[int, Sample, np.ndarray]]:
-    """This worker's cases of a subset: index, sample, prediction."""
-    subjects = task.split.validation if subset == "validation" else task.split.test
+    """This worker's cases of `subjects`: index, sample, prediction."""
     for case in worker.part_of(cases_of(store, subjects)):
         sample = store.sample(case)
         yield case, sample, predict_sample(model, sample, worker.device)

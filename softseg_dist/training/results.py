@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,7 +18,7 @@ SCHEMA = pa.schema(
         ("study", _NAME),
         ("candidate", _NAME),
         ("split", pa.int32()),
-        ("subset", _NAME),  # validation or test
+        ("subset", _NAME),  # validation or test; holdout, in a table of its own
         ("subject", _NAME),
         ("case", _NAME),
         ("class", _NAME),
@@ -32,6 +33,13 @@ SCHEMA = pa.schema(
 def write_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Write rows of the results table; the file appears whole or not at all."""
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a data frame with the columns of the results table; the file appears whole or not at all."""
+    plain = frame.astype({field.name: str for field in SCHEMA if field.type == _NAME})
+    table = pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False)
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 

@@ -36,8 +36,8 @@ class ModelCard(Frozen):
     `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps it gives, in order; `channels`
     and `size` (voxels of an item) what it was trained on, after `preprocess`. `thresholds` maps each rule to the value chosen on
     validation. `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this
-    model: it was trained on all `num_subjects`. `study_source` is stem and text of the study file. `created` is an ISO date.
-    `weights_sha256` is filled in by `save_model`.
+    model: it was trained on all `num_subjects` that the study did not hold out. `study_source` is stem and text of the study
+    file. `created` is an ISO date. `weights_sha256` is filled in by `save_model`.
     """
 
     format: Literal[1] = FORMAT

@@ -162,3 +162,8 @@ def weights_path(folder: str | Path) -> Path:
 def cases_path(folder: str | Path) -> Path:
     """The fit's rows of the results table."""
     return Path(folder) / "cases.parquet"
+
+
+def holdout_path(folder: str | Path) -> Path:
+    """The fit's rows about held-out subjects; only the driver writes them, when the search is complete."""
+    return Path(folder) / "holdout.parquet"

@@ -58,10 +58,17 @@ def finished_run(folder: Path, of: Study, splits: tuple[Split, ...], seconds: di
         ({"candidates": {}, "search": Search(propose, trials=5)}, 5 * 3),
         ({"splits": KFold(folds=4)}, 2 * 4),
         ({"subjects": 5, "splits": KFold(folds=5, count=2)}, 2 * 2),
+        ({"holdout": 0.3}, 2 * 3),
+        ({"nested": KFold(folds=5), "search": Search(propose, trials=5)}, 5 * (2 + 5) * 3),
     ],
 )
 def test_fits_are_candidates_and_trials_times_splits(changes: dict[str, object], fits: int) -> None:
     assert plan_study(study(**changes), None).fits == fits
+
+
+def test_a_plan_of_a_nested_study_refuses_too_few_subjects_for_its_inner_splits() -> None:
+    with pytest.raises(UserError, match=r"needs at least 6 subjects, got 5: .*; 5 of 10 subjects are held out"):
+        plan_study(study(nested=KFold(folds=2), splits=KFold(folds=6)), None)
 
 
 def test_time_measured_on_a_run_of_the_same_size_is_the_mean_over_candidates(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""Nested cross-validation: for every outer split a study of its own, that holds out the outer test subjects.
+
+    runs/<study>/outer/000/  a run like any other, and so on      runs/<study>/outer.json  outer.parquet  what they amount to
+
+Whatever an inner study chooses, its winner is measured on subjects that had no part in the choice. So the outer table says what the
+whole procedure is worth, search included; each outer split may have another winner. It costs the fits of as many studies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from softseg_dist.frozen import Frozen
+from softseg_dist.holdout import TABLE
+from softseg_dist.pipeline import Finished, RunOptions, make_folder, prepare, run_prepared
+from softseg_dist.places import Place
+from softseg_dist.report.scores import soft_scores
+from softseg_dist.search.cluster import check_submitter, one_ray
+from softseg_dist.search.ledger import Ledger, json_of
+from softseg_dist.search.live import Progress
+from softseg_dist.search.session import Outcome
+from softseg_dist.search.working_copy import WorkingCopy
+from softseg_dist.study import WINNER, Study
+from softseg_dist.study_file import StudyFile
+from softseg_dist.training.files import replace_file
+from softseg_dist.training.results import write_frame
+
+KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what a row is about
+
+
+class OuterWinner(Frozen):
+    """Who won the inner study of one outer split, and what it and the control are worth on the outer test subjects.
+
+    `validation_score` is the mean over the inner splits; the other two are means over outer test subjects and inner splits, of the
+    study's objective. None: undefined everywhere, or no control. `run` is the folder of the inner run in that of the study.
+    """
+
+    split: int
+    run: str
+    winner: str
+    recipe: dict[str, Any]
+    validation_score: float | None
+    holdout_score: float | None
+    control_holdout_score: float | None
+
+    def line(self, control: str | None) -> str:
+        """The outer split in one line, for people."""
+        beside = f", {control} {_shown(self.control_holdout_score)}" if control not in (None, self.winner) else ""
+        scores = f"validation {_shown(self.validation_score)}, outer test {_shown(self.holdout_score)}{beside}"
+        return f"Outer split {self.split:03d}: {self.winner} won, {scores}"
+
+
+class OuterRecord(Frozen):
+    """The outer splits that are complete, as `outer.json`."""
+
+    study: str
+    objective: str
+    control: str | None
+    planned: int
+    outer: tuple[OuterWinner, ...] = ()
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What a nested run left behind: one `Finished` for every outer split that it came to, and what is complete."""
+
+    folder: str
+    runs: tuple[Finished, ...]
+    record: OuterRecord
+    interrupted: bool
+
+    @property
+    def outcome(self) -> Outcome:
+        """Fits of all outer splits that the run came to."""
+        outcomes = [run.outcome for run in self.runs]
+        return Outcome(
+            finished=sum(outcome.finished for outcome in outcomes),
+            failed=sum(outcome.failed for outcome in outcomes),
+            unfinished=sum(outcome.unfinished for outcome in outcomes),
+            interrupted=self.interrupted,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {"run": self.folder, "reports": [str(run.report) for run in self.runs], **json_of(self.record)}
+
+
+def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Nested:
+    """Run a nested study or go on with it: its outer splits one after the other, each as `run_study` would, but without a model.
+
+    `progress` makes a display for each of them. Raises UserError as `run_study` does; too few subjects for any inner study are
+    refused before the first fit.
+    """
+    check_submitter()
+    study, run = file.study, Place.at(options.out) / file.study.name
+    assert study.nested is not None
+    prepared = prepare(study, options.data_root, options.stores, progress())
+    splits = study.nested.make(prepared.sites, study.seed)
+    inner = [study.inner(split) for split in splits]
+    for one in inner:
+        one.make_splits(prepared.sites)
+    ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
+    make_folder(copy.folder)
+    record = OuterRecord(study=study.name, objective=study.objective, control=study.control, planned=len(splits))
+    runs: list[Finished] = []
+    tables: list[pd.DataFrame] = []
+    interrupted = False
+    with ledger.lock(), one_ray():
+        for line in ledger.open_study(study, splits, prepared.store.fingerprint):
+            progress().note(f"extended: {line}")
+        try:
+            for split, one in zip(splits, inner, strict=True):
+                shown, name = progress(), f"outer/{split.name}"
+                shown.note(f"outer split {split.name}, {split.index + 1} of {len(splits)}")
+                options = replace(options, final_model=False)
+                runs.append(run_prepared(replace(file, study=one), prepared, run / name, options, shown))
+                if runs[-1].outcome.interrupted:
+                    break
+                if (found := _outer_winner(one, split.index, name, run)) is not None:
+                    record = record.replace(outer=(*record.outer, found[0]))
+                    tables.append(found[1])
+                    _write(copy, record, tables)
+                    shown.note(found[0].line(study.control))
+        except KeyboardInterrupt:  # between two searches
+            interrupted = True
+    return Nested(run.uri, tuple(runs), record, interrupted or any(run.outcome.interrupted for run in runs))
+
+
+def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[OuterWinner, pd.DataFrame] | None:
+    """What an inner run amounts to, and its rows of the outer table; None if it was not opened yet."""
+    ledger = Ledger((run / name).uri)
+    holdout = ledger.holdout()
+    if holdout is None or not holdout.opened:
+        return None
+    winner, control = holdout.opened[-1].winner, study.control
+    rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / TABLE)
+    scores = soft_scores(rows, study.objective)
+    on_validation = [r.score for (who, _), r in ledger.results().items() if who == winner and r.score is not None]
+    found = OuterWinner(
+        split=split,
+        run=name,
+        winner=winner,
+        recipe=ledger.candidates()[winner].recipe,
+        validation_score=fmean(on_validation),
+        holdout_score=_mean(scores.of(winner)),
+        control_holdout_score=None if control is None else _mean(scores.of(control)),
+    )
+    told = {WINNER: winner} | ({} if control is None else {control: control})
+    return found, pd.concat([_over_fits(rows[rows["candidate"] == who], label, split) for label, who in told.items()])
+
+
+def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
+    """One row for what all fits of a candidate have measured: their mean, NaN left out. A threshold of one fit alone is dropped."""
+    grouped = rows.groupby(KEYS, observed=True, dropna=False)["value"].agg(["mean", "size"])
+    of_all = grouped[grouped["size"] == rows["split"].nunique()]
+    means = of_all["mean"].rename("value").reset_index()
+    return means.assign(candidate=label, split=split, subset="test")
+
+
+def _write(copy: WorkingCopy, record: OuterRecord, tables: list[pd.DataFrame]) -> None:
+    write_frame(pd.concat(tables, ignore_index=True).assign(study=record.study), copy.folder / "outer.parquet")
+    text = json.dumps(json_of(record), indent=1)
+    replace_file(copy.folder / "outer.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    copy.push("outer.parquet", "outer.json")
+
+
+def _mean(table: Any) -> float | None:
+    known = table[~np.isnan(table)]
+    return float(known.mean()) if known.size else None
+
+
+def _shown(score: float | None) -> str:
+    return "undefined" if score is None else f"{score:.4f}"
