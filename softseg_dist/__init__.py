@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.losses import TverskySemimetric as TverskySemimetric
     from softseg_dist.numerics.networks import Network as Network
     from softseg_dist.numerics.networks import UNet as UNet
+    from softseg_dist.numerics.sampling import TTA as TTA
+    from softseg_dist.numerics.sampling import MCDropout as MCDropout
+    from softseg_dist.numerics.sampling import Uncertainty as Uncertainty
     from softseg_dist.numerics.smoothing import SVLS as SVLS
     from softseg_dist.numerics.smoothing import GeoLS as GeoLS
     from softseg_dist.numerics.smoothing import Smoothing as Smoothing
@@ -104,6 +107,7 @@ _HOME = {
         "TverskySemimetric",
     ),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
+    "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
     "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),
 }

@@ -37,7 +37,7 @@ from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, load_source
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.fit import fit
-from softseg_dist.training.preflight import check_recipes
+from softseg_dist.training.preflight import check_recipes, check_uncertainty
 from softseg_dist.training.results import merge_tables
 from softseg_dist.training.task import cases_path
 
@@ -139,7 +139,9 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
     """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
     study, splits = file.study, file.study.make_splits(prepared.sites)
-    check_recipes({**study.candidates, **sample_proposals(study)}, prepared.store, splits[0])
+    recipes = {**study.candidates, **sample_proposals(study)}
+    check_recipes(recipes, prepared.store, splits[0])
+    check_uncertainty(recipes, study.uncertainty, prepared.store)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():

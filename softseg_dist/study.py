@@ -24,6 +24,7 @@ from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several,
 from softseg_dist.numerics.losses import Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network, UNet
+from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -105,7 +106,8 @@ class Study(Frozen):
 
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
-    since losses of different candidates are not comparable. `subjects` keeps the first N subjects only.
+    since losses of different candidates are not comparable. `uncertainty` has what every fit measures on its test cases
+    (see `numerics.uncertainty`), and the winner's and the control's fits together. `subjects` keeps the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
     they are opened once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
@@ -123,6 +125,7 @@ class Study(Frozen):
     candidates: dict[str, Recipe] = {}
     control: str | None = None
     search: Search | None = None
+    uncertainty: tuple[Uncertainty, ...] = ()
     seed: int = Field(0, ge=0)
     subjects: int | None = Field(None, ge=3)
     holdout: float | tuple[str, ...] | None = None
@@ -150,6 +153,14 @@ class Study(Frozen):
             raise ValueError(f"a share of subjects lies in (0, 0.5], got {value:g}")
         if value == ():
             raise ValueError("name at least one subject, or leave it None")
+        return value
+
+    @field_validator("uncertainty")
+    @classmethod
+    def _one_of_each_kind(cls, value: tuple[Uncertainty, ...]) -> tuple[Uncertainty, ...]:
+        kinds = [method.short for method in value]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"uncertainty takes one of each kind, or their rows would have one name, got {value}")
         return value
 
     @model_validator(mode="after")
@@ -217,6 +228,7 @@ class Study(Frozen):
             splits=self.splits.first(2),
             candidates=recipes,
             search=search,
+            uncertainty=tuple(method.replace(samples=2) for method in self.uncertainty),
             subjects=min(self.subjects or few, few),
             holdout=self.holdout and 1 / few,  # names may be of later subjects
             nested=self.nested and self.nested.first(2),

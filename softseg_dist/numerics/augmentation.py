@@ -19,7 +19,7 @@ from softseg_dist.numerics.mixup import Mixup
 from softseg_dist.numerics.resolution import Blur, LowResolution
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Affine, Elastic, Flip
-from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Pairing, Spatial
+from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Invertible, Pairing, Spatial
 
 __all__ = [
     "Affine",
@@ -32,12 +32,14 @@ __all__ = [
     "Frame",
     "Gamma",
     "Intensity",
+    "Invertible",
     "LowResolution",
     "Mixup",
     "Noise",
     "Pairing",
     "Spatial",
     "augment",
+    "augment_case",
     "mix",
     "pairs",
 ]
@@ -76,8 +78,7 @@ def augment(
     assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
     assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
-    drawn = [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+    drawn = _drawn(transforms, seeds, frame)
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
         image, target = _moved(image, target, steps, mode, frame)
@@ -117,6 +118,44 @@ def mix(
     return image, target
 
 
+def augment_case(
+    image: Tensor, transforms: Sequence[Augmentation], seed: int, spacing_mm: Sequence[float]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A case [N C *S] as another acquisition might show it, and what takes maps [N K *S] of that back to the case's own grid.
+
+    One draw for all items: a head is tilted once, not slice by slice. The way back is a mirror, bit-exact, where
+    transforms of space only flip; else linear interpolation with the inverse map. A voxel that was moved out of the field
+    of view was not seen, and gets the value of the nearest one that was.
+
+    Args:
+        image: a prepared case.
+        transforms: `Invertible` and `Intensity` ones.
+        seed: of the draw.
+        spacing_mm: distance of voxels along each axis of *S.
+
+    Raises:
+        UserError: if a transform needs an axis that the images lack.
+    """
+    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
+    drawn = [
+        (transform, parameters.expand(len(image), *parameters.shape[1:]))
+        for transform, parameters in _drawn(transforms, [seed], frame)
+    ]
+    steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Invertible)]
+    if steps:
+        image = _mover(steps, frame)(image, "bilinear", "border")
+    for transform, parameters in drawn:
+        if isinstance(transform, Intensity):
+            image = transform.change(image, parameters, frame)
+    return image, _unmover(steps, frame)
+
+
+def _drawn(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> list[tuple[Augmentation, Tensor]]:
+    """The transforms that change samples one by one, with the parameters of all samples."""
+    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
+    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+
+
 def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:
     """The parameters of all samples [B ...]. Each transform has its own seed, so that none shifts another's draws."""
     generator = torch.Generator()
@@ -150,3 +189,14 @@ def _mover(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], 
     for transform, parameters in reversed(steps):  # from the output back to the input
         positions = transform.move(positions, parameters, frame)
     return lambda maps, mode, padding: frame.sample(maps, positions, mode, padding)
+
+
+def _unmover(steps: Sequence[tuple[Invertible, Tensor]], frame: Frame) -> Callable[[Tensor], Tensor]:
+    """What undoes `_mover` on soft maps [B K *S]."""
+    mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
+    if len(mirrors) == len(steps):
+        return lambda maps: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
+    positions = frame.positions
+    for transform, parameters in steps:  # from the input on to the output
+        positions = transform.unmove(positions, parameters, frame)
+    return lambda maps: frame.sample(maps, positions).clamp(0, 1)

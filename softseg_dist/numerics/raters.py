@@ -1,6 +1,6 @@
 """Prediction and disagreement: how far raters are from one another, and whether a soft map says so.
 
-Legend: R raters, *S space, n voxels; all maps are of one class.
+Legend: M masks, R raters, *S space, n voxels; all maps are of one class.
 """
 
 from __future__ import annotations
@@ -9,46 +9,49 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Masks = npt.NDArray[np.bool_]  # [R *S]
+Masks = npt.NDArray[np.bool_]  # [M *S] or [R *S]
 Values = npt.NDArray[np.floating]
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # a soft map is measured as if each of these level sets were as likely
 
 
-def inter_rater_dice(raters: Masks) -> float:
-    """Mean Dice over the pairs of raters, in [0, 1]: what raters reach against each other, for R >= 2.
+def pairwise_dice(masks: Masks) -> float:
+    """Mean Dice over the pairs of masks [M *S], in [0, 1]: what raters reach against each other.
 
-    Pairs of empty masks are left out; NaN if all are. Where only one of two is empty their Dice is 0.
+    Pairs of empty masks are left out; NaN if all are, or if there is no pair. Where only one of two is empty their Dice is 0.
     """
-    common = _common_voxels(raters)
-    pairs = np.triu_indices(len(raters), k=1)
+    common = _common_voxels(masks)
+    pairs = np.triu_indices(len(masks), k=1)
     sizes = np.add.outer(common.diagonal(), common.diagonal())[pairs]
     dice = 2 * common[pairs][sizes > 0] / sizes[sizes > 0]
     return float(dice.mean()) if dice.size else float("nan")
 
 
 def ged2(prediction: Values, raters: Masks) -> float:
-    """Squared generalised energy distance: 2 E d(S, Y) - E d(S, S') - E d(Y, Y'), with d = 1 - IoU.
+    """`energy_distance` of a soft map [*S] in [0, 1] from raters [R *S]: its samples are the level sets {p > tau}.
 
-    S are the level sets {p > tau}, tau = .1, .3, .5, .7, .9, of the soft map, Y the masks of the raters. Expectations
-    are over independent draws with replacement, so that a set also meets itself. In [0, 2]: 0 if both are spread in
-    the same way, 2 if the raters agree on one place and the prediction on another. Two empty masks: d = 0.
-
-    Args:
-        prediction: [*S] in [0, 1].
-        raters: [R *S].
-
-    Source: Szekely and Rizzo 2013 (doi 10.1016/j.jspi.2013.03.018); Kohl et al. 2018, arXiv 1806.05034.
+    tau = .1, .3, .5, .7, .9.
 
     >>> import numpy as np
     >>> ged2(np.array([1.0, 0.0]), np.array([[True, False], [False, False]]))  # 2 * .5 - 0 - .5
     0.5
     """
-    level_sets = np.stack([prediction > level for level in LEVELS])
-    common = _common_voxels(np.concatenate([level_sets, raters]))
+    return energy_distance(np.stack([prediction > level for level in LEVELS]), raters)
+
+
+def energy_distance(samples: Masks, raters: Masks) -> float:
+    """Squared generalised energy distance: 2 E d(S, Y) - E d(S, S') - E d(Y, Y'), with d = 1 - IoU.
+
+    S are `samples` [M *S] of a prediction, Y the masks of the `raters` [R *S]. Expectations are over independent draws with
+    replacement, so that a set also meets itself. In [0, 2]: 0 if both are spread in the same way, 2 if the raters agree on
+    one place and the prediction on another. Two empty masks: d = 0.
+
+    Source: Szekely and Rizzo 2013 (doi 10.1016/j.jspi.2013.03.018); Kohl et al. 2018, arXiv 1806.05034.
+    """
+    common = _common_voxels(np.concatenate([samples, raters]))
     union = np.add.outer(common.diagonal(), common.diagonal()) - common
     distance = 1 - np.divide(common, union, out=np.ones_like(common), where=union > 0)
-    s, y = slice(len(LEVELS)), slice(len(LEVELS), None)
+    s, y = slice(len(samples)), slice(len(samples), None)
     return float(2 * distance[s, y].mean() - distance[s, s].mean() - distance[y, y].mean())
 
 
@@ -63,6 +66,7 @@ def entropy_disagreement_correlation(prediction: Values, rater_mean: Values) -> 
         rater_mean: [n] in [0, 1].
     """
     uncertainty, disagreement = (np.minimum(values, 1 - values) for values in (prediction, rater_mean))
+    disagreement = disagreement.round(6)  # one of three raters and two of three are ties, but not in the last digit
     if not uncertainty.size or np.ptp(uncertainty) == 0 or np.ptp(disagreement) == 0:
         return float("nan")
     return float(stats.spearmanr(uncertainty, disagreement).statistic)

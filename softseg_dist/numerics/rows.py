@@ -14,7 +14,7 @@ from softseg_dist.numerics.calibration import NUM_BINS, neighbourhood, reliabili
 from softseg_dist.numerics.grid import Grid, bounding_box
 from softseg_dist.numerics.lesions import components, lesion_metrics
 from softseg_dist.numerics.metrics import Map, confusion, hard_scores, mask_volume_error, soft_metrics
-from softseg_dist.numerics.raters import entropy_disagreement_correlation, ged2, inter_rater_dice
+from softseg_dist.numerics.raters import entropy_disagreement_correlation, ged2, pairwise_dice
 from softseg_dist.numerics.surface import surface_metrics
 
 NOT_RATERS = ("mean", "truth")
@@ -68,7 +68,7 @@ def case_rows(
         if len(raters) > 1:
             masks = np.stack([rater[:, k] >= 0.5 for rater in raters])
             measured += [
-                ("raters", None, "inter_rater_dice", inter_rater_dice(masks)),
+                ("raters", None, "inter_rater_dice", pairwise_dice(masks)),
                 ("raters", None, "ged2", ged2(p, masks)),
                 ("raters", None, "entropy_disagreement_correlation", entropy_disagreement_correlation(*values)),
             ]

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Axes, Frame, Spatial
+from softseg_dist.numerics.transforms import Axes, Frame, Invertible, Spatial
 
 MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
 
 
-class Affine(Spatial):
+class Affine(Invertible):
     """Rotation, scaling and shift about the image's centre: x' = R S x + t in mm, so that a rotation keeps shapes.
 
     The angle is uniform in +-`degrees`; in 3D about an axis of uniformly random direction. Every axis has its own
@@ -45,14 +45,26 @@ class Affine(Spatial):
 
     def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """x = S^-1 R^T (x' - t) for output `positions` x'."""
+        rotation, scale, shift = self._parts(parameters, frame)
+        backwards = rotation / scale[:, None, :]  # transposed, as positions are rows
+        rows = positions.flatten(1, -2) - shift[:, None, :]
+        return (rows @ backwards).reshape(-1, *positions.shape[1:])
+
+    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """x' = R S x + t for input `positions` x."""
+        rotation, scale, shift = self._parts(parameters, frame)
+        forwards = (rotation * scale[:, None, :]).mT
+        rows = positions.flatten(1, -2) @ forwards + shift[:, None, :]
+        return rows.reshape(-1, *positions.shape[1:])
+
+    def _parts(self, parameters: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotation [B D D], scale [B D] and shift in mm [B D]."""
         dim = len(frame.size)
         angle = parameters[:, 0] * math.radians(self.degrees)
         scale = 1 + parameters[:, 1 : 1 + dim] * self.scale
         shift = parameters[:, 1 + dim : 1 + 2 * dim] * self.shift * parameters.new_tensor(frame.extent_mm)
         rotation = _rotation_2d(angle) if dim == 2 else _rotation_3d(angle, parameters[:, -3:])
-        backwards = rotation / scale[:, None, :]  # transposed, as positions are rows
-        rows = positions.flatten(1, -2) - shift[:, None, :]
-        return (rows @ backwards).reshape(-1, *positions.shape[1:])
+        return rotation, scale, shift
 
 
 def _rotation_2d(angle: Tensor) -> Tensor:
@@ -69,7 +81,7 @@ def _rotation_3d(angle: Tensor, direction: Tensor) -> Tensor:
     return identity + angle.sin()[:, None, None] * K + (1 - angle.cos())[:, None, None] * (K @ K)
 
 
-class Flip(Spatial):
+class Flip(Invertible):
     """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
 
     Axis 0, left to right, is the one along which anatomy is nearly symmetric.
@@ -94,6 +106,10 @@ class Flip(Spatial):
     def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """The mirror image of `positions`."""
         return positions * parameters.reshape(len(parameters), *[1] * len(frame.size), -1)
+
+    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """The mirror image of `positions`, again."""
+        return self.move(positions, parameters, frame)
 
     def mirror(self, maps: Tensor, parameters: Tensor) -> Tensor:
         """`maps` [B C *S] mirrored by reversing indices: the values of `move`, without interpolation."""

@@ -109,6 +109,14 @@ class Spatial(Augmentation):
         """
 
 
+class Invertible(Spatial):
+    """A transform of space whose way back is known, so that what was found in a changed image can be put in its place."""
+
+    @abstractmethod
+    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """The output positions of input `positions`: the inverse of `move`."""
+
+
 class Intensity(Augmentation):
     """A change of image values; labels are not concerned."""
 

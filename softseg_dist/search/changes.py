@@ -9,6 +9,9 @@ from typing import Any
 FREE = ("question", "control", "resources", "subjects", "splits")
 """Fields of a study that change no finished fit. `subjects` and `splits` act through the splits, which are compared themselves."""
 
+LATER: dict[str, Any] = {"uncertainty": []}
+"""Fields that studies of earlier versions lack, with the value that does what those versions did."""
+
 Json = dict[str, Any]
 
 
@@ -31,6 +34,7 @@ def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: 
     Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
     ones as well), and whatever is in `FREE`. Everything else changes results.
     """
+    old = LATER | old
     refused: list[str] = []
     extended: list[str] = []
     for field in sorted(old.keys() | new.keys()):

@@ -61,7 +61,10 @@ def _share_dropout(module: nn.Module, team: Team) -> None:
 
 
 class _SharedDropout(nn.Module):
-    """Dropout whose mask is drawn for the whole batch, from a generator that all workers have seeded alike."""
+    """Dropout whose mask is drawn for the whole batch, from a generator that all workers have seeded alike.
+
+    Outside of training a worker has cases of its own, of which it drops what `dropout` does: nothing, unless that is made active.
+    """
 
     def __init__(self, dropout: _DropoutNd, team: Team) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class _SharedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout.p == 0:
-            return x
+            alone: Tensor = self.dropout(x)
+            return alone
         (team,) = self.team
         strided = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
         layout = strided if x.is_contiguous(memory_format=strided) else torch.contiguous_format

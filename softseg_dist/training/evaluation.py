@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,15 +16,16 @@ from softseg_dist.data.store import Store
 from softseg_dist.numerics.grid import Grid
 from softseg_dist.numerics.metrics import OBJECTIVES, objective_score
 from softseg_dist.numerics.rows import case_rows
+from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.thresholds import CURVE, choose_thresholds
+from softseg_dist.numerics.uncertainty import Spread, uncertainty_rows
 from softseg_dist.training.batches import cases_of
-from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
-from softseg_dist.training.results import write_rows
+from softseg_dist.training.results import Row, rows_of_case, write_rows
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test", "holdout"]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def measure(
 ) -> list[Row]:
     """The rows of the results table of all cases of `subjects`, who are the fit's `subset`, at thresholds chosen before."""
     measured = [
-        (case, _rows(task, store, subset, sample, prediction, thresholds))
+        (
+            case,
+            _rows(task, store, subset, sample, prediction, thresholds)
+            + _uncertainty_rows(model, task, store, subset, sample, worker.device),
+        )
         for case, sample, prediction in _predict(model, store, subjects, worker)
     ]
     return _in_order(worker, measured)
@@ -110,25 +115,19 @@ def _rows(
         references["truth"] = sample.truth
     grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
     measured = case_rows(prediction, references, store.classes, list(thresholds.values()), CURVE, grid)
-    head = {
-        "study": task.study,
-        "candidate": task.candidate,
-        "split": task.split.index,
-        "subset": subset,
-        "subject": sample.subject,
-        "case": sample.name,
-    }
-    return [
-        head
-        | {
-            "class": r.class_name,
-            "reference": r.reference,
-            "threshold": r.threshold,
-            "metric": r.metric,
-            "value": r.value,
-        }
-        for r in measured
-    ]
+    return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
+
+
+def _uncertainty_rows(
+    model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str
+) -> list[Row]:
+    """What the study asks about the spread of several predictions of a case. What is drawn follows from split and case alone."""
+    seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
+    measured = []
+    for method in task.uncertainty:
+        spread = Spread.of(sample_maps(model, sample, method, seed, device))
+        measured += uncertainty_rows(method.short, spread, sample.raters, store.classes)
+    return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
 
 
 def _score(rows: list[Row], objective: str, subset: Subset) -> float | None:

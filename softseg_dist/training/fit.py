@@ -31,6 +31,7 @@ from softseg_dist.training.data_parallel import Team
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.model import Model, build_model, read_weights, save_weights
+from softseg_dist.training.preflight import check_methods
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -118,6 +119,7 @@ class Training:
         weights_seed = seed_of(self.batches.seed, "weights")
         shape = self.store.channels, len(self.store.classes), self.store.dim
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).to(worker.device)
+        check_methods(task.candidate, self.model, task.uncertainty)
         self.team = Team(self.model, worker, self.optim.batch_size)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
         self.progress = Progress()

@@ -1,11 +1,17 @@
-"""From a model and a prepared case to its soft map."""
+"""From a model and a prepared case to its soft map, or to several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from softseg_dist.data.preprocess import Sample
+from softseg_dist.numerics.sampling import Uncertainty
+from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.model import Model
 
 ITEMS_AT_ONCE = 16  # bounds memory; the result does not depend on it
@@ -19,7 +25,28 @@ def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndar
     else is predicted beside it.
     """
     model.eval()
-    image = torch.from_numpy(np.array(sample.image))
-    logits = [model.logits(part.to(device)) for part in image.split(ITEMS_AT_ONCE)]
-    prediction: np.ndarray = model.activation(torch.cat(logits)).float().cpu().numpy()
-    return prediction
+    return _on_cpu(_soft_map(model, _image(sample, device)))
+
+
+@torch.inference_mode()
+def sample_maps(
+    model: Model, sample: Sample, method: Uncertainty, seed: int, device: str = "cpu"
+) -> Iterator[np.ndarray]:
+    """The soft maps [N K *S] float32 that `method` draws of one case, one after the other; the same for the same `seed`."""
+    model.eval()
+    image, predict = _image(sample, device), partial(_soft_map, model)
+    for number in range(method.samples):
+        yield _on_cpu(method(model, predict, image, sample.spacing_mm, seed_of(seed, number)))
+
+
+def _soft_map(model: Model, image: Tensor) -> Tensor:
+    return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)]))
+
+
+def _image(sample: Sample, device: str) -> Tensor:
+    return torch.from_numpy(np.array(sample.image)).to(device)
+
+
+def _on_cpu(maps: Tensor) -> np.ndarray:
+    on_cpu: np.ndarray = maps.float().cpu().numpy()
+    return on_cpu

@@ -1,17 +1,21 @@
-"""Can these recipes be trained on this store at all? Raters, and one item through network, loss and back, before a fit starts."""
+"""Can these recipes be trained on this store at all, and asked how sure they are? Raters, and one item through everything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.labels import needs_several, one_rater_only
+from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.study import Recipe
 from softseg_dist.training.batches import Batches, cases_of
+from softseg_dist.training.inference import sample_maps
 from softseg_dist.training.model import Model
 
 
@@ -40,6 +44,31 @@ def _check_raters(name: str, fusion: str, store: Store) -> None:
                 f"candidate {name}: fusion {fusion!r} needs this rater in every case, but {case.name} has "
                 f"{', '.join(case.rater_names)}; choose another fusion or leave the case out"
             )
+
+
+def check_uncertainty(recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store) -> None:
+    """Raises UserError that names the candidate and the cause if a method cannot be used with its network or on these images."""
+    if not methods:
+        return
+    first = next(case.index for case in store.cases if case.num_items)
+    sample = store.sample(first)
+    for name, recipe in recipes.items():
+        model = Model(recipe.network, recipe.activation, store.channels, len(store.classes), store.dim)
+        check_methods(name, model, methods)
+        for method in methods:
+            try:
+                next(sample_maps(model, replace(sample, image=sample.image[:1]), method, seed=0))
+            except UserError as error:
+                raise UserError(f"candidate {name}: {method}: {error}") from error
+
+
+def check_methods(candidate: str, model: nn.Module, methods: Sequence[Uncertainty]) -> None:
+    """Raises UserError that names the candidate if no two samples of its model would ever differ."""
+    for method in methods:
+        try:
+            method.check(model)
+        except UserError as error:
+            raise UserError(f"candidate {candidate}: {error}") from error
 
 
 def _try(recipe: Recipe, store: Store, case: int) -> None:

@@ -10,6 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softseg_dist.data.preprocess import Sample
+from softseg_dist.numerics.rows import Row as Measured
 from softseg_dist.training.files import replace_file
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -17,7 +19,7 @@ SCHEMA = pa.schema(
     [
         ("study", _NAME),
         ("candidate", _NAME),
-        ("split", pa.int32()),
+        ("split", pa.int32()),  # -1 for what several fits predict together
         ("subset", _NAME),  # validation or test; holdout, in a table of its own
         ("subject", _NAME),
         ("case", _NAME),
@@ -30,7 +32,35 @@ SCHEMA = pa.schema(
 )
 
 
-def write_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+Row = dict[str, Any]
+
+
+def rows_of_case(
+    measured: Iterable[Measured], study: str, candidate: str, split: int, subset: str, sample: Sample
+) -> list[Row]:
+    """Rows of the results table from what was measured on one case."""
+    head = {
+        "study": study,
+        "candidate": candidate,
+        "split": split,
+        "subset": subset,
+        "subject": sample.subject,
+        "case": sample.name,
+    }
+    return [
+        head
+        | {
+            "class": r.class_name,
+            "reference": r.reference,
+            "threshold": r.threshold,
+            "metric": r.metric,
+            "value": r.value,
+        }
+        for r in measured
+    ]
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     """Write rows of the results table; the file appears whole or not at all."""
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))

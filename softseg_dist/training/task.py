@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
+from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.study import Recipe
 
 
@@ -19,7 +20,7 @@ class FitTask(Frozen):
 
     `seed` is the study's; all randomness of the fit follows from (`study`, `seed`, split index), never from the candidate, so that
     all candidates see the same initial weights, batches and augmentation. `store` is the path of the Arrow file and
-    `store_fingerprint` the name it must have. `folder` belongs to this fit alone.
+    `store_fingerprint` the name it must have. `folder` belongs to this fit alone. `uncertainty` is measured on the test cases.
     """
 
     study: str
@@ -31,6 +32,7 @@ class FitTask(Frozen):
     store: str
     store_fingerprint: str
     folder: str
+    uncertainty: tuple[Uncertainty, ...] = ()
     threads: int = 1
     checkpoint_every_s: float = 60.0
     time_limit_s: float | None = None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from softseg_dist.numerics.raters import LEVELS, entropy_disagreement_correlation, ged2, inter_rater_dice
+from softseg_dist.numerics.raters import LEVELS, entropy_disagreement_correlation, ged2, pairwise_dice
 
 PROPERTY = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -23,15 +23,15 @@ def iou_distance(a: np.ndarray, b: np.ndarray) -> float:
     return 1 - (a & b).sum() / (a | b).sum() if (a | b).any() else 0.0
 
 
-def test_inter_rater_dice_is_the_mean_over_pairs():
-    found = inter_rater_dice(masks("1100", "1110", "0011"))
+def test_pairwise_dice_is_the_mean_over_pairs():
+    found = pairwise_dice(masks("1100", "1110", "0011"))
     assert found == pytest.approx((2 * 2 / (2 + 3) + 0 + 2 * 1 / (3 + 2)) / 3)
 
 
 def test_two_empty_raters_are_no_pair_and_one_empty_rater_scores_zero():
-    assert inter_rater_dice(masks("000", "000", "110")) == 0  # 0 and 0; the empty pair is left out
-    assert inter_rater_dice(masks("110", "110")) == 1
-    assert np.isnan(inter_rater_dice(masks("000", "000")))
+    assert pairwise_dice(masks("000", "000", "110")) == 0  # 0 and 0; the empty pair is left out
+    assert pairwise_dice(masks("110", "110")) == 1
+    assert np.isnan(pairwise_dice(masks("000", "000")))
 
 
 @given(SEEDS)
@@ -83,3 +83,10 @@ def test_the_correlation_is_nan_where_an_entropy_is_constant():
         assert np.isnan(entropy_disagreement_correlation(constant, varied))
         assert np.isnan(entropy_disagreement_correlation(varied, constant))
     assert np.isnan(entropy_disagreement_correlation(varied[:0], varied[:0]))
+
+
+def test_one_vote_of_three_is_as_much_disagreement_as_two():
+    means = np.array([0, 1, 2, 3], dtype=np.float32) / 3
+    assert entropy_disagreement_correlation(np.array([0.125, 0.25, 0.75, 0.875]), means) == pytest.approx(1)
+    raters = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=np.float32).mean(axis=1)
+    assert entropy_disagreement_correlation(np.array([0.4, 0.4, 0.1]), raters) == pytest.approx(1)
