@@ -65,6 +65,22 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    candidate: Annotated[
+        str | None, typer.Option(help="Which model of a run; default: the winner's", show_default=False)
+    ] = None,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="The mean over all fits of the model's candidate, from its run folder")
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Also write the entropy in bits: of the ensemble, or of one model under dropout, else under its augmentation",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="How often one model is asked for --uncertainty", show_default=False)
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one")] = Device.AUTO,
     trust: Annotated[
         bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
@@ -77,7 +93,17 @@ def predict(
     paths = [[Path(channel) for channel in image.split(",")] for image in images]
     predictions = []
     for done in predict_images(
-        model, paths, out, center_masks=center_mask or (), binary=binary, device=device.value, trust=trust
+        model,
+        paths,
+        out,
+        center_masks=center_mask or (),
+        binary=binary,
+        candidate=candidate,
+        ensemble=ensemble,
+        uncertainty=uncertainty,
+        samples=samples,
+        device=device.value,
+        trust=trust,
     ):
         predictions.append(done)
         if done.error:
@@ -85,7 +111,7 @@ def predict(
         elif done.covered < 1:
             say("warning", f"{done.image}: the model's crop covers {done.covered:.1%} of it; the maps are 0 outside")
         if not as_json:
-            for path in (*done.maps.values(), *done.masks.values()):
+            for path in (*done.maps.values(), *done.masks.values(), *done.entropies.values()):
                 typer.echo(str(path))
     if as_json:
         typer.echo(json.dumps([vars(done) for done in predictions], default=str))

@@ -16,6 +16,7 @@ from softseg_dist.data.layouts import Case
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store, shared_store
+from softseg_dist.ensembles import measure_ensembles
 from softseg_dist.errors import UserError
 from softseg_dist.final_model import Trained, Where, make_model
 from softseg_dist.holdout import TABLE, open_holdout
@@ -165,6 +166,7 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
                     data, summary = _ranked(copy)
                     winner = summary.winner.name
                     open_holdout(made, copy, winner, outcome, _resources(study, options), progress)
+                    measure_ensembles(made, copy, winner, outcome, _resources(study, options), progress)
                     page = _publish(copy, tracker, data, summary)
                     if options.final_model and not (outcome.interrupted or outcome.unfinished):
                         model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)

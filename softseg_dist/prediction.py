@@ -21,7 +21,7 @@ from softseg_dist.data.preprocess import Placement, Preprocess
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_source
-from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.map_source import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, load_model, read_card
 
@@ -30,7 +30,7 @@ NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one image: the soft map of each class, and its mask where one was asked for; or what was wrong.
+    """What became of one image: the soft map of each class, its mask and entropy where asked for; or what was wrong.
 
     `covered` is the share of the image's field of view that lies within the model's crop: the map is 0 outside.
     """
@@ -38,6 +38,7 @@ class Prediction:
     image: Path
     maps: Mapping[str, Path] = field(default_factory=dict)
     masks: Mapping[str, Path] = field(default_factory=dict)
+    entropies: Mapping[str, Path] = field(default_factory=dict)
     covered: float = 1.0
     error: str = ""
 
@@ -49,6 +50,10 @@ def predict_images(
     *,
     center_masks: Sequence[Path] = (),
     binary: str | None = None,
+    candidate: str | None = None,
+    ensemble: bool = False,
+    uncertainty: bool = False,
+    samples: int | None = None,
     device: str = "auto",
     trust: bool = False,
 ) -> Iterator[Prediction]:
@@ -64,27 +69,50 @@ def predict_images(
         center_masks: one per image, if the model's crop is centred on a mask; else none.
         binary: a rule of the card's thresholds, or a number: masks {map > threshold} are written too, as uint8
             `<stem>_label-<class>_mask.nii.gz`.
+        candidate: whose model of a run folder; default: the winner's.
+        ensemble: the map is the mean over all finished fits of the model's candidate, from the run folder around it.
+        uncertainty: the map's entropy in bits is written too, as float32 `<stem>_label-<class>_entropy.nii.gz`: of an ensemble
+            that of its mean, else that of the mean of several maps by one model (see `method_of`).
+        samples: how many; None: as many as the method takes.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         trust: run the study file that the model carries, if its network is defined there.
 
     Raises UserError, before anything is written, if the model cannot be used, an argument or a header does not fit it, or
     two maps would have one name. What is found later is the `error` of that image.
     """
-    folder = model if (model / CARD).exists() or not (model / "model").is_dir() else model / "model"
+    folder = _folder(model, candidate)
     card = read_card(folder)
     threshold = None if binary is None else _threshold(card, binary)
     cases = _cases(card, images, center_masks)
-    outputs = [_outputs(case, card, out, threshold) for case in cases]
+    outputs = [_outputs(case, card, out, threshold, uncertainty) for case in cases]
     _check_names(outputs, [*itertools.chain(*images), *center_masks])
     for case in cases:
         case.check_headers()
-    where = _device(device)
-    loaded = _load(folder, card, trust).to(where)
+    source = _source(_load(folder, card, trust).to(_device(device)), folder, card, ensemble, uncertainty, samples)
     _make(out)
     return (
-        _predict(loaded, card.preprocess, case, output, threshold, where)
-        for case, output in zip(cases, outputs, strict=True)
+        _predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True)
     )
+
+
+def _folder(model: Path, candidate: str | None) -> Path:
+    """The model folder that `model` is, or the one it holds."""
+    if candidate is None:
+        return model if (model / CARD).exists() or not (model / "model").is_dir() else model / "model"
+    for folder in (model / f"model-{candidate}", model / "model"):
+        if (folder / CARD).exists() and read_card(folder).candidate == candidate:
+            return folder
+    raise UserError(f"{model} holds no model of {candidate}: softseg refit {model} --candidate {candidate} trains it")
+
+
+def _source(
+    model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None
+) -> MapSource:
+    if samples is not None and (ensemble or not uncertainty):
+        raise UserError("--samples is how often one model is asked for --uncertainty: leave it out of everything else")
+    if ensemble:
+        return MapSource(model, card.study, members=weights_of_fits(folder, card), unsure=uncertainty)
+    return MapSource(model, card.study, method=method_of(card, model, samples) if uncertainty else None)
 
 
 def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
@@ -147,17 +175,20 @@ def _threshold(card: ModelCard, binary: str) -> float:
     return threshold
 
 
-def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | None) -> Prediction:
-    names = {name: f"{case.name}_label-{NOT_IN_A_NAME.sub('-', name)}" for name in card.classes}
-    masks = {} if threshold is None else {name: out / f"{stem}_mask.nii.gz" for name, stem in names.items()}
-    return Prediction(case.images[0], {name: out / f"{stem}_softseg.nii.gz" for name, stem in names.items()}, masks)
+def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | None, uncertainty: bool) -> Prediction:
+    def files(kind: str, wanted: bool) -> dict[str, Path]:
+        names = {name: f"{case.name}_label-{NOT_IN_A_NAME.sub('-', name)}_{kind}.nii.gz" for name in card.classes}
+        return {name: out / file for name, file in names.items()} if wanted else {}
+
+    masks, entropies = files("mask", threshold is not None), files("entropy", uncertainty)
+    return Prediction(case.images[0], files("softseg", True), masks, entropies)
 
 
 def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
     """Nothing is written over an input, or over the map of another image that has the same name in another folder."""
     taken = {path.resolve() for path in inputs}
     for output in outputs:
-        for path in (*output.maps.values(), *output.masks.values()):
+        for path in (*output.maps.values(), *output.masks.values(), *output.entropies.values()):
             if path.resolve() in taken:
                 raise UserError(
                     f"{output.image}: its map would be written over {path}, which is an input or the map of another image; "
@@ -167,16 +198,22 @@ def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
 
 
 def _predict(
-    model: Model, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None, device: str
+    source: MapSource, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None
 ) -> Prediction:
     try:
         sample = preprocess.apply(case)
-        maps = preprocess.restore(predict_sample(model, sample, device), sample.placement)
-        for soft, name in zip(maps, output.maps, strict=True):
-            write_volume(output.maps[name], soft, sample.placement.geometry, like=case.images[0])
-            if threshold is not None:
-                mask = (soft > threshold).astype(np.uint8)
-                write_volume(output.masks[name], mask, sample.placement.geometry, like=case.images[0])
+        soft_maps, unsure = source(sample)
+
+        def write(paths: Mapping[str, Path], maps: np.ndarray) -> None:
+            for path, volume in zip(paths.values(), maps, strict=True):
+                write_volume(path, volume, sample.placement.geometry, like=case.images[0])
+
+        maps = preprocess.restore(soft_maps, sample.placement)
+        write(output.maps, maps)
+        if threshold is not None:
+            write(output.masks, (maps > threshold).astype(np.uint8))
+        if unsure is not None:
+            write(output.entropies, preprocess.restore(unsure, sample.placement))
     except UserError as error:
         text = str(error)
         return Prediction(case.images[0], error=text if str(case.images[0]) in text else f"{case.images[0]}: {text}")

@@ -53,7 +53,7 @@ class MCDropout(Uncertainty):
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError if `model` drops nothing."""
-        if not _dropout(model):
+        if not drops(model):
             raise UserError(
                 f"{self} asks a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)"
             )
@@ -73,8 +73,18 @@ class MCDropout(Uncertainty):
                 layer.eval()
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether `model` has dropout that drops anything."""
+    return bool(_dropout(model))
+
+
 def _dropout(model: nn.Module) -> list[_DropoutNd]:
     return [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+
+
+def can_be_undone(transform: Augmentation) -> bool:
+    """Whether a map of the changed image can be put back in its place: nothing was moved, or the way back is known."""
+    return isinstance(transform, Invertible | Intensity)
 
 
 class TTA(Uncertainty):
@@ -94,7 +104,7 @@ class TTA(Uncertainty):
     @classmethod
     def _can_be_undone(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
         for transform in value:
-            if not isinstance(transform, Invertible | Intensity):
+            if not can_be_undone(transform):
                 raise ValueError(
                     f"TTA cannot put back what {transform} has moved: take Flip, Affine, or intensity transforms"
                 )

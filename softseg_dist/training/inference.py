@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.training.model import Model
+from softseg_dist.training.model import Model, load_weights
 
 ITEMS_AT_ONCE = 16  # bounds memory; the result does not depend on it
 
@@ -37,6 +38,13 @@ def sample_maps(
     image, predict = _image(sample, device), partial(_soft_map, model)
     for number in range(method.samples):
         yield _on_cpu(method(model, predict, image, sample.spacing_mm, seed_of(seed, number)))
+
+
+def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device: str = "cpu") -> Iterator[np.ndarray]:
+    """The soft maps [N K *S] float32 of one case by each of several weights of `model`, which are read one after the other."""
+    for weights in members:
+        load_weights(model, weights)
+        yield predict_sample(model, sample, device)
 
 
 def _soft_map(model: Model, image: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ LAYERS = {
     "prediction": {"errors", "data", "study_file", "training"},
     "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
     "pipeline": {
+        "ensembles",
         "final_model",
         "holdout",
         "errors",
@@ -42,6 +43,7 @@ LAYERS = {
         "report",
     },
     "final_model": {"errors", "places", "data", "search", "study", "training"},
+    "ensembles": {"errors", "final_model", "numerics", "search", "study", "training"},
     "holdout": {"errors", "data", "search", "study", "training", "final_model"},
     "nested": {
         "errors",

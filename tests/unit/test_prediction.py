@@ -15,14 +15,17 @@ import torch
 from model_folders import PASSING, RECIPE, card_of, model_of, passing_model, saved
 from scipy.spatial.transform import Rotation
 
-from softseg_dist import Bids, Network, Preprocess, UNet
+from softseg_dist import Affine, Bids, Elastic, Flip, Network, Preprocess, Recipe, UNet
 from softseg_dist.cli import main
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.thresholds import FIXED
+from softseg_dist.numerics.uncertainty import entropy
 from softseg_dist.prediction import Prediction, predict_images
 from softseg_dist.training.inference import predict_sample
+from softseg_dist.training.model import Model, save_weights
 from softseg_dist.training.saved_model import CARD
+from softseg_dist.training.task import FitResult, weights_path
 
 SHAPE = (14, 12, 10)
 TURN = Rotation.from_euler("zxy", [15, -6, 8], degrees=True).as_matrix()
@@ -264,6 +267,84 @@ def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> Non
     (model / CARD).write_text(json.dumps(card_alone))
     with pytest.raises(UserError, match="which it does not carry"):
         predict_images(model, images, out, trust=True)
+
+
+def run_with_fits(folder: Path, preprocess: Preprocess, seeds: Sequence[int]) -> tuple[Path, list[Model]]:
+    """A run folder with a model and finished fits of its candidate, which have other weights than it; and those fits' models."""
+    card = card_of(preprocess)
+    saved(folder / "model", card, model_of(card))
+    fits = [model_of(card, seed=seed) for seed in seeds]
+    for split, fit in enumerate(fits):
+        weights = weights_path(folder / "fits" / card.candidate / f"{split:03d}")
+        weights.parent.mkdir(parents=True)
+        save_weights(fit, weights)
+        state = "finished" if split else "failed"  # the first one is no member
+        result = FitResult(candidate=card.candidate, split=split, state=state)
+        (weights.parent.parent / f"{split:03d}.json").write_text(result.model_dump_json())
+    return folder, fits[1:]
+
+
+def test_an_ensemble_is_the_mean_of_its_fits_and_its_entropy_that_of_the_mean(tmp_path: Path) -> None:
+    preprocess = Preprocess(dim=2, crop=(8, 8))
+    run, fits = run_with_fits(tmp_path / "run", preprocess, seeds=(1, 2, 3))
+    image = scan(tmp_path / "a.nii.gz", "LPI")
+    (plain,) = predicted(run, [image], tmp_path / "plain")
+    assert not plain.entropies
+    (done,) = predicted(run, [image], tmp_path / "out", ensemble=True, uncertainty=True)
+    members = []
+    for index, fit in enumerate(fits):
+        alone = saved(tmp_path / f"alone-{index}/model", card_of(preprocess), fit)
+        members.append(read(predicted(alone, [image], tmp_path / f"alone-{index}")[0].maps["GM"]))
+    mean = read(done.maps["GM"])
+    assert np.allclose(mean, np.mean(members, axis=0), atol=1e-6)
+    assert not np.allclose(mean, read(plain.maps["GM"]), atol=1e-3)
+    unsure = nib.load(done.entropies["GM"])
+    assert done.entropies["GM"].name == "a_label-GM_entropy.nii.gz"
+    assert (unsure.shape, unsure.get_data_dtype()) == (nib.load(image).shape, np.float32)
+    assert np.allclose(unsure.affine, nib.load(image).affine, atol=1e-4)
+    assert np.allclose(read(done.entropies["GM"]), entropy(mean), atol=1e-4)
+    (silent,) = predicted(run, [image], tmp_path / "silent", ensemble=True)
+    assert not silent.entropies
+    assert np.array_equal(read(silent.maps["GM"]), mean)
+
+
+def test_an_ensemble_without_its_fits_is_refused(tmp_path: Path) -> None:
+    run, _ = run_with_fits(tmp_path / "run", WHOLE, seeds=(1, 2, 3))
+    out, images = tmp_path / "out", [[scan(tmp_path / "a.nii")]]
+    weights_path(run / "fits/soft/002").unlink()
+    assert "002/best.safetensors is missing" in refused(run, images, out, ensemble=True)
+    (run / "fits/soft/002.json").unlink()
+    assert "two or more finished fits, but" in refused(run, images, out, ensemble=True)
+    message = refused(run, images, out, candidate="hard")
+    assert message == f"{run} holds no model of hard: softseg refit {run} --candidate hard trains it"
+    assert [done.error for done in predict_images(run, images, out, candidate="soft")] == [""]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE.replace(network=UNet(filters=(2, 4), dropout=0.3)),
+        RECIPE.replace(augment=(Elastic(), Flip(), Affine(degrees=15))),
+    ],
+    ids=["dropout", "augmentation"],
+)
+def test_one_model_tells_what_it_is_unsure_of_and_predicts_the_same(tmp_path: Path, recipe: Recipe) -> None:
+    card = card_of(Preprocess(dim=3, crop=(8, 8, 8), spacing_mm=(1, 1, 1)), recipe)
+    model, image = saved(tmp_path / "model", card, model_of(card, recipe)), scan(tmp_path / "a.nii.gz", "AIL")
+    (plain,) = predicted(model, [image], tmp_path / "plain")
+    first, again = (predicted(model, [image], tmp_path / n, uncertainty=True, samples=4)[0] for n in ("1", "2"))
+    assert np.array_equal(read(first.maps["GM"]), read(plain.maps["GM"]))
+    unsure = read(first.entropies["GM"])
+    assert np.array_equal(unsure, read(again.entropies["GM"])), "the same image, the same draws"
+    assert 0 < unsure.max() <= 1
+    assert ((unsure > 0) == (read(plain.maps["GM"]) > 0)).mean() > 0.99, "0 outside the crop, like the map"
+    assert not np.allclose(unsure, entropy(read(plain.maps["GM"])), atol=1e-3)
+
+
+def test_a_model_that_has_one_answer_only_says_so(tmp_path: Path) -> None:
+    model, out, images = random_model(tmp_path / "model", WHOLE), tmp_path / "out", [[scan(tmp_path / "a.nii")]]
+    assert "ask all fits of its run folder with --ensemble" in refused(model, images, out, uncertainty=True)
+    assert "--samples is how often one model is asked" in refused(model, images, out, samples=3)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
