@@ -51,10 +51,13 @@ def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[floa
 def _distances_mm(surface: Mask, other: Mask, spacing_mm: Sequence[float]) -> npt.NDArray[np.float32]:
     """From each voxel of `surface` to the nearest one of `other`.
 
-    MONAI asks a tree of points, which takes minutes for a volume full of noise; a distance transform does not mind.
+    MONAI asks a tree of points, which takes minutes for a volume full of noise; a distance transform does not mind. It is built
+    by the next float after a coordinate: after 0 that is denormal, and a fit, whose process takes those for 0, would die of it.
+    So all voxels are counted from 1.
     """
     from monai.metrics.utils import get_surface_distance
 
     if np.count_nonzero(surface) > MOSTLY_SURFACE * surface.size:
         return ndimage.distance_transform_edt(~other, sampling=spacing_mm)[surface].astype(np.float32)
-    return get_surface_distance(surface, other, spacing=spacing_mm)
+    from_one = [np.pad(mask, [(1, 0)] * mask.ndim) for mask in (surface, other)]
+    return get_surface_distance(*from_one, spacing=spacing_mm)

@@ -79,3 +79,14 @@ def test_distances_are_those_of_monai(shape: tuple[int, ...], share: float):
         "surface_dice_1mm": compute_surface_dice(ta, tb, [1.0], include_background=True, spacing=spacing),
     }
     assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, rel=1e-6)
+
+
+def test_a_process_without_denormals_survives_a_surface_along_the_edge():
+    """As in a fit. Most of the points that scipy's tree cuts in two halves are at 0 along the axis of the cut."""
+    torch.set_flush_denormal(True)
+    try:
+        edge = np.zeros((80, 120), dtype=bool)
+        edge[:, 0] = edge[0, 100] = True
+        assert surface_metrics(edge, edge, (0.01, 1.0))["hd95_mm"] == 0
+    finally:
+        torch.set_flush_denormal(False)
