@@ -53,6 +53,20 @@ class SplitTest:
 
 
 @dataclass(frozen=True)
+class SubjectTest:
+    """The answer of `subject_test`. `low` and `high` bound the 95 % interval of `mean`."""
+
+    mean: float
+    low: float = NAN
+    high: float = NAN
+    t: float = NAN
+    df: float = NAN
+    p: float = NAN
+    num_subjects: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class BootstrapInterval:
     """The answer of `paired_bootstrap`: percentile interval of the mean difference."""
 
@@ -223,6 +237,32 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
         return SplitTest(mean, num_splits=d.size, note=ALL_EQUAL)
     t = mean / math.sqrt((1 / d.size + test_to_train) * float(d.var(ddof=1)))
     return SplitTest(mean, t, float(2 * stats.t.sf(abs(t), d.size - 1)), d.size)
+
+
+def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
+    """One-sample t-test over subjects, two-sided: t = mean d / sqrt(var d / a), df = a - 1.
+
+    For candidates that were not tested in the same splits: what is left is one difference of means per subject. It speaks
+    about new subjects and these training runs: the variation between runs is not in it, so it rejects too often, as every
+    test over subject means does. Never primary where `crossed_test` can be had.
+
+    Args:
+        differences: [a], one mean difference per subject; NaN is left out.
+
+    >>> import numpy as np
+    >>> result = subject_test(np.array([0.02, 0.03, 0.01, 0.025, 0.015]))
+    >>> round(result.t, 6), result.df
+    (5.656854, 4.0)
+    """
+    d = differences[~np.isnan(differences)]
+    mean = float(d.mean()) if d.size else NAN
+    if d.size < 2:
+        return SubjectTest(mean, num_subjects=d.size, note="fewer than two subjects: the variation is unknown")
+    if _constant(d):
+        return SubjectTest(mean, num_subjects=d.size, note=ALL_EQUAL)
+    df, error = d.size - 1.0, math.sqrt(float(d.var(ddof=1)) / d.size)
+    t, reach = mean / error, float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+    return SubjectTest(mean, mean - reach, mean + reach, t, df, float(2 * stats.t.sf(abs(t), df)), d.size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,10 +1,10 @@
-"""What differs between the study of a run folder and the study that shall run in it now: extension, or another study."""
+"""What differs between two studies, and whether one of them extends the other or is another study."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FREE = ("question", "control", "resources", "subjects", "splits")
 """Fields of a study that change no finished fit. `subjects` and `splits` act through the splits, which are compared themselves."""
@@ -13,6 +13,22 @@ LATER: dict[str, Any] = {"uncertainty": []}
 """Fields that studies of earlier versions lack, with the value that does what those versions did."""
 
 Json = dict[str, Any]
+
+
+class Difference(NamedTuple):
+    """A leaf in which two JSON objects differ: where it is, and both values as text."""
+
+    path: tuple[str, ...]
+    old: str
+    new: str
+
+    @property
+    def field(self) -> str:
+        """`optim.lr`"""
+        return ".".join(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new}"
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,8 @@ def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: 
     refused: list[str] = []
     extended: list[str] = []
     for field in sorted(old.keys() | new.keys()):
-        for line, path in _differences(old.get(field), new.get(field), field):
-            (extended if _extends(path, old, new) else refused).append(line)
+        for found in differences(old.get(field), new.get(field), field):
+            (extended if _extends(found.path, old, new) else refused).append(str(found))
     splits = _split_changes(old_splits, new_splits)
     if splits:
         refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:", "nested")))]
@@ -58,21 +74,26 @@ def _extends(path: tuple[str, ...], old: Json, new: Json) -> bool:
     return path == ("search", "trials") and bool(new["search"]["trials"] > old["search"]["trials"])
 
 
-def _differences(old: Any, new: Any, *path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Leaves that differ, depth first; objects of two types differ in their type alone."""
+def differences(old: Any, new: Any, *path: str) -> Iterator[Difference]:
+    """Leaves in which two JSON values differ, depth first; objects of two types differ in their type alone.
+
+    >>> old, new = {"type": "Optim", "lr": 0.1, "epochs": 9}, {"type": "Optim", "lr": 0.2, "epochs": 9}
+    >>> [str(found) for found in differences(old, new, "optim")]
+    ['optim.lr: 0.1 -> 0.2']
+    """
     if old == new:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if old.get("type") != new.get("type"):
-            yield f"{'.'.join(path)}: {_show(old)} -> {_show(new)}", path
+            yield Difference(path, _show(old), _show(new))
             return
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), *path, key)
+            yield from differences(old.get(key), new.get(key), *path, key)
     elif _objects(old) and _objects(new) and len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(before, after, *path, str(index))
+            yield from differences(before, after, *path, str(index))
     else:
-        yield f"{'.'.join(path)}: {_show(old)} -> {_show(new)}", path
+        yield Difference(path, _show(old), _show(new))
 
 
 def _objects(value: Any) -> bool:

@@ -16,6 +16,7 @@ from softseg_dist.numerics.statistics import (
     crossed_test,
     holm,
     paired_bootstrap,
+    subject_test,
     wilcoxon_test,
 )
 
@@ -213,6 +214,23 @@ def test_corrected_t_of_the_worked_example():
 @pytest.mark.parametrize(("values", "words"), [([], "fewer"), ([0.1], "fewer"), ([0.1, 0.1, 0.1], "equal")])
 def test_corrected_t_that_cannot_be_had_says_why(values: list[float], words: str):
     result = corrected_t_test(np.array(values), 1 / 3)
+    assert np.isnan(result.p)
+    assert words in result.note
+
+
+@given(SEEDS)
+@PROPERTY
+def test_subject_test_is_the_one_sample_t_test_of_scipy(seed: int):
+    values = np.random.default_rng(seed).normal(0.3, 1, 9)
+    result, expected = subject_test(np.append(values, NAN)), stats.ttest_1samp(values, 0)
+    assert (result.t, result.df, result.p) == pytest.approx((expected.statistic, 8, expected.pvalue))
+    assert (result.low, result.high) == pytest.approx(expected.confidence_interval(0.95))
+    assert result.num_subjects == 9
+
+
+@pytest.mark.parametrize(("values", "words"), [([], "fewer"), ([0.1, NAN], "fewer"), ([0.1, 0.1, 0.1], "equal")])
+def test_subject_test_that_cannot_be_had_says_why(values: list[float], words: str):
+    result = subject_test(np.array(values))
     assert np.isnan(result.p)
     assert words in result.note
 
