@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from softseg_dist.cli_compare import compare
 from softseg_dist.cli_models import predict, refit
 from softseg_dist.cli_options import Address, AsJson, DataRoot, Debug, MaxWait, RunArg, Stores, StudyArg, say
 from softseg_dist.cli_submit import submit
@@ -156,6 +157,7 @@ def report(run: RunArg, as_json: AsJson = False) -> None:
         typer.echo(str(report_run(run)))
 
 
+app.command()(compare)
 app.command()(refit)
 app.command()(predict)
 

@@ -21,6 +21,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.final_model import Trained, Where, make_model
 from softseg_dist.holdout import TABLE, open_holdout
 from softseg_dist.places import Place
+from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import summary_json, write_report
 from softseg_dist.report.run_folder import RunData, load_run
@@ -203,6 +204,22 @@ def numbers_of(run: str | Path) -> dict[str, Any]:
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
     return summary_json(copy.folder)
+
+
+def compare_runs(
+    run_a: str | Path,
+    run_b: str | Path,
+    candidates: tuple[str | None, str | None] = (None, None),
+    metric: str | None = None,
+) -> RunComparison:
+    """In what two run folders differ, and by how much their scores do; see `report.comparison.compare`."""
+    return compare((_loaded(run_a), _loaded(run_b)), (str(run_a), str(run_b)), candidates, metric)
+
+
+def _loaded(run: str | Path) -> RunData:
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    return load_run(copy.folder)
 
 
 def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progress: Progress) -> Path:

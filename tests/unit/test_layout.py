@@ -58,6 +58,7 @@ LAYERS = {
         "pipeline",
     },
     "cli_options": set(),
+    "cli_compare": {"cli_options", "pipeline", "report"},
     "cli_models": {"cli_options", "search", "pipeline", "prediction"},
     "cli_submit": {"cli_options", "study_file", "search"},
     "cli": {
@@ -70,6 +71,7 @@ LAYERS = {
         "nested",
         "plan",
         "cli_options",
+        "cli_compare",
         "cli_models",
         "cli_submit",
     },
@@ -91,7 +93,7 @@ OWNERS = {
     "monai": ("numerics/networks.py", "numerics/surface.py"),
     "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
-    "typer": ("cli.py", "cli_models.py", "cli_options.py", "cli_submit.py"),
+    "typer": ("cli.py", "cli_compare.py", "cli_models.py", "cli_options.py", "cli_submit.py"),
     "safetensors": ("training/model.py",),
     "yaml": ("plan.py",),
 }

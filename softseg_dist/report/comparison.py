@@ -1,0 +1,311 @@
+"""Two runs beside each other: in what their studies and recipes differ, and what that does to the scores on test.
+
+All differences are B less A. The unit of analysis is a subject in a split where both runs have the splits, else a
+subject (see `report.pairing`); what cannot be paired is not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.metrics import OBJECTIVES, Objective
+from softseg_dist.numerics.statistics import (
+    NAN,
+    CrossedTest,
+    SplitTest,
+    SubjectTest,
+    corrected_t_test,
+    crossed_test,
+    holm,
+    subject_test,
+    wilcoxon_test,
+)
+from softseg_dist.report.pairing import ENOUGH, Pairing, pairing_of, tested
+from softseg_dist.report.run_folder import RunData
+from softseg_dist.report.scores import Scores, Table, on_test, soft_scores, undefined_cases
+from softseg_dist.report.tables import summarise
+from softseg_dist.search.changes import differences
+
+LEFT_OUT = (
+    "name",
+    "question",
+    "candidates",
+    "control",
+    "resources",
+)  # of a study: what changes no result, or has its place
+UNPAIRED = "nothing is paired: a difference of two means"
+Changed = dict[str, tuple[str, str]]  # field, joined by dots: its value in A and in B
+
+
+@dataclass(frozen=True)
+class Party:
+    """One of the two runs. `run` is its folder or URI as given, `planned` and `finished` count fits."""
+
+    run: str
+    study: str
+    objective: str
+    num_splits: int
+    num_tested: int
+    planned: int
+    finished: int
+    spacing_mm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One candidate in its own run: mean over all its scores, with the 95 % interval of the crossed model.
+
+    Of `values` (case, class, split) `undefined` are NaN and left out.
+    """
+
+    candidate: str
+    mean: float
+    low: float
+    high: float
+    num_subjects: int
+    num_splits: int
+    undefined: int
+    values: int
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A candidate of B less one of A. `changed` are the fields in which their recipes differ.
+
+    `test` is the crossed test if scores are paired by subject and split, the t-test over subjects if by subject alone, and
+    a difference of means without p if by nothing; `p_holm` adjusts it over all contrasts. Wilcoxon's and the corrected
+    test over splits stand beside the crossed one.
+    """
+
+    a: Side
+    b: Side
+    winners: bool
+    changed: Changed
+    paired_by: Literal["subject and split", "subject", "nothing"]
+    test: CrossedTest | SubjectTest
+    p_holm: float = NAN
+    wilcoxon: SplitTest | None = None
+    corrected: SplitTest | None = None
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """Everything that is said about two runs.
+
+    `study` are the fields in which the studies differ, the store among them; `versions` those of the packages. `only_a`,
+    `only_b`: candidates that the other run has not; `other_trials`: proposed in both under one name, with other recipes.
+    """
+
+    a: Party
+    b: Party
+    metric: str
+    title: str
+    sign: int
+    study: Changed
+    versions: Changed
+    same_seeds: bool
+    pairing: Pairing
+    contrasts: tuple[Contrast, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    other_trials: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A run with its scores of one metric."""
+
+    called: str
+    data: RunData
+    scores: Scores
+    undefined: Mapping[str, tuple[int, int]]
+
+    def names(self) -> list[str]:
+        return [candidate.name for candidate in self.data.candidates]
+
+    def recipe(self, name: str) -> Mapping[str, Any]:
+        return next(candidate.recipe for candidate in self.data.candidates if candidate.name == name)
+
+    def table(self, name: str, subjects: Sequence[str], splits: Sequence[int]) -> Table:
+        """Scores [subject x split] in the order asked, NaN where there is none."""
+        whole = pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
+        return whole.reindex(index=list(subjects), columns=list(splits)).to_numpy(np.float64)
+
+    def subject_means(self, name: str, subjects: Sequence[str]) -> Table:
+        """Means [subject] over all splits that tested it."""
+        means = pd.DataFrame(self.scores.of(name), list(self.scores.subjects)).mean(axis=1)
+        return means.reindex(list(subjects)).to_numpy(np.float64)
+
+    def side(self, name: str) -> Side:
+        whole = crossed_test(self.scores.of(name))
+        counts = self.undefined.get(name, (0, 0))
+        return Side(name, whole.mean, whole.low, whole.high, whole.num_subjects, whole.num_splits, *counts)
+
+
+Both = tuple[_Scored, _Scored]
+
+
+def compare(
+    runs: tuple[RunData, RunData],
+    called: tuple[str, str],
+    candidates: tuple[str | None, str | None] = (None, None),
+    metric: str | None = None,
+) -> RunComparison:
+    """Compare two runs, finished or not, or two candidates of one run.
+
+    Args:
+        runs: A and B.
+        called: their folders or URIs as the user gave them.
+        candidates: one of each run; a name that is given alone stands for both. Without: all of the same name, and the
+            winners.
+        metric: what to compare by, a key of `OBJECTIVES`; without, the objective of both studies.
+
+    Raises UserError if there is nothing to compare, or nothing to compare it by.
+    """
+    objective, pairing = _objective(runs, called, metric), pairing_of(*runs)
+    a, b = both = _scored(runs[0], called[0], objective), _scored(runs[1], called[1], objective)
+    other = _other_trials(*runs)
+    pairs = _named(both, candidates) or _matched(both, pairing, other)
+    found = [_contrast(both, pair, pairing, winners) for pair, winners in pairs.items()]
+    adjusted = holm([contrast.test.p for contrast in found])
+    return RunComparison(
+        a=_party(a),
+        b=_party(b),
+        metric=objective.metric,
+        title=objective.title,
+        sign=objective.sign,
+        study=_study_changes(*runs),
+        versions=_changed(*(run.run.get("versions", {}) for run in runs)) if all(run.run for run in runs) else {},
+        same_seeds=_seeds(runs[0]) == _seeds(runs[1]) and all(i == j for i, j in pairing.splits),
+        pairing=pairing,
+        contrasts=tuple(replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)),
+        only_a=tuple(name for name in a.names() if name not in b.names()),
+        only_b=tuple(name for name in b.names() if name not in a.names()),
+        other_trials=other,
+    )
+
+
+def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: str | None) -> Objective:
+    measured = [set(map(str, on_test(run.results)["metric"].unique())) for run in runs]
+    common = ", ".join(name for name in OBJECTIVES if name in measured[0] & measured[1]) or "none is in both"
+    of_a, of_b = (run.study["objective"] for run in runs)
+    if metric is None and of_a != of_b:
+        raise UserError(
+            f"the objective is {of_a} in {called[0]} and {of_b} in {called[1]}; choose with --metric: {common}"
+        )
+    name = metric or of_a
+    if name not in OBJECTIVES:
+        raise UserError(f"--metric must be one of {common}, got {name!r}")
+    for run, known in zip(called, measured, strict=True):
+        if name not in known:
+            raise UserError(f"{run}: no test case has the metric {name}; choose with --metric: {common}")
+    return OBJECTIVES[name]
+
+
+def _scored(run: RunData, called: str, objective: Objective) -> _Scored:
+    test = on_test(run.results)
+    return _Scored(called, run, soft_scores(test, objective.metric), undefined_cases(test, objective.metric))
+
+
+def _party(run: _Scored) -> Party:
+    data = run.data
+    return Party(
+        run=run.called,
+        study=data.study["name"],
+        objective=data.study["objective"],
+        num_splits=len(data.splits),
+        num_tested=len(tested(data)),
+        planned=len(data.candidates) * len(data.splits),
+        finished=len(data.finished),
+        spacing_mm=tuple((data.run.get("data") or {}).get("spacing_mm") or ()),
+    )
+
+
+def _named(both: Both, candidates: tuple[str | None, str | None]) -> dict[tuple[str, str], bool]:
+    """The pair that was asked for, {} if none was; it is not said to be that of the winners."""
+    name_a, name_b = candidates[0] or candidates[1], candidates[1] or candidates[0]
+    if both[0].data.folder.resolve() == both[1].data.folder.resolve() and name_a == name_b:
+        raise UserError(
+            f"{both[0].called}: compared with itself; name two of its candidates with --candidate-a and --candidate-b: "
+            f"{', '.join(both[0].names())}"
+        )
+    if name_a is None or name_b is None:
+        return {}
+    for name, run in ((name_a, both[0]), (name_b, both[1])):
+        if name not in run.names():
+            raise UserError(f"{run.called}: has no candidate {name!r}; there are {', '.join(run.names())}")
+        if name not in run.scores.tables:
+            raise UserError(f"{run.called}: no fit of {name} has finished, so there is nothing to compare")
+    return {(name_a, name_b): False}
+
+
+def _matched(both: Both, pairing: Pairing, left_out: Sequence[str]) -> dict[tuple[str, str], bool]:
+    """Candidates of the same name with scores in both runs, and the winners: {(name in A, in B): are they the winners?}."""
+    common = [name for name in both[0].names() if all(name in run.scores.tables for run in both)]
+    pairs = {(name, name): False for name in common if name not in left_out}
+    if not pairs and not pairing.subjects:
+        raise UserError(
+            f"{both[0].called} and {both[1].called}: nothing in common: no candidate of the same name, and "
+            f"{pairing.obstacle}; name two candidates with --candidate-a and --candidate-b"
+        )
+    winners = summarise(both[0].data).winner.name, summarise(both[1].data).winner.name
+    return pairs | {winners: True}
+
+
+def _other_trials(a: RunData, b: RunData) -> tuple[str, ...]:
+    """A search counts its candidates: equal names mean nothing unless the recipes are equal."""
+    of_b = {candidate.name: candidate for candidate in b.candidates}
+    return tuple(
+        c.name
+        for c in a.candidates
+        if (other := of_b.get(c.name)) and (c.proposed or other.proposed) and c.recipe != other.recipe
+    )
+
+
+def _contrast(both: Both, pair: tuple[str, str], pairing: Pairing, winners: bool) -> Contrast:
+    (a, name_a), (b, name_b) = zip(both, pair, strict=True)
+    splits_a, splits_b = [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
+    table = b.table(name_b, pairing.subjects, splits_b) - a.table(name_a, pairing.subjects, splits_a)
+    recipes = a.recipe(name_a), b.recipe(name_b)
+    contrast = Contrast(
+        a=a.side(name_a),
+        b=b.side(name_b),
+        winners=winners,
+        changed=_changed(*recipes) if all(recipes) else {},
+        paired_by="subject and split",
+        test=crossed_test(table),
+    )
+    means = np.array([column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()])
+    if len(means) >= ENOUGH:
+        corrected = corrected_t_test(means, _test_to_train(a.data, splits_a))
+        return replace(contrast, wilcoxon=wilcoxon_test(means), corrected=corrected)
+    over_subjects = subject_test(b.subject_means(name_b, pairing.subjects) - a.subject_means(name_a, pairing.subjects))
+    if over_subjects.num_subjects:  # missing fits, too, may leave less than two splits
+        return replace(contrast, paired_by="subject", test=over_subjects)
+    apart = SubjectTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)
+    return replace(contrast, paired_by="nothing", test=apart)
+
+
+def _test_to_train(run: RunData, splits: Sequence[int]) -> float:
+    return float(np.mean([len(s.test) / len(s.train) for s in run.splits if s.index in splits]))
+
+
+def _study_changes(a: RunData, b: RunData) -> Changed:
+    studies = [{k: v for k, v in run.study.items() if k not in LEFT_OUT} for run in (a, b)]
+    stores = [run.run.get("store_fingerprint") for run in (a, b)]
+    return _changed(*studies) | (_changed({"store": stores[0]}, {"store": stores[1]}) if all(stores) else {})
+
+
+def _changed(a: Any, b: Any) -> Changed:
+    return {found.field: (found.old, found.new) for found in differences(a, b)}
+
+
+def _seeds(run: RunData) -> tuple[str, int]:
+    """What weights and batches of a fit follow from, with the number of its split."""
+    return run.study["name"], run.study["seed"]

@@ -1,0 +1,199 @@
+"""The comparison of two runs in plain words. No sentence claims more than its test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
+from softseg_dist.report.comparison import Contrast, Party, RunComparison
+from softseg_dist.report.pairing import ENOUGH
+from softseg_dist.report.tables import plain
+from softseg_dist.report.words import count, interval, number, p_clause, verdict
+
+MOST_NAMED = 8  # in a line
+
+
+def comparison_json(comparison: RunComparison) -> dict[str, Any]:
+    """The numbers, ready for json.dumps, and the words that belong to them."""
+    return {
+        "answer": answer(comparison),
+        "pairing_in_words": pairing_sentence(comparison),
+        "caveats": caveats(comparison),
+        **plain(comparison),
+    }
+
+
+def answer(comparison: RunComparison) -> str:
+    """The finding: in full for one contrast, counted for several."""
+    contrasts = comparison.contrasts
+    if len(contrasts) == 1:
+        return _finding(contrasts[0], comparison)
+    if all(math.isnan(c.test.p) and not _equal(c) for c in contrasts):
+        return f"Nothing could be tested ({contrasts[0].test.note})."
+    said = {v: [c for c in contrasts if _verdict(c, comparison) == v] for v in ("better", "worse", "not shown")}
+    equal = [c for c in said["not shown"] if _equal(c)]
+    shown = [
+        f"B is {v} than A for {listed([called(c) for c in said[v]])} ({len(said[v])} of {len(contrasts)})"
+        for v in ("better", "worse")
+        if said[v]
+    ]
+    if unsure := len(said["not shown"]) - len(equal):
+        shown.append(f"no difference was shown for {unsure} of {len(contrasts)}")
+    if equal:
+        shown.append(
+            f"all scores are the same for {listed([called(c) for c in equal])} ({len(equal)} of {len(contrasts)})"
+        )
+    return f"On {metric(comparison)}: {'; '.join(shown)}."
+
+
+def pairing_sentence(comparison: RunComparison) -> str:
+    """How scores are paired and tested, and if not by subject and split, why not."""
+    pairing, a, b = comparison.pairing, comparison.a.num_splits, comparison.b.num_splits
+    common, people = len(pairing.splits), count(len(pairing.subjects), "subject")
+    if common >= ENOUGH:
+        left = "" if a == b == common else f" of {a} in A and {b} in B; the others are left out of the tests"
+        return (
+            f"Paired by subject and split: {common} splits have the same people in both{left}. "
+            "Unit of analysis: a subject in a split; crossed random-effects test, Holm-corrected."
+        )
+    if pairing.subjects:
+        return (
+            f"Paired by subject alone, as {pairing.obstacle}. Unit of analysis: a subject's mean over the splits that it "
+            f"was tested in, of {people} tested in both; t-test over subjects, Holm-corrected."
+        )
+    return f"Not paired, as {pairing.obstacle}. Means stand beside each other, without a test."
+
+
+def caveats(comparison: RunComparison) -> list[str]:
+    """What a reader must know before believing the difference, the gravest first."""
+    return [*_data(comparison), *_tests(comparison), *_selection(comparison), *_completeness(comparison)]
+
+
+def called(contrast: Contrast) -> str:
+    """`soft-wing`, or `soft-wing -> hard-dice` for two names; `(winners)` behind those that lead their runs."""
+    a, b = contrast.a.candidate, contrast.b.candidate
+    return (a if a == b else f"{a} -> {b}") + (" (winners)" if contrast.winners else "")
+
+
+def sample(contrast: Contrast) -> str:
+    """n of a contrast: `36 pairs of 18 subjects, 6 splits`."""
+    test, people = contrast.test, count(contrast.test.num_subjects, "subject")
+    if contrast.paired_by == "nothing":
+        return "not paired"
+    if isinstance(test, SubjectTest):
+        return f"{people}, means over splits"
+    return f"{count(test.num_pairs, 'pair')} of {people}, {count(test.num_splits, 'split')}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or the first of many and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def metric(comparison: RunComparison) -> str:
+    """The metric's title, and whether less of it is better."""
+    return comparison.title + ("" if comparison.sign > 0 else " (lower is better)")
+
+
+def _finding(contrast: Contrast, comparison: RunComparison) -> str:
+    test = contrast.test
+    a, b = f"{contrast.a.candidate} of A", f"{contrast.b.candidate} of B"
+    difference = number(test.mean, signed=True)
+    if _equal(contrast):
+        return f"{b} has the same scores as {a} on {metric(comparison)}; {sample(contrast)}."
+    if math.isnan(test.p):
+        return f"{b} differs from {a} by {difference} in {metric(comparison)}; not tested: {test.note}."
+    shown = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}
+    return (
+        f"{b} {shown[_verdict(contrast, comparison)]} {a} on {metric(comparison)} (difference {difference}, 95 % interval "
+        f"{interval(test.low, test.high, signed=True)}, {p_clause(contrast.p_holm, 'Holm-corrected p')}; {sample(contrast)})."
+    )
+
+
+def _verdict(contrast: Contrast, comparison: RunComparison) -> str:
+    return verdict(contrast.test.mean, contrast.p_holm, comparison.sign)
+
+
+def _equal(contrast: Contrast) -> bool:
+    return contrast.test.mean == 0 and contrast.test.note == ALL_EQUAL
+
+
+def _data(comparison: RunComparison) -> list[str]:
+    a, b, fields = comparison.a, comparison.b, [field.partition(".")[0] for field in comparison.study]
+    found = []
+    if a.spacing_mm != b.spacing_mm:
+        found.append(
+            f"Scores are measured on different grids ({_grid(a)} in A, {_grid(b)} in B): a difference may be one of the grids."
+        )
+    elif "preprocess" in fields:
+        found.append(
+            "Images were prepared in different ways, and each run is scored on its own prepared grid: a difference may be one "
+            "of the preparation."
+        )
+    if "data" in fields and comparison.pairing.subjects:
+        found.append(
+            "The data sets are read in different ways: images or labels of one subject may not be the same in both."
+        )
+    if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
+        found.append(
+            "The prepared data differ although both studies describe them alike: images or labels have changed."
+        )
+    return found
+
+
+def _tests(comparison: RunComparison) -> list[str]:
+    found, contrasts = [], comparison.contrasts
+    if any(c.paired_by == "subject" for c in contrasts):
+        found.append(
+            "A test over subject means knows nothing of the variation between training runs, so it calls too many differences "
+            "significant: give both studies the same splits to get the crossed test."
+        )
+    if any(c.paired_by == "subject and split" for c in contrasts) and not comparison.same_seeds:
+        found.append(
+            "Paired fits did not start from the same weights and batches, which follow from the study's name, its seed and the "
+            "number of the split: this adds variation, which the crossed test counts."
+        )
+    notes = dict.fromkeys(c.test.note for c in contrasts if c.test.note and c.paired_by != "nothing" and not _equal(c))
+    found += [f"{listed([called(c) for c in contrasts if c.test.note == note])}: {note}." for note in notes]
+    return found
+
+
+def _selection(comparison: RunComparison) -> list[str]:
+    found = []
+    if any(c.winners for c in comparison.contrasts):
+        found.append(
+            "Each winner was picked by the very scores that it is compared by: the difference of the winners describes, it does "
+            "not confirm."
+        )
+    if comparison.other_trials:
+        found.append(
+            f"{count(len(comparison.other_trials), 'candidate')} of both searches share a name but not the recipe, and are not "
+            "compared."
+        )
+    return found
+
+
+def _completeness(comparison: RunComparison) -> list[str]:
+    a, b = comparison.a, comparison.b
+    sides = {(run, s.candidate): s for c in comparison.contrasts for run, s in (("A", c.a), ("B", c.b))}.values()
+    found = [
+        f"{side}: {party.planned - party.finished} of {party.planned} fits have no score; tests use what both have."
+        for side, party in (("A", a), ("B", b))
+        if party.finished < party.planned
+    ]
+    undefined = sum(side.undefined for side in sides)
+    if undefined:
+        found.append(
+            f"{undefined} of {sum(side.values for side in sides)} values of the metric do not exist (there was nothing to find) "
+            "and are left out."
+        )
+    if objectives := sorted({a.objective, b.objective} - {comparison.metric}):
+        found.append(f"{' and '.join(objectives)} chose the epochs, not the metric that is compared.")
+    return found
+
+
+def _grid(party: Party) -> str:
+    return f"{' x '.join(f'{s:g}' for s in party.spacing_mm)} mm" if party.spacing_mm else "unknown"
