@@ -15,7 +15,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network
-from softseg_dist.report.figures import Overlay
+from softseg_dist.report.pictures import Overlay
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.tables import Summary
 from softseg_dist.training.evaluation import mean_reference

@@ -15,20 +15,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from softseg_dist.report import words
+from softseg_dist.report.caveats import caveats
 from softseg_dist.report.figures import (
     MOST,
-    Overlay,
     curve_figure,
-    data_uri,
     forest_figure,
     learning_figure,
-    overlay_figure,
     paired_figure,
-    png,
     shown,
 )
+from softseg_dist.report.findings import answer, effects_answer
+from softseg_dist.report.look import data_uri, png
+from softseg_dist.report.pictures import Overlay, overlay_figure
+from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import RunData, load_run
-from softseg_dist.report.tables import RULES, Summary, plain, summarise
+from softseg_dist.report.tables import Summary, plain, summarise
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger
@@ -71,9 +72,9 @@ def summary_json(run: Path) -> dict[str, Any]:
     data = load_run(run)
     summary = summarise(data)
     return {
-        "answer": words.answer(summary),
-        "effects_answer": words.effects_answer(summary),
-        "caveats": words.caveats(summary, _spacing(data)),
+        "answer": answer(summary),
+        "effects_answer": effects_answer(summary),
+        "caveats": caveats(summary, _spacing(data)),
         **plain(summary),
         "run": plain(dict(data.run)),
     }
@@ -118,9 +119,9 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
         info=data.run.get("data") or {},
         pictures=pictures,
         folder=data.run.get("run") or data.folder,
-        answer=words.answer(summary),
-        effects_answer=words.effects_answer(summary),
-        caveats=words.caveats(summary, _spacing(data)),
+        answer=answer(summary),
+        effects_answer=effects_answer(summary),
+        caveats=caveats(summary, _spacing(data)),
         shown=shown(summary),
         most=MOST,
         rules=RULES,

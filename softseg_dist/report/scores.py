@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from softseg_dist.numerics.statistics import NAN
 from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.training.task import FitResult
 
@@ -49,13 +50,22 @@ def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_c
     return _tables(rows if only_class is None else rows[rows["class"] == only_class], test)
 
 
-def dice_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], rule: str) -> Scores:
-    """Dice at the threshold that each fit chose on validation by `rule`."""
+def rows_at_rule(
+    test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
+) -> pd.DataFrame:
+    """The rows of a thresholded metric at the threshold that each fit chose on validation by `rule`."""
     chosen = {(fit.candidate, fit.split): fit.thresholds[rule] for fit in fits if rule in fit.thresholds}
-    rows = _dice(test)
+    rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].notna()]
     keys = pd.MultiIndex.from_arrays([rows["candidate"].astype(str), rows["split"]])
     wanted = pd.Series(chosen, dtype=np.float64).reindex(keys).to_numpy()
-    return _tables(rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)], test)
+    return rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)]
+
+
+def scores_at_rule(
+    test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
+) -> Scores:
+    """Scores of a thresholded metric, at the threshold that each fit chose on validation by `rule`."""
+    return _tables(rows_at_rule(test, fits, metric, rule, reference), test)
 
 
 def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:
@@ -70,9 +80,13 @@ def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list
 
 def undefined_cases(test: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     """Per candidate: how many values (case, class, split) of a soft metric are NaN, and how many there are."""
-    rows = test[(test["metric"] == metric) & (test["reference"] == "mean") & test["threshold"].isna()]
+    return undefined(test[(test["metric"] == metric) & (test["reference"] == "mean") & test["threshold"].isna()])
+
+
+def undefined(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Per candidate: how many values of `rows` are NaN, and how many there are."""
     grouped = rows["value"].isna().groupby(rows["candidate"], observed=True).agg(["sum", "count"])
-    return {str(name): (int(undefined), int(total)) for name, undefined, total in grouped.itertuples()}
+    return {str(name): (int(missing), int(total)) for name, missing, total in grouped.itertuples()}
 
 
 def _dice(test: pd.DataFrame) -> pd.DataFrame:
@@ -85,7 +99,7 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
 
 
 def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
-    subjects, splits = sorted(test["subject"].astype(str).unique()), sorted(test["split"].unique())
+    subjects, splits = sorted(map(str, test["subject"].unique())), sorted(test["split"].unique())
     means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
     at_row, at_column = pd.Index(subjects).get_indexer(means["subject"]), pd.Index(splits).get_indexer(means["split"])
     tables = {}
@@ -93,3 +107,14 @@ def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
         tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)
         table[at_row[places], at_column[places]] = means["value"].to_numpy()[places]
     return Scores(tuple(subjects), tuple(int(j) for j in splits), tables)
+
+
+def split_means(table: Table, splits: Sequence[int]) -> dict[int, float]:
+    """Mean over subjects in every split that has one; a split without a score is left out."""
+    return {j: mean_of(column) for j, column in zip(splits, table.T, strict=True) if not np.isnan(column).all()}
+
+
+def mean_of(values: Table) -> float:
+    """The mean of what is known; NaN if nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else NAN

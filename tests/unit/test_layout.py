@@ -91,7 +91,7 @@ OWNERS = {
     ),
     "mlflow": ("search/tracking_server.py",),
     "monai": ("numerics/networks.py", "numerics/surface.py"),
-    "matplotlib": ("report/figures.py", "report/page.py", "data/montage.py"),
+    "matplotlib": ("report/look.py", "report/figures.py", "report/pictures.py", "report/page.py", "data/montage.py"),
     "jinja2": ("report/page.py",),
     "typer": ("cli.py", "cli_compare.py", "cli_models.py", "cli_options.py", "cli_submit.py"),
     "safetensors": ("training/model.py",),

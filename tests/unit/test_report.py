@@ -14,11 +14,15 @@ from synthetic_run import CELLS, GAIN, write_run
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.statistics import crossed_test, holm
-from softseg_dist.report.figures import MOST, Overlay, data_uri, forest_figure, overlay_figure, png, shown
+from softseg_dist.report.caveats import caveats
+from softseg_dist.report.figures import MOST, forest_figure, shown
+from softseg_dist.report.findings import answer, effects_answer
+from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json, write_report
+from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import Summary, plain, summarise
-from softseg_dist.report.words import answer, caveats, effects_answer, number, p_value
+from softseg_dist.report.words import number, p_value
 
 CONTROL = "hard-sigmoid-dice"
 

@@ -1,0 +1,66 @@
+"""How figures look. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+
+Blue is better than the reference, vermillion worse, grey not shown to differ; markers say the same without colour.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+INK, QUIET, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
+BETTER, WORSE, UNSHOWN = "#0072B2", "#D55E00", "#7a7a7a"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+STYLE: Any = {  # the stubs of matplotlib spell every key as a literal
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "softseg",  # the same numbers give the same file
+}
+LOOK = {"better": (BETTER, "o", BETTER), "worse": (WORSE, "s", WORSE), "not shown": (UNSHOWN, "o", "white")}
+
+
+def png(figure: Figure) -> bytes:
+    """The figure at 160 dots per inch."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure, vector: bool = True) -> str:
+    """The figure as the source of an <img>: SVG for lines and text, PNG for images."""
+    if not vector:
+        return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def laid_out(figure: Figure) -> Figure:
+    """Solve the layout once, not again for every file that the figure goes to."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def colours_of(names: Iterable[str], reference: str) -> dict[str, str]:
+    """A colour per candidate, grey for the reference."""
+    others = [name for name in names if name != reference]
+    return {reference: QUIET} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}

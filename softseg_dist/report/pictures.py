@@ -1,0 +1,88 @@
+"""Slices to look at: image, soft truth, prediction and error, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from softseg_dist.report.look import INK, STYLE, laid_out
+from softseg_dist.report.words import number
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective.
+
+    `image`, `truth` and `prediction` are [X Y] in canonical order (x to the right, y up); truth and prediction in
+    [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm` is the size of a
+    pixel along X and Y.
+    """
+
+    case: str
+    label: str
+    image: npt.NDArray[np.floating]
+    truth: npt.NDArray[np.floating]
+    prediction: npt.NDArray[np.floating]
+    score: float
+    spacing_mm: tuple[float, float]
+    class_name: str = ""
+
+
+def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
+    """A row per case: image, then, enlarged, soft truth, prediction and signed error (prediction less truth)."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 1.98 * len(overlays) + 0.75), layout="constrained")
+        grid = figure.add_gridspec(len(overlays) + 1, 4, height_ratios=[1.0] * len(overlays) + [0.05])
+        axes = np.array([[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(len(overlays))])
+        for row, overlay in zip(axes, overlays, strict=True):
+            soft, error = _overlay_row(row, overlay)
+        for axis, title in zip(axes[0], ("image", "soft truth", "prediction", "prediction − truth"), strict=True):
+            axis.set_title(title, color=INK, loc="center")
+        figure.colorbar(soft, cax=figure.add_subplot(grid[-1, 1:3]), orientation="horizontal")
+        figure.colorbar(error, cax=figure.add_subplot(grid[-1, 3]), orientation="horizontal")
+        return laid_out(figure)
+
+
+def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
+    zoom = _zoom(overlay)
+    (x0, x1), (y0, y1) = ((s.start, s.stop) for s in zoom)
+    ratio = overlay.spacing_mm[1] / overlay.spacing_mm[0]
+    low, high = np.percentile(overlay.image, [1, 99])
+    image: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high, "origin": "lower", "aspect": ratio}
+    row[0].imshow(overlay.image.T, **image)
+    row[0].add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="#F0E442", linewidth=1))
+    words = (overlay.label, overlay.case, overlay.class_name, f"score {number(overlay.score)}")
+    row[0].set_ylabel("\n".join(word for word in words if word), rotation=0, ha="right", va="center", color=INK)
+    soft: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(0, 1)}
+    error: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-1, 1)}
+    layers = ((overlay.truth, soft), (overlay.prediction, soft), (overlay.prediction - overlay.truth, error))
+    for axis, (values, look) in zip(row[1:], layers, strict=True):
+        seen = np.clip(3 * np.abs(values[zoom].T), 0, 0.9)  # what is near 0 lets the image through
+        axis.imshow(overlay.image[zoom].T, **image)
+        axis.imshow(values[zoom].T, origin="lower", aspect=ratio, alpha=seen, interpolation="nearest", **look)
+    for axis in row:
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return ScalarMappable(**soft), ScalarMappable(**error)
+
+
+def _zoom(overlay: Overlay) -> tuple[slice, slice]:
+    """The box of what is to be seen, with a margin of half its size, inside the image; the whole image if nothing is."""
+    seen = (overlay.truth > 0.02) | (overlay.prediction >= 0.5)
+    if not seen.any():
+        return slice(0, seen.shape[0]), slice(0, seen.shape[1])
+    edges = [(int(w.min()), int(w.max()) + 1) for w in np.nonzero(seen)]
+    side = max(12, round(1.6 * max(high - low for low, high in edges)))
+    starts = [(low + high - side) // 2 for low, high in edges]
+    box = [slice(max(0, s), min(size, s + side)) for s, size in zip(starts, seen.shape, strict=True)]
+    return box[0], box[1]

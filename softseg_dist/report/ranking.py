@@ -1,0 +1,115 @@
+"""The ranking: one standing per candidate, by the paired difference to the candidate that all are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from softseg_dist.numerics.statistics import NAN, crossed_test
+from softseg_dist.report.run_folder import RunData
+from softseg_dist.report.scores import Scores, mean_of, scores_at_rule, soft_scores, split_means, undefined_cases
+from softseg_dist.training.task import FitResult
+
+BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside the objective
+RULES = ("fixed", "grid", "dice_optimal")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One candidate in the ranking. Ranks follow the paired difference to the reference; None without a score.
+
+    `mean` is over all subjects and splits with its 95 % interval from `low` to `high` by the crossed random-effects model,
+    `sd` over the means of the splits. `beside` has further metrics, `dice` the Dice at the threshold of each rule,
+    `thresholds` the mean threshold chosen, `by_reference` and `by_class` the objective against each rater and in each
+    class. Of `values` (case, class, split) `undefined` are NaN.
+    """
+
+    rank: int | None
+    name: str
+    proposed: bool
+    mean: float
+    sd: float
+    low: float
+    high: float
+    by_split: dict[int, float]
+    num_subjects: int
+    num_splits: int
+    num_scores: int
+    beside: dict[str, float]
+    dice: dict[str, float]
+    thresholds: dict[str, float]
+    by_reference: dict[str, float]
+    by_class: dict[str, float]
+    undefined: int
+    values: int
+
+
+def best_complete(scores: Scores, sign: int) -> str:
+    """The best mean among the candidates with the most scores: what others are compared with where there is no control."""
+    return max(scores.tables, key=lambda name: (np.isfinite(scores.of(name)).sum(), sign * mean_of(scores.of(name))))
+
+
+def ranked(standings: Sequence[Standing], reference: str, scores: Scores, sign: int) -> tuple[Standing, ...]:
+    """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
+
+    With all fits there this is the order of the means. Candidates that share no pair with the reference go by their
+    mean.
+    """
+
+    def gain(standing: Standing) -> float:
+        paired = mean_of(scores.difference(standing.name, reference))
+        return sign * (standing.mean - mean_of(scores.of(reference)) if math.isnan(paired) else paired)
+
+    known = sorted((s for s in standings if not math.isnan(s.mean)), key=gain, reverse=True)
+    unknown = [s for s in standings if math.isnan(s.mean)]
+    return tuple([Standing(**(vars(s) | {"rank": i})) for i, s in enumerate(known, 1)] + unknown)
+
+
+def standings_of(run: RunData, test: pd.DataFrame, scores: Scores) -> list[Standing]:
+    """A standing without rank for every candidate, in the order of the study; `scores` are of the objective."""
+    metric = run.study["objective"]
+    references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
+    classes = [str(c) for c in sorted(test["class"].unique())]
+    fits = run.finished
+    tables = {
+        "beside": {name: soft_scores(test, name) for name in BESIDE},
+        "dice": {rule: scores_at_rule(test, fits, "dice", rule) for rule in RULES},
+        "by_reference": {name: soft_scores(test, metric, reference=name) for name in references},
+        "by_class": {name: soft_scores(test, metric, only_class=name) for name in classes} if len(classes) > 1 else {},
+    }
+    undefined = undefined_cases(test, metric)
+    standings = []
+    for candidate in run.candidates:
+        name = candidate.name
+        table = scores.of(name)
+        whole = crossed_test(table)
+        by_split = split_means(table, scores.splits)
+        standings.append(
+            Standing(
+                rank=None,
+                name=name,
+                proposed=candidate.proposed,
+                mean=whole.mean,
+                sd=float(np.std(list(by_split.values()), ddof=1)) if len(by_split) > 1 else NAN,
+                low=whole.low,
+                high=whole.high,
+                by_split=by_split,
+                num_subjects=whole.num_subjects,
+                num_splits=whole.num_splits,
+                num_scores=whole.num_pairs,
+                **{part: {k: mean_of(s.of(name)) for k, s in group.items()} for part, group in tables.items()},
+                thresholds=_mean_thresholds([fit for fit in fits if fit.candidate == name]),
+                undefined=undefined.get(name, (0, 0))[0],
+                values=undefined.get(name, (0, 0))[1],
+            )
+        )
+    return standings
+
+
+def _mean_thresholds(fits: Sequence[FitResult]) -> dict[str, float]:
+    found = {rule: [fit.thresholds[rule] for fit in fits if rule in fit.thresholds] for rule in RULES}
+    return {rule: float(np.mean(values)) for rule, values in found.items() if values}
