@@ -147,12 +147,23 @@ def check(
 
 
 @app.command()
-def report(run: RunArg, as_json: AsJson = False) -> None:
-    """Write the report of a run again, or print its numbers as JSON."""
-    from softseg_dist.pipeline import numbers_of, report_run
+def report(
+    run: RunArg,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Write its tables as CSV files beside the page")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print ranking and tests as LaTeX tables")] = False,
+) -> None:
+    """Write the report of a run again, or its numbers: printed as JSON or LaTeX, written as CSV."""
+    from softseg_dist.pipeline import csv_of, latex_of, numbers_of, report_run
 
+    if as_json + as_csv + as_latex > 1:
+        raise UserError("give one of --json, --csv and --latex")
     if as_json:
         typer.echo(json.dumps(numbers_of(run), indent=2))
+    elif as_csv:
+        typer.echo("\n".join(map(str, csv_of(run))))
+    elif as_latex:
+        typer.echo(latex_of(run))
     else:
         typer.echo(str(report_run(run)))
 

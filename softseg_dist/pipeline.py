@@ -23,8 +23,15 @@ from softseg_dist.holdout import TABLE, open_holdout
 from softseg_dist.places import Place
 from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.overlays import choose_overlays
-from softseg_dist.report.page import summary_json, write_report
-from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.page import (
+    outer_json,
+    summary_json,
+    summary_latex,
+    write_csv,
+    write_outer_page,
+    write_page,
+)
+from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.cluster import check_submitter, one_ray
 from softseg_dist.search.ledger import Ledger
@@ -64,6 +71,8 @@ REPORTED = (
     "results.parquet",
     "holdout.json",
     TABLE,
+    "outer.json",
+    "outer.parquet",
     "*.py",
     "fits/*/*.json",
     "fits/*/*/history.jsonl",
@@ -164,11 +173,10 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
                     source = file.stem, file.text
                     made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
                     _collect(copy)
-                    data, summary = _ranked(copy)
-                    winner = summary.winner.name
+                    winner = _ranked(copy)[1].winner.name
                     open_holdout(made, copy, winner, outcome, _resources(study, options), progress)
                     measure_ensembles(made, copy, winner, outcome, _resources(study, options), progress)
-                    page = _publish(copy, tracker, data, summary)
+                    page = _publish(copy, tracker)
                     if options.final_model and not (outcome.interrupted or outcome.unfinished):
                         model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
                         copy.push(MODEL)
@@ -191,19 +199,37 @@ def make_folder(folder: Path) -> None:
 
 
 def report_run(run: str | Path) -> Path:
-    """Write the report of a run folder, finished or not; returns its page, which is on this machine."""
+    """Write the report of a run folder, finished or not, or of a nested study; returns its page, which is on this machine."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    page = _page(copy, *_ranked(copy))
+    outer = load_outer(copy.folder)
+    page = _page(copy, *_ranked(copy)) if outer is None else write_outer_page(outer, copy.folder)
     copy.push("report")
     return page
 
 
 def numbers_of(run: str | Path) -> dict[str, Any]:
-    """The numbers of the report of a run folder, for machines."""
+    """The numbers of the report of a run folder, or of a nested study, for machines."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    return summary_json(copy.folder)
+    outer = load_outer(copy.folder)
+    return summary_json(copy.folder) if outer is None else outer_json(outer)
+
+
+def csv_of(run: str | Path) -> list[Path]:
+    """Write the tables of the report of a run folder as CSV files beside its page; returns their paths on this machine."""
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    written = write_csv(copy.folder)
+    copy.push("report")
+    return written
+
+
+def latex_of(run: str | Path) -> str:
+    """Ranking and tests of a run folder, as LaTeX tables."""
+    copy = WorkingCopy(run)
+    copy.pull(*REPORTED)
+    return summary_latex(copy.folder)
 
 
 def compare_runs(
@@ -260,7 +286,7 @@ def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
 def _page(copy: WorkingCopy, run: RunData, summary: Summary) -> Path:
     """Write the report; returns its page."""
     copy.pull(f"fits/{summary.winner.name}/*/best.safetensors")
-    return write_report(copy.folder, choose_overlays(run, summary))
+    return write_page(run, summary, choose_overlays(run, summary))
 
 
 def _search(
@@ -313,9 +339,9 @@ def _collect(copy: WorkingCopy) -> None:
     copy.push("results.parquet")
 
 
-def _publish(copy: WorkingCopy, tracker: Tracker, run: RunData, summary: Summary) -> Path:
+def _publish(copy: WorkingCopy, tracker: Tracker) -> Path:
     """Write the report, send it to where the run is and to MLflow; returns its page, which is here."""
-    page = _page(copy, run, summary)
+    page = _page(copy, *_ranked(copy))
     copy.push("report")
     for path in sorted(page.parent.iterdir()):
         tracker.artifact(path, "report")
@@ -340,6 +366,7 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
             "classes": list(store.classes),
             "raters": sorted({name for case in store.cases for name in case.rater_names}),
             "sites": {site: sites.count(site) for site in sorted(set(sites))},
+            "site_of": dict(prepared.sites),
             "size": list(store.size),
             "spacing_mm": list(sample.spacing_mm),
         },

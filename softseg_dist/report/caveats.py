@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.words import ALPHA, count, percent
+from softseg_dist.report.words import ALPHA, count, moment, percent
 
 
 def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
@@ -13,8 +13,7 @@ def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
     found = [*_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
     grid = f" ({' x '.join(f'{s:g}' for s in spacing_mm)} mm)" if spacing_mm else ""
     found.append(
-        f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images; "
-        "surface distances and lesion-wise metrics are not part of this report."
+        f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images."
     )
     return found
 
@@ -29,6 +28,12 @@ def _completeness(summary: Summary) -> list[str]:
             f"{failed + missing} of {summary.num_planned} fits have no score ({what}). Comparisons use the subjects and "
             "splits that both sides have, and ranks follow these comparisons; a mean in the ranking is over what its candidate has."
         )
+    if raced := summary.searched.raced:
+        saved = sum(t.raced for t in summary.training)
+        found.append(
+            f"Given up after a few splits, as worse than the best on these: {len(raced)} of {len(summary.ranking)} candidates "
+            f"({count(saved, 'fit')} saved). They are ranked and tested on the splits that they have."
+        )
     unscored = [s.name for s in summary.ranking if s.rank is None]
     if unscored:
         found.append(f"Without any score, and so left out of all comparisons: {', '.join(unscored)}.")
@@ -42,6 +47,21 @@ def _selection(summary: Summary) -> list[str]:
             "All are compared with the highest ranked, which was picked by the very scores that it is tested on: "
             "the p-values describe, they do not confirm."
         )
+    held = summary.holdout
+    if held is not None and held.scores and held.winner == summary.winner.name:
+        found.append(
+            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was picked by it; that on the held-out "
+            "subjects is not."
+        )
+        if len(held.opened) > 1:
+            found.append(
+                f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: what one "
+                "opening taught may have led to the next, so they confirm less than subjects opened once."
+            )
+        return found
+    if held is not None:
+        why = "not opened yet" if not held.scores else f"opened for {held.winner}, which ranks highest no more"
+        found.append(f"{count(held.num_subjects, 'subject')} in no split: {why}.")
     if summary.winner.proposed:
         found.append(
             f"{summary.winner.name} was found by a search on validation subjects who are test subjects of other splits: "
@@ -72,7 +92,7 @@ def _training(summary: Summary) -> list[str]:
         found.append(
             f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}."
         )
-    if len(summary.learning_rates) == 1 and len(summary.ranking) > 1:
+    if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
         found.append(
             f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "
             "of them: a difference may be one of how well that rate suits each."

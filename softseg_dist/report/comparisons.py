@@ -1,4 +1,4 @@
-"""Paired tests of every candidate against the one that all are compared with."""
+"""Paired tests of every candidate against the one that all are compared with, and of the best against all others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import (
+    LEVEL,
     NAN,
     BootstrapInterval,
     CrossedTest,
@@ -70,3 +71,28 @@ def comparisons_with(
         )
     adjusted = holm([c.crossed.p for c in found])
     return tuple(Comparison(**(vars(c) | {"p_holm": p})) for c, p in zip(found, adjusted, strict=True))
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`candidate` less the highest ranked. `p_holm` adjusts the crossed test over all rivals."""
+
+    candidate: str
+    crossed: CrossedTest
+    p_holm: float = NAN
+
+    @property
+    def tied(self) -> bool:
+        """Not shown to differ from the highest ranked at the 5 % level, or not testable."""
+        return not self.p_holm < 1 - LEVEL
+
+
+def rivals_of(ranked: Sequence[str], scores: Scores) -> tuple[Rival, ...]:
+    """Crossed tests of all others less the first of the `ranked` candidates; Holm over all of them.
+
+    The first was picked by the scores that it is tested on, so those not told apart from it may be too few: the p-values
+    describe, they do not confirm.
+    """
+    found = [Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]]
+    adjusted = holm([rival.crossed.p for rival in found])
+    return tuple(Rival(rival.candidate, rival.crossed, p) for rival, p in zip(found, adjusted, strict=True))

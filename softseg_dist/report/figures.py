@@ -19,6 +19,7 @@ from softseg_dist.report.tables import Summary
 from softseg_dist.report.words import interval, number, p_value, verdict
 
 MOST = 12  # candidates in a figure, besides the reference
+MARKS = {"fixed": ("s", "fixed 0.5"), "grid": ("o", "chosen on the grid"), "dice_optimal": ("^", "Dice-optimal")}
 
 
 def shown(summary: Summary) -> list[str]:
@@ -125,7 +126,7 @@ def _pairs(axis: Axes, label: str, reference: Mapping[int, float], candidate: Ma
 
 
 def curve_figure(summary: Summary) -> Figure:
-    """Mean Dice on test against the threshold; on each curve the mean thresholds that validation chose."""
+    """Mean Dice on test against the threshold; on each curve a mark at each rule's mean threshold."""
     names = [name for name in shown(summary) if name in summary.curves]
     colours = colours_of(names, summary.reference)
     standings = {s.name: s for s in summary.ranking}
@@ -137,13 +138,21 @@ def curve_figure(summary: Summary) -> Figure:
             style = "-" if name == summary.reference or i < len(COLOURS) else "--"
             width = 2.4 if name == summary.reference else 1.4
             axis.plot(summary.curve_thresholds, curve, style, color=colours[name], linewidth=width, label=name)
-            for rule, marker in (("grid", "o"), ("dice_optimal", "^")):
+            for rule, (marker, _) in MARKS.items():
                 tau = standings[name].thresholds.get(rule)
                 if tau is not None:
                     height = np.interp(tau, summary.curve_thresholds, curve)
-                    axis.plot(tau, height, marker, color=colours[name], markersize=5, markeredgecolor="white")
-        axis.plot([], [], "o", color=INK, markersize=5, label="chosen by grid")
-        axis.plot([], [], "^", color=INK, markersize=5, label="Dice-optimal")
+                    axis.plot(
+                        tau,
+                        height,
+                        marker,
+                        color=colours[name],
+                        markersize=6,
+                        markeredgecolor="white",
+                        markeredgewidth=0.6,
+                    )
+        for marker, label in MARKS.values():
+            axis.plot([], [], marker, color=INK, markersize=5, linestyle="none", label=label)
         axis.axvline(0.5, color=QUIET, linewidth=0.8, linestyle=":")
         axis.set(xlabel="threshold", ylabel="mean Dice on test", xlim=(0, 1))
         axis.grid()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from softseg_dist.report.comparisons import Comparison
-from softseg_dist.report.effects import Effect
+from softseg_dist.report.effects import Effect, Interaction
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.words import count, interval, number, p_clause, verdict
+from softseg_dist.report.words import ALPHA, count, interval, number, p_clause, verdict
+
+MOST_NAMED = 6  # in a sentence
 
 
 def answer(summary: Summary) -> str:
@@ -36,14 +38,73 @@ def effects_answer(summary: Summary) -> str:
     return f"Averaged over the other factors: {'; '.join(parts)}." if parts else ""
 
 
-def size_of(comparison: Comparison | Effect) -> str:
-    """Difference, interval and p of a comparison or a main effect."""
+def interactions_answer(summary: Summary) -> str:
+    """Which effects depend on another factor; "" without a factorial of which an interaction could be tested."""
+    tested = [i for i in summary.interactions if not math.isnan(i.crossed.p)]
+    shown = [i for i in tested if i.p_holm < ALPHA]
+    if not tested:
+        return ""
+    if not shown:
+        smallest = min(i.p_holm for i in tested)
+        return (
+            f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); "
+            "small ones would go unnoticed."
+        )
+    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_NAMED]]
+    more = f" and {count(len(shown) - MOST_NAMED, 'more interaction')}" if len(shown) > MOST_NAMED else ""
+    return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
+
+
+def group_answer(summary: Summary) -> str:
+    """Who cannot be told apart from the highest ranked; "" if nobody else was ranked, or nothing could be tested."""
+    if all(math.isnan(rival.crossed.p) for rival in summary.rivals):
+        return ""
+    best, tied = summary.winner.name, summary.tied
+    if not tied:
+        return f"All other candidates were shown to be worse than the highest ranked, {best}."
+    named = ", ".join(tied[:MOST_NAMED]) + (f" and {len(tied) - MOST_NAMED} more" if len(tied) > MOST_NAMED else "")
+    return (
+        f"Not distinguishable from the highest ranked, {best}: {named} ({len(tied)} of {count(len(summary.rivals), 'other')}; "
+        "crossed test at the 5 % level after Holm's correction)."
+    )
+
+
+def holdout_answer(summary: Summary) -> str:
+    """What the held-out subjects say of winner and control; "" if there are none, or they were not opened."""
+    held = summary.holdout
+    if held is None or not held.scores:
+        return ""
+    first = held.scores[0]
+    scored = (
+        f"On {count(first.num_subjects, 'held-out subject')}, in no split, {first.name} scores "
+        f"{number(first.mean)} (95 % interval {interval(first.low, first.high)})"
+    )
+    if held.crossed is None:
+        return f"{scored}."
+    test = held.crossed
+    tested = f"not tested: {test.note}" if math.isnan(test.p) else p_clause(test.p)
+    return (
+        f"{scored} and the control {held.scores[1].name} {number(held.scores[1].mean)}: difference "
+        f"{number(test.mean, signed=True)}, 95 % interval {interval(test.low, test.high, signed=True)}, {tested}."
+    )
+
+
+def size_of(comparison: Comparison | Effect | Interaction) -> str:
+    """Difference, interval and p of a comparison, a main effect or an interaction."""
     test = comparison.crossed
     if math.isnan(test.p):
         return f"{number(test.mean, signed=True)}; not tested: {test.note}"
     return (
         f"{number(test.mean, signed=True)}, 95 % interval {interval(test.low, test.high, signed=True)}, "
         f"{p_clause(comparison.p_holm, 'Holm-corrected p')}"
+    )
+
+
+def _depends(interaction: Interaction, summary: Summary) -> str:
+    i, more = interaction, "more" if interaction.crossed.mean > 0 else "less"
+    return (
+        f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective_title} with "
+        f"{i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
     )
 
 

@@ -1,49 +1,120 @@
-"""How the fits of a run went: epochs, convergence, failures, time and memory."""
+"""How the fits of a run went: epochs, convergence, failures, time and memory; and how candidates were tuned before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.run_folder import RunData
+from softseg_dist.report.recipes import flattened
+from softseg_dist.report.run_folder import Candidate, RunData, Trial
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the fits of one candidate went. `dead_share` is a mean over fits, None if not recorded; `duration_s` a median."""
+    """How the fits of one candidate went. `dead_share` is a mean over fits, None if not recorded; `duration_s` a median.
+
+    `raced` fits are not missing: they were not run because the candidate was given up early.
+    """
 
     name: str
     finished: int
     failed: int
     missing: int
+    raced: int
     not_converged: int
     best_epoch: float
     epochs: float
     dead_share: float | None
     parameters: int | None
     duration_s: float
+    peak_memory_mb: float
 
 
-def training_of(run: RunData, name: str) -> Training:
+@dataclass(frozen=True)
+class Compute:
+    """What all fits took, those that failed and those of tuning too. `hours` add up every process of every fit.
+
+    `duration_s` is the median of one fit, `peak_memory_mb` the largest of any process (NaN if not recorded).
+    """
+
+    num_fits: int
+    num_tuning: int
+    hours: float
+    duration_s: float
+    longest_s: float
+    peak_memory_mb: float
+    most_workers: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How one candidate was tuned: what its `num_trials` trials varied, what was chosen, the best and worst score on validation."""
+
+    name: str
+    num_trials: int
+    chosen: dict[str, str]
+    best: float
+    worst: float
+
+
+def training_of(run: RunData, candidate: Candidate) -> Training:
     """How the fits of one candidate went."""
-    fits = [fit for fit in run.fits if fit.candidate == name]
+    fits = [fit for fit in run.fits if fit.candidate == candidate.name]
     finished = [fit for fit in fits if fit.state == "finished"]
     dead = [fit.dead_share for fit in finished if fit.dead_share is not None]
+    left = len(run.splits) - len(fits)
     return Training(
-        name=name,
+        name=candidate.name,
         finished=len(finished),
         failed=len(fits) - len(finished),
-        missing=len(run.splits) - len(fits),
+        missing=0 if candidate.raced else left,
+        raced=left if candidate.raced else 0,
         not_converged=sum(fit.converged is False for fit in finished),
         best_epoch=_median([fit.best_epoch for fit in finished if fit.best_epoch is not None]),
         epochs=_median([fit.epochs for fit in finished]),
         dead_share=float(np.mean(dead)) if dead else None,
         parameters=next((fit.parameters for fit in finished if fit.parameters is not None), None),
         duration_s=_median([fit.duration_s for fit in finished]),
+        peak_memory_mb=max((fit.peak_memory_mb for fit in finished), default=0.0) or NAN,
     )
+
+
+def compute_of(run: RunData) -> Compute:
+    """Time and memory of all fits that have ended."""
+    tuning = [fit for trial in run.trials for fit in trial.fits]
+    fits = [*run.fits, *tuning]
+    finished = [fit.duration_s for fit in run.finished]
+    return Compute(
+        num_fits=len(fits),
+        num_tuning=len(tuning),
+        hours=sum(fit.duration_s * fit.num_workers for fit in fits) / 3600,
+        duration_s=_median(finished),
+        longest_s=max(finished),
+        peak_memory_mb=max(fit.peak_memory_mb for fit in fits) or NAN,
+        most_workers=max(fit.num_workers for fit in fits),
+    )
+
+
+def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
+    """One entry per tuned candidate, in the order of the study; trials without a finished fit have no score."""
+    by_name: dict[str, list[Trial]] = {}
+    for trial in run.trials:
+        by_name.setdefault(trial.candidate, []).append(trial)
+    return tuple(_tuned(c, by_name[c.name], sign) for c in run.candidates if c.name in by_name)
+
+
+def _tuned(candidate: Candidate, trials: Sequence[Trial], sign: int) -> Tuned:
+    tried: list[Mapping[str, str]] = [flattened(trial.recipe) for trial in trials]
+    chosen = flattened(candidate.recipe)
+    fields = [f for f in chosen if len({recipe.get(f) for recipe in (chosen, *tried)}) > 1]
+    means = [
+        float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])
+    ]
+    best, worst = (max(means, key=lambda m: s * m, default=NAN) for s in (sign, -sign))
+    return Tuned(candidate.name, len(trials), {f: chosen[f] for f in fields}, best, worst)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run: everything on it is inlined, so it can be mailed, archived and printed.
 
-`write_report` writes report/index.html and the figures beside it as PNG; `summary_json` gives the same numbers for
-machines.
+`write_report` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json` and
+`summary_latex` give the same numbers for machines and for papers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from matplotlib.figure import Figure
 
 from softseg_dist.report import words
 from softseg_dist.report.caveats import caveats
+from softseg_dist.report.diagrams import (
+    agreement_figure,
+    lesion_figure,
+    pareto_figure,
+    rater_figure,
+    reliability_figure,
+)
+from softseg_dist.report.export import csv_tables, latex
 from softseg_dist.report.figures import (
     MOST,
     curve_figure,
@@ -24,15 +32,22 @@ from softseg_dist.report.figures import (
     paired_figure,
     shown,
 )
-from softseg_dist.report.findings import answer, effects_answer
+from softseg_dist.report.findings import answer, effects_answer, group_answer, holdout_answer, interactions_answer
+from softseg_dist.report.lesions import SIZES
 from softseg_dist.report.look import data_uri, png
+from softseg_dist.report.origin import left_out, origin_of
+from softseg_dist.report.outer import outer_answer, outer_table
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.ranking import RULES
-from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.run_folder import OuterData, RunData, load_run
 from softseg_dist.report.tables import Summary, plain, summarise
+from softseg_dist.report.uncertainty import MEASURES, METHODS
+from softseg_dist.report.volumes import REFERENCE
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger
+FEW_INTERACTIONS = 12
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -44,17 +59,23 @@ class Picture:
 
 
 def write_report(run: Path, overlays: Sequence[Overlay] = ()) -> Path:
-    """Write report/index.html and report/*.png into the run folder; returns the path of the page.
-
-    Args:
-        run: folder of a run, finished or not.
-        overlays: slices to look at, in the order shown: usually best, median and worst test case of the highest ranked.
+    """Load a run and write its page: see `write_page`.
 
     Raises UserError if the folder is not a run, or if no fit has finished yet.
     """
     data = load_run(run)
-    summary = summarise(data)
-    folder = run / "report"
+    return write_page(data, summarise(data), overlays)
+
+
+def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()) -> Path:
+    """Write report/index.html and report/*.png into the run folder; returns the path of the page.
+
+    Args:
+        data: a run, finished or not.
+        summary: its numbers.
+        overlays: slices to look at, in the order shown: usually best, median and worst test case of the highest ranked.
+    """
+    folder = data.folder / "report"
     folder.mkdir(exist_ok=True)
     figures = _figures(summary, data, overlays)
     for name, (figure, _) in figures.items():
@@ -67,6 +88,22 @@ def write_report(run: Path, overlays: Sequence[Overlay] = ()) -> Path:
     return page
 
 
+def write_outer_page(outer: OuterData, folder: Path) -> Path:
+    """Write the page of a nested study into its folder, which holds a run of every outer split; returns its path."""
+    table = outer_table(outer)
+    page = folder / "report" / "index.html"
+    page.parent.mkdir(exist_ok=True)
+    text = _environment().get_template("outer.html").render(o=table, answer=outer_answer(table))
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def outer_json(outer: OuterData) -> dict[str, Any]:
+    """The numbers of the page of a nested study, ready for json.dumps."""
+    table = outer_table(outer)
+    return {"answer": outer_answer(table), **plain(table)}
+
+
 def summary_json(run: Path) -> dict[str, Any]:
     """The numbers of the page, ready for json.dumps: the `Summary`, the answer, the caveats and where the run came from."""
     data = load_run(run)
@@ -74,10 +111,28 @@ def summary_json(run: Path) -> dict[str, Any]:
     return {
         "answer": answer(summary),
         "effects_answer": effects_answer(summary),
+        "interactions_answer": interactions_answer(summary),
+        "group_answer": group_answer(summary),
+        "holdout_answer": holdout_answer(summary),
         "caveats": caveats(summary, _spacing(data)),
         **plain(summary),
         "run": plain(dict(data.run)),
     }
+
+
+def write_csv(run: Path) -> list[Path]:
+    """Write the tables of the page as report/*.csv into the run folder; returns their paths. Raises UserError as `write_report`."""
+    folder = run / "report"
+    tables = csv_tables(summarise(load_run(run)))
+    folder.mkdir(exist_ok=True)
+    for name, text in tables.items():
+        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    return [folder / f"{name}.csv" for name in tables]
+
+
+def summary_latex(run: Path) -> str:
+    """Ranking and tests as LaTeX tables. Raises UserError as `write_report`."""
+    return latex(summarise(load_run(run)))
 
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
@@ -92,6 +147,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
         found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
+    found |= _measured(summary)
     if overlays:
         found["overlays"] = (
             overlay_figure(overlays),
@@ -102,34 +158,104 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     return found
 
 
-def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) -> str:
+def _measured(summary: Summary) -> dict[str, tuple[Figure, str]]:
+    """Figures of what was measured beside the objective, as far as it was."""
+    measures, pareto, found = summary.measures, summary.searched.pareto, {}
+    names = {part: [n for n in shown(summary) if n in getattr(measures, part)] for part in ("reliability", "lesions")}
+    pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
+    if pareto is not None and pareto.points:
+        found["pareto"] = pareto_figure(summary, pareto), "Candidates in two objectives; the front is in the table"
+    if names["reliability"]:
+        figure = reliability_figure(summary, names["reliability"])
+        found["reliability"] = figure, "Reliability diagrams, one per candidate"
+    if pair:
+        found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
+    if names["lesions"]:
+        found["lesions"] = (
+            lesion_figure(summary, names["lesions"]),
+            "Lesions found by size; the counts are in the table",
+        )
+    if measures.raters is not None:
+        rated = [n for n in shown(summary) if n in measures.raters.candidates]
+        found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
+    return found
+
+
+def _sections(summary: Summary, pictures: Mapping[str, Picture]) -> dict[str, str]:
+    """Those that the run has something for, in their order: name of the template, title."""
+    measures, searched = summary.measures, summary.searched
+    sections = {
+        "caveats": ("Read with care", True),
+        "holdout": ("Held-out subjects", summary.holdout),
+        "ranking": ("Ranking", True),
+        "tests": ("Tests", summary.comparisons),
+        "search": ("Search", any(vars(searched).values())),
+        "threshold": ("Threshold", "thresholds" in pictures),
+        "calibration": ("Calibration", "reliability" in pictures),
+        "volumes": ("Volumes", measures.agreements),
+        "objects": ("Lesions and surfaces", measures.lesions or measures.surfaces),
+        "sites": ("Sites", measures.sites),
+        "raters": ("Raters", measures.raters),
+        "uncertainty": ("Uncertainty", measures.uncertainty),
+        "cases": ("Cases", True),
+        "training": ("Training", True),
+        "exclusions": ("Failures and exclusions", True),
+        "data": ("Data and splits", True),
+        "repeat": ("How to repeat this", True),
+    }
+    return {name: title for name, (title, there) in sections.items() if there}
+
+
+def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     formats = (words.number, words.interval, words.p_value, words.percent, words.duration, words.count, words.verdict)
-    environment.globals.update({function.__name__: function for function in formats})
+    environment.filters["moment"] = words.moment
+    environment.globals.update({function.__name__: function for function in (*formats, words.capital)})
+    return environment
+
+
+def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) -> str:
     fields = list(dict.fromkeys(f for recipe in summary.varying.values() for f in recipe))
-    return environment.get_template("page.html").render(
-        s=summary,
-        run=data.run,
-        info=data.run.get("data") or {},
-        pictures=pictures,
-        folder=data.run.get("run") or data.folder,
-        answer=answer(summary),
-        effects_answer=effects_answer(summary),
-        caveats=caveats(summary, _spacing(data)),
-        shown=shown(summary),
-        most=MOST,
-        rules=RULES,
-        rule_names=RULE_NAMES,
-        recipe_fields=fields[:FEW_RECIPE_FIELDS],
-        recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
-        notes=_notes(summary),
-        candidates=data.candidates,
+    others = (holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary))
+    repeatability = summary.measures.repeatability
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            s=summary,
+            n=f"{words.count(summary.num_tested, 'tested subject')}, {words.count(len(summary.splits), 'split')}",
+            run=data.run,
+            info=data.run.get("data") or {},
+            sections=_sections(summary, pictures),
+            pictures=pictures,
+            folder=data.run.get("run") or data.folder,
+            answer=answer(summary),
+            answers=others,
+            caveats=caveats(summary, _spacing(data)),
+            shown=shown(summary),
+            few=len(shown(summary)) < len(summary.ranking),
+            most=MOST,
+            rules=RULES,
+            rule_names=RULE_NAMES,
+            to_best={rival.candidate: rival for rival in summary.rivals},
+            few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
+            repeated=[name for name in (REFERENCE, *shown(summary)) if name in repeatability],
+            repeatability_notes=sorted({o.icc.note for of in repeatability.values() for o in of if o.icc.note}),
+            sizes=SIZES,
+            methods=METHODS,
+            uncertainty_names=MEASURES,
+            recipe_fields=fields[:FEW_RECIPE_FIELDS],
+            recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
+            notes=_notes(summary),
+            left_out=left_out(summary),
+            origin=origin_of(data),
+        )
     )
 
 

@@ -23,9 +23,9 @@ class Standing:
     """One candidate in the ranking. Ranks follow the paired difference to the reference; None without a score.
 
     `mean` is over all subjects and splits with its 95 % interval from `low` to `high` by the crossed random-effects model,
-    `sd` over the means of the splits. `beside` has further metrics, `dice` the Dice at the threshold of each rule,
-    `thresholds` the mean threshold chosen, `by_reference` and `by_class` the objective against each rater and in each
-    class. Of `values` (case, class, split) `undefined` are NaN.
+    `sd` over the means of the splits. `beside` has further metrics; at the threshold of each rule `dice` has the Dice,
+    `mask_volume` the volume error of the mask; `thresholds` has the mean threshold chosen; `by_reference` and `by_class`
+    the objective against each rater and in each class. Of `values` (case, class, split) `undefined` are NaN.
     """
 
     rank: int | None
@@ -41,6 +41,7 @@ class Standing:
     num_scores: int
     beside: dict[str, float]
     dice: dict[str, float]
+    mask_volume: dict[str, float]
     thresholds: dict[str, float]
     by_reference: dict[str, float]
     by_class: dict[str, float]
@@ -53,18 +54,23 @@ def best_complete(scores: Scores, sign: int) -> str:
     return max(scores.tables, key=lambda name: (np.isfinite(scores.of(name)).sum(), sign * mean_of(scores.of(name))))
 
 
+def level(scores: Scores, name: str, reference: str) -> float:
+    """The mean of `reference` plus the paired difference to it; without a pair the candidate's own mean, NaN without a score.
+
+    Equal to the candidate's mean where no fit is missing; so a hard split that it lacks is no gain.
+    """
+    paired = mean_of(scores.difference(name, reference))
+    return mean_of(scores.of(name)) if math.isnan(paired) else mean_of(scores.of(reference)) + paired
+
+
 def ranked(standings: Sequence[Standing], reference: str, scores: Scores, sign: int) -> tuple[Standing, ...]:
     """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
 
     With all fits there this is the order of the means. Candidates that share no pair with the reference go by their
     mean.
     """
-
-    def gain(standing: Standing) -> float:
-        paired = mean_of(scores.difference(standing.name, reference))
-        return sign * (standing.mean - mean_of(scores.of(reference)) if math.isnan(paired) else paired)
-
-    known = sorted((s for s in standings if not math.isnan(s.mean)), key=gain, reverse=True)
+    known = [s for s in standings if not math.isnan(s.mean)]
+    known.sort(key=lambda s: sign * level(scores, s.name, reference), reverse=True)
     unknown = [s for s in standings if math.isnan(s.mean)]
     return tuple([Standing(**(vars(s) | {"rank": i})) for i, s in enumerate(known, 1)] + unknown)
 
@@ -78,6 +84,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: Scores) -> list[Stand
     tables = {
         "beside": {name: soft_scores(test, name) for name in BESIDE},
         "dice": {rule: scores_at_rule(test, fits, "dice", rule) for rule in RULES},
+        "mask_volume": {rule: scores_at_rule(test, fits, "volume_error", rule) for rule in RULES},
         "by_reference": {name: soft_scores(test, metric, reference=name) for name in references},
         "by_class": {name: soft_scores(test, metric, only_class=name) for name in classes} if len(classes) > 1 else {},
     }

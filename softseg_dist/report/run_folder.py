@@ -6,7 +6,7 @@ The study is read as plain JSON: its own losses may be defined in a study file t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,47 @@ NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric
 
 
 @dataclass(frozen=True)
+class Raced:
+    """Why a candidate got no more splits: after how many, it was `difference` from the `incumbent` on them, with this p."""
+
+    incumbent: str
+    after: int
+    difference: float
+    p: float
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A candidate as recorded: its name, the JSON of its recipe, and whether a search proposed it."""
+    """A candidate as recorded: its name, the JSON of its recipe, and whether a search proposed it.
+
+    `recipe` is the one that was trained, `planned` the one of the study file, which may have been tuned since; {} for a
+    proposed one, whose `params` the search drew. `raced` is None unless it was given up early.
+    """
 
     name: str
     recipe: Mapping[str, Any]
     proposed: bool
+    planned: Mapping[str, Any]
+    params: Mapping[str, Any]
+    raced: Raced | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of the tuning of a candidate, which is never ranked: its recipe, and its fits."""
+
+    name: str
+    candidate: str
+    recipe: Mapping[str, Any]
+    fits: tuple[FitResult, ...]
 
 
 @dataclass(frozen=True)
 class RunData:
     """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of DESIGN.md.
 
-    `holdout` has the rows about held-out subjects, None until they were opened; `holdout_record` says who they are and who has
-    looked, None if nobody is held out.
+    `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `holdout` has the rows about held-out
+    subjects, None until they were opened; `holdout_record` says who they are and who has looked, None if nobody is held out.
     """
 
     folder: Path
@@ -47,6 +74,7 @@ class RunData:
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
     histories: Mapping[tuple[str, int], pd.DataFrame]
+    trials: tuple[Trial, ...] = ()
     holdout: pd.DataFrame | None = None
     holdout_record: HoldoutRecord | None = None
 
@@ -60,6 +88,7 @@ class RunData:
 class OuterData:
     """Outer splits of a nested study: `record` is outer.json as `nested.OuterRecord` writes it, `results` the outer test rows."""
 
+    question: str
     record: Mapping[str, Any]
     results: pd.DataFrame
 
@@ -76,7 +105,10 @@ def load_run(folder: Path) -> RunData:
         raise UserError(
             f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one"
         )
-    fits = tuple(_fit(path) for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
+    records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
+    tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
+    ended = tuple(_fit(path) for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
+    fits = tuple(fit for fit in ended if fit.candidate not in tuning)
     finished = [fit for fit in fits if fit.state == "finished"]
     if not finished:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
@@ -87,10 +119,11 @@ def load_run(folder: Path) -> RunData:
         study=study,
         splits=tuple(Split.model_validate(split) for split in splits),
         run=_json(folder / "run.json") or {},
-        candidates=_candidates(folder, study, fits),
+        candidates=_candidates(folder, study, {n: r for n, r in records.items() if n not in tuning}, fits),
         fits=fits,
-        results=_results(folder, finished),
+        results=_results(folder, finished, tuning),
         histories={key: history for key, history in histories.items() if not history.empty},
+        trials=tuple(_trial(record, ended) for record in tuning.values()),
         holdout=_table(folder / "holdout.parquet"),
         holdout_record=_holdout_record(folder / "holdout.json"),
     )
@@ -99,7 +132,9 @@ def load_run(folder: Path) -> RunData:
 def load_outer(folder: Path) -> OuterData | None:
     """What a nested study has collected in its folder so far; None if there is nothing. Raises UserError on a torn file."""
     record, results = _json(folder / "outer.json"), _table(folder / "outer.parquet")
-    return None if record is None or results is None else OuterData(record, results)
+    if record is None or results is None:
+        return None
+    return OuterData(_json(folder / "study.json")["question"], record, results)
 
 
 def _json(path: Path) -> Any:
@@ -118,6 +153,40 @@ def _fit(path: Path) -> FitResult:
         raise UserError(f"{path}: not the record of a fit (torn?); remove it and run the study again") from None
 
 
+def _fit_folder(folder: Path, fit: FitResult) -> Path:
+    return folder / "fits" / fit.candidate / f"{fit.split:03d}"
+
+
+def _candidates(
+    folder: Path, study: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], fits: tuple[FitResult, ...]
+) -> tuple[Candidate, ...]:
+    """Those of the study file first, in its order, then what a search proposed, in the order asked."""
+    fixed: dict[str, Any] = study.get("candidates") or {}
+    asked = sorted((name for name in records if name not in fixed), key=lambda name: records[name].get("number", 0))
+    return tuple(
+        Candidate(
+            name=name,
+            recipe=records.get(name, {}).get("recipe") or fixed.get(name) or {},
+            proposed=name not in fixed,
+            planned=fixed.get(name) or {},
+            params=records.get(name, {}).get("params") or {},
+            raced=_raced(folder, name),
+        )
+        for name in dict.fromkeys([*fixed, *asked, *(fit.candidate for fit in fits)])
+    )
+
+
+def _raced(folder: Path, name: str) -> Raced | None:
+    record = _json(folder / "fits" / name / "race.json")
+    return record and Raced(record["incumbent"], record["after"], record["difference"], record["p"])
+
+
+def _trial(record: Mapping[str, Any], ended: Iterable[FitResult]) -> Trial:
+    name = record["name"]
+    fits = tuple(fit for fit in ended if fit.candidate == name)
+    return Trial(name, name.rpartition("~")[0], record.get("recipe") or {}, fits)
+
+
 def _holdout_record(path: Path) -> HoldoutRecord | None:
     record = _json(path)
     try:
@@ -127,30 +196,14 @@ def _holdout_record(path: Path) -> HoldoutRecord | None:
 
 
 def _table(path: Path) -> pd.DataFrame | None:
-    return pd.read_parquet(path).astype(dict.fromkeys(NAMES, "category")) if path.exists() else None
+    return _compact(pd.read_parquet(path)) if path.exists() else None
 
 
-def _fit_folder(folder: Path, fit: FitResult) -> Path:
-    return folder / "fits" / fit.candidate / f"{fit.split:03d}"
-
-
-def _candidates(folder: Path, study: Mapping[str, Any], fits: tuple[FitResult, ...]) -> tuple[Candidate, ...]:
-    """Those of the study file first, in its order, then what a search proposed, in the order asked."""
-    fixed = dict(study.get("candidates") or {})
-    records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
-    asked = sorted((r for n, r in records.items() if n not in fixed), key=lambda record: record.get("number", 0))
-    proposed = {record["name"]: record.get("recipe") or {} for record in asked}
-    unknown: dict[str, Any] = {
-        fit.candidate: {} for fit in fits if fit.candidate not in fixed and fit.candidate not in proposed
-    }
-    return tuple(Candidate(name, recipe, name not in fixed) for name, recipe in (fixed | proposed | unknown).items())
-
-
-def _results(folder: Path, finished: list[FitResult]) -> pd.DataFrame:
+def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -> pd.DataFrame:
     """The collected table, and the fits' own rows where it does not hold them: a run collects when it ends."""
     path, parts = folder / "results.parquet", []
     if path.exists():
-        parts.append(pd.read_parquet(path))
+        parts.append(_tested(path))
     held = set() if not parts else set(parts[0].groupby(["candidate", "split"], observed=True).groups)
     for fit in finished:
         if (fit.candidate, fit.split) not in held:
@@ -159,8 +212,17 @@ def _results(folder: Path, finished: list[FitResult]) -> pd.DataFrame:
                 raise UserError(
                     f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again"
                 )
-            parts.append(pd.read_parquet(part))
-    table = pd.concat(parts, ignore_index=True)
+            parts.append(_tested(part))
+    table = _compact(pd.concat(parts, ignore_index=True))
+    return table[~table["candidate"].isin(tuple(left_out))]
+
+
+def _tested(path: Path) -> pd.DataFrame:
+    """The rows about test subjects: no report speaks of others, and they are half of the table."""
+    return _compact(pd.read_parquet(path, filters=[("subset", "==", "test")]))
+
+
+def _compact(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(dict.fromkeys(NAMES, "category"))
 
 

@@ -47,7 +47,7 @@ def on_test(results: pd.DataFrame) -> pd.DataFrame:
 def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_class: str | None = None) -> Scores:
     """Scores of a metric without threshold, over all classes or one of them."""
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].isna()]
-    return _tables(rows if only_class is None else rows[rows["class"] == only_class], test)
+    return tables_of(rows if only_class is None else rows[rows["class"] == only_class], test)
 
 
 def rows_at_rule(
@@ -65,7 +65,7 @@ def scores_at_rule(
     test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
 ) -> Scores:
     """Scores of a thresholded metric, at the threshold that each fit chose on validation by `rule`."""
-    return _tables(rows_at_rule(test, fits, metric, rule, reference), test)
+    return tables_of(rows_at_rule(test, fits, metric, rule, reference), test)
 
 
 def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:
@@ -98,10 +98,14 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
     return by_case.groupby([*UNIT, *also], observed=True).mean()
 
 
-def _tables(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
+def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
+    """Subject by split, from rows of one metric; all tables of one `test` have the same rows and columns."""
     subjects, splits = sorted(map(str, test["subject"].unique())), sorted(test["split"].unique())
     means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
-    at_row, at_column = pd.Index(subjects).get_indexer(means["subject"]), pd.Index(splits).get_indexer(means["split"])
+    at_row, at_column = (
+        pd.Index(subjects).get_indexer(pd.Index(means["subject"])),
+        pd.Index(splits).get_indexer(means["split"]),
+    )
     tables = {}
     for name, places in means.groupby("candidate").indices.items():
         tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)

@@ -1,4 +1,4 @@
-"""All numbers of a report, as one frozen Summary: ranking, comparisons, main effects, threshold curves, splits.
+"""All numbers of a report, as one frozen Summary: ranking, tests, effects, measures, the search, held-out subjects, fits.
 
 The page prints this object and `softseg report --json` dumps it, so both say the same. Ranks and tests are on the
 objective metric, measured on test; the unit of analysis is a subject in a split (see `report.scores`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,16 @@ import numpy as np
 
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.thresholds import CURVE
-from softseg_dist.report.comparisons import Comparison, comparisons_with
-from softseg_dist.report.effects import Effect, main_effects
-from softseg_dist.report.fits import Training, training_of
+from softseg_dist.report.comparisons import Comparison, Rival, comparisons_with, rivals_of
+from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
+from softseg_dist.report.fits import Compute, Training, compute_of, training_of
+from softseg_dist.report.held_out import HoldoutTable, holdout_of
+from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.recipes import learning_rates, varying_fields
-from softseg_dist.report.run_folder import RunData
+from softseg_dist.report.run_folder import Candidate, RunData
 from softseg_dist.report.scores import dice_curves, on_test, soft_scores
+from softseg_dist.report.search_tables import Searched, searched_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Summary:
 
     `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
     has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
-    are theirs. `curves` are mean Dice at each threshold of `CURVE`. `varying` has the fields in which recipes
-    differ, per candidate.
+    are theirs. `rivals` compare the highest ranked with all others. `curves` are mean Dice at each threshold of
+    `CURVE`. `varying` has the fields in which recipes differ, per candidate.
     """
 
     name: str
@@ -60,9 +63,15 @@ class Summary:
     tested_times: tuple[int, int]
     ranking: tuple[Standing, ...]
     comparisons: tuple[Comparison, ...]
+    rivals: tuple[Rival, ...]
     effects: tuple[Effect, ...]
+    interactions: tuple[Interaction, ...]
+    holdout: HoldoutTable | None
+    searched: Searched
+    measures: Measures
     training: tuple[Training, ...]
     failures: dict[str, str]
+    compute: Compute
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
     splits: tuple[SplitSizes, ...]
@@ -73,6 +82,11 @@ class Summary:
     def winner(self) -> Standing:
         """The highest ranked candidate."""
         return self.ranking[0]
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Those not told apart from the highest ranked."""
+        return tuple(rival.candidate for rival in self.rivals if rival.tied)
 
     @property
     def num_finished(self) -> int:
@@ -90,6 +104,9 @@ def summarise(run: RunData) -> Summary:
     ranking = ranked(standings_of(run, test, scores), reference, scores, objective.sign)
     sizes = tuple(SplitSizes(s.index, len(s.train), len(s.validation), len(s.test)) for s in run.splits)
     times = Counter(subject for split in run.splits for subject in split.test)
+    names = [standing.name for standing in ranking if standing.rank is not None]
+    design = factorial_of(run.candidates, control)
+    training = tuple(training_of(run, candidate) for candidate in _in_order(run, ranking))
     everyone = {subject for split in run.splits for subject in (*split.train, *split.validation, *split.test)}
     ratio = float(np.mean([s.test / s.train for s in sizes]))
     return Summary(
@@ -100,25 +117,34 @@ def summarise(run: RunData) -> Summary:
         sign=objective.sign,
         control=control or None,
         reference=reference,
-        num_planned=len(run.candidates) * len(run.splits),
+        num_planned=len(run.candidates) * len(run.splits) - sum(t.raced for t in training),
         num_subjects=len(everyone),
         num_tested=len(scores.subjects),
         num_cases=int(test["case"].nunique()),
         test_to_train=ratio,
         tested_times=(min(times[s] for s in everyone), max(times[s] for s in everyone)),
         ranking=ranking,
-        comparisons=comparisons_with(
-            [s.name for s in ranking if s.rank is not None], reference, scores, ratio, run.study
-        ),
-        effects=main_effects(run.candidates, scores, control),
-        training=tuple(training_of(run, standing.name) for standing in ranking),
+        comparisons=comparisons_with(names, reference, scores, ratio, run.study),
+        rivals=rivals_of(names, scores),
+        effects=main_effects(design, scores),
+        interactions=interactions(design, scores),
+        holdout=holdout_of(run, objective.metric),
+        searched=searched_of(run, test, scores, reference),
+        measures=measures_of(run, test, scores, ranking[0].name, reference),
+        training=training,
         failures={f"{fit.candidate}/{fit.split:03d}": fit.reason for fit in run.fits if fit.state == "failed"},
+        compute=compute_of(run),
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),
         splits=sizes,
         varying=varying_fields(run.candidates),
         learning_rates=learning_rates(run.candidates),
     )
+
+
+def _in_order(run: RunData, ranking: Sequence[Standing]) -> list[Candidate]:
+    by_name = {candidate.name: candidate for candidate in run.candidates}
+    return [by_name[standing.name] for standing in ranking]
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 
 ALPHA = 0.05
 MINUS = "\u2212"
@@ -55,6 +56,20 @@ def duration(seconds: float) -> str:
 def count(num: int, noun: str) -> str:
     """`1 split`, `6 splits`."""
     return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
+
+
+def moment(iso: str) -> str:
+    """`2026-11-20 10:04`: a time of the ledger, which is UTC, to the minute.
+
+    >>> moment("2026-11-20T10:04:31+00:00")
+    '2026-11-20 10:04'
+    """
+    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M")
+
+
+def capital(text: str) -> str:
+    """The text with a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def verdict(mean: float, p_holm: float, sign: int) -> str:

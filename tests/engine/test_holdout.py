@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
@@ -112,7 +113,12 @@ def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_
     assert (run / "outer.json").read_bytes() == told[0]
     pd.testing.assert_frame_equal(pd.read_parquet(run / "outer.parquet"), told[1])
 
-    for command in ("status", "report"):
-        refused = softseg(command, run, cwd=tmp_path)
+    for command in (("status",), ("report", "--csv")):
+        refused = softseg(command[0], run, *command[1:], cwd=tmp_path)
         assert refused.returncode == 2
         assert "outer/000" in refused.stderr
+    page = unescape(Path(softseg("report", run, cwd=tmp_path).stdout.strip()).read_text())
+    numbers = json.loads(softseg("report", run, "--json", cwd=tmp_path).stdout)
+    assert numbers["answer"] in page
+    assert numbers["difference"]["num_splits"] == 2
+    assert "outer/001/report/index.html" in page

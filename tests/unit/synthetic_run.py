@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from synthetic_measures import measured_rows
 
 from softseg_dist.numerics.thresholds import CURVE
 
@@ -19,7 +20,7 @@ CELLS = [
 ]
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
 GAIN = {"soft": 0.02, "normrelu": 0.006, "wing": -0.004}  # planted main effects on the objective
-RATERS = ("mean", "rater1", "rater2")
+RATERS = ("rater1", "rater2")
 
 
 def recipe(cell: str) -> dict[str, object]:
@@ -50,11 +51,15 @@ def write_run(
     collected: bool = True,
     failed: Sequence[tuple[str, int]] = (),
     missing: Sequence[tuple[str, int]] = (),
+    measured: Sequence[str] = (),
+    sessions: int = 1,
+    raters: Sequence[str] = RATERS,
     seed: int = 0,
 ) -> Path:
     """Write the folder of a run. `proposed` candidates come from a search; `failed` and `missing` are (candidate, split).
 
-    The objective of a cell is a base plus its planted gains plus effects of subject, split and error.
+    The objective of a cell is a base plus its planted gains plus effects of subject, split and error. `measured` are
+    kinds of `synthetic_measures`; every subject has `sessions` cases.
     """
     generator = np.random.default_rng(seed)
     subjects = [f"{i:03d}" for i in range(num_subjects)]
@@ -97,13 +102,15 @@ def write_run(
                 continue
             shift = 0.83 + gain + generator.normal(0, 0.006)
             values = {s: shift + level[s] + of_subject[s] + generator.normal(0, 0.01) for s in split["test"]}
-            table = _rows(name, split["index"], values, thresholds, classes, generator)
+            table = _rows(name, split["index"], values, thresholds, classes, raters, generator)
+            if measured or sessions > 1:
+                table = _with_measures(table, measured, thresholds, raters, sessions, generator)
             tables.append(table)
             if not collected:
                 table.to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
     if collected:
         pd.concat(tables, ignore_index=True).to_parquet(folder / "results.parquet")
-        _write(folder / "run.json", _run(num_subjects, classes))
+        _write(folder / "run.json", _run(num_subjects, classes, raters, subjects))
     return folder
 
 
@@ -165,13 +172,14 @@ def _rows(
     values: dict[str, float],
     thresholds: dict[str, float],
     classes: Sequence[str],
+    raters: Sequence[str],
     generator: np.random.Generator,
 ) -> pd.DataFrame:
     rows = []
     for subject, value in values.items():
         for k, class_name in enumerate(classes):
             score = value - 0.03 * k
-            for reference in RATERS:
+            for reference in ("mean", *raters):
                 lower = 0 if reference == "mean" else 0.05
                 soft = {
                     "dice_dml": score - lower,
@@ -191,7 +199,33 @@ def _rows(
     return frame.assign(study="s002_gray_matter", candidate=name, split=np.int32(split), subset="test")
 
 
-def _run(num_subjects: int, classes: Sequence[str]) -> dict[str, object]:
+def _with_measures(
+    table: pd.DataFrame,
+    measured: Sequence[str],
+    thresholds: dict[str, float],
+    raters: Sequence[str],
+    sessions: int,
+    generator: np.random.Generator,
+) -> pd.DataFrame:
+    """`table` for every session of its subjects, with the rows of `measured` beside."""
+    parts, rows = [], []
+    for session in range(1, sessions + 1):
+        name = "sub-" + table["subject"] + (f"_ses-{session}" if sessions > 1 else "")
+        parts.append(table.assign(case=name))
+        for subject, class_name in table[["subject", "class"]].drop_duplicates().itertuples(index=False):
+            true_mm3 = 400 + 20.0 * int(subject) + 5 * session
+            case = f"sub-{subject}" + (f"_ses-{session}" if sessions > 1 else "")
+            found = measured_rows(measured, thresholds, raters, true_mm3, generator)
+            rows += [(subject, class_name, case, *row) for row in found]
+    columns = ["subject", "class", "case", "reference", "threshold", "metric", "value"]
+    extra = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64", "value": "float64"})
+    same = table.iloc[0][["study", "candidate", "split", "subset"]].to_dict()
+    return pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True).astype({"split": np.int32})
+
+
+def _run(
+    num_subjects: int, classes: Sequence[str], raters: Sequence[str], subjects: Sequence[str]
+) -> dict[str, object]:
     return {
         "versions": {"softseg_dist": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "monai": "1.6.0"},
         "machine": {"cpus": 2, "memory_gb": 8, "python": "3.11.7", "system": "Linux"},
@@ -202,8 +236,9 @@ def _run(num_subjects: int, classes: Sequence[str]) -> dict[str, object]:
             "num_cases": num_subjects + 2,
             "num_subjects": num_subjects,
             "classes": list(classes),
-            "raters": list(RATERS[1:]),
+            "raters": list(raters),
             "sites": {"A": num_subjects // 2, "B": num_subjects - num_subjects // 2},
+            "site_of": {name: "A" if i < num_subjects // 2 else "B" for i, name in enumerate(subjects)},
             "size": [96, 96],
             "spacing_mm": [0.5, 0.5],
         },

@@ -239,17 +239,22 @@ def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
 
 
 class _Reader(HTMLParser):
-    """Text, and addresses of everything that a browser would load."""
+    """Text, addresses of everything that a browser would load, sections and the links to them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text: list[str] = []
         self.loaded: list[str] = []
         self.alts: list[str] = []
+        self.linked: list[str] = []
+        self.sections: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        self.loaded += [value for name in ("src", "href") if (value := given.get(name))]
+        addresses = [value for name in ("src", "href") if (value := given.get(name))]
+        self.loaded += [address for address in addresses if not address.startswith("#")]
+        self.linked += [address[1:] for address in addresses if address.startswith("#")]
+        self.sections += [given["id"] or ""] if tag == "section" and "id" in given else []
         self.alts += [given.get("alt") or ""] if tag == "img" else []
 
     def handle_data(self, data: str) -> None:
@@ -266,10 +271,11 @@ def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
 
     assert page == folder / "report" / "index.html"
     assert all(address.startswith("data:image/") for address in reader.loaded)
+    assert reader.linked == reader.sections
     assert not re.search(r"@import|url\(|<script|<link", page.read_text())
-    assert len(reader.loaded) == len(reader.alts) == 5
+    assert len(reader.loaded) == len(reader.alts) == 6
     assert all(reader.alts)
-    names = {"differences", "splits", "thresholds", "overlays", "learning"}
+    names = {"differences", "splits", "thresholds", "raters", "overlays", "learning"}
     assert {path.stem for path in folder.glob("report/*.png")} == names
     for said in (found["question"], found["answer"], found["effects_answer"], *found["caveats"]):
         assert said in text

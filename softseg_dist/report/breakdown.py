@@ -1,0 +1,106 @@
+"""The objective by site, and overlap rater by rater beside what the raters reach among themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
+from softseg_dist.report.scores import Scores, mean_of, scores_at_rule, soft_scores
+from softseg_dist.training.task import FitResult
+
+RULE = "grid"
+NO_RATER = ("mean", "truth", "raters")  # references that are not one of the raters
+
+
+@dataclass(frozen=True)
+class Site:
+    """The objective of two candidates on the subjects of one site. `crossed` is the paired difference, `one` less `other`."""
+
+    site: str
+    num_subjects: int
+    num_scores: int
+    one: float
+    other: float
+    crossed: CrossedTest
+
+
+@dataclass(frozen=True)
+class AgainstRaters:
+    """One candidate: Dice against each rater at the threshold chosen on the grid, and what is measured against all of them.
+
+    `ged2` is the squared generalised energy distance, `disagreement` the correlation of the prediction's entropy with that
+    of the raters. NaN where not recorded.
+    """
+
+    name: str
+    dice: dict[str, float]
+    ged2: float
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Raters:
+    """All raters. `inter_rater` is their mean Dice in pairs: over `num_subjects` the mean, and as `low` and `high` the quartiles.
+
+    The values are NaN if no case has two raters.
+    """
+
+    names: tuple[str, ...]
+    inter_rater: float
+    low: float
+    high: float
+    num_subjects: int
+    candidates: dict[str, AgainstRaters]
+
+
+def by_site(scores: Scores, site_of: Mapping[str, str], one: str, other: str) -> tuple[Site, ...]:
+    """One row per site, by name; () unless the tested subjects come from two sites or more."""
+    sites = np.array([site_of.get(subject, "") for subject in scores.subjects])
+    if len(set(sites.tolist())) < 2:
+        return ()
+    found = []
+    for site in sorted(set(sites.tolist())):
+        here = sites == site
+        difference = crossed_test(scores.difference(one, other)[here])
+        table = scores.of(one)[here]
+        num_subjects, num_scores = int((~np.isnan(table)).any(axis=1).sum()), int((~np.isnan(table)).sum())
+        means = mean_of(table), mean_of(scores.of(other)[here])
+        found.append(Site(site, num_subjects, num_scores, *means, difference))
+    return tuple(found)
+
+
+def raters_of(test: pd.DataFrame, fits: Iterable[FitResult], candidates: Sequence[str]) -> Raters | None:
+    """None unless cases were measured against two raters or more."""
+    fits = tuple(fits)
+    names = tuple(sorted(str(r) for r in test["reference"].unique() if r not in NO_RATER))
+    if len(names) < 2:
+        return None
+    dice = {rater: scores_at_rule(test, fits, "dice", RULE, reference=rater) for rater in names}
+    ged2, disagreement = (
+        soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation")
+    )
+    rows = {
+        name: AgainstRaters(
+            name,
+            {rater: mean_of(scores.of(name)) for rater, scores in dice.items()},
+            mean_of(ged2.of(name)),
+            mean_of(disagreement.of(name)),
+        )
+        for name in candidates
+    }
+    return Raters(names, *_inter_rater(test), rows)
+
+
+def _inter_rater(test: pd.DataFrame) -> tuple[float, float, float, int]:
+    """It is the same for all candidates and splits, so each subject counts once, with the mean over its cases and classes."""
+    rows = test[(test["metric"] == "inter_rater_dice") & test["value"].notna()]
+    of_case = rows.groupby(["subject", "case", "class"], observed=True)["value"].mean()
+    subjects = of_case.groupby(["subject", "case"], observed=True).mean().groupby("subject", observed=True).mean()
+    if subjects.empty:
+        return NAN, NAN, NAN, 0
+    low, high = np.quantile(subjects, [0.25, 0.75])
+    return float(subjects.mean()), float(low), float(high), len(subjects)

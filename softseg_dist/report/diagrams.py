@@ -1,0 +1,166 @@
+"""Figures of what is measured beside the objective: calibration, volumes, lesions, raters, two objectives at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from softseg_dist.report.breakdown import Raters
+from softseg_dist.report.calibration import Reliability
+from softseg_dist.report.lesions import SIZES, Rate
+from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, STYLE, WORSE, laid_out
+from softseg_dist.report.search_tables import Pareto, Point
+from softseg_dist.report.tables import Summary
+from softseg_dist.report.volumes import Agreement
+from softseg_dist.report.words import number
+
+MARKERS = "osD^v<>Ph*"
+TICKS = (0, 0.5, 1), ("0", "0.5", "1")  # short, so that those of neighbouring panels do not touch
+MOST_LABELLED = 12  # points with their names beside
+
+
+def reliability_figure(summary: Summary, names: Sequence[str]) -> Figure:
+    """One panel per candidate: mean reference against mean prediction in each bin, over bars of the bins' shares of the voxels."""
+    tables = [summary.measures.reliability[name] for name in names]
+    columns = min(5, len(tables))
+    rows = math.ceil(len(tables) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.85 * columns + 0.4, 1.95 * rows + 0.35), layout="compressed")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, table in zip(axes.flat, tables, strict=False):
+            _reliability(axis, table, QUIET if table.name == summary.reference else BETTER)
+        for axis in axes.flat[len(tables) :]:
+            axis.set_axis_off()
+        for axis in axes.flat[max(0, len(tables) - columns) : len(tables)]:
+            axis.tick_params(axis="x", labelbottom=True)
+        figure.supxlabel("mean prediction in the bin", fontsize=9)
+        figure.supylabel("mean reference", fontsize=9)
+        return laid_out(figure)
+
+
+def _reliability(axis: Axes, table: Reliability, colour: str) -> None:
+    width = 1 / len(table.edges)
+    axis.bar(table.edges, table.shares, width, align="edge", color=GRID, edgecolor="white", linewidth=0.5)
+    axis.plot([0, 1], [0, 1], "--", color=QUIET, linewidth=0.8)
+    axis.plot(table.predicted, table.observed, "o-", color=colour, markersize=3, linewidth=1.3)
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_xticks(*TICKS)
+    axis.set_yticks(*TICKS)
+    axis.set_title(table.name.replace("-", "-\n", 1) if len(table.name) > 18 else table.name, fontsize=7.5, color=INK)
+    axis.text(0.04, 0.96, f"ECE {number(table.ece)}", transform=axis.transAxes, va="top", fontsize=7.5, color=INK)
+
+
+def agreement_figure(summary: Summary, names: Sequence[str]) -> Figure:
+    """Bland-Altman: a row per class, a column per candidate; difference of volumes against their mean, one point per subject."""
+    found = [summary.measures.agreements[name] for name in names]
+    rows, columns = len(found[0]), len(found)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * columns, 2.6 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex="row", sharey="row", squeeze=False)
+        for k in range(rows):
+            for axis, of_candidate in zip(axes[k], found, strict=True):
+                _agreement(axis, of_candidate[k], several=rows > 1)
+        figure.supxlabel("mean of predicted and reference volume of a subject (mm³)", fontsize=9)
+        figure.supylabel("predicted less reference (mm³)", fontsize=9)
+        return laid_out(figure)
+
+
+def _agreement(axis: Axes, agreement: Agreement, several: bool) -> None:
+    true, predicted = np.array(agreement.true_mm3), np.array(agreement.predicted_mm3)
+    limits = agreement.limits
+    axis.plot((true + predicted) / 2, predicted - true, "o", color=BETTER, markersize=4, alpha=0.75, markeredgewidth=0)
+    axis.axhline(0, color=QUIET, linewidth=0.8)
+    axis.axhline(limits.bias, color=INK, linewidth=1.3)
+    for limit in (limits.low, limits.high):
+        if math.isfinite(limit):
+            axis.axhline(limit, color=INK, linewidth=1, linestyle="--")
+    title = f"{agreement.name}, class {agreement.class_name}" if several else agreement.name
+    axis.set_title(f"{title}\nbias {number(limits.bias, 1, signed=True)} mm³, n = {limits.n}", fontsize=8.5, color=INK)
+    axis.margins(0.08, 0.15)
+    axis.grid()
+
+
+def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
+    """A panel per size of lesion, and one for false discoveries; a row per candidate, with 95 % intervals over subjects."""
+    found = [summary.measures.lesions[name] for name in names]
+    first = found[0].sensitivity
+    panels: list[tuple[str, list[Rate]]] = [
+        (f"{title}\n{first[size].total} lesions", [lesions.sensitivity[size] for lesions in found])
+        for size, title in SIZES.items()
+        if first[size].total
+    ]
+    panels.append(("false discoveries\nof all predicted", [lesions.false_discovery for lesions in found]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 0.24 * len(found) + 1.15), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rates) in zip(axes, panels, strict=True):
+            for y, (lesions, rate) in enumerate(zip(found, rates, strict=True)):
+                colour = QUIET if lesions.name == summary.reference else BETTER
+                axis.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+                axis.plot(
+                    rate.share, y, "s" if lesions.name == summary.reference else "o", color=colour, markersize=4.5
+                )
+            axis.set(xlim=(-0.03, 1.03), ylim=(len(found) - 0.5, -0.5))
+            axis.set_xticks(*TICKS)
+            axis.set_title(title, fontsize=8, color=QUIET if rates is not panels[-1][1] else WORSE)
+            axis.grid(axis="x")
+            axis.tick_params(axis="y", length=0)
+        axes[0].set_yticks(range(len(found)), [lesions.name for lesions in found], color=INK)
+        figure.supxlabel("share of lesions found; last panel: share of predicted lesions that are none", fontsize=9)
+        return laid_out(figure)
+
+
+def rater_figure(raters: Raters, names: Sequence[str]) -> Figure:
+    """A row per candidate: its Dice against each rater; the line is what raters reach among themselves."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 0.27 * len(names) + 1.0), layout="constrained")
+        axis = figure.subplots()
+        if math.isfinite(raters.inter_rater):
+            axis.axvspan(raters.low, raters.high, color=GRID, label="raters among themselves, quartiles of subjects")
+            axis.axvline(raters.inter_rater, color=INK, linewidth=1.2, label="their mean")
+        for i, rater in enumerate(raters.names):
+            marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
+            dice = [raters.candidates[name].dice[rater] for name in names]
+            axis.plot(dice, range(len(names)), marker, color=colour, markersize=5, label=rater, alpha=0.9)
+        axis.set_yticks(range(len(names)), names, color=INK)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel("mean Dice against a rater")
+        axis.grid(axis="x")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+        return laid_out(figure)
+
+
+def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:
+    """Every candidate in two objectives; those that no other beats in both are joined and named."""
+    front = [point for point in pareto.points if point.front]
+    rest = [point for point in pareto.points if not point.front]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(
+            [p.first for p in rest], [p.second for p in rest], "o", color=QUIET, markerfacecolor="white", markersize=5
+        )
+        axis.plot([p.first for p in front], [p.second for p in front], "o-", color=BETTER, markersize=6, linewidth=1)
+        for point in (p for p in pareto.points if p.name == summary.reference):
+            axis.plot(point.first, point.second, "s", color=INK, markerfacecolor="none", markersize=10)
+        for point in _named(pareto, summary.reference):
+            axis.annotate(point.name, (point.first, point.second), (4, 5), textcoords="offset points", fontsize=7.5)
+        axis.set_xlabel(f"{summary.objective_title} ({_direction(summary.sign)})")
+        axis.set_ylabel(f"{pareto.title} ({_direction(pareto.sign)})")
+        axis.margins(0.12)
+        axis.grid()
+        return laid_out(figure)
+
+
+def _named(pareto: Pareto, reference: str) -> list[Point]:
+    return [p for i, p in enumerate(pareto.points) if (p.front and i < MOST_LABELLED) or p.name == reference]
+
+
+def _direction(sign: int) -> str:
+    return "higher is better" if sign > 0 else "lower is better"

@@ -1,0 +1,154 @@
+"""The report's numbers for other programs: tables as CSV files, ranking and tests as LaTeX.
+
+A CSV has one row per entry of a part of the `Summary`, and one column per number in it: `crossed.p` is the p of its crossed
+test. What does not exist is left empty. LaTeX uses nothing but `tabular` and `\\hline`, so that it compiles in any document.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from softseg_dist.report.comparisons import Comparison
+from softseg_dist.report.ranking import RULES, Standing
+from softseg_dist.report.tables import Summary, plain
+from softseg_dist.report.words import interval, number, p_value
+
+ESCAPED = {
+    "\\": r"\textbackslash{}",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "~": r"\textasciitilde{}",
+}
+ESCAPED |= {
+    "{": r"\{",
+    "}": r"\}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+    "³": "$^3$",
+}
+
+
+def csv_tables(summary: Summary) -> dict[str, str]:
+    """The text of a CSV file for every part of the summary that has rows, by the part's name."""
+    measures, searched = summary.measures, summary.searched
+    parts: dict[str, Any] = {
+        "ranking": summary.ranking,
+        "tests": summary.comparisons,
+        "against_best": summary.rivals,
+        "main_effects": summary.effects,
+        "interactions": summary.interactions,
+        "training": summary.training,
+        "splits": summary.splits,
+        "recipes": [{"name": name} | fields for name, fields in summary.varying.items()],
+        "threshold_curves": list(_curves(summary)),
+        "reliability": list(_bins(summary)),
+        "volumes": list(_pairs(summary)),
+        "repeatability": [one for of_classes in measures.repeatability.values() for one in of_classes],
+        "lesions": list(measures.lesions.values()),
+        "surfaces": list(measures.surfaces.values()),
+        "sites": measures.sites,
+        "raters": list(measures.raters.candidates.values()) if measures.raters else [],
+        "uncertainty": [one for of_method in measures.uncertainty.values() for one in of_method],
+        "importances": searched.importances,
+        "pareto": searched.pareto.points if searched.pareto else [],
+        "given_up": [{"name": name} | vars(race) for name, race in searched.raced.items()],
+        "tuning": searched.tuned,
+        "holdout": summary.holdout.scores if summary.holdout else [],
+    }
+    return {name: _csv([dict(_flat(plain(row))) for row in rows]) for name, rows in parts.items() if rows}
+
+
+def latex(summary: Summary) -> str:
+    """Ranking and, if there is anything to compare, tests: two LaTeX tables with captions that say n."""
+    n = f"n = {summary.num_tested} tested subjects, {len(summary.splits)} splits; unit of analysis: a subject in a split"
+    title = summary.objective_title
+    cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in RULES]
+    ranking = _tabular(
+        ["", "candidate", title, "95 % interval", "sd", *cuts],
+        [_ranked(standing) for standing in summary.ranking],
+        f"Candidates by {title} on test: mean, 95 % interval of the crossed random-effects model, sd of the means of the "
+        f"splits, and Dice at three thresholds. {n}.",
+        "ranking",
+    )
+    if not summary.comparisons:
+        return ranking
+    tests = _tabular(
+        ["candidate", "difference", "95 % interval", "p", "p, Holm", "p, Wilcoxon", "n pairs"],
+        [_tested(comparison) for comparison in summary.comparisons],
+        f"Paired differences to {summary.reference} in {title}: crossed random-effects test (primary), Holm's correction over "
+        f"{len(summary.comparisons)} comparisons, and Wilcoxon signed-rank over splits, which is not corrected. {n}.",
+        "tests",
+    )
+    return f"{ranking}\n{tests}"
+
+
+def _ranked(s: Standing) -> list[str]:
+    score = number(s.mean), interval(s.low, s.high), number(s.sd)
+    return [str(s.rank or "–"), s.name, *score, *(number(s.dice[rule]) for rule in RULES)]
+
+
+def _tested(c: Comparison) -> list[str]:
+    size = number(c.crossed.mean, signed=True), interval(c.crossed.low, c.crossed.high, signed=True)
+    return [c.candidate, *size, *map(p_value, (c.crossed.p, c.p_holm, c.wilcoxon.p)), str(c.crossed.num_pairs)]
+
+
+def _curves(summary: Summary) -> Iterator[dict[str, Any]]:
+    for name, dice in summary.curves.items():
+        pairs = zip(summary.curve_thresholds, dice, strict=True)
+        yield from ({"name": name, "threshold": tau, "dice": value} for tau, value in pairs)
+
+
+def _bins(summary: Summary) -> Iterator[dict[str, Any]]:
+    for name, table in summary.measures.reliability.items():
+        columns = zip(table.edges, table.voxels, table.predicted, table.observed, strict=True)
+        names = ("edge", "voxels", "predicted", "observed")
+        yield from ({"name": name} | dict(zip(names, row, strict=True)) for row in columns)
+
+
+def _pairs(summary: Summary) -> Iterator[dict[str, Any]]:
+    for of_classes in summary.measures.agreements.values():
+        for one in of_classes:
+            about = {"name": one.name, "class": one.class_name}
+            columns = zip(one.subjects, one.true_mm3, one.predicted_mm3, strict=True)
+            names = ("subject", "true_mm3", "predicted_mm3")
+            yield from (about | dict(zip(names, row, strict=True)) for row in columns)
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _flat(item, f"{path}.{key}" if path else key)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
+    """A table whose texts are left and whose numbers right."""
+    texts = {"", "candidate"}
+    columns = "".join("l" if title in texts else "r" for title in head)
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
+    about = rf"\caption{{{_escaped(caption)}}}", rf"\label{{tab:{label}}}"
+    return "\n".join([r"\begin{table}", r"\centering", *body, *about, r"\end{table}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(ESCAPED.get(character, character) for character in text)

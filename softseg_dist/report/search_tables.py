@@ -1,0 +1,144 @@
+"""What a search did: which parameters mattered, which candidates are best in two objectives, which were given up, which were tuned.
+
+The importance of a parameter is a plain measure, not a model: all candidates that the search proposed are grouped by the
+parameter's value (a number by its tertiles) and eta^2 = (H - k + 1) / (n - k) is the share of the variance of their ranks
+that lies between the k groups, less what chance alone would give (H is the statistic of Kruskal and Wallis 1952, doi
+10.1080/01621459.1952.10483441). 0: no more than chance; 1: the parameter decides the rank. A search looks more often where it
+found good candidates, and parameters vary together: it describes this search, it tests nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.statistics import NAN
+from softseg_dist.report.fits import Tuned, tuned_of
+from softseg_dist.report.ranking import level
+from softseg_dist.report.run_folder import Candidate, Raced, RunData
+from softseg_dist.report.scores import Scores, soft_scores
+
+FEW = 6  # candidates, of which no importance can be told
+NUM_GROUPS = 3  # of the values of a number
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One parameter over the `num_candidates` proposed candidates that have it and a score.
+
+    `share` is eta^2 of their ranks, `correlation` Spearman's (positive: larger is better; NaN for a choice), `best` the group with
+    the best mean rank, `groups` how many there are.
+    """
+
+    parameter: str
+    num_candidates: int
+    share: float
+    correlation: float
+    best: str
+    groups: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate in two objectives. `front`: no other is at least as good in both and better in one."""
+
+    name: str
+    first: float
+    second: float
+    front: bool
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """All candidates by the objective and by a `metric` beside it; of means, so that neighbours need not differ."""
+
+    metric: str
+    title: str
+    sign: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What there is of a search: (), None and {} where a study has none of it. `raced` says why candidates were given up."""
+
+    importances: tuple[Importance, ...]
+    pareto: Pareto | None
+    raced: dict[str, Raced]
+    tuned: tuple[Tuned, ...]
+
+
+def searched_of(run: RunData, test: pd.DataFrame, scores: Scores, reference: str) -> Searched:
+    """All of it; `scores` are of the objective, on test."""
+    sign, beside = OBJECTIVES[run.study["objective"]].sign, run.study.get("second_objective")
+    return Searched(
+        importances=importances(run.candidates, scores, reference, sign),
+        pareto=pareto_of(scores, soft_scores(test, beside), sign, beside, reference) if beside else None,
+        raced={c.name: c.raced for c in run.candidates if c.raced},
+        tuned=tuned_of(run, sign),
+    )
+
+
+def importances(candidates: Sequence[Candidate], scores: Scores, reference: str, sign: int) -> tuple[Importance, ...]:
+    """One entry per parameter of the search, the most important first; () if fewer than `FEW` candidates have it."""
+    values = {c.name: sign * level(scores, c.name, reference) for c in candidates if c.proposed}
+    known = [c for c in candidates if c.proposed and not math.isnan(values[c.name])]
+    found = []
+    for parameter in dict.fromkeys(name for c in known for name in c.params):
+        having = [c for c in known if parameter in c.params]
+        settings = [c.params[parameter] for c in having]
+        if len(having) >= FEW and len(set(map(str, settings))) > 1:
+            found.append(_importance(parameter, settings, np.array([values[c.name] for c in having])))
+    return tuple(sorted(found, key=lambda i: (-i.share, i.parameter)))
+
+
+def _importance(parameter: str, settings: Sequence[Any], values: npt.NDArray[np.float64]) -> Importance:
+    ranks = stats.rankdata(values)
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in settings)
+    groups = _tertiles(settings) if numbers and len(set(settings)) > NUM_GROUPS else list(map(_text, settings))
+    parts = {group: ranks[[g == group for g in groups]] for group in dict.fromkeys(groups)}
+    k, n = len(parts), len(ranks)
+    if k < 2 or n <= k or np.ptp(values) == 0:
+        share = NAN
+    else:
+        share = max(0.0, (float(stats.kruskal(*parts.values()).statistic) - k + 1) / (n - k))
+    varied = numbers and np.ptp(values) > 0
+    correlation = float(stats.spearmanr(np.array(settings, dtype=np.float64), values).statistic) if varied else NAN
+    best = max(parts, key=lambda group: float(parts[group].mean()))
+    return Importance(parameter, n, share, correlation, best, k)
+
+
+def _tertiles(settings: Sequence[float]) -> list[str]:
+    """The third of the values that each is in, by its range."""
+    numbers = np.array(settings, dtype=np.float64)
+    third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers, side="left")
+    ranges = {t: f"{numbers[third == t].min():.3g} to {numbers[third == t].max():.3g}" for t in set(third.tolist())}
+    return [ranges[t] for t in third.tolist()]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def pareto_of(first: Scores, second: Scores, sign: int, metric: str, reference: str) -> Pareto:
+    """Every candidate with a score in both objectives, the front first, from the best to the worst in the first objective."""
+    objective = OBJECTIVES[metric]
+    means = {name: (level(first, name, reference), level(second, name, reference)) for name in first.tables}
+    known = {name: pair for name, pair in means.items() if not any(map(math.isnan, pair))}
+    signed = {name: (sign * one, objective.sign * other) for name, (one, other) in known.items()}
+    front = {name for name in known if not any(_dominates(pair, signed[name]) for pair in signed.values())}
+    order = sorted(known, key=lambda name: (name not in front, -signed[name][0], name))
+    points = tuple(Point(name, *known[name], name in front) for name in order)
+    return Pareto(metric, objective.title, objective.sign, points)
+
+
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]

@@ -1,0 +1,119 @@
+"""What a search, its racing and tuning, and an opened holdout leave in a run folder of `synthetic_run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def give_up(folder: Path, candidate: str, after: int, incumbent: str) -> None:
+    """Take all splits but the first `after` from a candidate, as a race would have."""
+    record = {"type": "RaceRecord", "candidate": candidate, "incumbent": incumbent}
+    _write(folder / "fits" / candidate / "race.json", record | {"after": after, "difference": -0.05, "p": 0.01})
+    for path in (folder / "fits" / candidate).glob("[0-9]*.json"):
+        if int(path.stem) >= after:
+            path.unlink()
+    table = pd.read_parquet(folder / "results.parquet")
+    table[(table["candidate"] != candidate) | (table["split"] < after)].to_parquet(folder / "results.parquet")
+
+
+def draw_parameters(folder: Path, seed: int = 0) -> dict[str, dict[str, object]]:
+    """Give all proposed candidates parameters: `omega`, which follows their score on test, and two that mean nothing."""
+    generator = np.random.default_rng(seed)
+    table = pd.read_parquet(folder / "results.parquet")
+    rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean")]
+    means, drawn = rows.groupby("candidate")["value"].mean(), {}
+    for path in sorted(folder.glob("fits/*/candidate.json")):
+        record = json.loads(path.read_text())
+        if record["origin"] == "proposed":
+            params = {
+                "omega": float(100 * means[record["name"]] - 70),
+                "lr": float(10 ** generator.uniform(-4, -2)),
+                "loss": str(generator.choice(["dice", "wing"])),
+            }
+            drawn[record["name"]] = params
+            _write(path, record | {"params": params})
+    return drawn
+
+
+def tune(folder: Path, candidate: str, rates: dict[float, float], chosen: float) -> None:
+    """One trial of one fit per learning rate, with its score on validation; the candidate's recipe gets the `chosen` one."""
+    path = folder / "fits" / candidate / "candidate.json"
+    record = json.loads(path.read_text())
+    for number, (rate, score) in enumerate(rates.items()):
+        name = f"{candidate}~{number}"
+        recipe = record["recipe"] | {"optim": record["recipe"]["optim"] | {"lr": rate}}
+        trial = {"type": "CandidateRecord", "name": name, "origin": "tuning", "number": number, "recipe": recipe}
+        _write(folder / "fits" / name / "candidate.json", trial)
+        fit = {"type": "FitResult", "candidate": name, "split": 0, "state": "finished", "score": score}
+        _write(folder / "fits" / name / "000.json", fit | {"duration_s": 5.0})
+    tuned = record["recipe"] | {"optim": record["recipe"]["optim"] | {"lr": chosen}}
+    _write(path, record | {"recipe": tuned})
+    table = pd.read_parquet(folder / "results.parquet")
+    rows = table[(table["candidate"] == candidate) & (table["split"] == 0)]
+    parts = [rows.assign(candidate=f"{candidate}~{number}") for number in range(len(rates))]
+    pd.concat([table, *parts], ignore_index=True).to_parquet(folder / "results.parquet")
+
+
+def hold_out(
+    folder: Path, winner: str, control: str | None, gain: float, opened: int = 1, num_subjects: int = 8
+) -> None:
+    """Hold out subjects, and open them `opened` times: there the winner is better than the control by `gain`."""
+    generator = np.random.default_rng(1)
+    names = [f"9{i:02d}" for i in range(num_subjects)]
+    looks = [{"at": f"2026-11-{20 + i}T10:00:00+00:00", "winner": winner, "control": control} for i in range(opened)]
+    _write(folder / "holdout.json", {"type": "HoldoutRecord", "subjects": names, "opened": looks})
+    if not opened:
+        return
+    level = {name: generator.normal(0.8, 0.03) for name in names}
+    table = pd.read_parquet(folder / "results.parquet")
+    num_splits = int(table["split"].max()) + 1
+    rows = [
+        (candidate, split, name, level[name] + gain * (candidate == winner) + generator.normal(0, 0.01))
+        for candidate in dict.fromkeys(filter(None, (winner, control)))
+        for split in range(num_splits)
+        for name in names
+    ]
+    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
+    about = {"study": "s002_gray_matter", "subset": "holdout", "class": "GM", "reference": "mean"}
+    soft = frame.assign(**about, metric="dice_dml", threshold=np.nan)
+    hard = [soft.assign(metric="dice", threshold=tau) for tau in (0.4, 0.5)]
+    pd.concat([soft, *hard], ignore_index=True).to_parquet(folder / "holdout.parquet")
+
+
+def nest(folder: Path, gain: float, num_outer: int = 5, control: str | None = "hard-sigmoid-dice") -> None:
+    """The folder of a nested study whose winners are better than the control by `gain` on outer test subjects."""
+    generator = np.random.default_rng(2)
+    names = [f"{i:03d}" for i in range(20)]
+    level = {name: generator.normal(0.8, 0.03) for name in names}
+    rows = [
+        (candidate, split, name, level[name] + gain * (candidate == "winner") + generator.normal(0, 0.01))
+        for split in range(num_outer)
+        for name in generator.choice(names, 6, replace=False)
+        for candidate in filter(None, ("winner", control))
+    ]
+    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
+    about = {"study": "nested", "subset": "test", "class": "GM", "reference": "mean", "metric": "dice_dml"}
+    outer = [
+        {
+            "split": split,
+            "run": f"outer/{split:03d}",
+            "winner": ("soft-normrelu-dice", "soft-sigmoid-dice")[split % 2],
+            "validation_score": 0.84,
+            "holdout_score": 0.82,
+            "control_holdout_score": None if control is None else 0.8,
+        }
+        for split in range(num_outer)
+    ]
+    record = {"study": "nested", "objective": "dice_dml", "control": control, "planned": num_outer + 1, "outer": outer}
+    _write(folder / "study.json", {"name": "nested", "question": "Is it < or >?", "nested": {"type": "MonteCarlo"}})
+    _write(folder / "outer.json", record)
+    frame.assign(**about, threshold=np.nan).to_parquet(folder / "outer.parquet")
+
+
+def _write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))

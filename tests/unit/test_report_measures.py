@@ -1,0 +1,179 @@
+"""What a report says beside the objective: planted calibration, volumes, lesions, raters; and nothing of what was not measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, OVERCONFIDENCE, VOLUME_BIAS
+from synthetic_run import CELLS, write_run
+
+from softseg_dist.report.calibration import reliability_of
+from softseg_dist.report.page import write_report
+from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.tables import Summary, summarise
+
+CONTROL = "hard-sigmoid-dice"
+NAMES = CELLS[:3]
+RATERS = ("rater1", "rater2", "rater3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured")
+    return write_run(folder, candidates=NAMES, measured=ALL, sessions=2, raters=RATERS, num_splits=4)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> RunData:
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def summary(run: RunData) -> Summary:
+    return summarise(run)
+
+
+def rows_of(run: RunData, metric: str, candidate: str = CONTROL) -> pd.DataFrame:
+    return run.results[(run.results["metric"] == metric) & (run.results["candidate"] == candidate)]
+
+
+def test_reliability_tables_add_up_over_cases_and_splits(run: RunData, summary: Summary):
+    table = summary.measures.reliability[CONTROL]
+    voxels = rows_of(run, "reliability_voxels").groupby("threshold")["value"].sum()
+    assert table.edges == tuple(voxels.index)
+    assert table.voxels == tuple(voxels)
+    assert table.predicted == pytest.approx([edge + 0.05 for edge in table.edges])
+    assert table.observed == pytest.approx([edge + 0.05 - OVERCONFIDENCE for edge in table.edges])
+    assert table.ece == pytest.approx(OVERCONFIDENCE)
+    assert sum(table.shares) == pytest.approx(1)
+    assert (table.num_cases, table.num_subjects) == (4 * 6 * 2, summary.num_tested)
+
+
+def test_an_empty_bin_has_no_mean_and_no_weight(run: RunData):
+    rows = run.results[run.results["metric"].str.startswith("reliability")].copy()
+    rows.loc[rows["threshold"] == 0.9, "value"] = 0.0
+    table = reliability_of(rows)[CONTROL]
+    assert np.isnan(table.predicted[-1])
+    assert np.isnan(table.observed[-1])
+    assert table.ece == pytest.approx(OVERCONFIDENCE)
+
+
+def test_volumes_agree_up_to_the_planted_bias_one_pair_per_subject(summary: Summary):
+    (agreement,) = summary.measures.agreements[CONTROL]
+    assert len(agreement.subjects) == agreement.limits.n == summary.num_tested
+    assert agreement.limits.bias == pytest.approx(VOLUME_BIAS * np.mean(agreement.true_mm3), rel=0.15)
+    assert agreement.limits.low < agreement.limits.bias < agreement.limits.high
+
+
+def test_a_subject_counts_once_in_volumes_however_often_it_was_tested(run: RunData, summary: Summary):
+    (agreement,) = summary.measures.agreements[CONTROL]
+    rows = rows_of(run, "volume_pred_mm3")
+    subject = agreement.subjects[0]
+    assert agreement.predicted_mm3[0] == pytest.approx(rows.loc[rows["subject"] == subject, "value"].mean())
+
+
+def test_repeatability_is_that_of_subjects_with_two_cases(summary: Summary, tmp_path: Path):
+    repeated = summary.measures.repeatability
+    assert set(repeated) == {"", *NAMES}
+    (reference,), (control,) = repeated[""], repeated[CONTROL]
+    assert (
+        reference.icc.value > control.icc.value > 0.9
+    )  # the reference varies by 5 mm³ between sessions, and by no noise
+    assert (control.icc.num_subjects, control.icc.num_sessions) == (summary.num_tested, 2 * summary.num_tested)
+    assert 0 < reference.variation.value < control.variation.value
+    single = write_run(tmp_path, candidates=NAMES[:1], measured=("volume",), num_splits=2)
+    assert summarise(load_run(single)).measures.repeatability == {}
+
+
+def test_lesions_are_counted_at_the_threshold_of_the_grid(run: RunData, summary: Summary):
+    lesions = summary.measures.lesions[CONTROL]
+    for size, planted in FOUND.items():
+        rows = rows_of(run, f"lesions_found_{size}")
+        rate = lesions.sensitivity[size]
+        assert rate.count == rows.loc[rows["threshold"] == 0.4, "value"].sum()
+        assert rate.total == LESIONS[size] * 4 * 6 * 2
+        assert rate.low < planted < rate.high
+        assert rate.share == pytest.approx(rate.count / rate.total)
+    assert lesions.sensitivity[""].total == sum(lesions.sensitivity[size].total for size in FOUND)
+    false, predicted = rows_of(run, "lesions_false"), rows_of(run, "lesions_predicted")
+    counts = [part.loc[part["threshold"] == 0.4, "value"].sum() for part in (false, predicted)]
+    assert [lesions.false_discovery.count, lesions.false_discovery.total] == counts
+
+
+def test_cases_without_a_surface_are_left_out_and_counted(run: RunData, summary: Summary):
+    for name in NAMES:
+        rows = rows_of(run, "hd95_mm", name)
+        at_grid = rows[rows["threshold"] == 0.4]["value"]
+        surfaces = summary.measures.surfaces[name]
+        assert (surfaces.undefined, surfaces.values) == (at_grid.isna().sum(), len(at_grid))
+        assert 1 < surfaces.hd95_mm < 4
+    assert any(surfaces.undefined for surfaces in summary.measures.surfaces.values())
+
+
+def test_the_scores_of_sites_add_up_to_all_scores(run: RunData, summary: Summary):
+    sites = summary.measures.sites
+    assert [site.site for site in sites] == ["A", "B"]
+    assert sum(site.num_scores for site in sites) == summary.winner.num_scores
+    assert sum(site.num_subjects for site in sites) == summary.num_tested
+    mean = sum(site.one * site.num_scores for site in sites) / summary.winner.num_scores
+    assert mean == pytest.approx(summary.winner.mean)
+    difference = sum(site.crossed.mean * site.crossed.num_pairs for site in sites) / summary.winner.num_scores
+    assert difference == pytest.approx(
+        next(c.crossed.mean for c in summary.comparisons if c.candidate == summary.winner.name)
+    )
+    one_site = dict(run.run["data"]) | {"site_of": dict.fromkeys(run.run["data"]["site_of"], "A")}
+    assert summarise(replace(run, run={"data": one_site})).measures.sites == ()
+
+
+def test_raters_among_themselves_count_every_subject_once(run: RunData, summary: Summary):
+    raters = summary.measures.raters
+    assert raters is not None
+    assert raters.names == RATERS
+    rows = run.results[run.results["metric"] == "inter_rater_dice"]
+    by_subject = rows.groupby("subject", observed=True)["value"].mean()  # the same for all candidates and splits
+    assert raters.inter_rater == pytest.approx(by_subject.mean())
+    assert (raters.low, raters.high) == pytest.approx(tuple(by_subject.quantile([0.25, 0.75])))
+    assert abs(raters.inter_rater - INTER_RATER) < 0.05
+    assert raters.num_subjects == summary.num_tested
+    assert 0.1 < raters.candidates[CONTROL].ged2 < 0.3
+    assert raters.candidates[CONTROL].dice.keys() == set(RATERS)
+
+
+def test_what_is_measured_against_all_raters_is_not_a_rater(summary: Summary):
+    assert set(summary.winner.by_reference) == set(RATERS)
+
+
+def test_uncertainty_stands_by_method(summary: Summary):
+    assert list(summary.measures.uncertainty) == ["mc_dropout", "tta"]
+    for entries in summary.measures.uncertainty.values():
+        assert {entry.name for entry in entries} == set(NAMES)
+        assert 0.3 < entries[0].measures["disagreement_correlation"] < 0.5
+        assert 0.1 < entries[0].measures["entropy"] < 0.3
+
+
+def test_every_figure_has_a_caption_that_says_n(folder: Path):
+    page = write_report(folder).read_text()
+    for section in ("calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
+        assert f'<section id="{section}">' in page
+        assert f'<a href="#{section}">' in page
+    captions = [part.split("</figcaption>")[0] for part in page.split("<figcaption>")[1:]]
+    assert len(captions) == page.count("<img ")
+    assert all("n = " in caption or "(n in the title)" in caption for caption in captions)
+
+
+def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=NAMES, num_splits=2, raters=())
+    record = json.loads((folder / "run.json").read_text())
+    del record["data"]["site_of"]
+    (folder / "run.json").write_text(json.dumps(record))
+    measures = summarise(load_run(folder)).measures
+    assert not any(vars(measures).values())
+    page = write_report(folder).read_text()
+    for section in ("holdout", "search", "calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
+        assert f'id="{section}"' not in page
+    assert 'id="threshold"' in page
