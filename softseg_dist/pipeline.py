@@ -71,6 +71,7 @@ REPORTED = (
     "results.parquet",
     "holdout.json",
     TABLE,
+    "ensemble.parquet",
     "outer.json",
     "outer.parquet",
     "*.py",

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from softseg_dist.report.comparisons import Comparison
+from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.ranking import RULES, Standing
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.report.words import interval, number, p_value

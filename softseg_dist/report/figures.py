@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from softseg_dist.report.comparisons import Comparison
 from softseg_dist.report.effects import Effect
 from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, STYLE, WORSE, colours_of, laid_out
+from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
 from softseg_dist.report.words import interval, number, p_value, verdict
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from softseg_dist.report.comparisons import Comparison
 from softseg_dist.report.effects import Effect, Interaction
+from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
 from softseg_dist.report.words import ALPHA, count, interval, number, p_clause, verdict
 

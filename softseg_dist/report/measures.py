@@ -41,5 +41,5 @@ def measures_of(run: RunData, test: pd.DataFrame, scores: Scores, winner: str, r
         surfaces=surfaces_of(test, run.finished),
         sites=by_site(scores, site_of, winner, reference) if site_of else (),
         raters=raters_of(test, run.finished, list(scores.tables)),
-        uncertainty=uncertainty_of(test),
+        uncertainty=uncertainty_of(test, run.ensemble),
     )

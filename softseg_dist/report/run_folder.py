@@ -62,8 +62,9 @@ class Trial:
 class RunData:
     """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of DESIGN.md.
 
-    `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `holdout` has the rows about held-out
-    subjects, None until they were opened; `holdout_record` says who they are and who has looked, None if nobody is held out.
+    `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `ensemble` has what the fits of winner
+    and control predict together, if that was measured. `holdout` has the rows about held-out subjects, None until they were
+    opened; `holdout_record` says who they are and who has looked, None if nobody is held out.
     """
 
     folder: Path
@@ -75,6 +76,7 @@ class RunData:
     results: pd.DataFrame
     histories: Mapping[tuple[str, int], pd.DataFrame]
     trials: tuple[Trial, ...] = ()
+    ensemble: pd.DataFrame | None = None
     holdout: pd.DataFrame | None = None
     holdout_record: HoldoutRecord | None = None
 
@@ -124,6 +126,7 @@ def load_run(folder: Path) -> RunData:
         results=_results(folder, finished, tuning),
         histories={key: history for key, history in histories.items() if not history.empty},
         trials=tuple(_trial(record, ended) for record in tuning.values()),
+        ensemble=_table(folder / "ensemble.parquet"),
         holdout=_table(folder / "holdout.parquet"),
         holdout_record=_holdout_record(folder / "holdout.json"),
     )

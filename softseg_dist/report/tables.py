@@ -16,11 +16,11 @@ import numpy as np
 
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.thresholds import CURVE
-from softseg_dist.report.comparisons import Comparison, Rival, comparisons_with, rivals_of
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
 from softseg_dist.report.fits import Compute, Training, compute_of, training_of
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
+from softseg_dist.report.paired_tests import Comparison, Rival, comparisons_with, rivals_of
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.recipes import learning_rates, varying_fields
 from softseg_dist.report.run_folder import Candidate, RunData

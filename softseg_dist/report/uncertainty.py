@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,6 +27,7 @@ MEASURES = {  # as `numerics.uncertainty` names them
     "dice_dml": "soft Dice (DML form)",
     "brier": "Brier score",
     "ece": "ECE",
+    "members": "fits",
 }
 
 
@@ -39,11 +41,15 @@ class Uncertainty:
     num_subjects: int
 
 
-def uncertainty_of(test: pd.DataFrame) -> dict[str, tuple[Uncertainty, ...]]:
-    """By method: one entry for every candidate it was measured for; {} if none was."""
-    there = set(test["metric"].unique())
+def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[Uncertainty, ...]]:
+    """By method: one entry for every candidate it was measured for; {} if none was.
+
+    Args:
+        tables: rows on test. An ensemble over splits has a table of its own, in which its one split is -1.
+    """
+    known = [(table, set(table["metric"].unique())) for table in tables if table is not None]
     found = {}
-    for method in METHODS:
+    for (test, there), method in itertools.product(known, METHODS):
         mine = [metric for measure in MEASURES if (metric := f"{method}_{measure}") in there]
         if not mine:
             continue

@@ -177,3 +177,22 @@ def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
     for section in ("holdout", "search", "calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
         assert f'id="{section}"' not in page
     assert 'id="threshold"' in page
+
+
+def test_an_ensemble_over_splits_is_read_from_its_own_table(tmp_path: Path):
+    rows = pd.read_parquet(
+        write_run(tmp_path, candidates=NAMES[:2], measured=("uncertainty",), num_splits=2) / "results.parquet"
+    )
+    tta = rows[rows["metric"].str.startswith("tta_") & (rows["split"] == 0)]
+    ensemble = tta.assign(split=-1, metric=tta["metric"].str.replace("tta", "ensemble"))
+    members = (
+        ensemble.groupby(["candidate", "subject"])
+        .head(1)
+        .assign(metric="ensemble_members", reference="mean", value=2.0)
+    )
+    pd.concat([ensemble, members]).to_parquet(tmp_path / "ensemble.parquet")
+    measured = summarise(load_run(tmp_path)).measures.uncertainty
+    assert list(measured) == ["mc_dropout", "tta", "ensemble"]
+    assert {entry.name for entry in measured["ensemble"]} == set(NAMES[:2])
+    assert measured["ensemble"][0].measures["members"] == 2
+    assert measured["ensemble"][0].num_subjects == 6
