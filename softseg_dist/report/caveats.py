@@ -92,6 +92,7 @@ def _training(summary: Summary) -> list[str]:
         found.append(
             f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}."
         )
+    found += [f"{name}: {note}." for name, note in summary.notes.items()]
     if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
         found.append(
             f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "

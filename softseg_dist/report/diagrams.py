@@ -121,8 +121,8 @@ def rater_figure(raters: Raters, names: Sequence[str]) -> Figure:
         figure = Figure(figsize=(8.2, 0.27 * len(names) + 1.0), layout="constrained")
         axis = figure.subplots()
         if math.isfinite(raters.inter_rater):
-            axis.axvspan(raters.low, raters.high, color=GRID, label="raters among themselves, quartiles of subjects")
-            axis.axvline(raters.inter_rater, color=INK, linewidth=1.2, label="their mean")
+            axis.axvspan(raters.low, raters.high, color=GRID, label="raters in pairs, quartiles")
+            axis.axvline(raters.inter_rater, color=INK, linewidth=1.2, label="raters in pairs, mean")
         for i, rater in enumerate(raters.names):
             marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
             dice = [raters.candidates[name].dice[rater] for name in names]

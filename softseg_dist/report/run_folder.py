@@ -37,7 +37,8 @@ class Candidate:
     """A candidate as recorded: its name, the JSON of its recipe, and whether a search proposed it.
 
     `recipe` is the one that was trained, `planned` the one of the study file, which may have been tuned since; {} for a
-    proposed one, whose `params` the search drew. `raced` is None unless it was given up early.
+    proposed one, whose `params` the search drew. `raced` is None unless it was given up early; `note` is what a reader of its
+    results should know.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Candidate:
     planned: Mapping[str, Any]
     params: Mapping[str, Any]
     raced: Raced | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def _candidates(
             planned=fixed.get(name) or {},
             params=records.get(name, {}).get("params") or {},
             raced=_raced(folder, name),
+            note=records.get(name, {}).get("note") or "",
         )
         for name in dict.fromkeys([*fixed, *asked, *(fit.candidate for fit in fits)])
     )

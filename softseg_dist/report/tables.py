@@ -71,6 +71,7 @@ class Summary:
     measures: Measures
     training: tuple[Training, ...]
     failures: dict[str, str]
+    notes: dict[str, str]
     compute: Compute
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
@@ -133,6 +134,7 @@ def summarise(run: RunData) -> Summary:
         measures=measures_of(run, test, scores, ranking[0].name, reference),
         training=training,
         failures={f"{fit.candidate}/{fit.split:03d}": fit.reason for fit in run.fits if fit.state == "failed"},
+        notes={candidate.name: candidate.note for candidate in run.candidates if candidate.note},
         compute=compute_of(run),
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),

@@ -10,7 +10,10 @@ import pandas as pd
 import pytest
 from synthetic_measures import ALL
 from synthetic_run import CELLS, write_run
+from typer.testing import CliRunner
 
+from softseg_dist.cli import app
+from softseg_dist.errors import UserError
 from softseg_dist.report.page import summary_latex, write_csv
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import Summary, summarise
@@ -63,3 +66,12 @@ def test_latex_needs_no_package_and_says_n(folder: Path, summary: Summary):
 def test_names_are_escaped_for_latex(tmp_path: Path):
     folder = write_run(tmp_path, candidates=["hard-sigmoid-dice"], proposed=["trial_1&2"], num_splits=2)
     assert r"trial\_1\&2" in summary_latex(folder)
+
+
+def test_the_command_writes_csv_prints_latex_and_does_one_thing_at_a_time(folder: Path):
+    written = CliRunner().invoke(app, ["report", str(folder), "--csv"]).output.split()
+    assert str(folder / "report" / "ranking.csv") in written
+    assert all(Path(path).is_file() for path in written)
+    assert CliRunner().invoke(app, ["report", str(folder), "--latex"]).output.strip() == summary_latex(folder).strip()
+    refused = CliRunner().invoke(app, ["report", str(folder), "--csv", "--json"])
+    assert isinstance(refused.exception, UserError)

@@ -249,3 +249,12 @@ def test_a_nested_study_without_a_control_compares_nothing(tmp_path: Path):
     assert outer_table(outer).difference is None
     assert "control" not in outer_answer(outer_table(outer))
     assert write_outer_page(outer, tmp_path).is_file()
+
+
+def test_a_note_of_the_ledger_is_read_with_care(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
+    path = folder / "fits" / CELLS[1] / "candidate.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"note": "every learning rate that was tried has failed"})
+    )
+    assert f"{CELLS[1]}: every learning rate that was tried has failed." in caveats(summary_of(folder))
