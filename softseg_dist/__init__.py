@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.smoothing import Smoothing as Smoothing
     from softseg_dist.numerics.smoothing import UniformSmoothing as UniformSmoothing
     from softseg_dist.study import Optim as Optim
+    from softseg_dist.study import Race as Race
     from softseg_dist.study import Recipe as Recipe
     from softseg_dist.study import Resources as Resources
     from softseg_dist.study import Search as Search
@@ -109,7 +110,7 @@ _HOME = {
     "softseg_dist.numerics.networks": ("Network", "UNet"),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
-    "softseg_dist.study": ("Optim", "Recipe", "Resources", "Search", "Study", "factorial"),
+    "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "factorial"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __version__ = "0.1.0"

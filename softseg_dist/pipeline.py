@@ -36,8 +36,8 @@ from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.cluster import check_submitter, one_ray
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
+from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.search.run import run_search
-from softseg_dist.search.searcher import sample_proposals
 from softseg_dist.search.session import Outcome
 from softseg_dist.search.spool import SPOOL
 from softseg_dist.search.tracking import Tracker, default_uri, run_id_of, without_password
@@ -187,7 +187,7 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
         finally:
             for line in tracker.close(status):
                 progress.note(line)
-            copy.push(SPOOL, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
+            copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
     return Finished(run.uri, outcome, page, model, tracker.uri)
 
 

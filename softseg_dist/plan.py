@@ -15,7 +15,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.searcher import sample_proposals
+from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import describe
 

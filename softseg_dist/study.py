@@ -67,15 +67,30 @@ class Recipe(Frozen):
     _check_fusion = field_validator("fusion")(check_fusion)
 
 
+class Race(Frozen):
+    """Stop early what is significantly worse on validation than a candidate that has run all splits: see `search.race`.
+
+    Decided from the split number `start` on. `level` is the chance that a candidate which is as good as the best one is put out
+    at all, whenever; smaller is safer and dearer. Only proposed candidates are raced; with `fixed` those of the study file,
+    too, but never the control.
+    """
+
+    start: int = Field(3, ge=2)
+    level: float = Field(0.1, gt=0, lt=0.5)
+    fixed: bool = False
+
+
 class Search(Frozen):
     """Let Optuna propose candidates: `propose(trial) -> Recipe` is define-by-run, conditional spaces are plain `if`.
 
     `startup_trials` random candidates come before the TPE model is used. Enqueued candidates do not count as trials.
+    `race=None` runs all splits of every candidate.
     """
 
     propose: Callable[..., Any]
     trials: PositiveInt = 20
     startup_trials: PositiveInt = 10
+    race: Race | None = Race()
 
     def __init__(self, propose: Callable[..., Any] | Mapping[str, str], **fields: Any) -> None:
         super().__init__(propose=propose, **fields)  # type: ignore[call-arg]
@@ -106,8 +121,9 @@ class Study(Frozen):
 
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
-    since losses of different candidates are not comparable. `uncertainty` has what every fit measures on its test cases
-    (see `numerics.uncertainty`), and the winner's and the control's fits together. `subjects` keeps the first N subjects only.
+    since losses of different candidates are not comparable. A search optimises `second_objective` as well; best epochs, ranking
+    and tests stay on `objective`. `uncertainty` has what every fit measures on its test cases (see `numerics.uncertainty`), and
+    the winner's and the control's fits together. `subjects` keeps the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
     they are opened once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
@@ -122,6 +138,7 @@ class Study(Frozen):
     preprocess: Preprocess = Preprocess()
     splits: Splits
     objective: str = "dice_dml"
+    second_objective: str | None = None
     candidates: dict[str, Recipe] = {}
     control: str | None = None
     search: Search | None = None
@@ -139,10 +156,10 @@ class Study(Frozen):
             raise ValueError(f"a study's name becomes a folder: letters, digits, '.', '_' and '-' only, got {value!r}")
         return value
 
-    @field_validator("objective")
+    @field_validator("objective", "second_objective")
     @classmethod
-    def _known_objective(cls, value: str) -> str:
-        if value not in OBJECTIVES:
+    def _known_objective(cls, value: str | None) -> str | None:
+        if value is not None and value not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(sorted(OBJECTIVES))}, got {value!r}")
         return value
 
@@ -167,6 +184,8 @@ class Study(Frozen):
     def _consistent(self) -> Self:
         if not self.candidates and self.search is None:
             raise ValueError("a study needs candidates=..., search=..., or both")
+        if self.second_objective == self.objective:
+            raise ValueError(f"second_objective must differ from the objective, got {self.objective!r} for both")
         for name, recipe in self.candidates.items():
             if not NAME.fullmatch(name):
                 raise ValueError(
@@ -186,6 +205,11 @@ class Study(Frozen):
                 f"no candidate of a nested study may be named {WINNER!r}: its results are told under that name"
             )
         return self
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What a search optimises: the objective, and the second one if there is one."""
+        return (self.objective,) if self.second_objective is None else (self.objective, self.second_objective)
 
     def held_out(self, sites: Mapping[str, str]) -> tuple[str, ...]:
         """Who of the subjects (person -> site) is in no split; () without `holdout`. Raises UserError on unknown names."""

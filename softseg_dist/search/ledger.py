@@ -1,6 +1,6 @@
 """The ledger: the run folder's record of the study, its candidates and every fit that has ended.
 
-    study.json  splits.json  store.json  holdout.json  fits/<candidate>/candidate.json  fits/<candidate>/<split>.json
+    study.json  splits.json  store.json  holdout.json  fits/<candidate>/  candidate.json  race.json  <split>.json
 
 It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
 filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
@@ -36,15 +36,36 @@ class CandidateRecord(Frozen):
     """A candidate as it was first emitted.
 
     `number` is its place in the order asked, among its own kind: Optuna's trial number for a proposed one. `recipe` is JSON, so
-    that it can be read without the study file. `params` and `distributions` (JSON of each) are Optuna's.
+    that it can be read without the study file; with `tune_each` it has the learning rate that was chosen, and is recorded then.
+    `params` and `distributions` (JSON of each) are Optuna's. A "tuning" candidate is a learning rate that is tried for a fixed one.
+    `note` is what a reader of the results should know.
     """
 
     name: str
-    origin: Literal["fixed", "proposed"]
+    origin: Literal["fixed", "proposed", "tuning"]
     number: int
     recipe: dict[str, Any]
     params: dict[str, Any] = {}
     distributions: dict[str, str] = {}
+    note: str = ""
+
+
+class RaceRecord(Frozen):
+    """A candidate that gets no more splits, since it is significantly worse than the `incumbent`, which has run fully.
+
+    `after` splits that both had, its mean paired `difference` to the incumbent was that, in the objective's own unit, with the
+    one-sided `p`; the second objective's, if there is one, likewise. `told` is what Optuna is told as its values: the
+    incumbent's means plus the differences.
+    """
+
+    candidate: str
+    incumbent: str
+    after: int
+    difference: float
+    p: float
+    second_difference: float | None = None
+    second_p: float | None = None
+    told: tuple[float, ...] = ()
 
 
 class Opening(Frozen):
@@ -140,6 +161,10 @@ class Ledger:
         """Record a fit that has ended, finished or failed: it never runs again."""
         self._write(f"fits/{result.candidate}/{result.split:03d}.json", json.dumps(json_of(result), indent=1))
 
+    def write_race(self, record: RaceRecord) -> None:
+        """Record that a candidate gets no more splits, for good."""
+        self._write(f"fits/{record.candidate}/race.json", json.dumps(json_of(record), indent=1))
+
     def candidates(self) -> dict[str, CandidateRecord]:
         """All recorded candidates by name: the fixed ones first, each kind in the order asked.
 
@@ -189,6 +214,15 @@ class Ledger:
         if (record := _parsed(HoldoutRecord, data)) is None:
             raise UserError(f"{self.folder}/holdout.json: not the record of held-out subjects; restore it")
         return record
+
+    def races(self) -> dict[str, RaceRecord]:
+        """The candidates that lost their race, by name. A record that cannot be read is left out: the race decides again."""
+        found = {}
+        for name in self.candidates():
+            data = self._read(f"fits/{name}/race.json", torn={})
+            if data is not None and (record := _parsed(RaceRecord, data)) is not None and record.candidate == name:
+                found[name] = record
+        return found
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""

@@ -97,6 +97,7 @@ def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, reso
             recipe=recipe,
             split=split,
             objective=study.objective,
+            second_objective=study.second_objective,
             uncertainty=study.uncertainty,
             store=store,
             store_fingerprint=fingerprint,

@@ -1,31 +1,24 @@
-"""Which fit runs next: fixed candidates first, the control before all, then what Optuna proposes.
+"""Which fit runs next: fixed candidates first, the control before all, then what Optuna proposes, as long as it keeps up.
 
-Only this module knows Optuna, and it knows nothing of Ray: it hands out `FitTask`s and is told what became of them. All
-its state can be rebuilt from the ledger. Proposals are the same again only if results arrive in the same order, as they do
-with one fit at a time.
+Knows no Ray: it hands out `FitTask`s and is told what became of them. All its state can be rebuilt from the ledger. Proposals
+and races are the same again only if results arrive in the same order, as they do with one fit at a time.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import optuna
-from optuna.distributions import CategoricalDistribution, distribution_to_json, json_to_distribution
-from optuna.samplers import TPESampler
-from optuna.trial import TrialState, create_trial
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.study import Recipe, Study
-from softseg_dist.study_file import describe
+from softseg_dist.search.candidate import Candidate, Origin
+from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
+from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
+from softseg_dist.search.race import look, num_looks, raced_out
+from softseg_dist.study import Race, Recipe, Study
 from softseg_dist.training.task import FitResult, FitTask
 
 MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
@@ -38,43 +31,19 @@ MakeTask = Callable[[str, Recipe, Split, int], FitTask]
 """(candidate, recipe, split, attempt) -> the task, with the folders and resources that a searcher need not know."""
 
 
-@dataclass
-class Candidate:
-    """A candidate in this session: what it still has to run, what runs, and what came out."""
-
-    name: str
-    recipe: Recipe
-    todo: deque[tuple[Split, int]]  # with the attempt that is due
-    running: set[int] = field(default_factory=set)
-    results: dict[int, FitResult] = field(default_factory=dict)
-    lost: dict[int, str] = field(default_factory=dict)  # split -> why it was given up in this session
-    moves: Counter[int] = field(default_factory=Counter)  # split -> machines lost in this session
-    trial: optuna.Trial | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Nothing of it runs or is left to run in this session."""
-        return not self.todo and not self.running
-
-    @property
-    def failed(self) -> bool:
-        """One of its fits has no score."""
-        return bool(self.lost) or any(result.score is None for result in self.results.values())
-
-    @property
-    def mean_score(self) -> float:
-        """Mean of the objective on validation over splits."""
-        scores = [result.score for result in self.results.values() if result.score is not None]
-        return sum(scores) / len(scores)
-
-
 class StudySearcher:
     """Emits the fits of a study and keeps ledger and Optuna up to date.
 
-    A candidate's splits are emitted in order. A new candidate is proposed only when the open ones have nothing left to emit,
-    so each proposal knows as many results as possible and no worker waits. A failed fit (a loss that is not finite) is final: a
-    fixed candidate runs its other splits, so that the report can count failures; a proposed one emits no more and Optuna is told
-    FAIL. Fixed candidates are no Optuna trials.
+    Splits are emitted breadth-first: of all open candidates the one with the lowest split is next. A candidate in the race
+    (proposed, or fixed with `Race(fixed=True)`, but never the control) runs `Race.start` splits so; from then on it waits for
+    each of its results, since it may be raced out, and the one that looks best goes first, so that the next to have run fully,
+    against which all others are tested, is a good one. Only the leader waits for nothing: it emits all its splits as long as it
+    looks no worse than the best that has run fully, or none has. A new candidate is proposed only when the open ones have
+    nothing to emit now, so each proposal knows as many results as possible; with a race all startup trials, which
+    are drawn at random anyway, are opened at once. No worker waits: where nothing else is left, those that wait emit.
+
+    A failed fit (a loss that is not finite) is final: a fixed candidate runs its other splits, so that the report can count
+    failures; a proposed one emits no more and Optuna is told FAIL. Fixed candidates are no Optuna trials.
 
     Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
     """
@@ -83,20 +52,16 @@ class StudySearcher:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
         self.candidates: dict[str, Candidate] = {}
         self.stopped = False
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        direction = "maximize" if OBJECTIVES[study.objective].sign > 0 else "minimize"
-        self._optuna = optuna.create_study(direction=direction, pruner=optuna.pruners.NopPruner())
-        self._asked = 0  # trials that Optuna knows; the number of the next one
+        self._best: Candidate | None = None  # of those that have run fully
+        self._signs = tuple(OBJECTIVES[name].sign for name in study.objectives)
+        race = study.search.race if study.search else None
+        self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
+        self._optuna = OptunaStudy(study, ledger.working / OPTUNA_LOG) if study.search else None
         self._replay()
 
     def next_fit(self) -> FitTask | None:
         """The next fit to start; None if there is nothing to start now (see `ended`)."""
-        if self.stopped:
-            return None
-        candidate = next((c for c in self.candidates.values() if c.todo), None)
-        if candidate is None and self._asked < self._trials:
-            candidate = self._propose(self._asked)
-        if candidate is None:
+        if self.stopped or (candidate := self._next()) is None:
             return None
         split, attempt = candidate.todo.popleft()
         candidate.running.add(split.index)
@@ -107,13 +72,13 @@ class StudySearcher:
         """No fit runs and none will be emitted any more."""
         if any(c.running for c in self.candidates.values()):
             return False
-        return self.stopped or (all(c.ended for c in self.candidates.values()) and self._asked >= self._trials)
+        return self.stopped or (all(c.ended for c in self.candidates.values()) and not self._num_to_ask)
 
     @property
     def num_planned(self) -> int:
-        """Fits of the whole study, the ended ones included; those a failed proposal will not run are left out."""
-        asked = sum(len(c.results) + len(c.lost) + len(c.todo) + len(c.running) for c in self.candidates.values())
-        return asked + max(0, self._trials - self._asked) * len(self.splits)
+        """Fits of the whole study, the ended ones included; those that a race or a failure saves are left out once it has."""
+        asked = sum(candidate.num_planned for candidate in self.candidates.values())
+        return asked + self._num_to_ask * len(self.splits)
 
     def finish(self, result: FitResult) -> None:
         """A fit has ended, finished or failed: record it."""
@@ -121,6 +86,8 @@ class StudySearcher:
         self.ledger.write_result(result)
         candidate.running.discard(result.split)
         candidate.results[result.split] = result
+        if self._optuna and self._optuna.is_open(candidate.name) and result.score is not None:
+            self._optuna.score(candidate.name, result.split, result.score)
         self._settle(candidate)
 
     def lose(self, task: FitTask, reason: str, node_lost: bool = False) -> bool:
@@ -132,13 +99,12 @@ class StudySearcher:
         """
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
-        given_up = candidate.trial is not None and candidate.failed
         candidate.moves[task.split.index] += node_lost
         attempt = task.attempt if node_lost else task.attempt + 1
-        again = attempt < MAX_ATTEMPTS and candidate.moves[task.split.index] <= MAX_MOVES and not given_up
+        again = attempt < MAX_ATTEMPTS and candidate.moves[task.split.index] <= MAX_MOVES and not candidate.closed
         if again:
-            candidate.todo.appendleft((task.split, attempt))
-        else:
+            candidate.again(task.split, attempt)
+        elif candidate.raced is None:
             candidate.lost[task.split.index] = reason
         self._settle(candidate)
         return again
@@ -147,58 +113,136 @@ class StudySearcher:
         """A fit was asked to stop and did; it goes on from its checkpoint in another session."""
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
-        candidate.todo.appendleft((task.split, task.attempt))
+        candidate.again(task.split, task.attempt)
 
     def stop(self) -> None:
         """Emit nothing more."""
         self.stopped = True
 
+    # What is next.
+
+    def _next(self) -> Candidate | None:
+        """Whose split is emitted next."""
+        open_ones = [c for c in self.candidates.values() if c.todo and not c.tuning]
+        leader = self._leader(open_ones)
+        free = [c for c in open_ones if c is leader or not self._waits(c)]
+        if not free and (opened := self._propose_more()) is not None:
+            return opened
+        return min(free or open_ones, key=self._order, default=None)
+
+    def _waits(self, candidate: Candidate) -> bool:
+        """May what is known soon put it out of the race?"""
+        return self._is_underway(candidate) and (bool(candidate.running) or self._best is None)
+
+    def _order(self, candidate: Candidate) -> tuple[float, float, float]:
+        """Breadth-first; those that are underway in the race come last, the best-looking first."""
+        if not self._is_underway(candidate):
+            return float(candidate.todo[0][0].index), 0.0, 0.0
+        first, then = self._look(candidate)
+        return float(len(self.splits)), -first, -then
+
+    def _leader(self, open_ones: Sequence[Candidate]) -> Candidate | None:
+        """The candidate in the race that looks best, if none has run fully or it looks no worse than the best of those."""
+        underway = [c for c in open_ones if self._is_underway(c) and len(c.results) >= self._start]
+        leader = max(underway, key=self._look, default=None)
+        return leader if leader and (self._best is None or self._look(leader)[0] >= 0) else None
+
+    def _look(self, candidate: Candidate) -> tuple[float, float]:
+        """How good a candidate looks, to be compared as it is."""
+        scores = candidate.scores
+        return look(self._signs[0], scores, self._best.scores if self._best else None) if scores else (-math.inf, 0.0)
+
+    def _is_underway(self, candidate: Candidate) -> bool:
+        return self._is_raced(candidate) and candidate.num_emitted >= self._start
+
+    def _is_raced(self, candidate: Candidate) -> bool:
+        if self._race is None or candidate.origin == "tuning" or candidate.name == self.study.control:
+            return False
+        return candidate.origin == "proposed" or self._race.fixed
+
     @property
-    def _trials(self) -> int:
-        return self.study.search.trials if self.study.search else 0
+    def _start(self) -> int:
+        return self._race.start if self._race else len(self.splits)
+
+    @property
+    def _num_to_ask(self) -> int:
+        return self.study.search.trials - self._optuna.asked if self.study.search and self._optuna else 0
+
+    def _propose_more(self) -> Candidate | None:
+        """Open what Optuna proposes next, with a race all startup trials together; returns the first."""
+        if self._num_to_ask <= 0:
+            return None
+        assert self.study.search is not None
+        assert self._optuna is not None
+        startup = min(self.study.search.startup_trials, self.study.search.trials) - self._optuna.asked
+        first = self._propose()
+        for _ in range(startup - 1 if self._race else 0):
+            self._propose()
+        return first
+
+    # What follows from results.
+
+    def _full(self) -> dict[str, Candidate]:
+        """The candidates that have run all splits, so that others can be tested against them."""
+        return {
+            name: c
+            for name, c in self.candidates.items()
+            if c.origin != "tuning" and c.raced is None and len(c.results) == len(self.splits) == len(c.scores)
+        }
 
     def _settle(self, candidate: Candidate) -> None:
-        if candidate.trial is None:
-            return
-        if candidate.failed:
-            candidate.todo.clear()
-        if not candidate.ended:
-            return
-        if candidate.failed:
-            self._optuna.tell(candidate.trial, state=TrialState.FAIL)
-        else:
-            self._optuna.tell(candidate.trial, candidate.mean_score)
-        candidate.trial = None
+        """Draw the conclusions from what has just become of a candidate."""
+        if candidate.closed:
+            candidate.drop()
+        self._run_race()
+        for other in self.candidates.values():
+            if self._optuna and other.ended and self._optuna.is_open(other.name):
+                self._optuna.tell(other.name, _told(other), _raced_by(other))
 
-    def _open(self, name: str, recipe: Recipe, results: dict[int, FitResult]) -> Candidate:
-        todo = deque((split, 0) for split in self.splits if split.index not in results)
-        candidate = self.candidates[name] = Candidate(name, recipe, todo, results=results)
-        return candidate
+    def _run_race(self) -> None:
+        """Put out whoever loses now. Depends on the results alone, so that a resumed session decides the same."""
+        if self._race is None or not (full := self._full()):
+            return
+        self._best = max(full.values(), key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
+        opponents = [self._best] if len(self._signs) == 1 else list(full.values())
+        scores = {opponent.name: opponent.scores for opponent in opponents}
+        for candidate in self.candidates.values():
+            if self._is_raced(candidate) and candidate.todo and not candidate.failed:
+                own = candidate.name, candidate.scores
+                record = raced_out(self._race, len(self.splits), self._signs, own, scores)
+                if record is not None:
+                    self.ledger.write_race(record)
+                    candidate.raced = record
+                    candidate.drop()
+
+    # From the ledger.
 
     def _replay(self) -> None:
         """Bring candidates and Optuna to where the ledger says they were."""
         results: dict[str, dict[int, FitResult]] = {}
         for (name, split), result in self.ledger.results().items():
             results.setdefault(name, {})[split] = result
-        records = self.ledger.candidates()
+        records, races = self.ledger.candidates(), self.ledger.races()
         for number, (name, recipe) in enumerate(_control_first(self.study)):
             if self.study.search and PROPOSED.fullmatch(name):
                 raise UserError(
                     f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name"
                 )
             if name not in records:
-                self.ledger.write_candidate(_record(name, "fixed", number, recipe))
-            self._open(name, recipe, results.get(name, {}))
+                self.ledger.write_candidate(
+                    CandidateRecord(name=name, origin="fixed", number=number, recipe=json_of(recipe))
+                )
+            self._open(name, recipe, "fixed", results.get(name, {}), races.get(name))
         proposed = {record.number: record for record in records.values() if record.origin == "proposed"}
         for number in range(max(proposed, default=-1) + 1):
             if number in proposed:
-                self._recall(proposed[number], results.get(proposed[number].name, {}))
+                name = proposed[number].name
+                self._recall(proposed[number], results.get(name, {}), races.get(name))
             else:
-                self._propose(
-                    number
-                )  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
+                self._propose()  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
+        self._run_race()
 
-    def _recall(self, record: CandidateRecord, results: dict[int, FitResult]) -> None:
+    def _recall(self, record: CandidateRecord, results: dict[int, FitResult], race: RaceRecord | None) -> None:
         """A proposed candidate of an earlier session: told as it ended, or open again."""
         recipe = Recipe.model_validate(record.recipe)
         if json_of(recipe) != record.recipe:
@@ -207,121 +251,50 @@ class StudySearcher:
                 "undo the change, or give the study a new name"
             )
         failed = any(result.score is None for result in results.values())
-        if not failed and len(results) < len(self.splits):
-            self._optuna.enqueue_trial(record.params)
-            self._propose(record.number, record, results)
+        if not failed and race is None and len(results) < len(self.splits):
+            self._propose(record, results)
             return
-        candidate = self._open(record.name, recipe, results)
-        candidate.todo.clear()
-        self._asked += 1
-        self._optuna.add_trial(
-            create_trial(
-                params=record.params,
-                distributions={name: json_to_distribution(text) for name, text in record.distributions.items()},
-                state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                value=None if failed else candidate.mean_score,
-            )
-        )
+        assert self._optuna is not None
+        candidate = self._open(record.name, recipe, "proposed", results, race)
+        candidate.drop()
+        scores = {split: result.score for split, result in results.items() if result.score is not None}
+        self._optuna.add(record, _told(candidate), scores, _raced_by(candidate))
 
     def _propose(
-        self, number: int, known: CandidateRecord | None = None, results: dict[int, FitResult] | None = None
+        self, known: CandidateRecord | None = None, results: Mapping[int, FitResult] | None = None
     ) -> Candidate:
-        """Ask Optuna for trial `number`; a `known` one gets its recorded parameters back."""
-        assert self.study.search is not None
-        self._optuna.sampler = _sampler(self.study, number)
-        trial = self._optuna.ask()
-        assert trial.number == number == self._asked, (trial.number, number, self._asked)
-        self._asked += 1
-        recipe = proposed_recipe(self.study, trial)
-        record = _record(f"trial-{number:03d}", "proposed", number, recipe, trial)
+        """Open the next trial; a `known` one gets its recorded parameters and its results back."""
+        assert self._optuna is not None
+        record, recipe = self._optuna.ask(known)
         if known is None:
             self.ledger.write_candidate(record)
-        elif known.recipe != record.recipe:
-            raise UserError(
-                f"trial {number}: propose() gave another recipe than before for {_show(trial.params)}; "
-                "it must depend on the trial alone: undo the change, or give the study a new name"
-            )
-        candidate = self._open(record.name, recipe, results or {})
-        candidate.trial = trial
+        candidate = self._open(record.name, recipe, "proposed", dict(results or {}))
+        for split, result in candidate.results.items():
+            if result.score is not None:
+                self._optuna.score(record.name, split, result.score)
+        return candidate
+
+    def _open(
+        self, name: str, recipe: Recipe, origin: Origin, results: dict[int, FitResult], race: RaceRecord | None = None
+    ) -> Candidate:
+        todo = deque((split, 0) for split in self.splits if split.index not in results and race is None)
+        candidate = Candidate(name, recipe, origin, self.study.objectives, todo, results=results, raced=race)
+        self.candidates[name] = candidate
         return candidate
 
 
-def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
-    """What `propose` gives for a trial. Raises UserError, naming the trial, if that cannot be used."""
-    assert study.search is not None
-    number = trial.number
-    try:
-        recipe = study.search.propose(trial)
-    except Exception as error:
-        raise UserError(
-            f"trial {number}: propose() raised {describe(error)}; parameters {_show(trial.params)}"
-        ) from error
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"trial {number}: propose() must return a Recipe, got {type(recipe).__name__}")
-    for name, distribution in trial.distributions.items():
-        for choice in distribution.choices if isinstance(distribution, CategoricalDistribution) else ():
-            if not isinstance(choice, str | int | float | None):
-                raise UserError(
-                    f"trial {number}: parameter {name!r} has the choice {choice!r}, which cannot be stored; "
-                    "suggest names or numbers and look the object up in propose()"
-                )
-    try:
-        study.check_recipe(f"trial-{number:03d}", recipe)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return recipe
+def _told(candidate: Candidate) -> tuple[float, ...] | None:
+    """What Optuna is told of a candidate that has ended: None if it failed."""
+    if candidate.raced is None or candidate.failed:
+        return candidate.means
+    return candidate.raced.told
 
 
-def sample_proposals(study: Study, count: int = 3) -> dict[str, Recipe]:
-    """A few recipes of `propose`, drawn at random and thrown away, so that its mistakes show before the first fit.
-
-    Raises UserError as the search would.
-    """
-    if study.search is None:
-        return {}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.RandomSampler(seed=seed_of(study.seed, "sample") % 2**32)
-    trials = optuna.create_study(sampler=sampler)
-    return {f"trial-{number:03d}": proposed_recipe(study, trials.ask()) for number in range(count)}
+def _raced_by(candidate: Candidate) -> str:
+    return candidate.raced.incumbent if candidate.raced else ""
 
 
 def _control_first(study: Study) -> list[tuple[str, Recipe]]:
     return sorted(
         study.candidates.items(), key=lambda item: item[0] != study.control
     )  # stable: the others keep their order
-
-
-def _sampler(study: Study, number: int) -> TPESampler:
-    """Seeded by the trial's number: one sampler for all would repeat its first draws after a resume.
-
-    All arguments that matter are named, since Optuna's defaults have changed between versions. `group` models conditional
-    parameters jointly; `constant_liar` keeps candidates that run at the same time apart.
-    """
-    assert study.search is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # `group` may change; the lock file pins Optuna
-        return TPESampler(
-            n_startup_trials=study.search.startup_trials,
-            n_ei_candidates=24,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            seed=seed_of(study.seed, "trial", number) % 2**32,
-        )
-
-
-def _record(name: str, origin: Any, number: int, recipe: Recipe, trial: optuna.Trial | None = None) -> CandidateRecord:
-    return CandidateRecord(
-        name=name,
-        origin=origin,
-        number=number,
-        recipe=json_of(recipe),
-        params=dict(trial.params) if trial else {},
-        distributions={k: distribution_to_json(d) for k, d in trial.distributions.items()} if trial else {},
-    )
-
-
-def _show(params: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in params.items()) or "none yet"

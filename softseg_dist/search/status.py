@@ -28,13 +28,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class CandidateStatus:
-    """One candidate: its fits that ended with a score, those that failed, and the mean score on validation so far."""
+    """One candidate: its fits that ended with a score, those that failed, and the mean score on validation so far.
+
+    `left` of its splits have not ended: none if it was `raced_out`, or has failed and is not one of the study file.
+    """
 
     name: str
     finished: int
     failed: int
     splits: int
     mean: float | None
+    left: int
+    raced_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def status_of(run: str) -> RunStatus:
         files = place.walk()
         ended = {name for name in files if _is_result(name)}
         known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
+        raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
         names = ["study.json", "splits.json", *sorted(known), *sorted(ended)]
         read = dict(zip(names, readers.map(lambda name: _json(place / name), names), strict=True))
         study, splits = read["study.json"], read["splits.json"]
@@ -87,13 +93,14 @@ def status_of(run: str) -> RunStatus:
         running = _running(place, files, ended, study, readers)
     proposed = [record["name"] for record in map(read.get, known) if record and record["origin"] == "proposed"]
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
-    candidates = tuple(_candidate(name, results, len(splits)) for name in [*study["candidates"], *sorted(proposed)])
+    candidates = tuple(
+        _candidate(name, results, len(splits), name in raced, final=name in proposed)
+        for name in [*study["candidates"], *sorted(proposed)]
+    )
     finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
     trials = (study.get("search") or {}).get("trials", 0)
     not_asked = max(0, trials - len(proposed)) * len(splits)
-    planned = not_asked + sum(
-        c.finished + c.failed if c.failed and c.name in proposed else c.splits for c in candidates
-    )
+    planned = not_asked + finished + failed + sum(c.left for c in candidates)
     last = max((entry.modified_s for name, entry in files.items() if not name.startswith("report/")), default=0.0)
     return RunStatus(
         run=run,
@@ -138,6 +145,7 @@ def _driver(status: RunStatus) -> str:
 
 def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
     failed = f", {candidate.failed} failed" if candidate.failed else ""
+    failed += ", raced out" if candidate.raced_out else ""
     mean = "" if candidate.mean is None else f"{candidate.mean:.4f}"
     return candidate.name, f"{candidate.finished + candidate.failed}/{candidate.splits}{failed}", mean
 
@@ -154,11 +162,13 @@ def _json(place: Place) -> Any:
         return None
 
 
-def _candidate(name: str, results: list[Json], splits: int) -> CandidateStatus:
+def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, final: bool) -> CandidateStatus:
+    """`final`: one failed fit ends the candidate."""
     scores = [result["score"] for result in results if result["candidate"] == name]
     known = [score for score in scores if score is not None]
-    mean = sum(known) / len(known) if known else None
-    return CandidateStatus(name, len(known), len(scores) - len(known), splits, mean)
+    mean, failed = sum(known) / len(known) if known else None, len(scores) - len(known)
+    left = 0 if raced_out or (final and failed) else splits - len(scores)
+    return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
 
 
 def _running(

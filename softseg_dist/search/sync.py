@@ -83,9 +83,9 @@ def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
         raise UserError(f"{copy.place}/study.json: cannot be read with the study file beside it: {error}") from error
     results = list(ledger.results().values())
     status = status_of(ledger.folder)
-    ended = [c.name for c in status.candidates if c.finished + c.failed == c.splits]
+    ended = [c.name for c in status.candidates if c.left == 0]
     tracker = Tracker(uri, copy.folder, study)
-    tracker.recall(ledger.candidates(), results, ended, lambda result: _curve(copy.folder, result))
+    tracker.recall(ledger.candidates(), results, ended, lambda result: _curve(copy.folder, result), ledger.races())
     for path in sorted((copy.folder / "report").glob("*")):
         tracker.artifact(path, "report")
     return tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from softseg_dist.search.ledger import CandidateRecord, json_of
+from softseg_dist.search.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.search.live import key_of
 from softseg_dist.search.spool import SPOOL, Record, Spool
 from softseg_dist.study import Study
@@ -29,6 +29,7 @@ COLLECT_S = 0.5  # records of this long go out together, so that epochs cost one
 RETRY_S = 30.0  # pause between two tries to reach a server that is down
 CLOSE_S = 60.0  # longest wait for the thread at the end; what is left then is spooled
 STUDY = "study"  # key of the study's run
+NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
 
 
 def default_uri(folder: str | Path) -> str:
@@ -86,11 +87,12 @@ class Tracker:
         results: Iterable[FitResult],
         ended: Collection[str],
         curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
+        races: Mapping[str, RaceRecord] | None = None,
     ) -> None:
         """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run, `curve` gives the epochs of a fit where they are at hand.
+        with no fit left to run, `curve` gives the epochs of a fit where they are at hand, `races` who was raced out.
         """
         by_candidate: dict[str, list[FitResult]] = {}
         for result in results:
@@ -107,7 +109,7 @@ class Tracker:
                     self.epoch(key, metrics, known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
-                self.candidate_ended(name, by_candidate[name], known=True)
+                self.candidate_ended(name, by_candidate[name], race=(races or {}).get(name), known=True)
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
@@ -127,24 +129,27 @@ class Tracker:
         """A fit has ended, finished or failed."""
         key = key_of(result)
         tags = {"softseg.reason": result.reason} if result.reason else {}
-        self._put_log(key, _numbers(result), tags=tags, known=known)
+        self._put_log(key, self._numbers(result), tags=tags, known=known)
         self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
 
     def fit_gone(self, key: str, status: str) -> None:
         """A fit no longer runs and has no result: "KILLED" if it was asked to stop, "FAILED" if its processes died."""
         self._put_close(key, status)
 
-    def candidate_ended(self, name: str, results: Sequence[FitResult], *, known: bool = False) -> None:
-        """Nothing of a candidate runs any more: its mean and standard deviation over splits."""
+    def candidate_ended(
+        self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
+    ) -> None:
+        """Nothing of a candidate runs any more: its mean and standard deviation over splits, and who it lost the race to."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
-        for metric in ("score", "test_score"):
-            values = [value for r in results if (value := getattr(r, metric)) is not None]
+        numbers = [self._numbers(r) for r in results]
+        for metric in ("score", "test_score", f"score_{self.study.second_objective}"):
+            values = [of_fit[metric] for of_fit in numbers if metric in of_fit]
             if values:
                 metrics[f"{metric}_mean"] = statistics.fmean(values)
             if len(values) > 1:
                 metrics[f"{metric}_sd"] = statistics.stdev(values)
         self._running.discard(name)
-        self._put_log(name, metrics, known=known)
+        self._put_log(name, metrics, tags={"softseg.raced_out_by": race.incumbent} if race else {}, known=known)
         self._put_close(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
@@ -183,6 +188,11 @@ class Tracker:
                 "softseg sync tells MLflow what the ledger knows"
             )
         return tuple(notes)
+
+    def _numbers(self, result: FitResult) -> dict[str, float]:
+        numbers = {name: float(value) for name in NUMBERS if (value := getattr(result, name)) is not None}
+        second = {f"score_{m}": value for m, value in result.scores.items() if m == self.study.second_objective}
+        return numbers | second | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}
 
     def _put(self, **record: Any) -> None:
         self._records.put({**record, "ms": int(time.time() * 1000)})
@@ -382,9 +392,3 @@ def _fit_name(key: str) -> str:
 
 def _fit_tags(candidate: str, split: int) -> dict[str, str]:
     return _candidate_tags(candidate) | {"softseg.split": f"{split:03d}"}
-
-
-def _numbers(result: FitResult) -> dict[str, float]:
-    names = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
-    numbers = {name: float(value) for name in names if (value := getattr(result, name)) is not None}
-    return numbers | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}

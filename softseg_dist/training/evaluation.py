@@ -30,10 +30,14 @@ Subset = Literal["validation", "test", "holdout"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective, in its own unit, on both subsets (None: undefined on every case), and the thresholds from validation."""
+    """The objective, in its own unit, on both subsets (None: undefined on every case), and the thresholds from validation.
+
+    `scores` are all objectives of the study on validation, without what is undefined.
+    """
 
     score: float | None
     test_score: float | None
+    scores: dict[str, float]
     thresholds: dict[str, float]
 
 
@@ -67,7 +71,10 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evalu
     ) + measure(model, task, store, "test", task.split.test, thresholds, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
-    return Evaluation(_score(rows, task.objective, "validation"), _score(rows, task.objective, "test"), thresholds)
+    objectives = [name for name in (task.objective, task.second_objective) if name is not None]
+    found = {name: _score(rows, name, "validation") for name in objectives}
+    scores = {name: score for name, score in found.items() if score is not None}
+    return Evaluation(found[task.objective], _score(rows, task.objective, "test"), scores, thresholds)
 
 
 def measure(

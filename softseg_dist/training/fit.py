@@ -147,6 +147,7 @@ class Training:
             state="finished",
             score=outcome.score,
             test_score=outcome.test_score,
+            scores=outcome.scores,
             best_epoch=best,
             converged=best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs,
             thresholds=outcome.thresholds,

@@ -29,6 +29,7 @@ class FitTask(Frozen):
     recipe: Recipe
     split: Split
     objective: str
+    second_objective: str | None = None
     store: str
     store_fingerprint: str
     folder: str
@@ -54,7 +55,8 @@ class FitResult(Frozen):
     """What is known of a fit when it has ended; one JSON file of the ledger.
 
     `score` is the objective on validation at the best epoch, `test_score` the same metric on the test subjects (both means
-    over subjects, NaN cases left out). `thresholds` maps rule to the value chosen on validation. `converged` is
+    over subjects, NaN cases left out). `scores` are the means on validation of all objectives of the study, by metric; one that
+    is undefined on every case is left out. `thresholds` maps rule to the value chosen on validation. `converged` is
     False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
     epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
     """
@@ -65,6 +67,7 @@ class FitResult(Frozen):
     reason: str = ""
     score: float | None = None
     test_score: float | None = None
+    scores: dict[str, float] = {}
     best_epoch: int | None = None
     epochs: int = 0
     converged: bool | None = None

@@ -103,6 +103,17 @@ def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     )
 
 
+def test_a_second_objective_is_measured_and_changes_nothing_else(task: FitTask, tmp_path: Path) -> None:
+    one = fit(task.replace(folder=str(tmp_path / "one")))
+    two = fit(task.replace(folder=str(tmp_path / "two"), second_objective="brier"))
+    assert (one.score, one.best_epoch) == (two.score, two.best_epoch)
+    assert one.scores == {"dice_dml": one.score}
+    other = fit(task.replace(folder=str(tmp_path / "other"), objective="brier", second_objective="dice_dml"))
+    if other.best_epoch == two.best_epoch:
+        assert two.scores == other.scores
+    assert two.scores.keys() == other.scores.keys() == {"dice_dml", "brier"}
+
+
 def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Path) -> None:
     straight = Training(task.replace(folder=_folder(tmp_path / "a")), Worker())
     straight.run()

@@ -80,7 +80,7 @@ OWNERS = {
     "nibabel": ("data/volume.py",),
     "pyarrow.fs": ("places.py",),
     "pyarrow.ipc": ("data/store.py",),
-    "optuna": ("search/searcher.py",),
+    "optuna": ("search/optuna_study.py",),
     "ray": (
         "search/run.py",
         "search/cluster.py",

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softseg_dist import Dice, DiceSemimetric, MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study
+from softseg_dist import Dice, DiceSemimetric, MonteCarlo, Optim, Phantom, Race, Recipe, Resources, Search, Study
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
+from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
 from softseg_dist.training.task import FitResult
 
 BASE = Recipe(optim=Optim(lr=0.001, epochs=2))
@@ -111,6 +111,17 @@ def test_a_torn_candidate_is_refused_with_its_name(tmp_path):
         ledger.results()
 
 
+def test_a_lost_race_comes_back_and_a_torn_one_is_left_out(tmp_path):
+    ledger = opened(tmp_path)
+    for name in ("dice", "dml"):
+        ledger.write_candidate(record(name))
+        ledger.write_race(RaceRecord(candidate=name, incumbent="best", after=3, difference=-0.1, p=0.01, told=(0.5,)))
+    (tmp_path / "fits/dml/race.json").write_text('{"candidate": "dml", "incu')
+    assert ledger.races() == {
+        "dice": RaceRecord(candidate="dice", incumbent="best", after=3, difference=-0.1, p=0.01, told=(0.5,))
+    }
+
+
 def test_no_partial_files_are_left(tmp_path):
     opened(tmp_path).write_candidate(record("dice"))
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
@@ -159,6 +170,9 @@ CHANGES = {
     "search.trials: 4 -> 3": STUDY.replace(search=Search(propose, trials=3)),
     "search.startup_trials: 10 -> 2": STUDY.replace(search=Search(propose, trials=4, startup_trials=2)),
     "search: Search -> none": STUDY.replace(search=None),
+    "search.race: Race -> none": STUDY.replace(search=Search(propose, trials=4, race=None)),
+    "search.race.level: 0.1 -> 0.05": STUDY.replace(search=Search(propose, trials=4, race=Race(level=0.05))),
+    "second_objective: none -> brier": STUDY.replace(second_objective="brier"),
     "objective: dice_dml -> dice_soft": STUDY.replace(objective="dice_soft"),
     "data.noise: ": STUDY.replace(data=Phantom(subjects=10, noise=0.5)),
     "number of splits: 2 -> 1; splits.count: 2 -> 1": STUDY.replace(splits=MonteCarlo(count=1)),

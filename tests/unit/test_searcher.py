@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
+from driven_search import failed, finished, optuna_trials, run, score_of, searcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from softseg_dist import BCE, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.searcher import MAX_MOVES, StudySearcher, sample_proposals
-from softseg_dist.training.task import FitResult, FitTask
+from softseg_dist.search.optuna_study import sample_proposals
+from softseg_dist.search.searcher import MAX_MOVES, StudySearcher
 
 BASE = Recipe(optim=Optim(epochs=1))
 NUM_SPLITS = 3
@@ -44,57 +41,14 @@ FIXED = make_study({"a": BASE, "b": BASE, "c": BASE}, control="b")
 SEARCH = make_study({"a": BASE}, search=Search(propose, trials=6, startup_trials=3))
 
 
-def searcher(folder: Path, study: Study) -> StudySearcher:
-    splits = study.splits.make({f"sub-{i}": "" for i in range(10)}, study.seed)
-    ledger = Ledger(folder)
-    ledger.open_study(study, splits)
-
-    def make_task(candidate, recipe, split, attempt):
-        return FitTask(
-            study=study.name,
-            seed=study.seed,
-            candidate=candidate,
-            recipe=recipe,
-            split=split,
-            objective=study.objective,
-            store="",
-            store_fingerprint="",
-            folder=ledger.fit_folder(candidate, split),
-            attempt=attempt,
-        )
-
-    return StudySearcher(study, splits, ledger, make_task)
-
-
-def score_of(task: FitTask) -> float:
-    return task.recipe.optim.lr * 10 + task.split.index / 100
-
-
-def finished(task: FitTask) -> FitResult:
-    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=score_of(task))
-
-
-def failed(task: FitTask) -> FitResult:
-    return FitResult(candidate=task.candidate, split=task.split.index, state="failed", reason="loss is nan")
-
-
-def run(search: StudySearcher, num_fits: int = 1000, end: Callable[[FitTask], FitResult] = finished) -> list[FitTask]:
-    """Run fits one at a time until `num_fits` have ended or there are no more."""
-    tasks = []
-    while len(tasks) < num_fits and (task := search.next_fit()) is not None:
-        search.finish(end(task))
-        tasks.append(task)
-    return tasks
-
-
 def trials(search: StudySearcher) -> list[tuple[dict[str, object], TrialState, float | None]]:
-    return [(trial.params, trial.state, trial.value) for trial in search._optuna.trials]
+    return [(trial.params, trial.state, trial.value) for trial in optuna_trials(search)]
 
 
-def test_the_control_comes_first_and_each_fit_once(tmp_path):
+def test_every_fit_runs_once_breadth_first_the_control_before_all(tmp_path):
     search = searcher(tmp_path, FIXED)
     keys = [task.key for task in run(search)]
-    assert keys == [f"{candidate}/{split:03d}" for candidate in "bac" for split in range(NUM_SPLITS)]
+    assert keys == [f"{candidate}/{split:03d}" for split in range(NUM_SPLITS) for candidate in "bac"]
     assert search.ended
 
 
@@ -290,7 +244,7 @@ def test_a_fixed_candidate_may_not_be_called_like_a_trial(tmp_path):
 def test_the_best_trial_is_the_lowest_where_less_is_better(tmp_path, objective, pick):
     search = searcher(tmp_path, SEARCH.replace(objective=objective))
     run(search)
-    assert search._optuna.best_value == pick(value for _, _, value in trials(search))
+    assert search._optuna._optuna.best_value == pick(value for _, _, value in trials(search))
 
 
 def test_sampled_proposals_show_the_mistakes_of_propose_before_a_search():

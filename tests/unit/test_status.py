@@ -18,7 +18,7 @@ from s3_server import BUCKET
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
-from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
+from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
 from softseg_dist.search.status import SEEMS_TO_RUN_S, CandidateStatus, show, status_of
 from softseg_dist.training.task import FitResult
 
@@ -69,11 +69,25 @@ def test_every_fit_is_counted_once(folder: str) -> None:
     assert (status.planned, status.finished, status.failed, status.left) == (2 + 2 + 1 + 4, 1, 2, 5)
     assert [(fit.key, fit.epochs) for fit in status.running] == [("soft/000", 2)]
     assert status.candidates == (
-        CandidateStatus("hard", 1, 1, 2, 0.75),
-        CandidateStatus("soft", 0, 0, 2, None),
-        CandidateStatus("trial-000", 0, 1, 2, None),
+        CandidateStatus("hard", 1, 1, 2, 0.75, left=0),
+        CandidateStatus("soft", 0, 0, 2, None, left=2),
+        CandidateStatus("trial-000", 0, 1, 2, None, left=0),
     )
     assert 0 <= status.quiet_s < 60
+
+
+def test_a_candidate_that_was_raced_out_has_nothing_left(folder: str) -> None:
+    ledger = written(folder)
+    ledger.write_candidate(CandidateRecord(name="trial-001", origin="proposed", number=1, recipe=json_of(BASE)))
+    ledger.write_result(FitResult(candidate="trial-001", split=0, state="finished", score=0.25))
+    before = status_of(folder)
+    ledger.write_race(RaceRecord(candidate="trial-001", incumbent="hard", after=1, difference=-0.5, p=0.01))
+    status = status_of(folder)
+    assert (status.planned, status.left) == (before.planned - 1, before.left - 1)
+    assert status.candidates[-1] == CandidateStatus("trial-001", 1, 0, 2, 0.25, left=0, raced_out=True)
+    out = io.StringIO()
+    show(status, Console(file=out, width=100, highlight=False))
+    assert "trial-001  1/2, raced out  0.2500" in out.getvalue()
 
 
 def test_a_fit_that_has_long_been_silent_does_not_run(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"control": "softer"}, "control 'softer' is not a candidate"),
         ({"name": "a/b"}, "folder"),
         ({"objective": "loss"}, "objective must be one of"),
+        ({"second_objective": "loss"}, "objective must be one of"),
+        ({"second_objective": "dice_dml"}, "second_objective must differ from the objective, got 'dice_dml' for both"),
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
         ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),
         ({"candidates": {"a": BASE.replace(fusion="rater:nobody")}, "control": None}, "nobody"),

@@ -1,0 +1,78 @@
+"""A searcher that is driven by hand, one fit after the other, with fits that train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+
+from softseg_dist import Recipe, Study
+from softseg_dist.data.splits import Split
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.training.task import FitResult, FitTask
+
+
+def searcher(folder: Path, study: Study) -> StudySearcher:
+    """A session of the study in `folder`."""
+    splits = study.splits.make({f"sub-{i}": "" for i in range(10)}, study.seed)
+    ledger = Ledger(folder)
+    ledger.open_study(study, splits)
+
+    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+        return FitTask(
+            study=study.name,
+            seed=study.seed,
+            candidate=candidate,
+            recipe=recipe,
+            split=split,
+            objective=study.objective,
+            second_objective=study.second_objective,
+            store="",
+            store_fingerprint="",
+            folder=ledger.fit_folder(candidate, split),
+            attempt=attempt,
+        )
+
+    return StudySearcher(study, splits, ledger, make_task)
+
+
+def score_of(task: FitTask) -> float:
+    """What depends on recipe and split alone."""
+    return task.recipe.optim.lr * 10 + task.split.index / 100
+
+
+def finished(task: FitTask, score: float | None = None, second: float | None = None) -> FitResult:
+    """A fit's result with its score, and that of the second objective."""
+    scores = {task.objective: score_of(task) if score is None else score}
+    if task.second_objective is not None and second is not None:
+        scores[task.second_objective] = second
+    return FitResult(
+        candidate=task.candidate,
+        split=task.split.index,
+        state="finished",
+        score=scores[task.objective],
+        scores=scores,
+    )
+
+
+def failed(task: FitTask) -> FitResult:
+    """The result of a fit that diverged."""
+    return FitResult(candidate=task.candidate, split=task.split.index, state="failed", reason="loss is nan")
+
+
+def run(search: StudySearcher, num_fits: int = 1000, end: Callable[[FitTask], FitResult] = finished) -> list[FitTask]:
+    """Run fits one at a time until `num_fits` have ended or there are no more."""
+    tasks = []
+    while len(tasks) < num_fits and (task := search.next_fit()) is not None:
+        search.finish(end(task))
+        tasks.append(task)
+    return tasks
+
+
+def optuna_trials(search: StudySearcher) -> list[FrozenTrial]:
+    """What Optuna knows."""
+    assert search._optuna is not None
+    found: list[FrozenTrial] = search._optuna._optuna.trials
+    return found
