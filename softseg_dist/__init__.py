@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from softseg_dist.study import Resources as Resources
     from softseg_dist.study import Search as Search
     from softseg_dist.study import Study as Study
+    from softseg_dist.study import TuneEach as TuneEach
     from softseg_dist.study import factorial as factorial
 
 _HOME = {
@@ -110,7 +111,7 @@ _HOME = {
     "softseg_dist.numerics.networks": ("Network", "UNet"),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
-    "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "factorial"),
+    "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "TuneEach", "factorial"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __version__ = "0.1.0"

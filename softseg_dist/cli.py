@@ -312,7 +312,9 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
     console = Console(soft_wrap=True, highlight=False)
     who = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
-    console.print(f"{plan.study}: {who}, each on {plan.splits} splits{nested}: {plan.fits} fits")
+    tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""
+    most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
+    console.print(f"{plan.study}: {who}, each on {plan.splits} splits{tuning}{nested}: {most}{plan.fits} fits")
     if not plan.seconds_per_fit:
         console.print(f"How long a fit takes is not known yet: softseg run {study} --debug")
         run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")

@@ -170,10 +170,9 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
             with one_ray():
                 outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
                 status = "KILLED" if outcome.interrupted else "FINISHED"
-                if outcome.finished:
+                if _collect(copy):
                     source = file.stem, file.text
                     made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
-                    _collect(copy)
                     winner = _ranked(copy)[1].winner.name
                     open_holdout(made, copy, winner, outcome, _resources(study, options), progress)
                     measure_ensembles(made, copy, winner, outcome, _resources(study, options), progress)
@@ -325,19 +324,24 @@ def _machines(study: Study, options: RunOptions) -> Where:
     return Where(_resources(study, options), options.address, options.max_wait_s)
 
 
-def _collect(copy: WorkingCopy) -> None:
-    """Merge the fits' rows into the results table."""
+def _collect(copy: WorkingCopy) -> bool:
+    """Merge the fits' rows into the results table; False if no fit of it has finished. Trials of a learning rate are not in it."""
     copy.pull(*REPORTED)
+    ledger = Ledger(copy.folder)
+    records = ledger.candidates()
     ended = [
         (result.candidate, f"{result.split:03d}")
-        for result in Ledger(copy.folder).results().values()
-        if result.state == "finished"
+        for result in ledger.results().values()
+        if result.state == "finished" and records[result.candidate].origin != "tuning"
     ]
+    if not ended:
+        return False
     merge_tables(
         [cases_path(copy.folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
         copy.folder / "results.parquet",
     )
     copy.push("results.parquet")
+    return True
 
 
 def _publish(copy: WorkingCopy, tracker: Tracker) -> Path:

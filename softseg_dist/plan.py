@@ -48,7 +48,8 @@ class Prices(Frozen):
 class Plan:
     """The fits of a study. `seconds_per_fit` is their mean if every fit trains all its epochs; None if it is not known.
 
-    A nested study has `outer` studies of as many fits each.
+    `tuning` fits find learning rates first. A race may save some of those of trials: how many is not known before. A nested study
+    has `outer` studies of as many fits each.
     """
 
     study: str
@@ -57,11 +58,12 @@ class Plan:
     splits: int
     seconds_per_fit: float | None
     outer: int = 1
+    tuning: int = 0
 
     @property
     def fits(self) -> int:
-        """Every candidate, fixed or proposed, on every split, of every outer split."""
-        return (self.candidates + self.trials) * self.splits * self.outer
+        """Every candidate, fixed or proposed, on every split, and the trials of learning rates, of every outer split."""
+        return ((self.candidates + self.trials) * self.splits + self.tuning) * self.outer
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,13 @@ def plan_study(
     outer = study.nested.make(sites, study.seed) if study.nested else ()
     splits = (study.inner(outer[0]) if outer else study).make_splits(sites)
     trials = study.search.trials if study.search else 0
+    tune = study.tune_each
+    per_candidate = tune.trials * min(tune.splits, len(splits)) if tune else 0
     if run is not None:
-        seconds_per_fit = _mean_seconds(study, splits, trials, Ledger(run))
-    return Plan(study.name, len(study.candidates), trials, len(splits), seconds_per_fit, max(1, len(outer)))
+        seconds_per_fit = _mean_seconds(study, splits, trials, per_candidate, Ledger(run))
+    num_fixed = len(study.candidates)
+    outers = max(1, len(outer))
+    return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate)
 
 
 def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tuple[Offer, ...]:
@@ -132,22 +138,22 @@ def load_prices(path: Path) -> Prices:
         raise UserError(f"{path}: not a price list: {describe(error)}") from None
 
 
-def _mean_seconds(study: Study, splits: Sequence[Split], trials: int, ledger: Ledger) -> float:
-    """Seconds of a fit on average, from those that a run has finished.
+def _mean_seconds(study: Study, splits: Sequence[Split], trials: int, tuning: int, ledger: Ledger) -> float:
+    """Seconds of a fit on average, from those that a run has finished; `tuning` fits of each candidate find its learning rate.
 
     A fit's time is taken to grow with its epochs and with its training subjects, so that a run with --debug (few of both)
     tells of the whole study. What does not grow with them, such as the start of a fit, is counted as if it did: from --debug
     the answer for s001 was 16 s instead of 6; from some fits of the study itself it is right.
     """
     rates = _seconds_per_subject_epoch(ledger)
-    recipes = [(name, recipe, 1.0) for name, recipe in study.candidates.items()]
+    recipes = [(name, recipe, 1.0 + tuning / len(splits)) for name, recipe in study.candidates.items()]
     samples = sample_proposals(study)
     recipes += [(PROPOSED, recipe, trials / len(samples)) for recipe in samples.values()]
     subjects = sum(len(split.train) for split in splits) / len(splits)
     total = sum(
         weight * subjects * recipe.optim.epochs * rates.get(name, rates[PROPOSED]) for name, recipe, weight in recipes
     )
-    return total / (len(study.candidates) + trials)
+    return total / sum(weight for _, _, weight in recipes)
 
 
 def _seconds_per_subject_epoch(ledger: Ledger) -> Mapping[str, float]:

@@ -101,6 +101,35 @@ class Search(Frozen):
         return function_of(value["function"]) if isinstance(value, Mapping) else value
 
 
+class TuneEach(Frozen):
+    """The same small budget for every fixed candidate to find a learning rate of its own, on validation alone.
+
+    `trials` rates, spaced evenly by ratio over `lr`, each run the first `splits` splits. The rates are the same for all
+    candidates, so that comparisons stay fair and paired; the candidate then runs all splits with the one that did best.
+    """
+
+    lr: tuple[PositiveFloat, PositiveFloat] = (1e-4, 1e-2)
+    trials: int = Field(4, ge=2)
+    splits: PositiveInt = 2
+
+    @field_validator("lr")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError(f"lr must be (lowest, highest), got {value}")
+        return value
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates that are tried.
+
+        >>> TuneEach(lr=(0.25, 4), trials=3).rates
+        (0.25, 1.0, 4.0)
+        """
+        low, high = self.lr
+        return tuple(low * (high / low) ** (trial / (self.trials - 1)) for trial in range(self.trials))
+
+
 class Resources(Frozen):
     """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it.
 
@@ -122,8 +151,9 @@ class Study(Frozen):
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
     since losses of different candidates are not comparable. A search optimises `second_objective` as well; best epochs, ranking
-    and tests stay on `objective`. `uncertainty` has what every fit measures on its test cases (see `numerics.uncertainty`), and
-    the winner's and the control's fits together. `subjects` keeps the first N subjects only.
+    and tests stay on `objective`. `tune_each` finds a learning rate for every candidate first. `uncertainty` has what every fit
+    measures on its test cases (see `numerics.uncertainty`), and the winner's and the control's fits together. `subjects` keeps
+    the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
     they are opened once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
@@ -142,6 +172,7 @@ class Study(Frozen):
     candidates: dict[str, Recipe] = {}
     control: str | None = None
     search: Search | None = None
+    tune_each: TuneEach | None = None
     uncertainty: tuple[Uncertainty, ...] = ()
     seed: int = Field(0, ge=0)
     subjects: int | None = Field(None, ge=3)
@@ -184,6 +215,10 @@ class Study(Frozen):
     def _consistent(self) -> Self:
         if not self.candidates and self.search is None:
             raise ValueError("a study needs candidates=..., search=..., or both")
+        if self.tune_each is not None and not self.candidates:
+            raise ValueError(
+                "tune_each tunes the candidates of the study file, and there are none: a search tunes its own"
+            )
         if self.second_objective == self.objective:
             raise ValueError(f"second_objective must differ from the objective, got {self.objective!r} for both")
         for name, recipe in self.candidates.items():
@@ -246,12 +281,14 @@ class Study(Frozen):
             n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()
         }
         search = self.search and self.search.replace(trials=min(2, self.search.trials))
+        tune = self.tune_each and self.tune_each.replace(trials=2, splits=1)
         few = self.DEBUG_SUBJECTS + (4 if self.nested else 1 if self.holdout else 0)  # as many are left for the splits
         return self.replace(
             name=f"{self.name}-debug",
             splits=self.splits.first(2),
             candidates=recipes,
             search=search,
+            tune_each=tune,
             uncertainty=tuple(method.replace(samples=2) for method in self.uncertainty),
             subjects=min(self.subjects or few, few),
             holdout=self.holdout and 1 / few,  # names may be of later subjects

@@ -16,20 +16,10 @@ from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import HoldoutRecord
+from softseg_dist.search.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
 NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric")  # columns of few different values
-
-
-@dataclass(frozen=True)
-class Raced:
-    """Why a candidate got no more splits: after how many, it was `difference` from the `incumbent` on them, with this p."""
-
-    incumbent: str
-    after: int
-    difference: float
-    p: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class Candidate:
     proposed: bool
     planned: Mapping[str, Any]
     params: Mapping[str, Any]
-    raced: Raced | None = None
+    raced: RaceRecord | None = None
     note: str = ""
 
 
@@ -182,9 +172,13 @@ def _candidates(
     )
 
 
-def _raced(folder: Path, name: str) -> Raced | None:
-    record = _json(folder / "fits" / name / "race.json")
-    return record and Raced(record["incumbent"], record["after"], record["difference"], record["p"])
+def _raced(folder: Path, name: str) -> RaceRecord | None:
+    path = folder / "fits" / name / "race.json"
+    record = _json(path)
+    try:
+        return None if record is None else RaceRecord.model_validate(record)
+    except ValidationError:
+        raise UserError(f"{path}: not the record of a race; remove it and run the study again") from None
 
 
 def _trial(record: Mapping[str, Any], ended: Iterable[FitResult]) -> Trial:

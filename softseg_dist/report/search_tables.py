@@ -23,8 +23,9 @@ from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import NAN
 from softseg_dist.report.fits import Tuned, tuned_of
 from softseg_dist.report.ranking import level
-from softseg_dist.report.run_folder import Candidate, Raced, RunData
+from softseg_dist.report.run_folder import Candidate, RunData
 from softseg_dist.report.scores import Scores, soft_scores
+from softseg_dist.search.ledger import RaceRecord
 
 FEW = 6  # candidates, of which no importance can be told
 NUM_GROUPS = 3  # of the values of a number
@@ -72,7 +73,7 @@ class Searched:
 
     importances: tuple[Importance, ...]
     pareto: Pareto | None
-    raced: dict[str, Raced]
+    raced: dict[str, RaceRecord]
     tuned: tuple[Tuned, ...]
 
 

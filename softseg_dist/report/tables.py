@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
@@ -151,6 +152,8 @@ def _in_order(run: RunData, ranking: Sequence[Standing]) -> list[Candidate]:
 
 def plain(value: Any) -> Any:
     """A summary (or a part of it) as JSON can hold it: NaN becomes None, tuples lists, keys text."""
+    if isinstance(value, Frozen):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, Mapping):

@@ -18,7 +18,10 @@ Origin = Literal["fixed", "proposed", "tuning"]
 
 @dataclass
 class Candidate:
-    """`objectives` are the metrics that it is judged by. `tuning` names the trials of its learning rate that it waits for."""
+    """`objectives` are the metrics that it is judged by.
+
+    `tuning` names the trials of its learning rate that it waits for; `note` is what came of them that people should know.
+    """
 
     name: str
     recipe: Recipe
@@ -31,6 +34,7 @@ class Candidate:
     moves: Counter[int] = field(default_factory=Counter)  # split -> machines lost in this session
     raced: RaceRecord | None = None
     tuning: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def ended(self) -> bool:

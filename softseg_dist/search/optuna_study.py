@@ -26,6 +26,7 @@ from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.search.ledger import CandidateRecord, json_of
 from softseg_dist.study import Recipe, Study
 from softseg_dist.study_file import describe
+from softseg_dist.training.task import FitResult
 
 OPTUNA_LOG = "optuna.log"
 CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with a trial
@@ -87,10 +88,10 @@ class OptunaStudy:
         """Was this trial asked in this session, and not told yet?"""
         return name in self._open
 
-    def score(self, name: str, split: int, value: float) -> None:
-        """One split of an open trial has a score."""
-        if len(self._study.objectives) == 1:
-            self._open[name].report(value, split)
+    def score(self, result: FitResult) -> None:
+        """A fit has ended: if it is one of an open trial, its score is an intermediate value."""
+        if len(self._study.objectives) == 1 and result.candidate in self._open and result.score is not None:
+            self._open[result.candidate].report(result.score, result.split)
 
     def tell(self, name: str, values: Sequence[float] | None, raced_by: str = "") -> None:
         """How an open trial ended: its values, None if it failed. One that was raced out is complete, too.
@@ -106,11 +107,16 @@ class OptunaStudy:
             self._optuna.tell(trial, list(values))
 
     def add(
-        self, record: CandidateRecord, values: Sequence[float] | None, scores: Mapping[int, float], raced_by: str = ""
+        self,
+        record: CandidateRecord,
+        values: Sequence[float] | None,
+        results: Mapping[int, FitResult],
+        raced_by: str = "",
     ) -> None:
         """A trial that ended in an earlier session, told as it was then."""
         assert record.number == self.asked, (record.number, self.asked)
         self.asked += 1
+        scores = {split: result.score for split, result in results.items() if result.score is not None}
         self._optuna.add_trial(
             create_trial(
                 params=record.params,
@@ -118,7 +124,7 @@ class OptunaStudy:
                 state=TrialState.FAIL if values is None else TrialState.COMPLETE,
                 values=None if values is None else list(values),
                 user_attrs={CANDIDATE: record.name} | ({RACED: raced_by} if raced_by else {}),
-                intermediate_values=dict(scores) if len(self._study.objectives) == 1 else {},
+                intermediate_values=scores if len(self._study.objectives) == 1 else {},
             )
         )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
@@ -18,6 +19,7 @@ from softseg_dist.search.candidate import Candidate, Origin
 from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
+from softseg_dist.search.tuning import fixed_record, tuned, tuning_name, tuning_record, with_rate
 from softseg_dist.study import Race, Recipe, Study
 from softseg_dist.training.task import FitResult, FitTask
 
@@ -31,6 +33,22 @@ MakeTask = Callable[[str, Recipe, Split, int], FitTask]
 """(candidate, recipe, split, attempt) -> the task, with the folders and resources that a searcher need not know."""
 
 
+class Recorded(NamedTuple):
+    """What the ledger knows of earlier sessions, by candidate."""
+
+    candidates: dict[str, CandidateRecord]
+    results: dict[str, dict[int, FitResult]]
+    races: dict[str, RaceRecord]
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Self:
+        """Read it."""
+        results: dict[str, dict[int, FitResult]] = {}
+        for (name, split), result in ledger.results().items():
+            results.setdefault(name, {})[split] = result
+        return cls(ledger.candidates(), results, ledger.races())
+
+
 class StudySearcher:
     """Emits the fits of a study and keeps ledger and Optuna up to date.
 
@@ -41,9 +59,10 @@ class StudySearcher:
     looks no worse than the best that has run fully, or none has. A new candidate is proposed only when the open ones have
     nothing to emit now, so each proposal knows as many results as possible; with a race all startup trials, which
     are drawn at random anyway, are opened at once. No worker waits: where nothing else is left, those that wait emit.
+    With `tune_each` a fixed candidate waits for the trials of its learning rate, which are candidates, too.
 
     A failed fit (a loss that is not finite) is final: a fixed candidate runs its other splits, so that the report can count
-    failures; a proposed one emits no more and Optuna is told FAIL. Fixed candidates are no Optuna trials.
+    failures; a proposed one, or a trial of a rate, emits no more; Optuna is told FAIL. Fixed candidates are no Optuna trials.
 
     Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
     """
@@ -57,6 +76,7 @@ class StudySearcher:
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
         self._optuna = OptunaStudy(study, ledger.working / OPTUNA_LOG) if study.search else None
+        self._past = Recorded.of(ledger)
         self._replay()
 
     def next_fit(self) -> FitTask | None:
@@ -86,8 +106,8 @@ class StudySearcher:
         self.ledger.write_result(result)
         candidate.running.discard(result.split)
         candidate.results[result.split] = result
-        if self._optuna and self._optuna.is_open(candidate.name) and result.score is not None:
-            self._optuna.score(candidate.name, result.split, result.score)
+        if self._optuna:
+            self._optuna.score(result)
         self._settle(candidate)
 
     def lose(self, task: FitTask, reason: str, node_lost: bool = False) -> bool:
@@ -194,6 +214,8 @@ class StudySearcher:
         """Draw the conclusions from what has just become of a candidate."""
         if candidate.closed:
             candidate.drop()
+        if candidate.origin == "tuning":
+            self._choose_rate(candidate.name.rpartition("~")[0])
         self._run_race()
         for other in self.candidates.values():
             if self._optuna and other.ended and self._optuna.is_open(other.name):
@@ -219,30 +241,62 @@ class StudySearcher:
 
     def _replay(self) -> None:
         """Bring candidates and Optuna to where the ledger says they were."""
-        results: dict[str, dict[int, FitResult]] = {}
-        for (name, split), result in self.ledger.results().items():
-            results.setdefault(name, {})[split] = result
-        records, races = self.ledger.candidates(), self.ledger.races()
-        for number, (name, recipe) in enumerate(_control_first(self.study)):
+        fixed = _control_first(self.study)
+        for number, (name, recipe) in enumerate(fixed):
             if self.study.search and PROPOSED.fullmatch(name):
                 raise UserError(
                     f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name"
                 )
-            if name not in records:
-                self.ledger.write_candidate(
-                    CandidateRecord(name=name, origin="fixed", number=number, recipe=json_of(recipe))
-                )
-            self._open(name, recipe, "fixed", results.get(name, {}), races.get(name))
-        proposed = {record.number: record for record in records.values() if record.origin == "proposed"}
+            self._open_fixed(name, number, recipe)
+        for number, (name, recipe) in enumerate(fixed):
+            self._open_tuning(name, number, recipe)
+        proposed = {record.number: record for record in self._past.candidates.values() if record.origin == "proposed"}
         for number in range(max(proposed, default=-1) + 1):
             if number in proposed:
-                name = proposed[number].name
-                self._recall(proposed[number], results.get(name, {}), races.get(name))
+                self._recall(proposed[number])
             else:
                 self._propose()  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
         self._run_race()
 
-    def _recall(self, record: CandidateRecord, results: dict[int, FitResult], race: RaceRecord | None) -> None:
+    def _open_fixed(self, name: str, number: int, recipe: Recipe) -> None:
+        """A candidate of the study file; one that is still to be tuned waits for its trials, and is recorded after them."""
+        tune, record = self.study.tune_each, self._past.candidates.get(name)
+        if tune is not None and record is not None:
+            recipe = with_rate(recipe, record.recipe["optim"]["lr"])
+        candidate = self._open(name, recipe, "fixed")
+        if record is not None:
+            return
+        if tune is None:
+            self.ledger.write_candidate(fixed_record(name, number, recipe))
+        else:
+            candidate.tuning = tuple(tuning_name(name, trial) for trial in range(tune.trials))
+
+    def _open_tuning(self, name: str, number: int, recipe: Recipe) -> None:
+        """The trials of a candidate's learning rate; none of them runs any more once it is recorded."""
+        if (tune := self.study.tune_each) is None:
+            return
+        for trial, rate in enumerate(tune.rates):
+            tried = with_rate(recipe, rate)
+            record = tuning_record(name, number, tune, trial, tried)
+            if record.name not in self._past.candidates:
+                self.ledger.write_candidate(record)
+            candidate = self._open(record.name, tried, "tuning")
+            if name in self._past.candidates or candidate.closed:
+                candidate.drop()
+        self._choose_rate(name)
+
+    def _choose_rate(self, name: str) -> None:
+        """When all trials of a fixed candidate have ended, give it the rate that did best."""
+        candidate, tune = self.candidates[name], self.study.tune_each
+        trials = [self.candidates[trial] for trial in candidate.tuning]
+        if tune is None or not trials or not all(trial.ended for trial in trials):
+            return
+        candidate.recipe, candidate.note = tuned(candidate.recipe, tune, trials, self._signs[0])
+        candidate.tuning = ()
+        number = [other for other, _ in _control_first(self.study)].index(name)
+        self.ledger.write_candidate(fixed_record(name, number, candidate.recipe, candidate.note))
+
+    def _recall(self, record: CandidateRecord) -> None:
         """A proposed candidate of an earlier session: told as it ended, or open again."""
         recipe = Recipe.model_validate(record.recipe)
         if json_of(recipe) != record.recipe:
@@ -250,35 +304,33 @@ class StudySearcher:
                 f"{record.name}: the code of a class in its recipe has changed since it ran; "
                 "undo the change, or give the study a new name"
             )
-        failed = any(result.score is None for result in results.values())
-        if not failed and race is None and len(results) < len(self.splits):
-            self._propose(record, results)
+        candidate = self._open(record.name, recipe, "proposed")
+        if candidate.todo and not candidate.closed:
+            self._propose(record)
             return
         assert self._optuna is not None
-        candidate = self._open(record.name, recipe, "proposed", results, race)
         candidate.drop()
-        scores = {split: result.score for split, result in results.items() if result.score is not None}
-        self._optuna.add(record, _told(candidate), scores, _raced_by(candidate))
+        self._optuna.add(record, _told(candidate), candidate.results, _raced_by(candidate))
 
-    def _propose(
-        self, known: CandidateRecord | None = None, results: Mapping[int, FitResult] | None = None
-    ) -> Candidate:
-        """Open the next trial; a `known` one gets its recorded parameters and its results back."""
+    def _propose(self, known: CandidateRecord | None = None) -> Candidate:
+        """Open the next trial; a `known` one gets its recorded parameters back."""
         assert self._optuna is not None
         record, recipe = self._optuna.ask(known)
         if known is None:
             self.ledger.write_candidate(record)
-        candidate = self._open(record.name, recipe, "proposed", dict(results or {}))
-        for split, result in candidate.results.items():
-            if result.score is not None:
-                self._optuna.score(record.name, split, result.score)
+        candidate = self._open(record.name, recipe, "proposed")
+        for result in candidate.results.values():
+            self._optuna.score(result)
         return candidate
 
-    def _open(
-        self, name: str, recipe: Recipe, origin: Origin, results: dict[int, FitResult], race: RaceRecord | None = None
-    ) -> Candidate:
-        todo = deque((split, 0) for split in self.splits if split.index not in results and race is None)
-        candidate = Candidate(name, recipe, origin, self.study.objectives, todo, results=results, raced=race)
+    def _open(self, name: str, recipe: Recipe, origin: Origin) -> Candidate:
+        """A candidate with what earlier sessions have left it to do."""
+        results, race = self._past.results.get(name, {}), self._past.races.get(name)
+        splits, objectives = self.splits, self.study.objectives
+        if origin == "tuning" and self.study.tune_each is not None:
+            splits, objectives = splits[: self.study.tune_each.splits], objectives[:1]
+        todo = deque((split, 0) for split in splits if split.index not in results and race is None)
+        candidate = Candidate(name, recipe, origin, objectives, todo, results=results, raced=race)
         self.candidates[name] = candidate
         return candidate
 

@@ -44,6 +44,7 @@ class Session:
         self._running: dict[str, FitTask] = {}
         self._announced: set[str] = set()
         self._raced: set[str] = set()  # whose end by the race was told
+        self._noted: set[str] = set()
         self._open: set[str] = set()  # candidates whose run the tracker holds open
         self._told_stop = False
         self._num_ended = self._num_given_up = 0
@@ -188,6 +189,9 @@ class Session:
                 self._raced.add(name)
                 self._tell_planned(name)
                 self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
+            if candidate.note and name not in self._noted:
+                self._noted.add(name)
+                self.progress.note(f"{name}: {candidate.note}")
             if candidate.ended and name in self._open:
                 self._open.discard(name)
                 if self.tracker is not None:

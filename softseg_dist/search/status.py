@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -91,11 +91,13 @@ def status_of(run: str) -> RunStatus:
                 f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one"
             )
         running = _running(place, files, ended, study, readers)
-    proposed = [record["name"] for record in map(read.get, known) if record and record["origin"] == "proposed"]
+    records = {record["name"]: record for record in map(read.get, known) if record}
+    proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
-    candidates = tuple(
-        _candidate(name, results, len(splits), name in raced, final=name in proposed)
-        for name in [*study["candidates"], *sorted(proposed)]
+    candidates = (
+        *(_candidate(name, results, len(splits), name in raced) for name in study["candidates"]),
+        *_tuning(study, records, results, len(splits)),
+        *(_candidate(name, results, len(splits), name in raced, final=True) for name in sorted(proposed)),
     )
     finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
     trials = (study.get("search") or {}).get("trials", 0)
@@ -162,7 +164,17 @@ def _json(place: Place) -> Any:
         return None
 
 
-def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, final: bool) -> CandidateStatus:
+def _tuning(study: Json, records: Mapping[str, Json], results: list[Json], splits: int) -> Iterator[CandidateStatus]:
+    """The trials of learning rates; once its fixed candidate is recorded, a trial runs no more."""
+    tried = [record for record in records.values() if record["origin"] == "tuning"]
+    for record in sorted(tried, key=lambda record: record["number"]):
+        name = record["name"]
+        decided = name.rpartition("~")[0] in records
+        found = _candidate(name, results, min(splits, study["tune_each"]["splits"]), raced_out=False, final=True)
+        yield replace(found, left=0) if decided else found
+
+
+def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, final: bool = False) -> CandidateStatus:
     """`final`: one failed fit ends the candidate."""
     scores = [result["score"] for result in results if result["candidate"] == name]
     known = [score for score in scores if score is not None]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import Ledger
@@ -32,7 +32,12 @@ def propose(trial: Any) -> Recipe:
     return BASE.replace(optim=Optim(epochs=NUM_EPOCHS, lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True)))
 
 
-def make_study(candidates: tuple[str, ...] = ("a", "b"), trials: int = 0, num_splits: int = NUM_SPLITS) -> Study:
+def make_study(
+    candidates: tuple[str, ...] = ("a", "b"),
+    trials: int = 0,
+    num_splits: int = NUM_SPLITS,
+    tune_each: TuneEach | None = None,
+) -> Study:
     return Study(
         name="scripted",
         question="Does the engine do what it is told?",
@@ -41,6 +46,7 @@ def make_study(candidates: tuple[str, ...] = ("a", "b"), trials: int = 0, num_sp
         candidates=dict.fromkeys(candidates, BASE),
         control=candidates[0] if candidates else None,
         search=Search(propose, trials=trials) if trials else None,
+        tune_each=tune_each,
     )
 
 

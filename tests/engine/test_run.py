@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scripted import NUM_SPLITS, make_study, run, starts
 
-from softseg_dist import Recipe, Resources, Search
+from softseg_dist import Recipe, Resources, Search, TuneEach
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import JsonLines, PlainLines
@@ -81,6 +81,23 @@ def test_a_fit_that_dies_twice_is_given_up_and_tried_again_next_time(shared_ray,
     assert lines[0] == {"event": "start", "total": 3, "done": 2}
     assert [line["fit"] for line in lines if line["event"] == "fit"] == ["a/001"]
     assert sum(line["event"] == "epoch" for line in lines) == 3
+
+
+def test_a_study_is_tuned_and_raced_and_goes_on_the_same_way(shared_ray, tmp_path):
+    """`score_of` rises with the learning rate: the highest one is chosen, and whoever has less is out of the race."""
+    study = make_study(("a",), trials=3, num_splits=5, tune_each=TuneEach(lr=(1e-3, 0.5), trials=2, splits=1))
+    lines = io.StringIO()
+    outcome = run(tmp_path, study, PlainLines(lines))
+    ledger, results = Ledger(tmp_path), Ledger(tmp_path).results()
+    assert ledger.candidates()["a"].recipe["optim"]["lr"] == 0.5
+    assert sorted(ledger.races()) == ["trial-000", "trial-001", "trial-002"]
+    assert {key for key in results if key[0].startswith("a")} == {("a~0", 0), ("a~1", 0), *(("a", j) for j in range(5))}
+    assert outcome == Outcome(len(results), 0, 0, False)
+    assert len(results) < 2 + 5 + 3 * 5
+    assert lines.getvalue().count("is out of the race") == 3
+    before = starts(tmp_path)
+    assert run(tmp_path, study) == outcome
+    assert starts(tmp_path) == before
 
 
 def test_a_finished_study_starts_nothing(shared_ray, tmp_path):

@@ -13,7 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softseg_dist import Dice, DiceSemimetric, MonteCarlo, Optim, Phantom, Race, Recipe, Resources, Search, Study
+from softseg_dist import (
+    Dice,
+    DiceSemimetric,
+    MonteCarlo,
+    Optim,
+    Phantom,
+    Race,
+    Recipe,
+    Resources,
+    Search,
+    Study,
+    TuneEach,
+)
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
@@ -172,6 +184,7 @@ CHANGES = {
     "search: Search -> none": STUDY.replace(search=None),
     "search.race: Race -> none": STUDY.replace(search=Search(propose, trials=4, race=None)),
     "search.race.level: 0.1 -> 0.05": STUDY.replace(search=Search(propose, trials=4, race=Race(level=0.05))),
+    "tune_each: none -> TuneEach": STUDY.replace(tune_each=TuneEach()),
     "second_objective: none -> brier": STUDY.replace(second_objective="brier"),
     "objective: dice_dml -> dice_soft": STUDY.replace(objective="dice_soft"),
     "data.noise: ": STUDY.replace(data=Phantom(subjects=10, noise=0.5)),
@@ -186,6 +199,16 @@ def test_a_change_of_results_is_refused_with_old_and_new(tmp_path, change):
     message = refusal(tmp_path, CHANGES[change])
     assert change in message
     assert "\n" not in message
+
+
+def test_a_change_of_the_tuning_is_refused_and_more_candidates_are_not(tmp_path):
+    tuned = STUDY.replace(tune_each=TuneEach(lr=(1e-4, 1e-2)))
+    Ledger(tmp_path).open_study(tuned, splits_of(tuned), "f" * 16)
+    assert "tune_each: TuneEach -> none" in refusal(tmp_path, STUDY)
+    other = tuned.replace(tune_each=TuneEach(lr=(1e-4, 1e-1), splits=3))
+    assert "tune_each.lr: (0.0001, 0.01) -> (0.0001, 0.1); tune_each.splits: 2 -> 3" in refusal(tmp_path, other)
+    more = tuned.replace(candidates={**STUDY.candidates, "hard": BASE.replace(label="hard")})
+    assert len(Ledger(tmp_path).open_study(more, splits_of(more), "f" * 16)) == 1
 
 
 def test_another_store_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from softseg_dist import Dice, KFold, MonteCarlo, Phantom, Recipe, Search, Study
+from softseg_dist import Dice, KFold, MonteCarlo, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.cli import app
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
@@ -57,6 +57,8 @@ def finished_run(folder: Path, of: Study, splits: tuple[Split, ...], seconds: di
         ({"search": Search(propose, trials=5)}, (2 + 5) * 3),
         ({"candidates": {}, "search": Search(propose, trials=5)}, 5 * 3),
         ({"splits": KFold(folds=4)}, 2 * 4),
+        ({"tune_each": TuneEach(trials=4, splits=2)}, 2 * (3 + 4 * 2)),
+        ({"tune_each": TuneEach(trials=4, splits=9)}, 2 * (3 + 4 * 3)),
         ({"subjects": 5, "splits": KFold(folds=5, count=2)}, 2 * 2),
         ({"holdout": 0.3}, 2 * 3),
         ({"nested": KFold(folds=5), "search": Search(propose, trials=5)}, 5 * (2 + 5) * 3),
@@ -76,6 +78,17 @@ def test_time_measured_on_a_run_of_the_same_size_is_the_mean_over_candidates(tmp
     splits = whole.splits.make({f"{i}": "" for i in range(10)}, 0)
     run = finished_run(tmp_path / "run", whole, splits, {"hard": 10.0, "soft": 30.0})
     assert plan_study(whole, None, run=run).seconds_per_fit == pytest.approx((10 + 30) / 2)
+
+
+def test_trials_of_a_learning_rate_take_as_long_as_their_candidate(tmp_path: Path) -> None:
+    whole = study(tune_each=TuneEach(trials=2, splits=3))
+    splits = whole.splits.make({f"{i}": "" for i in range(10)}, 0)
+    run = finished_run(tmp_path / "run", whole, splits, {"hard": 10.0, "soft": 30.0})
+    searched = whole.replace(search=Search(propose, trials=2))
+    assert plan_study(whole, None, run=run).seconds_per_fit == pytest.approx((10 + 30) / 2)
+    assert plan_study(searched, None, run=run).seconds_per_fit == pytest.approx(
+        (3 * 10 + 3 * 30 + 2 * 20 * 40 / 10) / (3 + 3 + 2)
+    )
 
 
 def test_time_grows_with_epochs_and_training_subjects(tmp_path: Path) -> None:

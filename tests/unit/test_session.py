@@ -1,16 +1,19 @@
-"""A session whose run folder cannot be written: it ends with one message, what ran may run again, and the ledger stays valid."""
+"""A session: who is told what, and how it ends with one message, and a valid ledger, when its run folder cannot be written."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from softseg_dist import MonteCarlo, Phantom, Recipe, Study
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
 from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import Progress
+from softseg_dist.search.live import PlainLines, Progress
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.worker import Ending, StopFile
@@ -23,17 +26,16 @@ STUDY = Study(
     splits=MonteCarlo(count=3),
     candidates={"a": Recipe()},
 )
-SPLITS = STUDY.splits.make({f"sub-{i}": "" for i in range(10)}, 0)
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Session:
-    ledger = Ledger(tmp_path)
-    ledger.open_study(STUDY, SPLITS)
+def session_of(study: Study, folder: Path, progress: Progress) -> Session:
+    splits = study.splits.make({f"sub-{i}": "" for i in range(10)}, 0)
+    ledger = Ledger(folder)
+    ledger.open_study(study, splits)
 
     def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
         return FitTask(
-            study="full",
+            study=study.name,
             seed=0,
             candidate=candidate,
             recipe=recipe,
@@ -45,9 +47,14 @@ def session(tmp_path: Path) -> Session:
             attempt=attempt,
         )
 
-    found = Session(StudySearcher(STUDY, SPLITS, ledger, make_task), None, Progress(), StopFile(f"{tmp_path}/.stop"))
+    found = Session(StudySearcher(study, splits, ledger, make_task), None, progress, StopFile(f"{folder}/.stop"))
     found.start()
     return found
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return session_of(STUDY, tmp_path, Progress())
 
 
 def result(split: int) -> Ending:
@@ -93,3 +100,41 @@ def test_ctrl_c_on_a_full_disk_stops_all_the_same(session: Session, tmp_path: Pa
     session.ended_as("one", Ending(kind="interrupted"))
     assert session.ended
     assert session.outcome().interrupted
+
+
+def run_all(session: Session, score: Callable[[FitTask], float | None]) -> None:
+    number = 0
+    while (task := session.next_fit(str(number))) is not None:
+        value = score(task)
+        known = {"candidate": task.candidate, "split": task.split.index, "score": value}
+        state = {"state": "finished"} if value is not None else {"state": "failed", "reason": "loss is nan"}
+        session.ended_as(str(number), Ending(kind="result", result=FitResult(**known, **state)))
+        number += 1
+
+
+def propose(trial: Any) -> Recipe:
+    return Recipe(optim=Optim(lr=trial.suggest_float("lr", 1e-3, 1e-2)))
+
+
+def test_who_is_out_of_the_race_is_told_once_and_nothing_of_it_is_counted_as_missing(tmp_path: Path) -> None:
+    study = STUDY.replace(splits=MonteCarlo(count=5), search=Search(propose, trials=1), candidates={"a": Recipe()})
+    told = io.StringIO()
+    raced = session_of(study, tmp_path, PlainLines(told))
+    run_all(raced, lambda task: task.split.index / 10 + (task.candidate == "a"))
+    assert raced.outcome() == Outcome(finished=5 + 3, failed=0, unfinished=0, interrupted=False)
+    assert told.getvalue().count("trial-000 is out of the race: dice_dml -1.0000 (p = ") == 1
+    assert told.getvalue().count(") against a over 3 splits") == 1
+    assert (raced.progress.total, raced.progress.tallies["trial-000"].splits) == (8, 3)
+    again = session_of(study, tmp_path, PlainLines(told))
+    assert again.ended
+    assert again.outcome() == raced.outcome()
+    assert told.getvalue().count("out of the race") == 1
+
+
+def test_a_candidate_without_a_rate_that_works_is_told_once(tmp_path: Path) -> None:
+    study = STUDY.replace(tune_each=TuneEach(trials=2, splits=1))
+    told = io.StringIO()
+    tuned = session_of(study, tmp_path, PlainLines(told))
+    run_all(tuned, lambda task: None if "~" in task.candidate else 0.5)
+    assert told.getvalue().count("a: every learning rate that was tried has failed: it keeps its own, 0.001") == 1
+    assert tuned.outcome() == Outcome(finished=3, failed=2, unfinished=0, interrupted=False)

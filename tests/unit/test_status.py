@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from s3_server import BUCKET
 
-from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.search.ledger import CandidateRecord, Ledger, RaceRecord, json_of
@@ -88,6 +88,21 @@ def test_a_candidate_that_was_raced_out_has_nothing_left(folder: str) -> None:
     out = io.StringIO()
     show(status, Console(file=out, width=100, highlight=False))
     assert "trial-001  1/2, raced out  0.2500" in out.getvalue()
+
+
+def test_trials_of_a_learning_rate_count_until_it_is_chosen(folder: str) -> None:
+    ledger = Ledger(folder)
+    study = STUDY.replace(search=None, tune_each=TuneEach(trials=2, splits=1))
+    ledger.open_study(study, study.splits.make({f"sub-{i}": "" for i in range(10)}, study.seed))
+    for number, name in enumerate(("hard~0", "hard~1", "soft~0", "soft~1")):
+        ledger.write_candidate(CandidateRecord(name=name, origin="tuning", number=number, recipe=json_of(BASE)))
+    ledger.write_result(FitResult(candidate="hard~0", split=0, state="finished", score=0.5))
+    status = status_of(folder)
+    assert (status.planned, status.finished, status.left) == (2 * 2 + 4, 1, 2 * 2 + 3)
+    ledger.write_candidate(CandidateRecord(name="hard", origin="fixed", number=0, recipe=json_of(BASE)))
+    status = status_of(folder)  # hard~1 was given up
+    assert (status.planned, status.finished, status.left) == (2 * 2 + 3, 1, 2 * 2 + 2)
+    assert [c.name for c in status.candidates] == ["hard", "soft", "hard~0", "hard~1", "soft~0", "soft~1"]
 
 
 def test_a_fit_that_has_long_been_silent_does_not_run(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from softseg_dist import (
     Preprocess,
     Recipe,
     Resources,
+    Search,
     Sigmoid,
     Study,
+    TuneEach,
     UNet,
     factorial,
 )
@@ -107,6 +109,7 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"control": "softer"}, "control 'softer' is not a candidate"),
         ({"name": "a/b"}, "folder"),
         ({"objective": "loss"}, "objective must be one of"),
+        ({"tune_each": TuneEach(), "candidates": {}, "search": Search(lambda trial: BASE)}, "a search tunes its own"),
         ({"second_objective": "loss"}, "objective must be one of"),
         ({"second_objective": "dice_dml"}, "second_objective must differ from the objective, got 'dice_dml' for both"),
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
