@@ -60,7 +60,7 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "uncertainty": [one for of_method in measures.uncertainty.values() for one in of_method],
         "importances": searched.importances,
         "pareto": searched.pareto.points if searched.pareto else [],
-        "given_up": [{"candidate": name} | plain(race) for name, race in searched.raced.items()],
+        "given_up": [plain(race) for race in searched.raced.values()],
         "tuning": searched.tuned,
         "holdout": summary.holdout.scores if summary.holdout else [],
     }
