@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from softseg_dist.numerics.losses import TverskySemimetric as TverskySemimetric
     from softseg_dist.numerics.networks import Network as Network
     from softseg_dist.numerics.networks import UNet as UNet
+    from softseg_dist.numerics.patches import Patch as Patch
     from softseg_dist.numerics.sampling import TTA as TTA
     from softseg_dist.numerics.sampling import MCDropout as MCDropout
     from softseg_dist.numerics.sampling import Uncertainty as Uncertainty
@@ -109,6 +110,7 @@ _HOME = {
         "TverskySemimetric",
     ),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
+    "softseg_dist.numerics.patches": ("Patch",),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
     "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "TuneEach", "factorial"),

@@ -24,6 +24,7 @@ from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several,
 from softseg_dist.numerics.losses import Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network, UNet
+from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
 
@@ -48,11 +49,14 @@ class Optim(Frozen):
 
 
 class Recipe(Frozen):
-    """One way to train: label mode, fusion, augmentation, smoothing, network, activation, loss, optimizer. A candidate is one.
+    """One way to train: label mode, fusion, augmentation, smoothing, patches, network, activation, loss, optimizer.
+
+    A candidate is one.
 
     `label`: "soft" (never rounded), "hard" (rounded once, last), "nearest" or "hard_each" (see `numerics.labels`).
     `fusion`: "mean", "majority", "staple", "soft_staple", "random_rater", or "rater:<name>".
     `smoothing`: the last change of a sample's target, after augmentation and rounding; evaluation never sees it.
+    `patch`: train on patches of images and predict from overlapping ones; None: from whole images.
     """
 
     network: Network = UNet()
@@ -62,6 +66,7 @@ class Recipe(Frozen):
     fusion: str = "mean"
     augment: tuple[Augmentation, ...] = ()
     smoothing: Smoothing | None = None
+    patch: Patch | None = None
     optim: Optim = Optim()
 
     _check_fusion = field_validator("fusion")(check_fusion)
@@ -274,6 +279,11 @@ class Study(Frozen):
             raise ValueError(f"candidate {name}: {one_rater_only(recipe.fusion)}")
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
             raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
+        if recipe.patch is not None and len(recipe.patch.size) != self.preprocess.dim:
+            raise ValueError(
+                f"candidate {name}: a patch needs {self.preprocess.dim} numbers for dim={self.preprocess.dim} of Preprocess, "
+                f"got {recipe.patch.size}"
+            )
 
     def debug(self) -> Study:
         """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""

@@ -41,6 +41,7 @@ __all__ = [
     "augment",
     "augment_case",
     "mix",
+    "moves",
     "pairs",
 ]
 
@@ -86,6 +87,11 @@ def augment(
         if isinstance(transform, Intensity):
             image = transform.change(image, parameters, frame)
     return image, harden(target) if mode == "hard" else target
+
+
+def moves(transforms: Sequence[Augmentation]) -> bool:
+    """Whether `transforms` do more to space than mirror it, and so show what lies around a sample."""
+    return any(isinstance(t, Spatial) and not isinstance(t, Flip) and not t.idle for t in transforms)
 
 
 def pairs(transforms: Sequence[Augmentation]) -> bool:

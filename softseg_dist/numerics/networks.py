@@ -99,5 +99,5 @@ class _UNetModule(nn.Module):
         if min(size) < shrink or max(size) < 2 * shrink:
             raise UserError(
                 f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
-                f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop"
+                f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop or patch"
             )

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.numerics.networks import Network
 from softseg_dist.report.pictures import Overlay
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.tables import Summary
@@ -22,9 +20,6 @@ from softseg_dist.training.evaluation import mean_reference
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, load_weights
 from softseg_dist.training.task import weights_path
-
-NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
-ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
 
 
 def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
@@ -35,10 +30,7 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     try:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
         recipe = next(c.recipe for c in run.candidates if c.name == summary.winner.name)
-        network, activation = (
-            NETWORK.validate_python(recipe["network"]),
-            ACTIVATION.validate_python(recipe["activation"]),
-        )
+        model = Model.of_json(recipe, store.channels, len(store.classes), store.dim)
     except (
         UserError,
         ValidationError,
@@ -49,7 +41,6 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     if not all(_weights(run, summary, split).exists() for split in ranked["split"]):
         return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-    model = Model(network, activation, store.channels, len(store.classes), store.dim)
     return tuple(_overlay(label, ranked.iloc[at], run, summary, store, model) for label, at in shown.items())
 
 

@@ -12,6 +12,9 @@ FREE = ("question", "control", "resources", "subjects", "splits")
 LATER: dict[str, Any] = {"uncertainty": []}
 """Fields that studies of earlier versions lack, with the value that does what those versions did."""
 
+LATER_OF_A_RECIPE: dict[str, Any] = {"smoothing": None, "patch": None}
+"""The same of recipes."""
+
 Json = dict[str, Any]
 
 

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import Place, working_folder
-from softseg_dist.search.changes import Json, holdout_change, study_changes
+from softseg_dist.search.changes import LATER_OF_A_RECIPE, Json, holdout_change, study_changes
 from softseg_dist.search.lock import hold
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult
@@ -48,6 +48,11 @@ class CandidateRecord(Frozen):
     params: dict[str, Any] = {}
     distributions: dict[str, str] = {}
     note: str = ""
+
+    @field_validator("recipe")
+    @classmethod
+    def _of_earlier_versions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return LATER_OF_A_RECIPE | value
 
 
 class RaceRecord(Frozen):

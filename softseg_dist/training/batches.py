@@ -12,10 +12,11 @@ from torch import Tensor
 
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.numerics.augmentation import augment, mix, pairs
+from softseg_dist.numerics.augmentation import augment, mix, moves, pairs
+from softseg_dist.numerics.patches import Window
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.study import Recipe
-from softseg_dist.training.targets import item_target
+from softseg_dist.training.targets import item_target, labelled_voxels
 from softseg_dist.training.task import FitTask
 
 
@@ -33,17 +34,22 @@ def cases_of(store: Store, subjects: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Batches:
-    """All training items of one fit. What is drawn, and how it is augmented, depends on (study, seed, split, epoch, item) alone."""
+    """All training items of one fit. What is drawn, and how it is augmented, depends on (study, seed, split, epoch, item) alone.
+
+    If the recipe has a patch, an item is seen through one, which every epoch cuts elsewhere.
+    """
 
     store: Store
     recipe: Recipe
-    items: tuple[tuple[int, int], ...]  # (case, item of the case)
+    items: tuple[tuple[int, int], ...]  # (case, item of the case), as often as an epoch takes a patch of it
     seed: int
 
     @classmethod
     def of(cls, task: FitTask, store: Store) -> Batches:
         """The training items of a task's split."""
-        items = tuple((c, i) for c in cases_of(store, task.split.train) for i in range(store.cases[c].num_items))
+        times = range(1 if task.recipe.patch is None else task.recipe.patch.per_item)
+        cases = cases_of(store, task.split.train)
+        items = tuple((c, i) for c in cases for i in range(store.cases[c].num_items) for _ in times)
         return cls(store, task.recipe, items, seed_of(task.study, task.seed, task.split.index))
 
     @property
@@ -62,7 +68,8 @@ class Batches:
         Where the recipe joins items in pairs, each is joined with its `partner` after both are augmented, rounded and smoothed.
         """
         if not members:
-            empty = [torch.empty(0, n, *self.store.size) for n in (self.store.channels, len(self.store.classes))]
+            size = self.store.size if self.recipe.patch is None else self.recipe.patch.size
+            empty = [torch.empty(0, n, *size) for n in (self.store.channels, len(self.store.classes))]
             return empty[0].to(device), empty[1].to(device)
         image, target = self._augmented(epoch, members, device)
         if pairs(self.recipe.augment):
@@ -80,21 +87,40 @@ class Batches:
         return (member + 1 + draw % max(1, len(self.items) - 1)) % len(self.items)
 
     def mean_label(self) -> Tensor:
-        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation and smoothing."""
-        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in range(len(self.items)))
+        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation and smoothing.
+
+        Items count whole, and once, whatever patches are taken of them.
+        """
+        first: dict[tuple[int, int], int] = {}
+        for member, item in enumerate(self.items):
+            first.setdefault(item, member)
+        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in first.values())
         assert isinstance(total, Tensor), "a split has training items"
-        return total / len(self.items)
+        return total / len(first)
 
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""
-        images, targets = zip(*(self._item(epoch, member) for member in members), strict=True)
+        read = [self._item(epoch, member, self._window(epoch, member)) for member in members]
+        images, targets = zip(*read, strict=True)
         image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
-        for spacing_mm, rows in self._by_spacing(members).items():
+        groups = self._by_spacing(members)
+        for spacing_mm, rows in groups.items():
             part = image[rows], target[rows], self.recipe.augment, [self._seed(epoch, members[row]) for row in rows]
             image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
-            if self.recipe.smoothing is not None:
+        if self.recipe.patch is not None:
+            image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
+        if self.recipe.smoothing is not None:
+            for spacing_mm, rows in groups.items():
                 target[rows] = self.recipe.smoothing(target[rows], image[rows], spacing_mm)
         return image, target
+
+    def _window(self, epoch: int, member: int) -> Window | None:
+        """What is read of an item: its patch, with what augmentation may bring in from around it; None is all."""
+        if (patch := self.recipe.patch) is None:
+            return None
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "patch", epoch, member))
+        window = patch.draw(generator, self.store.size, labelled_voxels(self.store, *self.items[member]))
+        return window.grown(patch.margin) if moves(self.recipe.augment) else window
 
     def _seed(self, epoch: int, member: int) -> int:
         return seed_of(self.seed, "augment", epoch, member)
@@ -106,7 +132,9 @@ class Batches:
             rows.setdefault(self.store.sample(self.items[member][0]).spacing_mm, []).append(row)
         return rows
 
-    def _item(self, epoch: int, member: int) -> tuple[np.ndarray, Tensor]:
+    def _item(self, epoch: int, member: int, window: Window | None = None) -> tuple[np.ndarray, Tensor]:
         case, item = self.items[member]
         draw = seed_of(self.seed, "rater", epoch, member)
-        return self.store.sample(case).image[item], item_target(self.store, self.recipe, case, item, draw)
+        image = self.store.sample(case).image[item]
+        target = item_target(self.store, self.recipe, case, item, draw, window)
+        return image if window is None else window.of(image, "edge"), target

@@ -15,7 +15,7 @@ from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.model import Model, load_weights
 
-ITEMS_AT_ONCE = 16  # bounds memory; the result does not depend on it
+ITEMS_AT_ONCE = 16  # of those that go whole; bounds memory; the result does not depend on it
 
 
 @torch.inference_mode()
@@ -23,7 +23,7 @@ def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndar
     """Soft map [N K *S] float32 of all items of one case.
 
     The activation sees all items of the case at once, so that a maximum that runs over "the batch" runs over the case, whatever
-    else is predicted beside it.
+    else is predicted beside it. A model of patches gives the logits of an item patch by patch (see `Patch`).
     """
     model.eval()
     return _on_cpu(_soft_map(model, _image(sample, device)))
@@ -48,6 +48,8 @@ def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device:
 
 
 def _soft_map(model: Model, image: Tensor) -> Tensor:
+    if model.patch is not None:
+        return model.activation(model.patch.stitch(model.logits, image))
     return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)]))
 
 

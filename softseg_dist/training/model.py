@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.networks import Network
+from softseg_dist.numerics.patches import Patch
 from softseg_dist.study import Recipe
 from softseg_dist.training.files import replace_file
 
+NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
+ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
+PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
+
 
 class Model(nn.Module):
-    """Images [B C *S] -> prediction [B K *S] in [0, 1]; `logits` stops before the activation."""
+    """Images [B C *S] -> prediction [B K *S] in [0, 1]; `logits` stops before the activation.
 
-    def __init__(self, network: Network, activation: Activation, channels: int, classes: int, dim: int) -> None:
+    With a `patch` it is trained on patches, and whole items are not for `forward` but for `inference`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        activation: Activation,
+        channels: int,
+        classes: int,
+        dim: int,
+        patch: Patch | None = None,
+    ) -> None:
         super().__init__()
+        self.patch = patch
         self.network = network.build(channels, activation.num_logits(classes), dim)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
+
+    @classmethod
+    def of(cls, recipe: Recipe, channels: int, classes: int, dim: int) -> Self:
+        """The model of a recipe, with weights from torch's global generator."""
+        return cls(recipe.network, recipe.activation, channels, classes, dim, recipe.patch)
+
+    @classmethod
+    def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, dim: int) -> Self:
+        """The model of a recipe in JSON, of which nothing else is read: its loss may be of a study file that is not at hand.
+
+        Raises pydantic.ValidationError if network, activation or patch are unknown.
+        """
+        network = NETWORK.validate_python(recipe.get("network"))
+        activation = ACTIVATION.validate_python(recipe.get("activation"))
+        return cls(network, activation, channels, classes, dim, PATCH.validate_python(recipe.get("patch")))
 
     def logits(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B num_logits *S]."""
@@ -40,7 +75,7 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
     of steps on the faint background alone (SCIENCE.md, section 9).
     """
     torch.manual_seed(seed)
-    model = Model(recipe.network, recipe.activation, channels, classes, dim)
+    model = Model.of(recipe, channels, classes, dim)
     with torch.no_grad():
         recipe.network.last_bias(model.network).copy_(recipe.activation.initial_bias(mean_label))
     return model

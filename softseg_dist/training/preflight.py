@@ -28,8 +28,9 @@ def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split) -> 
             _try(recipe, store, first)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
+            seen = "" if recipe.patch is None else f"patches of size {recipe.patch.size} from "
             raise UserError(
-                f"candidate {name} cannot be trained on images of size {store.size}: {cause:.300}"
+                f"candidate {name} cannot be trained on {seen}images of size {store.size}: {cause:.300}"
             ) from error
 
 
@@ -53,7 +54,7 @@ def check_uncertainty(recipes: Mapping[str, Recipe], methods: Sequence[Uncertain
     first = next(case.index for case in store.cases if case.num_items)
     sample = store.sample(first)
     for name, recipe in recipes.items():
-        model = Model(recipe.network, recipe.activation, store.channels, len(store.classes), store.dim)
+        model = Model.of(recipe, store.channels, len(store.classes), store.dim)
         check_methods(name, model, methods)
         for method in methods:
             try:
@@ -74,7 +75,7 @@ def check_methods(candidate: str, model: nn.Module, methods: Sequence[Uncertaint
 def _try(recipe: Recipe, store: Store, case: int) -> None:
     batches = Batches(store, recipe, ((case, 0),), seed=0)
     image, target = batches.batch(epoch=0, members=[0], device="cpu")
-    model = Model(recipe.network, recipe.activation, store.channels, len(store.classes), store.dim)
+    model = Model.of(recipe, store.channels, len(store.classes), store.dim)
     prediction = model.eval()(image)  # eval: batch norm has no variance over one item of one voxel
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")

@@ -12,21 +12,17 @@ import shutil
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import PositiveInt, ValidationError, model_validator
 
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
-from softseg_dist.numerics.activations import Activation
-from softseg_dist.numerics.networks import Network
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.model import Model, load_weights
 
 FORMAT: Final = 1  # raised when an older version could not read a card, or would misread it
 CARD, WEIGHTS = "model.json", "model.safetensors"
 INTENDED_USE = "Research use only; not a medical device. The licence of the training data may restrict it further."
-NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
-ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
 OF_A_STUDY_FILE = re.compile(r'"type":"[^"\\]*:')  # "s009_mine:MyNetwork", in canonical JSON; ours have no colon
 
 
@@ -128,11 +124,9 @@ def load_model(folder: Path, card: ModelCard) -> Model:
     if _sha256(path) != card.weights_sha256:
         raise _broken(path, f"it is not the file that {CARD} was written for (torn, or replaced?)")
     try:
-        network = NETWORK.validate_python(card.recipe.get("network"))
-        activation = ACTIVATION.validate_python(card.recipe.get("activation"))
+        model = Model.of_json(card.recipe, card.channels, len(card.classes), card.dim)
     except ValidationError as error:
         raise _broken(folder / CARD, f"recipe: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
-    model = Model(network, activation, card.channels, len(card.classes), card.dim)
     try:
         load_weights(model, path)
     except RuntimeError as error:  # torch lists every name and shape that differs, one per line

@@ -6,32 +6,57 @@ Legend: N items of a case, R raters, K classes, *S space.
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softseg_dist.data.store import Store
 from softseg_dist.numerics.labels import LabelMode, needs_whole_case, prepare_target
+from softseg_dist.numerics.patches import Window
 from softseg_dist.study import Recipe
 
 KEPT_BYTES = (
     2**30
 )  # of targets that a process keeps; beyond, what was used longest ago is dropped and made anew when asked for
+MOST_VOXELS = 10_000  # of a class that are known as labelled: patches about more would not differ more
 
 _kept: OrderedDict[tuple[str, int, LabelMode, str], Tensor] = OrderedDict()
 
 
-def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int) -> Tensor:
-    """The target [K *S] of an item, as `labels.prepare_target` makes it; `draw` is the seed of this item in this epoch.
+def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, window: Window | None = None) -> Tensor:
+    """The target [K *S] of an item, or of a window of it, as `labels.prepare_target` makes it.
+
+    `draw` is the seed of this item in this epoch. Beyond the image's border nothing is labelled.
 
     STAPLE sees all items of the case together, once for all fits of this process. Do not change the result in place.
     """
     if needs_whole_case(recipe.fusion):
-        return _case_target(store, case, recipe.label, recipe.fusion)[item]
+        whole = _case_target(store, case, recipe.label, recipe.fusion)[item]
+        return whole if window is None else _copied(whole.numpy(), window)
     sample = store.sample(case)
-    nearest = None if sample.nearest is None else _copied(sample.nearest[item])
-    return prepare_target(_copied(sample.raters[item]), nearest, recipe.label, recipe.fusion, sample.rater_names, draw)
+    raters = _copied(sample.raters[item], window)
+    nearest = None if sample.nearest is None else _copied(sample.nearest[item], window)
+    return prepare_target(raters, nearest, recipe.label, recipe.fusion, sample.rater_names, draw)
+
+
+@lru_cache(maxsize=2**12)
+def labelled_voxels(store: Store, case: int, item: int) -> tuple[NDArray[np.int32], ...]:
+    """Where some rater has labelled each class, if only in part: flat indices into *S, of `MOST_VOXELS` of them if there are more.
+
+    Whatever the fusion and the label mode: every candidate sees the same patches.
+    """
+    found = map(np.flatnonzero, store.sample(case).raters[item].any(axis=0))
+    return tuple(_some(voxels).astype(np.int32) for voxels in found)
+
+
+def _some(voxels: NDArray[np.integer]) -> NDArray[np.integer]:
+    """At random, as every so manyth would lie in few planes; always the same."""
+    if len(voxels) <= MOST_VOXELS:
+        return voxels
+    return np.random.default_rng(0).choice(voxels, MOST_VOXELS, replace=False)
 
 
 def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tensor:
@@ -47,6 +72,6 @@ def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tenso
     return _kept[key]
 
 
-def _copied(values: np.ndarray) -> Tensor:
-    """A tensor of `values`, which are read-only views of the store."""
-    return torch.from_numpy(np.array(values))
+def _copied(values: np.ndarray, window: Window | None = None) -> Tensor:
+    """A tensor of `values`, which are read-only views of the store, or of a window of them."""
+    return torch.from_numpy(np.array(values if window is None else window.of(values, "constant")))

@@ -90,7 +90,7 @@ OWNERS = {
         "training/workers.py",
     ),
     "mlflow": ("search/tracking_server.py",),
-    "monai": ("numerics/networks.py", "numerics/surface.py"),
+    "monai": ("numerics/networks.py", "numerics/patches.py", "numerics/surface.py"),
     "matplotlib": (
         "report/look.py",
         "report/figures.py",
