@@ -29,8 +29,8 @@ from softseg_dist.training.task import FitTask, cases_path
 LEVEL, PLANTED_LEVEL = 0.05, 0.01
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), loss=Brier(), optim=Optim(lr=2e-2, epochs=20, batch_size=8))
 # The share of tissue in pixels of 2 mm, drawn at 0.5 mm: what rounding throws away is known, and clear images show it.
-PLANTED = Phantom(subjects=40, size=(48, 48), num_slices=4, disagreement_mm=0.1, noise=0.02, sites=1, bias_field=0.05)
-PLANTED_RECIPE = BASE.replace(network=UNet(filters=(8, 16)), optim=Optim(lr=1e-2, epochs=60, batch_size=8))
+PLANTED = Phantom(subjects=100, size=(48, 48), num_slices=4, disagreement_mm=0.1, noise=0.02, sites=1, bias_field=0.05)
+PLANTED_RECIPE = BASE.replace(network=UNet(filters=(8, 16)), optim=Optim(lr=1e-2, epochs=30, batch_size=8))
 PLANTED_PREPROCESS = Preprocess(dim=2, spacing_mm=(2.0, 2.0), crop=(12, 12), label_resampling="area")
 PLANTED_METRICS = ("brier", "volume_error_abs")
 NULL = Phantom(subjects=12, size=(24, 24), num_slices=3)
