@@ -3,12 +3,12 @@
 Splits, seeds and weights are shared, so both are compared split by split: a paired, one-sided t-test over the splits that both
 have, looked at after `Race.start` splits and after each further one but the last. With L looks a candidate is out at
 p < level / sqrt(L). The looks overlap, so Bonferroni's 1 / L would be too strict: for equal candidates, 5 to 40 splits and a
-level of .1 the chance that any look puts one out is .09 to .11 (simulated; tests/unit/test_race.py), without a correction up to
-.38.
+level of .1 the chance that any look puts one out is .09 to .11 (simulated; tests/unit/test_race.py).
 
 Why t: with 3 splits the smallest p of an exact Wilcoxon test, which is what Optuna's WilcoxonPruner computes, is 1/8, so that
-it can decide nothing before the fourth split at a level of .1, and nothing before the sixth with the correction. In the
-simulation of tests/benchmarks/bench_racing.py it needs a third more of the fits to find the same winners.
+at a level of .1 it decides nothing before the fourth split, and with the correction nothing before the sixth. It needs a third
+to a half more fits for the same winners, or ones as good: .49 of 60 candidates x 15 splits instead of .33
+(tests/benchmarks/bench_racing.py).
 
 With two objectives a candidate is out only if one fully run candidate is significantly better in both at once. Demanding both
 of one opponent errs on the side of running on, so the number of opponents is not corrected for.

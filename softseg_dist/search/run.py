@@ -28,6 +28,7 @@ from softseg_dist.search.reach import check_package, check_reach
 from softseg_dist.search.searcher import MakeTask, StudySearcher
 from softseg_dist.search.session import Outcome, Session
 from softseg_dist.search.tracking import Tracker
+from softseg_dist.search.tuning import is_tuning
 from softseg_dist.search.worker import Ending, Fit, StopFile, run_fit
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.training.task import FitTask, Worker
@@ -98,7 +99,7 @@ def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, reso
             split=split,
             objective=study.objective,
             second_objective=study.second_objective,
-            uncertainty=study.uncertainty,
+            uncertainty=() if is_tuning(candidate) else study.uncertainty,
             store=store,
             store_fingerprint=fingerprint,
             folder=ledger.fit_folder(candidate, split),

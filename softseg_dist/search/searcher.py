@@ -54,12 +54,14 @@ class StudySearcher:
 
     Splits are emitted breadth-first: of all open candidates the one with the lowest split is next. A candidate in the race
     (proposed, or fixed with `Race(fixed=True)`, but never the control) runs `Race.start` splits so; from then on it waits for
-    each of its results, since it may be raced out, and the one that looks best goes first, so that the next to have run fully,
-    against which all others are tested, is a good one. Only the leader waits for nothing: it emits all its splits as long as it
-    looks no worse than the best that has run fully, or none has. A new candidate is proposed only when the open ones have
-    nothing to emit now, so each proposal knows as many results as possible; with a race all startup trials, which
-    are drawn at random anyway, are opened at once. No worker waits: where nothing else is left, those that wait emit.
-    With `tune_each` a fixed candidate waits for the trials of its learning rate, which are candidates, too.
+    each of its results, since it may be put out, and the one that looks best goes first, so that the next to have run fully,
+    against which all others are tested, is a good one. Only the leader waits for nothing, as long as none has run fully or it
+    looks no worse than the best that has.
+
+    A new candidate is proposed only when the open ones have nothing to emit now, so each proposal knows as many results as
+    possible; with a race all startup trials, which are drawn at random anyway, are opened at once. No worker waits: where
+    nothing else is left, those that wait emit. With `tune_each` a fixed candidate waits for the trials of its learning rate,
+    which are candidates, too.
 
     A failed fit (a loss that is not finite) is final: a fixed candidate runs its other splits, so that the report can count
     failures; a proposed one, or a trial of a rate, emits no more; Optuna is told FAIL. Fixed candidates are no Optuna trials.

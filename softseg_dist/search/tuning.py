@@ -20,6 +20,11 @@ def tuning_name(candidate: str, number: int) -> str:
     return f"{candidate}~{number}"
 
 
+def is_tuning(candidate: str) -> bool:
+    """Is this the name of such a trial?"""
+    return "~" in candidate
+
+
 def tuning_record(name: str, number: int, tune: TuneEach, trial: int, recipe: Recipe) -> CandidateRecord:
     """The record of one of the trials of `name`, which is the `number`-th fixed candidate."""
     order = number * tune.trials + trial
