@@ -110,10 +110,9 @@ def run(
 @app.command()
 def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
     """Read, resample and crop a study's images once, into one Arrow file."""
-    from softseg_dist.pipeline import prepare as prepare_store
-    from softseg_dist.search.live import progress_for
+    from softseg_dist.preparation import prepare as prepare_store
 
-    prepared = prepare_store(_load(study, debug).study, data_root, stores, progress_for(sys.stdout))
+    prepared = prepare_store(_load(study, debug).study, data_root, stores, typer.echo)
     store = prepared.store
     size = " x ".join(map(str, store.size))
     typer.echo(

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from types import FunctionType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
 
@@ -29,6 +29,19 @@ def digest(text: str | bytes, length: int = 12) -> str:
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sealed(value: dict[str, Any]) -> str:
+    """JSON behind its own digest, so that damage to it is seen."""
+    text = canonical_json(value)
+    return digest(text) + text
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """The inverse of `sealed`. Raises ValueError if the text was changed."""
+    if digest(text[12:]) != text[:12].decode():
+        raise ValueError("its description was changed")
+    return cast("dict[str, Any]", json.loads(text[12:]))
 
 
 def tag_of(thing: type | FunctionType) -> str:

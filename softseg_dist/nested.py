@@ -19,7 +19,8 @@ import pandas as pd
 
 from softseg_dist.frozen import Frozen
 from softseg_dist.holdout import TABLE
-from softseg_dist.pipeline import Finished, RunOptions, make_folder, prepare, run_prepared
+from softseg_dist.pipeline import Finished, RunOptions, make_folder, run_prepared
+from softseg_dist.preparation import prepare
 from softseg_dist.places import Place
 from softseg_dist.report.scores import soft_scores
 from softseg_dist.search.cluster import check_submitter, one_ray
@@ -101,7 +102,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     check_submitter()
     study, run = file.study, Place.at(options.out) / file.study.name
     assert study.nested is not None
-    prepared = prepare(study, options.data_root, options.stores, progress())
+    prepared = prepare(study, options.data_root, options.stores, progress().note)
     splits = study.nested.make(prepared.sites, study.seed)
     inner = [study.inner(split) for split in splits]
     for one in inner:

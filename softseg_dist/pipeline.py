@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softseg_dist.data.layouts import Case
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
-from softseg_dist.data.store_cache import local_store, shared_store
+from softseg_dist.data.store_cache import local_store
 from softseg_dist.ensembles import measure_ensembles
 from softseg_dist.errors import UserError
 from softseg_dist.final_model import Trained, Where, make_model
 from softseg_dist.holdout import TABLE, open_holdout
 from softseg_dist.places import Place
+from softseg_dist.preparation import Prepared, prepare
 from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import (
@@ -103,15 +102,6 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The store of a study, the path or URI by which workers find it, and the site of each of its subjects."""
-
-    where: str
-    store: Store
-    sites: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Finished:
     """What a run left behind. `folder` may be a URI.
 
@@ -125,26 +115,13 @@ class Finished:
     tracking_uri: str
 
 
-def prepare(study: Study, data_root: Path | None, stores: str | Path, progress: Progress) -> Prepared:
-    """Build the study's store, or find it built. Raises UserError on data that cannot be used."""
-    cases = _first_subjects(study.data.cases(data_root), study.subjects)
-
-    def say(done: int, total: int, name: str) -> None:
-        if done % max(1, total // 10) == 0:
-            progress.note(f"prepared {done} of {total} cases, the last one {name}")
-
-    where = shared_store(stores, cases, study.data, study.preprocess, say)
-    store = Store.open(local_store(where))
-    return Prepared(where, store, {case.subject: case.site for case in store.cases})
-
-
 def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finished:
     """Run a study or go on with it. What a user can get wrong is found before the first fit starts.
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
     check_submitter()
-    prepared = prepare(file.study, options.data_root, options.stores, progress)
+    prepared = prepare(file.study, options.data_root, options.stores, progress.note)
     return run_prepared(file, prepared, Place.at(options.out) / file.study.name, options, progress)
 
 
@@ -386,8 +363,3 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
     }
     replace_file(folder / f"{file.stem}.py", lambda partial: partial.write_text(file.text, encoding="utf-8"))
     replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
-
-
-def _first_subjects(cases: tuple[Case, ...], count: int | None) -> tuple[Case, ...]:
-    kept = sorted({case.subject for case in cases})[:count]
-    return tuple(case for case in cases if case.subject in kept)

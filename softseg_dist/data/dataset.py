@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Geometry
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
@@ -49,10 +50,11 @@ class Case(ABC):
     rater_names: tuple[str, ...]
 
     @abstractmethod
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """One line per source that determines the content, such as "name sha256"; equal lines mean equal voxels.
 
-        `parts` names further masks that are used. Raises UserError if a source cannot be read.
+        `parts` names further masks that are used, `sha256` gives the digest of a file. Raises UserError if a source cannot be
+        read.
         """
 
     @abstractmethod

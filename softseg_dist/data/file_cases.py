@@ -5,7 +5,7 @@ Legend: C image channels, R raters, K classes, X Y Z canonical (RAS+) voxel axes
 
 from __future__ import annotations
 
-import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from softseg_dist.data.dataset import Case, CaseData, Float32
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Geometry
-from softseg_dist.data.volume import Volume, read_geometry, read_volume
+from softseg_dist.data.volume import read_geometry, read_volume
 from softseg_dist.errors import UserError
 
 ROUNDING = 1e-6  # labels this far outside [0, 1] are rounding errors of the tool that wrote them, and are clipped
@@ -55,9 +56,9 @@ class ImageCase(Case):
         for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
             _check_grid(read_geometry(path), path, reference, self.images[0])
 
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """See `Case.sources`."""
-        return tuple(f"{path.name} {_sha256(path)}" for path in self._files(parts))
+        return tuple(f"{path.name} {sha256(path)}" for path in self._files(parts))
 
     def load(self) -> CaseData:
         """See `Case.load`: no raters, so `raters` is [0 0 X Y Z]."""
@@ -69,36 +70,29 @@ class ImageCase(Case):
         """See `Case.mask`: `center_mask`, whatever its file is called."""
         if self.center_mask is None:
             raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
-        return self._read_mask(self.center_mask, read_geometry(self.images[0]), {}, part)
+        return self._read_mask(self.center_mask, part)
 
     def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
         return (*self.images, *([self.center_mask.path] if self.center_mask and parts else []))
 
     def _read_images(self) -> tuple[Float32, Geometry]:
-        volumes = [read_volume(path) for path in self.images]
-        for path, volume in zip(self.images[1:], volumes[1:], strict=True):
-            _check_grid(volume.geometry, path, volumes[0].geometry, self.images[0])
-        return np.stack([volume.data for volume in volumes]), volumes[0].geometry
+        first = read_volume(self.images[0])
+        image = first.data[None]
+        if len(self.images) > 1:
+            image = np.empty((len(self.images), *first.data.shape), dtype=np.float32)
+            image[0] = first.data
+            for c, path in enumerate(self.images[1:], start=1):
+                image[c] = self._read_alike(path, first.geometry)
+        return image, first.geometry
 
-    def _read_mask(self, mask: MaskFile, geometry: Geometry, read: dict[Path, Volume], what: str) -> Float32:
-        if mask.path not in read:
-            read[mask.path] = read_volume(mask.path)
-            _check_grid(read[mask.path].geometry, mask.path, geometry, self.images[0])
-        values = read[mask.path].data
-        if mask.value is not None:
-            if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
-                raise UserError(
-                    f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}"
-                )
-            return (values == mask.value).astype(np.float32)
-        low, high = float(values.min()), float(values.max())
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            worst = high if high > 1 + ROUNDING else low
-            raise UserError(
-                f"{what}: labels must lie in [0, 1], got {worst:g} in {mask.path}; "
-                'scale it, or name one value of an integer map in the study file as "part:value"'
-            )
-        return values.clip(0, 1)
+    def _read_mask(self, mask: MaskFile, what: str) -> Float32:
+        return _label(self._read_alike(mask.path, read_geometry(self.images[0])), mask, what)
+
+    def _read_alike(self, path: Path, geometry: Geometry) -> Float32:
+        """The voxels of a file that must lie on the grid of the image."""
+        volume = read_volume(path)
+        _check_grid(volume.geometry, path, geometry, self.images[0])
+        return volume.data
 
 
 class LabelledCase(ImageCase):
@@ -128,24 +122,47 @@ class LabelledCase(ImageCase):
         return self.problems
 
     def load(self) -> CaseData:
-        """See `Case.load`. A file that several classes share is read once."""
+        """See `Case.load`. A file that several classes share is read once, and no two masks are held beside the result."""
         if self.problems:
             raise UserError(self.problems[0])
         image, geometry = self._read_images()
-        read: dict[Path, Volume] = {}
-        raters = [
-            [self._read_mask(mask, geometry, read, f"rater {rater}, class {name}") for name, mask in masks.items()]
-            for rater, masks in self.labels.items()
-        ]
-        return CaseData(image, np.array(raters, dtype=np.float32), None, geometry.canonical_affine, geometry)
+        uses: dict[Path, list[tuple[int, int, MaskFile, str]]] = defaultdict(list)
+        for r, (rater, masks) in enumerate(self.labels.items()):
+            for k, (name, mask) in enumerate(masks.items()):
+                uses[mask.path].append((r, k, mask, f"rater {rater}, class {name}"))
+        num_classes = max(map(len, self.labels.values()), default=0)
+        raters = np.empty((len(self.labels), num_classes, *image.shape[1:]), dtype=np.float32)
+        for path, labels in uses.items():
+            values = self._read_alike(path, geometry)
+            for r, k, mask, what in labels:
+                raters[r, k] = _label(values, mask, what)
+        return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
         """See `Case.mask`."""
-        return self._read_mask(self.find_mask(part), read_geometry(self.images[0]), {}, part)
+        return self._read_mask(self.find_mask(part), part)
 
     def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
         masks = [mask.path for masks in self.labels.values() for mask in masks.values()]
         return tuple(dict.fromkeys([*self.images, *masks, *(self.find_mask(part).path for part in parts)]))
+
+
+def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
+    """The label that the voxels of a file say."""
+    if mask.value is not None:
+        if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
+            raise UserError(
+                f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}"
+            )
+        return (values == mask.value).astype(np.float32)
+    low, high = float(values.min()), float(values.max())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        worst = high if high > 1 + ROUNDING else low
+        raise UserError(
+            f"{what}: labels must lie in [0, 1], got {worst:g} in {mask.path}; "
+            'scale it, or name one value of an integer map in the study file as "part:value"'
+        )
+    return values.clip(0, 1)
 
 
 def _check_grid(geometry: Geometry, path: Path, reference: Geometry, reference_path: Path) -> None:
@@ -153,11 +170,3 @@ def _check_grid(geometry: Geometry, path: Path, reference: Geometry, reference_p
         raise UserError(
             f"{path} is on another grid than {reference_path}: {difference}; resample it to the image first"
         )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error

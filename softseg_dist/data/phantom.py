@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from scipy import ndimage
 
 from softseg_dist.data.dataset import Case, CaseData, DataSet, Float32
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Geometry, Shape3
 from softseg_dist.data.phantom_shapes import RATER_POINTS, Body, Column, Ellipsoid, Vector3, Wobble, partial_volume
 from softseg_dist.errors import UserError
@@ -111,7 +112,7 @@ class PhantomCase(Case):
         self.site = f"site{index % phantom.sites + 1}"
         self.rater_names = phantom.rater_names
 
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """See `Case.sources`: all fields but the number of people say everything."""
         return (f"phantom {VERSION} case {self.index} {self.phantom.replace(subjects=1).fingerprint}",)
 

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from softseg_dist.data.dataset import Case, CaseData, Float32
 from softseg_dist.data.geometry import Geometry, spacing_of
-from softseg_dist.data.resampling import Axis, resample, restore
+from softseg_dist.data.resampling import Axis, Method, resample, restore
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
@@ -125,25 +125,22 @@ class Preprocess(Frozen):
     def transform(self, case: Case, data: CaseData) -> Sample:
         """As `apply`, for voxels that are loaded already."""
         axes = self._axes(case, data)
-        image = resample(data.image, axes, "linear")
-        image = np.stack([self._normalized(channel, f"{case.name}, channel {c}") for c, channel in enumerate(image)])
-        raters = _padded(resample(data.raters, axes, self.label_resampling), axes)
-        truth = None
-        if data.truth is not None:
-            truth = _padded(resample(data.truth, axes, self.label_resampling), axes)
+        image = self._image(case, data.image, axes)
+        raters = self._labels(data.raters, axes, self.label_resampling, np.float32)
+        truth = None if data.truth is None else self._labels(data.truth, axes, self.label_resampling, np.float32)
         nearest = None
         if any(axis.is_resampled for axis in axes):
-            nearest = _padded(resample(data.raters >= 0.5, axes, "nearest"), axes).astype(np.uint8)
+            nearest = self._labels(data.raters >= 0.5, axes, "nearest", np.uint8)
         slices = self._slices(case, raters)
         return Sample(
             name=case.name,
             subject=case.subject,
             site=case.site,
             rater_names=case.rater_names,
-            image=_items(np.stack([_padded(channel, axes, channel.min()) for channel in image]), slices),
-            raters=_items(raters, slices),
-            nearest=None if nearest is None else _items(nearest, slices),
-            truth=None if truth is None else _items(truth, slices),
+            image=_chosen(image, slices),
+            raters=_chosen(raters, slices),
+            nearest=None if nearest is None else _chosen(nearest, slices),
+            truth=None if truth is None else _chosen(truth, slices),
             spacing_mm=tuple(axis.spacing_mm for axis in axes[: self.dim]),
             voxel_mm3=float(abs(np.linalg.det(data.affine[:3, :3])) * np.prod([axis.step for axis in axes])),
             placement=Placement(data.geometry, axes, slices),
@@ -185,6 +182,33 @@ class Preprocess(Frozen):
             for plane, n in zip(planes, weights.shape, strict=True)
         )
 
+    def _image(self, case: Case, volume: Float32, axes: tuple[Axis, ...]) -> Float32:
+        """[C X Y Z] -> [N C *S], normalised and then padded by each channel's minimum."""
+        items, whole, window = self._blank(volume.shape[:1], axes, np.float32)
+        for c, channel in enumerate(volume):
+            values = self._normalized(resample(channel, axes, "linear"), f"{case.name}, channel {c}")
+            whole[c] = values.min()
+            whole[c][window] = values
+        return items
+
+    def _labels(
+        self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Scalar]
+    ) -> NDArray[Scalar]:
+        """[... X Y Z] -> [N ... *S], padded by 0."""
+        items, whole, window = self._blank(volume.shape[:-3], axes, kind)
+        for index in np.ndindex(volume.shape[:-3]):
+            whole[index][window] = resample(volume[index], axes, method)
+        return items
+
+    def _blank(
+        self, lead: tuple[int, ...], axes: tuple[Axis, ...], kind: type[Scalar]
+    ) -> tuple[NDArray[Scalar], NDArray[Scalar], tuple[slice, ...]]:
+        """Items [N ... *S] of 0; a view of them as [... X Y Z]; where that is not padding. So results are written in place."""
+        x, y, z = (axis.size for axis in axes)
+        items = np.zeros((z, *lead, x, y) if self.dim == 2 else (1, *lead, x, y, z), dtype=kind)
+        window = tuple(slice(axis.padding[0], axis.size - axis.padding[1]) for axis in axes)
+        return items, np.moveaxis(items, 0, -1) if self.dim == 2 else items[0], window
+
     def _normalized(self, channel: Float32, where: str) -> Float32:
         if self.normalize == "none":
             return channel
@@ -195,29 +219,21 @@ class Preprocess(Frozen):
             scale = high - low
         if scale <= 0:
             raise UserError(f"{where}: the image is constant ({low:g}) within the crop, so it cannot be normalised")
-        scaled = ((channel - low) / scale).astype(np.float32)
-        return scaled.clip(0, 1) if self.normalize == "percentile" else scaled
+        scaled: Float32 = channel - np.float32(low)
+        scaled /= np.float32(scale)
+        return scaled.clip(0, 1, out=scaled) if self.normalize == "percentile" else scaled
 
     def _slices(self, case: Case, raters: Float32) -> tuple[int, ...] | None:
         if self.dim == 3:
             return None
         if self.slices == "all" or not case.rater_names:  # an image to predict has no raters: all its slices count
-            return tuple(range(raters.shape[-1]))
-        labelled = np.flatnonzero(raters.any(axis=tuple(range(raters.ndim - 1))))
+            return tuple(range(len(raters)))
+        labelled = np.flatnonzero(raters.any(axis=tuple(range(1, raters.ndim))))
         if not labelled.size:
             raise UserError(f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop')
         return tuple(labelled.tolist())
 
 
-def _padded(volume: Float32, axes: tuple[Axis, ...], value: float = 0.0) -> Float32:
-    widths = [(0, 0)] * (volume.ndim - 3) + [axis.padding for axis in axes]
-    return np.pad(volume, widths, constant_values=value) if any(map(any, widths)) else volume
-
-
-def _items(volume: NDArray[Scalar], slices: tuple[int, ...] | None) -> NDArray[Scalar]:
-    """[... X Y Z] -> [N ... *S]."""
-    if slices is None:
-        return volume[None]
-    if len(slices) < volume.shape[-1]:
-        volume = volume[..., list(slices)]
-    return np.ascontiguousarray(np.moveaxis(volume, -1, 0))
+def _chosen(items: NDArray[Scalar], slices: tuple[int, ...] | None) -> NDArray[Scalar]:
+    """[N ... *S]: the items of these slices; all of them are not copied."""
+    return items if slices is None or len(slices) == len(items) else items[list(slices)]

@@ -110,11 +110,9 @@ def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
     return np.maximum(overlap, 0) / step
 
 
-def nearest_weights(centers: Float64, num_in: int) -> Float64:
-    """[len(centers) num_in]: 1 at the nearest voxel (the upper one of two equally near)."""
-    weights = np.zeros((len(centers), num_in))
-    weights[np.arange(len(centers)), np.clip(np.floor(centers + 0.5), 0, num_in - 1).astype(np.int64)] = 1
-    return weights
+def nearest_indices(centers: Float64, num_in: int) -> NDArray[np.int64]:
+    """[len(centers)]: the nearest voxel (the upper one of two equally near)."""
+    return np.clip(np.floor(centers + 0.5), 0, num_in - 1).astype(np.int64)
 
 
 def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Float32:
@@ -123,8 +121,13 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
     An axis that is not resampled is copied, so values stay bit-exact there; else they stay within the range of the
     input.
     """
-    matrices = [None if not axis.is_resampled else _weights(axis, method) for axis in axes]
     lead = volume.ndim - len(axes)
+    if method == "nearest":
+        for number, axis in enumerate(axes, start=lead):
+            centers = axis.centers() if axis.is_resampled else np.arange(axis.num_in, dtype=np.float64)
+            volume = volume.take(nearest_indices(centers[slice(*axis.kept)], axis.num_in), number)
+        return volume.astype(np.float32)
+    matrices = [None if not axis.is_resampled else _weights(axis, method) for axis in axes]
     cropped = volume[
         (..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))
     ]
@@ -154,13 +157,11 @@ def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
     return result
 
 
-def _weights(axis: Axis, method: Method) -> Float64:
+def _weights(axis: Axis, method: Literal["linear", "area"]) -> Float64:
     centers = axis.centers()[slice(*axis.kept)]
     if method == "linear":
         return linear_weights(centers, axis.num_in)
-    if method == "area":
-        return area_weights(centers, axis.num_in, axis.step)
-    return nearest_weights(centers, axis.num_in)
+    return area_weights(centers, axis.num_in, axis.step)
 
 
 def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None]) -> NDArray[Any]:

@@ -1,83 +1,114 @@
-"""The store: all samples of a study in one Arrow IPC file, memory-mapped, read without a copy.
+"""The store: all samples of a study in one Arrow IPC file, memory-mapped, read without a copy (see `records`).
 
-One record batch per case, one row per item; each column holds the item's numbers as a list of float32 (`nearest`:
-uint8), so any Arrow reader can open it. What belongs to a case (names, shapes, placement) is JSON in the metadata of
-its batch, what belongs to the file is JSON in the metadata of the schema. The file is named by its fingerprint: what
-it was made from, and how.
+The file is named by its fingerprint: what it was made from, and how. Each case in it says what it was made from, too, so that
+another store with the same preprocessing, or what is left of an unfinished one, gives what it has in common.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from numpy.typing import NDArray
 
 from softseg_dist.data.dataset import Case, DataSet
-from softseg_dist.data.preprocess import Placement, Preprocess, Sample
+from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
+from softseg_dist.data.file_digests import Digest, FileDigests, sha256_of
+from softseg_dist.data.preprocess import Preprocess, Sample
+from softseg_dist.data.processes import num_processors, one_by_one
+from softseg_dist.data.records import KEY, Record, digest_of, read_records, record_of, write_records
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import canonical_json, digest
+from softseg_dist.frozen import canonical_json, digest, unsealed
 
-FORMAT = 1  # raised when the same sources and preprocessing would give another file
-KEY = b"softseg"
-COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32()}
-SCHEMA = pa.schema(
-    [pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()]
-)
+FORMAT = 1  # raised when the same sources and preprocessing would give other numbers, or could not be read
+
+ALIKE = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
 
 Progress = Callable[[int, int, str], None]
 
 
-def fingerprint(cases: Sequence[Case], data: DataSet, preprocess: Preprocess) -> str:
+@dataclass(frozen=True)
+class Part:
+    """A case to prepare, what it is made from, and the file that takes it."""
+
+    case: Case
+    identity: str
+    preprocess: Preprocess
+    about: dict[str, Any]
+    path: Path
+
+
+Spread = Callable[[Callable[[Part], Path], Sequence[Part]], Generator[Path, None, None]]
+
+
+def fingerprint(cases: Sequence[Case], data: DataSet, preprocess: Preprocess, sha256: Digest = sha256_of) -> str:
     """16 hexadecimal digits that name the store of these cases under this preprocessing. Reads the sources."""
-    parts = preprocess.mask_parts
-    content = {
-        "format": FORMAT,
-        "classes": data.classes,
-        "cases": [[case.name, case.subject, case.site, case.rater_names, case.sources(parts)] for case in cases],
-        "preprocess": preprocess.model_dump(mode="json"),
-    }
-    return digest(canonical_json(content), 16)
+    return _fingerprint(_origins(cases, preprocess, sha256), data, preprocess)
 
 
 def build_store(
-    folder: Path, cases: Sequence[Case], data: DataSet, preprocess: Preprocess, progress: Progress | None = None
+    folder: Path,
+    cases: Sequence[Case],
+    data: DataSet,
+    preprocess: Preprocess,
+    progress: Progress | None = None,
+    spread: Spread = one_by_one,
 ) -> Path:
-    """Prepare `cases` into `folder`/<fingerprint>.arrow, one case in memory at a time; returns at once if it is there.
+    """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
 
-    `progress` is called with (cases done, cases in all, name) after each. Several processes may build the same store
-    at once: each writes a file of its own and the last one to finish puts an equal file in place. Raises UserError if
-    there is no case, if a case cannot be read, if sizes differ, or if the disk is full; no partial file stays.
+    Cases that a store in `folder` has already, prepared alike from equal sources, are copied from it; so are those of an
+    unfinished one, so that an interrupted preparation goes on. `spread` prepares the rest: it calls a function on parts as
+    `map` does, in any processes that see `folder`, and is closed when no more is wanted. The file does not depend on it.
+    Each process has one case in memory at a time. `progress` is called with (cases done, cases in all, name) after each.
+    Several processes may build the same store at once: each writes a file of its own and the last one to finish puts an equal
+    file in place.
+
+    Raises UserError if there is no case, if a case cannot be read (the first one that cannot is named), if sizes differ, or
+    if the disk is full. No partial store stays; what has been prepared does, hidden, except if it is of no use.
     """
     if not cases:
         raise UserError(f"{data} has no case: there is nothing to prepare")
-    name = fingerprint(cases, data, preprocess)
+    with FileDigests(folder) as sha256:
+        origins = _origins(cases, preprocess, sha256)
+    name = _fingerprint(origins, data, preprocess)
     path = folder / f"{name}.arrow"
     if path.exists():
         return path
-    draft = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    about = {
+        "format": FORMAT,
+        "fingerprint": name,
+        "classes": data.classes,
+        "dim": preprocess.dim,
+        "data": data.model_dump(mode="json"),
+        "preprocess": preprocess.model_dump(mode="json"),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(draft, _samples(cases, preprocess, progress), data, preprocess, name)
-        draft.replace(path)
+        with new_draft(folder, name) as draft, leftovers(folder) as left:
+            parts = [
+                Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
+                for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
+            ]
+            _build(draft, path, parts, [each for each in left if _is_alike(each, about)], spread, progress)
     except OSError as error:
         raise UserError(
             f"cannot write the store {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
     return path
+
+
+def prepare_part(part: Part) -> Path:
+    """Prepare one case into a file of its own; returns where that is."""
+    record = record_of(part.preprocess.apply(part.case), part.identity)
+    with part.path.open("wb") as file:
+        write_records(file, part.about, [record])
+    return part.path
 
 
 @dataclass(frozen=True)
@@ -100,7 +131,7 @@ class Store:
     """
 
     def __init__(self, path: Path, source: pa.MemoryMappedFile, reader: pa.RecordBatchFileReader) -> None:
-        about = _unsealed(reader.schema.metadata[KEY])
+        about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again"
@@ -117,7 +148,7 @@ class Store:
         self._reader = reader
         self._samples: dict[int, Sample] = {}
         self._about = [
-            _unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
+            unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
             for index in range(reader.num_record_batches)
         ]
         self.cases: tuple[StoredCase, ...] = tuple(
@@ -158,36 +189,10 @@ class Store:
         return self._samples[index]
 
     def _view(self, index: int) -> Sample:
-        about = self._about[index]
-
-        def view(batch: pa.RecordBatch, column: str) -> NDArray[Any] | None:
-            shape = about["shapes"][column]
-            if shape is None:
-                return None
-            lists = batch.column(column)
-            lists.validate(full=True)  # so that no offset of a damaged file leads out of the map
-            return lists.flatten().to_numpy(zero_copy_only=True).reshape(shape)
-
         try:
-            batch = self._reader.get_batch(index)
-            image, raters, nearest, truth = (view(batch, column) for column in COLUMNS)
+            return Record(self._reader.get_batch(index), self._about[index]).sample()
         except (pa.ArrowException, ValueError) as error:
             raise _damaged(self.path, error) from error
-        assert image is not None, "every case is written with its image"
-        assert raters is not None, "every case is written with its raters"
-        return Sample(
-            name=about["name"],
-            subject=about["subject"],
-            site=about["site"],
-            rater_names=tuple(about["rater_names"]),
-            image=image,
-            raters=raters,
-            nearest=nearest,
-            truth=truth,
-            spacing_mm=tuple(about["spacing_mm"]),
-            voxel_mm3=about["voxel_mm3"],
-            placement=Placement.from_dict(about["placement"]),
-        )
 
     @cached_property
     def digest(self) -> str:
@@ -197,7 +202,7 @@ class Store:
     def verify(self) -> None:
         """Read everything and compare it with the digests of its cases. Raises UserError, naming the case, if they differ."""
         for case, about in zip(self.cases, self._about, strict=True):
-            if _digest(self._view(case.index)) != about["digest"]:
+            if digest_of(self._view(case.index)) != about["digest"]:
                 raise _damaged(self.path, ValueError(f"the numbers of {case.name} are not those that were written"))
 
     def __len__(self) -> int:
@@ -213,98 +218,100 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is cut off, damaged or not a store ({reason}); delete it to prepare it again")
 
 
-def _samples(cases: Sequence[Case], preprocess: Preprocess, progress: Progress | None) -> Iterator[Sample]:
-    first: Sample | None = None
-    for done, case in enumerate(cases, start=1):
-        sample = preprocess.apply(case)
-        first = first or sample
-        _check_alike(first, sample)
-        yield sample
-        if progress is not None:
-            progress(done, len(cases), case.name)
+class _UnlikeError(UserError):
+    """Cases that cannot be in one store."""
 
 
-def _check_alike(first: Sample, sample: Sample) -> None:
-    one, other = first.image.shape[2:], sample.image.shape[2:]
-    if one != other:
-        raise UserError(
-            f"all cases must have one size, got {_by(one)} for {first.name} and {_by(other)} for {sample.name}; "
-            "set crop=... of Preprocess"
-        )
-    if first.image.shape[1] != sample.image.shape[1]:
-        raise UserError(
-            f"all cases must have the same channels, got {first.image.shape[1]} for {first.name} "
-            f"and {sample.image.shape[1]} for {sample.name}"
-        )
+def _origins(cases: Sequence[Case], preprocess: Preprocess, sha256: Digest) -> list[list[Any]]:
+    """What determines each case, apart from the preprocessing."""
+    with ThreadPoolExecutor(num_processors()) as threads:  # reading and hashing hold no interpreter lock
+        lines = threads.map(lambda case: case.sources(preprocess.mask_parts, sha256), cases)
+        return [
+            [case.name, case.subject, case.site, case.rater_names, sources]
+            for case, sources in zip(cases, lines, strict=True)
+        ]
 
 
-def _write(path: Path, samples: Iterator[Sample], data: DataSet, preprocess: Preprocess, name: str) -> None:
-    first = next(samples)
-    about = {
+def _fingerprint(origins: list[list[Any]], data: DataSet, preprocess: Preprocess) -> str:
+    content = {
         "format": FORMAT,
-        "fingerprint": name,
         "classes": data.classes,
-        "dim": preprocess.dim,
-        "channels": first.image.shape[1],
-        "size": first.image.shape[2:],
-        "data": data.model_dump(mode="json"),
+        "cases": origins,
         "preprocess": preprocess.model_dump(mode="json"),
     }
-    schema = SCHEMA.with_metadata({KEY: _sealed(about)})
-    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for sample in itertools.chain([first], samples):
-            _write_case(writer, sample, schema)
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
+    return digest(canonical_json(content), 16)
 
 
-def _write_case(writer: pa.RecordBatchFileWriter, sample: Sample, schema: pa.Schema) -> None:
-    arrays = {"image": sample.image, "raters": sample.raters, "nearest": sample.nearest, "truth": sample.truth}
-    num_items = len(sample.image)
-    columns = []
-    for column, array in arrays.items():
-        if array is None:
-            columns.append(pa.nulls(num_items, schema.field(column).type))
-            continue
-        flat = np.ascontiguousarray(array).reshape(-1)
-        offsets = np.arange(num_items + 1, dtype=np.int64) * (flat.size // num_items)
-        columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat), type=schema.field(column).type))
-    about = {
-        "name": sample.name,
-        "subject": sample.subject,
-        "site": sample.site,
-        "rater_names": sample.rater_names,
-        "num_items": num_items,
-        "shapes": {column: None if array is None else array.shape for column, array in arrays.items()},
-        "spacing_mm": sample.spacing_mm,
-        "voxel_mm3": sample.voxel_mm3,
-        "placement": sample.placement.to_dict(),
-        "digest": _digest(sample),
+def _build(
+    draft: Draft, path: Path, parts: Sequence[Part], left: Sequence[Path], spread: Spread, progress: Progress | None
+) -> None:
+    """Write the store `path` by way of `draft`. The leftovers `left` are used, and removed if they will not be needed again."""
+    about, found = parts[0].about, {part.identity for part in parts}
+    files = [*path.parent.glob("*.arrow"), *left, *(file for each in left for file in parts_of(each))]
+    known = {
+        record.about["identity"]: record
+        for file in files
+        if _is_alike(file, about)
+        for record in read_records(file)[1]
+        if record.about.get("identity") in found
     }
-    writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={KEY: _sealed(about)})
+    try:
+        with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:
+            write_records(draft.file, about, _records(parts, known, prepared, progress))
+        draft.become(path)
+    except (OSError, _UnlikeError):  # no room, or no use
+        for each in (draft.path, *left):
+            remove_draft(each)
+        raise
+    for each in left:
+        remove_draft(each)
 
 
-def _digest(sample: Sample) -> str:
-    """Of the numbers of a case."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
-        if array is not None:
-            hashed.update(np.ascontiguousarray(array).reshape(-1).data)
-    return hashed.hexdigest()
+def _is_alike(path: Path, about: dict[str, Any]) -> bool:
+    """Whether the file has cases prepared as `about` says."""
+    try:
+        other, _ = read_records(path)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # empty yet, damaged, or no store
+        return False
+    return canonical_json([other.get(key) for key in ALIKE]) == canonical_json([about[key] for key in ALIKE])
 
 
-def _sealed(about: dict[str, Any]) -> str:
-    """JSON behind its own digest, so that damage to it is seen."""
-    text = canonical_json(about)
-    return digest(text) + text
+def _records(
+    parts: Sequence[Part], known: dict[str, Record], prepared: Iterator[Path], progress: Progress | None
+) -> Iterator[Record]:
+    """The records of all parts, in their order: what is known and intact, else what is prepared."""
+    first: Record | None = None
+    for done, part in enumerate(parts, start=1):
+        record = known.get(part.identity)
+        if record is None:
+            record = _only_record(next(prepared))
+        elif not record.is_intact():
+            record = _only_record(prepare_part(part))
+        first = first or record
+        _check_alike(first, record)
+        yield record
+        part.path.unlink(missing_ok=True)
+        if progress is not None:
+            progress(done, len(parts), part.case.name)
 
 
-def _unsealed(sealed: bytes) -> dict[str, Any]:
-    text = sealed[12:]
-    if digest(text) != sealed[:12].decode():
-        raise ValueError("its description was changed")
-    return cast("dict[str, Any]", json.loads(text))
+def _only_record(path: Path) -> Record:
+    (record,) = read_records(path)[1]
+    return record
+
+
+def _check_alike(first: Record, record: Record) -> None:
+    one, other = first.shape[2:], record.shape[2:]
+    names = first.about["name"], record.about["name"]
+    if one != other:
+        raise _UnlikeError(
+            f"all cases must have one size, got {_by(one)} for {names[0]} and {_by(other)} for {names[1]}; "
+            "set crop=... of Preprocess"
+        )
+    if first.shape[1] != record.shape[1]:
+        raise _UnlikeError(
+            f"all cases must have the same channels, got {first.shape[1]} for {names[0]} and {record.shape[1]} for {names[1]}"
+        )
 
 
 def _by(size: Sequence[int]) -> str:

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from softseg_dist.data.dataset import Case, DataSet
+from softseg_dist.data.file_digests import FileDigests
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.store import Progress, Store, build_store, fingerprint
+from softseg_dist.data.processes import one_by_one
+from softseg_dist.data.store import Progress, Spread, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place, cache_folder
 
@@ -30,15 +32,22 @@ def local_store(where: str | Path) -> Path:
 
 
 def shared_store(
-    folder: str | Path, cases: tuple[Case, ...], data: DataSet, preprocess: Preprocess, progress: Progress | None = None
+    folder: str | Path,
+    cases: tuple[Case, ...],
+    data: DataSet,
+    preprocess: Preprocess,
+    progress: Progress | None = None,
+    spread: Spread = one_by_one,
 ) -> str:
     """Where the store of these cases is in `folder`, a path or URI; it is built on this machine if it is not there yet."""
     place = Place.at(folder)
     if place.path is not None:  # absolute: workers have their own working directories
-        return str(build_store(place.path, cases, data, preprocess, progress))
-    place /= f"{fingerprint(cases, data, preprocess)}.arrow"
+        return str(build_store(place.path, cases, data, preprocess, progress, spread))
+    here = cached_path(place).parent
+    with FileDigests(here) as sha256:
+        place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
     if not place.is_file():
-        path = build_store(cached_path(place).parent, cases, data, preprocess, progress)
+        path = build_store(here, cases, data, preprocess, progress, spread)
         place.push(path)
     return str(place)
 

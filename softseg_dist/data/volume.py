@@ -87,11 +87,12 @@ def read_volume(path: Path) -> Volume:
     values = _read_voxels(path, header).reshape(header.geometry.shape, order="F")
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
         if (header.slope, header.intercept) != (1.0, 0.0):
-            values = values.astype(np.float64) * header.slope + header.intercept
-        values = values.astype(np.float32)
-    if bad := int(values.size - np.count_nonzero(np.isfinite(values))):
-        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {values.size} in {path}")
-    data = np.ascontiguousarray(header.geometry.to_canonical(values))
+            values = values.astype(np.float64)
+            values *= header.slope
+            values += header.intercept
+        data = np.array(header.geometry.to_canonical(values), dtype=np.float32, order="C")
+    if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
+        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {path}")
     return Volume(data, header.geometry.canonical_affine, header.geometry)
 
 

@@ -11,6 +11,7 @@ from matplotlib import image as pictures
 
 from softseg_dist.data.check import Problem, check_cases, samples_without_errors
 from softseg_dist.data.dataset import CaseData, Float32
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Case, Phantom
 from softseg_dist.data.montage import montage
@@ -40,7 +41,7 @@ class Made(Case):
         self.rater_names = tuple("abc"[: len(masks)])
         self.image, self.masks, self.spacing_mm, self.lacks, self.error = image, masks, spacing_mm, lacks, error
 
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         return ()
 
     def missing(self) -> tuple[str, ...]:

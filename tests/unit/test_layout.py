@@ -27,10 +27,12 @@ LAYERS = {
     "report": {"errors", "frozen", "places", "numerics", "data", "study", "training", "search"},
     "prediction": {"errors", "data", "study_file", "training"},
     "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
+    "preparation": {"data", "study"},
     "pipeline": {
         "ensembles",
         "final_model",
         "holdout",
+        "preparation",
         "errors",
         "frozen",
         "places",
@@ -56,6 +58,7 @@ LAYERS = {
         "report",
         "holdout",
         "pipeline",
+        "preparation",
     },
     "cli_options": set(),
     "cli_compare": {"cli_options", "pipeline", "report"},
@@ -70,6 +73,7 @@ LAYERS = {
         "pipeline",
         "nested",
         "plan",
+        "preparation",
         "cli_options",
         "cli_compare",
         "cli_models",
@@ -79,7 +83,7 @@ LAYERS = {
 OWNERS = {
     "nibabel": ("data/volume.py",),
     "pyarrow.fs": ("places.py",),
-    "pyarrow.ipc": ("data/store.py",),
+    "pyarrow.ipc": ("data/store.py", "data/records.py"),
     "optuna": ("search/optuna_study.py",),
     "ray": (
         "search/run.py",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from softseg_dist.data.dataset import Case, CaseData, Float32
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Bids, Phantom
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
@@ -35,7 +36,7 @@ class MemoryCase(Case):
         geometry = Geometry(image.shape, np.diag([*map(float, spacing_mm), 1.0]))
         self.data = CaseData(image[None], raters, None, geometry.canonical_affine, geometry)
 
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         return ()
 
     def load(self) -> CaseData:

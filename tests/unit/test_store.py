@@ -16,6 +16,7 @@ import pyarrow.ipc
 import pytest
 
 from softseg_dist.data.dataset import CaseData, Float32
+from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.layouts import Case, Phantom
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.store import Store, build_store, fingerprint
@@ -37,7 +38,7 @@ class Broken(Case):
     site = ""
     rater_names = ("A", "B")
 
-    def sources(self, parts: Sequence[str] = ()) -> tuple[str, ...]:
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         return ("broken",)
 
     def load(self) -> CaseData:
@@ -148,10 +149,13 @@ def test_a_store_can_be_sent_to_another_process(built: Path) -> None:
     assert pickle.loads(pickle.dumps(Store.open(built))).digest == Store.open(built).digest
 
 
-def test_a_case_that_cannot_be_read_leaves_no_file(tmp_path: Path) -> None:
+def test_a_case_that_cannot_be_read_leaves_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"broken.nii.gz is cut off"):
         build_store(tmp_path, (*DATA.cases(None), Broken()), DATA, PREPROCESS)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.arrow"))
+    with pytest.raises(UserError, match=r"broken.nii.gz is cut off"):
+        build_store(tmp_path / "first", (Broken(), *DATA.cases(None)), DATA, PREPROCESS)
+    assert not list((tmp_path / "first").iterdir())
 
 
 def test_cases_of_several_sizes_are_refused_and_crop_is_named(tmp_path: Path) -> None:

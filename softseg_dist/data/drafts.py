@@ -1,0 +1,93 @@
+"""Drafts: stores that are being written, and what is left of them when their process is stopped or killed.
+
+A draft is `.<fingerprint>.<token>.draft`, beside the store that it becomes; the single cases that are prepared for it are
+`.<fingerprint>.<token>.<number>.part`. Its process holds a lock on it, which ends with the process, however that ends: a draft
+that nobody holds is a leftover, from which the next one takes what is intact.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A file that is being written, and the names of its parts."""
+
+    path: Path
+    file: BinaryIO
+
+    def part(self, number: int) -> Path:
+        """Where case `number` goes until it is in the draft."""
+        return self.path.with_name(f"{self.path.stem}.{number}.part")
+
+    def become(self, path: Path) -> None:
+        """Be the finished file `path`, whole or not at all, even after a crash."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.path.replace(path)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        remove_draft(self.path)
+
+
+@contextmanager
+def new_draft(folder: Path, name: str) -> Iterator[Draft]:
+    """A draft of `folder`/`name`.arrow. If it is left unfinished it stays as a leftover, unless nothing was written yet."""
+    stem = f".{name}.{os.getpid()}-{secrets.token_hex(4)}"
+    unheld = folder / f"{stem}.new"  # not yet to be found as a leftover
+    try:
+        with unheld.open("w+b") as file:
+            _is_held_here(file)
+            draft = Draft(unheld.rename(folder / f"{stem}.draft"), file)
+            try:
+                yield draft
+            finally:
+                with suppress(FileNotFoundError):
+                    if not draft.path.stat().st_size:
+                        draft.discard()
+    finally:
+        unheld.unlink(missing_ok=True)
+
+
+@contextmanager
+def leftovers(folder: Path) -> Iterator[list[Path]]:
+    """The drafts in `folder` whose processes have ended; until this ends, no other process takes them for leftovers."""
+    with ExitStack() as held:
+        found = []
+        for path in sorted(folder.glob(".*.draft")):
+            try:
+                file = held.enter_context(path.open("r+b"))
+            except OSError:  # it has just become a store, or belongs to somebody else
+                continue
+            if _is_held_here(file):
+                found.append(path)
+        yield found
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The single cases that were prepared for a draft and are not in it yet."""
+    return sorted(path.parent.glob(f"{path.stem}.*.part"))
+
+
+def remove_draft(path: Path) -> None:
+    """Remove a draft and its parts."""
+    for file in (*parts_of(path), path):
+        file.unlink(missing_ok=True)
+
+
+def _is_held_here(file: BinaryIO) -> bool:
+    """Lock the file for as long as it is open. False if it is locked, or if its filesystem knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

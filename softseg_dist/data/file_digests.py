@@ -1,0 +1,86 @@
+"""Digests of source files, remembered beside the stores: a file that has not changed is not read again to know that.
+
+A file is taken as unchanged if size, inode, time of modification and time of change (which no tool can set back) are those
+that it had when it was read. One that was changed less than `SETTLED_NS` before it was read is not remembered: it could
+change again without a later time, as clocks of filesystems tick up to every 2 s (FAT).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import sealed, unsealed
+from softseg_dist.places import Place
+
+NAME = ".digests"  # in the folder of the stores; may be removed at any time
+SETTLED_NS = 4 * 10**9
+
+Digest = Callable[[Path], str]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits. Raises UserError if it cannot be read."""
+    return _read(path)[1]
+
+
+class FileDigests:
+    """`sha256_of`, for files that were read before without reading them; several threads may ask at once.
+
+    Used in a `with`, whose end writes down what is new; a folder that cannot be written only costs time.
+    `now_ns` is the clock, for tests.
+    """
+
+    def __init__(self, folder: Path, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._path = folder / NAME
+        self._now_ns = now_ns
+        self._known: dict[str, Any] = {}
+        self._is_new = False
+
+    def __enter__(self) -> Self:
+        with suppress(OSError, ValueError):  # none yet, or damaged
+            self._known = unsealed(self._path.read_bytes())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_new:
+            with suppress(OSError):
+                Place.at(self._path).write(sealed(self._known).encode())
+
+    def __call__(self, path: Path) -> str:
+        """See `sha256_of`."""
+        key = str(path.absolute())
+        with suppress(OSError):  # told by name when it is read
+            known = self._known.get(key)
+            if known is not None and known[:-1] == _stamp(path.stat()):
+                return str(known[-1])
+        read_ns = self._now_ns()
+        stamp, digest = _read(path)
+        if stamp is not None and max(stamp[1:3]) < read_ns - SETTLED_NS:
+            self._known[key] = [*stamp, digest]
+            self._is_new = True
+        return digest
+
+
+def _read(path: Path) -> tuple[list[int] | None, str]:
+    """Stamp and digest of a file; no stamp if it changed while it was read."""
+    try:
+        with path.open("rb") as file:
+            before = _stamp(os.fstat(file.fileno()))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return before if _stamp(os.fstat(file.fileno())) == before else None, digest
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _stamp(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

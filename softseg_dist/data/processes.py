@@ -1,0 +1,101 @@
+"""Independent tasks over the processors of this machine, in processes that are started only where they pay.
+
+Work begins in this process. As soon as the rest would take longer than `POOL_PAYS_S` at the pace so far, it goes on in one
+process per processor; so a small data set never waits for processes to start (about 1 s: each imports the package anew), and a
+large one loses one task's time. Nothing is forked from this process, whose threads and locks may be in any state: a server
+process imports once, and workers are forked from that (Python's "forkserver").
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from softseg_dist.frozen import STUDY_MODULES
+
+POOL_PAYS_S = 4.0
+PRELOADED = ["__main__", "softseg_dist.data.layouts", "softseg_dist.data.store"]  # once, not by each worker
+LOOK_AHEAD = 2  # tasks per worker that may be done or under way before their turn: results wait on disk
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def num_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_by_one(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[Result, None, None]:
+    """`map(function, tasks)`, in this process."""
+    yield from map(function, tasks)
+
+
+def over_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None = None, pays_s: float = POOL_PAYS_S
+) -> Generator[Result, None, None]:
+    """As `map(function, tasks)`: results in the order of the tasks; an error is raised where its result would come.
+
+    `function` and `tasks` are pickled; tasks that cannot be sent stay in this process. So do those that are left when a worker
+    is killed: that is mostly for want of memory, and one process needs the least. Close the generator to stop early. As workers
+    import the main module, that must be safe (`if __name__ == "__main__"`), as it is for the command line.
+    """
+    workers = min(workers or num_processors(), len(tasks))
+    started = time.perf_counter()
+    for done, task in enumerate(tasks):
+        pace_s = (time.perf_counter() - started) / max(done, 1)
+        if workers > 1 and pace_s * (len(tasks) - done) > pays_s:
+            if all(map(_can_be_sent, tasks[done:])):
+                yield from _pooled(function, tasks[done:], workers)
+                return
+            workers = 1
+        yield function(task)
+
+
+def _pooled(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Generator[Result, None, None]:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    left, done = iter(tasks), 0
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    try:
+        waiting = deque(pool.submit(function, task) for task in islice(left, LOOK_AHEAD * workers))
+        while waiting:
+            yield waiting.popleft().result()
+            done += 1
+            waiting.extend(pool.submit(function, task) for task in islice(left, 1))
+    except BrokenProcessPool:
+        yield from map(function, tasks[done:])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: end at once on Ctrl-C, which the parent tells about, and when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent is not None, "workers are started by a parent"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _can_be_sent(task: object) -> bool:
+    """Whether a process that knows only the package can be sent the task: not if it needs a class of a study file."""
+    try:
+        return STUDY_MODULES.encode() not in pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
