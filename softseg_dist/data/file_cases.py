@@ -28,6 +28,11 @@ class MaskFile:
     path: Path
     value: int | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the file, and the value if there is one: `sub-01_dseg.nii.gz:2`."""
+        return self.path.name if self.value is None else f"{self.path.name}:{self.value}"
+
 
 class ImageCase(Case):
     """An image without labels, as one has it for prediction. `images` are its channels, all on one grid.
@@ -58,7 +63,9 @@ class ImageCase(Case):
 
     def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """See `Case.sources`."""
-        return tuple(f"{path.name} {sha256(path)}" for path in self._files(parts))
+        used = self._used(parts)
+        digests = {path: sha256(path) for path in dict.fromkeys(file.path for file in used)}
+        return tuple(f"{file.name} {digests[file.path]}" for file in used)
 
     def load(self) -> CaseData:
         """See `Case.load`: no raters, so `raters` is [0 0 X Y Z]."""
@@ -72,8 +79,10 @@ class ImageCase(Case):
             raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
         return self._read_mask(self.center_mask, part)
 
-    def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
-        return (*self.images, *([self.center_mask.path] if self.center_mask and parts else []))
+    def _used(self, parts: Sequence[str]) -> tuple[MaskFile, ...]:
+        """Every file as often as it is used, so that the order says what each is used for."""
+        masks = [MaskFile(self.center_mask.path)] if self.center_mask and parts else []
+        return (*map(MaskFile, self.images), *masks)
 
     def _read_images(self) -> tuple[Float32, Geometry]:
         first = read_volume(self.images[0])
@@ -142,9 +151,11 @@ class LabelledCase(ImageCase):
         """See `Case.mask`."""
         return self._read_mask(self.find_mask(part), part)
 
-    def _files(self, parts: Sequence[str]) -> tuple[Path, ...]:
-        masks = [mask.path for masks in self.labels.values() for mask in masks.values()]
-        return tuple(dict.fromkeys([*self.images, *masks, *(self.find_mask(part).path for part in parts)]))
+    def _used(self, parts: Sequence[str]) -> tuple[MaskFile, ...]:
+        labels = [mask for masks in self.labels.values() for mask in masks.values()]
+        known = {mask.path for mask in labels}
+        centers = dict.fromkeys(self.find_mask(part).path for part in parts)
+        return (*super()._used(()), *labels, *(MaskFile(path) for path in centers if path not in known))
 
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:

@@ -21,7 +21,7 @@ from softseg_dist.data.phantom import PhantomCase
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import over_processes
 from softseg_dist.data.records import MAGIC
-from softseg_dist.data.store import Part, Store, build_store
+from softseg_dist.data.store import Part, Store, build_store, fingerprint
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
 
@@ -230,6 +230,12 @@ def test_where_one_source_has_changed_only_that_case_is_prepared_again(tmp_path:
     assert second.read_bytes() == build_store(tmp_path / "anew", bids.cases(None), bids, Preprocess()).read_bytes()
     assert first.exists()
     assert Store.open(second).sample(1).raters.max() == 0.25
+
+
+def test_stores_of_other_values_or_files_for_a_class_are_other_stores(tmp_path: Path, bids: Bids) -> None:
+    alike = [{"a": "seg:0", "b": "seg:1"}, {"a": "seg:1", "b": "seg:0"}, {"a": "seg", "b": "seg"}]
+    names = {fingerprint(bids.replace(labels=labels).cases(None), bids, Preprocess()) for labels in alike}
+    assert len(names) == 3
 
 
 def test_a_store_gives_its_cases_to_one_of_other_subjects(built: Path, tmp_path: Path) -> None:
