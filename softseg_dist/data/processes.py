@@ -1,9 +1,12 @@
 """Independent tasks over the processors of this machine, in processes that are started only where they pay.
 
-Work begins in this process. As soon as the rest would take longer than `POOL_PAYS_S` at the pace so far, it goes on in one
-process per processor; so a small data set never waits for processes to start (about 1 s: each imports the package anew), and a
-large one loses one task's time. Nothing is forked from this process, whose threads and locks may be in any state: a server
-process imports once, and workers are forked from that (Python's "forkserver").
+Work begins in this process. If after a second of it (the first task is slow: it loads what it needs) the rest would need more than
+`POOL_PAYS_S` of processor time at that pace, it goes on in one process per processor; so a small data set never waits for
+processes to start (about 1 s), and a large one loses a second, or one task's time. Processor time, because on a machine that is
+busy with other things everything seems long, and nothing gets shorter by being shared.
+
+Nothing is forked from this process, whose threads and locks may be in any state: a server process imports the package once, and
+workers are forked from that (Python's "forkserver").
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TypeVar
 
 from softseg_dist.frozen import STUDY_MODULES
 
+PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
 PRELOADED = ["__main__", "softseg_dist.data.layouts", "softseg_dist.data.store"]  # once, not by each worker
 LOOK_AHEAD = 2  # tasks per worker that may be done or under way before their turn: results wait on disk
@@ -52,10 +56,11 @@ def over_processes(
     import the main module, that must be safe (`if __name__ == "__main__"`), as it is for the command line.
     """
     workers = min(workers or num_processors(), len(tasks))
-    started = time.perf_counter()
+    started = time.process_time()
     for done, task in enumerate(tasks):
-        pace_s = (time.perf_counter() - started) / max(done, 1)
-        if workers > 1 and pace_s * (len(tasks) - done) > pays_s:
+        spent_s = time.process_time() - started
+        rest_s = spent_s / max(done, 1) * (len(tasks) - done)
+        if workers > 1 and rest_s > pays_s and spent_s >= min(PACE_KNOWN_S, pays_s):
             if all(map(_can_be_sent, tasks[done:])):
                 yield from _pooled(function, tasks[done:], workers)
                 return

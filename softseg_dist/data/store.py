@@ -6,6 +6,7 @@ another store with the same preprocessing, or what is left of an unfinished one,
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -28,6 +29,7 @@ from softseg_dist.frozen import canonical_json, digest, unsealed
 
 FORMAT = 1  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ALIKE = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
 
 Progress = Callable[[int, int, str], None]
@@ -95,7 +97,12 @@ def build_store(
                 Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
                 for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
             ]
-            _build(draft, path, parts, [each for each in left if _is_alike(each, about)], spread, progress)
+            usable = [
+                each for each in left if not each.stat().st_size or _is_alike(each, about)
+            ]  # an empty one is litter
+            _build(draft, path, parts, usable, spread, progress)
+    except BrokenPipeError:  # who listened to `progress` has gone
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write the store {path}: {error.strerror or error}; free some space or choose another folder"
@@ -259,9 +266,10 @@ def _build(
         with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:
             write_records(draft.file, about, _records(parts, known, prepared, progress))
         draft.become(path)
-    except (OSError, _UnlikeError):  # no room, or no use
-        for each in (draft.path, *left):
-            remove_draft(each)
+    except (OSError, _UnlikeError) as error:
+        if isinstance(error, _UnlikeError) or error.errno in NO_ROOM:
+            for each in (draft.path, *left):
+                remove_draft(each)
         raise
     for each in left:
         remove_draft(each)

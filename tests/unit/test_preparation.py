@@ -117,7 +117,7 @@ def _pid(_: int) -> int:
     return os.getpid()
 
 
-@pytest.mark.parametrize("reason", [UserError("b.nii.gz is cut off"), KeyboardInterrupt()])
+@pytest.mark.parametrize("reason", [UserError("cut off"), KeyboardInterrupt(), BrokenPipeError()])
 def test_after_a_failure_in_the_middle_finished_cases_are_not_prepared_again(
     built: Path, tmp_path: Path, reason: BaseException
 ) -> None:
@@ -178,10 +178,12 @@ def test_a_draft_whose_process_lives_is_left_alone(built: Path, tmp_path: Path) 
 def test_a_leftover_that_was_cut_off_gives_what_is_before_the_cut(built: Path, tmp_path: Path) -> None:
     whole = built.read_bytes()
     (tmp_path / ".0.0.draft").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / ".1.0.draft").write_bytes(MAGIC + b"and nothing else")
+    (tmp_path / ".1.0.draft").touch()
+    (tmp_path / ".2.0.draft").write_bytes(MAGIC + b"and nothing else")
     path, names = prepared(tmp_path)
     assert names in (["sub-003", "sub-004", "sub-005"], ["sub-004", "sub-005"])
     assert path.read_bytes() == built.read_bytes()
+    assert files(tmp_path) == [".2.0.draft", built.name]
 
 
 def test_damaged_numbers_of_a_leftover_are_not_used(built: Path, tmp_path: Path) -> None:
