@@ -20,8 +20,8 @@ import pandas as pd
 from softseg_dist.frozen import Frozen
 from softseg_dist.holdout import TABLE
 from softseg_dist.pipeline import Finished, RunOptions, make_folder, run_prepared
-from softseg_dist.preparation import prepare
 from softseg_dist.places import Place
+from softseg_dist.preparation import prepare
 from softseg_dist.report.scores import soft_scores
 from softseg_dist.search.cluster import check_submitter, one_ray
 from softseg_dist.search.ledger import Ledger, json_of
