@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ RULES = ("fixed", "grid", "dice_optimal")
 
 @dataclass(frozen=True)
 class Standing:
-    """One candidate in the ranking. Ranks follow the paired difference to the reference; None without a score.
+    """One candidate in the ranking (see `ranked`); `rank` is None without a score.
 
     `mean` is over all subjects and splits with its 95 % interval from `low` to `high` by the crossed random-effects model,
     `sd` over the means of the splits. `beside` has further metrics; at the threshold of each rule `dice` has the Dice,
@@ -63,14 +63,17 @@ def level(scores: Scores, name: str, reference: str) -> float:
     return mean_of(scores.of(name)) if math.isnan(paired) else mean_of(scores.of(reference)) + paired
 
 
-def ranked(standings: Sequence[Standing], reference: str, scores: Scores, sign: int) -> tuple[Standing, ...]:
+def ranked(
+    standings: Sequence[Standing], given_up: Collection[str], reference: str, scores: Scores, sign: int
+) -> tuple[Standing, ...]:
     """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
 
     With all fits there this is the order of the means. Candidates that share no pair with the reference go by their
-    mean.
+    mean. Those that were `given_up` come after all others: validation has shown them to be worse than one of these, and the few
+    splits that they have must not make one of them the winner.
     """
     known = [s for s in standings if not math.isnan(s.mean)]
-    known.sort(key=lambda s: sign * level(scores, s.name, reference), reverse=True)
+    known.sort(key=lambda s: (s.name not in given_up, sign * level(scores, s.name, reference)), reverse=True)
     unknown = [s for s in standings if math.isnan(s.mean)]
     return tuple([Standing(**(vars(s) | {"rank": i})) for i, s in enumerate(known, 1)] + unknown)
 

@@ -103,7 +103,8 @@ def summarise(run: RunData) -> Summary:
     scores = soft_scores(test, objective.metric)
     control: str = run.study.get("control") or ""
     reference = control if control in scores.tables else best_complete(scores, objective.sign)
-    ranking = ranked(standings_of(run, test, scores), reference, scores, objective.sign)
+    given_up = [candidate.name for candidate in run.candidates if candidate.raced]
+    ranking = ranked(standings_of(run, test, scores), given_up, reference, scores, objective.sign)
     sizes = tuple(SplitSizes(s.index, len(s.train), len(s.validation), len(s.test)) for s in run.splits)
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]

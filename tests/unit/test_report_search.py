@@ -47,6 +47,16 @@ def test_fits_of_a_candidate_that_was_given_up_are_saved_not_missing(tmp_path: P
     assert not any("have no score" in text for text in said)
 
 
+def test_a_candidate_that_was_given_up_never_leads_whatever_its_few_splits_say(tmp_path: Path):
+    before = summary_of(searched(tmp_path))
+    leader = before.winner.name
+    give_up(tmp_path, leader, after=1, incumbent=before.ranking[1].name)
+    after = summary_of(tmp_path)
+    assert after.winner.name == before.ranking[1].name
+    assert after.ranking[-1].name == leader
+    assert after.ranking[-1].rank == len(after.ranking)
+
+
 def test_the_parameter_that_decides_comes_first_and_noise_has_a_small_share(tmp_path: Path):
     folder = searched(tmp_path)
     drawn = draw_parameters(folder)
