@@ -45,6 +45,7 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "tests": summary.comparisons,
         "against_best": summary.rivals,
         "main_effects": summary.effects,
+        "threshold_rules": summary.rules,
         "interactions": summary.interactions,
         "training": summary.training,
         "splits": summary.splits,

@@ -27,6 +27,7 @@ from softseg_dist.report.recipes import learning_rates, varying_fields
 from softseg_dist.report.run_folder import Candidate, RunData
 from softseg_dist.report.scores import dice_curves, on_test, soft_scores
 from softseg_dist.report.search_tables import Searched, searched_of
+from softseg_dist.report.threshold_rules import RuleTest, rule_tests
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Summary:
 
     `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
     has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
-    are theirs. `rivals` compare the highest ranked with all others. `curves` are mean Dice at each threshold of
-    `CURVE`. `varying` has the fields in which recipes differ, per candidate.
+    are theirs. `rivals` compare the highest ranked with all others, `rules` each candidate's thresholds from validation with 0.5.
+    `curves` are mean Dice at each threshold of `CURVE`. `varying` has the fields in which recipes differ, per candidate.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Summary:
     compute: Compute
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
+    rules: tuple[RuleTest, ...]
     splits: tuple[SplitSizes, ...]
     varying: dict[str, dict[str, str]]
     learning_rates: tuple[float, ...]
@@ -140,6 +142,7 @@ def summarise(run: RunData) -> Summary:
         compute=compute_of(run),
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),
+        rules=rule_tests(run, test, names),
         splits=sizes,
         varying=varying_fields(run.candidates),
         learning_rates=learning_rates(run.candidates),

@@ -90,6 +90,16 @@ def test_repeatability_is_that_of_subjects_with_two_cases(summary: Summary, tmp_
     assert summarise(load_run(single)).measures.repeatability == {}
 
 
+def test_thresholds_from_validation_are_tested_against_one_half(summary: Summary):
+    rules = {(r.candidate, r.rule): r for r in summary.rules}
+    assert set(rules) == {(name, rule) for name in NAMES for rule in ("grid", "dice_optimal")}
+    for standing in summary.ranking:
+        for rule in ("grid", "dice_optimal"):
+            found = rules[standing.name, rule]
+            assert found.crossed.mean == pytest.approx(standing.dice[rule] - standing.dice["fixed"])
+            assert not found.p_holm < found.crossed.p
+
+
 def test_lesions_are_counted_at_the_threshold_of_the_grid(run: RunData, summary: Summary):
     lesions = summary.measures.lesions[CONTROL]
     for size, planted in FOUND.items():
