@@ -10,6 +10,7 @@ from softseg_dist.report.tables import Summary
 from softseg_dist.report.words import ALPHA, count, interval, number, p_clause, verdict
 
 MOST_NAMED = 6  # in a sentence
+MOST_TOLD = 2  # with their numbers: the tables have all
 
 
 def answer(summary: Summary) -> str:
@@ -32,9 +33,10 @@ def effects_answer(summary: Summary) -> str:
     tested = [e for e in summary.effects if not math.isnan(e.crossed.p)]
     said = {v: [e for e in tested if _verdict(e, summary) == v] for v in ("better", "worse", "not shown")}
     parts = [f"{e.level} is {v} than {e.base} ({e.factor}: {size_of(e)})" for v in ("better", "worse") for e in said[v]]
-    if said["not shown"]:
-        unsure = "; ".join(f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in said["not shown"])
-        parts.append(f"not shown to matter: {unsure}")
+    if unsure := said["not shown"]:
+        told = [f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in unsure[:MOST_TOLD]]
+        named = [f"{e.level} instead of {e.base} ({e.factor})" for e in unsure[MOST_TOLD:]]
+        parts.append(f"not shown to matter: {'; '.join(told + named)}")
     return f"Averaged over the other factors: {'; '.join(parts)}." if parts else ""
 
 
@@ -50,8 +52,8 @@ def interactions_answer(summary: Summary) -> str:
             f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); "
             "small ones would go unnoticed."
         )
-    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_NAMED]]
-    more = f" and {count(len(shown) - MOST_NAMED, 'more interaction')}" if len(shown) > MOST_NAMED else ""
+    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_TOLD]]
+    more = f"; {count(len(shown) - MOST_TOLD, 'more interaction')} in the table" if len(shown) > MOST_TOLD else ""
     return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
 
 
