@@ -3,13 +3,13 @@
 Run:    softseg run studies/s004_where_the_gain_comes_from.py
 Debug:  softseg run studies/s004_where_the_gain_comes_from.py --debug
 Cost:   4 candidates x 10 splits = 40 fits; 8 min on 2 cores that had other work
-Result: From both, in equal parts. Test soft Dice (DML form) .685 soft, .644 nearest, .638 hard (the control), .590 hard_each. Soft less
-        hard +.047 (95 % interval of the crossed test .021 to .073, Holm-corrected p = .006); hard_each less hard -.047 (-.082 to
-        -.013), p = .021; nearest less hard +.007 (-.027 to .040), p = .67. So a gap of .094 between soft labels and the preprint's
-        way of rounding is half an artefact of rounding again and again. Who pays: hard_each loses 17 % of the volume and invents
-        lesions (37 % of those it predicts meet no true one; 23 % hard, 16 % nearest, 12 % soft); lesions found do not differ much,
-        below 20 voxels 74 to 79 % of 66, above 100 voxels all of 22. Brier .0056 soft, .0082 hard; ECE .043 and .068.
-        n = 24 tested subjects, 10 splits, 60 pairs; one fixed learning rate.
+Result: From both, in equal parts. Test soft Dice (DML form) .685 soft, .644 nearest, .638 hard (the control), .590 hard_each.
+        Soft less hard +.047 (95 % interval of the crossed test .021 to .073, Holm-corrected p = .006); hard_each less hard -.047
+        (-.082 to -.013), p = .021; nearest less hard +.007 (-.027 to .040), p = .67. So a gap of .094 between soft labels and the
+        preprint's way of rounding is half an artefact of rounding again and again. Who pays: hard_each loses 17 % of the volume
+        and invents lesions (37 % of those it predicts meet no true one; 23 % hard, 16 % nearest, 12 % soft); lesions found do not
+        differ much, below 20 voxels 74 to 79 % of 66, above 100 voxels all of 22. Brier .0056 soft, .0082 hard; ECE .043 and
+        .068. n = 24 tested subjects, 10 splits, 60 pairs; one fixed learning rate.
 
 Lesions of known partial volume, drawn by four raters, resampled to another grid and turned by augmentation, as in practice. "hard"
 rounds once, at the end; "hard_each" after every step, the mean of the raters floored, as the preprint's code did; "nearest" never
