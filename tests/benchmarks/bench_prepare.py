@@ -30,7 +30,7 @@ from softseg_dist.data.volume import read_volume, write_volume
 STUDY = Path(__file__).parents[2] / "studies" / "s003_hippocampus.py"
 NNUNET_S, TARGET_S = 20.7, 6.9
 SETTLED_S = 5.0  # a source is remembered when it has not been changed for so long
-NUM_LARGE, LARGE = 8, (256, 256, 160)
+NUM_LARGE, LARGE = 24, (256, 256, 160)
 LARGE_STUDY = """
 from softseg_dist import Bids, MonteCarlo, Preprocess, Recipe, Study
 
@@ -139,10 +139,14 @@ def _large(folder: Path, repeats: int) -> dict[str, float]:
     image = np.random.default_rng(0).normal(100, 20, LARGE).round().astype(np.float32)
     mask = np.zeros(LARGE, dtype=np.uint8)
     mask[80:140, 70:150, 50:90] = 1
-    for number in range(NUM_LARGE):
-        below = Path(f"sub-{number}") / "anat" / f"sub-{number}_T1w"
-        write_volume(folder / "large" / f"{below}.nii.gz", image + np.float32(number), geometry)
-        write_volume(folder / "large" / "derivatives" / "labels" / f"{below}_seg.nii.gz", mask, geometry)
+    write_volume(folder / "image.nii.gz", image, geometry)
+    write_volume(folder / "mask.nii.gz", mask, geometry)
+    for number in range(NUM_LARGE):  # their names tell them apart
+        anat = Path(f"sub-{number}") / "anat"
+        for source, target in (("image", anat), ("mask", Path("derivatives") / "labels" / anat)):
+            (folder / "large" / target).mkdir(parents=True)
+            name = f"sub-{number}_T1w{'_seg' if source == 'mask' else ''}.nii.gz"
+            shutil.copy(folder / f"{source}.nii.gz", folder / "large" / target / name)
     study = folder / "large.py"
     study.write_text(LARGE_STUDY)
     preparing, num_cpus = Preparing(study, folder, folder / "large stores"), len(os.sched_getaffinity(0))
