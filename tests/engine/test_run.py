@@ -182,9 +182,11 @@ def test_ctrl_c_lets_fits_end_and_a_second_one_does_not(tmp_path):
     assert "stopping: running fits write their checkpoints" in out
     assert "died" not in out
 
-    second = driver(tmp_path, trials=2, **{"b/000": "hang", "b/001": "hang"})
+    names, before = ("a", "b", "trial-000", "trial-001"), sum(starts(tmp_path).values())
+    everything = [f"{name}/{split:03d}" for name in names for split in range(NUM_SPLITS)]
+    second = driver(tmp_path, trials=2, **dict.fromkeys(everything, "hang"))
     deadline = time.monotonic() + 180
-    while starts(tmp_path).get("b/001", 0) == 0:
+    while sum(starts(tmp_path).values()) < before + 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(second.pid, signal.SIGINT)
