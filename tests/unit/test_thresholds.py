@@ -44,6 +44,17 @@ def test_no_set_of_voxels_has_a_higher_expected_dice(values: list[float]):
     assert optimal_dice(m) / 2 <= 0.5 + 1e-12
 
 
+def test_optimal_dice_equals_brute_force_over_all_sets_on_200_random_maps():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        m = generator.uniform(size=generator.integers(2, 11))
+        sets = (np.arange(1, 2**m.size)[:, None] >> np.arange(m.size)) & 1
+        dice = 2 * sets @ m / (sets.sum(axis=1) + m.sum())
+        best = dice.max()
+        assert optimal_dice(m) == pytest.approx(best)
+        np.testing.assert_array_equal(m > best / 2, sets[dice.argmax()].astype(bool))
+
+
 def test_dice_optimal_is_the_mean_over_cases_and_leaves_out_empty_predictions():
     hard = np.array([1.0, 1.0, 0.0])
     cases = [as_case(RAMP), as_case(hard), as_case(np.zeros(4))]
