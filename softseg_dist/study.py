@@ -37,6 +37,11 @@ class Optim(Frozen):
 
     `patience` counts epochs without a better objective on validation; None trains for all `epochs`. `clip_norm` bounds the
     gradient's L2 norm before each step. Defaults follow SoftSeg's published configuration where it has one.
+
+    `precision` and `compile` say how fast, never what. In "bfloat16" the network computes in bfloat16; weights, activation, loss,
+    sums, optimizer and metrics stay in float32, and so does every prediction once it is trained. "auto" follows from the hardware
+    alone, so that all candidates of a study agree. `compile` makes kernels for the network, "auto" where that takes less time than
+    it saves.
     """
 
     lr: PositiveFloat = 1e-3
@@ -46,6 +51,8 @@ class Optim(Frozen):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: PositiveFloat | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 class Recipe(Frozen):

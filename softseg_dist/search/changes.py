@@ -15,6 +15,9 @@ LATER: dict[str, Any] = {"uncertainty": []}
 LATER_OF_A_RECIPE: dict[str, Any] = {"smoothing": None, "patch": None}
 """The same of recipes."""
 
+LATER_OF_AN_OPTIM: dict[str, Any] = {"precision": "float32", "compile": "auto"}
+"""The same of their optimizers."""
+
 Json = dict[str, Any]
 
 
@@ -42,6 +45,12 @@ class Changes:
     extended: tuple[str, ...] = ()
 
 
+def of_earlier_versions(recipe: Json) -> Json:
+    """A recipe with what versions before this one did not record."""
+    optim = {"optim": LATER_OF_AN_OPTIM | recipe["optim"]} if "optim" in recipe else {}
+    return LATER_OF_A_RECIPE | recipe | optim
+
+
 def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
     """How the held-out subjects differ, in one line; "" if they do not."""
     return "" if sorted(old) == sorted(new) else f"held-out subjects: {_sample(old)} -> {_sample(new)}"
@@ -53,7 +62,8 @@ def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: 
     Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
     ones as well), and whatever is in `FREE`. Everything else changes results.
     """
-    old = LATER | old
+    recorded = {name: of_earlier_versions(recipe) for name, recipe in old.get("candidates", {}).items()}
+    old = LATER | old | {"candidates": recorded}
     refused: list[str] = []
     extended: list[str] = []
     for field in sorted(old.keys() | new.keys()):

@@ -22,7 +22,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import Place, working_folder
-from softseg_dist.search.changes import LATER_OF_A_RECIPE, Json, holdout_change, study_changes
+from softseg_dist.search.changes import Json, holdout_change, of_earlier_versions, study_changes
 from softseg_dist.search.lock import hold
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult
@@ -52,7 +52,7 @@ class CandidateRecord(Frozen):
     @field_validator("recipe")
     @classmethod
     def _of_earlier_versions(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return LATER_OF_A_RECIPE | value
+        return of_earlier_versions(value)
 
 
 class RaceRecord(Frozen):

@@ -57,6 +57,11 @@ class Batches:
         """The last batch may be smaller; nothing is dropped or repeated."""
         return -(-len(self.items) // self.recipe.optim.batch_size)
 
+    @property
+    def num_steps(self) -> int:
+        """Of all epochs."""
+        return self.recipe.optim.epochs * self.steps_per_epoch
+
     def order(self, epoch: int) -> list[int]:
         """The items in the order in which `epoch` sees them: each exactly once."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))

@@ -15,23 +15,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from softseg_dist.numerics.activations import NormReLU, dead_samples
+from softseg_dist.numerics.activations import NormReLU
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.checkpoint import load_checkpoint, save_checkpoint
-from softseg_dist.training.data_parallel import Team
+from softseg_dist.training.engine import choose_engine
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.files import replace_file
+from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model, read_weights, save_weights
 from softseg_dist.training.preflight import check_methods
+from softseg_dist.training.stepper import Diverged, Progress, Stepper, learning_rate
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -45,24 +45,6 @@ from softseg_dist.training.task import (
 )
 
 NOT_CONVERGED_SHARE = 0.05  # a best epoch in the last 5 % of the budget: SCIENCE.md, section 9
-
-
-class Diverged(Exception):
-    """A loss that is not finite: the fit has failed, for good; the text says where and why."""
-
-
-@dataclass
-class Progress:
-    """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done."""
-
-    epoch: int = 0
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    dead: int = 0
-    dead_share: float = 0.0
-    best_score: float = -math.inf
-    best_epoch: int = 0
-    elapsed_s: float = 0.0
 
 
 def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
@@ -110,7 +92,7 @@ def _ended(task: FitTask) -> FitResult | None:
 
 
 class Training:
-    """The state of one running fit: model, optimizer, batches and progress."""
+    """The state of one running fit: model, batches, progress, and the stepper that trains."""
 
     def __init__(self, task: FitTask, worker: Worker) -> None:
         self.task, self.worker, self.optim = task, worker, task.recipe.optim
@@ -120,12 +102,15 @@ class Training:
         shape = self.store.channels, len(self.store.classes), self.store.dim
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).to(worker.device)
         check_methods(task.candidate, self.model, task.uncertainty)
-        self.team = Team(self.model, worker, self.optim.batch_size)
-        self.adam = torch.optim.AdamW(self.model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
         self.progress = Progress()
         self.resumed_epoch: int | None = None
         self.started = self.saved = time.monotonic()
-        self._resume()
+        state = worker.share(load_checkpoint(task) if worker.leads else None)
+        wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
+        self.engine = choose_engine(wanted, worker.device)
+        self.model.precision = self.engine.precision
+        self.stepper: Stepper = HostStepper(task, self.batches, self.model, worker, self._checkpoint_is_due)
+        self._go_on_from(state)
 
     def run(self) -> None:
         """Train to the last epoch, or until the objective has not risen for `patience` epochs."""
@@ -142,6 +127,7 @@ class Training:
             return self.describe(state="finished", best_epoch=best)
         weights = self.worker.share(read_weights(weights_path(self.task.folder)) if self.worker.leads else {})
         self.model.load_state_dict(weights)
+        self.model.precision = "float32"  # as the model that is taken home predicts
         outcome = evaluate(self.model, self.task, self.store, self.worker)
         return self.describe(
             state="finished",
@@ -168,88 +154,20 @@ class Training:
             num_workers=self.worker.num_workers,
             process=platform.node(),
             versions={"python": platform.python_version(), "torch": torch.__version__},
+            precision=self.engine.precision,
+            engine=self.engine.name,
+            notes=self.engine.notes,
             **outcome,
         )
 
     def _train_epoch(self) -> None:
         self.model.train()
-        order, size, now = self.batches.order(self.progress.epoch), self.optim.batch_size, self.progress
-        while now.step < self.batches.steps_per_epoch:
-            members = order[now.step * size : (now.step + 1) * size]
-            seed = seed_of(self.batches.seed, "step", now.epoch, now.step)
-            torch.manual_seed(seed)  # dropout, without a state to restore
-            stop, save = self._step(members)
-            now.step += 1
-            if stop or save:
+        while self.progress.step < self.batches.steps_per_epoch:
+            asked = self.stepper.advance(self.progress)
+            if asked.stop or asked.save:
                 self._checkpoint()
-            if stop:
+            if asked.stop:
                 raise Interrupted(self.task.key)
-
-    def _step(self, members: list[int]) -> tuple[bool, bool]:
-        """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""
-        now, worker = self.progress, self.worker
-        mine = members[self.team.begin(len(members))]
-        for group in self.adam.param_groups:
-            group["lr"] = self._lr(now.epoch * self.batches.steps_per_epoch + now.step)
-        size = self.team.portions.size
-        parts = [mine[first : first + size] for first in range(0, len(mine), size)] or [[]]
-        made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
-        image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
-        prediction = self.model(image)
-        loss, classes = self.task.recipe.loss, prediction.shape[1]
-        portions = [loss.averaged(*portion) for portion in self.team.portions.of(prediction, target)]
-        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(classes))
-        shares = (torch.cat(portions) if portions else none) / len(members)  # in the means over the batch [b M]
-        slope, (total, dead, stop, save) = self._agree(shares, prediction)
-        if not math.isfinite(total):
-            causes = [cause for cause in worker.gather([self._cause(image, prediction, shares)]) if cause]
-            cause = next(iter(causes), f"{loss} is not finite for finite averages")
-            raise Diverged(f"loss is {total:g} in epoch {now.epoch + 1}, step {now.step + 1}: {cause}")
-        self.team.backward((shares * slope.to(shares.dtype)).sum())
-        if self.optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        self.adam.step()
-        now.losses.append(total)
-        now.dead += int(dead)
-        return stop > 0, save > 0
-
-    def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
-        """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
-
-        Equal on all workers, with one exchange for all that they share.
-        """
-        mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
-        mine[0] = dead_samples(prediction.detach())
-        if self.worker.leads:
-            mine[1] = self.worker.stop()
-            mine[2] = time.monotonic() - self.saved >= self.task.checkpoint_every_s
-        told = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
-        means = told[3:].requires_grad_()
-        loss = self.task.recipe.loss.of_averages(means, prediction.shape[1])
-        (slope,) = torch.autograd.grad(loss, means)
-        agreed: list[float] = torch.cat([loss.detach().reshape(1), told[:3]]).tolist()
-        return slope, agreed
-
-    def _lr(self, step: int) -> float:
-        if self.optim.schedule == "constant":
-            return self.optim.lr
-        return self.optim.lr * 0.5 * (1 + math.cos(math.pi * step / (self.optim.epochs * self.batches.steps_per_epoch)))
-
-    def _cause(self, image: Tensor, prediction: Tensor, shares: Tensor) -> str:
-        """Where the first number that is not finite came from; "" if it was another worker's."""
-        if torch.isfinite(shares).all():
-            return ""
-        with torch.no_grad():
-            logits = self.model.eval().logits(image)
-        if not torch.isfinite(logits).all():
-            lr = f"{self.optim.lr:g}"
-            return (
-                f"the network's output is not finite, its weights diverged; try a smaller lr than {lr} or clip_norm=1"
-            )
-        if not torch.isfinite(prediction).all():
-            return f"{self.task.recipe.activation} is not finite for finite logits"
-        low, high = prediction.min().item(), prediction.max().item()
-        return f"{self.task.recipe.loss} is not finite for finite predictions in [{low:g}, {high:g}]"
 
     def _close_epoch(self) -> None:
         now = self.progress
@@ -264,7 +182,7 @@ class Training:
             "epoch": now.epoch + 1,
             "loss": sum(now.losses) / len(now.losses),
             **({self.task.objective: OBJECTIVES[self.task.objective].sign * score} if validates else {}),
-            "lr": self._lr((now.epoch + 1) * self.batches.steps_per_epoch - 1),
+            "lr": learning_rate(self.optim, (now.epoch + 1) * self.batches.steps_per_epoch - 1, self.batches.num_steps),
             "dead_share": now.dead_share,
         }
         now.epoch, now.step, now.losses, now.dead = now.epoch + 1, 0, [], 0
@@ -281,15 +199,18 @@ class Training:
         self.progress.elapsed_s += time.monotonic() - self.started
         self.started = self.saved = time.monotonic()
         if self.worker.leads:
-            state = {"model": self.model.state_dict(), "optimizer": self.adam.state_dict()}
-            save_checkpoint(self.task, state | {"progress": vars(self.progress)})
+            state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
+            kept = {"progress": vars(self.progress), "precision": self.engine.precision}
+            save_checkpoint(self.task, state | kept)
             self.worker.saved()
 
-    def _resume(self) -> None:
-        state = self.worker.share(load_checkpoint(self.task) if self.worker.leads else None)
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self.saved >= self.task.checkpoint_every_s
+
+    def _go_on_from(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.model.load_state_dict(state["model"])
-            self.adam.load_state_dict(state["optimizer"])
+            self.stepper.load(state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.resumed_epoch = self.progress.epoch
         if self.worker.leads:

@@ -15,6 +15,7 @@ from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.networks import Network
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.study import Recipe
+from softseg_dist.training.engine import Precision
 from softseg_dist.training.files import replace_file
 
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
@@ -25,7 +26,8 @@ PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
 class Model(nn.Module):
     """Images [B C *S] -> prediction [B K *S] in [0, 1]; `logits` stops before the activation.
 
-    With a `patch` it is trained on patches, and whole items are not for `forward` but for `inference`.
+    With a `patch` it is trained on patches, and whole items are not for `forward` but for `inference`. `precision` is that of the
+    network's arithmetic; weights, logits and prediction are float32.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = patch
+        self.precision: Precision = "float32"
         self.network = network.build(channels, activation.num_logits(classes), dim)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
@@ -61,7 +64,11 @@ class Model(nn.Module):
 
     def logits(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B num_logits *S]."""
-        return self.network(image.contiguous(memory_format=self.layout))
+        with torch.autocast(
+            image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
+        ):
+            logits: Tensor = self.network(image.contiguous(memory_format=self.layout))
+        return logits.to(image.dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B K *S] in [0, 1]."""

@@ -36,6 +36,7 @@ from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import PlainLines
 from softseg_dist.search.run import run_search
 from softseg_dist.training.fit import Training
+from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.task import FitTask, Worker
 
 HERE = Path(__file__).parent
@@ -94,11 +95,12 @@ def volumes_per_s(folder: Path, recipe: Recipe) -> tuple[float, float]:
 def seconds_per_step(task: FitTask, worker: Worker) -> dict[str, Any]:
     """The shortest of some training steps; the machine may have other work."""
     training = Training(task, worker)
+    assert isinstance(training.stepper, HostStepper)
     training.model.train()
     times = []
     for step in range(WARM_STEPS + STEPS):
         started = time.perf_counter()
-        training._step(training.batches.order(step)[:BATCH])
+        training.stepper.step(training.progress, training.batches.order(step)[:BATCH])
         times.append(time.perf_counter() - started)
     return {"best": min(times[WARM_STEPS:])}
 

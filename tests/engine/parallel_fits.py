@@ -40,6 +40,7 @@ from softseg_dist import (
 )
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.task import FitTask, Interrupted, Worker
 
 STEPS = 20
@@ -80,13 +81,14 @@ def first_steps(task: FitTask, worker: Worker) -> dict[str, Any]:
     """Losses, gradients and state after `STEPS` steps."""
     Path(task.folder).mkdir(exist_ok=True)
     training = Training(task, worker)
+    assert isinstance(training.stepper, HostStepper)
     training.model.train()
     now, per_epoch = training.progress, training.batches.steps_per_epoch
     for step in range(STEPS):
         now.epoch, now.step = divmod(step, per_epoch)
         torch.manual_seed(step)
         members = training.batches.order(now.epoch)[now.step * OPTIM.batch_size : (now.step + 1) * OPTIM.batch_size]
-        training._step(members)
+        training.stepper.step(now, members)
     gradients = {name: parameter.grad for name, parameter in training.model.named_parameters()}
     return {"losses": now.losses, "gradients": gradients, "state": training.model.state_dict()}
 

@@ -32,6 +32,7 @@ from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.checkpoint import load_checkpoint
 from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.task import (
     FitTask,
     Interrupted,
@@ -165,11 +166,13 @@ def test_a_step_follows_the_gradient_of_the_loss_of_the_whole_batch(task: FitTas
     task = task.replace(recipe=RECIPE.replace(loss=loss, network=UNet(filters=(4, 8))))
     one, two = (Training(task.replace(folder=_folder(tmp_path / name)), Worker()) for name in ("one", "two"))
     members = one.batches.order(0)[:7]  # portions of 2, 2, 2 and 1
-    one._step(members)
+    assert isinstance(one.stepper, HostStepper)
+    assert isinstance(two.stepper, HostStepper)
+    one.stepper.step(one.progress, members)
     image, target = two.batches.batch(0, members, "cpu")
-    two.team.begin(len(members))
+    two.stepper.team.begin(len(members))
     value = loss(two.model(image), target)
-    two.team.backward(value)
+    two.stepper.team.backward(value)
     assert one.progress.losses == [pytest.approx(value.item(), rel=1e-6)]
     for ours, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,103 @@
+"""Step by step from the host: on a CPU, or on several workers, which agree after every step on what comes next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softseg_dist.numerics.activations import dead_samples
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.training.batches import Batches
+from softseg_dist.training.data_parallel import Team
+from softseg_dist.training.model import Model
+from softseg_dist.training.stepper import Asked, Diverged, Progress, cause, learning_rate
+from softseg_dist.training.task import FitTask, Worker
+
+
+class HostStepper:
+    """A `Stepper` that returns after every step. `due` says, on the first worker, whether a checkpoint is due."""
+
+    def __init__(
+        self, task: FitTask, batches: Batches, model: Model, worker: Worker, due: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.recipe, self.optim, self.batches = task.recipe, task.recipe.optim, batches
+        self.model, self.worker, self.due = model, worker, due
+        self.team = Team(model, worker, self.optim.batch_size)
+        self.adam = torch.optim.AdamW(model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
+        self._order: tuple[int, list[int]] = -1, []
+
+    def advance(self, progress: Progress) -> Asked:
+        """Learn from the next batch."""
+        if self._order[0] != progress.epoch:
+            self._order = progress.epoch, self.batches.order(progress.epoch)
+        first = progress.step * self.optim.batch_size
+        members = self._order[1][first : first + self.optim.batch_size]
+        torch.manual_seed(seed_of(self.batches.seed, "step", progress.epoch, progress.step))  # dropout, with no state
+        asked = self.step(progress, members)
+        progress.step += 1
+        return asked
+
+    def state(self) -> dict[str, Any]:
+        """That of the optimizer."""
+        return self.adam.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the optimizer's state."""
+        self.adam.load_state_dict(state)
+
+    def step(self, now: Progress, members: Sequence[int]) -> Asked:
+        """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""
+        worker = self.worker
+        mine = members[self.team.begin(len(members))]
+        for group in self.adam.param_groups:
+            done = now.epoch * self.batches.steps_per_epoch + now.step
+            group["lr"] = learning_rate(self.optim, done, self.batches.num_steps)
+        size = self.team.portions.size
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)] or [[]]
+        made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
+        image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+        prediction = self.model(image)
+        loss, classes = self.recipe.loss, prediction.shape[1]
+        portions = [loss.averaged(*portion) for portion in self.team.portions.of(prediction, target)]
+        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(classes))
+        shares = (torch.cat(portions) if portions else none) / len(members)  # in the means over the batch [b M]
+        slope, (total, dead, stop, save) = self._agree(shares, prediction)
+        if not math.isfinite(total):
+            causes = [found for found in worker.gather([self._cause(image, prediction, shares)]) if found]
+            raise Diverged(total, now.epoch, now.step, next(iter(causes), f"{loss} is not finite for finite averages"))
+        self.team.backward((shares * slope.to(shares.dtype)).sum())
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        self.adam.step()
+        now.losses.append(total)
+        now.dead += int(dead)
+        return Asked(stop > 0, save > 0)
+
+    def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
+        """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
+
+        Equal on all workers, with one exchange for all that they share.
+        """
+        mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
+        mine[0] = dead_samples(prediction.detach())
+        if self.worker.leads:
+            mine[1] = self.worker.stop()
+            mine[2] = self.due()
+        told = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
+        means = told[3:].requires_grad_()
+        loss = self.recipe.loss.of_averages(means, prediction.shape[1])
+        (slope,) = torch.autograd.grad(loss, means)
+        agreed: list[float] = torch.cat([loss.detach().reshape(1), told[:3]]).tolist()
+        return slope, agreed
+
+    def _cause(self, image: Tensor, prediction: Tensor, shares: Tensor) -> str:
+        """Where the first number that is not finite came from; "" if it was another worker's."""
+        if torch.isfinite(shares).all():
+            return ""
+        with torch.no_grad():
+            logits = self.model.eval().logits(image)
+        return cause(self.recipe, logits, prediction)

@@ -1,0 +1,83 @@
+"""How an epoch is trained, as a fit sees it: something that advances its progress, in whatever way its device does that best.
+
+A fit keeps epochs, checkpoints and results; a stepper keeps the optimizer, draws batches and learns from them. What a step does
+is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from softseg_dist.study import Optim, Recipe
+
+
+class Diverged(Exception):
+    """A loss that is not finite: the fit has failed, for good; the text says where and why. Epoch and step count from 0."""
+
+    def __init__(self, loss: float, epoch: int, step: int, why: str) -> None:
+        super().__init__(f"loss is {loss:g} in epoch {epoch + 1}, step {step + 1}: {why}")
+
+
+@dataclass
+class Progress:
+    """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    dead: int = 0
+    dead_share: float = 0.0
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    elapsed_s: float = 0.0
+
+
+class Asked(NamedTuple):
+    """What a fit was asked while it trained: to stop, or to write its checkpoint (a fit that stops writes one, too)."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Stepper(Protocol):
+    """Trains a model. The model's weights are right whenever `advance` has returned."""
+
+    def advance(self, progress: Progress) -> Asked:
+        """Train on from `progress.step` until a step after which the fit is asked something, or to the end of the epoch.
+
+        May return earlier, after any step; keeps `step`, `losses` and `dead` of `progress` right. Raises Diverged if a loss is
+        not finite.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of it, beside the model's weights."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; the model has its weights already."""
+
+
+def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
+    """The learning rate of a step, from 0, of a fit of so many.
+
+    >>> learning_rate(Optim(lr=1.0), step=5, num_steps=10)
+    0.5
+    """
+    if optim.schedule == "constant":
+        return optim.lr
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def cause(recipe: Recipe, logits: Tensor, prediction: Tensor) -> str:
+    """Why a loss is not finite: the first place, on the way from `logits` [B L *S] to it, where a number is not."""
+    if not torch.isfinite(logits).all():
+        lr = f"{recipe.optim.lr:g}"
+        return f"the network's output is not finite, its weights diverged; try a smaller lr than {lr} or clip_norm=1"
+    if not torch.isfinite(prediction).all():
+        return f"{recipe.activation} is not finite for finite logits"
+    low, high = prediction.min().item(), prediction.max().item()
+    return f"{recipe.loss} is not finite for finite predictions in [{low:g}, {high:g}]"
