@@ -1,6 +1,6 @@
 # make demo   a finished study with its report, from nothing but Python and make
 # make test   all tests; make check: lint, types and unit tests only
-# make bench  speed and memory, as ratios measured in one run
+# make bench  speed and memory beside their targets, in 25 minutes on 2 cores; make bench-gpu: the same of a GPU
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,10 @@ DATA   ?= $(wildcard ../shared/data)
 export OMP_NUM_THREADS ?= 1
 export SOFTSEG_TEST_DATA ?= $(if $(DATA),$(abspath $(DATA)))
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check bench bench-gpu lock clean
+
+BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
+ON_GPU     := $(filter tests/benchmarks/bench_gpu%,$(BENCHMARKS))
 
 # The environment is made again only when the lock or the project's own needs change.
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -35,7 +38,12 @@ check: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not engine" --numprocesses 2 --dist loadfile tests softseg_dist
 
 bench: $(VENV)/.ready
-	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out $(ON_GPU),$(BENCHMARKS)); do echo; echo "$$file"; $(BIN)/python $$file || failed="$$failed $$file"; done; \
+	echo; $(BIN)/python tests/benchmarks/summary.py; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+bench-gpu: $(VENV)/.ready
+	@for file in $(ON_GPU); do echo "$$file"; $(BIN)/python $$file || exit 1; done
+	@$(BIN)/python tests/benchmarks/summary.py
 
 lock:
 	$(PYTHON) -m venv $(VENV)-lock

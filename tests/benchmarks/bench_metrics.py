@@ -14,7 +14,7 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from record import record
+from record import Headline, record
 from scipy import ndimage
 from scipy.special import expit
 
@@ -28,6 +28,21 @@ SHAPE, LESIONS, RATERS = (160, 192, 160), 400, 4
 CLASSES = ("large", "small", "lesions")
 THRESHOLDS = (0.5, 0.45, 0.392)
 MIB = 2**20
+WORDS = {
+    "large_s": "160 x 192 x 160, 3 classes, 4 raters: all rows",
+    "large_soft_s": "of that, soft metrics against mean and raters",
+    "quickstart_s": "quickstart case, 8 x 48 x 48, 4 raters and truth",
+}
+HEADLINES = (
+    Headline(
+        key="large_s",
+        what="all metrics of one case of 160 x 192 x 160, 3 classes, 4 raters, one thread",
+        unit="s",
+        at_most=5,
+    ),
+    Headline(key="large_mib", what="memory to measure it, beside 338 MiB of maps", unit="MiB"),
+    Headline(key="quickstart_s", what="all metrics of a quickstart case", unit="s", at_most=0.02),
+)
 
 
 def main() -> None:
@@ -41,21 +56,21 @@ def main() -> None:
         for reference in references.values():
             soft_metrics(prediction, reference, 1.0)
 
-    rows = {
-        "160 x 192 x 160, 3 classes, 4 raters: all rows": _seconds(large, 3),
-        "of that, soft metrics against mean and raters": _seconds(soft_only, 3),
-        "quickstart case, 8 x 48 x 48, 4 raters and truth": _seconds(quickstart_case(), 30),
+    figures = {
+        "large_s": _seconds(large, 3),
+        "large_soft_s": _seconds(soft_only, 3),
+        "quickstart_s": _seconds(quickstart_case(), 30),
     }
     tracemalloc.start()
     large()
     allocated = tracemalloc.get_traced_memory()[1] / MIB
     tracemalloc.stop()
     print(f"{'one thread, processor time':<52}{'s':>8}")
-    for name, seconds in rows.items():
-        print(f"{name:<52}{seconds:>8.3f}")
+    for key, words in WORDS.items():
+        print(f"{words:<52}{figures[key]:>8.3f}")
     case = sum(maps.nbytes for maps in (prediction, *references.values())) / MIB
     print(f"allocated at most for the large case: {allocated:.0f} MiB, beside the {case:.0f} MiB of its maps")
-    record("metrics", rows | {"allocated MiB": allocated, "maps MiB": case})
+    record("metrics", figures | {"large_mib": allocated, "large_maps_mib": case}, HEADLINES)
 
 
 def large_case(generator: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:

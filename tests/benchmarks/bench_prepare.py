@@ -1,6 +1,6 @@
 """What preparation costs, as users pay it: the command `softseg prepare`, its start included, in a folder without stores.
 
-Run:     SOFTSEG_TEST_DATA=DATA python tests/benchmarks/bench_prepare.py [repeats]
+Run:     SOFTSEG_TEST_DATA=DATA python tests/benchmarks/bench_prepare.py 3    (without: a short run, once each)
 Targets: the 120 volumes of hippocampus_msd (study s003) in a third of nnU-Net v2's time for fingerprint, plan and preprocessing
          with 2 processes (20.7 s on 2 cores), so in 6.9 s
 
@@ -22,13 +22,38 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from record import record
+from record import Headline, record
 
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.volume import read_volume, write_volume
 
 STUDY = Path(__file__).parents[2] / "studies" / "s003_hippocampus.py"
 NNUNET_S, TARGET_S = 20.7, 6.9
+WORDS = {
+    "small_one_s": "hippocampus, nothing prepared, one processor [s]",
+    "small_all_s": "hippocampus, nothing prepared, all processors [s]",
+    "small_processor_s": "hippocampus, nothing prepared, processor time [s]",
+    "small_unchanged_s": "hippocampus, nothing changed [s]",
+    "small_one_changed_s": "hippocampus, one file changed [s]",
+    "small_gb": "hippocampus, all processes [GB]",
+    "large_one_s": "24 volumes of 256 x 256 x 160, one processor [s]",
+    "large_all_s": "24 volumes of 256 x 256 x 160, all processors [s]",
+    "large_case_peak": "one such case, peak in multiples of its voxels",
+    "large_one_gb": "all processes, one processor [GB]",
+    "large_all_gb": "all processes, all processors [GB]",
+}
+HEADLINES = (
+    Headline(
+        key="small_all_s",
+        what="preparing the 120 volumes of hippocampus_msd, from nothing, start included",
+        unit="s",
+        at_most=TARGET_S,
+    ),
+    Headline(key="small_processor_s", what="preparing them: processor time, mostly the import of torch", unit="s"),
+    Headline(key="small_unchanged_s", what="preparing them again, with nothing changed", unit="s"),
+    Headline(key="large_all_s", what="preparing 24 volumes of 256 x 256 x 160 on all processors", unit="s"),
+)
+LONG = 3  # repeats
 SETTLED_S = 5.0  # a source is remembered when it has not been changed for so long
 NUM_LARGE, LARGE = 24, (256, 256, 160)
 LARGE_STUDY = """
@@ -105,11 +130,10 @@ def main(repeats: int) -> None:
         figures |= _large(Path(folder), repeats)
     load = os.getloadavg()[0]
     print(f"{'what':<66}{'measured':>10}{'target':>8}")
-    for name, value in figures.items():
-        target = f"{TARGET_S:>8}" if name == "hippocampus, nothing prepared, all processors [s]" else ""
-        print(f"{name:<66}{value:>10.2f}{target}")
+    for key, value in figures.items():
+        print(f"{WORDS[key]:<66}{value:>10.2f}" + f"{TARGET_S:>8}" * (key == "small_all_s"))
     print(f"{len(os.sched_getaffinity(0))} processors, load {load:.1f}; best of {repeats}; nnU-Net v2: {NNUNET_S} s")
-    record("prepare", figures | {"load": load})
+    record("prepare", figures, HEADLINES, short=repeats < LONG or "small_all_s" not in figures)
 
 
 def _small(preparing: Preparing, repeats: int) -> dict[str, float]:
@@ -125,12 +149,12 @@ def _small(preparing: Preparing, repeats: int) -> dict[str, float]:
         write_volume(image, volume.data + np.float32(number), volume.geometry)
         changed.append(preparing.seconds(num_cpus))
     return {
-        "hippocampus, nothing prepared, one processor [s]": one,
-        "hippocampus, nothing prepared, all processors [s]": everything,
-        "hippocampus, nothing prepared, processor time [s]": min(preparing.processor_seconds() for _ in range(repeats)),
-        "hippocampus, nothing changed [s]": unchanged,
-        "hippocampus, one file changed [s]": min(changed),
-        "hippocampus, all processes [GB]": preparing.peak_bytes(num_cpus) / 1e9,
+        "small_one_s": one,
+        "small_all_s": everything,
+        "small_processor_s": min(preparing.processor_seconds() for _ in range(repeats)),
+        "small_unchanged_s": unchanged,
+        "small_one_changed_s": min(changed),
+        "small_gb": preparing.peak_bytes(num_cpus) / 1e9,
     }
 
 
@@ -156,11 +180,11 @@ def _large(folder: Path, repeats: int) -> dict[str, float]:
     assert preparing.digests() == digests, "the store depends on the number of processes"
     case_bytes = 2 * 4 * image.size
     return {
-        f"{NUM_LARGE} volumes of 256 x 256 x 160, one processor [s]": one,
-        f"{NUM_LARGE} volumes of 256 x 256 x 160, all processors [s]": everything,
-        "one such case, peak in multiples of its voxels": _peak_of_one_case(study, folder) / case_bytes,
-        "all processes, one processor [GB]": preparing.peak_bytes(1) / 1e9,
-        "all processes, all processors [GB]": preparing.peak_bytes(num_cpus) / 1e9,
+        "large_one_s": one,
+        "large_all_s": everything,
+        "large_case_peak": _peak_of_one_case(study, folder) / case_bytes,
+        "large_one_gb": preparing.peak_bytes(1) / 1e9,
+        "large_all_gb": preparing.peak_bytes(num_cpus) / 1e9,
     }
 
 
@@ -198,4 +222,4 @@ def _private_bytes(process: psutil.Process) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)

@@ -15,11 +15,16 @@ import time
 from pathlib import Path
 
 import psutil
-from record import record
+from record import Headline, record
 
 ROOT = Path(__file__).parents[2]
 SOFTSEG = [sys.executable, "-m", "softseg_dist.cli"]
 SAMPLE_S = 1.0
+HEADLINES = (
+    Headline(key="quickstart_s", what="quickstart study, 48 fits, from nothing to its report", unit="s", at_most=300),
+    Headline(key="quickstart_peak_gb", what="quickstart study: memory of all processes together", unit="GB", at_most=3),
+    Headline(key="help_s", what="`softseg --help`", unit="s", at_most=0.5),
+)
 
 
 def main() -> None:
@@ -44,7 +49,7 @@ def main() -> None:
     print(f"{'softseg --help, median of 5 [s]':<42}{help_s:>12.2f}{'0.5':>12}")
     print(f"{'quickstart, ' + str(end['finished']) + ' fits [s]':<42}{quickstart_s:>12.0f}{'300':>12}")
     print(f"{'quickstart, all processes together [GB]':<42}{peak_bytes / 1e9:>12.2f}{'3':>12}")
-    record("quickstart", figures)
+    record("quickstart", figures, HEADLINES)
 
 
 def _seconds(command: list[str]) -> float:

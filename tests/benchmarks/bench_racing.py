@@ -1,6 +1,6 @@
 """How many fits does racing save, and does it find the winner of the full grid?
 
-Run:     python tests/benchmarks/bench_racing.py [--runs 100] [--seeds 10]
+Run:     python tests/benchmarks/bench_racing.py --runs 100 --seeds 10    (without: a short run, 2 and 1)
 Targets: simulated, at most 40 % of the fits of 60 candidates x 15 splits and 55 % of 20 x 10, with the winner of the full grid, or
          one that cannot be told from it, in 98 of 100 runs; really trained on a phantom and on the hippocampus, 20 candidates x 10
          splits, the same or as good in 9 of 10 seeds
@@ -28,7 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import torch
-from record import record
+from record import Headline, record
 from scipy.stats import ttest_rel, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -63,6 +63,28 @@ HIPPOCAMPUS = Bids(
     image="T1w",
     labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"},
 )
+LONG_RUNS, LONG_SEEDS = 100, 10
+HEADLINES = (
+    Headline(
+        key="simulated_60x15_t_startup_10_used",
+        what="share of the full grid's fits that a search with a race needs: 60 candidates x 15 splits, simulated",
+        at_most=0.4,
+    ),
+    Headline(
+        key="simulated_20x10_t_startup_10_used",
+        what="share of fits that a race needs: 20 candidates x 10 splits, simulated",
+        at_most=0.55,
+    ),
+    Headline(
+        key="phantom_20x10_startup_10_used",
+        what="share of fits that a race needs: 20 candidates x 10 splits, really trained on phantoms",
+    ),
+    Headline(
+        key="phantom_20x10_startup_10_as_good",
+        what="share of really trained races that find the full grid's winner, or one as good",
+        at_least=0.9,
+    ),
+)
 Table = npt.NDArray[np.float64]  # scores [candidate x split], higher is better
 
 
@@ -91,7 +113,7 @@ def main(runs: int, seeds: int) -> None:
         for name in ("phantom", "hippocampus") if root else ("phantom",):
             raced = [replay(trained(pool, name, seed, root), 10) for seed in range(seeds)]
             figures |= show(f"{name}_20x10_startup_10", raced) if raced else {}
-    record("racing", figures)
+    record("racing", figures, HEADLINES, short=0 < runs < LONG_RUNS or 0 < seeds < LONG_SEEDS)
 
 
 def trained(pool: ProcessPoolExecutor, name: str, seed: int, root: str | None) -> Table:
@@ -179,7 +201,7 @@ def wilcoxon_p(differences: npt.ArrayLike, rounding: float = 0.0) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     main(options.runs, options.seeds)

@@ -11,12 +11,21 @@ import sys
 import time
 
 import torch
-from record import record
+from record import Headline, record
 from torch import Tensor
 
 from softseg_dist.numerics.staple import staple
 
 RATERS, SIZE, SLIPS = 7, 200, 0.01
+HEADLINES = (
+    Headline(
+        key="all_s",
+        what="STAPLE of 7 raters, 200 x 200 x 200 voxels, soft everywhere, one thread",
+        unit="s",
+        at_most=10,
+    ),
+    Headline(key="all_peak_gb", what="STAPLE of them: memory of the whole process", unit="GB", at_most=3),
+)
 UNIT = 2**30 if sys.platform == "darwin" else 2**20  # of ru_maxrss, in GB
 
 
@@ -36,7 +45,7 @@ def main() -> None:
         del decisions
         print(f"{name:<52}{seconds:>8.1f}{found.steps:>8}{peak:>9.2f}")
         figures |= {f"{softness}_s": seconds, f"{softness}_peak_gb": peak}
-    record("staple", figures)
+    record("staple", figures, HEADLINES)
 
 
 def _raters(softness: str) -> Tensor:

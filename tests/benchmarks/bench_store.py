@@ -13,12 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from record import record
+from record import Headline, record
 
 from softseg_dist import Phantom, Preprocess
 from softseg_dist.data.store import Store, build_store
 
 SUBJECTS, BATCH, REPEATS = 40, 16, 200
+HEADLINES = (
+    Headline(
+        key="allocated_per_batch",
+        what="memory allocated to read a batch from the store",
+        unit="times the batch",
+        at_most=1,
+    ),
+)
 
 
 def main() -> None:
@@ -43,7 +51,8 @@ def main() -> None:
     print(f"{'way of reading 16 slices of 48 x 48':<40}{'x batch size':>14}{'ms':>8}")
     print(f"{'views of the memory map (what we do)':<40}{view_bytes / batch_bytes:>14.2f}{view_s * 1e3:>8.2f}")
     print(f"{'whole cases copied':<40}{copy_bytes / batch_bytes:>14.2f}{copy_s * 1e3:>8.2f}")
-    record("store", {"allocated_per_batch": view_bytes / batch_bytes, "time_copy_to_view": copy_s / view_s})
+    figures = {"allocated_per_batch": view_bytes / batch_bytes, "time_copy_to_view": copy_s / view_s}
+    record("store", figures, HEADLINES)
 
 
 def _measure(
