@@ -1,5 +1,7 @@
 """Augmentation of a batch: one spatial transform, shared by image and label, then the intensity of the image, then mixing.
 
+What is random is drawn first, on the CPU, and applied afterwards, on any device, which need not wait for anything then.
+
 Legend: B batch, C image channels, K classes, *S space (2 or 3 axes). All that happens to a sample follows from its
 seed and from nothing else: neither its batch, nor the worker, nor the order.
 """
@@ -38,14 +40,20 @@ __all__ = [
     "Noise",
     "Pairing",
     "Spatial",
+    "apply",
     "augment",
     "augment_case",
+    "draw_all",
+    "draw_pairs",
+    "join",
     "mix",
     "moves",
     "pairs",
 ]
 
 Step = tuple[Spatial, Tensor]  # a transform and the parameters of all samples
+Drawn = Sequence[tuple[Augmentation, Tensor]]
+"""Transforms, in their order, and what was drawn for each: the parameters of all samples, stacked [B ...]."""
 
 
 def augment(
@@ -58,11 +66,7 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """The augmented image [B C *S] and the final target [B K *S].
 
-    All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity
-    transforms follow, in their order. Outside its field of view an image goes on as at its border, and a label is
-    0. What happens to the target depends on `mode` (see `labels`): "soft" is never rounded, and bit-exact unless
-    something interpolates; "hard" is rounded here, once, last; "nearest" takes the nearest voxel; "hard_each" is
-    resampled and rounded transform by transform.
+    It is `apply` of what `draw_all` draws.
 
     Args:
         image: prepared images.
@@ -79,7 +83,33 @@ def augment(
     assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
     assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    drawn = _drawn(transforms, seeds, frame)
+    return apply(image, target, draw_all(transforms, seeds, frame), mode, frame)
+
+
+def draw_all(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
+    """Those of `transforms` that change samples one by one, with the parameters of all samples, on the frame's device.
+
+    Raises UserError if a transform needs an axis that the images lack.
+    """
+    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
+    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+
+
+def draw_pairs(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
+    """Those of `transforms` that join samples with partners, as `draw_all` gives the others."""
+    active = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Pairing) and not t.idle]
+    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+
+
+def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: Frame) -> tuple[Tensor, Tensor]:
+    """The augmented image [B C *S] and the final target [B K *S], by what `draw_all` has drawn for them.
+
+    All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity
+    transforms follow, in their order. Outside its field of view an image goes on as at its border, and a label is
+    0. What happens to the target depends on `mode` (see `labels`): "soft" is never rounded, and bit-exact unless
+    something interpolates; "hard" is rounded here, once, last; "nearest" takes the nearest voxel; "hard_each" is
+    resampled and rounded transform by transform.
+    """
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
         image, target = _moved(image, target, steps, mode, frame)
@@ -116,11 +146,17 @@ def mix(
         transforms, seeds, spacing_mm: as in `augment`, of the samples.
     """
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    for index, transform in enumerate(transforms):
-        if isinstance(transform, Pairing) and not transform.idle:
-            parameters = _draw(transform, index, seeds, frame)
-            image = transform.mix(image, partner_image, parameters)
-            target = transform.mix(target, partner_target, parameters)
+    return join(image, target, partner_image, partner_target, draw_pairs(transforms, seeds, frame))
+
+
+def join(
+    image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn
+) -> tuple[Tensor, Tensor]:
+    """`mix`, by what `draw_pairs` has drawn."""
+    for transform, parameters in drawn:
+        assert isinstance(transform, Pairing), transform
+        image = transform.mix(image, partner_image, parameters)
+        target = transform.mix(target, partner_target, parameters)
     return image, target
 
 
@@ -145,7 +181,7 @@ def augment_case(
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
     drawn = [
         (transform, parameters.expand(len(image), *parameters.shape[1:]))
-        for transform, parameters in _drawn(transforms, [seed], frame)
+        for transform, parameters in draw_all(transforms, [seed], frame)
     ]
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Invertible)]
     if steps:
@@ -154,12 +190,6 @@ def augment_case(
         if isinstance(transform, Intensity):
             image = transform.change(image, parameters, frame)
     return image, _unmover(steps, frame)
-
-
-def _drawn(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> list[tuple[Augmentation, Tensor]]:
-    """The transforms that change samples one by one, with the parameters of all samples."""
-    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
-    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
 
 
 def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:

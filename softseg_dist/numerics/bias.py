@@ -52,10 +52,10 @@ class BiasField(Intensity):
     def field(self, parameters: Tensor, frame: Frame) -> Tensor:
         """The field b [B 1 *S] of stacked draws [B 1 + T]."""
         largest, *coefficients = (values.reshape(-1, *[1] * len(frame.size)) for values in parameters.unbind(1))
-        unit = frame.positions * (2 / frame.positions.new_tensor(frame.extent_mm))
+        unit = frame.positions * (2 / frame.constant(frame.extent_mm, frame.positions))
         polynomial = torch.zeros_like(unit[..., 0])
         for powers, coefficient in zip(self._terms(frame), coefficients, strict=True):
-            polynomial = polynomial + coefficient * (unit ** unit.new_tensor(powers)).prod(-1)
+            polynomial = polynomial + coefficient * (unit ** frame.constant(powers, unit)).prod(-1)
         peak = polynomial.abs().amax(tuple(range(1, polynomial.ndim)), keepdim=True)
         return (polynomial * (largest / torch.where(peak > 0, peak, 1))).exp()[:, None]
 

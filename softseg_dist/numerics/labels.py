@@ -88,13 +88,18 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
         return raters.select(axis, _index_of(name, rater_names))
     if kind == "random_rater":
         assert draw is not None, "random_rater needs the seed of the sample"
-        return raters.select(axis, seed_of("rater", draw) % len(rater_names))
+        return raters.select(axis, rater_of(draw, len(rater_names)))
     if kind == "staple":
         return harden(_posterior(harden(raters), axis))
     if kind == "soft_staple":
         return _posterior(raters, axis)
     mean = raters.mean(dim=axis)
     return harden(mean) if kind == "majority" else mean
+
+
+def rater_of(draw: int, num_raters: int) -> int:
+    """Whom "random_rater" takes of so many raters, given the seed of the sample in this epoch."""
+    return seed_of("rater", draw) % num_raters
 
 
 def _posterior(raters: Tensor, axis: int) -> Tensor:

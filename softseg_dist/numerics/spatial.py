@@ -7,6 +7,7 @@ is left to right, 1 back to front, 2 bottom to top.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -62,7 +63,7 @@ class Affine(Invertible):
         dim = len(frame.size)
         angle = parameters[:, 0] * math.radians(self.degrees)
         scale = 1 + parameters[:, 1 : 1 + dim] * self.scale
-        shift = parameters[:, 1 + dim : 1 + 2 * dim] * self.shift * parameters.new_tensor(frame.extent_mm)
+        shift = parameters[:, 1 + dim : 1 + 2 * dim] * self.shift * frame.constant(frame.extent_mm, parameters)
         rotation = _rotation_2d(angle) if dim == 2 else _rotation_3d(angle, parameters[:, -3:])
         return rotation, scale, shift
 
@@ -157,7 +158,7 @@ class Elastic(Spatial):
         """`positions` plus the displacement there, which is exact at voxel centres and linear between them."""
         field = parameters
         for n, step in zip(frame.size, frame.spacing_mm, strict=True):
-            weights = self._weights(n, step).to(field)
+            weights = frame.keep((self, n, step, field.dtype), partial(self._weights, n, step, field.dtype))
             field = torch.tensordot(field, weights, dims=([2], [1]))  # takes the first axis of space away, adds it last
         if positions is not frame.positions:
             field = frame.sample(field, positions)
@@ -166,12 +167,12 @@ class Elastic(Spatial):
     def _intervals(self, voxels: int, step_mm: float) -> int:
         return max(1, math.ceil((voxels - 1) * step_mm / self.spacing_mm - 1e-9))
 
-    def _weights(self, voxels: int, step_mm: float) -> Tensor:
+    def _weights(self, voxels: int, step_mm: float, dtype: torch.dtype) -> Tensor:
         """The weight of every control point at every voxel along one axis [voxels controls], centred on the image."""
         intervals = self._intervals(voxels, step_mm)
         offsets = (torch.arange(voxels, dtype=torch.float64) - (voxels - 1) / 2) * step_mm / self.spacing_mm
         knots = torch.arange(-1, intervals + 2, dtype=torch.float64) - intervals / 2
-        return _cubic_b_spline((offsets[:, None] - knots).abs())
+        return _cubic_b_spline((offsets[:, None] - knots).abs()).to(dtype)
 
 
 def _cubic_b_spline(distance: Tensor) -> Tensor:

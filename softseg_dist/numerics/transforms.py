@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -57,6 +57,20 @@ class Frame:
     spacing_mm: tuple[float, ...]
     device: torch.device
 
+    @cached_property
+    def _kept(self) -> dict[Hashable, Tensor]:
+        return {}
+
+    def keep(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, moved to the device and made once: while a batch is augmented nothing comes from the host."""
+        if name not in self._kept:
+            self._kept[name] = make().to(self.device)
+        return self._kept[name]
+
+    def constant(self, values: Sequence[float], like: Tensor) -> Tensor:
+        """`values` as a tensor of the type of `like`, on the device."""
+        return self.keep((tuple(values), like.dtype), lambda: torch.tensor(values, dtype=like.dtype))
+
     @property
     def extent_mm(self) -> tuple[float, ...]:
         """Length of the field of view along every axis, from outer edge to outer edge."""
@@ -80,7 +94,7 @@ class Frame:
     def sample(self, maps: Tensor, positions: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
         """The values of `maps` [B C *S] at `positions` [B *S D]; `mode` and `padding` as in torch's grid_sample."""
         # grid_sample counts from -1 to 1 between outer edges, and its last axis names the axes of space backwards.
-        grid = (positions * (2 / positions.new_tensor(self.extent_mm))).flip(-1)
+        grid = (positions * (2 / self.constant(self.extent_mm, positions))).flip(-1)
         grid = grid.to(maps.dtype).expand(len(maps), *grid.shape[1:])
         return grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
 
