@@ -10,16 +10,16 @@ MINUS = "\u2212"
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """`0.842`, with a true minus sign; an en dash for what does not exist.
+    """`0.842`, with a true minus sign; what rounds to zero has no sign; an en dash for what does not exist.
 
-    >>> number(0.8417), number(-0.002, signed=True), number(float("nan"))
-    ('0.842', '−0.002', '–')
+    >>> number(0.8417), number(-0.002, signed=True), number(-0.0001, signed=True), number(float("nan"))
+    ('0.842', '−0.002', '0.000', '–')
     """
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{abs(value):.{digits}f}"
-    negative = value < 0 and float(text) != 0
-    return (MINUS if negative else "+" if signed else "") + text
+    sign = "" if float(text) == 0 else MINUS if value < 0 else "+" if signed else ""
+    return sign + text
 
 
 def interval(low: float, high: float, digits: int = 3, signed: bool = False) -> str:
