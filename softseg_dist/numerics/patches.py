@@ -33,6 +33,11 @@ class Window:
     start: tuple[int, ...]
     stop: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Voxels along every axis."""
+        return tuple(last - first for first, last in zip(self.start, self.stop, strict=True))
+
     def grown(self, margin: Sequence[int]) -> Window:
         """The window with `margin` more voxels at both ends of every axis."""
         start = tuple(first - more for first, more in zip(self.start, margin, strict=True))

@@ -82,7 +82,7 @@ class Batches:
             partner_image, partner_target = self._augmented(epoch, partners, device)
             for spacing_mm, rows in self._by_spacing(members).items():
                 part = image[rows], target[rows], partner_image[rows], partner_target[rows]
-                seeds = [self._seed(epoch, members[row]) for row in rows]
+                seeds = [self.augment_seed(epoch, members[row]) for row in rows]
                 image[rows], target[rows] = mix(*part, self.recipe.augment, seeds, spacing_mm)
         return image, target
 
@@ -105,12 +105,11 @@ class Batches:
 
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""
-        read = [self._item(epoch, member, self._window(epoch, member)) for member in members]
-        images, targets = zip(*read, strict=True)
-        image, target = torch.from_numpy(np.stack(images)).to(device), torch.stack(targets).to(device)
+        image, target = (maps.to(device) for maps in self.read(epoch, members))
         groups = self._by_spacing(members)
         for spacing_mm, rows in groups.items():
-            part = image[rows], target[rows], self.recipe.augment, [self._seed(epoch, members[row]) for row in rows]
+            seeds = [self.augment_seed(epoch, members[row]) for row in rows]
+            part = image[rows], target[rows], self.recipe.augment, seeds
             image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
         if self.recipe.patch is not None:
             image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
@@ -119,7 +118,13 @@ class Batches:
                 target[rows] = self.recipe.smoothing(target[rows], image[rows], spacing_mm)
         return image, target
 
-    def _window(self, epoch: int, member: int) -> Window | None:
+    def read(self, epoch: int, members: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images and targets of `members` as they are before augmentation: whole, or as much as `window` says."""
+        read = [self._item(epoch, member, self.window(epoch, member)) for member in members]
+        images, targets = zip(*read, strict=True)
+        return torch.from_numpy(np.stack(images)), torch.stack(targets)
+
+    def window(self, epoch: int, member: int) -> Window | None:
         """What is read of an item: its patch, with what augmentation may bring in from around it; None is all."""
         if (patch := self.recipe.patch) is None:
             return None
@@ -127,8 +132,24 @@ class Batches:
         window = patch.draw(generator, self.store.size, labelled_voxels(self.store, *self.items[member]))
         return window.grown(patch.margin) if moves(self.recipe.augment) else window
 
-    def _seed(self, epoch: int, member: int) -> int:
+    @property
+    def read_size(self) -> tuple[int, ...]:
+        """How much is read of every item."""
+        if (patch := self.recipe.patch) is None:
+            return self.store.size
+        return (
+            Window((0,) * len(patch.size), patch.size).grown(patch.margin).size
+            if moves(self.recipe.augment)
+            else patch.size
+        )
+
+    def augment_seed(self, epoch: int, member: int) -> int:
+        """What is drawn to augment an item in this epoch follows from it."""
         return seed_of(self.seed, "augment", epoch, member)
+
+    def rater_seed(self, epoch: int, member: int) -> int:
+        """Which rater an item has in this epoch follows from it, if the recipe draws one."""
+        return seed_of(self.seed, "rater", epoch, member)
 
     def _by_spacing(self, members: Sequence[int]) -> dict[tuple[float, ...], list[int]]:
         """Rows of a batch by voxel size, one group unless a study keeps each case's own: a rotation must be one in mm."""
@@ -139,7 +160,6 @@ class Batches:
 
     def _item(self, epoch: int, member: int, window: Window | None = None) -> tuple[np.ndarray, Tensor]:
         case, item = self.items[member]
-        draw = seed_of(self.seed, "rater", epoch, member)
         image = self.store.sample(case).image[item]
-        target = item_target(self.store, self.recipe, case, item, draw, window)
+        target = item_target(self.store, self.recipe, case, item, self.rater_seed(epoch, member), window)
         return image if window is None else window.of(image, "edge"), target

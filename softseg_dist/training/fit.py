@@ -25,6 +25,7 @@ from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from softseg_dist.training.device_step import DeviceStepper
 from softseg_dist.training.engine import choose_engine
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.files import replace_file
@@ -107,9 +108,10 @@ class Training:
         self.started = self.saved = time.monotonic()
         state = worker.share(load_checkpoint(task) if worker.leads else None)
         wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
-        self.engine = choose_engine(wanted, worker.device)
-        self.model.precision = self.engine.precision
-        self.stepper: Stepper = HostStepper(task, self.batches, self.model, worker, self._checkpoint_is_due)
+        engine = choose_engine(wanted, worker.device, worker.num_workers, self.batches.num_steps)
+        self.model.precision = engine.precision
+        kind = HostStepper if worker.device == "cpu" or worker.num_workers > 1 else DeviceStepper
+        self.stepper: Stepper = kind(task, self.batches, self.model, worker, engine, self._checkpoint_is_due)
         self._go_on_from(state)
 
     def run(self) -> None:
@@ -154,9 +156,9 @@ class Training:
             num_workers=self.worker.num_workers,
             process=platform.node(),
             versions={"python": platform.python_version(), "torch": torch.__version__},
-            precision=self.engine.precision,
-            engine=self.engine.name,
-            notes=self.engine.notes,
+            precision=self.stepper.engine.precision,
+            engine=self.stepper.engine.name,
+            notes=self.stepper.engine.notes,
             **outcome,
         )
 
@@ -200,7 +202,7 @@ class Training:
         self.started = self.saved = time.monotonic()
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
-            kept = {"progress": vars(self.progress), "precision": self.engine.precision}
+            kept = {"progress": vars(self.progress), "precision": self.stepper.engine.precision}
             save_checkpoint(self.task, state | kept)
             self.worker.saved()
 

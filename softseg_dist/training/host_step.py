@@ -13,8 +13,9 @@ from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.data_parallel import Team
+from softseg_dist.training.engine import Engine
 from softseg_dist.training.model import Model
-from softseg_dist.training.stepper import Asked, Diverged, Progress, cause, learning_rate
+from softseg_dist.training.stepper import Asked, Diverged, Progress, cause, learning_rate, load_optimizer
 from softseg_dist.training.task import FitTask, Worker
 
 
@@ -22,10 +23,16 @@ class HostStepper:
     """A `Stepper` that returns after every step. `due` says, on the first worker, whether a checkpoint is due."""
 
     def __init__(
-        self, task: FitTask, batches: Batches, model: Model, worker: Worker, due: Callable[[], bool] = lambda: False
+        self,
+        task: FitTask,
+        batches: Batches,
+        model: Model,
+        worker: Worker,
+        engine: Engine,
+        due: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.optim, self.batches = task.recipe, task.recipe.optim, batches
-        self.model, self.worker, self.due = model, worker, due
+        self.model, self.worker, self.engine, self.due = model, worker, engine, due
         self.team = Team(model, worker, self.optim.batch_size)
         self.adam = torch.optim.AdamW(model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
         self._order: tuple[int, list[int]] = -1, []
@@ -47,7 +54,7 @@ class HostStepper:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the optimizer's state."""
-        self.adam.load_state_dict(state)
+        load_optimizer(self.adam, state)
 
     def step(self, now: Progress, members: Sequence[int]) -> Asked:
         """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""

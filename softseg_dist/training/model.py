@@ -1,14 +1,16 @@
-"""A network with its final activation, and how its weights go to disk and back (safetensors: no pickle)."""
+"""A network with its final activation, and how its weights go to disk and back (safetensors: no pickle).
+
+safetensors is imported where it is used: what only trains, as a benchmark on a bare machine does, runs without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softseg_dist.numerics.activations import Activation
@@ -62,12 +64,13 @@ class Model(nn.Module):
         activation = ACTIVATION.validate_python(recipe.get("activation"))
         return cls(network, activation, channels, classes, dim, PATCH.validate_python(recipe.get("patch")))
 
-    def logits(self, image: Tensor) -> Tensor:
-        """[B C *S] -> [B num_logits *S]."""
+    def logits(self, image: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[B C *S] -> [B num_logits *S]; `network` is the model's own in another form, as when it is compiled."""
+        network = network or self.network
         with torch.autocast(
             image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
         ):
-            logits: Tensor = self.network(image.contiguous(memory_format=self.layout))
+            logits: Tensor = network(image.contiguous(memory_format=self.layout))
         return logits.to(image.dtype)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -90,12 +93,16 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write all parameters and buffers; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     replace_file(path, lambda partial: save_file(state, partial))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict that `save_weights` wrote."""
+    from safetensors.torch import load_file
+
     state: dict[str, Tensor] = load_file(path)
     return state
 

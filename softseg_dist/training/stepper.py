@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softseg_dist.study import Optim, Recipe
+from softseg_dist.training.engine import Engine
 
 
 class Diverged(Exception):
@@ -45,7 +46,9 @@ class Asked(NamedTuple):
 
 
 class Stepper(Protocol):
-    """Trains a model. The model's weights are right whenever `advance` has returned."""
+    """Trains a model, whose weights are right whenever `advance` has returned. `engine` is what it really uses."""
+
+    engine: Engine
 
     def advance(self, progress: Progress) -> Asked:
         """Train on from `progress.step` until a step after which the fit is asked something, or to the end of the epoch.
@@ -70,6 +73,11 @@ def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
     if optim.schedule == "constant":
         return optim.lr
     return optim.lr * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from the moments in `state`, whatever kind of step they come from; how `optimizer` steps stays as it is."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def cause(recipe: Recipe, logits: Tensor, prediction: Tensor) -> str:

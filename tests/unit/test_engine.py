@@ -11,11 +11,11 @@ from softseg_dist.training.engine import Engine, choose_engine
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_a_cpu_trains_in_float32_and_has_nothing_to_explain(precision: str) -> None:
-    assert choose_engine(Optim(precision=precision), "cpu") == Engine()
+    assert choose_engine(Optim(precision=precision), "cpu", 1, 10**6) == Engine()
 
 
 def test_what_was_asked_for_and_is_not_used_is_explained_in_one_line() -> None:
-    engine = choose_engine(Optim(precision="bfloat16"), "cpu")
+    engine = choose_engine(Optim(precision="bfloat16"), "cpu", 1, 10**6)
     assert engine.precision == "float32"
     assert len(engine.notes) == 1
 

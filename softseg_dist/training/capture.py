@@ -1,0 +1,106 @@
+"""A whole training step as one graph of the device, which the host starts with a single call; and whether a step can be one.
+
+A graph repeats what the device was told to do while it was captured. So a step whose next operation depends on numbers that the
+device has computed, or that takes numbers from the host, cannot be one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+WAITING = {
+    aten._local_scalar_dense: "a number is read from the device, as .item(), float() or if do",
+    aten.equal: "tensors are compared by the host",
+    aten.nonzero: "the size of a tensor depends on numbers",
+    aten.masked_select: "the size of a tensor depends on numbers",
+    aten._unique2: "the size of a tensor depends on numbers",
+    aten.lift_fresh: "a tensor is made from numbers of the host",
+}
+WARM_UP = 3  # steps before a capture, in which torch chooses algorithms and allocates what stays
+_capturing = threading.Lock()  # one capture at a time in a process: it begins with a look at the whole device
+
+Step = Callable[[], None]
+
+
+def obstacle(step: Step) -> str | None:
+    """Why `step` cannot be captured; None if nothing is known to be in the way. Does the step twice: the first may make what stays.
+
+    >>> x = torch.zeros(3)
+    >>> obstacle(lambda: x.add_(1)), obstacle(lambda: x.add_(x.sum().item()))
+    (None, 'a number is read from the device, as .item(), float() or if do')
+    """
+    step()
+    with _Watch() as watch:
+        step()
+    return watch.found
+
+
+def captured(step: Step, pool: Any) -> Step:
+    """What does `step` again as a graph, on the current stream, which captures it. Graphs of one `pool` share its memory.
+
+    Does the step some times; raises whatever torch raises if it cannot be captured.
+    """
+    for _ in range(WARM_UP):
+        step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+@contextmanager
+def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo, in place, what the block does to weights, buffers and the optimizer's state, which begins with zeros."""
+    own = [*model.parameters(), *model.buffers()]
+    saved = [tensor.detach().clone() for tensor in own]
+    states = {p: {name: value.clone() for name, value in state.items()} for p, state in optimizer.state.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
+            for parameter, state in optimizer.state.items():
+                for name, tensor in state.items():
+                    if parameter in states:
+                        tensor.copy_(states[parameter][name])
+                    else:
+                        tensor.zero_()
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at every operation, those of the backward pass, too; `found` is the first that cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = (
+            self.found or WAITING.get(func.overloadpacket) or _selects(func, args) or _travels(func, args, kwargs)
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def _selects(func: Any, args: Any) -> str | None:
+    """Whether values are chosen by a mask."""
+    if func.overloadpacket is aten.index and any(i is not None and i.dtype is torch.bool for i in args[1]):
+        return WAITING[aten.nonzero]
+    return None
+
+
+def _travels(func: Any, args: Any, kwargs: Any) -> str | None:
+    """Whether a tensor goes from the host to the device or back."""
+    if func.overloadpacket is aten._to_copy and (to := (kwargs or {}).get("device")) is not None:
+        return None if to.type == args[0].device.type else "a tensor is copied between host and device"
+    if func.overloadpacket is aten.copy_ and isinstance(args[1], Tensor):
+        return None if args[0].device.type == args[1].device.type else "a tensor is copied between host and device"
+    return None
