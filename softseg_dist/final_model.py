@@ -19,7 +19,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.search.ledger import Ledger, json_of
 from softseg_dist.search.live import Progress
-from softseg_dist.search.refit import train_on_all_workers
+from softseg_dist.search.refit import train_on_workers
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.training.fit import fit
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, save_model
@@ -72,8 +72,9 @@ def make_model(made: Trained, candidate: str, out: Path, where: Where, progress:
     if _is_there(out, card):
         return out
     progress.note(f"training {candidate} on all {card.num_subjects} subjects for {epochs} epochs")
-    result = train_on_all_workers(
-        task, fit, where.resources, progress, where.address, where.max_wait_s, source=made.source
+    alone_s = _seconds_alone(made, task, fits)
+    result = train_on_workers(
+        task, fit, where.resources, progress, where.address, where.max_wait_s, made.source, alone_s
     )
     if result.state != "finished":
         raise UserError(f"{task.candidate} trained on all subjects has failed: {result.reason}")
@@ -102,6 +103,14 @@ def _task(made: Trained, candidate: str, recipe: Recipe, where: Where) -> FitTas
         threads=where.resources.cpus_per_fit,
         checkpoint_every_s=where.resources.checkpoint_every_s,
     )
+
+
+def _seconds_alone(made: Trained, task: FitTask, fits: Sequence[FitResult]) -> float:
+    """How long one worker takes, as the candidate's fits tell: they have validated and measured, too, so that is the most."""
+    subjects = {split.index: len(split.train) for split in made.ledger.splits()}
+    spent_s = sum(fit.duration_s * fit.num_workers for fit in fits)
+    work = sum(fit.epochs * subjects[fit.split] for fit in fits)
+    return spent_s / work * task.recipe.optim.epochs * len(task.split.train)
 
 
 def _card(made: Trained, task: FitTask, fits: Sequence[FitResult]) -> ModelCard:

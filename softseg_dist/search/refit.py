@@ -1,9 +1,11 @@
-"""Train one candidate on everybody: one fit over all workers that the machine or the cluster has room for, through Ray Train."""
+"""Train one candidate on everybody: one fit over all workers that there is room for, through Ray Train; on one if it is short."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from softseg_dist.errors import UserError
@@ -15,10 +17,12 @@ from softseg_dist.search.searcher import MAX_ATTEMPTS
 from softseg_dist.search.worker import Ending, Fit, reason_of, run_fit
 from softseg_dist.study import Resources
 from softseg_dist.training.task import FitResult, FitTask, Worker
-from softseg_dist.training.workers import Lane, LostJob, Report
+from softseg_dist.training.workers import Lane, LostJob, Report, run_alone
+
+GROUP_PAYS_S = 60.0  # of one worker: below, the 13 to 25 s that a group takes to start are not won back
 
 
-def train_on_all_workers(
+def train_on_workers(
     task: FitTask,
     fit: Fit,
     resources: Resources,
@@ -26,9 +30,11 @@ def train_on_all_workers(
     address: str | None = None,
     max_wait_s: float | None = None,
     source: tuple[str, str] | None = None,
+    alone_s: float = math.inf,
 ) -> FitResult:
     """Run a fit on as many workers as there is room for, but no more than a batch has items; goes on from its checkpoint.
 
+    `alone_s`: how long it takes one worker; where that is less than `GROUP_PAYS_S`, one it is.
     A lost worker costs what has been trained since the last checkpoint. Arguments are those of `run_search`. Raises UserError if
     there is no room for one worker, or if the fit is lost again and again.
     """
@@ -49,21 +55,23 @@ def train_on_all_workers(
         wait_for_room(alone, max_wait_s, progress.note, lambda: False)
         bundle = bundle_of(alone)
         num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
+        if num_workers == 1 or alone_s < GROUP_PAYS_S:
+            return _answer(partial(run_alone, run, bundle), task, str(place / ".stop"), tell)
         lane = Lane(run, num_workers, bundle, str(place / ".lane"))
         try:
-            return _answer(lane, task, str(place / ".stop"), tell)
+            return _answer(lane.run, task, str(place / ".stop"), tell)
         finally:
             lane.close()
             wait_until_free()
             (place / ".lane").delete()
 
 
-def _answer(lane: Lane, task: FitTask, stop: str, report: Report) -> FitResult:
+def _answer(run_job: Callable[[Any, Report], Any], task: FitTask, stop: str, report: Report) -> FitResult:
     lost = ""
     for attempt in range(MAX_ATTEMPTS):
         message = {"task": json.dumps(task.replace(attempt=attempt).model_dump(mode="json")), "stop": stop}
         try:
-            ending = Ending.model_validate(json.loads(lane.run(message, report)["ending"]))
+            ending = Ending.model_validate(json.loads(run_job(message, report)["ending"]))
         except LostJob as error:
             lost = str(error)
             continue

@@ -2,21 +2,24 @@
 
 A lane is a Ray Train group (`TorchTrainer`) whose workers wait for jobs in a loop: starting the group takes seconds, a further job
 milliseconds. A job that loses a worker, or fails in a way that leaves the others waiting, is lost; Train then starts the group
-again, and the lane takes the next job. Nothing here knows what a job is.
+again, and the lane takes the next job. A single worker that runs one job needs no group. Nothing here knows what a job is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import train
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
@@ -179,6 +182,37 @@ class Lane:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - `run` says it, in the thread that waits for an answer
             self._error = error
+
+
+def run_alone(run: Run, resources: dict[str, float], message: Any, report: Report) -> Any:
+    """Run a job on one worker, in a process of its own: as on a lane of one, without the seconds that a group needs to start.
+
+    Raises LostJob if there will be no answer.
+    """
+    nodes, gpus = _nodes(), resources.get("GPU", 0.0)
+    start = ray.remote(num_cpus=resources["CPU"], num_gpus=gpus, max_retries=0)(_do_job).remote
+    told = start(run, message, "cuda" if gpus else "cpu")
+    try:
+        for reference in told:
+            kind, value = ray.get(reference)
+            if kind == "answer":
+                return value
+            report(value)
+    except RayError as error:
+        raise LostJob(_last_line(error), node_lost=not nodes <= _nodes()) from error
+    finally:
+        ray.cancel(told, force=True)  # on Ctrl-C; one that has ended does not mind
+    raise AssertionError("a job answers or raises")
+
+
+def _do_job(run: Run, message: Any, device: str) -> Iterator[tuple[str, Any]]:
+    """The job's reports while it runs, then its answer."""
+    told: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(run, message, Worker(device=device), told.put)
+        answer.add_done_callback(lambda _: told.put(None))
+        yield from (("report", report) for report in iter(told.get, None))
+        yield "answer", answer.result()
 
 
 def _nodes() -> set[str]:

@@ -1,4 +1,4 @@
-"""Accidents of a fit of several workers are survived as those of one worker's, and its lane leaves nothing reserved.
+"""Accidents of a fit of several workers are survived as those of one worker's, and its lane leaves nothing reserved. Refits too.
 
 `python test_lanes.py FOLDER` is a driver with a Ray of four CPUs of its own: two lanes of two workers.
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from faults import reserved
-from scripted import NUM_SPLITS, make_study, run, starts
+from scripted import BASE, NUM_SPLITS, make_study, run, splits_of, starts
 
 from softseg_dist import Resources
 from softseg_dist.errors import UserError
 from softseg_dist.search.cluster import ENVIRONMENT
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import PlainLines
+from softseg_dist.search.refit import GROUP_PAYS_S, train_on_workers
 from softseg_dist.search.session import Outcome
+from softseg_dist.training.task import FitResult, FitTask, Worker
 
 pytestmark = pytest.mark.engine
 LANE = Resources(workers_per_fit=2, time_limit_s=5)
@@ -63,6 +66,32 @@ def test_two_lanes_start_at_once_and_do_not_wait_for_each_other(tmp_path: Path) 
     assert told == {"finished": 6, "failed": 0, "unfinished": 0, "interrupted": False, "reserved": 0}
     assert starts(tmp_path) == {f"{name}/{split:03d}": 1 for name in ("a", "b") for split in range(NUM_SPLITS)}
     assert len({line.split()[0] for file in tmp_path.glob("fits/*/*/starts") for line in file.open()}) == 2
+
+
+def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs_on_all(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    def fit(task: FitTask, worker: Worker) -> FitResult:
+        if task.attempt == 0 and worker.num_workers == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        worker.report({"epoch": 3.0, "loss": 0.5})
+        known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt}
+        return FitResult(**known, state="finished", num_workers=worker.num_workers)
+
+    for alone_s, ended in ((GROUP_PAYS_S / 2, (1, 1)), (GROUP_PAYS_S, (2, 0))):
+        lines, task = io.StringIO(), _refit_task(tmp_path / str(alone_s))
+        result = train_on_workers(task, fit, Resources(), PlainLines(lines), alone_s=alone_s)
+        assert (result.num_workers, result.attempt) == ended
+        assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
+        assert reserved(2) == 0
+
+
+def _refit_task(folder: Path) -> FitTask:
+    study = make_study(("a",))
+    return FitTask(
+        study=study.name, seed=0, candidate="a", recipe=BASE, split=splits_of(study)[0], objective=study.objective,
+        store="none", store_fingerprint="", folder=str(folder),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
