@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from s3_server import s3_server
-
-settings.register_profile("softseg", deadline=None)  # a busy machine is not a defect
-settings.load_profile("softseg")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -23,6 +24,9 @@ from softseg_dist.training.files import replace_file
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
 ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
 PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
+_drawing = (
+    Lock()
+)  # torch's global generator is that of all threads: fits that share a process draw their weights in turn
 
 
 class Model(nn.Module):
@@ -84,8 +88,9 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
     The last bias starts where the activation gives the mean training label, or every sigmoid arm would spend its first hundreds
     of steps on the faint background alone (SCIENCE.md, section 9).
     """
-    torch.manual_seed(seed)
-    model = Model.of(recipe, channels, classes, dim)
+    with _drawing:
+        torch.manual_seed(seed)
+        model = Model.of(recipe, channels, classes, dim)
     with torch.no_grad():
         recipe.network.last_bias(model.network).copy_(recipe.activation.initial_bias(mean_label))
     return model

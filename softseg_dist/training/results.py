@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.numerics.rows import Row as Measured
 from softseg_dist.training.files import replace_file
+
+if TYPE_CHECKING:  # a fit writes no data frame, and machines that only train need not have pandas
+    import pandas as pd
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -33,6 +34,7 @@ from softseg_dist.training.batches import Batches
 from softseg_dist.training.checkpoint import load_checkpoint
 from softseg_dist.training.fit import Training, fit
 from softseg_dist.training.host_step import HostStepper
+from softseg_dist.training.model import build_model
 from softseg_dist.training.task import (
     FitTask,
     Interrupted,
@@ -125,6 +127,17 @@ def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Pa
     resumed.run()
     pairs = zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_models_built_in_threads_have_the_weights_that_they_have_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        model = build_model(RECIPE, 1, 1, 2, seed, torch.full((1,), 0.1))
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    alone = [weights(seed) for seed in range(32)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(weights, range(32)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def _folder(path: Path) -> str:
