@@ -24,9 +24,7 @@ from softseg_dist.training.files import replace_file
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
 ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
 PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
-_drawing = (
-    Lock()
-)  # torch's global generator is that of all threads: fits that share a process draw their weights in turn
+_drawing = Lock()  # the global generator of torch is that of all threads: fits of one process draw weights in turn
 
 
 class Model(nn.Module):
