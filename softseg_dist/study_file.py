@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydantic import ValidationError
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import STUDY_MODULES, digest
 from softseg_dist.study import Study
+
+_loading = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,14 @@ def load_source(stem: str, text: str, path: str | None = None) -> ModuleType:
 
     Raises UserError with line and cause if the text cannot be run.
     """
-    name, file = STUDY_MODULES + stem, path or f"{stem}.py"
-    known = sys.modules.get(name)
-    if known is not None and known.__dict__.get("__softseg_text__") == digest(text):
-        return known
+    with _loading:  # fits that run side by side in one process load it at once
+        known = sys.modules.get(STUDY_MODULES + stem)
+        if known is not None and known.__dict__.get("__softseg_text__") == digest(text):
+            return known
+        return _run_source(STUDY_MODULES + stem, text, path or f"{stem}.py")
+
+
+def _run_source(name: str, text: str, file: str) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = file
     module.__dict__["__softseg_text__"] = digest(text)

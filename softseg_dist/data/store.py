@@ -7,6 +7,7 @@ another store with the same preprocessing, or what is left of an unfinished one,
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -153,6 +154,7 @@ class Store:
         self.preprocess = Preprocess.model_validate(about["preprocess"])
         self._source = source
         self._reader = reader
+        self._reading = threading.Lock()  # threads share the reader
         self._samples: dict[int, Sample] = {}
         self._about = [
             unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
@@ -192,7 +194,8 @@ class Store:
         Raises UserError if the file is damaged there.
         """
         if index not in self._samples:  # the views are checked once: training asks for a case again and again
-            self._samples[index] = self._view(index)
+            with self._reading:
+                self._samples[index] = self._view(index)
         return self._samples[index]
 
     def _view(self, index: int) -> Sample:

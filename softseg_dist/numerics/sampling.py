@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -17,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.augmentation import augment_case
+from softseg_dist.numerics.seeds import seeded
 from softseg_dist.numerics.transforms import Augmentation, Intensity, Invertible
 
 Predict = Callable[[Tensor], Tensor]
@@ -63,11 +63,11 @@ class MCDropout(Uncertainty):
     ) -> Tensor:
         """The soft map [N K *S] of `image` [N C *S] with what `seed` drops."""
         layers = _dropout(model)
-        torch.manual_seed(seed)
         try:
             for layer in layers:
                 layer.train()
-            return predict(image)
+            with seeded(seed):
+                return predict(image)
         finally:
             for layer in layers:
                 layer.eval()

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+drawing = threading.RLock()  # held by whoever draws from torch's own generators, or must not be disturbed by that
 
 
 def seed_of(*parts: str | int) -> int:
@@ -13,3 +20,15 @@ def seed_of(*parts: str | int) -> int:
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's own generators start from `seed`, and no other thread draws from them, while the block runs.
+
+    A process has one generator for each device, which all its threads share: fits that run side by side would shift each
+    other's draws.
+    """
+    with drawing:
+        torch.manual_seed(seed)
+        yield

@@ -6,7 +6,6 @@ device has computed, or that takes numbers from the host, cannot be one.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from softseg_dist.numerics.seeds import drawing
 
 aten = torch.ops.aten
 WAITING = {
@@ -25,7 +26,6 @@ WAITING = {
     aten.lift_fresh: "a tensor is made from numbers of the host",
 }
 WARM_UP = 3  # steps before a capture, in which torch chooses algorithms and allocates what stays
-_capturing = threading.Lock()  # one capture at a time in a process: it begins with a look at the whole device
 
 Step = Callable[[], None]
 
@@ -51,7 +51,8 @@ def captured(step: Step, pool: Any) -> Step:
     for _ in range(WARM_UP):
         step()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    # One at a time in a process, as a capture begins with a look at the whole device, and takes hold of its generator.
+    with drawing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

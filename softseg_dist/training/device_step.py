@@ -70,7 +70,7 @@ class DeviceStepper:
             capturable=on_cuda,
         )
         self.records = torch.zeros(batches.steps_per_epoch, RECORDED, device=self.device)
-        self.stream = torch.cuda.Stream(self.device) if on_cuda else None
+        self.stream = _stream(self.device) if on_cuda else None
         self._pool: Any = None  # memory that the graphs share
         self._ways: dict[int, tuple[Feed, Step]] = {}  # to do a step, by the number of items in its batch
 
@@ -184,6 +184,12 @@ class DeviceStepper:
         finally:
             torch.backends.cudnn.benchmark = choose
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The current one, or one more if that is the default one, on which nothing can be captured."""
+    current = torch.cuda.current_stream(device)
+    return torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
 
 
 def _in_words(error: Exception) -> str:

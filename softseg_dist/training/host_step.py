@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softseg_dist.numerics.activations import dead_samples
-from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.seeds import seed_of, seeded
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.data_parallel import Team
 from softseg_dist.training.engine import Engine
@@ -43,8 +43,8 @@ class HostStepper:
             self._order = progress.epoch, self.batches.order(progress.epoch)
         first = progress.step * self.optim.batch_size
         members = self._order[1][first : first + self.optim.batch_size]
-        torch.manual_seed(seed_of(self.batches.seed, "step", progress.epoch, progress.step))  # dropout, with no state
-        asked = self.step(progress, members)
+        with seeded(seed_of(self.batches.seed, "step", progress.epoch, progress.step)):  # dropout, with no state
+            asked = self.step(progress, members)
         progress.step += 1
         return asked
 

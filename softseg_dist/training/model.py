@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.networks import Network
 from softseg_dist.numerics.patches import Patch
+from softseg_dist.numerics.seeds import seeded
 from softseg_dist.study import Recipe
 from softseg_dist.training.engine import Precision
 from softseg_dist.training.files import replace_file
@@ -24,7 +24,6 @@ from softseg_dist.training.files import replace_file
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
 ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
 PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
-_drawing = Lock()  # the global generator of torch is that of all threads: fits of one process draw weights in turn
 
 
 class Model(nn.Module):
@@ -86,8 +85,7 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
     The last bias starts where the activation gives the mean training label, or every sigmoid arm would spend its first hundreds
     of steps on the faint background alone (SCIENCE.md, section 9).
     """
-    with _drawing:
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Model.of(recipe, channels, classes, dim)
     with torch.no_grad():
         recipe.network.last_bias(model.network).copy_(recipe.activation.initial_bias(mean_label))

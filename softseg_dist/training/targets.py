@@ -5,6 +5,7 @@ Legend: N items of a case, R raters, K classes, *S space.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ KEPT_BYTES = (
 MOST_VOXELS = 10_000  # of a class that are known as labelled: patches about more would not differ more
 
 _kept: OrderedDict[tuple[str, int, LabelMode, str], Tensor] = OrderedDict()
+_keeping = threading.Lock()
 
 
 def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, window: Window | None = None) -> Tensor:
@@ -62,14 +64,15 @@ def _some(voxels: NDArray[np.integer]) -> NDArray[np.integer]:
 def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tensor:
     """The targets [N K *S] of all items of a case."""
     key = store.fingerprint, case, mode, fusion
-    if key not in _kept:
-        sample = store.sample(case)
-        nearest = None if sample.nearest is None else _copied(sample.nearest)
-        _kept[key] = prepare_target(_copied(sample.raters), nearest, mode, fusion, sample.rater_names, axis=1)
-        while sum(target.nbytes for target in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
-            _kept.popitem(last=False)
-    _kept.move_to_end(key)
-    return _kept[key]
+    with _keeping:  # fits that run side by side wait for each other's targets, as they need the same ones
+        if key not in _kept:
+            sample = store.sample(case)
+            nearest = None if sample.nearest is None else _copied(sample.nearest)
+            _kept[key] = prepare_target(_copied(sample.raters), nearest, mode, fusion, sample.rater_names, axis=1)
+            while sum(target.nbytes for target in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
+                _kept.popitem(last=False)
+        _kept.move_to_end(key)
+        return _kept[key]
 
 
 def _copied(values: np.ndarray, window: Window | None = None) -> Tensor:

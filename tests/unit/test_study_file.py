@@ -84,3 +84,17 @@ def test_a_study_file_with_an_error_is_one_line_with_file_line_and_cause(
 def test_a_missing_study_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study file"):
         load_study(tmp_path / "nothing.py")
+
+
+LOADS_ITSELF = """
+import linecache
+from concurrent.futures import ThreadPoolExecutor
+from softseg_dist.study_file import load_source
+text = "".join(linecache.getlines("s009_again.py"))
+OTHER = ThreadPoolExecutor(1).submit(lambda: load_source("s009_again", text).LAST)
+LAST = 1
+"""
+
+
+def test_a_thread_that_needs_a_study_file_waits_until_another_has_loaded_it() -> None:
+    assert load_source("s009_again", LOADS_ITSELF).OTHER.result(timeout=60) == 1
