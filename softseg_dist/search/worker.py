@@ -6,13 +6,11 @@ the process; what cannot is written to `error.txt` in the fit's folder and raise
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
+from softseg_dist.search.clock import time_limit
 from softseg_dist.search.mirror import mirrored
 from softseg_dist.study_file import describe, load_source
 from softseg_dist.training.data_parallel import partner_died
@@ -34,15 +33,15 @@ Fit = Callable[[FitTask, Worker], FitResult]
 
 
 class Ending(Frozen):
-    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with one of its several workers.
+    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with the process that ran it for its trial.
 
-    `node_lost`: that worker went with its machine.
+    `blameless`: that process, one of several workers or one of several fits, was lost by no fault of the fit.
     """
 
     kind: Literal["result", "interrupted", "user_error", "lost"]
     result: FitResult | None = None
     text: str = ""
-    node_lost: bool = False
+    blameless: bool = False
 
 
 class StopFile:
@@ -86,7 +85,10 @@ def run_fit(
     if source is not None:
         load_source(*source)
     task = FitTask.model_validate(json.loads(config["task"]))
-    stop = StopFile(config["stop"])
+    stop_file = StopFile(config["stop"])
+
+    def stop() -> bool:
+        return stop_file() or worker.stop()
 
     def tell(metrics: dict[str, float]) -> None:
         report({"epoch": json.dumps(metrics)})
@@ -121,7 +123,7 @@ def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     try:
-        with _time_limit(task):
+        with time_limit(task.time_limit_s, folder / STACK):
             return fit(task, worker)
     except (Interrupted, UserError):
         raise
@@ -129,26 +131,6 @@ def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
         if no_room(error) is None and not (worker.num_workers > 1 and partner_died(error)):
             (folder / ERROR).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
         raise
-
-
-@contextmanager
-def _time_limit(task: FitTask) -> Iterator[None]:
-    """End the process if the block takes too long, and leave all stacks in `stack.txt`.
-
-    A thread of the interpreter's own does it, without the GIL, so that it also ends a fit that hangs in native code.
-    """
-    path = Path(task.folder) / STACK
-    path.unlink(missing_ok=True)
-    if task.time_limit_s is None:
-        yield
-        return
-    with path.open("w") as file:
-        faulthandler.dump_traceback_later(task.time_limit_s, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    path.unlink()
 
 
 def reason_of(task: FitTask, cause: str = "") -> str:
