@@ -21,7 +21,18 @@ from rich.console import Console
 
 from softseg_dist.cli_compare import compare
 from softseg_dist.cli_models import predict, refit
-from softseg_dist.cli_options import Address, AsJson, DataRoot, Debug, MaxWait, RunArg, Stores, StudyArg, say
+from softseg_dist.cli_options import (
+    Address,
+    AsJson,
+    DataRoot,
+    Debug,
+    FitsPerGpu,
+    MaxWait,
+    RunArg,
+    Stores,
+    StudyArg,
+    say,
+)
 from softseg_dist.cli_submit import submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
@@ -71,6 +82,7 @@ def run(
         float | None,
         typer.Option(min=0, help="GPUs of each worker, 0.25 shares one among four; default: 1 if there is any"),
     ] = None,
+    fits_per_gpu: FitsPerGpu = None,
     tracking_uri: Annotated[
         str | None,
         typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
@@ -93,6 +105,7 @@ def run(
         max_concurrent=max_concurrent,
         workers_per_fit=workers_per_fit,
         gpus_per_fit=gpus_per_fit,
+        fits_per_gpu=fits_per_gpu,
         tracking_uri=tracking_uri,
         command=" ".join(["softseg", *sys.argv[1:]]),
         address=address,

@@ -24,6 +24,24 @@ MaxWait = Annotated[
         help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
     ),
 ]
+
+
+def _a_count_or_auto(text: str | None) -> str | None:
+    if text is None or text == "auto" or (text.isdecimal() and int(text) > 0):
+        return text
+    raise typer.BadParameter(f"a number from 1 on, or auto, got {text!r}")
+
+
+FitsPerGpu = Annotated[
+    str | None,
+    typer.Option(
+        "--fits-per-gpu",
+        metavar="K|auto",
+        callback=_a_count_or_auto,
+        help="Fits that share a GPU in one process; auto measures how many pay",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[
     str | None,

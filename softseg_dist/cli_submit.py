@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from softseg_dist.cli_options import MaxWait
+from softseg_dist.cli_options import FitsPerGpu, MaxWait
 
 
 def submit(
@@ -23,6 +23,7 @@ def submit(
     ] = "~/stores",
     workers_per_fit: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="As of run", show_default=False)] = None,
+    fits_per_gpu: FitsPerGpu = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
     max_wait: MaxWait = None,
     tracking_uri: Annotated[
@@ -44,6 +45,7 @@ def submit(
     options = {
         "--workers-per-fit": workers_per_fit,
         "--gpus-per-fit": gpus_per_fit,
+        "--fits-per-gpu": fits_per_gpu,
         "--max-concurrent": max_concurrent,
         "--max-wait": max_wait,
         "--tracking-uri": tracking_uri,

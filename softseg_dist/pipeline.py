@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
@@ -42,7 +44,7 @@ from softseg_dist.search.spool import SPOOL
 from softseg_dist.search.tracking import Tracker, default_uri, run_id_of, without_password
 from softseg_dist.search.working_copy import WorkingCopy
 from softseg_dist.study import Resources, Study
-from softseg_dist.study_file import StudyFile, load_source
+from softseg_dist.study_file import StudyFile, describe, load_source
 from softseg_dist.training.files import replace_file
 from softseg_dist.training.fit import fit
 from softseg_dist.training.preflight import check_recipes, check_uncertainty
@@ -94,6 +96,7 @@ class RunOptions:
     max_concurrent: int | None = None
     workers_per_fit: int | None = None
     gpus_per_fit: float | None = None
+    fits_per_gpu: str | None = None
     tracking_uri: str | None = None
     command: str = ""
     final_model: bool = True
@@ -128,6 +131,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
     """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
     study, splits = file.study, file.study.make_splits(prepared.sites)
+    resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
     check_recipes(recipes, prepared.store, splits[0])
     check_uncertainty(recipes, study.uncertainty, prepared.store)
@@ -151,8 +155,8 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
                     source = file.stem, file.text
                     made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
                     winner = _ranked(copy)[1].winner.name
-                    open_holdout(made, copy, winner, outcome, _resources(study, options), progress)
-                    measure_ensembles(made, copy, winner, outcome, _resources(study, options), progress)
+                    open_holdout(made, copy, winner, outcome, resources, progress)
+                    measure_ensembles(made, copy, winner, outcome, resources, progress)
                     page = _publish(copy, tracker)
                     if options.final_model and not (outcome.interrupted or outcome.unfinished):
                         model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
@@ -282,7 +286,7 @@ def _search(
         prepared.store.fingerprint,
         ledger,
         fit,
-        _resources(file.study, options),
+        resources_of(file.study, options),
         tracker,
         progress,
         address=options.address,
@@ -291,14 +295,20 @@ def _search(
     )
 
 
-def _resources(study: Study, options: RunOptions) -> Resources:
-    """The study's, with what the command line says instead."""
-    named = {name: getattr(options, name) for name in ("max_concurrent", "workers_per_fit", "gpus_per_fit")}
-    return study.resources.replace(**{name: value for name, value in named.items() if value is not None})
+def resources_of(study: Study, options: RunOptions) -> Resources:
+    """The study's, with what the command line says instead. Raises UserError if the two, or flags, exclude each other."""
+    names = ("max_concurrent", "workers_per_fit", "gpus_per_fit", "fits_per_gpu")
+    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    shared = {"gpus_per_fit", "fits_per_gpu"}  # two words for one thing: what is said of it counts alone
+    unsaid = dict.fromkeys(shared - said.keys()) if shared & said.keys() else {}
+    try:
+        return study.resources.replace(**unsaid, **said)
+    except ValidationError as error:
+        raise UserError(describe(error)) from None
 
 
 def _machines(study: Study, options: RunOptions) -> Where:
-    return Where(_resources(study, options), options.address, options.max_wait_s)
+    return Where(resources_of(study, options), options.address, options.max_wait_s)
 
 
 def _collect(copy: WorkingCopy) -> bool:

@@ -7,6 +7,7 @@ and has a fingerprint. Nothing happens when it is built.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
@@ -29,6 +30,7 @@ from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RAYS_PARTS = 10_000  # of a GPU or CPU: Ray counts no finer
 WINNER = "winner"  # under this name the winners of all outer splits are told together
 
 
@@ -146,15 +148,42 @@ class Resources(Frozen):
     """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it.
 
     `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU. With several
-    `workers_per_fit` every batch is shared out among them, and CPUs and GPUs count for each worker.
+    `workers_per_fit` every batch is shared out among them, and CPUs and GPUs count for each worker. `fits_per_gpu`: so many
+    fits share one GPU as threads of one process, which it serves better than processes; "auto" finds out how many pay.
     """
 
     workers_per_fit: PositiveInt = 1
     cpus_per_fit: PositiveInt = 1
     gpus_per_fit: float | None = Field(None, ge=0)
+    fits_per_gpu: PositiveInt | Literal["auto"] | None = None
     max_concurrent: PositiveInt | None = None
     checkpoint_every_s: float = Field(60.0, ge=0)
     time_limit_s: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_share(self) -> Self:
+        if self.fits_per_gpu is not None and self.gpus_per_fit is not None:
+            raise ValueError(
+                "--fits-per-gpu (fits in one process) and --gpus-per-fit (a process each) both say how fits share GPUs, "
+                f"got {self.fits_per_gpu} and {self.gpus_per_fit:g}; give one of them"
+            )
+        if self.fits_per_gpu is not None and self.workers_per_fit > 1:
+            raise ValueError(
+                f"--fits-per-gpu {self.fits_per_gpu} is for fits of one worker, which --workers-per-fit "
+                f"{self.workers_per_fit} are not; give one of them"
+            )
+        return self
+
+    @property
+    def share_of_gpu(self) -> float | None:
+        """GPUs that each worker of a fit holds; None: one where there is any.
+
+        >>> Resources(fits_per_gpu=3).share_of_gpu  # rounded down to what Ray counts, so that three are not more than one
+        0.3333
+        """
+        if isinstance(self.fits_per_gpu, int):
+            return math.floor(RAYS_PARTS / self.fits_per_gpu) / RAYS_PARTS
+        return self.gpus_per_fit
 
 
 class Study(Frozen):

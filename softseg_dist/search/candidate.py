@@ -31,7 +31,7 @@ class Candidate:
     running: set[int] = field(default_factory=set)
     results: dict[int, FitResult] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)  # split -> why it was given up in this session
-    moves: Counter[int] = field(default_factory=Counter)  # split -> machines lost in this session
+    moves: Counter[int] = field(default_factory=Counter)  # split -> how often it was lost blamelessly in this session
     raced: RaceRecord | None = None
     tuning: tuple[str, ...] = ()
     note: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def check_submitter() -> None:
 
 def bundle_of(resources: Resources) -> dict[str, float]:
     """What one worker of a fit holds. Where the study does not say, it gets one GPU if there is any."""
-    gpus = resources.gpus_per_fit
+    gpus = resources.share_of_gpu
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) > 0 else 0.0
     return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
@@ -88,7 +89,7 @@ def places_for(bundle: Mapping[str, float], resources: Resources) -> int:
     Raises UserError if they cannot hold one.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in bundle.items())) for node in nodes)
+    places = sum(min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in bundle.items()) for node in nodes)
     if places < resources.workers_per_fit:
         raise UserError(_too_small(bundle, resources.workers_per_fit, places, nodes))
     return places // resources.workers_per_fit
@@ -163,6 +164,17 @@ def node_is_gone(actor: str) -> bool:
             return False
     except OSError:
         return True
+
+
+def cause_in(text: str) -> str:
+    """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
+    if "low on memory" in text:
+        return (
+            "its process was killed because the machine ran low on memory; "
+            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
+        )
+    inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
+    return inner[-1] if inner else ""
 
 
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:

@@ -38,7 +38,7 @@ def train_on_workers(
     A lost worker costs what has been trained since the last checkpoint. Arguments are those of `run_search`. Raises UserError if
     there is no room for one worker, or if the fit is lost again and again.
     """
-    alone = resources.replace(workers_per_fit=1, max_concurrent=None)
+    alone = resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
 
     def run(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
         return run_fit(config, fit, source, worker, report)

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -20,10 +20,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.cluster import bundle_of, fits_at_once, node_is_gone, quiet, ray_at, wait_for_room
+from softseg_dist.search.cluster import bundle_of, cause_in, fits_at_once, node_is_gone, quiet, ray_at, wait_for_room
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import Progress
+from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.orphans import Orphans, wait_until_free
+from softseg_dist.search.pack_size import with_size
+from softseg_dist.search.packs import packs, run_in_pack, vacate
 from softseg_dist.search.reach import check_package, check_reach
 from softseg_dist.search.searcher import MakeTask, StudySearcher
 from softseg_dist.search.session import Outcome, Session
@@ -77,6 +80,10 @@ def run_search(
                         check_package()
                         check_reach({"--out": ledger.folder, "--stores": str(store).rpartition("/")[0]})
                     if not session.interrupted:
+                        if resources.fits_per_gpu == "auto":
+                            name, recipe = next(iter((study.candidates or sample_proposals(study)).items()))
+                            first = make_task(name, recipe, splits[0], 0)
+                            resources = with_size(resources, first, study_source, progress.note)
                         _tune(session, fit, resources, ledger, study_source)
         except KeyboardInterrupt:
             session.interrupted = True
@@ -113,43 +120,62 @@ def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, reso
 
 
 def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
-    bundle, workers = bundle_of(resources), resources.workers_per_fit
+    workers = resources.workers_per_fit
+    bundle = bundle_of(resources)
+    with _trainable(fit, resources, bundle, str(ledger.place / ".tune"), source) as softseg_fit:
+        tune.Tuner(
+            tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if workers == 1 else LANE_HOLDER])),
+            tune_config=tune.TuneConfig(
+                search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
+                num_samples=-1,
+                max_concurrent_trials=fits_at_once(resources),
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                storage_path=str(ledger.working),  # on this machine: nothing of Tune's is kept
+                name=".tune",
+                verbose=0,
+                callbacks=[_TuneErrors(session)] if workers == 1 else [_TuneErrors(session), _Sweeper()],
+                failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
+            ),
+        ).fit()
+    if workers > 1:
+        wait_until_free()
+
+
+@contextmanager
+def _trainable(
+    fit: Fit, resources: Resources, bundle: Mapping[str, float], lanes: str, source: tuple[str, str] | None
+) -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
+    """What a Tune trial does: a fit, or to have it done by the workers of a lane or the host of a pack.
+
+    A fit that was lost before runs in its trial's own process, where it can take no other one with it.
+    """
+    workers, size = resources.workers_per_fit, resources.fits_per_gpu
     device = "cuda" if "GPU" in bundle else "cpu"
-    lanes = str(ledger.place / ".tune")
 
     def run_here(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
         return run_fit(config, fit, source, worker, report)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
-        if workers == 1:
-            return run_here(config, Worker(device=device), tune.report)
+        task = json.loads(config["task"])
         try:
-            answer: dict[str, str] = lane_of_process(run_here, workers, bundle, lanes).run(config, tune.report)
+            if workers > 1:
+                return dict(lane_of_process(run_here, workers, dict(bundle), lanes).run(config, tune.report))
+            if landlord is not None and task["attempt"] == 0:
+                return dict(run_in_pack(landlord, task["folder"], config, tune.report))
         except LostJob as lost:  # as a value: Train is starting the workers again, which this process must live to see
-            ending = Ending(kind="lost", text=str(lost), node_lost=lost.node_lost)
+            ending = Ending(kind="lost", text=str(lost), blameless=lost.blameless)
             return {"ending": json.dumps(ending.model_dump(mode="json"))}
-        return answer
+        if landlord is not None:
+            vacate(landlord, task["folder"])
+        return run_here(config, Worker(device=device), tune.report)
 
-    tune.Tuner(
-        tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if workers == 1 else LANE_HOLDER])),
-        tune_config=tune.TuneConfig(
-            search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
-            num_samples=-1,
-            max_concurrent_trials=fits_at_once(resources),
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            storage_path=str(ledger.working),  # on this machine: nothing of Tune's is kept
-            name=".tune",
-            verbose=0,
-            callbacks=[_TuneErrors(session)] if workers == 1 else [_TuneErrors(session), _Sweeper()],
-            failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
-        ),
-    ).fit()
-    if workers > 1:
-        wait_until_free()
+    together = packs(run_here, size, resources.time_limit_s) if isinstance(size, int) and size > 1 else nullcontext()
+    with together as landlord:
+        yield softseg_fit
 
 
 def _trial_name(trial: Any) -> str:
@@ -178,7 +204,7 @@ class _TuneErrors(_Shared, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        self._session.ended_as(trial.trial_id, None, _cause(text), node_lost=_node_lost(text))
+        self._session.ended_as(trial.trial_id, None, cause_in(text), node_lost=_node_lost(text))
 
 
 def _node_lost(text: str) -> bool:
@@ -195,17 +221,6 @@ class _Sweeper(_Shared, tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._orphans.sweep()
-
-
-def _cause(text: str) -> str:
-    """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
-    if "low on memory" in text:
-        return (
-            "its process was killed because the machine ran low on memory; "
-            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
-        )
-    inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
-    return inner[-1] if inner else ""
 
 
 class _TuneSearcher(_Shared, Searcher):

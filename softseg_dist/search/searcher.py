@@ -112,17 +112,17 @@ class StudySearcher:
             self._optuna.score(result)
         self._settle(candidate)
 
-    def lose(self, task: FitTask, reason: str, node_lost: bool = False) -> bool:
+    def lose(self, task: FitTask, reason: str, blameless: bool = False) -> bool:
         """A fit's process died, hung or raised. True: it will be tried again; False: it is given up in this session.
 
-        A fit that went with its machine (`node_lost`) goes on elsewhere: that is no attempt of its own.
+        A fit that went by no fault of its own (`blameless`), as with its machine, goes on elsewhere: that is no attempt of its own.
 
         What is given up is not recorded in the ledger, so that running the study again tries it again.
         """
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
-        candidate.moves[task.split.index] += node_lost
-        attempt = task.attempt if node_lost else task.attempt + 1
+        candidate.moves[task.split.index] += blameless
+        attempt = task.attempt if blameless else task.attempt + 1
         again = attempt < MAX_ATTEMPTS and candidate.moves[task.split.index] <= MAX_MOVES and not candidate.closed
         if again:
             candidate.again(task.split, attempt)

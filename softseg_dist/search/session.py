@@ -105,7 +105,7 @@ class Session:
         if ending is None:
             self._lost(task, "its machine was lost" if node_lost else reason_of(task, cause), node_lost)
         elif ending.kind == "lost":
-            self._lost(task, reason_of(task, ending.text), ending.node_lost)
+            self._lost(task, reason_of(task, ending.text), ending.blameless)
         elif ending.kind == "user_error":
             self.searcher.interrupt(task)
             self._gone(task, "FAILED")
@@ -157,8 +157,8 @@ class Session:
         if self.tracker is not None:
             self.tracker.fit_ended(result)
 
-    def _lost(self, task: FitTask, reason: str, node_lost: bool) -> None:
-        again = self.searcher.lose(task, reason, node_lost)
+    def _lost(self, task: FitTask, reason: str, blameless: bool) -> None:
+        again = self.searcher.lose(task, reason, blameless)
         given_up = "given up; running the study again tries it again"
         if self.searcher.candidates[task.candidate].raced:
             given_up = "given up, as its candidate is out of the race"

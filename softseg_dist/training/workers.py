@@ -36,12 +36,12 @@ Run = Callable[[Any, Worker, Report], Any]
 class LostJob(Exception):
     """A job that has no answer, as a worker died or raised; the text says what is known.
 
-    `node_lost`: a machine of the cluster went away meanwhile.
+    `blameless`: by no fault of its own, as a machine of the cluster went away meanwhile, or what shared its process took too long.
     """
 
-    def __init__(self, reason: str, node_lost: bool = False) -> None:
+    def __init__(self, reason: str, blameless: bool = False) -> None:
         super().__init__(reason)
-        self.node_lost = node_lost
+        self.blameless = blameless
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Lane:
             if answer is not None:
                 return answer
             if lost is not None:
-                raise LostJob(lost, node_lost=not nodes <= _nodes())
+                raise LostJob(lost, blameless=not nodes <= _nodes())
             if not self.alive:
                 raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
 from softseg_dist import (
@@ -41,7 +43,7 @@ from softseg_dist import (
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.fit import Training, fit
 from softseg_dist.training.host_step import HostStepper
-from softseg_dist.training.task import FitTask, Interrupted, Worker
+from softseg_dist.training.task import FitTask, Interrupted, Worker, cases_path, history_path, weights_path
 
 STEPS = 20
 OPTIM = Optim(lr=1e-3, epochs=5, batch_size=18)  # of 20 items: 2 are left for the last batch, for one worker only
@@ -106,6 +108,15 @@ def interrupted_fit(task: FitTask, worker: Worker) -> dict[str, Any]:
     except Interrupted:
         return {"interrupted": worker.rank}
     return {}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Two fits have left the same curve, rows and weights."""
+    assert history_path(one).read_text() == history_path(other).read_text()
+    rows, others = (pq.read_table(cases_path(folder)).to_pandas() for folder in (one, other))
+    assert rows.equals(others), "to the last digit; here NaN equals NaN"
+    weights = load_file(weights_path(other))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(weights_path(one)).items())
 
 
 def run_on(num_workers: int, job: Job, tasks: dict[str, FitTask], *, apart: bool = False) -> dict[str, Any]:

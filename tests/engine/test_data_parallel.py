@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from parallel_fits import first_steps, interrupted_fit, make_tasks, run_on, whole_fit
-from safetensors.torch import load_file
+from parallel_fits import assert_same_files, first_steps, interrupted_fit, make_tasks, run_on, whole_fit
 
 from softseg_dist import TTA, Flip, MCDropout, Noise
-from softseg_dist.training.task import FitTask, cases_path, checkpoint_path, history_path, weights_path
+from softseg_dist.training.task import FitTask, checkpoint_path
 
 pytestmark = pytest.mark.engine
 
@@ -40,14 +38,6 @@ def test_twenty_steps_are_equal_to_the_last_digit(tasks, alone, num_workers):
 
 def of(task: FitTask, folder: Path) -> dict[str, FitTask]:
     return {"fit": task.replace(folder=str(folder))}
-
-
-def assert_same_files(one: Path, other: Path) -> None:
-    assert history_path(one).read_text() == history_path(other).read_text()
-    rows, others = (pq.read_table(cases_path(folder)).to_pandas() for folder in (one, other))
-    assert rows.equals(others), "to the last digit; here NaN equals NaN"
-    weights = load_file(weights_path(other))
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(weights_path(one)).items())
 
 
 def test_a_fit_on_two_workers_leaves_what_one_leaves_even_if_it_changes_over_in_the_middle(tasks, tmp_path):

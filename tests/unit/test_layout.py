@@ -91,6 +91,8 @@ OWNERS = {
         "search/reach.py",
         "search/submit.py",
         "search/orphans.py",
+        "search/packs.py",
+        "search/pack_size.py",
         "training/workers.py",
     ),
     "mlflow": ("search/tracking_server.py",),

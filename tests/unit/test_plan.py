@@ -129,6 +129,12 @@ def test_a_run_without_finished_fits_is_refused_with_its_name(tmp_path: Path) ->
         (GPU, Resources(gpus_per_fit=0.25), 4),
         (GPU, Resources(gpus_per_fit=0.1), 8),  # ten by the GPU, eight by the CPUs
         (GPU.replace(gpus=4), Resources(gpus_per_fit=2), 2),
+        (GPU, Resources(fits_per_gpu=3), 3),
+        (GPU, Resources(fits_per_gpu=16), 8),  # sixteen by the GPU, eight by the CPUs
+        (GPU.replace(gpus=4, cpus=48), Resources(fits_per_gpu=6), 24),
+        (GPU, Resources(fits_per_gpu="auto"), 1),  # at least: how many pay is measured
+        (CPU, Resources(fits_per_gpu="auto"), 16),
+        (CPU, Resources(fits_per_gpu=2), 0),
     ],
 )
 def test_places_are_what_cpus_and_gpus_hold(machine: Machine, resources: Resources, places: int) -> None:

@@ -138,8 +138,8 @@ def test_a_fit_that_loses_its_machine_goes_on_as_the_same_attempt_but_not_for_ev
     for _ in range(MAX_MOVES):
         task = search.next_fit()
         assert (task.key, task.attempt) == ("b/000", 0)
-        assert search.lose(task, "its machine was lost", node_lost=True) is True
-    assert search.lose(search.next_fit(), "its machine was lost", node_lost=True) is False
+        assert search.lose(task, "its machine was lost", blameless=True) is True
+    assert search.lose(search.next_fit(), "its machine was lost", blameless=True) is False
     assert search.candidates["b"].lost == {0: "its machine was lost"}
 
 

@@ -153,3 +153,29 @@ def test_debug_is_small_and_a_pure_function_of_the_study() -> None:
 def test_resources_are_positive() -> None:
     with pytest.raises(ValidationError):
         Resources(cpus_per_fit=0)
+    with pytest.raises(ValidationError):
+        Resources(fits_per_gpu=0)
+
+
+@pytest.mark.parametrize("fits_per_gpu", [4, "auto"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"gpus_per_fit": 0.25}, "--fits-per-gpu.*--gpus-per-fit"),
+        ({"workers_per_fit": 2}, "--fits-per-gpu.*--workers-per-fit"),
+    ],
+)
+def test_fits_that_share_a_gpu_in_one_process_exclude_other_ways_to_use_it(
+    fits_per_gpu: int | str, other: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Resources(fits_per_gpu=fits_per_gpu, **other)
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_as_many_shares_of_a_gpu_as_asked_for_are_no_more_than_one_as_ray_counts(size: int) -> None:
+    share = Resources(fits_per_gpu=size).share_of_gpu
+    assert share is not None
+    parts = round(share * 10_000)
+    assert parts == pytest.approx(share * 10_000)
+    assert size * parts <= 10_000 < (size + 1) * parts

@@ -1,0 +1,206 @@
+"""Fits that share a process end as if they were alone, and what goes wrong with one of them costs the others nothing but time.
+
+Without a GPU: hosts of the slot "cpu", and a Ray that is told of a GPU which there is not, for fits that train nothing.
+`python test_packs.py FOLDER` is a driver with such a Ray of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from parallel_fits import OPTIM, assert_same_files, make_tasks, run_on, whole_fit
+from scripted import make_study, processes, run, starts
+
+from softseg_dist import MCDropout, Resources
+from softseg_dist.search.clock import time_limit
+from softseg_dist.search.cluster import ENVIRONMENT
+from softseg_dist.search.ledger import Ledger
+from softseg_dist.search.live import PlainLines
+from softseg_dist.search.packs import OVERRUN, packs, run_in_pack, vacate
+from softseg_dist.search.worker import run_fit
+from softseg_dist.training.fit import fit
+from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.workers import LostJob, Report
+
+pytestmark = pytest.mark.engine
+SIZE = 3
+LIMIT_S = 4.0
+at_once = threading.Barrier(SIZE)
+
+
+def train(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
+    """A job: a fit that begins when as many as a host takes are there."""
+    at_once.wait(timeout=60)
+    return run_fit(config, fit, None, worker, report)
+
+
+def linger(config: dict[str, Any], worker: Worker, report: Report) -> str:
+    """A job that says when half of its time is over, and then goes on until it is asked to stop."""
+    with time_limit(LIMIT_S, Path(config["folder"]) / "stack.txt"):
+        time.sleep(LIMIT_S / 2)
+        report({})
+        while not worker.stop():
+            time.sleep(0.01)
+    (Path(config["folder"]) / "stopped").touch()
+    return "stopped"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FitTask]:
+    """As many as a host takes: one that drops, also when it predicts, one that fuses whole cases, and a plain one."""
+    torch.set_num_threads(1)
+    made = make_tasks(tmp_path_factory.mktemp("packs"))
+    chosen = {"dropping": made["dropout"], "fused": made["Dice()"], "plain": made["NormReLU()"]}
+    changes = {"dropping": {}, "fused": {"fusion": "staple", "label": "hard"}, "plain": {}}
+    few = OPTIM.replace(epochs=3)
+    short = {
+        name: task.replace(recipe=task.recipe.replace(optim=few, **changes[name])) for name, task in chosen.items()
+    }
+    return short | {"dropping": short["dropping"].replace(uncertainty=(MCDropout(samples=3),))}
+
+
+@pytest.fixture(scope="module")
+def alone(tasks: dict[str, FitTask], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    ran = {name: task.replace(folder=str(folder / name)) for name, task in tasks.items()}
+    return {name: (ran[name].folder, result) for name, result in run_on(1, whole_fit, ran).items()}
+
+
+def in_pack(landlord: Any, task: FitTask, report: Report) -> dict[str, Any]:
+    """The result of a fit, without what a machine adds; the trial is a thread of this process."""
+    config = {"task": json.dumps(task.model_dump(mode="json")), "stop": f"{task.folder}.stop"}
+    ending = json.loads(run_in_pack(landlord, task.folder, config, report)["ending"])
+    assert ending["kind"] == "result", ending
+    same = {"duration_s": 0.0, "peak_memory_mb": 0.0, "num_workers": 1}
+    return ending["result"] | same
+
+
+def lost(job: Callable[[], Any]) -> LostJob:
+    with pytest.raises(LostJob) as raised:
+        job()
+    return raised.value
+
+
+def assert_ends(pids: set[int]) -> None:
+    until = time.monotonic() + 15
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < until, "hosts outlive their search"
+        time.sleep(0.02)
+
+
+def test_fits_in_one_host_end_as_if_they_were_alone_and_the_host_ends_with_the_search(
+    shared_ray: None, tasks: dict[str, FitTask], alone: dict[str, Any], tmp_path: Path
+) -> None:
+    epochs: list[dict[str, str]] = []
+    ran = [task.replace(folder=str(tmp_path / name)) for name, task in tasks.items()]
+    with packs(train, SIZE, None) as landlord, ThreadPoolExecutor(SIZE) as trials:
+        together = list(trials.map(lambda task: in_pack(landlord, task, epochs.append), ran))
+        pids = ray.get(landlord.pids.remote())
+    assert len(pids) == 1
+    assert len(epochs) == sum(result["epochs"] for result in together)
+    for name, result in zip(tasks, together, strict=True):
+        folder, expected = alone[name]
+        assert result == json.loads(json.dumps(expected)), name
+        assert_same_files(Path(folder), tmp_path / name)
+    assert_ends(set(pids))
+
+
+def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
+    shared_ray: None, tasks: dict[str, FitTask], alone: dict[str, Any], tmp_path: Path
+) -> None:
+    def ask(task: FitTask) -> LostJob:
+        return lost(lambda: in_pack(landlord, task, lambda report: both_train.wait(timeout=60) and None))
+
+    ran = {name: tasks[name].replace(folder=str(tmp_path / name), checkpoint_every_s=0) for name in tasks}
+    both_train = threading.Barrier(SIZE, action=lambda: os.kill(*ray.get(landlord.pids.remote()), 9))
+    with packs(train, SIZE, None) as landlord, ThreadPoolExecutor(SIZE) as trials:
+        ends = list(trials.map(ask, ran.values()))
+        for name, task in ran.items():
+            vacate(landlord, task.folder)
+            folder, expected = alone[name]
+            resumed = whole_fit(task.replace(attempt=1), Worker())
+            assert resumed.pop("resumed_epoch") is not None
+            assert resumed.items() <= (expected | {"attempt": 1}).items()
+            assert_same_files(Path(folder), tmp_path / name)
+    assert [end.blameless for end in ends] == [False] * SIZE
+
+
+def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    with packs(linger, SIZE, LIMIT_S) as landlord, ThreadPoolExecutor(SIZE) as trials:
+        late: list[Any] = []
+
+        def start_late(report: dict[str, str]) -> None:
+            config = {"folder": str(tmp_path / "late")}
+            late.append(trials.submit(lost, lambda: run_in_pack(landlord, "late", config, lambda report: None)))
+
+        for name in ("first", "late"):
+            (tmp_path / name).mkdir()
+        first = lost(lambda: run_in_pack(landlord, "first", {"folder": str(tmp_path / "first")}, start_late))
+        assert (str(late[0].result()), late[0].result().blameless) == (OVERRUN, True)
+        assert not first.blameless
+        assert "linger" in (tmp_path / "first" / "stack.txt").read_text()
+        assert (tmp_path / "late" / "stack.txt").read_text() == ""
+
+
+def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    config = {"folder": str(tmp_path)}
+    with packs(linger, SIZE, LIMIT_S) as landlord:
+
+        def die(report: dict[str, str]) -> None:
+            os.kill(os.getpid(), 9)
+
+        client = ray.remote(num_cpus=0, max_retries=0)(run_in_pack)
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(client.remote(landlord, "job", config, die))
+        vacate(landlord, "job")
+        assert (tmp_path / "stopped").exists()
+
+
+def test_every_accident_of_a_fit_in_a_pack_is_survived(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told, outcome = ended.stdout, json.loads(ended.stdout.splitlines()[-1])
+    assert outcome == {"finished": 5, "failed": 1, "unfinished": 0, "interrupted": False}
+    assert Ledger(tmp_path).results()["b", 0].reason == "loss is nan in epoch 2"
+    assert "a/000: its process died" in told
+    assert "a/001: ValueError: the fit broke" in told
+    assert "b/002: took longer than its time limit of 5 s" in told
+    started = starts(tmp_path)
+    assert {key for key, times in started.items() if times > 1} >= {"a/000", "a/001", "b/002"}
+    alone = [
+        line.split()[0] for file in tmp_path.glob("fits/*/*/starts") for line in file.open() if line.split()[1] == "1"
+    ]
+    assert len(processes(tmp_path) - set(alone)) < len(started)  # the others shared hosts
+    assert_ends({int(pid) for pid in processes(tmp_path)})
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    ray.init(
+        address="local", num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=128 * 2**20,
+        log_to_driver=False,
+    )  # fmt: skip
+    faults = {"a/000": "kill", "a/001": "raise", "b/000": "nan", "b/002": "hang", "sleep_s": 0.1}
+    resources = Resources(fits_per_gpu=SIZE, time_limit_s=5)
+    outcome = run(Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=faults, resources=resources)
+    print(json.dumps(vars(outcome)), flush=True)
+    ray.shutdown()
