@@ -45,6 +45,7 @@ class Session:
         self._announced: set[str] = set()
         self._raced: set[str] = set()  # whose end by the race was told
         self._noted: set[str] = set()
+        self._engine_notes: set[str] = set()  # what a machine could not do, which is the same for many fits
         self._open: set[str] = set()  # candidates whose run the tracker holds open
         self._told_stop = False
         self._num_ended = self._num_given_up = 0
@@ -154,6 +155,10 @@ class Session:
             return
         self._num_ended += 1
         self.progress.finished(result)
+        for note in result.notes:
+            if note not in self._engine_notes:
+                self._engine_notes.add(note)
+                self.progress.note(f"{task.key}: {note}")
         if self.tracker is not None:
             self.tracker.fit_ended(result)
 

@@ -128,7 +128,8 @@ class Tracker:
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""
         key = key_of(result)
-        tags = {"softseg.reason": result.reason} if result.reason else {}
+        told = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
+        tags = {f"softseg.{name}": text for name, text in told.items() if text}
         self._put_log(key, self._numbers(result), tags=tags, known=known)
         self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
 

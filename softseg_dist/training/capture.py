@@ -48,13 +48,25 @@ def captured(step: Step, pool: Any) -> Step:
 
     Does the step some times; raises whatever torch raises if it cannot be captured.
     """
-    for _ in range(WARM_UP):
-        step()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # One at a time in a process, as a capture begins with a look at the whole device, and takes hold of its generator.
-    with drawing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        step()
+    with drawing, _fastest_convolutions():
+        for _ in range(WARM_UP):
+            step()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
     return graph.replay
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Have torch try all algorithms for every convolution that it meets in the block for the first time."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 @contextmanager

@@ -8,6 +8,7 @@ operation by operation, with the same result.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,10 +70,15 @@ class DeviceStepper:
             fused=True,
             capturable=on_cuda,
         )
+        warnings.filterwarnings(
+            "ignore", "This instance was constructed with capturable=True"
+        )  # steps before the capture
         self.records = torch.zeros(batches.steps_per_epoch, RECORDED, device=self.device)
         self.stream = _stream(self.device) if on_cuda else None
         self._pool: Any = None  # memory that the graphs share
-        self._ways: dict[int, tuple[Feed, Step]] = {}  # to do a step, by the number of items in its batch
+        self._ways: dict[
+            int, tuple[Feed, Step | None]
+        ] = {}  # by the number of items: what is told, and the graph if there is one
 
     def advance(self, progress: Progress) -> Asked:
         """Launch the steps that are left of the epoch, and read what they have written down."""
@@ -105,10 +111,13 @@ class DeviceStepper:
         if (size := len(members)) not in self._ways:
             feed = Feed({**self.device_batches.fields(size), **OF_A_STEP}, self.device)
             feed.send(lambda into: self._write(into, epoch, step, members))
-            self._ways[size] = feed, self._way(lambda: self._step(feed.orders))
-        feed, way = self._ways[size]
+            self._ways[size] = feed, self._graph(lambda: self._step(feed.orders))
+        feed, graph = self._ways[size]
         feed.send(lambda into: self._write(into, epoch, step, members))
-        way()
+        if graph is None:
+            self._step(feed.orders)
+        else:
+            graph()
 
     def _write(self, into: dict[str, Tensor], epoch: int, step: int, members: Sequence[int]) -> None:
         """Tell the device all about a step."""
@@ -137,10 +146,10 @@ class DeviceStepper:
             row = torch.stack([loss.float(), dead_samples(prediction).float(), *(value.float() for value in extremes)])
             self.records.index_copy_(0, orders["row"], row[None])
 
-    def _way(self, step: Step) -> Step:
-        """The fastest way to do a step that works, at most that of the engine; what does not work is noted, and left alone."""
+    def _graph(self, step: Step) -> Step | None:
+        """A graph of `step`, compiled if that works; None if there is to be no graph, or cannot be. What does not work is noted."""
         if not (self.engine.compiled or self.engine.graph):
-            return step
+            return None
         with unchanged(self.model, self.adam):
             if self.engine.graph and (reason := self._without_network(step)) is not None:
                 self.engine = self.engine.without("graph", reason)
@@ -160,7 +169,7 @@ class DeviceStepper:
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever the device refuses: there is another way
                     self.engine = self.engine.without("graph", _in_words(error))
-        return step
+        return None
 
     def _without_network(self, step: Step) -> str | None:
         """What is in the way of a graph; asked with the network as it is, as what is compiled cannot be looked into."""
@@ -177,12 +186,8 @@ class DeviceStepper:
             yield
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        choose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # sizes do not change here
-        try:
-            with torch.cuda.stream(self.stream):
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = choose
+        with torch.cuda.stream(self.stream):
+            yield
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 

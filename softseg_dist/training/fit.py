@@ -32,7 +32,7 @@ from softseg_dist.training.files import replace_file
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model, read_weights, save_weights
 from softseg_dist.training.preflight import check_methods
-from softseg_dist.training.stepper import Diverged, Progress, Stepper, learning_rate
+from softseg_dist.training.stepper import Clock, Diverged, Progress, Stepper, learning_rate
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -105,13 +105,13 @@ class Training:
         check_methods(task.candidate, self.model, task.uncertainty)
         self.progress = Progress()
         self.resumed_epoch: int | None = None
-        self.started = self.saved = time.monotonic()
+        self.started, self.clock = time.monotonic(), Clock(task.checkpoint_every_s)
         state = worker.share(load_checkpoint(task) if worker.leads else None)
         wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
         engine = choose_engine(wanted, worker.device, worker.num_workers, self.batches.num_steps)
         self.model.precision = engine.precision
         kind = HostStepper if worker.device == "cpu" or worker.num_workers > 1 else DeviceStepper
-        self.stepper: Stepper = kind(task, self.batches, self.model, worker, engine, self._checkpoint_is_due)
+        self.stepper: Stepper = kind(task, self.batches, self.model, worker, engine, self.clock.due)
         self._go_on_from(state)
 
     def run(self) -> None:
@@ -199,15 +199,13 @@ class Training:
 
     def _checkpoint(self) -> None:
         self.progress.elapsed_s += time.monotonic() - self.started
-        self.started = self.saved = time.monotonic()
+        self.started = time.monotonic()
+        self.clock.restart()
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
             kept = {"progress": vars(self.progress), "precision": self.stepper.engine.precision}
             save_checkpoint(self.task, state | kept)
             self.worker.saved()
-
-    def _checkpoint_is_due(self) -> bool:
-        return time.monotonic() - self.saved >= self.task.checkpoint_every_s
 
     def _go_on_from(self, state: dict[str, Any] | None) -> None:
         if state is not None:

@@ -7,6 +7,7 @@ is the same for all of them.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,22 @@ class Asked(NamedTuple):
 
     stop: bool = False
     save: bool = False
+
+
+class Clock:
+    """Says when the next checkpoint is due, `every_s` after the last one."""
+
+    def __init__(self, every_s: float) -> None:
+        self.every_s = every_s
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint has been written."""
+        self.last_s = time.monotonic()
+
+    def due(self) -> bool:
+        """Is it time?"""
+        return time.monotonic() - self.last_s >= self.every_s
 
 
 class Stepper(Protocol):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,13 +21,17 @@ from device_fits import (
     train,
 )
 
-from softseg_dist import Dice, GeoLS, Loss, NormReLU, Optim, Sigmoid, UNet
+from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
 from softseg_dist.training.capture import obstacle, unchanged
+from softseg_dist.training.compilation import keep_compiled
 from softseg_dist.training.device_batches import DeviceBatches, ReadyBatches, device_batches
+from softseg_dist.training.device_step import OF_A_STEP, DeviceStepper
 from softseg_dist.training.feed import Feed, Parcel
+from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.resident import Resident, Streamed
 from softseg_dist.training.stepper import Diverged, Progress
-from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.task import FitTask, Interrupted, Worker, history_path
 
 CPU = torch.device("cpu")
 
@@ -125,6 +132,41 @@ def test_a_checkpoint_of_the_host_can_be_gone_on_from_and_the_other_way_round(ta
         assert losses + train(second, second.batches, 4, now) == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_whole_fit_that_is_stopped_and_goes_on_ends_as_one_that_is_not(
+    tasks: dict[int, FitTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softseg_dist.training.fit.HostStepper", DeviceStepper)  # on a CPU, which has no graphs
+    recipe = PLAIN.replace(network=UNet(filters=(4, 8), dropout=0.2))
+    task = tasks[2].replace(recipe=recipe, uncertainty=(MCDropout(samples=2),))
+    whole, parts = (task.replace(folder=str(tmp_path / name)) for name in ("whole", "parts"))
+    straight = fit(whole)
+    asked = iter(range(1, 10**6))
+    with pytest.raises(Interrupted):
+        fit(parts, Worker(stop=lambda: next(asked) >= 5))
+    resumed = fit(parts)
+    assert resumed.resumed_epoch is not None
+    assert resumed.score == straight.score
+    assert resumed.engine == "float32"
+    assert history_path(whole.folder).read_text() == history_path(parts.folder).read_text()
+
+
+@pytest.mark.parametrize("kind", [HostStepper, DeviceStepper])
+def test_what_a_fit_has_on_a_device_goes_with_it_and_waits_for_no_garbage_collector(
+    tasks: dict[int, FitTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    monkeypatch.setattr("softseg_dist.training.fit.HostStepper", kind)
+    training = Training(tasks[2].replace(folder=str(tmp_path)), Worker())
+    training.model.train()
+    training.stepper.advance(training.progress)
+    model = weakref.ref(training.model)
+    gc.disable()
+    try:
+        del training
+        assert model() is None
+    finally:
+        gc.enable()
+
+
 class NanLoss(Loss):
     """Not a number in one sample of the batch if it is small."""
 
@@ -187,17 +229,11 @@ def test_what_a_graph_cannot_repeat_is_found_before_it_is_captured(
 ) -> None:
     stepper = device_stepper(tasks[2].replace(recipe=PLAIN.replace(**change)))
     members = stepper.batches.order(0)[:5]
-    feed = Feed({**stepper.device_batches.fields(5), **_of_a_step()}, CPU)
+    feed = Feed({**stepper.device_batches.fields(5), **OF_A_STEP}, CPU)
     feed.send(lambda into: stepper._write(into, 0, 0, members))
     found = obstacle(lambda: stepper._step(feed.orders))
     assert (found is None) == (reason is None)
     assert found is None or found.startswith(str(reason))
-
-
-def _of_a_step() -> dict[str, object]:
-    from softseg_dist.training.device_step import OF_A_STEP
-
-    return dict(OF_A_STEP)
 
 
 def test_what_cannot_be_used_is_noted_once_and_costs_no_digit(tasks: dict[int, FitTask]) -> None:
@@ -271,13 +307,9 @@ def test_a_model_in_bfloat16_keeps_weights_logits_and_prediction_in_float32(task
 
 
 def test_compiled_kernels_are_kept_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softseg_dist.training.compilation import keep_compiled
-
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    import os
-
     keep_compiled(str(tmp_path / "scratch"))
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     keep_compiled(str(tmp_path / "run/fits/hard-dice/003"))

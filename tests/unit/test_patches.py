@@ -180,7 +180,7 @@ def test_augmentation_sees_what_lies_around_a_patch(store: Store) -> None:
     for epoch in range(12):
         _, target = batches.batch(epoch, [0, 1, 2], "cpu")
         for row in range(3):
-            window = batches._window(epoch, row)
+            window = batches.window(epoch, row)
             assert window is not None
             if min(window.start) >= 0 and all(last <= n for last, n in zip(window.stop, SHAPE, strict=True)):
                 assert target[row, 1].min() > 0.999, "tissue is everywhere, in the corners too"
@@ -198,7 +198,7 @@ def test_only_what_turns_or_bends_reads_more_than_the_patch(
     store: Store, transforms: tuple[Augmentation, ...], expected: bool
 ) -> None:
     assert moves(transforms) is expected
-    window = batches_of(store, Recipe(patch=PATCH, augment=transforms))._window(0, 0)
+    window = batches_of(store, Recipe(patch=PATCH, augment=transforms)).window(0, 0)
     assert window is not None
     assert (window.stop[0] - window.start[0] > PATCH.size[0]) is expected
 

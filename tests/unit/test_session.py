@@ -138,3 +138,14 @@ def test_a_candidate_without_a_rate_that_works_is_told_once(tmp_path: Path) -> N
     run_all(tuned, lambda task: None if "~" in task.candidate else 0.5)
     assert told.getvalue().count("a: every learning rate that was tried has failed: it keeps its own, 0.001") == 1
     assert tuned.outcome() == Outcome(finished=3, failed=2, unfinished=0, interrupted=False)
+
+
+def test_what_a_machine_could_not_do_is_told_once_however_many_fits_say_it(tmp_path: Path) -> None:
+    told = io.StringIO()
+    session = session_of(STUDY, tmp_path, PlainLines(told))
+    note = "graph: not used, because"
+    for split, fit_id in enumerate(("one", "two", "three")):
+        assert session.next_fit(fit_id) is not None
+        ended = FitResult(candidate="a", split=split, state="finished", score=0.5, notes=(note,))
+        session.ended_as(fit_id, Ending(kind="result", result=ended))
+    assert [line for line in told.getvalue().splitlines() if note in line] == [f"a/000: {note}"]
