@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
@@ -90,7 +92,7 @@ class _UNetModule(nn.Module):
             maps.append(down(maps[-1]))
         x = maps.pop()
         for up in self.up:
-            x = up(x, maps.pop())
+            x = _joined(up, x, maps.pop())
         return self.last(x)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
@@ -101,3 +103,15 @@ class _UNetModule(nn.Module):
                 f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
                 f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop or patch"
             )
+
+
+def _joined(block: nn.Module, x: Tensor, beside: Tensor) -> Tensor:
+    """What `block`, an UpCat of MONAI, makes of a coarse map `x` and the finer one `beside` it.
+
+    Its own `forward` asks for types in a way that a compiler cannot follow, which would cut the network to pieces.
+    """
+    x = block.upsample(x)
+    missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, beside.shape[axis] - x.shape[axis])]
+    if any(missing):
+        x = pad(x, missing, "replicate")
+    return block.convs(torch.cat([beside, x], dim=1))

@@ -67,7 +67,7 @@ class Model(nn.Module):
 
     def logits(self, image: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[B C *S] -> [B num_logits *S]; `network` is the model's own in another form, as when it is compiled."""
-        network = network or self.network
+        network = self.network if network is None else network
         with torch.autocast(
             image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
         ):

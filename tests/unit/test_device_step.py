@@ -257,6 +257,26 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
     assert hopeful.engine.notes == ("compiled: not used, RuntimeError: no compiler",)
 
 
+def test_a_network_is_compiled_whole_and_once_for_all_fits_of_a_process(tasks: dict[int, FitTask]) -> None:
+    torch._dynamo.reset()
+    made: list[torch.fx.GraphModule] = []
+
+    def make(graph: torch.fx.GraphModule, inputs: object) -> object:
+        made.append(graph)
+        return graph.forward
+
+    task = tasks[2].replace(recipe=PLAIN.replace(network=UNet(filters=(4, 8), dropout=0.2)))
+    plain = device_stepper(task)
+    losses = train(plain, plain.batches, 1)
+    for recipe in (task.recipe, task.recipe.replace(loss=Dice(), label="hard"), task.recipe):
+        stepper = device_stepper(task.replace(recipe=recipe), compiled=True)
+        stepper.network = torch.compile(stepper.model.network, dynamic=False, fullgraph=True, backend=make)
+        ours = train(stepper, stepper.batches, 1)
+        assert stepper.engine.compiled, stepper.engine.notes
+    assert ours == losses
+    assert len(made) == 2  # sizes of a batch
+
+
 def test_what_is_tried_leaves_weights_and_moments_as_they_were() -> None:
     batch_norm = torch.nn.BatchNorm1d(3)
     adam = torch.optim.AdamW(batch_norm.parameters(), lr=0.1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from softseg_dist import Optim
 from softseg_dist.search.changes import of_earlier_versions
-from softseg_dist.training.engine import Engine, choose_engine
+from softseg_dist.training.engine import COMPILE_STEPS, Engine, choose_engine
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
@@ -18,6 +20,24 @@ def test_what_was_asked_for_and_is_not_used_is_explained_in_one_line() -> None:
     engine = choose_engine(Optim(precision="bfloat16"), "cpu", 1, 10**6)
     assert engine.precision == "float32"
     assert len(engine.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("compile_it", "steps", "compiled", "notes"),
+    [("auto", COMPILE_STEPS, True, 0), ("auto", 100, False, 1), ("on", 100, True, 0), ("off", COMPILE_STEPS, False, 0)],
+)
+def test_a_gpu_runs_graphs_and_compiles_where_that_pays(
+    compile_it: Literal["auto", "on", "off"], steps: int, compiled: bool, notes: int
+) -> None:
+    engine = choose_engine(Optim(precision="bfloat16", compile=compile_it), "cuda:0", 1, steps)
+    assert (engine.precision, engine.graph, engine.compiled) == ("bfloat16", True, compiled)
+    assert len(engine.notes) == notes
+
+
+def test_several_workers_start_every_step_from_the_host() -> None:
+    engine = choose_engine(Optim(precision="float32"), "cuda", 2, COMPILE_STEPS)
+    assert engine.name == "float32"
+    assert [note.split(":")[0] for note in engine.notes] == ["graph"]
 
 
 def test_an_engine_is_named_by_what_it_uses() -> None:
