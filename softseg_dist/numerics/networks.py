@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -105,7 +105,7 @@ class _UNetModule(nn.Module):
             )
 
 
-def _joined(block: nn.Module, x: Tensor, beside: Tensor) -> Tensor:
+def _joined(block: Any, x: Tensor, beside: Tensor) -> Tensor:
     """What `block`, an UpCat of MONAI, makes of a coarse map `x` and the finer one `beside` it.
 
     Its own `forward` asks for types in a way that a compiler cannot follow, which would cut the network to pieces.
@@ -114,4 +114,5 @@ def _joined(block: nn.Module, x: Tensor, beside: Tensor) -> Tensor:
     missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, beside.shape[axis] - x.shape[axis])]
     if any(missing):
         x = pad(x, missing, "replicate")
-    return block.convs(torch.cat([beside, x], dim=1))
+    joined: Tensor = block.convs(torch.cat([beside, x], dim=1))
+    return joined

@@ -58,9 +58,9 @@ class FitResult(Frozen):
     over subjects, NaN cases left out). `scores` are the means on validation of all objectives of the study, by metric; one that
     is undefined on every case is left out. `thresholds` maps rule to the value chosen on validation. `converged` is
     False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
-    epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score. `peak_memory_mb` is
-    that of its process, with whatever else has run in it. `precision` and `engine` say how it was trained, and `notes` what was
-    not used for it, and why (see `training.engine`).
+    epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
+    `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say how it was trained,
+    and `notes` what was not used for it, and why (see `training.engine`).
     """
 
     candidate: str

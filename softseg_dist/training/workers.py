@@ -199,7 +199,7 @@ def run_alone(run: Run, resources: dict[str, float], message: Any, report: Repor
                 return value
             report(value)
     except RayError as error:
-        raise LostJob(_last_line(error), node_lost=not nodes <= _nodes()) from error
+        raise LostJob(_last_line(error), blameless=not nodes <= _nodes()) from error
     finally:
         ray.cancel(told, force=True)  # on Ctrl-C; one that has ended does not mind
     raise AssertionError("a job answers or raises")
