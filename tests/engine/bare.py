@@ -5,21 +5,28 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib import metadata
-from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 INSTALLED = ("torch", "monai", "numpy", "scipy", "nibabel", "pyarrow", "pydantic", "pytest")
 
 
-class Missing(MetaPathFinder):
-    """Finds nothing, and keeps others from finding it."""
+class FewPackages(PathFinder):
+    """Finds what is there on `sys.path`, but for `hidden`."""
 
-    def __init__(self, packages: set[str]) -> None:
-        self.packages = packages
+    hidden: ClassVar[set[str]] = set()
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
-        if fullname.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path is None and fullname in cls.hidden:
+            return None
+        return super().find_spec(fullname, path, target)
 
 
 def missing() -> set[str]:
@@ -47,10 +54,12 @@ def _normal(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, Missing(missing()))
+    FewPackages.hidden = missing()
+    sys.meta_path[sys.meta_path.index(PathFinder)] = FewPackages
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
