@@ -82,7 +82,7 @@ def _members(made: Trained, candidate: str) -> dict[str, list[Path]]:
 def _rows(made: Trained, candidate: str, cases: dict[tuple[str, str], list[Path]], device: str) -> list[results.Row]:
     store = made.store
     recipe = Recipe.model_validate(made.ledger.candidates()[candidate].recipe)
-    model = Model.of(recipe, store.channels, len(store.classes), store.dim).to(device)
+    model = Model.of(recipe, store.channels, len(store.classes), store.dim).on(device)
     rows = []
     for case in store.cases:
         if not (weights := cases.get((candidate, case.name))):

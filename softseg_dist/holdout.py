@@ -92,7 +92,7 @@ def _measure(
                 f"{weights_path(folder)}: the weights of a finished fit are gone; remove its folder and {folder}.json, run again"
             )
         recipe = Recipe.model_validate(records[result.candidate].recipe)
-        model = Model.of(recipe, store.channels, len(store.classes), store.dim).to(device)
+        model = Model.of(recipe, store.channels, len(store.classes), store.dim).on(device)
         load_weights(model, weights_path(folder))
         task = FitTask(
             study=made.study.name,

@@ -88,7 +88,7 @@ def predict_images(
     _check_names(outputs, [*itertools.chain(*images), *center_masks])
     for case in cases:
         case.check_headers()
-    source = _source(_load(folder, card, trust).to(_device(device)), folder, card, ensemble, uncertainty, samples)
+    source = _source(_load(folder, card, trust).on(_device(device)), folder, card, ensemble, uncertainty, samples)
     _make(out)
     return (
         _predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True)

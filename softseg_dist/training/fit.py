@@ -101,7 +101,7 @@ class Training:
         self.batches = Batches.of(task, self.store)
         weights_seed = seed_of(self.batches.seed, "weights")
         shape = self.store.channels, len(self.store.classes), self.store.dim
-        self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).to(worker.device)
+        self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).on(worker.device)
         check_methods(task.candidate, self.model, task.uncertainty)
         self.progress = Progress()
         self.resumed_epoch: int | None = None

@@ -65,6 +65,12 @@ class Model(nn.Module):
         activation = ACTIVATION.validate_python(recipe.get("activation"))
         return cls(network, activation, channels, classes, dim, PATCH.validate_python(recipe.get("patch")))
 
+    def on(self, device: str) -> Self:
+        """The model on `device`, where float32 is exact: torch lets a GPU round it to 10 bits in convolutions (TF32)."""
+        if device.startswith("cuda"):
+            torch.backends.cudnn.allow_tf32 = False
+        return self.to(device)
+
     def logits(self, image: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[B C *S] -> [B num_logits *S]; `network` is the model's own in another form, as when it is compiled."""
         network = self.network if network is None else network

@@ -230,6 +230,15 @@ def test_batches_on_a_gpu_are_those_of_the_host_up_to_rounding(tasks: dict[int, 
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_float32_is_exact_on_a_gpu(tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, image = device_fits.model_of(batches_of(tasks[2])).eval(), torch.rand(2, 1, 24, 20)
+    with torch.no_grad():
+        exact = model.double().logits(image.double())
+        ours = model.float().on(CUDA).logits(image.to(CUDA)).cpu()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_the_engine_of_a_gpu_is_a_graph_in_the_precision_it_has() -> None:
     engine = choose_engine(Optim(), CUDA, 1, 10**6)
     assert engine.graph
