@@ -14,9 +14,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from softseg_dist.places import Place
 from softseg_dist.search.cluster import bundle_of, cause_in, places_for
 from softseg_dist.study import Resources
 from softseg_dist.study_file import load_source
+from softseg_dist.training.compilation import keep_compiled
 from softseg_dist.training.fit import Training
 from softseg_dist.training.task import FitTask, Worker
 
@@ -90,10 +92,13 @@ def _has_room(size: int, resources: Resources) -> bool:
     return size == 1 or places_for({"CPU": float(resources.cpus_per_fit)}, resources) >= size
 
 
-def _measure_in_worker(task: object, source: tuple[str, str] | None, sizes: Sequence[int]) -> list[Rate]:
+def _measure_in_worker(told: object, source: tuple[str, str] | None, sizes: Sequence[int]) -> list[Rate]:
     if source is not None:
         load_source(*source)
-    return measure(FitTask.model_validate(task), sizes, "cuda")
+    task = FitTask.model_validate(told)
+    if Place.at(task.folder).path is not None:
+        keep_compiled(task.folder)  # the fits need what is compiled here
+    return measure(task, sizes, "cuda")
 
 
 def _rate(task: FitTask, size: int, device: str, measured_s: float) -> Rate:

@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from softseg_dist.numerics.seeds import drawing
 from softseg_dist.search.cluster import cause_in
 from softseg_dist.training.task import Worker
 from softseg_dist.training.workers import LostJob, Report, Run
@@ -72,13 +73,18 @@ class Host:
 
     def _work(self, message: Any, worker: Worker, news: SimpleQueue[tuple[str, Any]]) -> None:
         stream = self._streams.get()  # the same few again and again: memory that a stream has freed is for that stream
+        too_large = False
         try:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 ended = "answer", self._run(message, worker, lambda report: news.put(("report", report)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - its client has to hear of it
             if isinstance(error, torch.AcceleratorError):
                 os._exit(1)  # the GPU obeys none of the threads any more
+            too_large = isinstance(error, torch.OutOfMemoryError)
             ended = "lost", " ".join(f"{type(error).__name__}: {error}".split())
+        if too_large:  # it is tried again in a process of its own, which needs what it has freed here
+            with drawing:
+                torch.cuda.empty_cache()
         self._streams.put(stream)
         news.put(ended)
 

@@ -1,7 +1,7 @@
 """Fits that share a process end as if they were alone, and what goes wrong with one of them costs the others nothing but time.
 
 Without a GPU: hosts of the slot "cpu", and a Ray that is told of a GPU which there is not, for fits that train nothing.
-`python test_packs.py FOLDER` is a driver with such a Ray of its own.
+`python test_packs.py FOLDER FAULTS` is a driver with such a Ray of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from softseg_dist.search.clock import time_limit
 from softseg_dist.search.cluster import ENVIRONMENT
 from softseg_dist.search.ledger import Ledger
 from softseg_dist.search.live import PlainLines
+from softseg_dist.search.pack_size import with_size
 from softseg_dist.search.packs import OVERRUN, packs, run_in_pack, vacate
 from softseg_dist.search.worker import run_fit
 from softseg_dist.training.fit import fit
@@ -173,12 +174,26 @@ def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(
         assert (tmp_path / "stopped").exists()
 
 
-def test_every_accident_of_a_fit_in_a_pack_is_survived(tmp_path: Path) -> None:
+def test_without_a_gpu_every_fit_has_a_process_and_the_user_is_told(
+    shared_ray: None, tasks: dict[str, FitTask]
+) -> None:
+    notes: list[str] = []
+    resources = Resources(fits_per_gpu="auto", cpus_per_fit=2)
+    assert with_size(resources, tasks["plain"], None, notes.append) == Resources(cpus_per_fit=2)
+    assert notes == ["--fits-per-gpu auto: there is no GPU, so every fit has a process of its own"]
+
+
+def driver(folder: Path, **faults: object) -> subprocess.Popen[str]:
+    """A driver in a process group of its own, as a shell would start it."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    told, outcome = ended.stdout, json.loads(ended.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, str(folder), json.dumps(faults)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+
+
+def test_every_accident_of_a_fit_in_a_pack_is_survived(tmp_path: Path) -> None:
+    faults = {"a/000": "kill", "a/001": "raise", "b/000": "nan", "b/002": "hang", "sleep_s": 0.1}
+    told = driver(tmp_path, **faults).communicate(timeout=300)[0]
+    outcome = json.loads(told.splitlines()[-1])
     assert outcome == {"finished": 5, "failed": 1, "unfinished": 0, "interrupted": False}
     assert Ledger(tmp_path).results()["b", 0].reason == "loss is nan in epoch 2"
     assert "a/000: its process died" in told
@@ -193,14 +208,29 @@ def test_every_accident_of_a_fit_in_a_pack_is_survived(tmp_path: Path) -> None:
     assert_ends({int(pid) for pid in processes(tmp_path)})
 
 
+def test_no_host_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
+    ours = driver(tmp_path, sleep_s=0.5)
+    until = time.monotonic() + 240
+    while len(starts(tmp_path)) < SIZE:
+        assert ours.poll() is None
+        assert time.monotonic() < until, ours.communicate()
+        time.sleep(0.02)
+    ours.kill()
+    ours.communicate(timeout=240)
+    hosts = processes(tmp_path)
+    assert len(hosts) == 1
+    assert_ends(set(map(int, hosts)))
+
+
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     ray.init(
         address="local", num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=128 * 2**20,
         log_to_driver=False,
     )  # fmt: skip
-    faults = {"a/000": "kill", "a/001": "raise", "b/000": "nan", "b/002": "hang", "sleep_s": 0.1}
     resources = Resources(fits_per_gpu=SIZE, time_limit_s=5)
-    outcome = run(Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=faults, resources=resources)
+    outcome = run(
+        Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=json.loads(sys.argv[2]), resources=resources
+    )
     print(json.dumps(vars(outcome)), flush=True)
     ray.shutdown()
