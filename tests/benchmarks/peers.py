@@ -12,9 +12,11 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,8 @@ import torch
 HERE = Path(__file__).parent
 ENVS = HERE / ".envs"
 MB = 1e6
+SAID = 4000  # characters of what a side that has failed said last
+LOOK_S = 0.2  # between two looks at the memory of a command
 
 
 def add_peer_options(parser: ArgumentParser) -> None:
@@ -84,11 +88,13 @@ class Side:
         threads = {"OMP_NUM_THREADS": str(self.threads)}
         name = self.work.__name__
         code = f"import sys; from peers import Turns; from {self.work.__module__} import {name}; {name}(sys.argv[1], Turns())"
+        self._said = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [str(self.python), "-c", code, self.job],
             env=os.environ | package | threads | dict(self.settings),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
 
@@ -99,7 +105,10 @@ class Side:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"{self.work.__name__} of {self.job} has ended with {self.process.wait()}")
+            self.process.wait()
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace")
+            raise RuntimeError(f"{self.work.__name__} of {self.job} has ended: {said[-SAID:]}")
         self.turns.append(Turn(**json.loads(line)))
         return self.turns[-1]
 
@@ -139,8 +148,32 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> None:
             side.close()
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What a command took: seconds, processor time and memory of all its processes; what several share counts once."""
+
+    seconds: float
+    processor_s: float
+    peak_mb: float
+
+
+def watch(start: Callable[[], psutil.Popen]) -> Watched:
+    """Start a command and wait for its end. Raises CalledProcessError if it fails."""
+    used = _children_s()
+    started, peak = time.perf_counter(), 0
+    run = start()
+    while run.poll() is None:
+        peak = max(peak, sum(map(_shared_bytes, [run, *run.children(recursive=True)])))
+        with suppress(psutil.TimeoutExpired):
+            run.wait(LOOK_S)
+    seconds = time.perf_counter() - started
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, run.args)
+    return Watched(seconds, _children_s() - used, peak / MB)
+
+
 class Turns:
-    """A side's own end: what it prints goes to standard error, what it tells to the bench."""
+    """A side's own end: what it tells goes to the bench, what it prints does not."""
 
     def __init__(self) -> None:
         self._told: TextIO = os.fdopen(os.dup(1), "w")
@@ -163,9 +196,22 @@ class Turns:
 
 def _processor_s() -> float:
     """Of this process and of its children, alive or not."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     alive = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(times.user + times.system for times in alive)
+    return time.process_time() + _children_s() + sum(times.user + times.system for times in alive)
+
+
+def _children_s() -> float:
+    """Processor time of children that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
+
+
+def _shared_bytes(process: psutil.Process) -> int:
+    """Its memory, of what it shares with others its part; 0 if it has ended."""
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
 
 
 def _memory_mb() -> float:
