@@ -88,7 +88,7 @@ class Side:
         threads = {"OMP_NUM_THREADS": str(self.threads)}
         name = self.work.__name__
         code = f"import sys; from peers import Turns; from {self.work.__module__} import {name}; {name}(sys.argv[1], Turns())"
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the side
         self.process = subprocess.Popen(
             [str(self.python), "-c", code, self.job],
             env=os.environ | package | threads | dict(self.settings),
