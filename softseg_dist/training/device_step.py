@@ -198,6 +198,5 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _in_words(error: Exception) -> str:
-    """The first line of an error; torch's go on for pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    """The beginning of an error in one line; torch's go on for pages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -254,7 +254,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
     plain, hopeful = device_stepper(tasks[2]), device_stepper(tasks[2], compiled=True)
     hopeful.network = broken
     assert train(plain, plain.batches, 2) == train(hopeful, hopeful.batches, 2)
-    assert hopeful.engine.notes == ("compiled: not used, RuntimeError: no compiler",)
+    assert hopeful.engine.notes == ("compiled: not used, RuntimeError: no compiler and a page of text",)
 
 
 def test_a_network_is_compiled_whole_and_once_for_all_fits_of_a_process(tasks: dict[int, FitTask]) -> None:
