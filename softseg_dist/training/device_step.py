@@ -70,15 +70,13 @@ class DeviceStepper:
             fused=True,
             capturable=on_cuda,
         )
-        warnings.filterwarnings(
-            "ignore", "This instance was constructed with capturable=True"
-        )  # steps before the capture
+        # It does step without being captured: before the capture, to warm up.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         self.records = torch.zeros(batches.steps_per_epoch, RECORDED, device=self.device)
         self.stream = _stream(self.device) if on_cuda else None
         self._pool: Any = None  # memory that the graphs share
-        self._ways: dict[
-            int, tuple[Feed, Step | None]
-        ] = {}  # by the number of items: what is told, and the graph if there is one
+        # By the number of items in a batch: what is told about it, and the graph of its step if there is one.
+        self._ways: dict[int, tuple[Feed, Step | None]] = {}
 
     def advance(self, progress: Progress) -> Asked:
         """Launch the steps that are left of the epoch, and read what they have written down."""
