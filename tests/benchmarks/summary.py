@@ -35,14 +35,14 @@ def main(keep: Sequence[str], write: Path | None) -> None:
 
 def table(results: Sequence[Result]) -> str:
     """One line per headline: benchmark, figure, measured, target, and whether it is met."""
-    lines = [f"{'benchmark':<20}{'figure':<84}{'measured':>14}  {'target':<22}{'':<12}date"]
+    rows = [("benchmark", "figure", "measured", "target", "", "date")]
     for result in results:
         for headline in result.headlines:
             value = result.figures[headline.key]
             verdict = "short run" if result.short and headline.target else VERDICTS[headline.met(value)]
-            measured, target = headline.told(value), headline.target
-            lines.append(f"{result.name:<20}{headline.what:<84}{measured:>14}  {target:<22}{verdict:<12}{result.date}")
-    return "\n".join(lines)
+            rows.append((result.name, headline.what, headline.told(value), headline.target, verdict, result.date))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows)
 
 
 def written(text: str, results: Sequence[Result]) -> str:

@@ -47,7 +47,7 @@ def test_every_benchmark_is_in_the_list() -> None:
 
 def test_a_target_is_met_or_not() -> None:
     slow, fast = table([result()]).splitlines()[1:]
-    assert "2.5 s  at most 2 s" in slow
+    assert "2.5 s       at most 2 s" in slow
     assert slow.split()[-3:] == ["not", "met", "2026-11-25"]
     assert "3.14 times  at least 3 times" in fast
     assert fast.split()[-3:] == ["times", "met", "2026-11-25"]
