@@ -21,7 +21,16 @@ from softseg_dist.numerics.mixup import Mixup
 from softseg_dist.numerics.resolution import Blur, LowResolution
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Affine, Elastic, Flip
-from softseg_dist.numerics.transforms import Augmentation, Frame, Intensity, Invertible, Pairing, Spatial
+from softseg_dist.numerics.transforms import (
+    Augmentation,
+    Frame,
+    Intensity,
+    Invertible,
+    Pairing,
+    Spatial,
+    Straight,
+    in_a_row,
+)
 
 __all__ = [
     "Affine",
@@ -221,10 +230,16 @@ def _mover(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], 
     mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
     if len(mirrors) == len(steps):
         return lambda maps, mode, padding: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
-    positions = frame.positions
+    positions, line = frame.positions, None  # and what straight transforms in a row still do to them
     for transform, parameters in reversed(steps):  # from the output back to the input
-        positions = transform.move(positions, parameters, frame)
-    return lambda maps, mode, padding: frame.sample(maps, positions, mode, padding)
+        if isinstance(transform, Straight):
+            more = transform.line(parameters, frame)
+            line = more if line is None else in_a_row(line, more)
+        else:
+            here = positions if line is None else frame.straight(positions, line)
+            positions, line = transform.move(here, parameters, frame), None
+    grid = frame.grid(positions, line)
+    return lambda maps, mode, padding: frame.look_up(maps, grid, mode, padding)
 
 
 def _unmover(steps: Sequence[tuple[Invertible, Tensor]], frame: Frame) -> Callable[[Tensor], Tensor]:

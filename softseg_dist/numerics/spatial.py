@@ -14,12 +14,12 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Axes, Frame, Invertible, Spatial
+from softseg_dist.numerics.transforms import Axes, Frame, Spatial, Straight
 
 MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
 
 
-class Affine(Invertible):
+class Affine(Straight):
     """Rotation, scaling and shift about the image's centre: x' = R S x + t in mm, so that a rotation keeps shapes.
 
     The angle is uniform in +-`degrees`; in 3D about an axis of uniformly random direction. Every axis has its own
@@ -44,19 +44,16 @@ class Affine(Invertible):
         uniform = torch.rand(1 + 2 * dim, generator=generator) * 2 - 1
         return uniform if dim == 2 else torch.cat([uniform, torch.randn(3, generator=generator)])
 
-    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """x = S^-1 R^T (x' - t) for output `positions` x'."""
+    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """x = S^-1 R^T (x' - t)."""
         rotation, scale, shift = self._parts(parameters, frame)
-        backwards = rotation / scale[:, None, :]  # transposed, as positions are rows
-        rows = positions.flatten(1, -2) - shift[:, None, :]
-        return (rows @ backwards).reshape(-1, *positions.shape[1:])
+        matrix = rotation.mT / scale[:, :, None]
+        return torch.cat([matrix, -matrix @ shift[:, :, None]], dim=-1)
 
-    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """x' = R S x + t for input `positions` x."""
+    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """x' = R S x + t."""
         rotation, scale, shift = self._parts(parameters, frame)
-        forwards = (rotation * scale[:, None, :]).mT
-        rows = positions.flatten(1, -2) @ forwards + shift[:, None, :]
-        return rows.reshape(-1, *positions.shape[1:])
+        return torch.cat([rotation * scale[:, None, :], shift[:, :, None]], dim=-1)
 
     def _parts(self, parameters: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
         """Rotation [B D D], scale [B D] and shift in mm [B D]."""
@@ -82,7 +79,7 @@ def _rotation_3d(angle: Tensor, direction: Tensor) -> Tensor:
     return identity + angle.sin()[:, None, None] * K + (1 - angle.cos())[:, None, None] * (K @ K)
 
 
-class Flip(Invertible):
+class Flip(Straight):
     """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
 
     Axis 0, left to right, is the one along which anatomy is nearly symmetric.
@@ -104,13 +101,13 @@ class Flip(Invertible):
         signs[list(self.axes)] = 1.0 - 2.0 * (torch.rand(len(self.axes), generator=generator) < self.p)
         return signs
 
-    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """The mirror image of `positions`."""
-        return positions * parameters.reshape(len(parameters), *[1] * len(frame.size), -1)
+    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """x = +-x' along every axis."""
+        return torch.nn.functional.pad(torch.diag_embed(parameters), (0, 1))
 
-    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """The mirror image of `positions`, again."""
-        return self.move(positions, parameters, frame)
+    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """The mirror image of a mirror image."""
+        return self.line(parameters, frame)
 
     def mirror(self, maps: Tensor, parameters: Tensor) -> Tensor:
         """`maps` [B C *S] mirrored by reversing indices: the values of `move`, without interpolation."""
@@ -162,7 +159,7 @@ class Elastic(Spatial):
             field = torch.tensordot(field, weights, dims=([2], [1]))  # takes the first axis of space away, adds it last
         if positions is not frame.positions:
             field = frame.sample(field, positions)
-        return positions + field.movedim(1, -1)
+        return (positions.movedim(-1, 1) + field).movedim(1, -1)
 
     def _intervals(self, voxels: int, step_mm: float) -> int:
         return max(1, math.ceil((voxels - 1) * step_mm / self.spacing_mm - 1e-9))

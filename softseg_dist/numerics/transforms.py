@@ -78,12 +78,32 @@ class Frame:
 
     @cached_property
     def positions(self) -> Tensor:
-        """The position [1 *S D] of every voxel centre in mm from the image's centre."""
-        axes = [
-            (torch.arange(n, device=self.device) - (n - 1) / 2) * step
-            for n, step in zip(self.size, self.spacing_mm, strict=True)
+        """The position [1 *S D] of every voxel centre in mm from the image's centre; in memory each coordinate lies by itself."""
+        return torch.stack(torch.broadcast_tensors(*self._axes))[None].movedim(1, -1)
+
+    @cached_property
+    def _axes(self) -> list[Tensor]:
+        """The coordinate along each axis, of a shape that goes with *S."""
+        dim = len(self.size)
+        return [
+            ((torch.arange(n, device=self.device) - (n - 1) / 2) * step).view(
+                *[-1 if a == axis else 1 for a in range(dim)]
+            )
+            for axis, (n, step) in enumerate(zip(self.size, self.spacing_mm, strict=True))
         ]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]
+
+    def straight(self, positions: Tensor, line: Tensor) -> Tensor:
+        """The positions M x + t [B *S D] of `positions` x [B or 1, *S, D], with `line` [M t] [B or 1, D, D+1].
+
+        Sums are taken coordinate by coordinate in a fixed order, so that a sample's result does not depend on its batch.
+        """
+        own = positions is self.positions  # whose coordinates change along one axis each: small products do
+        coordinates = self._axes if own else [x[:, None] for x in positions.unbind(-1)]
+        slopes, start = line[..., :-1], line[..., -1].reshape(*line.shape[:2], *[1] * len(self.size))
+        moved = start
+        for axis, x in enumerate(coordinates):
+            moved = moved + slopes[..., axis].reshape(start.shape) * x
+        return moved.movedim(1, -1)
 
     def check_axes(self, owner: str, axes: Sequence[int]) -> None:
         """Raises UserError in the name of `owner` if these images lack one of `axes`."""
@@ -91,12 +111,24 @@ class Frame:
             rule = f"axes must lie in 0 to {len(self.size) - 1} for these images"
             raise UserError(f"{owner}'s {rule}, got {max(axes)}: leave it out")
 
-    def sample(self, maps: Tensor, positions: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
-        """The values of `maps` [B C *S] at `positions` [B *S D]; `mode` and `padding` as in torch's grid_sample."""
-        # grid_sample counts from -1 to 1 between outer edges, and its last axis names the axes of space backwards.
-        grid = (positions * (2 / self.constant(self.extent_mm, positions))).flip(-1)
+    def grid(self, positions: Tensor, line: Tensor | None = None) -> Tensor:
+        """`positions` [B *S D], or what `line` makes of them, as torch's grid_sample wants them.
+
+        It counts from -1 to 1 between outer edges, and its last axis names the axes of space backwards.
+        """
+        per_mm = 2 / self.constant(self.extent_mm, positions)
+        if line is None:
+            return (positions * per_mm).flip(-1)
+        return self.straight(positions, (line * per_mm[:, None]).flip(-2))
+
+    def look_up(self, maps: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
+        """The values of `maps` [B C *S] where `grid` says; `mode` and `padding` as in torch's grid_sample."""
         grid = grid.to(maps.dtype).expand(len(maps), *grid.shape[1:])
         return grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+    def sample(self, maps: Tensor, positions: Tensor) -> Tensor:
+        """The values of `maps` [B C *S] at `positions` [B *S D], by linear interpolation; outside as at the border."""
+        return self.look_up(maps, self.grid(positions), "bilinear", "border")
 
 
 class Augmentation(Frozen, ABC):
@@ -129,6 +161,32 @@ class Invertible(Spatial):
     @abstractmethod
     def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """The output positions of input `positions`: the inverse of `move`."""
+
+
+class Straight(Invertible):
+    """A transform of space that keeps lines straight: x = M x' + t. Several in a row are one."""
+
+    @abstractmethod
+    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """[M t] [B D D+1]: the input position x of an output position x', both in mm from the image's centre."""
+
+    @abstractmethod
+    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """The same of the inverse."""
+
+    def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """M x' + t for output `positions` x'."""
+        return frame.straight(positions, self.line(parameters, frame))
+
+    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+        """M^-1 (x - t) for input `positions` x."""
+        return frame.straight(positions, self.line_back(parameters, frame))
+
+
+def in_a_row(first: Tensor, second: Tensor) -> Tensor:
+    """The line [B D D+1] that is `second` after `first`: M2 (M1 x + t1) + t2."""
+    line = second[..., :-1] @ first
+    return torch.cat([line[..., :-1], line[..., -1:] + second[..., -1:]], dim=-1)
 
 
 class Intensity(Augmentation):

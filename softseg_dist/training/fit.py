@@ -29,6 +29,7 @@ from softseg_dist.training.device_step import DeviceStepper
 from softseg_dist.training.engine import choose_engine
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.files import replace_file
+from softseg_dist.training.heap import kept_heap
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model, read_weights, save_weights
 from softseg_dist.training.preflight import check_methods
@@ -60,7 +61,7 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     torch.set_num_threads(task.threads)
     if worker.leads:
         Path(task.folder).mkdir(parents=True, exist_ok=True)
-    with _no_denormals():
+    with _no_denormals(), kept_heap():
         training = Training(task, worker)
         try:
             training.run()

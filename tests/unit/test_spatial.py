@@ -10,7 +10,7 @@ from augmentation_samples import SPACES, ball, every_space, frame_of, uniform
 from pydantic import ValidationError
 from torch import Tensor
 
-from softseg_dist.numerics.augmentation import Affine, Elastic, Flip, Frame, Spatial, augment
+from softseg_dist.numerics.augmentation import Affine, Elastic, Flip, Frame, Spatial, apply, augment, draw_all
 from softseg_dist.numerics.labels import LabelMode
 
 
@@ -126,6 +126,20 @@ def test_elastic_sampled_off_the_grid_agrees_with_the_spline_at_voxels() -> None
     parameters = torch.stack([elastic.draw(torch.Generator(), frame)])
     at_voxels = elastic.move(frame.positions, parameters, frame)
     torch.testing.assert_close(elastic.move(frame.positions.clone(), parameters, frame), at_voxels, atol=1e-5, rtol=0)
+
+
+@every_space
+def test_straight_transforms_in_a_row_are_one_and_the_elastic_one_between_them_is_felt(size: tuple[int, ...]) -> None:
+    frame = frame_of(size, SPACES[size])
+    image, label = uniform(2, 1, *size), uniform(2, 1, *size)
+    transforms = Affine(shift=0.1), Flip(p=1), Affine(scale=0.3), Elastic(), Affine(degrees=90)
+    drawn = draw_all(transforms, [3, 4], frame)
+    positions = frame.positions
+    for transform, parameters in reversed(drawn):
+        assert isinstance(transform, Spatial)
+        positions = transform.move(positions, parameters, frame)
+    ours, _ = apply(image, label, drawn, "soft", frame)
+    torch.testing.assert_close(ours, frame.sample(image, positions), rtol=0, atol=1e-4)
 
 
 def test_elastic_that_would_fold_is_refused() -> None:
