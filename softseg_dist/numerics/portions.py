@@ -1,37 +1,44 @@
-"""How a batch is cut into portions, and what is summed over them, so that it does not matter how they are spread over workers.
+"""Layers that sum over a batch portion by portion, so that it does not matter how the portions are spread over workers.
 
 Floating-point sums depend on their order, and training amplifies the last digit: without this a fit on two workers ends with
 other weights than on one. Here a batch is cut into portions of some items, each of which stays on one worker. Whatever is summed
 over items (batch statistics, gradients of parameters) is summed in float32 within a portion, and over portions in float64, where
-the sum of so few digits is exact in any order. For CPUs: on a GPU small portions cost too much, and its kernels have orders of
-their own.
+the sum of so few digits is exact in any order. Under autocast convolutions are in bfloat16, and all sums as they are without.
+For CPUs: on a GPU small portions cost too much, and its kernels have orders of their own.
 
-Legend: b items here.
+Legend: b items here, C channels, *S space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from softseg_dist.numerics.activations import Stateless
+from softseg_dist.numerics.convolutions import Options, convolve, gradients
 
 LOW_BITS = 0xFFFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
+ALIGNMENT = 64  # bytes: of all memory that torch allocates on a CPU
 
 Exchange = Callable[[Tensor], Tensor]
 """The sum of a tensor over all workers."""
 
 
-def summable(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`values` rounded so that sums of them do not depend on the order.
+def summable(values: Tensor) -> Tensor:
+    """`values` in float64, rounded so that sums of them do not depend on the order.
 
-    >>> x = summable(1 + np.random.default_rng(0).random(1000))
-    >>> bool(x.sum() == x[::-1].sum() == x[::2].sum() + x[1::2].sum())
+    >>> x = summable(1 + torch.rand(1000, dtype=torch.float64))
+    >>> bool(x.sum() == x.flip(0).sum() == x[::2].sum() + x[1::2].sum())
     True
     """
-    return (values.view(np.int64) & ~LOW_BITS).view(np.float64)
+    return (values.double().view(torch.int64) & ~LOW_BITS).view(torch.float64)
 
 
 class Portions:
@@ -40,7 +47,6 @@ class Portions:
     def __init__(self, size: int, exchange: Exchange) -> None:
         self.size, self.exchange = size, exchange
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._waiting: list[Sequence[Tensor]] = []
 
     def rows(self, num_items: int, rank: int, num_workers: int) -> slice:
         """The rows of a batch of `num_items` that are this worker's: whole portions, or none.
@@ -52,26 +58,19 @@ class Portions:
         first, last = (portions * (rank + step) // num_workers * self.size for step in (0, 1))
         return slice(first, min(last, num_items))
 
+    def of(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The portions of tensors [b ...] that have the same items."""
+        return zip(*([_aligned(p) for p in t.split(self.size)] if len(t) else () for t in tensors), strict=True)
+
     def add(self, parameter: nn.Parameter | None, of_portions: Sequence[Tensor]) -> None:
         """Add the gradients of portions."""
         if parameter is None or not parameter.requires_grad or not of_portions:
             return
-        for of_portion in of_portions:
-            if parameter in self._sums:
-                self._sums[parameter] += of_portion
-            else:
-                self._sums[parameter] = of_portion.to(torch.float64, copy=True)
+        total = torch.stack(tuple(of_portions)).sum(0, dtype=torch.float64)
+        self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
 
-    def wait_for(self, portions: Sequence[Tensor]) -> None:
-        """Gradients of portions are added when these are made, at the latest by `finish`."""
-        self._waiting.append(portions)
-
-    @torch.no_grad()
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the sum over all portions of all workers into every parameter's `grad`, and forget it."""
-        for portions in self._waiting:
-            list(portions)  # made now, if not before
-        self._waiting.clear()
         learned = [parameter for parameter in parameters if parameter.requires_grad]
         everywhere = self.exchange(torch.cat([self._of(parameter).flatten() for parameter in learned]))
         for parameter, values in zip(learned, everywhere.split([p.numel() for p in learned]), strict=True):
@@ -79,8 +78,216 @@ class Portions:
         self._sums.clear()
 
     def _of(self, parameter: nn.Parameter) -> Tensor:
-        """What this worker has: from a layer in portions, or from torch's own backward pass."""
+        """What this worker has: from a layer of this module, or from torch's own backward pass."""
         if parameter in self._sums:
             return self._sums[parameter]
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return gradient.double()
+
+
+def _aligned(portion: Tensor) -> Tensor:
+    """The portion as it would lie in memory of its own: matrix products depend on that too."""
+    return portion if portion.data_ptr() % ALIGNMENT == 0 else portion.clone()
+
+
+def in_portions(module: nn.Module, portions: Portions) -> None:
+    """Replace every layer inside `module` that sums over items; parameters, buffers and their names stay.
+
+    Other layers with parameters work too, as exactly as torch sums.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, _ConvNd) and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+            setattr(module, name, _Conv(child, portions))
+        elif isinstance(child, _BatchNorm):
+            setattr(module, name, _PortionsBatchNorm(child, portions))
+        elif isinstance(child, Stateless) and child.activation.per_sample:
+            setattr(module, name, _PortionsActivation(child, portions))
+        elif isinstance(child, _InstanceNorm) and child.affine and not child.track_running_stats:
+            setattr(module, name, _PortionsInstanceNorm(child, portions))
+        else:
+            in_portions(child, portions)
+
+
+class _Replacement(nn.Module):
+    """A layer that takes over the parameters and buffers of another one under their names."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: nn.Module, portions: Portions) -> None:
+        super().__init__()
+        self.portions = portions
+        for name, parameter in layer._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in layer._buffers.items():
+            self.register_buffer(name, buffer)
+        self.train(layer.training)
+
+
+class _PortionsActivation(_Replacement):
+    """An activation on one portion after the other: in what is left of a tensor after whole vectors torch computes other digits."""
+
+    def __init__(self, layer: Stateless, portions: Portions) -> None:
+        super().__init__(layer, portions)
+        self.activation = layer.activation
+
+    def forward(self, logits: Tensor) -> Tensor:
+        cut = [self.activation(portion) for (portion,) in self.portions.of(logits)]
+        return torch.cat(cut) if cut else self.activation(logits)
+
+
+class _Conv(_Replacement):
+    """Any convolution, also a transposed one."""
+
+    def __init__(self, layer: _ConvNd, portions: Portions) -> None:
+        super().__init__(layer, portions)
+        transposed = isinstance(layer, _ConvTransposeNd)
+        assert not isinstance(layer.padding, str)
+        self.options = Options(
+            layer.stride, layer.padding, layer.dilation, transposed, layer.output_padding, layer.groups
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast does not look into functions of our own.
+        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if self.training:
+            return _Convolve.apply(x.to(precision), self.weight, self.bias, self)
+        return convolve(x.to(precision), *_in(precision, self.weight, self.bias), self.options)
+
+
+def _in(precision: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(precision), None if bias is None else bias.to(precision)
+
+
+class _Convolve(torch.autograd.Function):
+    """Portion by portion also where nothing is summed: how torch computes a convolution depends on the number of items."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Conv) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        cut = [portion for (portion,) in layer.portions.of(x)] or [x]
+        weight, bias = _in(x.dtype, weight, bias)
+        return torch.cat([convolve(p, weight, bias, layer.options) for p in cut])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,), layer, needs_x = ctx.saved_tensors, ctx.layer, ctx.needs_input_grad[0]
+        weight, has_bias = layer.weight.detach().to(x.dtype), layer.bias is not None
+        of_portions = [
+            gradients(p, g, weight, layer.options, of_x=needs_x, of_bias=has_bias)
+            for p, g in layer.portions.of(x, grad_outputs[0])
+        ]
+        layer.portions.add(layer.weight, [of_portion[1] for of_portion in of_portions])
+        layer.portions.add(layer.bias, [of_portion[2] for of_portion in of_portions])
+        if not needs_x:
+            return None, None, None, None
+        grad_x = torch.cat([of_portion[0] for of_portion in of_portions]) if of_portions else torch.zeros_like(x)
+        return grad_x, None, None, None
+
+
+class _PortionsBatchNorm(_Replacement):
+    """Batch norm over the items of all workers; at inference as ever."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, layer: _BatchNorm, portions: Portions) -> None:
+        super().__init__(layer, portions)
+        self.eps, self.momentum = layer.eps, layer.momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.running_mean is not None:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        output, mean, variance, count = _Normalize.apply(x, self.weight, self.bias, self)
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * float(count / (count - 1).clamp(min=1)), share)
+        return output
+
+
+class _Normalize(torch.autograd.Function):
+    """(x - mean) / sd * weight + bias with mean and sd [C] over all workers' items [b C *S], and its exact gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: _PortionsBatchNorm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        told = torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
+        if len(x):
+            cut = [portion for (portion,) in layer.portions.of(x)]
+            moments = [torch.batch_norm_update_stats(portion, None, None, 0.0) for portion in cut]
+            voxels = torch.tensor([[portion[:, 0].numel()] for portion in cut], dtype=torch.float64, device=x.device)
+            means, variances = (torch.stack(of_portions).double() for of_portions in zip(*moments, strict=True))
+            squares = summable(variances + means.square())
+            told = torch.cat([(voxels * means).sum(0), (voxels * squares).sum(0), voxels.sum(0)])
+        layer.portions.exchange(told)
+        count = told[-1]
+        exact_mean, square = (told[:-1] / count).view(2, -1)
+        kept = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = exact_mean.to(kept), (square - exact_mean.square()).clamp(min=0).to(kept)
+        ctx.save_for_backward(x, mean, variance, count)
+        ctx.layer = layer
+        ctx.mark_non_differentiable(mean, variance, count)
+        return functional.batch_norm(x, mean, variance, weight, bias, eps=layer.eps), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (x, mean, variance, count), layer, weight = ctx.saved_tensors, ctx.layer, ctx.layer.weight
+        grad, shape = grad_outputs[0], (1, -1, *[1] * (x.ndim - 2))
+        fixed = weight, mean, variance, None, None, False, layer.eps, [False, True, True]
+        of_portions = [
+            torch.ops.aten.native_batch_norm_backward(g, p, *fixed)[1:] for p, g in layer.portions.of(x, grad)
+        ]
+        sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+        if of_portions:
+            by_xhat, by_one = zip(*of_portions, strict=True)
+            layer.portions.add(weight, by_xhat)
+            layer.portions.add(layer.bias, by_one)
+            sums = torch.stack([torch.stack(by).sum(0, dtype=torch.float64) for by in (by_xhat, by_one)])
+        mean_by_xhat, mean_by_one = layer.portions.exchange(sums) / count
+        # weight / sd * (dy - mean dy - xhat mean(dy xhat)), as a line in x and dy
+        inverse = 1 / (variance.double() + layer.eps).sqrt()
+        scale = inverse if weight is None else weight.double() * inverse
+        slope = -scale * mean_by_xhat * inverse
+        offset = -scale * mean_by_one - slope * mean.double()
+        slope, offset, scale = (line.to(mean.dtype).view(shape) for line in (slope, offset, scale))
+        return torch.addcmul(offset, x, slope).addcmul_(grad, scale).to(x.dtype), None, None, None
+
+
+class _PortionsInstanceNorm(_Replacement):
+    """Instance norm, whose statistics are an item's own; only its scale and offset sum over items."""
+
+    def __init__(self, layer: _InstanceNorm, portions: Portions) -> None:
+        super().__init__(layer, portions)
+        self.eps = layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not len(x):
+            return x
+        cut = [functional.instance_norm(portion, eps=self.eps) for (portion,) in self.portions.of(x)]
+        return _Scale.apply(torch.cat(cut), self.weight, self.bias, self)
+
+
+class _Scale(torch.autograd.Function):
+    """x * weight + bias, channel by channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: _PortionsInstanceNorm) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return torch.addcmul(bias.view(shape), x, weight.view(shape)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad_outputs[0]
+        space = [0, *range(2, x.ndim)]
+        cut = list(layer.portions.of(x, grad))
+        layer.portions.add(layer.weight, [(portion * g).sum(space) for portion, g in cut])
+        layer.portions.add(layer.bias, [g.sum(space) for _, g in cut])
+        return grad * layer.weight.view(1, -1, *[1] * (x.ndim - 2)), None, None, None

@@ -6,15 +6,11 @@ of a batch at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from softseg_dist.numerics.cut_batch import CutBatch, apart, cut
-from softseg_dist.numerics.portion_layers import in_portions
-from softseg_dist.numerics.portions import Portions
+from softseg_dist.numerics.portions import Portions, in_portions
 from softseg_dist.training.task import Worker
 
 ALIKE = 4  # portions of a batch, unless there are more workers: more would cost time, fewer would leave workers idle
@@ -28,7 +24,7 @@ class Team:
     """
 
     def __init__(self, model: nn.Module, worker: Worker, batch_size: int) -> None:
-        self.worker, self.num_items = worker, batch_size
+        self.model, self.worker, self.num_items = model, worker, batch_size
         cuts = max(ALIKE, worker.num_workers) if worker.device == "cpu" else worker.num_workers
         self.portions = Portions(-(-batch_size // cuts), worker.sum)
         if worker.device == "cpu":
@@ -37,30 +33,18 @@ class Team:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if worker.num_workers > 1:
             _share_dropout(model, self)
-        self.parameters = list(model.parameters())
 
     def begin(self, num_items: int) -> slice:
         """Begin a batch of so many items; returns which rows of it are this worker's."""
         self.num_items = num_items
         return self.portions.rows(num_items, self.worker.rank, self.worker.num_workers)
 
-    def batch(self, parts: Sequence[Tensor]) -> Tensor:
-        """This worker's items, from its portions of them."""
-        return CutBatch(parts) if self.worker.device == "cpu" else torch.cat(tuple(parts))
-
-    def apart(self, values: Tensor) -> tuple[Tensor, ...]:
-        """The portions of what the model gives for this worker's items."""
-        return (
-            apart(cut(values, self.portions.size)) if self.worker.device == "cpu" else values.split(self.portions.size)
-        )
-
     def backward(self, loss: Tensor) -> None:
         """Put into every parameter the gradient of the sum of all workers' `loss`."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         if self.worker.device == "cpu" or self.worker.num_workers > 1:
-            self.portions.finish(self.parameters)
+            self.portions.finish(self.model.parameters())
 
 
 def partner_died(error: Exception) -> bool:

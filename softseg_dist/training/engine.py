@@ -66,14 +66,18 @@ def choose_engine(optim: Optim, device: str, num_workers: int, num_steps: int) -
 
 def _on_cpu(optim: Optim) -> Engine:
     """On a CPU nothing is compiled: there torch 2.13 fails to compile a U-Net that is laid out channels last."""
-    engine = Engine()
-    if optim.precision == "bfloat16":
-        engine = engine.replace(notes=("precision: bfloat16 is not used on a CPU",))
-    return (
-        engine.without("compiled", "not on a CPU, which trains by portions of a batch")
-        if optim.compile == "on"
-        else engine
-    )
+    engine = Engine(precision=_best_on_cpu() if optim.precision == "auto" else optim.precision)
+    if optim.compile != "on":
+        return engine
+    return engine.without("compiled", "not on a CPU, which trains by portions of a batch")
+
+
+def _best_on_cpu() -> Precision:
+    """bfloat16 if the processor computes in it, as torch tells; else torch would only imitate it."""
+    try:
+        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    except AttributeError:  # a torch that does not tell
+        return "float32"
 
 
 def _best_on_cuda() -> Precision:

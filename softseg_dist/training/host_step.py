@@ -66,14 +66,13 @@ class HostStepper:
         size = self.team.portions.size
         parts = [mine[first : first + size] for first in range(0, len(mine), size)] or [[]]
         made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
-        images, targets = zip(*made, strict=True)
-        image = self.team.batch(images)
+        image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
         prediction = self.model(image)
-        loss, portions = self.recipe.loss, self.team.apart(prediction)
-        averaged = [loss.averaged(p, t) for p, t in zip(portions, targets, strict=True) if len(p)]
-        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(prediction.shape[1]))
-        shares = (torch.cat(averaged) if averaged else none) / len(members)  # in the means over the batch [b M]
-        slope, (total, dead, stop, save) = self._agree(shares, portions)
+        loss, classes = self.recipe.loss, prediction.shape[1]
+        portions = [loss.averaged(*portion) for portion in self.team.portions.of(prediction, target)]
+        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(classes))
+        shares = (torch.cat(portions) if portions else none) / len(members)  # in the means over the batch [b M]
+        slope, (total, dead, stop, save) = self._agree(shares, prediction)
         if not math.isfinite(total):
             causes = [found for found in worker.gather([self._cause(image, prediction, shares)]) if found]
             raise Diverged(total, now.epoch, now.step, next(iter(causes), f"{loss} is not finite for finite averages"))
@@ -85,19 +84,19 @@ class HostStepper:
         now.dead += int(dead)
         return Asked(stop > 0, save > 0)
 
-    def _agree(self, shares: Tensor, portions: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+    def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
         """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
 
         Equal on all workers, with one exchange for all that they share.
         """
         mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
-        mine[0] = sum(dead_samples(portion.detach()) for portion in portions)
+        mine[0] = dead_samples(prediction.detach())
         if self.worker.leads:
             mine[1] = self.worker.stop()
             mine[2] = self.due()
         told = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
         means = told[3:].requires_grad_()
-        loss = self.recipe.loss.of_averages(means, portions[0].shape[1])
+        loss = self.recipe.loss.of_averages(means, prediction.shape[1])
         (slope,) = torch.autograd.grad(loss, means)
         agreed: list[float] = torch.cat([loss.detach().reshape(1), told[:3]]).tolist()
         return slope, agreed

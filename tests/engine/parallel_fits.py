@@ -46,7 +46,8 @@ from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.task import FitTask, Interrupted, Worker, cases_path, history_path, weights_path
 
 STEPS = 20
-OPTIM = Optim(lr=1e-3, epochs=5, batch_size=18)  # of 20 items: 2 are left for the last batch, for one worker only
+# Of 20 items 2 are left for the last batch, for one worker only.
+OPTIM = Optim(lr=1e-3, epochs=5, batch_size=18, precision="float32")
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM)
 OTHERS = (JaccardMetric(), Tversky(), TverskySemimetric(), FocalTversky(), GeneralizedDice(), Focal(), L1(), Huber())
 ALL_OTHERS = Sum(terms=(BatchDice(smooth=0), *OTHERS), weights=(0.3, *[1.0] * len(OTHERS)))
@@ -69,6 +70,8 @@ def make_tasks(folder: Path) -> dict[str, FitTask]:
     recipes = {str(loss): BASE.replace(loss=loss) for loss in LOSSES}
     recipes |= {str(activation): BASE.replace(activation=activation) for activation in ACTIVATIONS}
     recipes |= {name: BASE.replace(network=network) for name, network in NETWORKS.items()}
+    lower = OPTIM.replace(precision="bfloat16")
+    recipes |= {f"{name}, bfloat16": BASE.replace(network=network, optim=lower) for name, network in NETWORKS.items()}
     recipes["clipped"] = BASE.replace(optim=OPTIM.replace(clip_norm=0.1))
     return {
         name: FitTask(

@@ -136,7 +136,8 @@ def test_a_whole_fit_that_is_stopped_and_goes_on_ends_as_one_that_is_not(
     tasks: dict[int, FitTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("softseg_dist.training.fit.HostStepper", DeviceStepper)  # on a CPU, which has no graphs
-    recipe = PLAIN.replace(network=UNet(filters=(4, 8), dropout=0.2))
+    optim = PLAIN.optim.replace(precision="float32")
+    recipe = PLAIN.replace(network=UNet(filters=(4, 8), dropout=0.2), optim=optim)
     task = tasks[2].replace(recipe=recipe, uncertainty=(MCDropout(samples=2),))
     whole, parts = (task.replace(folder=str(tmp_path / name)) for name in ("whole", "parts"))
     straight = fit(whole)

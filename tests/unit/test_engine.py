@@ -5,20 +5,31 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
+import torch
 
 from softseg_dist import Optim
 from softseg_dist.search.changes import of_earlier_versions
 from softseg_dist.training.engine import COMPILE_STEPS, Engine, choose_engine
 
 
-@pytest.mark.parametrize("precision", ["auto", "float32"])
-def test_a_cpu_trains_in_float32_and_has_nothing_to_explain(precision: str) -> None:
-    assert choose_engine(Optim(precision=precision), "cpu", 1, 10**6) == Engine()
+@pytest.mark.parametrize(("has_it", "best"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_trains_in_bfloat16_if_it_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, has_it: bool, best: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it, raising=False)
+    assert choose_engine(Optim(), "cpu", 1, 10**6).name == best
+    assert choose_engine(Optim(precision="float32"), "cpu", 1, 10**6).name == "float32"
+    assert choose_engine(Optim(precision="bfloat16"), "cpu", 2, 10**6).name == "bfloat16"
+
+
+def test_a_torch_that_tells_nothing_of_the_processor_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert choose_engine(Optim(), "cpu", 1, 10**6) == Engine()
 
 
 def test_what_was_asked_for_and_is_not_used_is_explained_in_one_line() -> None:
-    engine = choose_engine(Optim(precision="bfloat16"), "cpu", 1, 10**6)
-    assert engine.precision == "float32"
+    engine = choose_engine(Optim(compile="on"), "cpu", 1, 10**6)
+    assert not engine.compiled
     assert len(engine.notes) == 1
 
 

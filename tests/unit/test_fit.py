@@ -52,7 +52,7 @@ RECIPE = Recipe(
     loss=AdaptiveWing(),
     label="soft",
     augment=(Affine(degrees=20, scale=0.1, shift=0.03),),
-    optim=Optim(lr=5e-3, epochs=3, batch_size=8),
+    optim=Optim(lr=5e-3, epochs=3, batch_size=8, precision="float32"),
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from softseg_dist import AdaptiveWing, NormReLU, Sigmoid, UNet
 from softseg_dist.numerics.activations import Stateless
-from softseg_dist.numerics.cut_batch import apart
-from softseg_dist.numerics.portion_layers import in_portions
-from softseg_dist.numerics.portions import Portions, summable
+from softseg_dist.numerics.portions import Portions, in_portions, summable
 
 LAYERS = {
     "conv": (nn.Conv2d(3, 4, 3, padding=1), (7, 3, 11, 9)),
@@ -58,7 +55,31 @@ def test_a_layer_in_portions_is_the_layer(name: str) -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_add_up_to_the_same_digits_wherever_portions_are() -> None:
+@pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if not isinstance(layer, Stateless)])
+def test_a_layer_in_portions_in_bfloat16_differs_by_rounding_from_the_layer(name: str) -> None:
+    torch.manual_seed(0)
+    layer, shape = LAYERS[name]
+    theirs, ours = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(copy.deepcopy(layer))
+    portions = Portions(2, lambda values: values)
+    in_portions(ours, portions)
+    x = torch.randn(shape)
+    y, _, of_parameters = grown(theirs, x.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        y2 = ours(x.bfloat16())
+    assert y2.dtype == torch.bfloat16
+    (y2.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    if parameters := list(ours.parameters()):
+        portions.finish(parameters)
+    torch.testing.assert_close(y2.float(), y, rtol=0.02, atol=0.02)
+    for ours_of, theirs_of in zip(parameters, of_parameters, strict=True):
+        assert ours_of.grad is not None
+        assert theirs_of is not None
+        assert ours_of.grad.dtype == torch.float32
+        assert (ours_of.grad - theirs_of).norm() <= 0.02 * theirs_of.norm() + 0.01 * y.numel() ** 0.5
+
+
+@pytest.mark.parametrize("lower", [False, True], ids=["float32", "bfloat16"])
+def test_gradients_add_up_to_the_same_digits_wherever_portions_are(lower: bool) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(UNet(filters=(2, 4), norm="instance").build(1, 1, 2), Stateless(Sigmoid()))
     portions = Portions(3, lambda values: values)
@@ -68,8 +89,9 @@ def test_gradients_add_up_to_the_same_digits_wherever_portions_are() -> None:
 
     def gradients(*parts: slice) -> list[Tensor]:
         for part in parts:
-            pairs = zip(apart(network(x[part])), y[part].split(portions.size), strict=True)
-            losses = [AdaptiveWing().per_sample(p, t) for p, t in pairs]
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+                prediction = network(x[part]).float()
+            losses = [AdaptiveWing().per_sample(p, t) for p, t in portions.of(prediction, y[part])]
             torch.cat(losses).sum().backward()
         portions.finish(parameters)
         return [p.grad.clone() for p in parameters if p.grad is not None]
@@ -77,8 +99,17 @@ def test_gradients_add_up_to_the_same_digits_wherever_portions_are() -> None:
     together = gradients(slice(0, 17))
     for num_workers in (2, 3, 4, 6):
         parts = [portions.rows(17, rank, num_workers) for rank in reversed(range(num_workers))]
-        elsewhere = gradients(*[part for part in parts if part.stop > part.start])
-        assert all(torch.equal(a, b) for a, b in zip(together, elsewhere, strict=True)), num_workers
+        apart = gradients(*[part for part in parts if part.stop > part.start])
+        assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)), num_workers
+
+
+def test_evaluation_computes_what_torch_computes_to_the_last_digit() -> None:
+    torch.manual_seed(0)
+    theirs = nn.Sequential(UNet(filters=(4, 8)).build(1, 1, 2), Stateless(NormReLU())).eval()
+    ours = copy.deepcopy(theirs)
+    in_portions(ours, Portions(2, lambda values: values))
+    x = torch.randn(9, 1, 12, 12)
+    assert torch.equal(ours.eval()(x), theirs(x))
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 12))
@@ -88,12 +119,12 @@ def test_every_item_is_in_one_part_and_no_portion_is_cut(num_items: int, size: i
     assert all(part.start % size == 0 for part in parts if part.stop > part.start)
 
 
-@given(st.lists(st.floats(1, 1e3), min_size=1, max_size=64))
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=64))
 def test_sums_of_summable_numbers_do_not_depend_on_the_order(values: list[float]) -> None:
-    x = summable(np.array(values))
-    assert np.array_equal(x, summable(x))
-    assert np.allclose(x, values, rtol=1e-9, atol=0)
-    assert sum(x) == sum(x[::-1]) == np.sort(x).sum()
+    x = summable(torch.tensor(values, dtype=torch.float64))
+    assert torch.equal(x, summable(x))
+    assert torch.allclose(x, torch.tensor(values, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert sum(x.tolist()) == sum(x.flip(0).tolist()) == float(x.sort().values.sum())
 
 
 def test_an_activation_over_the_whole_batch_is_not_cut() -> None:
