@@ -65,7 +65,7 @@ def test_a_layer_in_portions_in_bfloat16_differs_by_rounding_from_the_layer(name
     x = torch.randn(shape)
     y, _, of_parameters = grown(theirs, x.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
-        y2 = ours(x.bfloat16())
+        y2 = ours(x.bfloat16().requires_grad_())
     assert y2.dtype == torch.bfloat16
     (y2.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     if parameters := list(ours.parameters()):
