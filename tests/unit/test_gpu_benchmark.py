@@ -61,7 +61,7 @@ def test_a_table_has_every_way_and_only_the_packages_count(tmp_path: Path) -> No
     assert figures["best"] == max(figures[f"{key}_ratio"] for key in keys[2:])
     assert {headline.key for headline in table.headlines()} <= figures.keys()
     assert all(map(math.isfinite, figures.values()))
-    assert sum(line.startswith(("eager", "float32")) for line in lines) == len(keys)
+    assert sum(line.startswith(("eager", "float32", "bfloat16")) for line in lines) == len(keys)
 
 
 class Scarce(UNet):
