@@ -1,7 +1,7 @@
 """How a batch is read from the store: memory that is allocated per batch, and time, against loading whole cases.
 
 Run:    python tests/benchmarks/bench_store.py
-Target: reading allocates no more than the batch itself
+Target: reading allocates hardly more than the batch itself, at most 1.1 times
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADLINES = (
         key="allocated_per_batch",
         what="memory allocated to read a batch from the store",
         unit="times the batch",
-        at_most=1,
+        at_most=1.1,
     ),
 )
 
