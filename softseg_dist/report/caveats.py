@@ -92,6 +92,12 @@ def _training(summary: Summary) -> list[str]:
         found.append(
             f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}."
         )
+    precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
+    if len(precisions) > 1:
+        found.append(
+            f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ: a difference between candidates may "
+            'be one of precision, in part. Optim(precision="float32") makes them equal.'
+        )
     found += [f"{name}: {note}." for name, note in summary.notes.items()]
     if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
         found.append(

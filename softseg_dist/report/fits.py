@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ class Training:
 class Compute:
     """What all fits took, those that failed and those of tuning too. `hours` add up every process of every fit.
 
-    `duration_s` is the median of one fit, `peak_memory_mb` the largest of any process (NaN if not recorded).
+    `duration_s` is the median of one fit, `peak_memory_mb` the largest of any process (NaN if not recorded). `engines` says how
+    many fits of the comparisons were trained in which way, by the engine's name.
     """
 
     num_fits: int
@@ -47,6 +49,7 @@ class Compute:
     longest_s: float
     peak_memory_mb: float
     most_workers: int
+    engines: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def compute_of(run: RunData) -> Compute:
         longest_s=max(finished),
         peak_memory_mb=max(fit.peak_memory_mb for fit in fits) or NAN,
         most_workers=max(fit.num_workers for fit in fits),
+        engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)),
     )
 
 

@@ -224,6 +224,17 @@ def test_a_winner_of_a_search_comes_with_its_caveat(tmp_path: Path):
     assert len(summary.effects) == 3  # of the factorial that the study file holds
 
 
+def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
+    folder = write_run(tmp_path, num_splits=3)
+    assert summarise(load_run(folder)).compute.engines.keys() == {"float32"}
+    path = folder / "fits" / CONTROL / "000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "bfloat16", "engine": "bfloat16, graph"}))
+    summary = summarise(load_run(folder))
+    assert summary.compute.engines["bfloat16, graph"] == 1
+    assert any("trained in bfloat16 and in float32" in text for text in caveats(summary))
+    assert "bfloat16, graph (1 fit)" in write_report(folder).read_text()
+
+
 def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
     folder = write_run(tmp_path, num_splits=3)
     table = pd.read_parquet(folder / "results.parquet")
