@@ -99,10 +99,11 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write all parameters and buffers; the file appears whole or not at all."""
+    """Write all parameters and buffers, those of a layer with two names under both; the file appears whole or not at all."""
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    layout = torch.contiguous_format
+    state = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in model.state_dict().items()}
     replace_file(path, lambda partial: save_file(state, partial))
 
 

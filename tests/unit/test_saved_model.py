@@ -13,6 +13,7 @@ from model_folders import RECIPE, card_of, model_of, saved
 from softseg_dist import Preprocess, UNet
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_source
+from softseg_dist.training.model import load_weights, save_weights
 from softseg_dist.training.saved_model import CARD, WEIGHTS, ModelCard, load_model, read_card
 
 STUDY = """
@@ -41,6 +42,16 @@ def test_a_saved_model_predicts_as_before(tmp_path: Path, dim: int) -> None:
     assert again.replace(weights_sha256="") == card
     image = torch.randn(2, 2, *(8,) * dim)
     assert torch.equal(load_model(folder, again)(image), model(image))
+
+
+def test_a_layer_with_two_names_is_saved_under_both(tmp_path: Path) -> None:
+    layer = torch.nn.Conv2d(1, 2, 3).to(memory_format=torch.channels_last)
+    network = torch.nn.ModuleDict({"first": layer, "again": layer})
+    save_weights(network, tmp_path / "weights")
+    again = torch.nn.ModuleDict({"first": torch.nn.Conv2d(1, 2, 3), "again": torch.nn.Conv2d(1, 2, 3)})
+    load_weights(again, tmp_path / "weights")
+    for name in ("first", "again"):
+        assert torch.equal(again[name].weight, layer.weight)
 
 
 def test_saving_again_replaces_the_model(tmp_path: Path) -> None:
