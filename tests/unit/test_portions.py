@@ -119,7 +119,7 @@ def test_every_item_is_in_one_part_and_no_portion_is_cut(num_items: int, size: i
     assert all(part.start % size == 0 for part in parts if part.stop > part.start)
 
 
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=64))
+@given(st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=64))  # 33 bits each: 64 of them may differ by 2^14
 def test_sums_of_summable_numbers_do_not_depend_on_the_order(values: list[float]) -> None:
     x = summable(torch.tensor(values, dtype=torch.float64))
     assert torch.equal(x, summable(x))
