@@ -267,28 +267,27 @@ class _PortionsInstanceNorm(_Replacement):
         self.eps = layer.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not len(x):
-            return x
-        # As torch's batch norm of each item: its instance norm leaves the layout in which channels come last, and copies.
-        normal = [functional.batch_norm(item, None, None, training=True, eps=self.eps) for item in x.split(1)]
-        return _Scale.apply(torch.cat(normal), self.weight, self.bias, self)
+        return _NormalizeItems.apply(x, self.weight, self.bias, self) if len(x) else x
 
 
-class _Scale(torch.autograd.Function):
-    """x * weight + bias, channel by channel."""
+class _NormalizeItems(torch.autograd.Function):
+    """Torch's batch norm of each item by itself: its instance norm leaves the layout in which channels come last, and copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: _PortionsInstanceNorm) -> Tensor:
-        ctx.save_for_backward(x)
+        done = [torch.native_batch_norm(item, weight, bias, None, None, True, 0.0, layer.eps) for item in x.split(1)]
+        normal, means, inverses = zip(*done, strict=True)
+        ctx.save_for_backward(x, torch.stack(means), torch.stack(inverses))
         ctx.layer = layer
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(bias.view(shape), x, weight.view(shape)).to(x.dtype)
+        return torch.cat(normal)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad_outputs[0]
-        space = [0, *range(2, x.ndim)]
-        cut = list(layer.portions.of(x, grad))
-        layer.portions.add(layer.weight, [(portion * g).sum(space) for portion, g in cut])
-        layer.portions.add(layer.bias, [g.sum(space) for _, g in cut])
-        return grad * layer.weight.view(1, -1, *[1] * (x.ndim - 2)), None, None, None
+        (x, means, inverses), layer, wanted = ctx.saved_tensors, ctx.layer, [True, True, True]
+        items = zip(grad_outputs[0].split(1), x.split(1), means, inverses, strict=True)
+        backward = torch.ops.aten.native_batch_norm_backward
+        found = [backward(g, i, layer.weight, None, None, m, v, True, layer.eps, wanted) for g, i, m, v in items]
+        of_x, of_weight, of_bias = zip(*found, strict=True)
+        layer.portions.add(layer.weight, of_weight)
+        layer.portions.add(layer.bias, of_bias)
+        return torch.cat(of_x), None, None, None
