@@ -1,6 +1,6 @@
 # make demo   a finished study with its report, from nothing but Python and make
 # make test   all tests; make check: lint, types and unit tests only
-# make bench  speed and memory beside their targets, in 25 minutes on 2 cores; make bench-gpu: the same of a GPU
+# make bench  speed and memory beside their targets, in half an hour on 2 cores; make bench-gpu: the same of a GPU
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
