@@ -24,18 +24,20 @@ from softseg_dist import (
 )
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import build_store, fingerprint
+from softseg_dist.numerics.networks import Filters
 from softseg_dist.training.task import FitTask
 
 
 class MonaiBasicUNet(Network):
-    """MONAI's BasicUNet as it comes: five levels, instance norm, leaky ReLU, transposed convolutions."""
+    """MONAI's BasicUNet as it comes: five levels, instance norm, leaky ReLU, transposed convolutions. `features` are its own."""
 
     short: ClassVar[str] = "basicunet"
+    features: Filters = (32, 32, 64, 128, 256, 32)
 
     def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
         from monai.networks.nets import BasicUNet
 
-        return BasicUNet(spatial_dims=dim, in_channels=in_channels, out_channels=out_channels)
+        return BasicUNet(spatial_dims=dim, in_channels=in_channels, out_channels=out_channels, features=self.features)
 
     def last_bias(self, module: nn.Module) -> nn.Parameter:
         return module.final_conv.bias

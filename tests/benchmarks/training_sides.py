@@ -8,15 +8,16 @@ from __future__ import annotations
 import tempfile
 
 import torch
+from gpu_work import MonaiBasicUNet
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceLoss
 from monai.networks.nets import BasicUNet
 from monai.transforms import Compose, RandAdjustContrastd, RandAffined, RandFlipd, RandGaussianNoised, ScaleIntensityd
 from monai.utils import set_determinism
 from peers import Turns
-from torch import Tensor, nn
+from torch import Tensor
 
-from softseg_dist import Affine, Dice, Flip, Gamma, Network, Noise, Optim, Recipe, Sigmoid
+from softseg_dist import Affine, Dice, Flip, Gamma, Noise, Optim, Recipe, Sigmoid
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.networks import Filters
@@ -27,23 +28,6 @@ from softseg_dist.training.task import FitTask, Worker
 
 DEGREES, SCALE, SHIFT, NOISE, GAMMA = 20.0, 0.1, 0.03, 0.1, (0.7, 1.5)
 KEYS = ("image", "label")
-
-
-class MonaiUNet(Network):
-    """MONAI's own BasicUNet at its defaults: six widths, instance norm, leaky ReLU, transposed convolutions."""
-
-    short = "monai"
-    features: Filters
-
-    def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
-        """A new one."""
-        return BasicUNet(dim, in_channels, out_channels, features=self.features)
-
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
-        """That of its last convolution."""
-        bias = module.get_submodule("final_conv").bias
-        assert isinstance(bias, nn.Parameter)
-        return bias
 
 
 class Job(Frozen):
@@ -60,7 +44,7 @@ class Job(Frozen):
     def task(self, folder: str) -> FitTask:
         """A fit of all subjects, which validates nothing."""
         recipe = Recipe(
-            network=MonaiUNet(features=self.features),
+            network=MonaiBasicUNet(features=self.features),
             activation=Sigmoid(),
             loss=Dice(),
             augment=(Affine(degrees=DEGREES, scale=SCALE, shift=SHIFT), Flip(), Noise(std=NOISE), Gamma(range=GAMMA)),
