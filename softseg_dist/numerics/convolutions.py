@@ -39,22 +39,25 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -
 
 
 def gradients(
-    x: Tensor, grad: Tensor, weight: Tensor, options: Options, *, of_x: bool, of_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of `x` (if wanted), weight and bias, given that of the result."""
-    backward, sizes, wanted = torch.ops.aten.convolution_backward, [weight.shape[0]], [of_x, True, of_bias]
-    if options.transposed:
-        sizes = [weight.shape[1] * options.groups]
-    found: tuple[Tensor, Tensor, Tensor]
+    x: Tensor, grad: Tensor, weight: Tensor, options: Options, *, of_x: bool = True, of_weight: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Those of `x` and of the weight, given that of the result; what is not wanted is undefined."""
+    wanted = [of_x, of_weight, False]  # that of the bias is for the caller to sum: torch takes long for it
     if not _slow(x):
-        found = backward(grad, x, weight, sizes, *options, wanted)
-        return found
+        return _backward(grad, x, weight, options, wanted)
     if (halo := _halo(x, weight, options)) is None:
-        found = backward(_doubled(grad), _doubled(x), weight, sizes, *options, wanted)
-        return found[0][:1] if of_x else found[0], *found[1:]
+        of_both, of_weights = _backward(_doubled(grad), _doubled(x), weight, options, wanted)
+        return of_both[:1] if of_x else of_both, of_weights
     apart = grad.permute(0, 2, 3, 4, 1).unflatten(1, (2, -1)).squeeze(0).permute(0, 4, 1, 2, 3)
-    of_halves, *others = backward(apart, _halves(x, halo, options), weight, sizes, *_inside(options), wanted)
-    return _added(of_halves, x, halo, options) if of_x else of_halves, *others
+    of_halves, of_weights = _backward(apart, _halves(x, halo, options), weight, _inside(options), wanted)
+    return _added(of_halves, x, halo, options) if of_x else of_halves, of_weights
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, options: Options, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options, wanted)
+    return of_x, of_weight
 
 
 def _slow(x: Tensor) -> bool:

@@ -22,10 +22,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from softseg_dist.numerics.activations import Stateless
+from softseg_dist.numerics.alike import Layer, Lie, aligned, convolved_alike, gradients_alike
 from softseg_dist.numerics.convolutions import Options, convolve, gradients
 
 LOW_BITS = 0xFFFFF  # of a float64; without them a sum of thousands of numbers of similar size is exact
-ALIGNMENT = 64  # bytes: of all memory that torch allocates on a CPU
 
 Exchange = Callable[[Tensor], Tensor]
 """The sum of a tensor over all workers."""
@@ -60,34 +60,33 @@ class Portions:
 
     def of(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The portions of tensors [b ...] that have the same items."""
-        return zip(*([_aligned(p) for p in t.split(self.size)] if len(t) else () for t in tensors), strict=True)
+        return zip(*([aligned(p) for p in t.split(self.size)] if len(t) else () for t in tensors), strict=True)
 
     def add(self, parameter: nn.Parameter | None, of_portions: Sequence[Tensor]) -> None:
         """Add the gradients of portions."""
         if parameter is None or not parameter.requires_grad or not of_portions:
             return
-        total = torch.stack(tuple(of_portions)).sum(0, dtype=torch.float64)
-        self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float64)
+        total = self._sums[parameter]
+        for portion in of_portions:  # in place: to stack and sum them takes ten times as long
+            total += portion
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the sum over all portions of all workers into every parameter's `grad`, and forget it."""
         learned = [parameter for parameter in parameters if parameter.requires_grad]
-        everywhere = self.exchange(torch.cat([self._of(parameter).flatten() for parameter in learned]))
-        for parameter, values in zip(learned, everywhere.split([p.numel() for p in learned]), strict=True):
-            parameter.grad = torch.empty_like(parameter).copy_(values.view(parameter.shape))
+        sums = [self._of(parameter) for parameter in learned]
+        everywhere = self.exchange(torch.cat([own.as_strided((own.numel(),), (1,)) for own in sums]))  # as they lie
+        for parameter, own, values in zip(learned, sums, everywhere.split([s.numel() for s in sums]), strict=True):
+            parameter.grad = values.as_strided(own.shape, own.stride()).to(parameter.dtype)
         self._sums.clear()
 
     def _of(self, parameter: nn.Parameter) -> Tensor:
         """What this worker has: from a layer of this module, or from torch's own backward pass."""
         if parameter in self._sums:
             return self._sums[parameter]
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return gradient.double()
-
-
-def _aligned(portion: Tensor) -> Tensor:
-    """The portion as it would lie in memory of its own: matrix products depend on that too."""
-    return portion if portion.data_ptr() % ALIGNMENT == 0 else portion.clone()
+        total = torch.zeros_like(parameter, dtype=torch.float64)
+        return total if parameter.grad is None else total.copy_(parameter.grad)
 
 
 def in_portions(module: nn.Module, portions: Portions) -> None:
@@ -160,30 +159,32 @@ def _in(precision: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 class _Convolve(torch.autograd.Function):
-    """Portion by portion also where nothing is summed: how torch computes a convolution depends on the number of items."""
+    """Portion by portion also where nothing is summed, unless that makes no difference."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Conv) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
-        cut = [portion for (portion,) in layer.portions.of(x)] or [x]
-        weight, bias = _in(x.dtype, weight, bias)
-        return torch.cat([convolve(p, weight, bias, layer.options) for p in cut])
+        ctx.layer, (weight, bias) = layer, _in(x.dtype, weight, bias)
+        ctx.asked = Layer(Lie.of(weight), bias if bias is None else Lie.of(bias), layer.options, layer.portions.size)
+        if len(x) <= layer.portions.size or convolved_alike(ctx.asked, x):
+            return convolve(aligned(x), weight, bias, layer.options)
+        return torch.cat([convolve(portion, weight, bias, layer.options) for (portion,) in layer.portions.of(x)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,), layer, needs_x = ctx.saved_tensors, ctx.layer, ctx.needs_input_grad[0]
-        weight, has_bias = layer.weight.detach().to(x.dtype), layer.bias is not None
-        of_portions = [
-            gradients(p, g, weight, layer.options, of_x=needs_x, of_bias=has_bias)
-            for p, g in layer.portions.of(x, grad_outputs[0])
-        ]
-        layer.portions.add(layer.weight, [of_portion[1] for of_portion in of_portions])
-        layer.portions.add(layer.bias, [of_portion[2] for of_portion in of_portions])
+        (x,), (grad,), layer, needs_x = ctx.saved_tensors, grad_outputs, ctx.layer, ctx.needs_input_grad[0]
+        weight, options, cut = layer.weight.detach().to(x.dtype), layer.options, list(layer.portions.of(x, grad))
+        at_once = needs_x and len(cut) > 1 and gradients_alike(ctx.asked, x, grad)
+        found = [gradients(p, g, weight, options, of_x=needs_x and not at_once) for p, g in cut]
+        layer.portions.add(layer.weight, [of_weight for _, of_weight in found])
+        if layer.bias is not None:
+            space, kept = (0, *range(2, grad.ndim)), torch.promote_types(grad.dtype, torch.float32)
+            layer.portions.add(layer.bias, [g.sum(space, dtype=kept) for _, g in cut])
         if not needs_x:
             return None, None, None, None
-        grad_x = torch.cat([of_portion[0] for of_portion in of_portions]) if of_portions else torch.zeros_like(x)
-        return grad_x, None, None, None
+        if at_once:
+            return gradients(x, grad, weight, options, of_weight=False)[0], None, None, None
+        return torch.cat([of_x for of_x, _ in found]) if cut else torch.zeros_like(x), None, None, None
 
 
 class _PortionsBatchNorm(_Replacement):
@@ -275,11 +276,12 @@ class _NormalizeItems(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: _PortionsInstanceNorm) -> Tensor:
-        done = [torch.native_batch_norm(item, weight, bias, None, None, True, 0.0, layer.eps) for item in x.split(1)]
-        normal, means, inverses = zip(*done, strict=True)
-        ctx.save_for_backward(x, torch.stack(means), torch.stack(inverses))
+        normal, (means, inverses) = torch.empty_like(x), weight.new_empty(2, *x.shape[:2])
+        for item, *into in zip(x.split(1), normal.split(1), means, inverses, strict=True):
+            torch.native_batch_norm(item, weight, bias, None, None, True, 0.0, layer.eps, out=into)
+        ctx.save_for_backward(x, means, inverses)
         ctx.layer = layer
-        return torch.cat(normal)
+        return normal
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
