@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,11 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.training.batches import Batches
 from softseg_dist.training.capture import Step, captured, obstacle, unchanged
 from softseg_dist.training.compilation import compiled
 from softseg_dist.training.device_batches import device_batches
-from softseg_dist.training.engine import Engine
 from softseg_dist.training.feed import Feed, Fields, Orders
-from softseg_dist.training.model import Model
-from softseg_dist.training.stepper import Asked, Diverged, Progress, cause, learning_rate, load_optimizer
-from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate
 
 OF_A_STEP: Fields = {
     "lr": ((), torch.float32),
@@ -39,32 +35,22 @@ RECORDED = 6  # numbers of a step: loss, dead samples, lowest and highest logit,
 SERIOUS = (UserError, torch.OutOfMemoryError)  # nothing that another way to run the step would change
 
 
-class DeviceStepper:
-    """A `Stepper` that returns after every epoch, or when the fit is asked something. `due`: is a checkpoint due?
+class DeviceStepper(Stepper):
+    """Returns after every epoch, or when the fit is asked something.
 
     Changes dropout layers of `model`, not its state. `engine` is what is really used, once it has begun.
     """
 
-    def __init__(
-        self,
-        task: FitTask,
-        batches: Batches,
-        model: Model,
-        worker: Worker,
-        engine: Engine,
-        due: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.recipe, self.optim, self.batches = task.recipe, task.recipe.optim, batches
-        self.model, self.worker, self.due = model, worker, due
-        self.device = next(model.parameters()).device
+    def _begin(self) -> None:
+        self.device = next(self.model.parameters()).device
         on_cuda = self.device.type == "cuda"
-        self.device_batches, notes = device_batches(batches, self.device)
-        self.engine = engine.replace(notes=(*engine.notes, *notes))
+        self.device_batches, notes = device_batches(self.batches, self.device)
+        self.engine = self.engine.replace(notes=(*self.engine.notes, *notes))
         self.dropout_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
-        count_dropout(model.network, self.dropout_seed)
-        self.network = compiled(model.network, task.folder) if engine.compiled else None
+        count_dropout(self.model.network, self.dropout_seed)
+        self.network = compiled(self.model.network, self.task.folder) if self.engine.compiled else None
         self.adam = torch.optim.AdamW(
-            model.parameters(),
+            self.model.parameters(),
             lr=torch.tensor(self.optim.lr, device=self.device),
             weight_decay=self.optim.weight_decay,
             fused=True,
@@ -72,7 +58,7 @@ class DeviceStepper:
         )
         # It does step without being captured: before the capture, to warm up.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        self.records = torch.zeros(batches.steps_per_epoch, RECORDED, device=self.device)
+        self.records = torch.zeros(self.batches.steps_per_epoch, RECORDED, device=self.device)
         self.stream = _stream(self.device) if on_cuda else None
         self._pool: Any = None  # memory that the graphs share
         # By the number of items in a batch: what is told about it, and the graph of its step if there is one.
@@ -96,14 +82,6 @@ class DeviceStepper:
             progress.losses.append(loss)
             progress.dead += int(dead)
         return asked
-
-    def state(self) -> dict[str, Any]:
-        """That of the optimizer."""
-        return self.adam.state_dict()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from the optimizer's state."""
-        load_optimizer(self.adam, state)
 
     def _launch(self, epoch: int, step: int, members: Sequence[int]) -> None:
         if (size := len(members)) not in self._ways:

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.seeds import seed_of, seeded
-from softseg_dist.training.batches import Batches
 from softseg_dist.training.data_parallel import Team
-from softseg_dist.training.engine import Engine
-from softseg_dist.training.model import Model
-from softseg_dist.training.stepper import Asked, Diverged, Progress, cause, learning_rate, load_optimizer
-from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate
 
 
-class HostStepper:
-    """A `Stepper` that returns after every step. `due` says, on the first worker, whether a checkpoint is due."""
+class HostStepper(Stepper):
+    """Returns after every step."""
 
-    def __init__(
-        self,
-        task: FitTask,
-        batches: Batches,
-        model: Model,
-        worker: Worker,
-        engine: Engine,
-        due: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.recipe, self.optim, self.batches = task.recipe, task.recipe.optim, batches
-        self.model, self.worker, self.engine, self.due = model, worker, engine, due
-        self.team = Team(model, worker, self.optim.batch_size)
-        self.adam = torch.optim.AdamW(model.parameters(), lr=self.optim.lr, weight_decay=self.optim.weight_decay)
+    def _begin(self) -> None:
+        self.team = Team(self.model, self.worker, self.optim.batch_size)
+        parameters = self.model.parameters()
+        self.adam = torch.optim.AdamW(parameters, lr=self.optim.lr, weight_decay=self.optim.weight_decay)
         self._order: tuple[int, list[int]] = -1, []
 
     def advance(self, progress: Progress) -> Asked:
@@ -47,14 +33,6 @@ class HostStepper:
             asked = self.step(progress, members)
         progress.step += 1
         return asked
-
-    def state(self) -> dict[str, Any]:
-        """That of the optimizer."""
-        return self.adam.state_dict()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from the optimizer's state."""
-        load_optimizer(self.adam, state)
 
     def step(self, now: Progress, members: Sequence[int]) -> Asked:
         """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""

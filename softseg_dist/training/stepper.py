@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softseg_dist.study import Optim, Recipe
+from softseg_dist.training.batches import Batches
 from softseg_dist.training.engine import Engine
+from softseg_dist.training.model import Model
+from softseg_dist.training.task import FitTask, Worker
 
 
 class Diverged(Exception):
@@ -62,11 +67,32 @@ class Clock:
         return time.monotonic() - self.last_s >= self.every_s
 
 
-class Stepper(Protocol):
-    """Trains a model, whose weights are right whenever `advance` has returned. `engine` is what it really uses."""
+class Stepper(ABC):
+    """Trains a model, whose weights are right whenever `advance` has returned. `engine` is what it really uses.
 
-    engine: Engine
+    `due` says, on the first worker, whether a checkpoint is due.
+    """
 
+    adam: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        task: FitTask,
+        batches: Batches,
+        model: Model,
+        worker: Worker,
+        engine: Engine,
+        due: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.task, self.recipe, self.optim, self.batches = task, task.recipe, task.recipe.optim, batches
+        self.model, self.worker, self.engine, self.due = model, worker, engine, due
+        self._begin()
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Make the optimizer, `adam`, and whatever else this way of training needs."""
+
+    @abstractmethod
     def advance(self, progress: Progress) -> Asked:
         """Train on from `progress.step` until a step after which the fit is asked something, or to the end of the epoch.
 
@@ -75,10 +101,13 @@ class Stepper(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of it, beside the model's weights."""
+        """What a checkpoint must hold beside the model's weights: the optimizer's state."""
+        return self.adam.state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; the model has its weights already."""
+        """Go on from what `state` gave, by whatever kind of stepper; the model has its weights already."""
+        how_it_steps = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({**state, "param_groups": how_it_steps})
 
 
 def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
@@ -90,11 +119,6 @@ def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
     if optim.schedule == "constant":
         return optim.lr
     return optim.lr * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from the moments in `state`, whatever kind of step they come from; how `optimizer` steps stays as it is."""
-    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def cause(recipe: Recipe, logits: Tensor, prediction: Tensor) -> str:

@@ -57,6 +57,7 @@ NETWORKS = {
     "instance": UNet(filters=(4, 8, 16), norm="instance"),
     "dropout": UNet(filters=(4, 8, 16), dropout=0.2),
     "deconv": UNet(filters=(4, 8, 16), upsample="deconv"),
+    "wide": UNet(filters=(16, 32), upsample="deconv", norm="instance"),
 }
 Job = Callable[[FitTask, Worker], Any]
 
