@@ -69,7 +69,9 @@ class Portions:
         if parameter not in self._sums:
             self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float64)
         total = self._sums[parameter]
-        for portion in of_portions:  # in place: to stack and sum them takes ten times as long
+        if parameter.ndim == 1:
+            of_portions = [torch.stack(tuple(of_portions)).sum(0, dtype=torch.float64)]
+        for portion in of_portions:  # one by one, which for large ones takes a tenth of the time
             total += portion
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
