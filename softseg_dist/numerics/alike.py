@@ -1,8 +1,9 @@
 """Does one convolution of a whole batch give, digit for digit, what it gives of the batch's portions? Then one call does for all.
 
-How a convolution is computed depends on shape, layout and type of what it is given, not on the numbers in it. So it is tried once
-for each of those, with numbers whose sums would be nothing if they were exact: what comes out is what was lost on the way, and
-another order of the same terms loses something else. Of few terms that cannot be told, so these are taken for different.
+How a convolution is computed depends on shape, layout and type of what it is given and on the number of threads, not on the numbers
+in it. So it is tried once for each of those, with numbers whose sums would be nothing if they were exact: what comes out was lost
+on the way, and another order of the same terms loses something else. Of few terms that cannot be told, so these are taken for
+different.
 
 Legend: b items, C channels, O of the result, *S space.
 """
@@ -19,6 +20,9 @@ from softseg_dist.numerics.convolutions import Options, convolve, gradients
 
 ALIGNMENT = 64  # bytes: of all memory that torch allocates on a CPU
 FEWEST = 8  # terms of a sum
+MOST = (
+    2**24
+)  # numbers: to try takes as much memory as three such tensors; of larger ones a call for each portion costs little
 CANCELLING = 3  # of the terms: each brings a sum nearer to nothing, by as many digits as it has
 
 
@@ -68,8 +72,8 @@ def _is_aligned(values: Tensor) -> bool:
 
 
 def _can_be_tried(values: Tensor) -> bool:
-    """Others begin where a kernel may go another way, or have one place for several numbers."""
-    return _is_aligned(values) and 0 not in values.stride()
+    """Others are too large, begin where a kernel may go another way, or have one place for several numbers."""
+    return values.numel() <= MOST and _is_aligned(values) and 0 not in values.stride()
 
 
 @lru_cache(maxsize=4096)

@@ -81,6 +81,8 @@ def test_the_same_order_is_seen_as_well(monkeypatch: pytest.MonkeyPatch) -> None
     assert Lie.of(elsewhere) == Lie.of(x)
     assert not convolved_alike(layer, elsewhere), "in memory it begins where a kernel may go another way"
     assert not convolved_alike(layer, x[:1].expand(8, -1, -1, -1)), "several numbers have one place"
+    monkeypatch.setattr(alike, "MOST", x.numel() - 1)
+    assert not convolved_alike(layer, x), "it is too large to try"
 
 
 def test_of_few_terms_nothing_is_said() -> None:
