@@ -2,13 +2,13 @@
 
 Run:    softseg run studies/s001_quickstart.py          (or: make demo)
 Debug:  softseg run studies/s001_quickstart.py --debug
-Cost:   8 candidates x 6 splits = 48 fits of 6 s; 3 min on 2 cores, two fits at a time
-Result: No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .853. Main effects, with 95 % intervals of
-        the crossed test and Holm-corrected p: NormReLU +.029 (.005 to .054), p = .026; soft labels -.013 (-.017 to -.009),
-        p < .001; Adaptive Wing -.031 (-.037 to -.026), p < .001. Calibration goes the other way: the lowest Brier score is that of
-        soft-sigmoid-wing, .0048 against the control's .0059. n = 22 tested subjects, 6 splits. After 12 epochs at one learning rate
-        many fits have not converged, and sigmoid arms with Adaptive Wing still draw 20 % too much volume: a demonstration, not a
-        verdict.
+Cost:   8 candidates x 6 splits = 48 fits of 4 s; 2 min on 2 cores, two fits at a time
+Result: No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .849. Main effects, with 95 % intervals of
+        the crossed test and Holm-corrected p: NormReLU +.030 (.010 to .049), p = .010; soft labels -.013 (-.015 to -.010),
+        p < .001; Adaptive Wing -.030 (-.037 to -.024), p < .001. Calibration goes the other way: the lowest Brier score is that of
+        soft-sigmoid-wing, .0049 against the control's .0058. n = 22 tested subjects, 6 splits, in bfloat16. After 12 epochs at one
+        learning rate many fits have not converged, and sigmoid arms with Adaptive Wing still draw 20 % too much volume: a
+        demonstration, not a verdict.
 """
 
 from softseg_dist import (
