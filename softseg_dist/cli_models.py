@@ -21,6 +21,52 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+ModelArg = Annotated[
+    Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
+]
+Images = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)]
+CenterMasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--center-mask",
+        help="Mask that centres the crop, where the model wants one: once per image, in order",
+        show_default=False,
+    ),
+]
+Binary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE|NUMBER",
+        help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
+        show_default=False,
+    ),
+]
+OfRun = Annotated[str | None, typer.Option(help="Which model of a run; default: the winner's", show_default=False)]
+Ensemble = Annotated[
+    bool, typer.Option("--ensemble", help="The mean over all fits of the model's candidate, from its run folder")
+]
+Uncertainty = Annotated[
+    bool,
+    typer.Option(
+        "--uncertainty",
+        help="Also write the entropy in bits: of the ensemble, or of one model under dropout, else under its augmentation",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=2, help="How often one model is asked for --uncertainty", show_default=False)
+]
+OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
+]
+
+
 def refit(
     run: RunArg,
     candidate: Annotated[
@@ -39,52 +85,17 @@ def refit(
 
 
 def predict(
-    model: Annotated[
-        Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
-    ],
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)],
-    center_mask: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--center-mask",
-            help="Mask that centres the crop, where the model wants one: once per image, in order",
-            show_default=False,
-        ),
-    ] = None,
-    binary: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RULE|NUMBER",
-            help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
-            show_default=False,
-        ),
-    ] = None,
-    candidate: Annotated[
-        str | None, typer.Option(help="Which model of a run; default: the winner's", show_default=False)
-    ] = None,
-    ensemble: Annotated[
-        bool, typer.Option("--ensemble", help="The mean over all fits of the model's candidate, from its run folder")
-    ] = False,
-    uncertainty: Annotated[
-        bool,
-        typer.Option(
-            "--uncertainty",
-            help="Also write the entropy in bits: of the ensemble, or of one model under dropout, else under its augmentation",
-        ),
-    ] = False,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="How often one model is asked for --uncertainty", show_default=False)
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one")] = Device.AUTO,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
-    ] = False,
+    model: ModelArg,
+    images: Images,
+    out: Out,
+    center_mask: CenterMasks = None,
+    binary: Binary = None,
+    candidate: OfRun = None,
+    ensemble: Ensemble = False,
+    uncertainty: Uncertainty = False,
+    samples: Samples = None,
+    device: OnDevice = Device.AUTO,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict the soft maps of new images with a study's model, on the grids of the images."""

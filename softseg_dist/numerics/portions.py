@@ -166,7 +166,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Conv) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, (weight, bias) = layer, _in(x.dtype, weight, bias)
+        ctx.layer = layer
+        weight, bias = _in(x.dtype, weight, bias)
         ctx.asked = Layer(Lie.of(weight), bias if bias is None else Lie.of(bias), layer.options, layer.portions.size)
         if len(x) <= layer.portions.size or convolved_alike(ctx.asked, x):
             return convolve(aligned(x), weight, bias, layer.options)

@@ -34,14 +34,20 @@ def grown(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tens
     return y.detach(), x.grad, [p.grad for p in layer.parameters()]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_in_portions_is_the_layer(name: str) -> None:
+def both(name: str) -> tuple[nn.Sequential, nn.Sequential, Portions, tuple[int, ...]]:
+    """A layer as torch has it, the same one in portions of two items, the portions, and a shape for it."""
     torch.manual_seed(0)
     layer, shape = LAYERS[name]
     theirs, ours = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(copy.deepcopy(layer))
     portions = Portions(2, lambda values: values)
     in_portions(ours, portions)
     assert type(ours[0]) is not type(layer)
+    return theirs, ours, portions, shape
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_portions_is_the_layer(name: str) -> None:
+    theirs, ours, portions, shape = both(name)
     x = 3 + 2 * torch.randn(shape)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, of_x, of_parameters = grown(theirs, one)
@@ -57,11 +63,7 @@ def test_a_layer_in_portions_is_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if not isinstance(layer, Stateless)])
 def test_a_layer_in_portions_in_bfloat16_differs_by_rounding_from_the_layer(name: str) -> None:
-    torch.manual_seed(0)
-    layer, shape = LAYERS[name]
-    theirs, ours = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(copy.deepcopy(layer))
-    portions = Portions(2, lambda values: values)
-    in_portions(ours, portions)
+    theirs, ours, portions, shape = both(name)
     x = torch.randn(shape)
     y, _, of_parameters = grown(theirs, x.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
