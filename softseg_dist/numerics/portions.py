@@ -168,7 +168,8 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.layer = layer
         weight, bias = _in(x.dtype, weight, bias)
-        ctx.asked = Layer(Lie.of(weight), bias if bias is None else Lie.of(bias), layer.options, layer.portions.size)
+        of_bias = None if bias is None else Lie.of(bias)
+        ctx.asked = Layer(Lie.of(weight), of_bias, layer.options, layer.portions.size)
         if len(x) <= layer.portions.size or convolved_alike(ctx.asked, x):
             return convolve(aligned(x), weight, bias, layer.options)
         return torch.cat([convolve(portion, weight, bias, layer.options) for (portion,) in layer.portions.of(x)])
