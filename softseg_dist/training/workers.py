@@ -30,7 +30,7 @@ WAIT_S = 5.0  # a question to the mailbox is answered after this long at the lat
 
 Report = Callable[[dict[str, str]], None]
 Run = Callable[[Any, Worker, Report], Any]
-"""(message, worker, report) -> answer: a job, run by all workers of a lane with the same message; rank 0's answer counts."""
+"""(message, worker, report) -> answer: a job, run by all workers of a lane with one message; rank 0's reports and answer count."""
 
 
 class LostJob(Exception):
@@ -246,7 +246,8 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
             return
 
         def tell(report: dict[str, str], number: int = number) -> None:
-            mailbox.tell.remote(number, report)
+            if rank == 0:
+                mailbox.tell.remote(number, report)
 
         worker = Worker(device=str(device), rank=rank, num_workers=num_workers)
         try:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,8 @@ def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs
     def fit(task: FitTask, worker: Worker) -> FitResult:
         if task.attempt == 0 and worker.num_workers == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        worker.report({"epoch": 3.0, "loss": 0.5})
+        worker.report({"epoch": 3.0, "loss": 0.5})  # by every worker, and told by one
+        time.sleep(0.5 if worker.leads else 0.0)
         known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt}
         return FitResult(**known, state="finished", num_workers=worker.num_workers)
 
