@@ -6,6 +6,7 @@ before `build` to start from the same weights.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -92,7 +93,7 @@ class _UNetModule(nn.Module):
             maps.append(down(maps[-1]))
         x = maps.pop()
         for up in self.up:
-            x = _joined(up, x, maps.pop())
+            x = up(x, maps.pop())
         return self.last(x)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
@@ -105,14 +106,33 @@ class _UNetModule(nn.Module):
             )
 
 
-def _joined(block: Any, x: Tensor, beside: Tensor) -> Tensor:
-    """What `block`, an UpCat of MONAI, makes of a coarse map `x` and the finer one `beside` it.
+def lean(module: nn.Module) -> None:
+    """Let MONAI's up-sampling blocks inside `module` cost no more than they must; parameters and their names stay.
 
-    Its own `forward` asks for types in a way that a compiler cannot follow, which would cut the network to pieces.
+    Theirs pad, and so copy, also where nothing is missing, and ask for types in a way that a compiler cannot follow, which would
+    cut the network to pieces.
     """
-    x = block.upsample(x)
-    missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, beside.shape[axis] - x.shape[axis])]
-    if any(missing):
-        x = pad(x, missing, "replicate")
-    joined: Tensor = block.convs(torch.cat([beside, x], dim=1))
-    return joined
+    if (blocks := sys.modules.get("monai.networks.nets.basic_unet")) is None:  # then nothing inside is of it
+        return
+    for name, child in module.named_children():
+        if type(child) is blocks.UpCat:
+            setattr(module, name, _UpCat(child))
+        else:
+            lean(child)
+
+
+class _UpCat(nn.Module):
+    """Up-samples a coarse map, joins the finer one `beside` it, if there is one, and convolves both."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.upsample, self.convs = block.upsample, block.convs
+        self.train(block.training)
+
+    def forward(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        x = self.upsample(x)
+        if beside is not None:
+            missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, beside.shape[axis] - x.shape[axis])]
+            x = torch.cat([beside, pad(x, missing, "replicate") if any(missing) else x], dim=1)
+        joined: Tensor = self.convs(x)
+        return joined

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from softseg_dist.numerics.activations import Activation
-from softseg_dist.numerics.networks import Network
+from softseg_dist.numerics.networks import Network, lean
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.study import Recipe
@@ -46,6 +46,7 @@ class Model(nn.Module):
         self.patch = patch
         self.precision: Precision = "float32"
         self.network = network.build(channels, activation.num_logits(classes), dim)
+        lean(self.network)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form

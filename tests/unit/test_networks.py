@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from monai.networks.nets import BasicUNet
 from pydantic import ValidationError
 
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.networks import Network, UNet
+from softseg_dist.numerics.networks import Network, UNet, lean
 
 NETWORKS: list[Network] = [
     UNet(filters=(4, 8)),
@@ -79,3 +80,18 @@ def test_image_too_small_for_the_depth_is_refused(size: tuple[int, ...]) -> None
 def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         UNet.model_validate(fields)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (32, 40, 35)])
+def test_monais_own_network_computes_the_same_when_it_is_lean_and_a_compiler_follows(size: tuple[int, ...]) -> None:
+    module = BasicUNet(len(size), 1, 2, features=(2, 2, 4, 4, 4, 2))
+    image, names = torch.randn(2, 1, *size), list(module.state_dict())
+    expected = module(image)
+    gradients = torch.autograd.grad(expected.sum(), list(module.parameters()))
+    lean(module)
+    assert list(module.state_dict()) == names
+    assert torch.equal(module(image), expected)
+    found = torch.autograd.grad(module(image).sum(), list(module.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, found, strict=True))
+    compiled = torch.compile(module, dynamic=False, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image), expected)
