@@ -20,7 +20,7 @@ class HostStepper(Stepper):
     def _begin(self) -> None:
         self.team = Team(self.model, self.worker, self.optim.batch_size)
         parameters = self.model.parameters()
-        self.adam = torch.optim.AdamW(parameters, lr=self.optim.lr, weight_decay=self.optim.weight_decay)
+        self.adam = torch.optim.AdamW(parameters, lr=self.optim.lr, weight_decay=self.optim.weight_decay, foreach=True)
         self._order: tuple[int, list[int]] = -1, []
 
     def advance(self, progress: Progress) -> Asked:
