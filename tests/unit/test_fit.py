@@ -106,6 +106,22 @@ def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     )
 
 
+def test_a_fit_of_everybody_has_weights_at_its_end_only_also_if_it_was_stopped(task: FitTask, tmp_path: Path) -> None:
+    split = task.split
+    everyone = split.train + split.validation + split.test
+    everybody = task.replace(split=split.replace(train=everyone, validation=(), test=()))
+    whole, parts = (everybody.replace(folder=str(tmp_path / name)) for name in ("whole", "parts"))
+    assert fit(whole).best_epoch == RECIPE.optim.epochs
+    last = Training(everybody.replace(folder=str(tmp_path)), Worker()).batches.num_steps
+    for steps in (last - 1, 1):  # in the last step, and, counted from there, behind it
+        with pytest.raises(Interrupted):
+            fit(parts, stop_after(steps))
+        assert not weights_path(parts.folder).exists()
+    fit(parts)
+    left, right = load_file(weights_path(whole.folder)), load_file(weights_path(parts.folder))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_a_second_objective_is_measured_and_changes_nothing_else(task: FitTask, tmp_path: Path) -> None:
     one = fit(task.replace(folder=str(tmp_path / "one")))
     two = fit(task.replace(folder=str(tmp_path / "two"), second_objective="brier"))
