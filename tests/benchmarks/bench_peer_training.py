@@ -3,10 +3,10 @@
 Run:    python tests/benchmarks/bench_peer_training.py [--rounds 5]
 Target: at least 2 times MONAI's images per second on the same cores, whichever of its loaders is the faster one
 
-Ours is `fit`, as a study calls it (it also writes its weights after every epoch); MONAI's side is the loop of its 2D tutorials:
-CacheDataset, dictionary transforms per sample, DataLoader, DiceLoss, Adam. Both train its BasicUNet on batches of 16 slices of
-96 x 96 with the same affine, flip, noise and gamma. What differs: our labels are those of four raters, fused for every batch, while
-MONAI gets them fused; our sums over a batch are the same on any number of workers, to the last bit.
+Ours is `fit`, as a study calls it; MONAI's side is the loop of its 2D tutorials: CacheDataset, dictionary transforms per sample,
+DataLoader, DiceLoss, Adam. Both train its BasicUNet on batches of 16 slices of 96 x 96 with the same affine, flip, noise and gamma.
+What differs: our labels are those of four raters, fused for every batch, while MONAI gets them fused; our sums over a batch are the
+same on any number of workers, to the last bit.
 """
 
 from __future__ import annotations
