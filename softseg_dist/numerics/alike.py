@@ -20,9 +20,8 @@ from softseg_dist.numerics.convolutions import Options, convolve, gradients
 
 ALIGNMENT = 64  # bytes: of all memory that torch allocates on a CPU
 FEWEST = 8  # terms of a sum
-MOST = (
-    2**24
-)  # numbers: to try takes as much memory as three such tensors; of larger ones a call for each portion costs little
+# Numbers: to try takes as much memory as three such tensors, and of larger ones a call for each portion costs little.
+MOST = 2**24
 CANCELLING = 3  # of the terms: each brings a sum nearer to nothing, by as many digits as it has
 
 

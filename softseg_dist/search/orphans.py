@@ -45,7 +45,7 @@ def free_orphans() -> int:
 
 
 def wait_until_free(within_s: float = 15.0) -> None:
-    """Wait, freeing what is orphaned, until nothing of this driver's lanes is reserved any more."""
+    """Wait, freeing what is orphaned, until nothing of this driver's lanes is reserved any more, or for `within_s`."""
     job, until = ray.get_runtime_context().get_job_id(), time.monotonic() + within_s
     while time.monotonic() < until:
         free_orphans()

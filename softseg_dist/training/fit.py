@@ -179,7 +179,8 @@ class Training:
         now.dead_share = now.dead / len(self.batches.items)
         if score > now.best_score or not validates:
             now.best_score, now.best_epoch = score, now.epoch + 1
-            if self.worker.leads and (validates or now.best_epoch == self.optim.epochs):
+            of_use = validates or now.best_epoch == self.optim.epochs
+            if self.worker.leads and of_use:
                 save_weights(self.model, weights_path(self.task.folder))
         row = {
             "epoch": now.epoch + 1,
