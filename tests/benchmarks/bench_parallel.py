@@ -27,7 +27,6 @@ from bench_overhead import NUM_SPLITS, no_fit
 from ray.cluster_utils import Cluster
 from record import Headline, record
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from parallel_fits import Job, run_on
 
