@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from softseg_dist.engine.holdout import TABLE
+from softseg_dist.engine.preparation import prepare
+from softseg_dist.engine.progress import Progress
+from softseg_dist.engine.ray_cluster import check_submitter, one_ray
+from softseg_dist.engine.session import Outcome
+from softseg_dist.files import replace_file
 from softseg_dist.frozen import Frozen
-from softseg_dist.holdout import TABLE
+from softseg_dist.judging.results import write_frame
 from softseg_dist.pipeline import Finished, RunOptions, make_folder, run_prepared
 from softseg_dist.places import Place
-from softseg_dist.preparation import prepare
+from softseg_dist.record.ledger import Ledger, json_of
+from softseg_dist.record.working_copy import WorkingCopy
 from softseg_dist.report.scores import soft_scores
-from softseg_dist.search.cluster import check_submitter, one_ray
-from softseg_dist.search.ledger import Ledger, json_of
-from softseg_dist.search.live import Progress
-from softseg_dist.search.session import Outcome
-from softseg_dist.search.working_copy import WorkingCopy
 from softseg_dist.study import WINNER, Study
 from softseg_dist.study_file import StudyFile
-from softseg_dist.training.files import replace_file
-from softseg_dist.training.results import write_frame
 
 KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what a row is about
 

@@ -16,12 +16,21 @@ from pydantic import ValidationError
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.ensembles import measure_ensembles
+from softseg_dist.engine.ensembles import measure_ensembles
+from softseg_dist.engine.final_model import Trained, Where, make_model
+from softseg_dist.engine.holdout import TABLE, open_holdout
+from softseg_dist.engine.preparation import Prepared, prepare
+from softseg_dist.engine.progress import Progress
+from softseg_dist.engine.ray_cluster import check_submitter, one_ray
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
-from softseg_dist.final_model import Trained, Where, make_model
-from softseg_dist.holdout import TABLE, open_holdout
+from softseg_dist.files import replace_file
+from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Place
-from softseg_dist.preparation import Prepared, prepare
+from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.spool import SPOOL
+from softseg_dist.record.working_copy import WorkingCopy
 from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import (
@@ -34,21 +43,12 @@ from softseg_dist.report.page import (
 )
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
-from softseg_dist.search.cluster import check_submitter, one_ray
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import Progress
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
-from softseg_dist.search.run import run_search
-from softseg_dist.search.session import Outcome
-from softseg_dist.search.spool import SPOOL
-from softseg_dist.search.tracking import Tracker, default_uri, run_id_of, without_password
-from softseg_dist.search.working_copy import WorkingCopy
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_source
-from softseg_dist.training.files import replace_file
+from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
 from softseg_dist.training.fit import fit
 from softseg_dist.training.preflight import check_recipes, check_uncertainty
-from softseg_dist.training.results import merge_tables
 from softseg_dist.training.task import cases_path
 
 PACKAGES = (

@@ -30,8 +30,8 @@ from softseg_dist import (
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
-from softseg_dist.training.device_step import DeviceStepper
-from softseg_dist.training.engine import Engine
+from softseg_dist.training.execution import Engine
+from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model
 from softseg_dist.training.stepper import Progress, Stepper

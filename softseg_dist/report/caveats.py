@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.words import ALPHA, count, moment, percent
+from softseg_dist.words import ALPHA, count, moment, percent
 
 
 def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:

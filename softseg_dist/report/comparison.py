@@ -26,11 +26,11 @@ from softseg_dist.numerics.statistics import (
     subject_test,
     wilcoxon_test,
 )
+from softseg_dist.record.changes import differences
 from softseg_dist.report.pairing import ENOUGH, Pairing, pairing_of, tested
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import Scores, Table, on_test, soft_scores, undefined_cases
 from softseg_dist.report.tables import summarise
-from softseg_dist.search.changes import differences
 
 LEFT_OUT = (
     "name",

@@ -10,7 +10,7 @@ from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
 from softseg_dist.report.comparison import Contrast, Party, RunComparison
 from softseg_dist.report.pairing import ENOUGH
 from softseg_dist.report.tables import plain
-from softseg_dist.report.words import count, interval, number, p_clause, verdict
+from softseg_dist.words import count, interval, number, p_clause, verdict
 
 MOST_NAMED = 8  # in a line
 

@@ -17,7 +17,7 @@ from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, STYLE, W
 from softseg_dist.report.search_tables import Pareto, Point
 from softseg_dist.report.tables import Summary
 from softseg_dist.report.volumes import Agreement
-from softseg_dist.report.words import number
+from softseg_dist.words import number
 
 MARKERS = "osD^v<>Ph*"
 TICKS = (0, 0.5, 1), ("0", "0.5", "1")  # short, so that those of neighbouring panels do not touch

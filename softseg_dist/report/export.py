@@ -14,7 +14,7 @@ from typing import Any
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.ranking import RULES, Standing
 from softseg_dist.report.tables import Summary, plain
-from softseg_dist.report.words import interval, number, p_value
+from softseg_dist.words import interval, number, p_value
 
 ESCAPED = {
     "\\": r"\textbackslash{}",

@@ -16,7 +16,7 @@ from softseg_dist.report.effects import Effect
 from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, STYLE, WORSE, colours_of, laid_out
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.words import interval, number, p_value, verdict
+from softseg_dist.words import interval, number, p_value, verdict
 
 MOST = 12  # candidates in a figure, besides the reference
 MARKS = {"fixed": ("s", "fixed 0.5"), "grid": ("o", "chosen on the grid"), "dice_optimal": ("^", "Dice-optimal")}

@@ -7,7 +7,7 @@ import math
 from softseg_dist.report.effects import Effect, Interaction
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.words import ALPHA, count, interval, number, p_clause, verdict
+from softseg_dist.words import ALPHA, count, interval, number, p_clause, verdict
 
 MOST_NAMED = 6  # in a sentence
 MOST_TOLD = 2  # with their numbers: the tables have all

@@ -8,8 +8,8 @@ from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import CrossedTest, crossed_test
 from softseg_dist.report.run_folder import OuterData
 from softseg_dist.report.scores import soft_scores
-from softseg_dist.report.words import count, interval, number, p_clause
 from softseg_dist.study import WINNER
+from softseg_dist.words import count, interval, number, p_clause
 
 
 @dataclass(frozen=True)

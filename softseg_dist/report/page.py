@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from softseg_dist.report import words
+from softseg_dist import words
 from softseg_dist.report.caveats import caveats
 from softseg_dist.report.diagrams import (
     agreement_figure,

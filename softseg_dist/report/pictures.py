@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from softseg_dist.report.look import INK, STYLE, laid_out
-from softseg_dist.report.words import number
+from softseg_dist.words import number
 
 
 @dataclass(frozen=True)

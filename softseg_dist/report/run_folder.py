@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import HoldoutRecord, RaceRecord
+from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
 NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric")  # columns of few different values

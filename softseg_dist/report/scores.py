@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.training.task import FitResult
 
 Table = npt.NDArray[np.float64]

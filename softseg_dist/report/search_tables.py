@@ -21,11 +21,11 @@ from scipy import stats
 
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import NAN
+from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.report.fits import Tuned, tuned_of
 from softseg_dist.report.ranking import level
 from softseg_dist.report.run_folder import Candidate, RunData
 from softseg_dist.report.scores import Scores, soft_scores
-from softseg_dist.search.ledger import RaceRecord
 
 FEW = 6  # candidates, of which no importance can be told
 NUM_GROUPS = 3  # of the values of a number

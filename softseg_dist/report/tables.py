@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from softseg_dist.frozen import Frozen
+from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.numerics.thresholds import CURVE
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
 from softseg_dist.report.fits import Compute, Training, compute_of, training_of
 from softseg_dist.report.held_out import HoldoutTable, holdout_of

@@ -1,1 +1,1 @@
-"""Many fits: Optuna proposes, Ray Tune runs, the ledger remembers, MLflow shows."""
+"""What is next: Optuna proposes, the race puts out, the searcher decides."""

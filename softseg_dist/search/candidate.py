@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from softseg_dist.data.splits import Split
-from softseg_dist.search.ledger import RaceRecord
+from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.search.race import Scores
 from softseg_dist.study import Recipe
 from softseg_dist.training.task import FitResult

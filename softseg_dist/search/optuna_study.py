@@ -23,7 +23,7 @@ from typing_extensions import override
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.search.ledger import CandidateRecord, json_of
+from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.study import Recipe, Study
 from softseg_dist.study_file import describe
 from softseg_dist.training.task import FitResult

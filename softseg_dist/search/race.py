@@ -3,7 +3,7 @@
 Splits, seeds and weights are shared, so both are compared split by split: a paired, one-sided t-test over the splits that both
 have, looked at after `Race.start` splits and after each further one but the last. With L looks a candidate is out at
 p < level / sqrt(L). The looks overlap, so Bonferroni's 1 / L would be too strict: for equal candidates, 5 to 40 splits and a
-level of .1 the chance that any look puts one out is .09 to .11 (simulated; tests/unit/test_race.py).
+level of .1 the chance that any look puts one out is .09 to .11 (simulated; tests/unit/search/test_race.py).
 
 Why t: with 3 splits the smallest p of an exact Wilcoxon test, which is what Optuna's WilcoxonPruner computes, is 1/8, so that
 at a level of .1 it decides nothing before the fourth split, and with the correction nothing before the sixth. It needs a third
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr
 
-from softseg_dist.search.ledger import RaceRecord
+from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.study import Race
 
 ROUNDING = 1e-12  # of the scores: a difference as small as this is none

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.search.candidate import Candidate
-from softseg_dist.search.ledger import CandidateRecord, json_of
 from softseg_dist.study import Recipe, TuneEach
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from softseg_dist.training.files import replace_file
+from softseg_dist.files import replace_file
 from softseg_dist.training.task import FitTask, checkpoint_path
 
 

@@ -13,16 +13,16 @@ import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.numerics.grid import Grid
+from softseg_dist.judging.grid import Grid
+from softseg_dist.judging.results import Row, rows_of_case, write_rows
+from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.thresholds import CURVE, choose_thresholds
+from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.numerics.metrics import OBJECTIVES, objective_score
-from softseg_dist.numerics.rows import case_rows
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.thresholds import CURVE, choose_thresholds
-from softseg_dist.numerics.uncertainty import Spread, uncertainty_rows
 from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
-from softseg_dist.training.results import Row, rows_of_case, write_rows
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test", "holdout"]

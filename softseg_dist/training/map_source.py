@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
+from softseg_dist.judging.uncertainty import Spread
 from softseg_dist.numerics.augmentation import Augmentation
 from softseg_dist.numerics.sampling import TTA, MCDropout, Uncertainty, can_be_undone, drops
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.uncertainty import Spread
 from softseg_dist.training.inference import ensemble_maps, predict_sample, sample_maps
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import ModelCard

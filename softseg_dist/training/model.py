@@ -13,13 +13,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from softseg_dist.files import replace_file
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.networks import Network, lean
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.study import Recipe
-from softseg_dist.training.engine import Precision
-from softseg_dist.training.files import replace_file
+from softseg_dist.training.execution import Precision
 
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
 ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)

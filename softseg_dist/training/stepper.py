@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softseg_dist.study import Optim, Recipe
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.engine import Engine
+from softseg_dist.training.execution import Engine
 from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker
 

@@ -35,22 +35,22 @@ from synthetic_run import CELLS, write_run
 from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Resources, Study
 from softseg_dist.data.dataset import CaseData
 from softseg_dist.data.store import Store, build_store
-from softseg_dist.numerics.grid import Grid
-from softseg_dist.numerics.rows import case_rows
-from softseg_dist.numerics.thresholds import CURVE
-from softseg_dist.plan import plan_study
+from softseg_dist.engine.plan import plan_study
+from softseg_dist.engine.progress import PlainLines, Progress
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.session import Session
+from softseg_dist.engine.worker import Ending, StopFile
+from softseg_dist.judging.grid import Grid
+from softseg_dist.judging.results import merge_tables, write_frame
+from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.thresholds import CURVE
+from softseg_dist.record.ledger import Ledger, json_of
+from softseg_dist.record.status import status_of
 from softseg_dist.report.page import write_page
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.ledger import Ledger, json_of
-from softseg_dist.search.live import PlainLines, Progress
-from softseg_dist.search.run import run_search
-from softseg_dist.search.session import Session
-from softseg_dist.search.status import status_of
-from softseg_dist.search.tracking import connect, default_uri, parameters
-from softseg_dist.search.worker import Ending, StopFile
-from softseg_dist.training.results import merge_tables, write_frame
+from softseg_dist.tracking.tracker import connect, default_uri, parameters
 from softseg_dist.training.task import FitResult, FitTask
 
 CANDIDATES, SPLITS, CASES, SIDES = (20, 80, 320), (10, 40, 160), (24, 96, 384), (32, 64, 128)

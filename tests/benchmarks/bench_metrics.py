@@ -19,10 +19,10 @@ from scipy import ndimage
 from scipy.special import expit
 
 from softseg_dist import Phantom, Preprocess
-from softseg_dist.numerics.grid import Grid
+from softseg_dist.judging.grid import Grid
+from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import soft_metrics
-from softseg_dist.numerics.rows import case_rows
-from softseg_dist.numerics.thresholds import CURVE
 
 SHAPE, LESIONS, RATERS = (160, 192, 160), 400, 4
 CLASSES = ("large", "small", "lesions")

@@ -18,11 +18,11 @@ import ray
 from record import Headline, record
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import PlainLines
-from softseg_dist.search.run import run_search
-from softseg_dist.search.tracking import Tracker
+from softseg_dist.engine.progress import PlainLines
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.record.ledger import Ledger
+from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
 TARGET_S = 20.0

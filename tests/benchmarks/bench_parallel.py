@@ -32,10 +32,10 @@ from parallel_fits import Job, run_on
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 from softseg_dist.data.store import build_store, fingerprint
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import PlainLines
-from softseg_dist.search.run import run_search
+from softseg_dist.engine.progress import PlainLines
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import Training
 from softseg_dist.training.heap import kept_heap
 from softseg_dist.training.host_step import HostStepper

@@ -81,7 +81,7 @@ class Preparing:
     def start(self, num_cpus: int) -> psutil.Popen:
         """Start it on the first processors of this machine."""
         cpus = sorted(os.sched_getaffinity(0))[:num_cpus]
-        command = [sys.executable, "-m", "softseg_dist.cli", "prepare", str(self.study)]
+        command = [sys.executable, "-m", "softseg_dist.cli.main", "prepare", str(self.study)]
         where = ["--data-root", str(self.root), "--stores", str(self.stores)]
         return psutil.Popen(["taskset", "-c", ",".join(map(str, cpus)), *command, *where], stdout=subprocess.DEVNULL)
 

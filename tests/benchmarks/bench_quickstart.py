@@ -18,7 +18,7 @@ import psutil
 from record import Headline, record
 
 ROOT = Path(__file__).parents[2]
-SOFTSEG = [sys.executable, "-m", "softseg_dist.cli"]
+SOFTSEG = [sys.executable, "-m", "softseg_dist.cli.main"]
 SAMPLE_S = 1.0
 HEADLINES = (
     Headline(key="quickstart_s", what="quickstart study, 48 fits, from nothing to its report", unit="s", at_most=300),

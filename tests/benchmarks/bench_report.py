@@ -58,7 +58,7 @@ def main(candidates: int, splits: int) -> None:
         seconds["numbers"] = time.perf_counter() - before
         before = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "softseg_dist.cli", "report", name], check=True, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "softseg_dist.cli.main", "report", name], check=True, stdout=subprocess.DEVNULL
         )
         seconds["softseg report"] = time.perf_counter() - before
         size_mb = (folder / "report" / "index.html").stat().st_size / 1e6

@@ -20,7 +20,7 @@ from pathlib import Path
 from record import Headline, record
 from run_cost import STAGES, Cost, cost_of
 
-from softseg_dist.search.ledger import Ledger
+from softseg_dist.record.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 STUDIES = {"s001": "s001_quickstart", "s003": "s003_hippocampus"}

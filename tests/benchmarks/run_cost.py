@@ -50,7 +50,7 @@ def cost_of(study: Path, folder: Path, *options: str, package: Path | None = Non
     """Run a study from nothing to its report and model; `package` is a checkout to run instead of the one on the path."""
     mark = uuid.uuid4().hex
     where = {"PYTHONPATH": str(package)} if package else {}
-    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json", *options]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json", *options]
     folder.mkdir(parents=True)
     started = time.time()
     run = subprocess.Popen(

@@ -17,9 +17,9 @@ from typing import Any
 from softseg_dist import Affine, Brier, Dice, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import PlainLines
-from softseg_dist.search.run import run_search
+from softseg_dist.engine.progress import PlainLines
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Worker
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from softseg_dist.search.cluster import ENVIRONMENT
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

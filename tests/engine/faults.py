@@ -28,8 +28,8 @@ from ray._private import state as ray_state
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.ledger import Ledger
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, cases_path, history_path, result_path
 

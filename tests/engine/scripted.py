@@ -15,12 +15,12 @@ from typing import Any
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
+from softseg_dist.engine.progress import PlainLines, Progress
+from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import PlainLines, Progress
-from softseg_dist.search.run import run_search
-from softseg_dist.search.session import Outcome
-from softseg_dist.search.tracking import Tracker
+from softseg_dist.record.ledger import Ledger
+from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 NUM_SPLITS = 3

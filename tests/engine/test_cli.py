@@ -41,7 +41,7 @@ STUDY = Study(
 
 
 def softseg(*args: object, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "softseg_dist.cli", *map(str, args)]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload]
 
 
@@ -144,7 +144,7 @@ def test_a_changed_study_is_refused_with_what_changed_and_fits_stay(done: Path) 
 
 def test_kill_minus_nine_and_the_same_command_again_give_the_same_table(done: Path, tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
-    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json"]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json"]
     driver = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     fits, run = tmp_path / "runs/tiny/fits", tmp_path / "runs/tiny"
     deadline = time.monotonic() + 120
@@ -163,7 +163,7 @@ def test_kill_minus_nine_and_the_same_command_again_give_the_same_table(done: Pa
 
 def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
     study = write(tmp_path, STUDY, epochs=2000)
-    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json"]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json"]
     driver = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scripted import NUM_SPLITS, processes, starts
 
-from softseg_dist.search.ledger import Ledger
+from softseg_dist.record.ledger import Ledger
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ def raylets() -> Iterator[Raylets]:
 
 
 def softseg(*args: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "softseg_dist.cli", *map(str, args)]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 

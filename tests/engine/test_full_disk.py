@@ -23,9 +23,9 @@ set -u
 mount -t tmpfs -o size={SIZES[0]} none "$1"
 for size in {" ".join(SIZES)} 64m; do
     mount -o remount,size=$size "$1"
-    "$2" -m softseg_dist.cli run tiny.py --out "$1" --json > $size.out 2> $size.err
+    "$2" -m softseg_dist.cli.main run tiny.py --out "$1" --json > $size.out 2> $size.err
     echo $? > $size.rc
-    "$2" -m softseg_dist.cli status "$1/tiny" --json > $size.status 2>&1
+    "$2" -m softseg_dist.cli.main status "$1/tiny" --json > $size.status 2>&1
     cp -r "$1/tiny/fits" $size.fits
 done
 cp -r "$1" end

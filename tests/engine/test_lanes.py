@@ -19,12 +19,12 @@ from faults import reserved
 from scripted import BASE, NUM_SPLITS, make_study, run, splits_of, starts
 
 from softseg_dist import Resources
+from softseg_dist.engine.progress import PlainLines
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_refit import GROUP_PAYS_S, train_on_workers
+from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import PlainLines
-from softseg_dist.search.refit import GROUP_PAYS_S, train_on_workers
-from softseg_dist.search.session import Outcome
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
 pytestmark = pytest.mark.engine

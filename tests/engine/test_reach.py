@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET
 
+from softseg_dist.engine.ray_reach import check_reach, probe
 from softseg_dist.places import Place
-from softseg_dist.search.reach import check_reach, probe
 
 pytestmark = pytest.mark.engine
 

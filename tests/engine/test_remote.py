@@ -45,7 +45,7 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
     local = softseg("run", study, "--json", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
 
-    command = [sys.executable, "-m", "softseg_dist.cli", "run", str(study), "--json", *SHARED]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json", *SHARED]
     driver = subprocess.Popen(
         command, cwd=tmp_path, env=first, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -15,10 +15,10 @@ import pytest
 from scripted import NUM_SPLITS, make_study, run, starts
 
 from softseg_dist import Recipe, Resources, Search, TuneEach
+from softseg_dist.engine.progress import JsonLines, PlainLines
+from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
-from softseg_dist.search.ledger import Ledger
-from softseg_dist.search.live import JsonLines, PlainLines
-from softseg_dist.search.session import Outcome
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.study_file import load_source
 
 pytestmark = pytest.mark.engine

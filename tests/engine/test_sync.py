@@ -12,8 +12,8 @@ import pytest
 from scripted import make_study, score_of, splits_of
 from test_tracking import free_port, losses, runs_of, server, task
 
-from softseg_dist.search.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.search.tracking import Tracker, default_uri
+from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
+from softseg_dist.tracking.tracker import Tracker, default_uri
 from softseg_dist.training.task import FitResult, history_path
 
 pytestmark = pytest.mark.engine
@@ -43,7 +43,7 @@ def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
 
 
 def sync(folder: Path, *args: str) -> tuple[int, dict[str, object]]:
-    command = [sys.executable, "-m", "softseg_dist.cli", "sync", str(folder), "--json", *args]
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "sync", str(folder), "--json", *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
@@ -88,7 +88,7 @@ def test_a_server_that_knows_nothing_is_told_what_the_ledger_knows(tmp_path: Pat
 def test_a_run_that_is_in_use_is_refused(tmp_path: Path) -> None:
     ran(tmp_path, default_uri(tmp_path), num_splits=1)
     with Ledger(tmp_path).lock():
-        command = [sys.executable, "-m", "softseg_dist.cli", "sync", str(tmp_path)]
+        command = [sys.executable, "-m", "softseg_dist.cli.main", "sync", str(tmp_path)]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert "in use by process" in refused.stderr

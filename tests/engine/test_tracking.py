@@ -20,9 +20,9 @@ from model_folders import card_of, model_of, saved
 from scripted import BASE, make_study, run, splits_of
 
 from softseg_dist import AdaptiveWing, Affine, Flip, Preprocess
-from softseg_dist.search.ledger import CandidateRecord, json_of
-from softseg_dist.search.live import PlainLines
-from softseg_dist.search.tracking import Tracker, coalesced, default_uri, parameters
+from softseg_dist.engine.progress import PlainLines
+from softseg_dist.record.ledger import CandidateRecord, json_of
+from softseg_dist.tracking.tracker import Tracker, coalesced, default_uri, parameters
 from softseg_dist.training.saved_model import load_model, read_card
 from softseg_dist.training.task import FitResult, FitTask
 

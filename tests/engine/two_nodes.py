@@ -13,9 +13,9 @@ import sys
 import ray
 from ray.cluster_utils import Cluster
 
+from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_reach import check_reach
 from softseg_dist.errors import UserError
-from softseg_dist.search.cluster import ENVIRONMENT
-from softseg_dist.search.reach import check_reach
 
 if __name__ == "__main__":
     here, there, folders = sys.argv[1:]

@@ -13,12 +13,12 @@ from device_fits import EVERYTHING, batches_of, device_stepper, host_stepper, ta
 
 from softseg_dist import SVLS, Dice, Loss, NormReLU, Optim, Patch, Recipe, UNet
 from softseg_dist.numerics.dropout import CountedDropout
-from softseg_dist.training import resident
-from softseg_dist.training.device_batches import DeviceBatches
-from softseg_dist.training.device_step import DeviceStepper
-from softseg_dist.training.engine import choose_engine
 from softseg_dist.training.evaluation import validation_score
-from softseg_dist.training.resident import Resident, Streamed
+from softseg_dist.training.execution import choose_engine
+from softseg_dist.training.gpu import resident
+from softseg_dist.training.gpu.device_batches import DeviceBatches
+from softseg_dist.training.gpu.device_step import DeviceStepper
+from softseg_dist.training.gpu.resident import Resident, Streamed
 from softseg_dist.training.stepper import Progress
 from softseg_dist.training.task import FitTask, Worker
 
@@ -167,7 +167,7 @@ def test_a_loss_that_waits_is_trained_without_a_graph_from_the_first_step_on(tas
 
 def test_a_capture_that_fails_does_no_harm(tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch) -> None:
     """As when something waits that `obstacle` does not know."""
-    monkeypatch.setattr("softseg_dist.training.device_step.obstacle", lambda step: None)
+    monkeypatch.setattr("softseg_dist.training.gpu.device_step.obstacle", lambda step: None)
     task = tasks[2].replace(recipe=PLAIN.replace(loss=Reads()))
     eager, hopeful = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     theirs, ours = (train(stepper, stepper.batches, 4) for stepper in (eager, hopeful))

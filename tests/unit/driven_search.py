@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 
 from softseg_dist import Recipe, Study
 from softseg_dist.data.splits import Split
-from softseg_dist.search.ledger import Ledger
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.training.task import FitResult, FitTask
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from synthetic_measures import measured_rows
 
-from softseg_dist.numerics.thresholds import CURVE
+from softseg_dist.judging.thresholds import CURVE
 
 CELLS = [
     f"{label}-{act}-{loss}"

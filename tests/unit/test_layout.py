@@ -17,67 +17,76 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": set(),
     "frozen": {"errors"},
+    "files": set(),
+    "locks": {"errors"},
+    "words": set(),
+    "durations": set(),
     "places": {"errors"},
     "numerics": {"errors", "frozen"},
     "data": {"errors", "frozen", "places"},
+    "judging": {"files", "data", "numerics"},
     "study": {"errors", "frozen", "numerics", "data"},
     "study_file": {"errors", "frozen", "study"},
-    "training": {"errors", "frozen", "numerics", "data", "study"},
-    "search": {"errors", "frozen", "places", "numerics", "data", "study", "study_file", "training"},
-    "report": {"errors", "frozen", "places", "numerics", "data", "study", "training", "search"},
-    "prediction": {"errors", "data", "study_file", "training"},
-    "plan": {"errors", "frozen", "data", "study", "study_file", "search"},
-    "preparation": {"data", "study"},
-    "pipeline": {
-        "ensembles",
-        "final_model",
-        "holdout",
-        "preparation",
+    "training": {"errors", "frozen", "files", "numerics", "data", "judging", "study"},
+    "record": {"errors", "frozen", "places", "locks", "durations", "data", "study", "training"},
+    "search": {"errors", "numerics", "data", "study", "study_file", "training", "record"},
+    "tracking": {"errors", "study", "study_file", "training", "record", "engine"},
+    "engine": {
         "errors",
         "frozen",
         "places",
+        "durations",
         "numerics",
         "data",
+        "judging",
         "study",
         "study_file",
         "training",
+        "record",
         "search",
+        "tracking",
+    },
+    "report": {"errors", "frozen", "words", "numerics", "data", "judging", "study", "training", "record"},
+    "prediction": {"errors", "data", "study_file", "training"},
+    "pipeline": {
+        "errors",
+        "files",
+        "places",
+        "data",
+        "judging",
+        "study",
+        "study_file",
+        "training",
+        "record",
+        "search",
+        "tracking",
+        "engine",
         "report",
     },
-    "final_model": {"errors", "places", "data", "search", "study", "training"},
-    "ensembles": {"errors", "final_model", "numerics", "search", "study", "training"},
-    "holdout": {"errors", "data", "search", "study", "training", "final_model"},
     "nested": {
-        "errors",
+        "files",
         "frozen",
         "places",
+        "judging",
         "study",
         "study_file",
-        "training",
-        "search",
+        "record",
+        "engine",
         "report",
-        "holdout",
         "pipeline",
-        "preparation",
     },
-    "cli_options": set(),
-    "cli_compare": {"cli_options", "pipeline", "report"},
-    "cli_models": {"cli_options", "search", "pipeline", "prediction"},
-    "cli_submit": {"cli_options", "study_file", "search"},
     "cli": {
         "errors",
+        "words",
         "data",
         "study_file",
-        "search",
+        "record",
+        "tracking",
+        "engine",
         "report",
+        "prediction",
         "pipeline",
         "nested",
-        "plan",
-        "preparation",
-        "cli_options",
-        "cli_compare",
-        "cli_models",
-        "cli_submit",
     },
 }
 OWNERS = {
@@ -85,30 +94,14 @@ OWNERS = {
     "pyarrow.fs": ("places.py",),
     "pyarrow.ipc": ("data/store.py", "data/records.py"),
     "optuna": ("search/optuna_study.py",),
-    "ray": (
-        "search/run.py",
-        "search/cluster.py",
-        "search/reach.py",
-        "search/submit.py",
-        "search/orphans.py",
-        "search/packs.py",
-        "search/pack_size.py",
-        "training/workers.py",
-    ),
-    "mlflow": ("search/tracking_server.py",),
+    "ray": ("engine/ray_",),
+    "mlflow": ("tracking/server.py",),
     "monai": ("numerics/networks.py", "numerics/patches.py", "numerics/surface.py"),
-    "matplotlib": (
-        "report/look.py",
-        "report/figures.py",
-        "report/diagrams.py",
-        "report/pictures.py",
-        "report/page.py",
-        "data/montage.py",
-    ),
+    "matplotlib": ("report/", "data/montage.py"),
     "jinja2": ("report/page.py",),
-    "typer": ("cli.py", "cli_compare.py", "cli_models.py", "cli_options.py", "cli_submit.py"),
+    "typer": ("cli/",),
     "safetensors": ("training/model.py",),
-    "yaml": ("plan.py",),
+    "yaml": ("engine/plan.py",),
 }
 
 
@@ -124,7 +117,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if layer == "__init__":
+    if path.name == "__init__.py":
         return
     ours = {name.split(".")[1] for name in imported(path) if name.startswith("softseg_dist.")}
     assert ours - {layer} <= LAYERS[layer]
@@ -137,7 +130,7 @@ def test_a_heavy_package_is_imported_by_its_owners_only(package: str) -> None:
         for p in FILES
         if any(n == package or n.startswith(package + ".") for n in imported(p))
     }
-    assert users <= set(OWNERS[package])
+    assert not [user for user in users if not user.startswith(OWNERS[package])]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -146,7 +139,8 @@ def test_files_stay_under_400_lines(path: Path) -> None:
 
 
 def test_importing_the_package_and_its_command_line_loads_no_heavy_package() -> None:
-    code = "import sys, softseg_dist, softseg_dist.cli; print(*{'torch', 'ray', 'mlflow', 'optuna', 'monai'} & set(sys.modules))"
+    heavy = "{'torch', 'ray', 'mlflow', 'optuna', 'monai'}"
+    code = f"import sys, softseg_dist, softseg_dist.cli.main; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

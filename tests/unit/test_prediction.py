@@ -16,11 +16,11 @@ from model_folders import PASSING, RECIPE, card_of, model_of, passing_model, sav
 from scipy.spatial.transform import Rotation
 
 from softseg_dist import Affine, Bids, Elastic, Flip, Network, Preprocess, Recipe, UNet
-from softseg_dist.cli import main
+from softseg_dist.cli.main import main
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.thresholds import FIXED
-from softseg_dist.numerics.uncertainty import entropy
+from softseg_dist.judging.thresholds import FIXED
+from softseg_dist.judging.uncertainty import entropy
 from softseg_dist.prediction import Prediction, predict_images
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, save_weights

@@ -1,0 +1,103 @@
+"""The command `softseg compare`: two runs, or two candidates of one run, beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softseg_dist.cli.options import AsJson
+
+if TYPE_CHECKING:  # would import torch
+    from softseg_dist.report.comparison import Contrast, RunComparison
+
+COLUMNS = ("candidate", "A", "B", "B less A", "95 % interval", "p", "p (Holm)", "n")
+
+
+def compare(
+    run_a: Annotated[
+        str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001", show_default=False)
+    ],
+    run_b: Annotated[
+        str,
+        typer.Argument(metavar="RUN_B", help="Another one, or the same: then name two candidates", show_default=False),
+    ],
+    candidate_a: Annotated[
+        str | None,
+        typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners", show_default=False),
+    ] = None,
+    candidate_b: Annotated[
+        str | None, typer.Option(help="Candidate of RUN_B; one name alone stands for both", show_default=False)
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Compare by this metric; default: the objective of both", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """In what two runs differ, and by how much their scores do: paired by subject and split where both have them."""
+    from softseg_dist.pipeline import compare_runs
+    from softseg_dist.report.comparison_words import comparison_json
+
+    found = compare_runs(run_a, run_b, (candidate_a, candidate_b), metric)
+    if as_json:
+        typer.echo(json.dumps(comparison_json(found), indent=2, allow_nan=False))
+    else:
+        _show(found, Console(highlight=False, soft_wrap=True))
+
+
+def _show(found: RunComparison, console: Console) -> None:
+    from softseg_dist.report.comparison_words import answer, called, caveats, listed, metric, pairing_sentence
+
+    for side, p in (("A", found.a), ("B", found.b)):
+        size = f"{p.num_splits} splits, {p.num_tested} tested subjects"
+        console.print(f"{side}: {p.run} ({p.study}; {size})", markup=False)
+    changed = {"Studies": found.study, "Versions": found.versions}
+    changed |= {f"Recipes of {called(contrast)}": contrast.changed for contrast in found.contrasts}
+    for what, fields in changed.items():
+        if fields:
+            console.print(f"{what} differ:", markup=False)
+        for field, (a, b) in fields.items():
+            console.print(f"  {field}: {a} -> {b}", markup=False)
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        if names:
+            console.print(f"Only in {side}: {listed(names)}", markup=False)
+    console.print(f"\nB less A in {metric(found)} on test. {pairing_sentence(found)}", markup=False)
+    console.print("Columns A and B are means over all scores of a run, B less A over what is paired.")
+    _print_contrasts(found.contrasts, console)
+    console.print(f"\n{answer(found)}", markup=False)
+    for text in caveats(found):
+        console.print(f"Note: {text}", markup=False)
+
+
+def _print_contrasts(contrasts: Sequence[Contrast], console: Console) -> None:
+    """A table on a terminal, one line per row elsewhere."""
+    rows = [_row(contrast) for contrast in contrasts]
+    if not console.is_terminal:
+        for row in (COLUMNS, *rows):
+            console.print("  ".join(row), markup=False)
+        return
+    table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _row(contrast: Contrast) -> tuple[str, ...]:
+    from softseg_dist.report.comparison_words import called, sample
+    from softseg_dist.words import interval, number, p_value
+
+    test = contrast.test
+    return (
+        called(contrast),
+        number(contrast.a.mean),
+        number(contrast.b.mean),
+        number(test.mean, signed=True),
+        interval(test.low, test.high, signed=True),
+        p_value(test.p),
+        p_value(contrast.p_holm),
+        sample(contrast),
+    )

@@ -1,0 +1,373 @@
+"""softseg: run studies, look at data, print reports. Flags say where and how much machine, never what science.
+
+Exit codes: 0 done, 1 some fits failed, 2 bad input, 130 interrupted and resumable.
+Heavy packages are imported inside the commands: `softseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from softseg_dist.cli.compare import compare
+from softseg_dist.cli.models import predict, refit
+from softseg_dist.cli.options import (
+    Address,
+    AsJson,
+    DataRoot,
+    Debug,
+    FitsPerGpu,
+    MaxWait,
+    RunArg,
+    Stores,
+    StudyArg,
+    say,
+)
+from softseg_dist.cli.submit import submit
+from softseg_dist.errors import UserError, no_room, out_of_reach
+
+if TYPE_CHECKING:  # both would import torch
+    from softseg_dist.data.check import Problem
+    from softseg_dist.engine.plan import Offer, Plan, Prices
+    from softseg_dist.engine.session import Outcome
+    from softseg_dist.nested import Nested
+    from softseg_dist.pipeline import Finished
+    from softseg_dist.study_file import StudyFile
+
+app = typer.Typer(
+    help="Cross-validated studies of soft-label segmentation training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+PRICES = Path("cluster/prices.yaml")
+MOST_SHOWN = 24  # cases on the montage of `softseg check`
+
+
+class Exit(StrEnum):
+    """Why a run ended, in the words of its last line."""
+
+    DONE = "done"
+    FAILED = "some fits failed"
+    INTERRUPTED = "interrupted; the same command goes on"
+
+
+@app.command()
+def run(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for runs, or its URI; this one becomes OUT/<study name>")
+    ] = "runs",
+    stores: Stores = "stores",
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
+    ] = None,
+    workers_per_fit: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share every batch of a fit; changes no result")
+    ] = None,
+    gpus_per_fit: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs of each worker, 0.25 shares one among four; default: 1 if there is any"),
+    ] = None,
+    fits_per_gpu: FitsPerGpu = None,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
+    ] = None,
+    address: Address = None,
+    max_wait: MaxWait = None,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with it: prepare data, train every candidate on every split, write the report."""
+    from softseg_dist.engine.progress import progress_for
+    from softseg_dist.nested import run_nested
+    from softseg_dist.pipeline import RunOptions, run_study
+
+    loaded = _load(study, debug)
+    options = RunOptions(
+        data_root=data_root,
+        out=out,
+        stores=stores,
+        max_concurrent=max_concurrent,
+        workers_per_fit=workers_per_fit,
+        gpus_per_fit=gpus_per_fit,
+        fits_per_gpu=fits_per_gpu,
+        tracking_uri=tracking_uri,
+        command=" ".join(["softseg", *sys.argv[1:]]),
+        address=address,
+        max_wait_s=max_wait,
+        final_model=not debug,
+    )
+    if loaded.study.nested is not None:
+        nested = run_nested(loaded, options, lambda: progress_for(sys.stdout, as_json=as_json))
+        _conclude(nested.outcome, nested.plain() if as_json else None, lambda: _say_outer(nested))
+    finished = run_study(loaded, options, progress_for(sys.stdout, as_json=as_json))
+    where = {"run": finished.folder, "report": str(finished.report), "model": str(finished.model)}
+    _conclude(finished.outcome, where if as_json else None, lambda: _say_where(finished))
+
+
+@app.command()
+def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
+    """Read, resample and crop a study's images once, into one Arrow file."""
+    from softseg_dist.engine.preparation import prepare as prepare_store
+
+    prepared = prepare_store(_load(study, debug).study, data_root, stores, typer.echo)
+    store = prepared.store
+    size = " x ".join(map(str, store.size))
+    typer.echo(
+        f"{prepared.where}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
+    )
+
+
+@app.command()
+def check(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    picture: Annotated[Path, typer.Option(help="Where the montage goes")] = Path("montage.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Look at a study's data: a table of problems, and a picture of every case with its labels' contours."""
+    from softseg_dist.data.check import check_cases, samples_without_errors
+    from softseg_dist.data.montage import montage
+
+    loaded = _load(study, debug=False).study
+    cases = loaded.data.scan(data_root)
+    problems = check_cases(cases, loaded.preprocess)
+    usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MOST_SHOWN))
+    if usable:
+        montage(usable, picture, loaded.data.classes)
+    shown = str(picture) if usable else None
+    if as_json:
+        typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
+    else:
+        _print_problems(problems, len(cases), shown)
+    raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
+
+
+@app.command()
+def report(
+    run: RunArg,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Write its tables as CSV files beside the page")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print ranking and tests as LaTeX tables")] = False,
+) -> None:
+    """Write the report of a run again, or its numbers: printed as JSON or LaTeX, written as CSV."""
+    from softseg_dist.pipeline import csv_of, latex_of, numbers_of, report_run
+
+    if as_json + as_csv + as_latex > 1:
+        raise UserError("give one of --json, --csv and --latex")
+    if as_json:
+        typer.echo(json.dumps(numbers_of(run), indent=2))
+    elif as_csv:
+        typer.echo("\n".join(map(str, csv_of(run))))
+    elif as_latex:
+        typer.echo(latex_of(run))
+    else:
+        typer.echo(str(report_run(run)))
+
+
+app.command()(compare)
+app.command()(refit)
+app.command()(predict)
+
+
+@app.command()
+def plan(
+    study: StudyArg,
+    data_root: DataRoot = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there", show_default=False)
+    ] = None,
+    seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="How long one fit takes")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="A run folder whose finished fits tell how long one takes, such as that of --debug"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many fits a study has, how long they take, and what they cost on machines that can be rented."""
+    from softseg_dist.engine.plan import load_prices, offers, plan_study
+
+    if prices is None and PRICES.exists():
+        prices = PRICES
+    listed = load_prices(prices) if prices else None
+    loaded = _load(study, debug=False).study
+    planned = plan_study(loaded, data_root, seconds_per_fit, run)
+    found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
+    if as_json:
+        machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]
+        written = str(listed.written) if listed else None
+        typer.echo(json.dumps(vars(planned) | {"fits": planned.fits, "prices_written": written, "machines": machines}))
+    else:
+        _print_plan(planned, found, listed, study)
+
+
+@app.command()
+def status(run: RunArg, as_json: AsJson = False) -> None:
+    """How far a run is: what is done, what seems to run, since when nothing has happened. Reads only, from anywhere."""
+    from softseg_dist.record.status import show, status_of
+
+    found = status_of(run)
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2))
+    else:
+        show(found, Console(highlight=False, soft_wrap=True))
+
+
+@app.command()
+def sync(
+    run: RunArg,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database; default: that of the run", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell MLflow what it could not be told while a study ran, because its server was away."""
+    from softseg_dist.tracking.sync import sync_run
+
+    synced = sync_run(run, tracking_uri)
+    if as_json:
+        typer.echo(json.dumps(vars(synced)))
+    else:
+        for note in synced.notes:
+            typer.echo(note)
+        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
+    raise typer.Exit(1 if synced.waiting or synced.notes else 0)
+
+
+app.command()(submit)
+
+
+def _load(path: Path, debug: bool) -> StudyFile:
+    from dataclasses import replace
+
+    from softseg_dist.study_file import load_study
+
+    loaded = load_study(path)
+    return replace(loaded, study=loaded.study.debug()) if debug else loaded
+
+
+def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:
+    """Say how a run ended and where things are, for machines where there is a `plain`; and end with its exit code."""
+    end = (
+        Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
+    )
+    if plain is not None:
+        typer.echo(json.dumps({"end": end.name.lower(), **plain, **vars(outcome)}))
+    else:
+        typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
+        say_where()
+    raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
+
+
+def _say_outer(nested: Nested) -> None:
+    record = nested.record
+    typer.echo(
+        f"Numbers  {nested.folder}/outer.json and outer.parquet: {len(record.outer)} of {record.planned} outer splits"
+    )
+    for run in nested.runs:
+        if run.report is not None:
+            typer.echo(f"Report   {run.report}")
+    typer.echo("Model    none: run the study once more, without nested=... and under another name, to get one")
+
+
+def _say_where(finished: Finished) -> None:
+    if finished.report is not None:
+        page = finished.report.resolve().as_uri()
+        typer.echo(f"Report   {finished.report}\n         open it: {_installed('python')} -m webbrowser -t {page}")
+    uri = finished.tracking_uri
+    typer.echo(f"MLflow   {uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {uri}")
+    typer.echo(f"Numbers  {_installed('softseg')} report {finished.folder} --json")
+    if finished.model is not None:
+        model = finished.model
+        typer.echo(
+            f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps"
+        )
+
+
+def _installed(command: str) -> str:
+    """How to call a command of this environment: by its name if that finds it, else by its path."""
+    here = Path(sys.executable).parent / command
+    found = shutil.which(command)
+    return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
+
+
+def _print_problems(problems: list[Problem], num_cases: int, picture: str | None) -> None:
+    from rich.table import Table
+
+    console = Console()
+    if problems:
+        table = Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
+        for problem in problems:
+            table.add_row(problem.case, problem.level, problem.rule, problem.detail)
+        console.print(table)
+    console.print(f"{num_cases} cases, {len(problems)} problems" + (f"; picture: {picture}" if picture else ""))
+
+
+def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: Path) -> None:
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    who = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
+    nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
+    tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""
+    most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
+    console.print(f"{plan.study}: {who}, each on {plan.splits} splits{tuning}{nested}: {most}{plan.fits} fits")
+    if not plan.seconds_per_fit:
+        console.print(f"How long a fit takes is not known yet: softseg run {study} --debug")
+        run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")
+        console.print(f"and then                               softseg plan {study} --run {run}")
+        return
+    total = plan.fits * plan.seconds_per_fit / 3600
+    console.print(f"{plan.seconds_per_fit:,.1f} s per fit at most, {total:,.2f} hours one after the other")
+    if prices is None:
+        console.print("For costs name a price list with --prices; cluster/prices.yaml of the source is one.")
+        return
+    table = Table("Machine", "Where", "GPUs", "Places", "Hours", "USD", "USD spot", box=None, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        column.no_wrap, column.justify = True, "right" if number > 2 else "left"
+    for offer in offers:
+        machine = offer.machine
+        gpus = f"{machine.gpus} x {machine.gpu}" if machine.gpus else ""
+        amounts = (f"{value:.2f}" for value in (offer.hours, offer.on_demand_usd, offer.spot_usd))
+        table.add_row(machine.name, f"{machine.provider} {machine.region}", gpus, str(offer.places), *amounts)
+    console.print(table if offers else "No machine of the price list can hold one fit: see the study's resources.")
+    console.print(
+        "Places: fits at a time. Several machines divide the hours, not the costs; each kind has a speed of its own."
+    )
+    console.print(f"Prices of {prices.written}, indicative: look at {'; '.join(prices.pages.values())}")
+
+
+def main() -> None:
+    """The command `softseg`."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if (told := no_room(error) or out_of_reach(error)) is None:
+            raise
+        _fail(told)
+
+
+def _fail(message: str) -> NoReturn:
+    say("error", message)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

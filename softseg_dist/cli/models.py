@@ -1,0 +1,129 @@
+"""Commands about models: train one on everybody, predict with one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softseg_dist.cli.options import Address, AsJson, MaxWait, RunArg, say
+
+
+class Device(StrEnum):
+    """Where a model predicts."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+ModelArg = Annotated[
+    Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
+]
+Images = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)]
+CenterMasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--center-mask",
+        help="Mask that centres the crop, where the model wants one: once per image, in order",
+        show_default=False,
+    ),
+]
+Binary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE|NUMBER",
+        help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
+        show_default=False,
+    ),
+]
+OfRun = Annotated[str | None, typer.Option(help="Which model of a run; default: the winner's", show_default=False)]
+Ensemble = Annotated[
+    bool, typer.Option("--ensemble", help="The mean over all fits of the model's candidate, from its run folder")
+]
+Uncertainty = Annotated[
+    bool,
+    typer.Option(
+        "--uncertainty",
+        help="Also write the entropy in bits: of the ensemble, or of one model under dropout, else under its augmentation",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=2, help="How often one model is asked for --uncertainty", show_default=False)
+]
+OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
+]
+
+
+def refit(
+    run: RunArg,
+    candidate: Annotated[
+        str | None, typer.Option(help="Which one to train; default: the winner", show_default=False)
+    ] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker", show_default=False)] = None,
+    address: Address = None,
+    max_wait: MaxWait = None,
+) -> None:
+    """Train a candidate of a run on all subjects, on all CPUs or GPUs there are: the model to take home."""
+    from softseg_dist.engine.progress import PlainLines
+    from softseg_dist.pipeline import RunOptions, refit_run
+
+    options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait)
+    typer.echo(str(refit_run(run, candidate, options, PlainLines(sys.stdout))))
+
+
+def predict(
+    model: ModelArg,
+    images: Images,
+    out: Out,
+    center_mask: CenterMasks = None,
+    binary: Binary = None,
+    candidate: OfRun = None,
+    ensemble: Ensemble = False,
+    uncertainty: Uncertainty = False,
+    samples: Samples = None,
+    device: OnDevice = Device.AUTO,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the soft maps of new images with a study's model, on the grids of the images."""
+    from softseg_dist.prediction import predict_images
+
+    paths = [[Path(channel) for channel in image.split(",")] for image in images]
+    predictions = []
+    for done in predict_images(
+        model,
+        paths,
+        out,
+        center_masks=center_mask or (),
+        binary=binary,
+        candidate=candidate,
+        ensemble=ensemble,
+        uncertainty=uncertainty,
+        samples=samples,
+        device=device.value,
+        trust=trust,
+    ):
+        predictions.append(done)
+        if done.error:
+            say("error", done.error)
+        elif done.covered < 1:
+            say("warning", f"{done.image}: the model's crop covers {done.covered:.1%} of it; the maps are 0 outside")
+        if not as_json:
+            for path in (*done.maps.values(), *done.masks.values(), *done.entropies.values()):
+                typer.echo(str(path))
+    if as_json:
+        typer.echo(json.dumps([vars(done) for done in predictions], default=str))
+    raise typer.Exit(2 if any(done.error for done in predictions) else 0)

@@ -1,0 +1,66 @@
+"""The command `softseg submit`: a study on a cluster, from a machine outside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softseg_dist.cli.options import FitsPerGpu, MaxWait
+
+
+def submit(
+    study: Annotated[Path, typer.Argument(help="A study file, which is sent to the cluster", show_default=False)],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://HEAD:8265", show_default=False)],
+    data_root: Annotated[
+        str | None, typer.Option("--data-root", help="Folder of the head with the data set", show_default=False)
+    ] = None,
+    out: Annotated[str, typer.Option("--out", help="Folder of the head for runs, or a URI")] = "~/runs",
+    stores: Annotated[
+        str, typer.Option("--stores", help="Folder of the head for prepared data, or a URI")
+    ] = "~/stores",
+    workers_per_fit: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="As of run", show_default=False)] = None,
+    fits_per_gpu: FitsPerGpu = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
+    max_wait: MaxWait = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server that the head can reach", show_default=False)
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="As of run")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, say how to follow and to stop, and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
+) -> None:
+    """Run a study on a cluster, from a machine outside it. Local paths are those of the cluster's head.
+
+    The study file is sent; the head's own softseg_dist, of the same version, runs it, and goes on when this command ends.
+    """
+    from softseg_dist.engine.ray_submit import follow
+    from softseg_dist.engine.ray_submit import submit as start_job
+    from softseg_dist.study_file import load_study
+
+    load_study(study)  # its mistakes show here, not on the cluster
+    options = {
+        "--workers-per-fit": workers_per_fit,
+        "--gpus-per-fit": gpus_per_fit,
+        "--fits-per-gpu": fits_per_gpu,
+        "--max-concurrent": max_concurrent,
+        "--max-wait": max_wait,
+        "--tracking-uri": tracking_uri,
+    }
+    flags = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    flags += ["--debug"] * debug + ["--json"] * as_json
+    job = start_job(study, address, {"--data-root": data_root, "--out": out, "--stores": stores}, flags)
+    try:
+        code = 0 if no_wait else follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        no_wait, code = True, 130
+    if no_wait and as_json:
+        typer.echo(json.dumps({"job": job.id, "address": job.address, **job.commands}))
+    elif no_wait:
+        typer.echo(f"Job {job.id} goes on without this command.")
+        for what, command in job.commands.items():
+            typer.echo(f"  {what} it: {command}")
+    raise typer.Exit(code)

@@ -1,0 +1,1 @@
+"""Where fits run, and what is trained beside the search."""

@@ -1,0 +1,234 @@
+"""How a run looks while it runs: a live table on a terminal, plain lines elsewhere, JSON lines for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+from softseg_dist.durations import duration
+from softseg_dist.training.task import FitResult
+
+SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, the controls among them, and its latest
+LINE_EVERY_S = 10.0  # plain lines: at most one per fit and this long
+
+
+def progress_for(stream: TextIO, *, as_json: bool = False) -> Progress:
+    """The progress display that suits `stream`."""
+    if as_json:
+        return JsonLines(stream)
+    return LiveTable(stream) if stream.isatty() else PlainLines(stream)
+
+
+@dataclass
+class Tally:
+    """One candidate's row."""
+
+    splits: int
+    scores: list[float] = field(default_factory=list)
+    failed: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """Mean score so far."""
+        return sum(self.scores) / len(self.scores) if self.scores else None
+
+
+class Progress:
+    """What a search tells its audience. This one tells nobody, but counts; the others override what they show.
+
+    `total` and `done` count fits; a fit's `key` is `candidate/split`.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.num_done = self.num_before = 0
+        self.tallies: dict[str, Tally] = {}
+        self.running: dict[str, dict[str, float]] = {}
+        self.started = time.monotonic()
+
+    def start(self, total: int, done: Sequence[FitResult]) -> None:
+        """The search begins: `total` fits in all, of which `done` ended in earlier sessions."""
+        self.total, self.num_before, self.started = total, len(done), time.monotonic()
+        for result in done:
+            self._count(result)
+
+    def planned(self, candidate: str, splits: int, total: int) -> None:
+        """A candidate is known that will run `splits` fits; the study now has `total`."""
+        self.total = total
+        self._tally(candidate).splits = splits
+
+    def epoch(self, key: str, metrics: dict[str, float]) -> None:
+        """A running fit has finished an epoch."""
+        self.running[key] = metrics
+
+    def finished(self, result: FitResult) -> None:
+        """A fit has ended, with a score or failed."""
+        self.running.pop(key_of(result), None)
+        self._count(result)
+
+    def gone(self, key: str) -> None:
+        """A fit no longer runs and has no result: its process died, or it was interrupted."""
+        self.running.pop(key, None)
+
+    def note(self, text: str) -> None:
+        """Something a person should know, in one line."""
+
+    def close(self) -> None:
+        """The search is over; notes may follow."""
+
+    def remaining_s(self) -> float | None:
+        """Time left, from the pace of this session; None before its first fit has ended."""
+        ended = self.num_done - self.num_before
+        return (self.total - self.num_done) * (time.monotonic() - self.started) / ended if ended else None
+
+    def _count(self, result: FitResult) -> None:
+        self.num_done += 1
+        tally = self._tally(result.candidate)
+        if result.score is None:
+            tally.failed += 1
+        else:
+            tally.scores.append(result.score)
+
+    def _tally(self, candidate: str) -> Tally:
+        return self.tallies.setdefault(candidate, Tally(0))
+
+
+class PlainLines(Progress):
+    """One line per event, for log files and pipes."""
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        super().__init__()
+        self._stream = stream
+        self._last: dict[str, float] = {}
+
+    @override
+    def start(self, total: int, done: Sequence[FitResult]) -> None:
+        super().start(total, done)
+        self.note(f"{total} fits" + (f", {len(done)} of them done before" if done else ""))
+
+    @override
+    def epoch(self, key: str, metrics: dict[str, float]) -> None:
+        super().epoch(key, metrics)
+        now = time.monotonic()
+        if now - self._last.setdefault(key, now) >= LINE_EVERY_S:
+            self._last[key] = now
+            self.note(f"{key}  {describe(metrics)}")
+
+    @override
+    def finished(self, result: FitResult) -> None:
+        super().finished(result)
+        left = self.remaining_s()
+        eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
+        self.note(f"{self.num_done}/{self.total}  {key_of(result)}  {outcome_of(result)}{eta}")
+
+    @override
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class JsonLines(Progress):
+    """One JSON object per line: {"event": "fit" | "epoch" | "start" | "note" | "end", ...}."""
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @override
+    def start(self, total: int, done: Sequence[FitResult]) -> None:
+        super().start(total, done)
+        self._emit("start", total=total, done=len(done))
+
+    @override
+    def epoch(self, key: str, metrics: dict[str, float]) -> None:
+        super().epoch(key, metrics)
+        self._emit("epoch", fit=key, metrics=metrics)
+
+    @override
+    def finished(self, result: FitResult) -> None:
+        super().finished(result)
+        shown = {
+            name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")
+        }
+        self._emit("fit", fit=key_of(result), done=self.num_done, total=self.total, **shown)
+
+    @override
+    def note(self, text: str) -> None:
+        self._emit("note", text=text)
+
+    @override
+    def close(self) -> None:
+        self._emit("end", done=self.num_done, total=self.total)
+
+    def _emit(self, event: str, **fields: object) -> None:
+        print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
+
+
+class LiveTable(Progress):
+    """A table of candidates that is redrawn in place, with the running fits and the time left below it."""
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        super().__init__()
+        self._live = Live(
+            console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False
+        )
+
+    @override
+    def start(self, total: int, done: Sequence[FitResult]) -> None:
+        super().start(total, done)
+        self._live.start()
+
+    @override
+    def note(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    @override
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> RenderableType:
+        """The table as it stands. Called from rich's own thread, so it works on copies."""
+        table = Table("candidate", "fits", "mean score", box=None, header_style="bold", pad_edge=False)
+        rows = list(self.tallies.items())
+        hidden = len(rows) - SHOWN_CANDIDATES
+        if hidden > 0:
+            rows = rows[: SHOWN_CANDIDATES // 2] + rows[-SHOWN_CANDIDATES // 2 :]
+        for name, tally in rows:
+            failed = f", {tally.failed} failed" if tally.failed else ""
+            mean = "" if tally.mean is None else f"{tally.mean:.4f}"
+            table.add_row(name, f"{len(tally.scores) + tally.failed}/{tally.splits}{failed}", mean)
+        lines: list[RenderableType] = [table]
+        if hidden > 0:
+            lines.append(Text(f"and {hidden} more candidates", style="dim"))
+        lines += [
+            Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())
+        ]
+        left = self.remaining_s()
+        lines.append(Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else "")))
+        return Group(*lines)
+
+
+def key_of(result: FitResult) -> str:
+    """`hard-dice/003`, as `FitTask.key`."""
+    return f"{result.candidate}/{result.split:03d}"
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """`epoch 3  loss 0.1235  dice_dml 0.8123`."""
+    numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch"]
+    return "  ".join([f"epoch {metrics['epoch']:.0f}", *numbers] if "epoch" in metrics else numbers)
+
+
+def outcome_of(result: FitResult) -> str:
+    """`score 0.8123  (12 s)` or `failed: loss is nan in epoch 3`."""
+    if result.score is None:
+        return f"failed: {result.reason}"
+    return f"score {result.score:.4f}  ({duration(result.duration_s)})"

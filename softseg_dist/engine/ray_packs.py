@@ -1,0 +1,192 @@
+"""Packs: up to so many fits of one GPU in the threads of one process, which share its store, its graphs and its compiled code.
+
+Processes that share a GPU gain nothing, as it serves one of them at a time; streams of one process do. A fit stays a Tune trial
+with its share of the GPU, its folder and its row in the ledger. But the trial's process is only a client: it hands its job to the
+host of its GPU, and passes on what comes back. Hosts belong to a landlord and the landlord to the driver, so that a host outlives
+each of its clients and none outlives the driver, however that ends. Nothing here knows what a job is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from softseg_dist.engine.ray_cluster import cause_in
+from softseg_dist.engine.ray_lanes import LostJob, Report, Run
+from softseg_dist.numerics.seeds import drawing
+from softseg_dist.training.task import Worker
+
+CPU = "cpu"  # stands for the GPU of a host without one
+TRIES = 3  # a host that dies before it has begun a job was dying already; another one will do
+OVERRUN = "the process that it shared was ended, as another fit in it took longer than its time limit"
+
+
+class Host:
+    """Runs jobs in threads, each on a stream of its own. An actor of `size` + 1 threads, on the machine of its clients.
+
+    `gpu` is as in CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(self, run: Run, size: int, gpu: str) -> None:
+        if gpu != CPU:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        self._run, self._device = run, CPU if gpu == CPU else "cuda"
+        self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
+        for _ in range(size):
+            self._streams.put(torch.cuda.Stream() if gpu != CPU and torch.cuda.is_available() else None)
+        self._jobs: dict[str, threading.Thread] = {}
+
+    def run(self, key: str, message: Any, client: int) -> Iterator[tuple[str, Any]]:
+        """Run a job for the process `client`: ("began", None), reports, and at last ("answer", ...) or ("lost", why).
+
+        It is asked to stop when its client has died.
+        """
+        news: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        worker = Worker(device=self._device, stop=lambda: not _lives(client))
+        self._jobs[key] = threading.Thread(target=self._work, args=(message, worker, news), name=key, daemon=True)
+        self._jobs[key].start()
+        told = "began", None
+        while told[0] not in ("answer", "lost"):
+            yield told
+            told = news.get()
+        del self._jobs[key]
+        yield told
+
+    def wait_for(self, key: str) -> None:
+        """Return when the job `key` does not run here any more."""
+        if (job := self._jobs.get(key)) is not None:
+            job.join()
+
+    def pid(self) -> int:
+        """That of this process."""
+        return os.getpid()
+
+    def _work(self, message: Any, worker: Worker, news: SimpleQueue[tuple[str, Any]]) -> None:
+        stream = self._streams.get()  # the same few again and again: memory that a stream has freed is for that stream
+        too_large = False
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                ended = "answer", self._run(message, worker, lambda report: news.put(("report", report)))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - its client has to hear of it
+            if isinstance(error, torch.AcceleratorError):
+                os._exit(1)  # the GPU obeys none of the threads any more
+            too_large = isinstance(error, torch.OutOfMemoryError)
+            ended = "lost", " ".join(f"{type(error).__name__}: {error}".split())
+        if too_large:  # it is tried again in a process of its own, which needs what it has freed here
+            with drawing:
+                torch.cuda.empty_cache()
+        self._streams.put(stream)
+        news.put(ended)
+
+
+class _Guest(NamedTuple):
+    host: Any
+    since_s: float
+
+
+class Landlord:
+    """Knows which host runs which job. An actor. `limit_s` is what a job may take at most."""
+
+    def __init__(self, run: Run, size: int, limit_s: float | None) -> None:
+        self._run, self._size, self._limit_s = run, size, limit_s
+        self._hosts: dict[tuple[str, str], Any] = {}
+        self._guests: dict[str, _Guest] = {}
+        self._overran: dict[str, set[str]] = {}  # dead host -> the jobs that took too long
+
+    def place(self, key: str, node: str, gpu: str) -> Any:
+        """The host of a GPU, started if there is none, where the job `key` is going to run."""
+        if (node, gpu) not in self._hosts:
+            here = NodeAffinitySchedulingStrategy(node, soft=False)
+            host = ray.remote(num_cpus=0)(Host).options(max_concurrency=self._size + 1, scheduling_strategy=here)
+            self._hosts[node, gpu] = host.remote(self._run, self._size, gpu)
+        self._guests[key] = _Guest(self._hosts[node, gpu], time.monotonic())
+        return self._guests[key].host
+
+    def leave(self, key: str) -> Any:
+        """The job has ended, or is to run elsewhere; returns the host where it may run still, as its client died before."""
+        guest = self._guests.pop(key, None)
+        return guest and guest.host
+
+    def bury(self, key: str) -> bool:
+        """The host of the job has died, and the job with it; was another one to blame, which took too long?"""
+        host, now_s = _id(self._guests[key].host), time.monotonic()
+        self._hosts = {place: other for place, other in self._hosts.items() if _id(other) != host}
+        if host not in self._overran:  # who comes first knows who is there
+            guests = {name: guest for name, guest in self._guests.items() if _id(guest.host) == host}
+            limit_s = float("inf") if self._limit_s is None else self._limit_s
+            self._overran[host] = {name for name, guest in guests.items() if now_s - guest.since_s >= limit_s}
+        del self._guests[key]
+        return bool(self._overran[host] - {key}) and key not in self._overran[host]
+
+    def pids(self) -> list[int]:
+        """Of all hosts."""
+        pids: list[int] = ray.get([host.pid.remote() for host in self._hosts.values()])
+        return pids
+
+
+@contextmanager
+def packs(run: Run, size: int, limit_s: float | None) -> Iterator[Any]:
+    """The landlord of packs of up to `size` jobs, while the block runs; at its end all hosts end. `run` must be importable."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    landlord = ray.remote(num_cpus=0)(Landlord).options(scheduling_strategy=here).remote(run, size, limit_s)
+    try:
+        yield landlord
+    finally:
+        ray.kill(landlord)
+
+
+def run_in_pack(landlord: Any, key: str, message: Any, report: Report) -> Any:
+    """Run a job in the host of this process's GPU and return its answer. Raises LostJob if there will be none."""
+    vacate(landlord, key)
+    node = ray.get_runtime_context().get_node_id()
+    gpu = ",".join(map(str, ray.get_gpu_ids())) or CPU
+    cause = ""
+    for _ in range(TRIES):
+        began = False
+        host = ray.get(landlord.place.remote(key, node, gpu))
+        try:
+            for news in host.run.options(num_returns="streaming").remote(key, message, os.getpid()):
+                kind, told = ray.get(news)
+                began = True
+                if kind == "report":
+                    report(told)
+                elif kind != "began":
+                    landlord.leave.remote(key)
+                    if kind == "lost":
+                        raise LostJob(told)
+                    return told
+        except RayActorError as error:
+            cause = cause_in(str(error))
+            blameless = ray.get(landlord.bury.remote(key))
+            if began:
+                raise LostJob(OVERRUN if blameless else cause, blameless) from None
+    raise LostJob(cause)
+
+
+def vacate(landlord: Any, key: str) -> None:
+    """Return when the job does not run in a host; it may, for some steps, if a former client of it has died."""
+    with suppress(RayActorError):  # then all its jobs have ended
+        if (host := ray.get(landlord.leave.remote(key))) is not None:
+            ray.get(host.wait_for.remote(key))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _id(host: Any) -> str:
+    return str(host._actor_id.hex())

@@ -1,0 +1,158 @@
+"""Run a study on a cluster from a machine outside it, as a Ray job: the study file travels, everything else is there.
+
+softseg submit STUDY --address http://HEAD:8265 --out s3://lab/runs --stores s3://lab/stores
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from softseg_dist.engine.ray_cluster import SUBMITTED_BY, TOKEN_WANTED
+from softseg_dist.errors import UserError
+
+EXIT_CODES = (0, 1, 2, 130)  # those of `softseg run`, which are passed on
+NOT_FOUND = 127  # a shell's code for a command that is not there
+CONNECT_S = 5.0
+RECONNECT_S = 2.0
+GIVE_UP_S = 600.0  # a job goes on without its submitter: after this long, say how to follow it
+
+for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload, on stderr
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted study: the address of the cluster's dashboard, and the job's id there."""
+
+    address: str
+    id: str
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """How to follow and to stop it with Ray's own command line."""
+        where = f"--address {shlex.quote(self.address)} {self.id}"
+        return {"follow": f"ray job logs --follow {where}", "stop": f"ray job stop {where}"}
+
+
+def submit(study: Path, address: str, folders: Mapping[str, str | None], flags: Sequence[str] = ()) -> Job:
+    """Start `softseg run` with this study file on the head of the cluster at `address`; the head's softseg_dist runs it.
+
+    `folders` maps options to paths of the head or URIs, `flags` are further arguments. Raises UserError if a path is relative, or
+    the cluster does not answer or refuses the token.
+    """
+    arguments = [text for option, path in folders.items() if path for text in (option, _lasting(option, path))]
+    command = ["softseg", "run", shlex.quote(study.name), "--address", "auto", *arguments, *map(shlex.quote, flags)]
+    with tempfile.TemporaryDirectory() as folder, _told(address):
+        (Path(folder) / study.name).write_bytes(study.read_bytes())
+        job_id = _client(address).submit_job(
+            entrypoint=" ".join(command),
+            entrypoint_num_cpus=0,  # it trains nothing, and a head may have no CPUs for work
+            runtime_env={"working_dir": folder, "env_vars": {SUBMITTED_BY: version("softseg_dist")}},
+            metadata={"study": study.stem},
+        )
+    return Job(address, job_id)
+
+
+def follow(job: Job, say: Callable[[str], None]) -> int:
+    """Pass what the job prints on to `say` until it has ended; returns the exit code of its `softseg run`.
+
+    A lost connection is made again, and nothing is said twice. Raises UserError if it stays lost, or if the job ended in another
+    way than `softseg run` does.
+    """
+    log, heard_s = _Log(say), time.monotonic()
+    while True:
+        try:
+            with _told(job.address):
+                client = _client(job.address)
+                asyncio.run(log.follow(client, job.id))
+                info = client.get_job_info(job.id)
+        except UserError as error:
+            if time.monotonic() - heard_s > GIVE_UP_S:
+                raise UserError(f"{error}; the job goes on without, follow it with: {job.commands['follow']}") from None
+        else:
+            if info.status.is_terminal():
+                return _exit_code(job, info)
+            heard_s = time.monotonic()
+        time.sleep(RECONNECT_S)
+
+
+class _Log:
+    """What a job has printed. Ray tells it from the beginning with every connection; only what is new is passed on."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._num_said = say, 0
+
+    async def follow(self, client: Any, job_id: str) -> None:
+        num_heard = 0
+        async for text in client.tail_job_logs(job_id):
+            new = text[max(0, self._num_said - num_heard) :]
+            num_heard += len(text)
+            self._num_said = max(self._num_said, num_heard)
+            if new:
+                self._say(new)
+
+
+def _exit_code(job: Job, info: Any) -> int:
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if info.status == JobStatus.STOPPED:
+        return 130
+    if info.driver_exit_code in EXIT_CODES:
+        return int(info.driver_exit_code)
+    if info.driver_exit_code == NOT_FOUND:
+        raise UserError(
+            "the cluster's head has no softseg command; install softseg_dist there (see cluster/Dockerfile)"
+        )
+    told = " ".join((info.message or "Ray does not say why").split())
+    raise UserError(f"job {job.id} ended before its study did, submitting it again goes on: {told}")
+
+
+def _lasting(option: str, path: str) -> str:
+    """`path` for a shell on the head, which knows its home folder."""
+    if path.startswith("~/"):
+        return "~/" + shlex.quote(path[2:])
+    if path.startswith("/") or "://" in path:
+        return shlex.quote(path)
+    raise UserError(f"{option} {path}: a job's own folder does not last; give an absolute path of the head, or a URI")
+
+
+def _client(address: str) -> Any:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # Ray would take them in place of what the user named here
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--address must be that of the dashboard, like http://HEAD:8265, got {address}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname, port), timeout=CONNECT_S):
+        return JobSubmissionClient(address)  # its own requests would wait for minutes
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """What a cluster refuses, and one that does not answer, as a UserError."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise UserError(f"{address}: {TOKEN_WANTED}") from error
+    except (OSError, RuntimeError, aiohttp.ClientError) as error:  # the client's own are RuntimeError
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{address}: the cluster's dashboard does not answer or refuses ({told}); is the address right, is a tunnel open?"
+        ) from error

@@ -1,0 +1,219 @@
+"""One session of a search in the driver: what Tune asks and tells, passed on to searcher, tracker and display.
+
+Knows no Ray, so that the order of events can be read, and tested, without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softseg_dist.engine.progress import Progress
+from softseg_dist.engine.worker import Ending, StopFile, reason_of
+from softseg_dist.errors import UserError, no_room, out_of_reach
+from softseg_dist.record.ledger import RaceRecord
+from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.study import Study
+from softseg_dist.tracking.tracker import Tracker
+from softseg_dist.training.task import FitResult, FitTask
+
+HOPELESS = 3  # so many fits given up, and none ended: the cause is not the fit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Fits of the whole study, by how they stand after a session.
+
+    `failed` ended without a score, or were given up after their processes died twice. `unfinished` would run next time.
+    """
+
+    finished: int
+    failed: int
+    unfinished: int
+    interrupted: bool
+
+
+class Session:
+    """Running fits by an id of the caller's, and who must hear of what happens to them."""
+
+    def __init__(
+        self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile
+    ) -> None:
+        self.searcher, self.tracker, self.progress, self._stop_file = searcher, tracker, progress, stop_file
+        self.error: UserError | None = None
+        self.interrupted = False
+        self._running: dict[str, FitTask] = {}
+        self._announced: set[str] = set()
+        self._raced: set[str] = set()  # whose end by the race was told
+        self._noted: set[str] = set()
+        self._engine_notes: set[str] = set()  # what a machine could not do, which is the same for many fits
+        self._open: set[str] = set()  # candidates whose run the tracker holds open
+        self._told_stop = False
+        self._num_ended = self._num_given_up = 0
+
+    def start(self) -> None:
+        """Tell tracker and display what earlier sessions have done."""
+        done = [result for candidate in self.searcher.candidates.values() for result in candidate.results.values()]
+        self.progress.start(self.searcher.num_planned, done)
+        for name in self.searcher.candidates:
+            self._announce(name)
+        self._raced |= {name for name, candidate in self.searcher.candidates.items() if candidate.raced}
+        self._open |= {result.candidate for result in done if not self.searcher.candidates[result.candidate].ended}
+        if self.tracker is not None:
+            ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
+            ledger = self.searcher.ledger
+            self.tracker.recall(ledger.candidates(), done, ended, races=ledger.races())
+
+    @property
+    def ended(self) -> bool:
+        """Nothing will be emitted any more."""
+        return self.searcher.stopped or self.searcher.ended
+
+    def next_fit(self, fit_id: str) -> FitTask | None:
+        """The task of the next fit, which will be known as `fit_id`. A mistake in `propose` stops the session."""
+        if self.interrupted and not self._told_stop:
+            self._told_stop = True
+            self.progress.note("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        try:
+            task = self.searcher.next_fit()
+        except UserError as error:
+            self._abort(error)
+            return None
+        except OSError as error:
+            self._abort(_explained(error))
+            return None
+        if task is None:
+            return None
+        self._running[fit_id] = task
+        self._open.add(task.candidate)
+        self._announce(task.candidate)
+        if self.tracker is not None:
+            self.tracker.fit_started(task)
+        return task
+
+    def epoch(self, fit_id: str, metrics: dict[str, float]) -> None:
+        """A running fit has finished an epoch."""
+        key = self._running[fit_id].key
+        self.progress.epoch(key, metrics)
+        if self.tracker is not None:
+            self.tracker.epoch(key, metrics)
+
+    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "", node_lost: bool = False) -> None:
+        """A fit no longer runs. `ending` is None if its process did not live to say how; `cause` is what the engine knows.
+
+        `node_lost`: the process went with its machine, for which the fit is not to blame.
+        """
+        task = self._running.pop(fit_id)
+        if ending is None:
+            self._lost(task, "its machine was lost" if node_lost else reason_of(task, cause), node_lost)
+        elif ending.kind == "lost":
+            self._lost(task, reason_of(task, ending.text), ending.blameless)
+        elif ending.kind == "user_error":
+            self.searcher.interrupt(task)
+            self._gone(task, "FAILED")
+            self._abort(UserError(f"{task.key}: {ending.text}"))
+        elif ending.kind == "interrupted":
+            self.searcher.interrupt(task)
+            self._gone(task, "KILLED")
+        else:
+            assert ending.result is not None
+            assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
+            self._record(task, ending.result)
+        self._tell_decisions()
+
+    def stop(self) -> None:
+        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print, nor raise anywhere."""
+        self.interrupted = True
+        self.searcher.stop()
+        try:
+            self._stop_file.write()
+        except OSError as error:
+            self.error = self.error or _explained(error)
+
+    def outcome(self) -> Outcome:
+        """How the study stands."""
+        candidates = list(self.searcher.candidates.values())
+        results = [result for candidate in candidates for result in candidate.results.values()]
+        finished = sum(result.state == "finished" for result in results)
+        failed = len(results) - finished + sum(len(candidate.lost) for candidate in candidates)
+        return Outcome(finished, failed, self.searcher.num_planned - finished - failed, self.interrupted)
+
+    def _abort(self, error: UserError) -> None:
+        self.error = self.error or error
+        self.searcher.stop()
+        try:
+            self._stop_file.write()
+        except OSError as unheard:
+            self.progress.note(f"the fits that run could not be asked to stop, so they end as they do: {unheard}")
+
+    def _record(self, task: FitTask, result: FitResult) -> None:
+        try:
+            self.searcher.finish(result)
+        except OSError as error:
+            self.searcher.interrupt(task)  # what could not be recorded runs again, and finds its result in its folder
+            self._gone(task, "KILLED")
+            self._abort(_explained(error))
+            return
+        self._num_ended += 1
+        self.progress.finished(result)
+        for note in result.notes:
+            if note not in self._engine_notes:
+                self._engine_notes.add(note)
+                self.progress.note(f"{task.key}: {note}")
+        if self.tracker is not None:
+            self.tracker.fit_ended(result)
+
+    def _lost(self, task: FitTask, reason: str, blameless: bool) -> None:
+        again = self.searcher.lose(task, reason, blameless)
+        given_up = "given up; running the study again tries it again"
+        if self.searcher.candidates[task.candidate].raced:
+            given_up = "given up, as its candidate is out of the race"
+        what_next = "trying again" if again else given_up
+        self.progress.note(f"{task.key}: {reason}; {what_next}")
+        self._gone(task, None if again else "FAILED")
+        self._num_given_up += not again
+        if self._num_given_up >= HOPELESS and self._num_ended == 0:
+            self._abort(UserError(f"the first {HOPELESS} fits all died, the last one, {task.key}, with: {reason}"))
+
+    def _gone(self, task: FitTask, status: str | None) -> None:
+        self.progress.gone(task.key)
+        if self.tracker is not None and status is not None:
+            self.tracker.fit_gone(task.key, status)
+
+    def _announce(self, name: str) -> None:
+        if name not in self._announced:
+            self._announced.add(name)
+            self._tell_planned(name)
+
+    def _tell_planned(self, name: str) -> None:
+        self.progress.planned(name, self.searcher.candidates[name].num_planned, self.searcher.num_planned)
+
+    def _tell_decisions(self) -> None:
+        """What has followed from the last fit, for its candidate or for others: who is out of the race, and who has ended."""
+        for name, candidate in self.searcher.candidates.items():
+            if candidate.raced is not None and name not in self._raced:
+                self._raced.add(name)
+                self._tell_planned(name)
+                self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
+            if candidate.note and name not in self._noted:
+                self._noted.add(name)
+                self.progress.note(f"{name}: {candidate.note}")
+            if candidate.ended and name in self._open:
+                self._open.discard(name)
+                if self.tracker is not None:
+                    self.tracker.candidate_ended(name, list(candidate.results.values()), race=candidate.raced)
+
+
+def _verdict(record: RaceRecord, study: Study) -> str:
+    """`dice_dml -0.0312 (p = 0.0041) against hard-dice over 3 splits`."""
+    differences = [(study.objective, record.difference, record.p)]
+    if study.second_objective and record.second_difference is not None and record.second_p is not None:
+        differences.append((study.second_objective, record.second_difference, record.second_p))
+    parts = ", ".join(f"{name} {difference:+.4f} (p = {p:.2g})" for name, difference, p in differences)
+    return f"{parts} against {record.incumbent} over {record.after} splits"
+
+
+def _explained(error: OSError) -> UserError:
+    """Why the run folder cannot be written, as what stops the study; raises `error` again if it is about something else."""
+    if (told := no_room(error) or out_of_reach(error)) is None:
+        raise error
+    return UserError(told)

@@ -1,0 +1,144 @@
+"""What happens around a fit in its worker process: load the study file, watch the clock, say how it ended.
+
+Knows no Ray: the caller gives `report`. What can be expected to go wrong comes back as a value, since an exception costs
+the process; what cannot is written to `error.txt` in the fit's folder and raised, and the fit gets a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from softseg_dist.data.store_cache import local_store
+from softseg_dist.engine.clock import time_limit
+from softseg_dist.errors import UserError, no_room
+from softseg_dist.frozen import Frozen
+from softseg_dist.places import Place
+from softseg_dist.record.mirror import mirrored
+from softseg_dist.study_file import describe, load_source
+from softseg_dist.training.data_parallel import partner_died
+from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
+
+STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
+REMOTE_STOP_CHECK_S = 5.0  # every look at an object store costs money
+ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
+
+Fit = Callable[[FitTask, Worker], FitResult]
+
+
+class Ending(Frozen):
+    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with the process that ran it for its trial.
+
+    `blameless`: that process, one of several workers or one of several fits, was lost by no fault of the fit.
+    """
+
+    kind: Literal["result", "interrupted", "user_error", "lost"]
+    result: FitResult | None = None
+    text: str = ""
+    blameless: bool = False
+
+
+class StopFile:
+    """True once the file is there; the driver writes it to make all fits stop. Looks for it now and then only."""
+
+    def __init__(self, uri: str) -> None:
+        self._place = Place.at(uri)
+        self._every_s = STOP_CHECK_S if self._place.path is not None else REMOTE_STOP_CHECK_S
+        self._seen = False
+        self._next_s = 0.0
+
+    def __call__(self) -> bool:
+        """Shall the fit stop?"""
+        if not self._seen and time.monotonic() >= self._next_s:
+            self._seen = self._place.is_file()
+            self._next_s = time.monotonic() + self._every_s
+        return self._seen
+
+    def write(self) -> None:
+        """Make all fits stop."""
+        self._place.write(b"stop\n")
+        self._seen = True
+
+    def remove(self) -> None:
+        """Let fits run."""
+        self._place.delete()
+        self._seen = False
+
+
+def run_fit(
+    config: dict[str, Any],
+    fit: Fit,
+    source: tuple[str, str] | None,
+    worker: Worker,
+    report: Callable[[dict[str, str]], None],
+) -> dict[str, str]:
+    """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
+
+    `source` is stem and text of the study file, whose classes the task's JSON may name. Each of several workers calls this.
+    """
+    if source is not None:
+        load_source(*source)
+    task = FitTask.model_validate(json.loads(config["task"]))
+    stop_file = StopFile(config["stop"])
+
+    def stop() -> bool:
+        return stop_file() or worker.stop()
+
+    def tell(metrics: dict[str, float]) -> None:
+        report({"epoch": json.dumps(metrics)})
+
+    if worker.share(stop() if worker.leads else False):
+        ending = Ending(kind="interrupted")
+    else:
+        ending = _guarded(task, fit, replace(worker, report=tell, stop=stop))
+    return {"ending": json.dumps(ending.model_dump(mode="json"))}
+
+
+def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
+    try:
+        local_store(task.store)  # a node fetches it once, outside of any fit's time limit
+        if not worker.leads:
+            with tempfile.TemporaryDirectory() as scratch:  # the fit's own folder belongs to rank 0
+                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker))
+        with mirrored(task) as (here, saved):
+            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))
+    except Interrupted:
+        return Ending(kind="interrupted")
+    except UserError as error:
+        return Ending(kind="user_error", text=str(error))
+    except OSError as error:
+        if (told := no_room(error)) is None:
+            raise
+        return Ending(kind="user_error", text=told)  # so it would be for every other fit
+
+
+def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        with time_limit(task.time_limit_s, folder / STACK):
+            return fit(task, worker)
+    except (Interrupted, UserError):
+        raise
+    except Exception as error:
+        if no_room(error) is None and not (worker.num_workers > 1 and partner_died(error)):
+            (folder / ERROR).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
+        raise
+
+
+def reason_of(task: FitTask, cause: str = "") -> str:
+    """Why a fit's process ended without an `Ending`: what its folder tells, else `cause`, else that it died."""
+    folder = Place.at(task.folder)
+    if (error := (folder / ERROR).read()) is not None:
+        lines = error.decode(errors="replace").splitlines()
+        return f"{lines[0] if lines else 'error'} (see {folder / ERROR})"
+    if (folder / STACK).read():
+        return f"took longer than its time limit of {task.time_limit_s:g} s (see {folder / STACK})"
+    return cause or "its process died (killed, out of memory, or crashed)"

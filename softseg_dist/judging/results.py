@@ -1,0 +1,91 @@
+"""The results table: one row per study, candidate, split, case, class, reference, threshold and metric, as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softseg_dist.data.preprocess import Sample
+from softseg_dist.files import replace_file
+from softseg_dist.judging.rows import Row as Measured
+
+if TYPE_CHECKING:  # a fit writes no data frame, and machines that only train need not have pandas
+    import pandas as pd
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("study", _NAME),
+        ("candidate", _NAME),
+        ("split", pa.int32()),  # -1 for what several fits predict together
+        ("subset", _NAME),  # validation or test; holdout, in a table of its own
+        ("subject", _NAME),
+        ("case", _NAME),
+        ("class", _NAME),
+        ("reference", _NAME),  # "mean" of the raters, each by name, all as "raters", "truth" where it is known
+        ("threshold", pa.float64()),  # null for what is measured on the soft map
+        ("metric", _NAME),
+        ("value", pa.float64()),
+    ]
+)
+
+
+Row = dict[str, Any]
+
+
+def rows_of_case(
+    measured: Iterable[Measured], study: str, candidate: str, split: int, subset: str, sample: Sample
+) -> list[Row]:
+    """Rows of the results table from what was measured on one case."""
+    head = {
+        "study": study,
+        "candidate": candidate,
+        "split": split,
+        "subset": subset,
+        "subject": sample.subject,
+        "case": sample.name,
+    }
+    return [
+        head
+        | {
+            "class": r.class_name,
+            "reference": r.reference,
+            "threshold": r.threshold,
+            "metric": r.metric,
+            "value": r.value,
+        }
+        for r in measured
+    ]
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> None:
+    """Write rows of the results table; the file appears whole or not at all."""
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a data frame with the columns of the results table; the file appears whole or not at all."""
+    plain = frame.astype({field.name: str for field in SCHEMA if field.type == _NAME})
+    table = pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False)
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+
+def merge_tables(parts: Iterable[str | Path], path: str | Path) -> int:
+    """Write the rows of all `parts` to one table, part by part; returns the number of rows."""
+    rows = 0
+
+    def write(partial: Path) -> None:
+        nonlocal rows
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            for part in parts:
+                table = pq.read_table(part).cast(SCHEMA)
+                rows += table.num_rows
+                writer.write_table(table)
+
+    replace_file(path, write)
+    return rows

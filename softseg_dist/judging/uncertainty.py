@@ -1,0 +1,190 @@
+"""How sure a prediction is: what several soft maps of one case tell together, voxel by voxel and object by object.
+
+Legend: T samples (soft maps of one case), N items, R raters, K classes, *S space (2 or 3 axes). Samples come from one model that
+is asked T times (see `sampling`), or from T models. Sums run in float64. Structure-wise measures cut samples at 0.5.
+
+Rows of the results table, `<method>` being "mc_dropout", "tta" or "ensemble". Against "mean", the raters' mean:
+`<method>_entropy`, `_expected_entropy`, `_mutual_information`, `_variance` (means over the neighbourhood that `ece` looks at, of
+the mean map), `_volume_cv`, `_pairwise_dice`, `_samples_iou`, and of the mean map as a prediction `_dice_dml`, `_brier`, `_ece`.
+Against "raters", where a case has two or more: `_disagreement_correlation`, `_ged2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import entr
+
+from softseg_dist.judging.rows import Row
+from softseg_dist.numerics.calibration import neighbourhood
+from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece
+from softseg_dist.numerics.raters import energy_distance, entropy_disagreement_correlation, pairwise_dice
+
+CUT = 0.5  # a sample is an object where it is above this, as with the fixed threshold
+Bits = npt.NDArray[np.uint8]  # [.. K bytes]: masks, eight voxels in a byte
+
+
+def entropy(soft_map: Map) -> npt.NDArray[np.float64]:
+    """Entropy of a coin, voxel by voxel and in bits: -p log2 p - (1 - p) log2 (1 - p), in [0, 1].
+
+    1 at p = 1/2, where nothing is known; 0 at p = 0 and 1. Of the raters' mean it is how much they disagree.
+
+    >>> entropy(np.array([0.0, 0.5, 0.75, 1.0])).round(4)
+    array([0.    , 1.    , 0.8113, 0.    ])
+    """
+    p = soft_map.astype(np.float64)
+    return (entr(p) + entr(1 - p)) / np.log(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What is kept of T soft maps [N K *S] of one case: as much memory as a few of them, however many there are.
+
+    `mean`, `expected_entropy` (the mean of the samples' entropies, in bits) and `mean_square` are [N K *S] float64; `volumes`
+    [T K] are sums over voxels; `masks` [T K bytes] are the samples cut at 0.5.
+    """
+
+    mean: npt.NDArray[np.float64]
+    expected_entropy: npt.NDArray[np.float64]
+    mean_square: npt.NDArray[np.float64]
+    volumes: npt.NDArray[np.float64]
+    masks: Bits
+
+    @classmethod
+    def of(cls, samples: Iterable[Map]) -> Spread:
+        """Of soft maps [N K *S] in [0, 1], which are looked at one after the other; at least one."""
+        sums: npt.NDArray[np.float64] | None = None
+        volumes, masks = [], []
+        for sample in samples:
+            exact = sample.astype(np.float64)
+            parts = np.stack([exact, entropy(exact), np.square(exact)])
+            sums = parts if sums is None else np.add(sums, parts, out=sums)
+            volumes.append(np.moveaxis(exact, 1, 0).reshape(exact.shape[1], -1).sum(axis=1))
+            masks.append(_packed(exact > CUT))
+        assert sums is not None, "a spread is that of at least one soft map"
+        mean, expected, square = sums / len(volumes)
+        return cls(mean, expected, square, np.stack(volumes), np.stack(masks))
+
+    @property
+    def num_samples(self) -> int:
+        """T. Whatever compares samples with each other is NaN if there is but one."""
+        return len(self.volumes)
+
+    @property
+    def entropy(self) -> npt.NDArray[np.float64]:
+        """Predictive entropy [N K *S] in bits: that of the mean. All that is unsure, in data and model."""
+        return entropy(self.mean)
+
+    @property
+    def mutual_information(self) -> npt.NDArray[np.float64]:
+        """Entropy of the mean less the mean entropy [N K *S], in bits: 0 where all samples agree, 1 where they are 0 and 1 evenly.
+
+        What more training data could remove, if samples are draws of the weights. Source: Houlsby et al. 2011, arXiv 1112.5745.
+        """
+        return self._of_several(np.maximum(self.entropy - self.expected_entropy, 0))
+
+    @property
+    def variance(self) -> npt.NDArray[np.float64]:
+        """Mean squared distance of the samples from their mean [N K *S], in [0, 1/4]."""
+        return self._of_several(np.maximum(self.mean_square - np.square(self.mean), 0))
+
+    @property
+    def volume_cv(self) -> PerClass:
+        """Coefficient of variation of the soft volume per class [K]: standard deviation (T - 1) over mean; NaN if all are empty.
+
+        Source: Roy et al., NeuroImage 195 (2019), doi 10.1016/j.neuroimage.2019.03.042, as the two measures below.
+        """
+        if self.num_samples == 1:
+            return np.full(self.volumes.shape[1], np.nan)
+        return _ratio(self.volumes.std(axis=0, ddof=1), self.volumes.mean(axis=0))
+
+    @property
+    def pairwise_dice(self) -> PerClass:
+        """Mean Dice of all pairs of samples per class [K]: 1 if all are one object.
+
+        Pairs of empty samples are left out; NaN if there is no other.
+        """
+        return np.array([pairwise_dice(_unpacked(of_class)) for of_class in np.moveaxis(self.masks, 1, 0)])
+
+    @property
+    def samples_iou(self) -> PerClass:
+        """Voxels that are in every sample over voxels that are in any, per class [K]; NaN if there are none."""
+        everywhere, anywhere = (
+            np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64)
+            for of in (np.bitwise_and, np.bitwise_or)
+        )
+        return self._of_several(_ratio(everywhere, anywhere))
+
+    def ged2(self, raters: Map) -> PerClass:
+        """Squared generalised energy distance of the samples from the raters [N R K *S], per class [K] (see `energy_distance`)."""
+        theirs = np.stack([_packed(raters[:, r] >= CUT) for r in range(raters.shape[1])])
+        both = np.moveaxis(np.concatenate([self.masks, theirs]), 1, 0)
+        pairs = [np.split(_unpacked(of_class), [self.num_samples]) for of_class in both]
+        return np.array([energy_distance(ours, others) for ours, others in pairs])
+
+    def _of_several(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return values if self.num_samples > 1 else np.full_like(values, np.nan)
+
+
+def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str]) -> list[Row]:
+    """Everything that is recorded of one case's samples: the rows that the top of this file lists.
+
+    Args:
+        method: what their names begin with.
+        spread: of the samples.
+        raters: [N R K *S] in [0, 1].
+        classes: K names.
+    """
+    reference, prediction = raters.mean(axis=1), spread.mean
+    near = neighbourhood(prediction, reference)
+    masks = [near[:, k] for k in range(len(classes))]
+    against_mean = {
+        "entropy": _inside(spread.entropy, near),
+        "expected_entropy": _inside(spread.expected_entropy, near),
+        "mutual_information": _inside(spread.mutual_information, near),
+        "variance": _inside(spread.variance, near),
+        "volume_cv": spread.volume_cv,
+        "pairwise_dice": spread.pairwise_dice,
+        "samples_iou": spread.samples_iou,
+        "dice_dml": dice_dml(prediction, reference),
+        "brier": brier(prediction, reference),
+        "ece": ece(prediction, reference),
+    }
+    against_raters = {}
+    if raters.shape[1] > 1:
+        against_raters = {
+            "disagreement_correlation": np.array(
+                [entropy_disagreement_correlation(prediction[:, k][m], reference[:, k][m]) for k, m in enumerate(masks)]
+            ),
+            "ged2": spread.ged2(raters),
+        }
+    return [
+        Row(class_name, name, None, f"{method}_{metric}", float(values[k]))
+        for name, measured in (("mean", against_mean), ("raters", against_raters))
+        for k, class_name in enumerate(classes)
+        for metric, values in measured.items()
+    ]
+
+
+def _inside(soft_map: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> PerClass:
+    """Mean over the voxels of `mask` per class [K]; NaN if it has none."""
+    space = (0, *range(2, mask.ndim))
+    return _ratio(np.where(mask, soft_map, 0).sum(axis=space), mask.sum(axis=space, dtype=np.float64))
+
+
+def _packed(mask: npt.NDArray[np.bool_]) -> Bits:
+    """[N K *S] -> [K bytes]."""
+    return np.packbits(np.moveaxis(mask, 1, 0).reshape(mask.shape[1], -1), axis=1)
+
+
+def _unpacked(masks: Bits) -> npt.NDArray[np.bool_]:
+    """Masks [T bytes] as [T n], without stretches that are empty in all of them."""
+    return np.unpackbits(masks[:, masks.any(axis=0)], axis=1).view(np.bool_)
+
+
+def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """over / under, NaN where `under` is 0."""
+    return np.divide(over, under, out=np.full(over.shape, np.nan), where=under != 0)

@@ -1,0 +1,1 @@
+"""What has happened, on disk: ledger, changes of a study, status, remote copies."""

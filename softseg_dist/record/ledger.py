@@ -1,0 +1,272 @@
+"""The ledger: the run folder's record of the study, its candidates and every fit that has ended.
+
+    study.json  splits.json  store.json  holdout.json  fits/<candidate>/  candidate.json  race.json  <split>.json
+
+It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
+filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError, field_validator
+
+from softseg_dist.data.splits import Split
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.locks import hold
+from softseg_dist.places import Place, working_folder
+from softseg_dist.record.changes import Json, holdout_change, of_earlier_versions, study_changes
+from softseg_dist.study import Study
+from softseg_dist.training.task import FitResult
+
+SHOWN_CHANGES = 8  # a refusal is one line of text
+log = logging.getLogger(__name__)
+F = TypeVar("F", bound=Frozen)
+
+
+class CandidateRecord(Frozen):
+    """A candidate as it was first emitted.
+
+    `number` is its place in the order asked, among its own kind: Optuna's trial number for a proposed one. `recipe` is JSON, so
+    that it can be read without the study file; with `tune_each` it has the learning rate that was chosen, and is recorded then.
+    `params` and `distributions` (JSON of each) are Optuna's. A "tuning" candidate is a learning rate that is tried for a fixed one.
+    `note` is what a reader of the results should know.
+    """
+
+    name: str
+    origin: Literal["fixed", "proposed", "tuning"]
+    number: int
+    recipe: dict[str, Any]
+    params: dict[str, Any] = {}
+    distributions: dict[str, str] = {}
+    note: str = ""
+
+    @field_validator("recipe")
+    @classmethod
+    def _of_earlier_versions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return of_earlier_versions(value)
+
+
+class RaceRecord(Frozen):
+    """A candidate that gets no more splits, since it is significantly worse than the `incumbent`, which has run fully.
+
+    `after` splits that both had, its mean paired `difference` to the incumbent was that, in the objective's own unit, with the
+    one-sided `p`; the second objective's, if there is one, likewise. `told` is what Optuna is told as its values: the
+    incumbent's means plus the differences.
+    """
+
+    candidate: str
+    incumbent: str
+    after: int
+    difference: float
+    p: float
+    second_difference: float | None = None
+    second_p: float | None = None
+    told: tuple[float, ...] = ()
+
+
+class Opening(Frozen):
+    """One look at the held-out subjects: when (ISO, UTC), at which winner and control, by which of their fits."""
+
+    at: str
+    winner: str
+    control: str | None = None
+    fits: tuple[str, ...] = ()
+
+
+class HoldoutRecord(Frozen):
+    """Who is in no split, and every time that somebody looked: more than once if the study was extended since."""
+
+    subjects: tuple[str, ...]
+    opened: tuple[Opening, ...] = ()
+
+
+class Ledger:
+    """Reads and writes one run folder. Reading needs no lock; `open_study` and a search hold it.
+
+    `working` is the folder of this machine for what only the driver needs: the run folder itself, if it is on this machine.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.place = Place.at(folder)
+        self.folder = self.place.uri
+        self.working = working_folder(self.place)
+        self._held = False
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other drivers out while the block runs; may be nested. Object stores have no lock: there it keeps out only
+        those of this machine.
+
+        Raises UserError, naming process and host, if another driver holds it.
+        """
+        if self._held:
+            yield
+            return
+        with hold(self.working / ".lock", self.folder):
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def open_study(
+        self,
+        study: Study,
+        splits: Sequence[Split],
+        fingerprint: str | None = None,
+        held_out: tuple[str, ...] = (),
+    ) -> tuple[str, ...]:
+        """Record the study, or check it against the one recorded; returns what an extension adds, one line per change.
+
+        `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed. `held_out` are
+        the subjects of no split.
+        Raises UserError with the differences if finished fits would no longer belong to the study; nothing is written then.
+        """
+        with self.lock():
+            now, now_splits = json_of(study), [json_of(split) for split in splits]
+            refused: list[str] = []
+            extended: tuple[str, ...] = ()
+            if (before := self._read("study.json")) is not None:
+                changes = study_changes(before, now, self._read("splits.json") or [], now_splits)
+                refused, extended = list(changes.refused), changes.extended
+                known = self.holdout()
+                if moved := holdout_change(known.subjects if known else (), held_out):
+                    refused.append(moved)
+            stored = (self._read("store.json") or {}).get("fingerprint")
+            if stored is not None and fingerprint is not None and stored != fingerprint:
+                refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
+            if refused:
+                raise UserError(self._refusal(refused))
+            self._write("splits.json", json.dumps(now_splits, indent=1))
+            if held_out and before is None:
+                self.write_holdout(HoldoutRecord(subjects=held_out))
+            if fingerprint is not None:
+                self._write("store.json", json.dumps({"fingerprint": fingerprint}))
+            self._write("study.json", json.dumps(now, indent=1))
+        return extended
+
+    def fit_folder(self, candidate: str, split: Split) -> str:
+        """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
+        return str(self.place / "fits" / candidate / split.name)
+
+    def write_candidate(self, record: CandidateRecord) -> None:
+        """Record a candidate before its first fit is emitted."""
+        self._write(f"fits/{record.name}/candidate.json", json.dumps(json_of(record), indent=1))
+
+    def write_result(self, result: FitResult) -> None:
+        """Record a fit that has ended, finished or failed: it never runs again."""
+        self._write(f"fits/{result.candidate}/{result.split:03d}.json", json.dumps(json_of(result), indent=1))
+
+    def write_race(self, record: RaceRecord) -> None:
+        """Record that a candidate gets no more splits, for good."""
+        self._write(f"fits/{record.candidate}/race.json", json.dumps(json_of(record), indent=1))
+
+    def candidates(self) -> dict[str, CandidateRecord]:
+        """All recorded candidates by name: the fixed ones first, each kind in the order asked.
+
+        Raises UserError if a record cannot be read: which recipe its fits belong to would be a guess.
+        """
+        records = []
+        for name in (self.place / "fits").names(folders=True):
+            path = f"fits/{name}/candidate.json"
+            if (data := self._read(path)) is None:
+                continue
+            record = _parsed(CandidateRecord, data)
+            if record is None or record.name != name:
+                raise UserError(
+                    f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again"
+                )
+            records.append(record)
+        return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
+
+    def results(self) -> dict[tuple[str, int], FitResult]:
+        """Every fit that has ended, by (candidate, split index). A file that cannot be read is named in a warning and left out."""
+        found = {}
+        for name in self.candidates():
+            for file in (self.place / "fits" / name).names():
+                stem = file.removesuffix(".json")
+                if not (file.endswith(".json") and stem.isdecimal()):
+                    continue
+                result = _parsed(FitResult, self._read(f"fits/{name}/{file}", torn={}))
+                if result is None or (result.candidate, result.split) != (name, int(stem)):
+                    log.warning(
+                        "%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again",
+                        self.folder,
+                        name,
+                        file,
+                    )
+                    continue
+                found[name, result.split] = result
+        return found
+
+    def write_holdout(self, record: HoldoutRecord) -> None:
+        """Record who is held out, and who has looked."""
+        self._write("holdout.json", json.dumps(json_of(record), indent=1))
+
+    def holdout(self) -> HoldoutRecord | None:
+        """Who is held out, and who has looked; None if nobody is. Raises UserError if the record cannot be read."""
+        if (data := self._read("holdout.json")) is None:
+            return None
+        if (record := _parsed(HoldoutRecord, data)) is None:
+            raise UserError(f"{self.folder}/holdout.json: not the record of held-out subjects; restore it")
+        return record
+
+    def races(self) -> dict[str, RaceRecord]:
+        """The candidates that lost their race, by name. A record that cannot be read is left out: the race decides again."""
+        found = {}
+        for name in self.candidates():
+            data = self._read(f"fits/{name}/race.json", torn={})
+            if data is not None and (record := _parsed(RaceRecord, data)) is not None and record.candidate == name:
+                found[name] = record
+        return found
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were recorded with the study; () if there is no study."""
+        return tuple(Split.model_validate(split) for split in self._read("splits.json") or ())
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder of `working` that is not part of the record."""
+        if (self.working / folder).is_dir():
+            shutil.rmtree(self.working / folder)
+
+    def _refusal(self, changes: list[str]) -> str:
+        more = len(changes) - SHOWN_CHANGES
+        shown = "; ".join(changes[:SHOWN_CHANGES]) + (f"; and {more} more" if more > 0 else "")
+        advice = "Finished fits are untouched: give the study a new name, or another --out"
+        return f"{self.folder}: holds another study: {shown}. {advice}"
+
+    def _read(self, path: str, torn: Any = None) -> Any:
+        """The JSON in a file; None if there is no file. What is not JSON is `torn` if that is given, else a UserError."""
+        if (data := (self.place / path).read()) is None:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError:
+            if torn is None:
+                raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
+            return torn
+
+    def _write(self, path: str, text: str) -> None:
+        (self.place / path).write(text.encode())
+
+
+def json_of(value: Frozen) -> Json:
+    """The JSON of a frozen object, as reading it back from a file would give it."""
+    plain: Json = json.loads(canonical_json(value.model_dump(mode="json")))
+    return plain
+
+
+def _parsed(kind: type[F], data: Mapping[str, Any]) -> F | None:
+    try:
+        return kind.model_validate(data)
+    except ValidationError:
+        return None

@@ -1,0 +1,79 @@
+"""A fit whose folder is remote works in a scratch folder of its node; what it leaves there is mirrored to its own folder.
+
+What is lost when its process dies: everything since the last checkpoint, and the stacks of a fit that took too long.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softseg_dist.locks import hold, holder
+from softseg_dist.places import Place
+from softseg_dist.training.task import FitTask
+
+LAST = ("checkpoint.pt", "result.json")  # sent after what they rely on: history and weights are never older than they
+FRESH_S = 60.0  # a scratch folder as young as this may not have its lock yet
+
+
+@contextmanager
+def mirrored(task: FitTask) -> Iterator[tuple[FitTask, Callable[[], None]]]:
+    """The task with a folder of this machine, and what to call after each checkpoint; what is there is sent at the end.
+
+    A fit whose folder is on this machine works there, and nothing is copied.
+    """
+    place = Place.at(task.folder)
+    if place.path is not None:
+        yield task.replace(folder=str(place.path)), lambda: None
+        return
+    mine = f"softseg-fit-{os.getuid()}-"
+    _sweep(mine)
+    with tempfile.TemporaryDirectory(prefix=mine) as scratch, hold(Path(scratch) / ".lock"):
+        mirror = Mirror(place, Path(scratch))
+        mirror.pull()
+        try:
+            yield task.replace(folder=scratch), mirror.push
+        finally:
+            mirror.push()
+
+
+class Mirror:
+    """A remote folder and its copy here. Only what has changed since it was last copied is sent."""
+
+    def __init__(self, place: Place, folder: Path) -> None:
+        self._place, self._folder = place, folder
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def pull(self) -> None:
+        """Fetch all files."""
+        for name in self._place.names():
+            (self._place / name).pull(self._folder / name)
+            self._copied[name] = _stamp(self._folder / name)
+
+    def push(self) -> None:
+        """Send what is new here, and then remove there what is gone here."""
+        here = {p.name: _stamp(p) for p in self._folder.iterdir() if p.is_file() and not p.name.startswith(".")}
+        new = [name for name, stamp in here.items() if self._copied.get(name) != stamp]
+        for name in sorted(new, key=lambda name: (LAST.index(name) + 1 if name in LAST else 0, name)):
+            (self._place / name).push(self._folder / name)
+            self._copied[name] = here[name]
+        for name in self._copied.keys() - here.keys():
+            (self._place / name).delete()
+            del self._copied[name]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
+def _sweep(prefix: str) -> None:
+    """Remove scratch folders whose processes have died."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        lock = folder / ".lock"
+        if lock.exists() and lock.stat().st_mtime < time.time() - FRESH_S and holder(lock) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be sweeping it too

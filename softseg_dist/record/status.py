@@ -1,0 +1,209 @@
+"""How a run stands, read from its folder alone: no lock, no Ray, and nothing that trains is imported, so it answers at once.
+
+Whether a fit runs cannot be read from a folder; one that has written something lately seems to.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from softseg_dist.durations import duration
+from softseg_dist.errors import UserError
+from softseg_dist.locks import holder
+from softseg_dist.places import Entry, Place, working_folder
+from softseg_dist.record.spool import SPOOL
+
+SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
+READERS = 16  # files that are read at a time: an object store takes some 30 ms for each
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CandidateStatus:
+    """One candidate: its fits that ended with a score, those that failed, and the mean score on validation so far.
+
+    `left` of its splits have not ended: none if it was `raced_out`, or has failed and is not one of the study file.
+    """
+
+    name: str
+    finished: int
+    failed: int
+    splits: int
+    mean: float | None
+    left: int
+    raced_out: bool = False
+
+
+@dataclass(frozen=True)
+class RunningFit:
+    """A fit that seems to run: the epochs that it has finished and when it last wrote something."""
+
+    key: str
+    epochs: int
+    quiet_s: float
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`left` neither ended nor seem to run. `driver` holds the run folder's lock on this machine, None if nobody does."""
+
+    run: str
+    study: str
+    objective: str
+    planned: int
+    finished: int
+    failed: int
+    left: int
+    running: tuple[RunningFit, ...]
+    candidates: tuple[CandidateStatus, ...]
+    quiet_s: float
+    driver: str | None
+    mlflow_waiting: int
+
+    def plain(self) -> Json:
+        """For json.dumps."""
+        return asdict(self)
+
+
+def status_of(run: str) -> RunStatus:
+    """Read a run folder, given as a path or URI. Raises UserError if it is not one."""
+    place = Place.at(run)
+    with ThreadPoolExecutor(READERS) as readers:
+        files = place.walk()
+        ended = {name for name in files if _is_result(name)}
+        known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
+        raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
+        names = ["study.json", "splits.json", *sorted(known), *sorted(ended)]
+        read = dict(zip(names, readers.map(lambda name: _json(place / name), names), strict=True))
+        study, splits = read["study.json"], read["splits.json"]
+        if not isinstance(study, dict) or not isinstance(splits, list):
+            raise UserError(f"{run}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
+        if study.get("nested"):
+            raise UserError(
+                f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one"
+            )
+        running = _running(place, files, ended, study, readers)
+    records = {record["name"]: record for record in map(read.get, known) if record}
+    proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
+    results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
+    candidates = (
+        *(_candidate(name, results, len(splits), name in raced) for name in study["candidates"]),
+        *_tuning(study, records, results, len(splits)),
+        *(_candidate(name, results, len(splits), name in raced, final=True) for name in sorted(proposed)),
+    )
+    finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
+    trials = (study.get("search") or {}).get("trials", 0)
+    not_asked = max(0, trials - len(proposed)) * len(splits)
+    planned = not_asked + finished + failed + sum(c.left for c in candidates)
+    last = max((entry.modified_s for name, entry in files.items() if not name.startswith("report/")), default=0.0)
+    return RunStatus(
+        run=run,
+        study=study["name"],
+        objective=study["objective"],
+        planned=planned,
+        finished=finished,
+        failed=failed,
+        left=max(0, planned - finished - failed - len(running)),
+        running=running,
+        candidates=candidates,
+        quiet_s=max(0.0, time.time() - last),
+        driver=holder(working_folder(place) / ".lock"),
+        mlflow_waiting=_waiting(place),
+    )
+
+
+def show(status: RunStatus, console: Console) -> None:
+    """Print a status: a table on a terminal, one line per candidate elsewhere."""
+    counts = f"{status.finished} of {status.planned} fits finished, {status.failed} failed"
+    console.print(f"{status.study}: {counts}, {len(status.running)} running, {status.left} left")
+    if console.is_terminal:
+        table = Table("candidate", "fits", f"mean {status.objective}", box=None, header_style="bold", pad_edge=False)
+        for row in map(_row, status.candidates):
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for row in map(_row, status.candidates):
+            console.print("  ".join(row).rstrip())
+    for fit in status.running:
+        console.print(f"running {fit.key}: {fit.epochs} epochs, wrote {duration(fit.quiet_s)} ago", style="dim")
+    console.print(f"last change {duration(status.quiet_s)} ago; {_driver(status)}")
+    if status.mlflow_waiting:
+        console.print(f"{status.mlflow_waiting} records wait for MLflow: softseg sync {status.run}")
+
+
+def _driver(status: RunStatus) -> str:
+    if status.driver is not None:
+        return f"driver: {status.driver}"
+    return "no driver on this machine" + (", the same command goes on" if status.left or status.running else "")
+
+
+def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
+    failed = f", {candidate.failed} failed" if candidate.failed else ""
+    failed += ", raced out" if candidate.raced_out else ""
+    mean = "" if candidate.mean is None else f"{candidate.mean:.4f}"
+    return candidate.name, f"{candidate.finished + candidate.failed}/{candidate.splits}{failed}", mean
+
+
+def _is_result(name: str) -> bool:
+    parts = name.removesuffix(".json").split("/")
+    return name.endswith(".json") and len(parts) == 3 and parts[0] == "fits" and parts[2].isdecimal()
+
+
+def _json(place: Place) -> Any:
+    try:
+        return json.loads(place.read() or b"null")
+    except ValueError:
+        return None
+
+
+def _tuning(study: Json, records: Mapping[str, Json], results: list[Json], splits: int) -> Iterator[CandidateStatus]:
+    """The trials of learning rates; once its fixed candidate is recorded, a trial runs no more."""
+    tried = [record for record in records.values() if record["origin"] == "tuning"]
+    for record in sorted(tried, key=lambda record: record["number"]):
+        name = record["name"]
+        decided = name.rpartition("~")[0] in records
+        found = _candidate(name, results, min(splits, study["tune_each"]["splits"]), raced_out=False, final=True)
+        yield replace(found, left=0) if decided else found
+
+
+def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, final: bool = False) -> CandidateStatus:
+    """`final`: one failed fit ends the candidate."""
+    scores = [result["score"] for result in results if result["candidate"] == name]
+    known = [score for score in scores if score is not None]
+    mean, failed = sum(known) / len(known) if known else None, len(scores) - len(known)
+    left = 0 if raced_out or (final and failed) else splits - len(scores)
+    return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
+
+
+def _running(
+    place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: ThreadPoolExecutor
+) -> tuple[RunningFit, ...]:
+    written: dict[str, float] = {}
+    for name, entry in files.items():
+        parts = name.split("/")
+        if parts[0] == "fits" and len(parts) == 4:
+            written[f"{parts[1]}/{parts[2]}"] = max(written.get(f"{parts[1]}/{parts[2]}", 0.0), entry.modified_s)
+    checkpoint_s = study.get("resources", {}).get("checkpoint_every_s", 0.0)
+    left = {
+        key: at
+        for key, at in written.items()
+        if f"fits/{key}.json" not in ended and f"fits/{key}/result.json" not in files
+    }
+    quiet = {key: max(0.0, time.time() - at) for key, at in left.items()}
+    keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
+    histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)
+    return tuple(RunningFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))
+
+
+def _waiting(place: Place) -> int:
+    """Records in the spool of this machine, or else in the one that the driver has left in the run folder."""
+    here = Place.at(working_folder(place)) / SPOOL
+    return ((here.read() if here.is_file() else (place / SPOOL).read()) or b"").count(b"\n")

@@ -1,0 +1,395 @@
+"""MLflow: study run > candidate run > fit run, written by one background thread of the driver and by nobody else.
+
+The driver never waits for MLflow. Each event becomes a record (a small JSON object); the thread sends records in order. What
+cannot be sent goes to `mlflow_spool.jsonl` in the run folder and is sent later: during the run, at its end, or when the
+study runs again. Runs are found again by their tags, so sending a record twice does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import re
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from softseg_dist.engine.progress import key_of
+from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
+from softseg_dist.record.spool import SPOOL, Record, Spool
+from softseg_dist.study import Study
+from softseg_dist.training.task import FitResult, FitTask
+
+COLLECT_S = 0.5  # records of this long go out together, so that epochs cost one call per fit and half second
+RETRY_S = 30.0  # pause between two tries to reach a server that is down
+CLOSE_S = 60.0  # longest wait for the thread at the end; what is left then is spooled
+STUDY = "study"  # key of the study's run
+NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
+
+
+def default_uri(folder: str | Path) -> str:
+    """The SQLite database of a run folder: `mlflow ui --backend-store-uri` takes it."""
+    return f"sqlite:///{Path(folder).absolute()}/mlflow.db"
+
+
+class Server(Protocol):
+    """What takes records: MLflow, opened by `connect`."""
+
+    def apply(self, record: Record) -> None:
+        """Do what one record says; raises whatever the server's client raises."""
+
+    def ping(self) -> None:
+        """Raises if the server cannot be reached."""
+
+
+class Tracker:
+    """Says what happens in a study; a thread tells MLflow. No method raises or waits, but `close`, which waits for the thread.
+
+    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder. All runs of one run folder carry
+    one tag.
+    """
+
+    def __init__(self, uri: str | None, folder: str | Path, study: Study) -> None:
+        self.uri, self.folder, self.study = uri or default_uri(folder), Path(folder).absolute(), study
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._open: dict[str, None] = {}  # keys of open runs, parents first
+        self._running: set[str] = set()  # candidates that were opened by a fit of this session
+        self._spool = Spool(self.folder / SPOOL)
+        self._num_unkept = 0
+        self._give_up = threading.Event()
+        self._problem = ""
+        self._rejected: list[str] = []
+        self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
+        self._thread.start()
+        tags = {"softseg.fingerprint": study.fingerprint, "mlflow.note.content": study.question}
+        self._put_open(STUDY, study.name, None, tags, {"objective": study.objective, "seed": str(study.seed)})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._thread.is_alive():
+            self.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+
+    def data_set(self, name: str, digest: str, source: str) -> None:
+        """Record on the study run which data it used; `digest` identifies the content."""
+        self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
+
+    def recall(
+        self,
+        records: Mapping[str, CandidateRecord],
+        results: Iterable[FitResult],
+        ended: Collection[str],
+        curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
+        races: Mapping[str, RaceRecord] | None = None,
+    ) -> None:
+        """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
+
+        So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
+        with no fit left to run, `curve` gives the epochs of a fit where they are at hand, `races` who was raced out.
+        """
+        by_candidate: dict[str, list[FitResult]] = {}
+        for result in results:
+            by_candidate.setdefault(result.candidate, []).append(result)
+        for name, record in records.items():
+            if name not in by_candidate:
+                continue
+            self._put_open(name, name, STUDY, _candidate_tags(name), parameters(record.recipe), known=True)
+            for result in by_candidate[name]:
+                key = key_of(result)
+                tags = _fit_tags(name, result.split)
+                self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
+                for metrics in curve(result):
+                    self.epoch(key, metrics, known=True)
+                self.fit_ended(result, known=True)
+            if name in ended:
+                self.candidate_ended(name, by_candidate[name], race=(races or {}).get(name), known=True)
+
+    def fit_started(self, task: FitTask) -> None:
+        """A fit starts, or starts again; its candidate's run begins with its first fit."""
+        recipe = parameters(json_of(task.recipe))
+        if task.candidate not in self._running:
+            self._running.add(task.candidate)
+            self._put_open(task.candidate, task.candidate, STUDY, _candidate_tags(task.candidate), recipe)
+        tags = _fit_tags(task.candidate, task.split.index) | {"softseg.attempt": str(task.attempt)}
+        self._put_open(task.key, _fit_name(task.key), task.candidate, tags, recipe)
+
+    def epoch(self, key: str, metrics: Mapping[str, float], *, known: bool = False) -> None:
+        """A fit has finished an epoch; `metrics["epoch"]` is the step."""
+        step = int(metrics.get("epoch", 0))
+        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step, known=known)
+
+    def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
+        """A fit has ended, finished or failed."""
+        key = key_of(result)
+        told = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
+        tags = {f"softseg.{name}": text for name, text in told.items() if text}
+        self._put_log(key, self._numbers(result), tags=tags, known=known)
+        self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
+
+    def fit_gone(self, key: str, status: str) -> None:
+        """A fit no longer runs and has no result: "KILLED" if it was asked to stop, "FAILED" if its processes died."""
+        self._put_close(key, status)
+
+    def candidate_ended(
+        self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
+    ) -> None:
+        """Nothing of a candidate runs any more: its mean and standard deviation over splits, and who it lost the race to."""
+        metrics = {"failed_fits": float(sum(r.score is None for r in results))}
+        numbers = [self._numbers(r) for r in results]
+        for metric in ("score", "test_score", f"score_{self.study.second_objective}"):
+            values = [of_fit[metric] for of_fit in numbers if metric in of_fit]
+            if values:
+                metrics[f"{metric}_mean"] = statistics.fmean(values)
+            if len(values) > 1:
+                metrics[f"{metric}_sd"] = statistics.stdev(values)
+        self._running.discard(name)
+        self._put_log(name, metrics, tags={"softseg.raced_out_by": race.incumbent} if race else {}, known=known)
+        self._put_close(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Store a file with the study run, under `folder`. One of the run folder is known by its place in it: that may move."""
+        full = Path(path).absolute()
+        known = full.relative_to(self.folder) if full.is_relative_to(self.folder) else full
+        self._put(what="artifact", key=STUDY, path=str(known), folder=folder)
+
+    def model(self, folder: str | Path) -> None:
+        """Store a saved model with the study run and register it under the study's name; once per weights."""
+        self._put(what="model", key=STUDY, path=str(Path(folder).absolute()), name=self.study.name)
+
+    def close(self, status: str = "FINISHED") -> tuple[str, ...]:
+        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
+
+        Returns what a person should know, one line each: that the server was out of reach, or what it refused.
+        """
+        for key in reversed(list(self._open)):
+            self._put_close(key, status if key == STUDY or status != "FINISHED" else "KILLED")
+        self._records.put(None)
+        self._thread.join(CLOSE_S)
+        self._give_up.set()
+        self._thread.join(CLOSE_S / 6)
+        notes = (
+            [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
+        )
+        waiting = len(self._spool.read())
+        if waiting:
+            notes.append(
+                f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
+                "and are sent when the study runs again, or by softseg sync"
+            )
+        if self._num_unkept:
+            notes.append(
+                f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "
+                "softseg sync tells MLflow what the ledger knows"
+            )
+        return tuple(notes)
+
+    def _numbers(self, result: FitResult) -> dict[str, float]:
+        numbers = {name: float(value) for name in NUMBERS if (value := getattr(result, name)) is not None}
+        second = {f"score_{m}": value for m, value in result.scores.items() if m == self.study.second_objective}
+        return numbers | second | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}
+
+    def _put(self, **record: Any) -> None:
+        self._records.put({**record, "ms": int(time.time() * 1000)})
+
+    def _put_open(
+        self,
+        key: str,
+        name: str,
+        parent: str | None,
+        tags: dict[str, str],
+        params: dict[str, str],
+        *,
+        known: bool = False,
+    ) -> None:
+        self._open[key] = None
+        self._put(what="open", key=key, name=name, parent=parent, tags=tags, known=known)
+        self._put_log(key, {}, params=params, known=known)
+
+    def _put_log(
+        self,
+        key: str,
+        metrics: Mapping[str, float],
+        *,
+        step: int = 0,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        known: bool = False,
+    ) -> None:
+        ms = int(time.time() * 1000)
+        finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
+        self._put(what="log", key=key, metrics=finite, params=dict(params or {}), tags=dict(tags or {}), known=known)
+
+    def _put_close(self, key: str, status: str, *, known: bool = False) -> None:
+        self._open.pop(key, None)
+        self._put(what="close", key=key, status=status, known=known)
+
+    # What follows runs in the thread.
+
+    def _serve(self) -> None:
+        connection = Connection(lambda: connect(self.uri, self.folder, self.study.name))
+        retry_at = 0.0
+        unkept: list[Record] = []
+        last = False
+        while not last:
+            collected, last = self._collect()
+            records, unkept = unkept + collected, []
+            try:
+                if last or time.monotonic() >= retry_at:
+                    retry_at = 0.0 if self._deliver(connection, records) else time.monotonic() + RETRY_S
+                else:
+                    self._spool.append(records)
+            except OSError as error:  # the disk is full: the study hears of that from its ledger; these wait in memory
+                self._problem, unkept = str(error), records
+        self._num_unkept = len(unkept)
+
+    def _collect(self) -> tuple[list[Record], bool]:
+        """The records of the next half second, and whether they are the last."""
+        records: list[Record] = []
+        until = math.inf
+        while True:
+            try:
+                record = self._records.get(timeout=None if until == math.inf else max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return coalesced(records), False
+            if record is None:
+                return coalesced(records), True
+            records.append(record)
+            until = min(until, time.monotonic() + COLLECT_S)
+
+    def _deliver(self, connection: Connection, records: list[Record]) -> bool:
+        """Send what is spooled and then `records`; False if the server went out of reach, with the rest spooled."""
+        spooled = self._spool.read()
+        pending = spooled + records
+        for index, record in enumerate(pending):
+            problem = "stopped waiting for it" if self._give_up.is_set() else connection.send(record)
+            if problem is None:
+                continue
+            if connection.lost or self._give_up.is_set():
+                self._problem = problem
+                self._spool.replace(pending[index:])
+                return False
+            self._rejected.append(f"{record['what']} {record['key']}: {problem}")
+        if spooled:
+            self._spool.replace([])
+        return True
+
+
+class Connection:
+    """A server that may be away. Tells a refused record from a server out of reach by asking it something else."""
+
+    def __init__(self, connect: Callable[[], Server]) -> None:
+        self._connect = connect
+        self._server: Server | None = None
+        self.lost = False
+
+    def send(self, record: Record) -> str | None:
+        """None if the server took the record, else what it said; `lost` says whether it can be reached at all."""
+        try:
+            self._server = self._server or self._connect()
+            self.lost = False
+            try:
+                self._server.apply(record)
+            except Exception:  # noqa: BLE001 - whatever MLflow raises: refused or out of reach is decided by the ping
+                self._server.ping()
+                self._server.apply(record)
+        except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
+            # A server or database that cannot write now, as when its disk is full, takes the record later.
+            self.lost = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE" or self._is_lost()
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None
+
+    def reach(self) -> str | None:
+        """None if the server can be reached, else why not."""
+        try:
+            self._server = self._server or self._connect()
+        except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None
+
+    def _is_lost(self) -> bool:
+        try:
+            if self._server is not None:
+                self._server.ping()
+                return False
+        except Exception:  # noqa: BLE001 - out of reach, in whatever way
+            self._server = None
+        return True
+
+
+def connect(uri: str, folder: Path, study: str) -> Server:
+    """Open MLflow. Imported here, in the thread: it takes two seconds, in which the study starts."""
+    from softseg_dist.tracking.server import MlflowServer
+
+    return MlflowServer(uri, folder, study, run_id_of(folder))
+
+
+def run_id_of(folder: Path) -> str:
+    """The tag that all MLflow runs of a run folder share, made when it is first asked for."""
+    path = folder / "mlflow_run"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text().strip()
+
+
+def coalesced(records: Sequence[Record]) -> list[Record]:
+    """The same records with the logs of each run joined, up to the next record of another kind for that run."""
+    joined: list[Record] = []
+    open_log: dict[str, Record] = {}
+    for record in records:
+        key = record["key"]
+        if record["what"] != "log":
+            open_log.pop(key, None)
+            joined.append(record)
+        elif (log := open_log.get(key)) is not None and log["known"] == record["known"]:
+            log["metrics"] += record["metrics"]
+            log["params"] |= record["params"]
+            log["tags"] |= record["tags"]
+        else:
+            open_log[key] = record | {name: record[name].copy() for name in ("metrics", "params", "tags")}
+            joined.append(open_log[key])
+    return joined
+
+
+def without_password(uri: str | None) -> str | None:
+    """A tracking URI as it may be recorded: what signs in to the server comes from the environment."""
+    return None if uri is None else re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """A recipe's JSON as flat parameters: `loss` is "AdaptiveWing", `loss.omega` is "14.0"."""
+    return dict(_flat(recipe, ""))
+
+
+def _flat(value: Any, path: str) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        if path and "type" in value:
+            yield path, str(value["type"])
+        for name, item in value.items():
+            if name not in ("type", "code"):
+                yield from _flat(item, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}.{index}")
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)
+
+
+def _candidate_tags(candidate: str) -> dict[str, str]:
+    return {"softseg.candidate": candidate}
+
+
+def _fit_name(key: str) -> str:
+    """`003 hard-dice`: MLflow's table cuts long names at their end."""
+    candidate, split = key.rsplit("/", 1)
+    return f"{split} {candidate}"
+
+
+def _fit_tags(candidate: str, split: int) -> dict[str, str]:
+    return _candidate_tags(candidate) | {"softseg.split": f"{split:03d}"}

@@ -1,0 +1,1 @@
+"""A fit on a CUDA device: resident store, captured steps, compiled kernels."""

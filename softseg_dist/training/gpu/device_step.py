@@ -1,0 +1,178 @@
+"""A fit on one device of its own: the host draws and launches, some steps ahead, and reads losses once per epoch.
+
+A step is one function of the device's memory: from what the host has told (`feed`) it gathers and augments a batch, learns from it
+and writes down how that went. As a graph (`capture`) it is launched with one call; where that is not possible it is launched
+operation by operation, with the same result.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.activations import dead_samples
+from softseg_dist.numerics.dropout import count_dropout
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.training.gpu.capture import Step, captured, obstacle, unchanged
+from softseg_dist.training.gpu.compilation import compiled
+from softseg_dist.training.gpu.device_batches import device_batches
+from softseg_dist.training.gpu.feed import Feed, Fields, Orders
+from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate
+
+OF_A_STEP: Fields = {
+    "lr": ((), torch.float32),
+    "dropout": ((1,), torch.int32),
+    "row": ((1,), torch.int64),  # of the step, among those of the epoch
+}
+RECORDED = 6  # numbers of a step: loss, dead samples, lowest and highest logit, lowest and highest prediction
+SERIOUS = (UserError, torch.OutOfMemoryError)  # nothing that another way to run the step would change
+
+
+class DeviceStepper(Stepper):
+    """Returns after every epoch, or when the fit is asked something.
+
+    Changes dropout layers of `model`, not its state. `engine` is what is really used, once it has begun.
+    """
+
+    def _begin(self) -> None:
+        self.device = next(self.model.parameters()).device
+        on_cuda = self.device.type == "cuda"
+        self.device_batches, notes = device_batches(self.batches, self.device)
+        self.engine = self.engine.replace(notes=(*self.engine.notes, *notes))
+        self.dropout_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
+        count_dropout(self.model.network, self.dropout_seed)
+        self.network = compiled(self.model.network, self.task.folder) if self.engine.compiled else None
+        self.adam = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=torch.tensor(self.optim.lr, device=self.device),
+            weight_decay=self.optim.weight_decay,
+            fused=True,
+            capturable=on_cuda,
+        )
+        # It does step without being captured: before the capture, to warm up.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        self.records = torch.zeros(self.batches.steps_per_epoch, RECORDED, device=self.device)
+        self.stream = _stream(self.device) if on_cuda else None
+        self._pool: Any = None  # memory that the graphs share
+        # By the number of items in a batch: what is told about it, and the graph of its step if there is one.
+        self._ways: dict[int, tuple[Feed, Step | None]] = {}
+
+    def advance(self, progress: Progress) -> Asked:
+        """Launch the steps that are left of the epoch, and read what they have written down."""
+        order, size, first = self.batches.order(progress.epoch), self.optim.batch_size, progress.step
+        asked = Asked()
+        with self._own_stream():
+            while progress.step < self.batches.steps_per_epoch and not any(asked):
+                members = order[progress.step * size : (progress.step + 1) * size]
+                self._launch(progress.epoch, progress.step, members)
+                progress.step += 1
+                asked = Asked(self.worker.stop(), self.due())
+            recorded = self.records[first : progress.step].tolist()  # waits for the device
+        for step, (loss, dead, *extremes) in enumerate(recorded, start=first):
+            if not math.isfinite(loss):
+                logits, prediction = torch.tensor(extremes).view(2, 2)
+                raise Diverged(loss, progress.epoch, step, cause(self.recipe, logits, prediction))
+            progress.losses.append(loss)
+            progress.dead += int(dead)
+        return asked
+
+    def _launch(self, epoch: int, step: int, members: Sequence[int]) -> None:
+        if (size := len(members)) not in self._ways:
+            feed = Feed({**self.device_batches.fields(size), **OF_A_STEP}, self.device)
+            feed.send(lambda into: self._write(into, epoch, step, members))
+            self._ways[size] = feed, self._graph(lambda: self._step(feed.orders))
+        feed, graph = self._ways[size]
+        feed.send(lambda into: self._write(into, epoch, step, members))
+        if graph is None:
+            self._step(feed.orders)
+        else:
+            graph()
+
+    def _write(self, into: dict[str, Tensor], epoch: int, step: int, members: Sequence[int]) -> None:
+        """Tell the device all about a step."""
+        self.device_batches.write(into, epoch, members)
+        done = epoch * self.batches.steps_per_epoch + step
+        into["lr"].fill_(learning_rate(self.optim, done, self.batches.num_steps))
+        into["dropout"].fill_(seed_of(self.batches.seed, "dropout", epoch, step) % 2**31)
+        into["row"].fill_(step)
+
+    def _step(self, orders: Orders) -> None:
+        """Learn from a batch. Nothing here waits for the device, or needs to know what it has computed."""
+        with torch.no_grad():
+            self.dropout_seed.copy_(orders["dropout"])
+            self.adam.param_groups[0]["lr"].copy_(orders["lr"])
+            image, target = self.device_batches.batch(orders)
+        logits = self.model.logits(image, self.network)
+        prediction = self.model.activation(logits)
+        loss = self.recipe.loss(prediction, target)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        self.adam.step()
+        with torch.no_grad():
+            extremes = [*logits.aminmax(), *prediction.aminmax()]
+            row = torch.stack([loss.float(), dead_samples(prediction).float(), *(value.float() for value in extremes)])
+            self.records.index_copy_(0, orders["row"], row[None])
+
+    def _graph(self, step: Step) -> Step | None:
+        """A graph of `step`, compiled if that works; None if there is to be no graph, or cannot be. What does not work is noted."""
+        if not (self.engine.compiled or self.engine.graph):
+            return None
+        with unchanged(self.model, self.adam):
+            if self.engine.graph and (reason := self._without_network(step)) is not None:
+                self.engine = self.engine.without("graph", reason)
+            if self.engine.compiled:
+                try:
+                    step()
+                except SERIOUS:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever a compiler raises: there is another way
+                    self.network = None
+                    self.engine = self.engine.without("compiled", _in_words(error))
+            if self.engine.graph:
+                try:
+                    self._pool = self._pool or torch.cuda.graph_pool_handle()
+                    return captured(step, self._pool)
+                except SERIOUS:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever the device refuses: there is another way
+                    self.engine = self.engine.without("graph", _in_words(error))
+        return None
+
+    def _without_network(self, step: Step) -> str | None:
+        """What is in the way of a graph; asked with the network as it is, as what is compiled cannot be looked into."""
+        network, self.network = self.network, None
+        try:
+            return obstacle(step)
+        finally:
+            self.network = network
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Everything is launched on a stream of this fit's, behind what was launched before, so that fits can share a device."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The current one, or one more if that is the default one, on which nothing can be captured."""
+    current = torch.cuda.current_stream(device)
+    return torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+
+
+def _in_words(error: Exception) -> str:
+    """The beginning of an error in one line; torch's go on for pages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,151 @@
+"""A session: who is told what, and how it ends with one message, and a valid ledger, when its run folder cannot be written."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
+from softseg_dist.data.splits import Split
+from softseg_dist.engine.progress import PlainLines, Progress
+from softseg_dist.engine.session import Outcome, Session
+from softseg_dist.engine.worker import Ending, StopFile
+from softseg_dist.record.ledger import Ledger
+from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.training.task import FitResult, FitTask
+
+STUDY = Study(
+    name="full",
+    question="What if the disk is full?",
+    data=Phantom(subjects=10),
+    splits=MonteCarlo(count=3),
+    candidates={"a": Recipe()},
+)
+
+
+def session_of(study: Study, folder: Path, progress: Progress) -> Session:
+    splits = study.splits.make({f"sub-{i}": "" for i in range(10)}, 0)
+    ledger = Ledger(folder)
+    ledger.open_study(study, splits)
+
+    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+        return FitTask(
+            study=study.name,
+            seed=0,
+            candidate=candidate,
+            recipe=recipe,
+            split=split,
+            objective="dice_dml",
+            store="",
+            store_fingerprint="",
+            folder=ledger.fit_folder(candidate, split),
+            attempt=attempt,
+        )
+
+    found = Session(StudySearcher(study, splits, ledger, make_task), None, progress, StopFile(f"{folder}/.stop"))
+    found.start()
+    return found
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return session_of(STUDY, tmp_path, Progress())
+
+
+def result(split: int) -> Ending:
+    return Ending(kind="result", result=FitResult(candidate="a", split=split, state="finished", score=0.5))
+
+
+def full(path: Path) -> None:
+    """Make writing `path` meet a full disk."""
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
+
+
+def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(
+    session: Session, tmp_path: Path
+) -> None:
+    for fit_id in ("one", "two", "three"):
+        assert session.next_fit(fit_id) is not None
+    session.ended_as("one", result(0))
+    full(tmp_path / "fits/a/001.json")
+    session.ended_as("two", result(1))
+    assert session.next_fit("four") is None
+    assert (tmp_path / ".stop").exists()
+    session.ended_as("three", result(2))
+    assert session.ended
+    assert f"cannot write {tmp_path}/fits/a/001.json: No space left on device" in str(session.error)
+    assert "the same command goes on" in str(session.error)
+    assert session.outcome() == Outcome(finished=2, failed=0, unfinished=1, interrupted=False)
+    assert [split for _, split in Ledger(tmp_path).results()] == [0, 2]
+
+
+def test_fits_that_cannot_be_asked_to_stop_do_not_hide_why(session: Session, tmp_path: Path) -> None:
+    session.next_fit("one")
+    full(tmp_path / "fits/a/000.json")
+    full(tmp_path / ".stop")
+    session.ended_as("one", result(0))
+    assert "fits/a/000.json" in str(session.error)
+    assert session.ended
+
+
+def test_ctrl_c_on_a_full_disk_stops_all_the_same(session: Session, tmp_path: Path) -> None:
+    session.next_fit("one")
+    full(tmp_path / ".stop")
+    session.stop()
+    session.ended_as("one", Ending(kind="interrupted"))
+    assert session.ended
+    assert session.outcome().interrupted
+
+
+def run_all(session: Session, score: Callable[[FitTask], float | None]) -> None:
+    number = 0
+    while (task := session.next_fit(str(number))) is not None:
+        value = score(task)
+        known = {"candidate": task.candidate, "split": task.split.index, "score": value}
+        state = {"state": "finished"} if value is not None else {"state": "failed", "reason": "loss is nan"}
+        session.ended_as(str(number), Ending(kind="result", result=FitResult(**known, **state)))
+        number += 1
+
+
+def propose(trial: Any) -> Recipe:
+    return Recipe(optim=Optim(lr=trial.suggest_float("lr", 1e-3, 1e-2)))
+
+
+def test_who_is_out_of_the_race_is_told_once_and_nothing_of_it_is_counted_as_missing(tmp_path: Path) -> None:
+    study = STUDY.replace(splits=MonteCarlo(count=5), search=Search(propose, trials=1), candidates={"a": Recipe()})
+    told = io.StringIO()
+    raced = session_of(study, tmp_path, PlainLines(told))
+    run_all(raced, lambda task: task.split.index / 10 + (task.candidate == "a"))
+    assert raced.outcome() == Outcome(finished=5 + 3, failed=0, unfinished=0, interrupted=False)
+    assert told.getvalue().count("trial-000 is out of the race: dice_dml -1.0000 (p = ") == 1
+    assert told.getvalue().count(") against a over 3 splits") == 1
+    assert (raced.progress.total, raced.progress.tallies["trial-000"].splits) == (8, 3)
+    again = session_of(study, tmp_path, PlainLines(told))
+    assert again.ended
+    assert again.outcome() == raced.outcome()
+    assert told.getvalue().count("out of the race") == 1
+
+
+def test_a_candidate_without_a_rate_that_works_is_told_once(tmp_path: Path) -> None:
+    study = STUDY.replace(tune_each=TuneEach(trials=2, splits=1))
+    told = io.StringIO()
+    tuned = session_of(study, tmp_path, PlainLines(told))
+    run_all(tuned, lambda task: None if "~" in task.candidate else 0.5)
+    assert told.getvalue().count("a: every learning rate that was tried has failed: it keeps its own, 0.001") == 1
+    assert tuned.outcome() == Outcome(finished=3, failed=2, unfinished=0, interrupted=False)
+
+
+def test_what_a_machine_could_not_do_is_told_once_however_many_fits_say_it(tmp_path: Path) -> None:
+    told = io.StringIO()
+    session = session_of(STUDY, tmp_path, PlainLines(told))
+    note = "graph: not used, because"
+    for split, fit_id in enumerate(("one", "two", "three")):
+        assert session.next_fit(fit_id) is not None
+        ended = FitResult(candidate="a", split=split, state="finished", score=0.5, notes=(note,))
+        session.ended_as(fit_id, Ending(kind="result", result=ended))
+    assert [line for line in told.getvalue().splitlines() if note in line] == [f"a/000: {note}"]

@@ -1,0 +1,63 @@
+"""What a submitted study has printed is said once, however often the connection is lost; how a job ended is an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.job_submission import JobStatus
+
+from softseg_dist.engine.ray_submit import Job, _exit_code, _Log, submit
+from softseg_dist.errors import UserError
+
+JOB = Job("http://head:8265", "raysubmit_1")
+
+
+class Server:
+    """Tells a log in pieces, as Ray's does: from the beginning with every connection."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for start in range(0, len(self.text), 4):
+            yield self.text[start : start + 4]
+
+
+def ended(status: JobStatus, code: int | None) -> int:
+    return _exit_code(JOB, JobDetails(type=JobType.SUBMISSION, entrypoint="x", status=status, driver_exit_code=code))
+
+
+def test_a_log_is_said_once_over_lost_connections() -> None:
+    said: list[str] = []
+    log = _Log(said.append)
+    for text in ("1/6 a", "1/6 a/000\n2/6", "1/6 a/000\n2/6 a/001\n"):
+        asyncio.run(log.follow(Server(text), JOB.id))
+    assert "".join(said) == "1/6 a/000\n2/6 a/001\n"
+
+
+def test_a_job_ends_with_the_exit_code_of_its_run() -> None:
+    assert ended(JobStatus.SUCCEEDED, 0) == 0
+    assert [ended(JobStatus.FAILED, code) for code in (1, 2, 130)] == [1, 2, 130]
+    assert ended(JobStatus.STOPPED, None) == 130
+    with pytest.raises(UserError, match="no softseg command"):
+        ended(JobStatus.FAILED, 127)
+    with pytest.raises(UserError, match="raysubmit_1 ended before its study did, submitting it again goes on"):
+        ended(JobStatus.FAILED, -9)
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001"])
+def test_an_address_that_is_no_dashboard_is_refused(address: str, tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("")
+    with pytest.raises(UserError, match="like http://HEAD:8265"):
+        submit(tmp_path / "s.py", address, {})
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("")
+    with pytest.raises(UserError, match="does not answer or refuses") as refused:
+        submit(tmp_path / "s.py", "http://127.0.0.1:9", {})
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,58 @@
+"""The spool: records come back in order, a torn line costs nothing else, a full disk costs nothing that was there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from softseg_dist import MonteCarlo, Phantom, Recipe, Study
+from softseg_dist.record.spool import SPOOL, Spool
+from softseg_dist.tracking.tracker import Tracker, without_password
+
+RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / SPOOL)
+    spool.append(RECORDS[:2])
+    spool.append(RECORDS[2:])
+    assert spool.read() == RECORDS
+    spool.replace(RECORDS[1:])
+    assert spool.read() == RECORDS[1:]
+    spool.replace([])
+    assert spool.read() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_follows_a_torn_line_is_kept(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / SPOOL)
+    spool.append(RECORDS[:2])
+    spool.path.write_bytes(spool.path.read_bytes()[:-9])
+    spool.append(RECORDS[2:])
+    assert spool.read() == [RECORDS[0], *RECORDS[2:]]
+
+
+def test_a_full_disk_is_told_by_the_spool(tmp_path: Path) -> None:
+    (tmp_path / SPOOL).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as full:
+        Spool(tmp_path / SPOOL).append(RECORDS)
+    assert full.value.errno == errno.ENOSPC
+
+
+def test_a_full_disk_does_not_end_the_thread_that_tells_mlflow(tmp_path: Path) -> None:
+    study = Study(
+        name="full", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a"
+    )
+    (tmp_path / f".{SPOOL}.{os.getpid()}").symlink_to("/dev/full")  # where the spool is written first
+    tracker = Tracker("http://127.0.0.1:9", tmp_path, study)  # nobody listens on the discard port
+    notes = tracker.close()
+    assert any("could not be kept" in note and "No space left" in note for note in notes), notes
+
+
+def test_a_tracking_uri_is_recorded_without_its_password() -> None:
+    assert without_password("https://me:secret@mlflow.lab:5000/a@b") == "https://mlflow.lab:5000/a@b"
+    assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+    assert without_password(None) is None

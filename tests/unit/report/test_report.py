@@ -1,0 +1,350 @@
+"""The report: numbers that follow from planted effects, runs that are unfinished or odd, and one page with everything inside."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import CELLS, GAIN, write_run
+
+from softseg_dist.errors import UserError
+from softseg_dist.numerics.statistics import crossed_test, holm
+from softseg_dist.report.caveats import caveats
+from softseg_dist.report.figures import MOST, forest_figure, shown
+from softseg_dist.report.findings import answer, effects_answer
+from softseg_dist.report.look import data_uri, png
+from softseg_dist.report.page import summary_json, write_report
+from softseg_dist.report.pictures import Overlay, overlay_figure
+from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.tables import Summary, plain, summarise
+from softseg_dist.words import number, p_value
+
+CONTROL = "hard-sigmoid-dice"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return load_run(write_run(tmp_path_factory.mktemp("factorial")))
+
+
+@pytest.fixture(scope="module")
+def summary(run: RunData) -> Summary:
+    return summarise(run)
+
+
+def overlay(label: str = "best", shape: tuple[int, int] = (40, 30)) -> Overlay:
+    x, y = np.indices(shape)
+    truth = np.clip(6 - np.hypot(x - 20, y - 12), 0, 1)
+    return Overlay("sub-001", label, truth + 0.1 * x, truth, np.roll(truth, 2, axis=0), 0.9, (0.5, 0.5), "GM")
+
+
+def test_mean_is_over_subjects_of_means_over_cases_of_means_over_classes(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1, num_subjects=9, num_tested=2, classes=("GM", "WM"))
+    table = pd.read_parquet(folder / "results.parquet")
+    first = table["subject"].iloc[0]
+    second_session = table[table["subject"] == first].assign(case="second", value=lambda t: t["value"] - 0.1)
+    pd.concat([table, second_session]).to_parquet(folder / "results.parquet")
+    rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean")]
+    by_subject = rows.groupby("subject")["value"].mean()
+    expected = (by_subject[first] - 0.1 / 2 + by_subject.drop(first).sum()) / 2
+    assert summarise(load_run(folder)).winner.mean == pytest.approx(expected)
+
+
+def test_ranking_is_ordered_by_the_objective_and_complete(summary: Summary):
+    means = [standing.mean for standing in summary.ranking]
+    assert means == sorted(means, reverse=True)
+    assert [standing.rank for standing in summary.ranking] == list(range(1, 9))
+    assert {standing.name for standing in summary.ranking} == set(CELLS)
+    for standing in summary.ranking:
+        assert standing.low < standing.mean < standing.high
+        assert standing.mean == pytest.approx(np.mean(list(standing.by_split.values())))  # splits of equal size
+        assert standing.sd == pytest.approx(np.std(list(standing.by_split.values()), ddof=1))
+
+
+def test_comparisons_are_the_tests_of_the_paired_differences(run: RunData, summary: Summary):
+    rows = run.results[(run.results["metric"] == "dice_dml") & (run.results["reference"] == "mean")]
+    scores = rows.pivot_table(index="subject", columns="split", values="value", aggfunc="mean", observed=True)
+    tables = {
+        name: part.pivot_table(index="subject", columns="split", values="value", observed=True)
+        .reindex_like(scores)
+        .to_numpy()
+        for name, part in rows.groupby("candidate", observed=True)
+    }
+    for comparison in summary.comparisons:
+        expected = crossed_test(tables[comparison.candidate] - tables[CONTROL])
+        assert comparison.crossed.p == pytest.approx(expected.p)
+        assert comparison.crossed.mean == pytest.approx(expected.mean)
+        assert comparison.crossed.num_pairs == 6 * 6
+    adjusted = holm([comparison.crossed.p for comparison in summary.comparisons])
+    assert [comparison.p_holm for comparison in summary.comparisons] == pytest.approx(adjusted)
+    assert summary.test_to_train == pytest.approx(6 / 18)
+
+
+def test_main_effects_find_what_was_planted(summary: Summary):
+    effects = {effect.factor: effect for effect in summary.effects}
+    assert {factor: (e.level, e.base) for factor, e in effects.items()} == {
+        "label": ("soft", "hard"),
+        "activation": ("NormReLU", "Sigmoid"),
+        "loss": ("AdaptiveWing", "Dice"),
+    }
+    planted = {"label": GAIN["soft"], "activation": GAIN["normrelu"], "loss": GAIN["wing"]}
+    for factor, effect in effects.items():
+        assert effect.crossed.low < planted[factor] < effect.crossed.high
+        assert effect.num_cells == 4
+    assert effects["label"].p_holm < 0.01
+
+
+def test_no_main_effects_unless_the_factorial_is_complete(tmp_path: Path):
+    assert summarise(load_run(write_run(tmp_path, candidates=CELLS[:-1], num_splits=2))).effects == ()
+
+
+def test_answer_names_effect_interval_p_and_n(summary: Summary):
+    text = answer(summary)
+    best = summary.comparisons[0]
+    assert best.candidate in text
+    assert number(best.crossed.mean, signed=True) in text
+    assert "95 % interval" in text
+    assert "Holm-corrected p" in text
+    assert f"{best.crossed.num_subjects} tested subjects, 6 splits" in text
+    assert "soft is better than hard" in effects_answer(summary)
+
+
+def test_answer_claims_nothing_where_nothing_was_shown(tmp_path: Path):
+    candidates = [CONTROL, "hard-sigmoid-wing", "hard-normrelu-wing"]
+    text = answer(summarise(load_run(write_run(tmp_path, candidates=candidates, num_splits=3, seed=1))))
+    assert text.startswith("No candidate was shown to be better than the control")
+
+
+def test_answer_says_so_when_nothing_can_be_tested(tmp_path: Path):
+    folder = write_run(tmp_path, num_splits=2, num_subjects=5, num_tested=1)
+    rows = pd.read_parquet(folder / "results.parquet")
+    rows.assign(subject="the only one").to_parquet(folder / "results.parquet")
+    summary = summarise(load_run(folder))
+    assert answer(summary).startswith("Nothing could be tested (only one subject")
+    assert effects_answer(summary) == ""
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.1, "is better than"), (-0.1, "is worse than"), (0.0, "not shown to differ")]
+)
+def test_answer_for_one_candidate_and_its_control(tmp_path: Path, gain: float, words: str):
+    folder = write_run(tmp_path, candidates=[CONTROL, "hard-sigmoid-wing"], num_splits=4)
+    rows = pd.read_parquet(folder / "results.parquet")
+    rows["value"] += gain * (rows["candidate"] == "hard-sigmoid-wing")
+    rows.to_parquet(folder / "results.parquet")
+    assert words in answer(summarise(load_run(folder)))
+
+
+def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
+    folder = write_run(tmp_path, objective="brier", num_splits=3)
+    table = pd.read_parquet(folder / "results.parquet")
+    chosen = (table["metric"] == "brier") & (table["candidate"] == "soft-sigmoid-dice")
+    noise = np.random.default_rng(0).normal(0, 1e-4, len(table))
+    table["value"] = table["value"] + noise - 0.01 * chosen
+    table.to_parquet(folder / "results.parquet")
+    summary = summarise(load_run(folder))
+    assert summary.winner.name == "soft-sigmoid-dice"
+    assert summary.comparisons[0].crossed.mean < 0
+    assert "Brier score (lower is better)" in answer(summary)
+    assert "soft-sigmoid-dice (−0.010" in answer(summary)
+
+
+def test_dice_is_taken_at_the_threshold_that_each_fit_chose(run: RunData, summary: Summary):
+    fit = next(f for f in run.finished if f.candidate == CONTROL and f.split == 0)
+    rows = run.results[(run.results["candidate"] == CONTROL) & (run.results["reference"] == "mean")]
+    at = rows[(rows["metric"] == "dice") & (rows["split"] == 0) & (rows["threshold"] == fit.thresholds["dice_optimal"])]
+    assert len(at) == 6
+    standing = next(s for s in summary.ranking if s.name == CONTROL)
+    assert standing.thresholds["grid"] == pytest.approx(0.4)
+    assert standing.dice["grid"] == pytest.approx(summary.curves[CONTROL][summary.curve_thresholds.index(0.4)])
+    assert standing.dice["fixed"] < standing.dice["dice_optimal"]
+
+
+def test_an_unfinished_run_is_reported_from_what_is_there(tmp_path: Path):
+    folder = write_run(tmp_path, collected=False, failed=[("soft-sigmoid-wing", 3)], missing=[(CONTROL, 5)])
+    summary = summarise(load_run(folder))
+    training = {t.name: t for t in summary.training}
+    assert (training["soft-sigmoid-wing"].failed, training["soft-sigmoid-wing"].finished) == (1, 5)
+    assert training[CONTROL].missing == 1
+    pairs = {c.candidate: c.crossed.num_pairs for c in summary.comparisons}
+    assert pairs["soft-sigmoid-wing"] == 4 * 6  # neither its failed split nor the control's missing one
+    assert pairs["soft-sigmoid-dice"] == 5 * 6
+    assert summary.failures == {"soft-sigmoid-wing/003": "loss is NaN in epoch 7"}
+    assert any("2 of 48 fits have no score (1 failed, 1 not run yet)" in text for text in caveats(summary))
+
+
+def test_a_candidate_gains_nothing_by_lacking_the_hardest_split(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=[CONTROL, "hard-sigmoid-wing"], missing=[("hard-sigmoid-wing", 2)])
+    table = pd.read_parquet(folder / "results.parquet")
+    soft = table["threshold"].isna()
+    table.loc[soft & (table["split"] == 2), "value"] -= 0.4  # hard for everybody
+    table.loc[soft & (table["candidate"] == "hard-sigmoid-wing"), "value"] -= 0.03
+    table.to_parquet(folder / "results.parquet")
+    first, second = summarise(load_run(folder)).ranking
+    assert (first.name, second.name) == (CONTROL, "hard-sigmoid-wing")
+    assert first.mean < second.mean
+
+
+def test_without_a_control_the_highest_ranked_is_the_reference(tmp_path: Path):
+    summary = summarise(load_run(write_run(tmp_path, control=None, num_splits=2)))
+    assert summary.reference == summary.winner.name
+    assert all(c.crossed.mean < 0 for c in summary.comparisons)
+    assert answer(summary).startswith("The study names no control")
+    assert any("picked by the very scores" in text for text in caveats(summary))
+
+
+def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):
+    failed = [(CONTROL, j) for j in range(2)]
+    summary = summarise(load_run(write_run(tmp_path, failed=failed, num_splits=2)))
+    assert summary.reference == summary.winner.name
+    assert summary.ranking[-1].rank is None
+    assert f"The control {CONTROL} has no finished fit" in answer(summary)
+
+
+def test_one_candidate_and_one_split_still_make_a_page(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1)
+    page = write_report(folder).read_text()
+    assert "nothing to compare it with" in page
+    assert "<h2>Tests" not in page
+
+
+def test_a_winner_of_a_search_comes_with_its_caveat(tmp_path: Path):
+    proposed = [f"trial-{i:04d}" for i in range(16)]
+    folder = write_run(tmp_path, proposed=proposed, num_splits=2, num_tested=4)
+    summary = summarise(load_run(folder))
+    assert summary.winner.proposed
+    assert any("was found by a search" in text for text in caveats(summary))
+    assert len(shown(summary)) == MOST + 1
+    assert CONTROL in shown(summary)
+    assert len(summary.effects) == 3  # of the factorial that the study file holds
+
+
+def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
+    folder = write_run(tmp_path, num_splits=3)
+    assert summarise(load_run(folder)).compute.engines.keys() == {"float32"}
+    path = folder / "fits" / CONTROL / "000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "bfloat16", "engine": "bfloat16, graph"}))
+    summary = summarise(load_run(folder))
+    assert summary.compute.engines["bfloat16, graph"] == 1
+    assert any("trained in bfloat16 and in float32" in text for text in caveats(summary))
+    assert "bfloat16, graph (1 fit)" in write_report(folder).read_text()
+
+
+def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
+    folder = write_run(tmp_path, num_splits=3)
+    table = pd.read_parquet(folder / "results.parquet")
+    empty = (table["candidate"] == CONTROL) & (table["split"] == 0) & (table["metric"] == "dice_dml")
+    hit = table.index[empty & (table["reference"] == "mean")][:1]
+    table.loc[hit, "value"] = np.nan
+    table.to_parquet(folder / "results.parquet")
+    summary = summarise(load_run(folder))
+    control = next(s for s in summary.ranking if s.name == CONTROL)
+    assert (control.undefined, control.values) == (1, 18)
+    assert control.num_scores == 17
+    assert any("1 of 144 values of the objective do not exist" in text for text in caveats(summary))
+
+
+class _Reader(HTMLParser):
+    """Text, addresses of everything that a browser would load, sections and the links to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.loaded: list[str] = []
+        self.alts: list[str] = []
+        self.linked: list[str] = []
+        self.sections: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        addresses = [value for name in ("src", "href") if (value := given.get(name))]
+        self.loaded += [address for address in addresses if not address.startswith("#")]
+        self.linked += [address[1:] for address in addresses if address.startswith("#")]
+        self.sections += [given["id"] or ""] if tag == "section" and "id" in given else []
+        self.alts += [given.get("alt") or ""] if tag == "img" else []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:4], num_splits=4)
+    page = write_report(folder, [overlay("best"), overlay("worst")])
+    reader = _Reader()
+    reader.feed(page.read_text())
+    text = " ".join(" ".join(reader.text).split())
+    found = json.loads(json.dumps(summary_json(folder), allow_nan=False))
+
+    assert page == folder / "report" / "index.html"
+    assert all(address.startswith("data:image/") for address in reader.loaded)
+    assert reader.linked == reader.sections
+    assert not re.search(r"@import|url\(|<script|<link", page.read_text())
+    assert len(reader.loaded) == len(reader.alts) == 6
+    assert all(reader.alts)
+    names = {"differences", "splits", "thresholds", "raters", "overlays", "learning"}
+    assert {path.stem for path in folder.glob("report/*.png")} == names
+    for said in (found["question"], found["answer"], found["effects_answer"], *found["caveats"]):
+        assert said in text
+    for standing in found["ranking"]:
+        assert standing["name"] in text
+        assert number(standing["mean"]) in text
+    for comparison in found["comparisons"]:
+        assert p_value(comparison["p_holm"]) in text
+        assert number(comparison["crossed"]["low"], signed=True) in text
+    for word in ("0123456789abcdef", "89abcdef0123", "torch 2.13.0", "softseg run studies/s002_gray_matter.py"):
+        assert word in text
+
+
+def test_a_page_without_run_json_and_with_a_question_that_looks_like_html(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, failed=[(CELLS[1], 1)])
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"question": "<script>alert(1)</script> a < b?"}))
+    (folder / "run.json").unlink()
+    page = write_report(folder).read_text()
+    assert "loss is NaN in epoch 7" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_json_has_no_nan_and_keeps_none():
+    assert plain({"a": float("nan"), 1: (1.0, None)}) == {"a": None, "1": [1.0, None]}
+
+
+def test_the_same_run_gives_the_same_figure(summary: Summary):
+    assert data_uri(forest_figure(summary)) == data_uri(forest_figure(summary))
+
+
+def test_an_empty_overlay_shows_the_whole_image():
+    nothing = np.zeros((20, 16))
+    figure = overlay_figure([Overlay("sub-001", "worst", nothing, nothing, nothing, float("nan"), (0.5, 0.8))])
+    assert len(png(figure)) > 1000
+
+
+@pytest.mark.parametrize("missing", ["study.json", "splits.json"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, missing: str):
+    folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1)
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match="not a run folder"):
+        load_run(folder)
+
+
+def test_a_run_without_a_finished_fit_says_why(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=[CONTROL, CELLS[1]], num_splits=2)
+    for path in folder.glob("fits/*/*.json"):
+        if path.stem.isdecimal():
+            path.unlink()
+    with pytest.raises(UserError, match="no fit has finished yet"):
+        load_run(folder)
+
+
+def test_torn_files_are_named(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=[CONTROL], num_splits=2)
+    record = folder / "fits" / CONTROL / "001.json"
+    record.write_text(record.read_text()[:20])
+    with pytest.raises(UserError, match=r"001\.json: not the record of a fit"):
+        load_run(folder)
