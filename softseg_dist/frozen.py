@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
 
+import softseg_dist
+
 STUDY_MODULES = "softseg_study."  # study files live in sys.modules under this prefix and their stem
 
 
@@ -91,6 +93,8 @@ class Frozen(BaseModel):
         fields = {k: v for k, v in data.items() if k not in ("type", "code")}
         if data["type"] == tag_of(cls):
             return handler(fields)
+        if data["type"] in softseg_dist.__all__:
+            getattr(softseg_dist, data["type"])  # imports the module that defines it
         for child in _subclasses(cls):
             if tag_of(child) == data["type"]:
                 return child.model_validate(fields)  # type: ignore[return-value]

@@ -22,13 +22,12 @@ from softseg_dist.engine.preparation import prepare
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.ray_cluster import check_submitter, one_ray
 from softseg_dist.engine.session import Outcome
-from softseg_dist.files import replace_file
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import write_frame
 from softseg_dist.pipeline import Finished, RunOptions, make_folder, run_prepared
-from softseg_dist.places import Place
+from softseg_dist.places import Place, replace_file
 from softseg_dist.record.ledger import Ledger, json_of
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.scores import soft_scores
 from softseg_dist.study import WINNER, Study
 from softseg_dist.study_file import StudyFile

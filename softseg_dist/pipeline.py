@@ -25,14 +25,12 @@ from softseg_dist.engine.ray_cluster import check_submitter, one_ray
 from softseg_dist.engine.ray_tune import run_search
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
-from softseg_dist.files import replace_file
 from softseg_dist.judging.results import merge_tables
-from softseg_dist.places import Place
+from softseg_dist.places import Place, replace_file
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL
-from softseg_dist.record.working_copy import WorkingCopy
 from softseg_dist.report.comparison import RunComparison, compare
-from softseg_dist.report.overlays import choose_overlays
 from softseg_dist.report.page import (
     outer_json,
     summary_json,
@@ -41,6 +39,7 @@ from softseg_dist.report.page import (
     write_outer_page,
     write_page,
 )
+from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softseg_dist.data.file_cases import ImageCase, MaskFile
+from softseg_dist.data.cases import ImageCase, MaskFile
 from softseg_dist.data.preprocess import Placement, Preprocess
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_source
-from softseg_dist.training.map_source import MapSource, method_of, weights_of_fits
+from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, load_model, read_card
 

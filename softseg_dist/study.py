@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from softseg_dist.data.layouts import DataSet
+from softseg_dist.data.cases import DataSet
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError

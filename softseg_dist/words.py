@@ -45,14 +45,6 @@ def percent(share: float | None, digits: int = 1, signed: bool = False) -> str:
     return "–" if share is None or not math.isfinite(share) else f"{number(100 * share, digits, signed)} %"
 
 
-def duration(seconds: float) -> str:
-    """`21.9 min`: one unit, the largest that leaves a number above 1."""
-    for unit, length in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def count(num: int, noun: str) -> str:
     """`1 split`, `6 splits`."""
     return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
@@ -77,3 +69,14 @@ def verdict(mean: float, p_holm: float, sign: int) -> str:
     if not p_holm < ALPHA:  # also when there is no p
         return "not shown"
     return "better" if sign * mean > 0 else "worse"
+
+
+def duration(seconds: float) -> str:
+    """`0.3 s`, `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from softseg_dist.data.dataset import Case, CaseData
+from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from softseg_dist.data.dataset import Float32
+from softseg_dist.data.cases import Float32
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from softseg_dist.data.dataset import Case, CaseData, Float32
+from softseg_dist.data.cases import Case, CaseData, Float32
 from softseg_dist.data.geometry import Geometry, spacing_of
 from softseg_dist.data.resampling import Axis, Method, resample, restore
 from softseg_dist.errors import UserError

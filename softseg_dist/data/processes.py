@@ -29,7 +29,10 @@ from softseg_dist.frozen import STUDY_MODULES
 
 PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
-PRELOADED = ["__main__", "softseg_dist.data.layouts", "softseg_dist.data.store"]  # once, not by each worker
+PRELOADED = [
+    "__main__",
+    *(f"softseg_dist.data.{name}" for name in ("layouts", "phantom", "store")),
+]  # once, not by each worker
 LOOK_AHEAD = 2  # tasks per worker that may be done or under way before their turn: results wait on disk
 
 Task = TypeVar("Task")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from softseg_dist.data.dataset import Case, DataSet
+from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.file_digests import FileDigests
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import one_by_one

@@ -18,7 +18,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.judging import results
 from softseg_dist.judging.rows import Row
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.study import Recipe, Resources
 from softseg_dist.training.inference import ensemble_maps
 from softseg_dist.training.model import Model

@@ -22,7 +22,7 @@ from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables, write_rows
 from softseg_dist.record.ledger import HoldoutRecord, Opening
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.study import Recipe, Resources
 from softseg_dist.training.evaluation import measure
 from softseg_dist.training.model import Model, load_weights

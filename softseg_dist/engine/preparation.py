@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from softseg_dist.data.layouts import Case
+from softseg_dist.data.cases import Case
 from softseg_dist.data.processes import over_processes
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store, shared_store

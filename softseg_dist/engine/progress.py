@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from softseg_dist.durations import duration
 from softseg_dist.training.task import FitResult
+from softseg_dist.words import duration
 
 SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, the controls among them, and its latest
 LINE_EVERY_S = 10.0  # plain lines: at most one per fit and this long

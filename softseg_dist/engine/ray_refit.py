@@ -9,9 +9,8 @@ from functools import partial
 from typing import Any
 
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.ray_cluster import bundle_of, places_for, quiet, ray_at, wait_for_room
+from softseg_dist.engine.ray_cluster import bundle_of, places_for, quiet, ray_at, wait_for_room, wait_until_free
 from softseg_dist.engine.ray_lanes import Lane, LostJob, Report, run_alone
-from softseg_dist.engine.ray_orphans import wait_until_free
 from softseg_dist.engine.worker import Ending, Fit, reason_of, run_fit
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place

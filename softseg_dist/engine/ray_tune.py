@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 from softseg_dist.data.splits import Split
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.ray_cluster import (
+    Orphans,
     bundle_of,
     cause_in,
     fits_at_once,
@@ -29,18 +30,17 @@ from softseg_dist.engine.ray_cluster import (
     quiet,
     ray_at,
     wait_for_room,
+    wait_until_free,
 )
 from softseg_dist.engine.ray_lanes import LostJob, Report, lane_of_process
-from softseg_dist.engine.ray_orphans import Orphans, wait_until_free
-from softseg_dist.engine.ray_pack_size import with_size
-from softseg_dist.engine.ray_packs import packs, run_in_pack, vacate
+from softseg_dist.engine.ray_packs import packs, run_in_pack, vacate, with_size
 from softseg_dist.engine.ray_reach import check_package, check_reach
 from softseg_dist.engine.session import Outcome, Session
 from softseg_dist.engine.worker import Ending, Fit, StopFile, run_fit
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.search.candidate import is_tuning
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.searcher import MakeTask, StudySearcher
-from softseg_dist.search.tuning import is_tuning
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitTask, Worker

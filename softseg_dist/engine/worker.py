@@ -1,29 +1,64 @@
-"""What happens around a fit in its worker process: load the study file, watch the clock, say how it ended.
+"""Time limits of what runs in this process: whoever overruns ends the process, and leaves the stacks of all its threads.
 
-Knows no Ray: the caller gives `report`. What can be expected to go wrong comes back as a value, since an exception costs
-the process; what cannot is written to `error.txt` in the fit's folder and raised, and the fit gets a fresh process.
+The interpreter itself watches, without its lock, so that a fit that hangs in native code is ended, too. It has one clock for a
+process: set to the limit that is the next to run out, of as many fits as run in threads of it.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.engine.clock import time_limit
 from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
-from softseg_dist.record.mirror import mirrored
+from softseg_dist.record.remote import mirrored
 from softseg_dist.study_file import describe, load_source
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
+
+LEAST_S = 1e-3  # the interpreter wants a time that is still to come
+
+_limits: dict[TextIO, float] = {}  # the file that takes the stacks, and when
+_changing = threading.Lock()
+
+
+@contextmanager
+def time_limit(limit_s: float | None, stacks: Path) -> Iterator[None]:
+    """End the process if the block takes longer than `limit_s`, and leave all stacks in the file `stacks`."""
+    stacks.unlink(missing_ok=True)
+    if limit_s is None:
+        yield
+        return
+    with stacks.open("w") as file:
+        _set(file, time.monotonic() + limit_s)
+        try:
+            yield
+        finally:
+            _set(file, None)
+    stacks.unlink()
+
+
+def _set(file: TextIO, deadline_s: float | None) -> None:
+    with _changing:
+        _limits.pop(file, None)
+        if deadline_s is not None:
+            _limits[file] = deadline_s
+        faulthandler.cancel_dump_traceback_later()
+        if _limits:
+            file, next_s = min(_limits.items(), key=lambda limit: limit[1])
+            faulthandler.dump_traceback_later(max(LEAST_S, next_s - time.monotonic()), exit=True, file=file)
+
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
 REMOTE_STOP_CHECK_S = 5.0  # every look at an object store costs money

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softseg_dist.data.preprocess import Sample
-from softseg_dist.files import replace_file
 from softseg_dist.judging.rows import Row as Measured
+from softseg_dist.places import replace_file
 
 if TYPE_CHECKING:  # a fit writes no data frame, and machines that only train need not have pandas
     import pandas as pd

@@ -19,8 +19,7 @@ import numpy.typing as npt
 from scipy.special import entr
 
 from softseg_dist.judging.rows import Row
-from softseg_dist.numerics.calibration import neighbourhood
-from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece
+from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece, neighbourhood
 from softseg_dist.numerics.raters import energy_distance, entropy_disagreement_correlation, pairwise_dice
 
 CUT = 0.5  # a sample is an object where it is above this, as with the fixed threshold

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from softseg_dist.durations import duration
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
 from softseg_dist.places import Entry, Place, working_folder
 from softseg_dist.record.spool import SPOOL
+from softseg_dist.words import duration
 
 SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
 READERS = 16  # files that are read at a time: an object store takes some 30 ms for each

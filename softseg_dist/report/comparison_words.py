@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
-from softseg_dist.report.comparison import Contrast, Party, RunComparison
-from softseg_dist.report.pairing import ENOUGH
+from softseg_dist.report.comparison import ENOUGH, Contrast, Party, RunComparison
 from softseg_dist.report.tables import plain
 from softseg_dist.words import count, interval, number, p_clause, verdict
 

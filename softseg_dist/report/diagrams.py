@@ -11,12 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from softseg_dist.report.breakdown import Raters
-from softseg_dist.report.calibration import Reliability
-from softseg_dist.report.lesions import SIZES, Rate
 from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, STYLE, WORSE, laid_out
+from softseg_dist.report.measures import SIZES, Agreement, Rate, Reliability
 from softseg_dist.report.search_tables import Pareto, Point
 from softseg_dist.report.tables import Summary
-from softseg_dist.report.volumes import Agreement
 from softseg_dist.words import number
 
 MARKERS = "osD^v<>Ph*"

@@ -1,19 +1,314 @@
-"""All that was measured beside the objective, of every candidate: what a run has no rows of is empty or None."""
+"""Calibration: where a prediction says 0.7, does the structure fill 0.7 of the voxel?"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from softseg_dist.numerics.repeatability import (
+    BlandAltman,
+    Icc,
+    WithinSubject,
+    bland_altman,
+    coefficient_of_variation,
+    icc,
+)
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.statistics import LEVEL, NAN
 from softseg_dist.report.breakdown import Raters, Site, by_site, raters_of
-from softseg_dist.report.calibration import Reliability, reliability_of
-from softseg_dist.report.lesions import Lesions, lesions_of
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import Scores
-from softseg_dist.report.surfaces import Surfaces, surfaces_of
-from softseg_dist.report.uncertainty import Uncertainty, uncertainty_of
-from softseg_dist.report.volumes import Agreement, Repeatability, agreements_of, repeatability_of
+from softseg_dist.report.scores import Scores, mean_of, rows_at_rule, soft_scores, tables_of, undefined
+from softseg_dist.training.task import FitResult
+
+SUMS = ("reliability_voxels", "reliability_prediction", "reliability_reference")
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The reliability table of one candidate: the voxels of all tested cases, classes and splits pooled.
+
+    Of each bin of the prediction, from `edges` up: the number of `voxels`, their mean prediction `predicted` and mean reference
+    `observed`, both NaN in an empty bin. `ece` = sum over bins of (share of voxels) |predicted - observed|; the ECE of the
+    ranking is a mean over subjects and so somewhat larger. Of `num_cases` a case counts once per split.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+    voxels: tuple[float, ...]
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+    ece: float
+    num_cases: int
+    num_subjects: int
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of all voxels that is in each bin."""
+        return tuple(count / sum(self.voxels) for count in self.voxels)
+
+
+def reliability_of(test: pd.DataFrame) -> dict[str, Reliability]:
+    """The pooled table of every candidate that has one, by name."""
+    rows = test[test["metric"].isin(SUMS) & (test["reference"] == "mean")]
+    rows = rows.assign(edge=rows["threshold"].round(9))
+    return {str(name): _pooled(str(name), part) for name, part in rows.groupby("candidate", observed=True)}
+
+
+def _pooled(name: str, rows: pd.DataFrame) -> Reliability:
+    sums = rows.groupby(["edge", "metric"], observed=True)["value"].sum().unstack("metric").sort_index()
+    voxels, prediction, reference = (sums[metric].to_numpy(np.float64) for metric in SUMS)
+    known = np.where(voxels > 0, voxels, NAN)
+    gaps = np.abs(prediction - reference)
+    return Reliability(
+        name=name,
+        edges=tuple(sums.index.tolist()),
+        voxels=tuple(voxels.tolist()),
+        predicted=tuple((prediction / known).tolist()),
+        observed=tuple((reference / known).tolist()),
+        ece=float(gaps.sum() / voxels.sum()) if voxels.sum() else NAN,
+        num_cases=len(rows[["split", "case"]].drop_duplicates()),
+        num_subjects=int(rows["subject"].nunique()),
+    )
+
+
+PREDICTED, TRUE = "volume_pred_mm3", "volume_true_mm3"
+REFERENCE = ""  # the name under which the reference's own repeatability stands
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Soft volumes of one candidate and class against those of the soft reference, one pair per subject, in mm3.
+
+    `true_mm3` and `predicted_mm3` are means over the cases and splits of a subject, in the order of `subjects`.
+    `limits` are those of predicted less true.
+    """
+
+    name: str
+    class_name: str
+    subjects: tuple[str, ...]
+    true_mm3: tuple[float, ...]
+    predicted_mm3: tuple[float, ...]
+    limits: BlandAltman
+
+
+@dataclass(frozen=True)
+class Repeatability:
+    """How the soft volumes of one candidate and class repeat over the cases of a subject; `name` is "" for the reference.
+
+    A case's volume is the mean over the splits that tested it. Only subjects with two cases or more count.
+    """
+
+    name: str
+    class_name: str
+    icc: Icc
+    variation: WithinSubject
+
+
+def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
+    """By candidate: one agreement for each class; {} if no volume was recorded."""
+    means = _volumes(test, ["candidate", "class", "subject"])
+    found: dict[str, list[Agreement]] = {}
+    for (name, class_name), part in means.groupby(["candidate", "class"], observed=True):
+        subjects = part.index.get_level_values("subject").astype(str)
+        true, predicted = (part[metric].to_numpy(np.float64) for metric in (TRUE, PREDICTED))
+        pairs = tuple(true.tolist()), tuple(predicted.tolist())
+        limits = bland_altman(predicted, true)
+        found.setdefault(str(name), []).append(Agreement(str(name), str(class_name), tuple(subjects), *pairs, limits))
+    return {name: tuple(of_classes) for name, of_classes in found.items()}
+
+
+def repeatability_of(test: pd.DataFrame) -> dict[str, tuple[Repeatability, ...]]:
+    """By candidate, and for the reference under "": one for each class; {} unless a subject has two cases or more."""
+    means = _volumes(test, ["candidate", "class", "subject", "case"])
+    num_cases = means.reset_index().groupby("subject", observed=True)["case"].nunique()
+    if not (num_cases > 1).any():
+        return {}
+    repeated = means[means.index.get_level_values("subject").isin(num_cases[num_cases > 1].index)]
+    of_reference = repeated.groupby(["class", "subject", "case"], observed=True)[TRUE].mean()
+    tables = {(REFERENCE, str(k)): _sessions(part) for k, part in of_reference.groupby("class", observed=True)}
+    by_candidate = repeated[PREDICTED].groupby(["candidate", "class"], observed=True)
+    tables |= {(str(name), str(k)): _sessions(part) for (name, k), part in by_candidate}
+    found: dict[str, tuple[Repeatability, ...]] = {}
+    for (name, k), table in tables.items():
+        one = Repeatability(name, k, icc(table), coefficient_of_variation(table))
+        found[name] = (*found.get(name, ()), one)
+    return found
+
+
+def _volumes(test: pd.DataFrame, unit: list[str]) -> pd.DataFrame:
+    """Mean true and predicted volume per unit; no row if either was not recorded."""
+    rows = test[test["metric"].isin((PREDICTED, TRUE)) & (test["reference"] == "mean") & test["threshold"].isna()]
+    means = rows.groupby([*unit, "metric"], observed=True)["value"].mean().unstack("metric")
+    return means.reindex(columns=[PREDICTED, TRUE]).dropna()
+
+
+def _sessions(volumes: pd.Series[float]) -> np.ndarray:
+    """[subjects sessions] of volumes indexed by subject and case: the cases of a subject in the order of their names."""
+    ordered = volumes.sort_index().reset_index()
+    session = ordered.groupby("subject", observed=True).cumcount()
+    by_session = ordered.assign(session=session).pivot(index="subject", columns="session", values=ordered.columns[-1])
+    return by_session.to_numpy(np.float64)
+
+
+RULE = "grid"  # the threshold that each fit chose on validation
+SIZES = {"lt20": "below 20 voxels", "20to100": "20 to 100 voxels", "gt100": "above 100 voxels", "": "all"}
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` of `total` lesions, pooled over cases, classes and splits; the 95 % interval resamples subjects."""
+
+    count: int
+    total: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """One candidate at the threshold that each fit chose on its grid.
+
+    `sensitivity` by size of the true lesion: lesions found of those that there are. `false_discovery`: predicted lesions
+    that meet no true one, of all predicted.
+    """
+
+    name: str
+    sensitivity: dict[str, Rate]
+    false_discovery: Rate
+    num_subjects: int
+    num_cases: int
+
+
+def lesions_of(test: pd.DataFrame, fits: Iterable[FitResult], seed: int) -> dict[str, Lesions]:
+    """The pooled counts of every candidate that has them, by name; `seed` is that of the intervals."""
+    fits = tuple(fits)
+    pairs = {size: _counts(size) for size in SIZES} | {"false": ("lesions_false", "lesions_predicted")}
+    wanted = dict.fromkeys(metric for pair in pairs.values() for metric in pair)
+    tables = {metric: rows_at_rule(test, fits, metric, RULE) for metric in wanted}
+    counts = {
+        metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()
+    }
+    cases = tables["lesions_true"].groupby("candidate", observed=True)
+    found = {}
+    for name, part in cases:
+        sums = {metric: series[name].sort_index().to_numpy(np.float64) for metric, series in counts.items()}
+        rates = {
+            key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()
+        }
+        false = rates.pop("false")
+        num_cases = len(part[["split", "case"]].drop_duplicates())
+        found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
+    return found
+
+
+def _counts(size: str) -> tuple[str, str]:
+    end = f"_{size}" if size else ""
+    return f"lesions_found{end}", f"lesions_true{end}"
+
+
+def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed: int) -> Rate:
+    """The ratio of the sums over subjects; its interval from draws of as many subjects, those without any lesion left out."""
+    num = len(totals)
+    count, total = float(counts.sum()), float(totals.sum())
+    if not total:
+        return Rate(0, 0, NAN, NAN, NAN)
+    drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS)
+    over, under = drawn @ counts, drawn @ totals
+    low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    known = num > 1
+    return Rate(int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN)
+
+
+METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
+
+
+@dataclass(frozen=True)
+class Surfaces:
+    """Means over subjects and splits of one candidate. Of `values` (case, class, split) `undefined` have no surface to measure."""
+
+    name: str
+    hd95_mm: float
+    asd_mm: float
+    surface_dice_1mm: float
+    undefined: int
+    values: int
+
+
+def surfaces_of(test: pd.DataFrame, fits: Iterable[FitResult]) -> dict[str, Surfaces]:
+    """The means of every candidate that has them, by name."""
+    fits = tuple(fits)
+    rows = {metric: rows_at_rule(test, fits, metric, RULE) for metric in METRICS}
+    scores: dict[str, Scores] = {metric: tables_of(part, test) for metric, part in rows.items()}
+    counted = undefined(rows[METRICS[0]])
+    means = {name: [mean_of(scores[metric].of(name)) for metric in METRICS] for name in counted}
+    return {name: Surfaces(name, hd95, asd, dice, *counted[name]) for name, (hd95, asd, dice) in means.items()}
+
+
+METHODS = {
+    "mc_dropout": "dropout at test time",
+    "tta": "test-time augmentation",
+    "ensemble": "ensemble over splits",
+}
+MEASURES = {  # as `numerics.uncertainty` names them
+    "disagreement_correlation": "entropy and disagreement",
+    "ged2": "GED²",
+    "entropy": "entropy (bits)",
+    "expected_entropy": "expected entropy",
+    "mutual_information": "mutual information",
+    "variance": "variance",
+    "volume_cv": "CV of the volume",
+    "pairwise_dice": "Dice in pairs",
+    "samples_iou": "IoU of all samples",
+    "dice_dml": "soft Dice (DML form)",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "members": "fits",
+}
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Means over subjects and splits of one candidate and one method, by measure: the metric's name without the method's."""
+
+    name: str
+    method: str
+    measures: dict[str, float]
+    num_subjects: int
+
+
+def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[Uncertainty, ...]]:
+    """By method: one entry for every candidate it was measured for; {} if none was.
+
+    Args:
+        tables: rows on test. An ensemble over splits has a table of its own, in which its one split is -1.
+    """
+    known = [(table, set(table["metric"].unique())) for table in tables if table is not None]
+    found = {}
+    for (test, there), method in itertools.product(known, METHODS):
+        mine = [metric for measure in MEASURES if (metric := f"{method}_{measure}") in there]
+        if not mine:
+            continue
+        rows = test[test["metric"].isin(mine) & test["threshold"].isna()]
+        reference = rows.groupby("metric", observed=True)["reference"].first()
+        scores = {metric: soft_scores(rows, metric, reference=str(reference[metric])) for metric in mine}
+        people = rows.groupby("candidate", observed=True)["subject"].nunique()
+        found[method] = tuple(
+            Uncertainty(
+                str(name),
+                method,
+                {metric.removeprefix(f"{method}_"): mean_of(table.of(str(name))) for metric, table in scores.items()},
+                int(count),
+            )
+            for name, count in people.items()
+        )
+    return found
 
 
 @dataclass(frozen=True)

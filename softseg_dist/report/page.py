@@ -15,7 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from softseg_dist import words
-from softseg_dist.report.caveats import caveats
 from softseg_dist.report.diagrams import (
     agreement_figure,
     lesion_figure,
@@ -32,17 +31,22 @@ from softseg_dist.report.figures import (
     paired_figure,
     shown,
 )
-from softseg_dist.report.findings import answer, effects_answer, group_answer, holdout_answer, interactions_answer
-from softseg_dist.report.lesions import SIZES
+from softseg_dist.report.findings import (
+    answer,
+    caveats,
+    effects_answer,
+    group_answer,
+    holdout_answer,
+    interactions_answer,
+)
+from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
+from softseg_dist.report.measures import MEASURES, METHODS, REFERENCE, SIZES
 from softseg_dist.report.origin import left_out, origin_of
-from softseg_dist.report.outer import outer_answer, outer_table
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import OuterData, RunData, load_run
 from softseg_dist.report.tables import Summary, plain, summarise
-from softseg_dist.report.uncertainty import MEASURES, METHODS
-from softseg_dist.report.volumes import REFERENCE
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import (
@@ -21,7 +22,9 @@ from softseg_dist.numerics.statistics import (
     paired_bootstrap,
     wilcoxon_test,
 )
-from softseg_dist.report.scores import Scores, split_means
+from softseg_dist.report.ranking import RULES
+from softseg_dist.report.run_folder import RunData
+from softseg_dist.report.scores import Scores, scores_at_rule, split_means
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,29 @@ def rivals_of(ranked: Sequence[str], scores: Scores) -> tuple[Rival, ...]:
     found = [Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]]
     adjusted = holm([rival.crossed.p for rival in found])
     return tuple(Rival(rival.candidate, rival.crossed, p) for rival, p in zip(found, adjusted, strict=True))
+
+
+BASE = "fixed"
+
+
+@dataclass(frozen=True)
+class RuleTest:
+    """Dice of one candidate at the threshold of `rule` less that at 0.5, on the same subjects and fits."""
+
+    candidate: str
+    rule: str
+    crossed: CrossedTest
+    p_holm: float = NAN
+
+
+def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[RuleTest, ...]:
+    """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
+    dice = {rule: scores_at_rule(test, run.finished, "dice", rule) for rule in RULES}
+    found = [
+        RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name)))
+        for name in names
+        for rule in RULES
+        if rule != BASE
+    ]
+    adjusted = holm([one.crossed.p for one in found])
+    return tuple(replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from softseg_dist.data.splits import Split
-from softseg_dist.record.ledger import RaceRecord
+from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.search.race import Scores
-from softseg_dist.study import Recipe
+from softseg_dist.study import Recipe, TuneEach
 from softseg_dist.training.task import FitResult
 
 Origin = Literal["fixed", "proposed", "tuning"]
@@ -93,3 +94,43 @@ class Candidate:
 
     def _values(self, result: FitResult) -> tuple[float | None, ...]:
         return (result.score, *(result.scores.get(name) for name in self.objectives[1:]))
+
+
+def tuning_name(candidate: str, number: int) -> str:
+    """`hard-dice~2`; no candidate of a study file has a `~` in its name."""
+    return f"{candidate}~{number}"
+
+
+def is_tuning(candidate: str) -> bool:
+    """Is this the name of such a trial?"""
+    return "~" in candidate
+
+
+def tuning_record(name: str, number: int, tune: TuneEach, trial: int, recipe: Recipe) -> CandidateRecord:
+    """The record of one of the trials of `name`, which is the `number`-th fixed candidate."""
+    order = number * tune.trials + trial
+    return CandidateRecord(name=tuning_name(name, trial), origin="tuning", number=order, recipe=json_of(recipe))
+
+
+def fixed_record(name: str, number: int, recipe: Recipe, note: str = "") -> CandidateRecord:
+    """The record of a candidate of the study file, as it runs."""
+    return CandidateRecord(name=name, origin="fixed", number=number, recipe=json_of(recipe), note=note)
+
+
+def tuned(recipe: Recipe, tune: TuneEach, trials: Sequence[Candidate], sign: int) -> tuple[Recipe, str]:
+    """The recipe with the rate that won, and ""; as it is, and a note, if all trials have failed.
+
+    Among equal means the rate nearest to the recipe's own wins, by ratio; `sign` is that of the objective.
+    """
+    means = [trial.means for trial in trials]
+    known = [(sign * mean[0], rate) for mean, rate in zip(means, tune.rates, strict=True) if mean]
+    own = recipe.optim.lr
+    if not known:
+        return recipe, f"every learning rate that was tried has failed: it keeps its own, {own:g}"
+    _, rate = max(known, key=lambda found: (found[0], -abs(math.log(found[1] / own))))
+    return with_rate(recipe, rate), ""
+
+
+def with_rate(recipe: Recipe, rate: float) -> Recipe:
+    """The same recipe at another learning rate."""
+    return recipe.replace(optim=recipe.optim.replace(lr=rate))

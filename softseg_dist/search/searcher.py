@@ -16,10 +16,9 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
-from softseg_dist.search.candidate import Candidate, Origin
+from softseg_dist.search.candidate import Candidate, Origin, fixed_record, tuned, tuning_name, tuning_record, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
-from softseg_dist.search.tuning import fixed_record, tuned, tuning_name, tuning_record, with_rate
 from softseg_dist.study import Race, Recipe, Study
 from softseg_dist.training.task import FitResult, FitTask
 

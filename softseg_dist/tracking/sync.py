@@ -9,9 +9,9 @@ from pathlib import Path
 
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL, Spool
 from softseg_dist.record.status import status_of
-from softseg_dist.record.working_copy import WorkingCopy
 from softseg_dist.study import Study
 from softseg_dist.study_file import load_source
 from softseg_dist.tracking.tracker import Connection, Tracker, connect, default_uri

@@ -13,9 +13,8 @@ import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.judging.grid import Grid
 from softseg_dist.judging.results import Row, rows_of_case, write_rows
-from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.rows import Grid, case_rows
 from softseg_dist.judging.thresholds import CURVE, choose_thresholds
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.numerics.metrics import OBJECTIVES, objective_score

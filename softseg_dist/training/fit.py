@@ -20,18 +20,16 @@ from typing import Any
 
 import torch
 
-from softseg_dist.files import replace_file
 from softseg_dist.numerics.activations import NormReLU
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.places import replace_file
 from softseg_dist.training.batches import Batches, open_store
-from softseg_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.execution import choose_engine
 from softseg_dist.training.gpu.device_step import DeviceStepper
-from softseg_dist.training.heap import kept_heap
-from softseg_dist.training.host_step import HostStepper
-from softseg_dist.training.model import Model, build_model, read_weights, save_weights
+from softseg_dist.training.host_step import HostStepper, kept_heap
+from softseg_dist.training.model import Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
 from softseg_dist.training.preflight import check_methods
 from softseg_dist.training.stepper import Clock, Diverged, Progress, Stepper, learning_rate
 from softseg_dist.training.task import (

@@ -5,6 +5,7 @@ safetensors is imported where it is used: what only trains, as a benchmark on a 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,13 +14,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from softseg_dist.files import replace_file
 from softseg_dist.numerics.activations import Activation
 from softseg_dist.numerics.networks import Network, lean
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
+from softseg_dist.places import replace_file
 from softseg_dist.study import Recipe
 from softseg_dist.training.execution import Precision
+from softseg_dist.training.task import FitTask, checkpoint_path
 
 NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
 ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
@@ -119,3 +121,25 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Read what `save_weights` wrote. Raises RuntimeError if names or shapes differ."""
     model.load_state_dict(read_weights(path))
+
+
+def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
+    """Replace the fit's checkpoint; a crash in the middle leaves the former one."""
+    marked = {"identity": task.identity, **state}
+    replace_file(checkpoint_path(task.folder), lambda partial: torch.save(marked, partial))
+
+
+def load_checkpoint(task: FitTask) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` was given; None if there is nothing to go on from.
+
+    A checkpoint of another task (the recipe was changed) or one that cannot be read is no checkpoint: starting again gives the
+    same result, only later.
+    """
+    path = checkpoint_path(task.folder)
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        return None
+    return state if state["identity"] == task.identity else None

@@ -16,8 +16,8 @@ from pydantic import PositiveInt, ValidationError, model_validator
 
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
-from softseg_dist.files import replace_file
 from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.places import replace_file
 from softseg_dist.training.model import Model, load_weights
 
 FORMAT: Final = 1  # raised when an older version could not read a card, or would misread it

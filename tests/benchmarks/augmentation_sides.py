@@ -37,7 +37,7 @@ def ours(job_json: str, turns: Turns) -> None:
     """One map for the whole batch."""
     from softseg_dist import Affine, Elastic
     from softseg_dist.numerics.augmentation import augment
-    from softseg_dist.training.heap import kept_heap
+    from softseg_dist.training.host_step import kept_heap
 
     job, (image, label) = Job.model_validate_json(job_json), slices()
     affine = Affine(degrees=DEGREES, scale=SCALE, shift=SHIFT)

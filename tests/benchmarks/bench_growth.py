@@ -33,7 +33,7 @@ from driven_search import searcher
 from synthetic_run import CELLS, write_run
 
 from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Resources, Study
-from softseg_dist.data.dataset import CaseData
+from softseg_dist.data.cases import CaseData
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.plan import plan_study
 from softseg_dist.engine.progress import PlainLines, Progress
@@ -41,9 +41,8 @@ from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_tune import run_search
 from softseg_dist.engine.session import Session
 from softseg_dist.engine.worker import Ending, StopFile
-from softseg_dist.judging.grid import Grid
 from softseg_dist.judging.results import merge_tables, write_frame
-from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.rows import Grid, case_rows
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.status import status_of

@@ -19,8 +19,7 @@ from scipy import ndimage
 from scipy.special import expit
 
 from softseg_dist import Phantom, Preprocess
-from softseg_dist.judging.grid import Grid
-from softseg_dist.judging.rows import case_rows
+from softseg_dist.judging.rows import Grid, case_rows
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import soft_metrics
 

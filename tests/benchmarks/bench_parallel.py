@@ -37,8 +37,7 @@ from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_tune import run_search
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import Training
-from softseg_dist.training.heap import kept_heap
-from softseg_dist.training.host_step import HostStepper
+from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.task import FitTask, Worker
 
 HERE = Path(__file__).parent

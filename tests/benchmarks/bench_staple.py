@@ -14,7 +14,7 @@ import torch
 from record import Headline, record
 from torch import Tensor
 
-from softseg_dist.numerics.staple import staple
+from softseg_dist.numerics.labels import staple
 
 RATERS, SIZE, SLIPS = 7, 200, 0.01
 HEADLINES = (

@@ -27,8 +27,7 @@ from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.fit import Training, fit
-from softseg_dist.training.heap import kept_heap
-from softseg_dist.training.host_step import HostStepper
+from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker
 

@@ -25,13 +25,11 @@ from parallel_fits import OPTIM, assert_same_files, make_tasks, run_on, whole_fi
 from scripted import make_study, processes, run, starts
 
 from softseg_dist import MCDropout, Resources
-from softseg_dist.engine.clock import time_limit
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_lanes import LostJob, Report
-from softseg_dist.engine.ray_pack_size import with_size
-from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, vacate
-from softseg_dist.engine.worker import run_fit
+from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, vacate, with_size
+from softseg_dist.engine.worker import run_fit, time_limit
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, Worker

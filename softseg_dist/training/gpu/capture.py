@@ -6,8 +6,10 @@ device has computed, or that takes numbers from the host, cannot be one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,3 +119,27 @@ def _travels(func: Any, args: Any, kwargs: Any) -> str | None:
     if func.overloadpacket is aten.copy_ and isinstance(args[1], Tensor):
         return None if args[0].device.type == args[1].device.type else "a tensor is copied between host and device"
     return None
+
+
+FOLDER = ".compiled"  # in the run folder
+MOST_NETWORKS = 256  # that a process compiles; torch's own limit of 8 is meant for one network that keeps changing
+
+
+def compiled(network: nn.Module, fit_folder: str) -> Callable[[Tensor], Tensor]:
+    """`network` as one that is compiled when it is first called, and again for every other size of batch."""
+    keep_compiled(fit_folder)
+    torch._dynamo.config.recompile_limit = MOST_NETWORKS
+    function: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
+    return function
+
+
+def keep_compiled(fit_folder: str) -> None:
+    """Have this process keep what it compiles in the run folder of a fit, unless the user chose another place.
+
+    A fit whose run folder is not on this machine works in a scratch folder, and leaves it to torch, which keeps it in a temporary
+    folder of this machine.
+    """
+    folder = Path(fit_folder).absolute()  # <run folder>/fits/<candidate>/<split>
+    if folder.parents[1].name == "fits":
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.parents[2] / FOLDER))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder.parents[2] / FOLDER / "triton"))

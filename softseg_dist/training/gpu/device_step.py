@@ -20,8 +20,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.training.gpu.capture import Step, captured, obstacle, unchanged
-from softseg_dist.training.gpu.compilation import compiled
+from softseg_dist.training.gpu.capture import Step, captured, compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import device_batches
 from softseg_dist.training.gpu.feed import Feed, Fields, Orders
 from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate

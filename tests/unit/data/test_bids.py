@@ -9,9 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from softseg_dist.data.bids import Bids
-from softseg_dist.data.file_cases import MaskFile
-from softseg_dist.data.layouts import DataSet, ImageCase
+from softseg_dist.data.cases import DataSet, ImageCase, MaskFile
+from softseg_dist.data.layouts import Bids
 from softseg_dist.errors import UserError
 
 SHAPE = (6, 5, 4)

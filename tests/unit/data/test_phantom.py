@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softseg_dist.data.dataset import CaseData, DataSet
-from softseg_dist.data.phantom import Phantom, PhantomCase
-from softseg_dist.data.phantom_shapes import Ellipsoid, Wobble, partial_volume
+from softseg_dist.data.cases import CaseData, DataSet
+from softseg_dist.data.phantom import Ellipsoid, Phantom, PhantomCase, Wobble, partial_volume
 from softseg_dist.errors import UserError
 
 KINDS = [Phantom(subjects=2, raters=3, shape=shape, dim=dim) for shape in ("cord", "lesions") for dim in (2, 3)]

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softseg_dist.data.dataset import CaseData
+from softseg_dist.data.cases import Case, CaseData, DataSet
 from softseg_dist.data.geometry import Geometry
-from softseg_dist.data.layouts import Bids, Case, DataSet, Phantom
-from softseg_dist.data.phantom import PhantomCase
+from softseg_dist.data.layouts import Bids
+from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import over_processes
-from softseg_dist.data.records import MAGIC
-from softseg_dist.data.store import Part, Store, build_store, fingerprint
+from softseg_dist.data.store import MAGIC, Part, Store, build_store, fingerprint
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
 
@@ -132,7 +131,7 @@ def test_after_a_failure_in_the_middle_finished_cases_are_not_prepared_again(
 
 def test_after_a_kill_finished_cases_are_not_prepared_again(built: Path, tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from softseg_dist.data.layouts import DataSet;"
+        "import os, sys; from pathlib import Path; from softseg_dist.data.cases import DataSet;"
         "from softseg_dist.data.preprocess import Preprocess; from softseg_dist.data.store import build_store;"
         "data = DataSet.model_validate_json(sys.argv[2]); preprocess = Preprocess.model_validate_json(sys.argv[3]);"
         "kill = lambda done, *_: done == 2 and os.kill(os.getpid(), 9);"

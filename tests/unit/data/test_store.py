@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
-from softseg_dist.data.dataset import CaseData, Float32
+from softseg_dist.data.cases import Case, CaseData, Float32
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.layouts import Case, Phantom
+from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.errors import UserError
@@ -190,7 +190,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path: Path, num_bytes: int) 
 
 def test_two_processes_may_build_one_store_at_once(built: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from softseg_dist.data.layouts import DataSet;"
+        "import sys; from pathlib import Path; from softseg_dist.data.cases import DataSet;"
         "from softseg_dist.data.preprocess import Preprocess; from softseg_dist.data.store import build_store;"
         "data = DataSet.model_validate_json(sys.argv[2]); preprocess = Preprocess.model_validate_json(sys.argv[3]);"
         "build_store(Path(sys.argv[1]), data.cases(None), data, preprocess)"

@@ -9,7 +9,7 @@ from pathlib import Path
 WITH_LIMITS = """
 import sys, threading
 from pathlib import Path
-from softseg_dist.engine.clock import time_limit
+from softseg_dist.engine.worker import time_limit
 def wait(limit_s, name):
     with time_limit(limit_s, Path(sys.argv[1]) / name):
         threading.Event().wait()

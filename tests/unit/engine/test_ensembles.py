@@ -14,7 +14,7 @@ from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
 from softseg_dist.numerics.metrics import dice_dml
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.fit import fit
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, load_weights

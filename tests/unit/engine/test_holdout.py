@@ -27,7 +27,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.places import Place
 from softseg_dist.record.ledger import CandidateRecord, HoldoutRecord, Ledger, Opening, json_of
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, holdout_path, weights_path

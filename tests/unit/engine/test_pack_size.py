@@ -8,7 +8,7 @@ import pytest
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import Store, build_store
-from softseg_dist.engine.ray_pack_size import Rate, best_size, measure
+from softseg_dist.engine.ray_packs import Rate, best_size, measure
 from softseg_dist.training.task import FitTask
 
 

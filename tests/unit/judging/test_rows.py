@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.judging.grid import Grid
-from softseg_dist.judging.rows import Row, case_rows
+from softseg_dist.judging.rows import Grid, Row, case_rows
 from softseg_dist.numerics.metrics import ece, hard_metrics, volume_mm3
 from softseg_dist.numerics.raters import ged2
-from softseg_dist.numerics.surface import SURFACE_METRICS
+from softseg_dist.numerics.structures import SURFACE_METRICS
 
 SPACING_MM, VOXEL_MM3 = (0.5, 0.5), 0.5  # slices 2 mm apart
 LESIONS = 4 + 2 * 3 + 2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.numerics.calibration import NUM_BINS, neighbourhood, reliability
+from softseg_dist.numerics.metrics import NUM_BINS, neighbourhood, reliability
 
 SEEDS = st.integers(0, 2**32 - 1)
 

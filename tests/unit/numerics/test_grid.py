@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softseg_dist.judging.grid import Grid, bounding_box
+from softseg_dist.judging.rows import Grid, bounding_box
 
 
 def test_a_volume_stays_as_it_is():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softseg_dist.numerics.lesions import components, lesion_metrics
+from softseg_dist.numerics.structures import components, lesion_metrics
 
 
 def measured(prediction: np.ndarray, reference: np.ndarray) -> dict[str, float]:

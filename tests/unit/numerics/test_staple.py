@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softseg_dist.numerics.labels import fuse, harden
-from softseg_dist.numerics.staple import MARGIN, MOST_STEPS, START, TOLERANCE, Consensus, staple
+from softseg_dist.numerics.labels import MARGIN, MOST_STEPS, START, TOLERANCE, Consensus, fuse, harden, staple
 
 SENSITIVITY, SPECIFICITY, PREVALENCE, VOXELS = (0.9, 0.8, 0.95), (0.98, 0.95, 0.90), 0.2, 20_000
 

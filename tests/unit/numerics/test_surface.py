@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
-from softseg_dist.numerics.surface import SURFACE_METRICS, surface_metrics
+from softseg_dist.numerics.structures import SURFACE_METRICS, surface_metrics
 
 SPACING_MM = (2.0, 0.5, 0.8)
 

@@ -19,7 +19,7 @@ from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import build_store
 from softseg_dist.engine.worker import StopFile, reason_of, run_fit
 from softseg_dist.places import Place
-from softseg_dist.record.mirror import FRESH_S, Mirror, mirrored
+from softseg_dist.record.remote import FRESH_S, Mirror, mirrored
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 

@@ -11,7 +11,7 @@ import pytest
 from s3_server import BUCKET
 
 from softseg_dist.places import Place
-from softseg_dist.record.working_copy import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from synthetic_run import CELLS, GAIN, write_run
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.statistics import crossed_test, holm
-from softseg_dist.report.caveats import caveats
 from softseg_dist.report.figures import MOST, forest_figure, shown
-from softseg_dist.report.findings import answer, effects_answer
+from softseg_dist.report.findings import answer, caveats, effects_answer
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json, write_report
 from softseg_dist.report.pictures import Overlay, overlay_figure

@@ -12,7 +12,7 @@ import pytest
 from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, OVERCONFIDENCE, VOLUME_BIAS
 from synthetic_run import CELLS, write_run
 
-from softseg_dist.report.calibration import reliability_of
+from softseg_dist.report.measures import reliability_of
 from softseg_dist.report.page import write_report
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import Summary, summarise

@@ -13,9 +13,8 @@ from synthetic_run import CELLS, write_run
 from synthetic_search import draw_parameters, give_up, hold_out, nest, tune
 
 from softseg_dist.numerics.statistics import crossed_test, holm
-from softseg_dist.report.caveats import caveats
-from softseg_dist.report.findings import effects_answer, group_answer, holdout_answer, interactions_answer
-from softseg_dist.report.outer import outer_answer, outer_table
+from softseg_dist.report.findings import caveats, effects_answer, group_answer, holdout_answer, interactions_answer
+from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.page import outer_json, write_outer_page, write_report
 from softseg_dist.report.run_folder import load_outer, load_run
 from softseg_dist.report.scores import on_test, soft_scores

@@ -23,8 +23,7 @@ from device_fits import (
 
 from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
 from softseg_dist.training.fit import Training, fit
-from softseg_dist.training.gpu.capture import obstacle, unchanged
-from softseg_dist.training.gpu.compilation import keep_compiled
+from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, device_batches
 from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper
 from softseg_dist.training.gpu.feed import Feed, Parcel

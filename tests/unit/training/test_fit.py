@@ -31,10 +31,9 @@ from softseg_dist import (
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.checkpoint import load_checkpoint
 from softseg_dist.training.fit import Training, fit
 from softseg_dist.training.host_step import HostStepper
-from softseg_dist.training.model import build_model
+from softseg_dist.training.model import build_model, load_checkpoint
 from softseg_dist.training.task import (
     FitTask,
     Interrupted,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softseg_dist.training.heap import kept_heap
+from softseg_dist.training.host_step import kept_heap
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 PAGES = 30 * 2**20 // resource.getpagesize()  # of each tensor

@@ -29,8 +29,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, harden
-from softseg_dist.numerics.staple import staple
+from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, harden, staple
 from softseg_dist.training import targets
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.preflight import check_recipes
