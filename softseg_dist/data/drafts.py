@@ -7,7 +7,6 @@ that nobody holds is a leftover, from which the next one takes what is intact.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from softseg_dist.locks import is_locked_here
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def new_draft(folder: Path, name: str) -> Iterator[Draft]:
     unheld = folder / f"{stem}.new"  # not yet to be found as a leftover
     try:
         with unheld.open("w+b") as file:
-            _is_held_here(file)
+            is_locked_here(file)
             draft = Draft(unheld.rename(folder / f"{stem}.draft"), file)
             try:
                 yield draft
@@ -68,7 +69,7 @@ def leftovers(folder: Path) -> Iterator[list[Path]]:
                 file = held.enter_context(path.open("r+b"))
             except OSError:  # it has just become a store, or belongs to somebody else
                 continue
-            if _is_held_here(file):
+            if is_locked_here(file):
                 found.append(path)
         yield found
 
@@ -82,12 +83,3 @@ def remove_draft(path: Path) -> None:
     """Remove a draft and its parts."""
     for file in (*parts_of(path), path):
         file.unlink(missing_ok=True)
-
-
-def _is_held_here(file: BinaryIO) -> bool:
-    """Lock the file for as long as it is open. False if it is locked, or if its filesystem knows no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

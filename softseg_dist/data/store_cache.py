@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from softseg_dist.data.cases import Case, DataSet
@@ -13,6 +10,7 @@ from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import one_by_one
 from softseg_dist.data.store import Progress, Spread, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
+from softseg_dist.locks import hold
 from softseg_dist.places import Place, cache_folder
 
 
@@ -25,7 +23,7 @@ def local_store(where: str | Path) -> Path:
     if place.path is not None:
         return place.path
     path = cached_path(place)
-    with _locked(path):
+    with hold(path.with_suffix(".lock"), wait=True):
         if _stamp(path) == _checked(path):
             return path
         return _fetch(place, path)
@@ -84,12 +82,3 @@ def _stamp(path: Path) -> str:
 def _checked(path: Path) -> str:
     note = path.with_suffix(".checked")
     return note.read_text() if note.exists() else ""
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -21,7 +21,7 @@ LAYERS = {
     "words": set(),
     "places": {"errors"},
     "numerics": {"errors", "frozen"},
-    "data": {"errors", "frozen", "places"},
+    "data": {"errors", "frozen", "places", "locks"},
     "judging": {"places", "data", "numerics"},
     "study": {"errors", "frozen", "numerics", "data"},
     "study_file": {"errors", "frozen", "study"},
@@ -98,6 +98,8 @@ OWNERS = {
     "typer": ("cli/",),
     "safetensors": ("training/model.py",),
     "yaml": ("engine/plan.py",),
+    "filelock": ("locks.py",),
+    "fcntl": (),
 }
 
 
