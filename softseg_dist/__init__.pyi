@@ -70,4 +70,5 @@ from softseg_dist.study import factorial as factorial
 
 PUBLIC: dict[str, tuple[str, ...]]
 __version__: str
+NUMERICS: int
 __all__: list[str]

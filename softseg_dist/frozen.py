@@ -2,7 +2,7 @@
 
 Every loss, activation, augmentation, network, data set, recipe and study is one. The JSON of an object names its class
 under "type", so that a field declared as `Loss` comes back as the `AdaptiveWing` it was. Classes and functions of a study
-file are named "<file stem>:<name>" and carry a digest of their source, so that editing them changes the fingerprint.
+are named "<module>:<name>" and carry a digest of all code of the study that they reach (see `sources`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import site
 import sys
-from collections.abc import Iterator
-from types import FunctionType
+import sysconfig
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
 
 import softseg_dist
+from softseg_dist.errors import UserError
+from softseg_dist.sources import Sources
 
 STUDY_MODULES = "softseg_study."  # study files live in sys.modules under this prefix and their stem
+OF_TEXT: dict[str, ModuleType] = {}  # the modules that were made from the text of `Sources`, by name
+SOURCES = "__softseg_sources__"  # the variable of such a module that holds them
 
 
 def digest(text: str | bytes, length: int = 12) -> str:
@@ -47,29 +55,77 @@ def unsealed(text: bytes) -> dict[str, Any]:
 
 
 def tag_of(thing: type | FunctionType) -> str:
-    """`AdaptiveWing` for what the package defines, `s009_mine:MyLoss` for what a study file (or a test) defines."""
+    """`AdaptiveWing` for what the package defines, `s009_mine:MyLoss` for what a study (or a test) defines."""
     module = thing.__module__
     if module.startswith("softseg_dist."):
         return thing.__qualname__
+    if module == "__main__" and (file := getattr(sys.modules[module], "__file__", None)):
+        module = Path(file).stem
     return f"{module.removeprefix(STUDY_MODULES)}:{thing.__qualname__}"
 
 
-def function_of(tag: str) -> FunctionType:
-    """The function of a loaded study file that `tag_of` named. Raises ValueError if its study file is not loaded."""
+def thing_of(tag: str) -> Any:
+    """What `tag_of` named, of the modules that are loaded; None if there is none."""
     module, _, name = tag.partition(":")
-    found = getattr(sys.modules.get(STUDY_MODULES + module) or sys.modules.get(module), name, None)
-    if not isinstance(found, FunctionType):
-        raise ValueError(f"function {tag!r} is unknown: load the study file that defines it first")
+    found: Any = OF_TEXT.get(STUDY_MODULES + module) or OF_TEXT.get(module) or sys.modules.get(module)
+    main = sys.modules["__main__"]
+    if found is None and Path(getattr(main, "__file__", None) or "").stem == module:
+        found = main
+    for part in name.split("."):
+        found = getattr(found, part, None)
     return found
 
 
-def _code(thing: type | FunctionType) -> str | None:
-    """Digest of the source of what is not ours; None for the package's own classes, whose version is recorded elsewhere."""
-    return None if thing.__module__.startswith("softseg_dist.") else digest(inspect.getsource(thing))
+def sources_of(thing: type | FunctionType) -> Sources | None:
+    """The texts that a class or function of the user's was defined in; None for the package's and other installed ones.
+
+    Raises UserError if its module has no file, as one that is defined in a notebook.
+    """
+    named = thing if isinstance(thing, type) else getattr(inspect.unwrap(thing), "__globals__", {})
+    own = named.get(SOURCES) if isinstance(named, dict) else getattr(named, SOURCES, None)
+    if own is not None or thing.__module__.startswith("softseg_dist."):
+        return cast("Sources | None", own)
+    module = sys.modules.get(thing.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None and thing.__module__ != "__main__":
+        return None  # built in
+    if file is None or not Path(file).is_file():
+        raise UserError(f"{thing.__qualname__} has no source file; put it in a file, and import it from there")
+    path = Path(file)
+    if any(path.is_relative_to(folder) for folder in _installed_in()):
+        return None
+    return _sources_in(path, thing.__module__, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _installed_in() -> set[str]:
+    return {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
+        site.getusersitepackages()
+    }
+
+
+@lru_cache(maxsize=64)
+def _sources_in(path: Path, module: str, modified_ns: int) -> Sources:
+    if module == "__main__":
+        return Sources.beside(path)
+    return Sources.beside(path, path.parents[module.count(".") + (path.name == "__init__.py")])
+
+
+def code_of(thing: type | FunctionType) -> str | None:
+    """Digest of all code of the user's that a class or function reaches; None if it is installed."""
+    if (sources := sources_of(thing)) is None:
+        return None
+    return _code(sources, tag_of(thing).partition(":")[0], thing.__qualname__)
+
+
+@lru_cache(maxsize=4096)
+def _code(sources: Sources, module: str, name: str) -> str:
+    reached = sources.reached(module, name)
+    return digest(canonical_json(sorted((*key, definition.text) for key, definition in reached.items())))
 
 
 def _subclasses(cls: type[Frozen]) -> Iterator[type[Frozen]]:
-    for child in reversed(cls.__subclasses__()):  # the latest definition first: a study file may be loaded again
+    for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
 
@@ -84,20 +140,31 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     short: ClassVar[str] = ""  # the name of this object in a candidate's name: "wing" in "soft-normrelu-wing"
+    __softseg_sources__: ClassVar[Sources | None] = None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.__softseg_sources__ = getattr(
+            sys.modules.get(cls.__module__), SOURCES, None
+        )  # now: the module may be replaced
 
     @model_validator(mode="wrap")
     @classmethod
     def _dispatch(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict) or "type" not in data:
             return handler(data)
-        fields = {k: v for k, v in data.items() if k not in ("type", "code")}
+        fields = {k: _found(v) for k, v in data.items() if k not in ("type", "code")}
         if data["type"] == tag_of(cls):
             return handler(fields)
-        if data["type"] in softseg_dist.__all__:
-            getattr(softseg_dist, data["type"])  # imports the module that defines it
-        for child in _subclasses(cls):
-            if tag_of(child) == data["type"]:
-                return child.model_validate(fields)  # type: ignore[return-value]
+        if ":" in data["type"]:
+            known = [thing_of(data["type"])]
+        elif data["type"] in softseg_dist.__all__:
+            known = [getattr(softseg_dist, data["type"])]  # imports the module that defines it
+        else:
+            known = [child for child in _subclasses(cls) if tag_of(child) == data["type"]]
+        for child in known:
+            if isinstance(child, type) and issubclass(child, cls):
+                return child.model_validate(fields)
         raise ValueError(
             f"{cls.__name__} of type {data['type']!r} is unknown: load the study file that defines it first"
         )
@@ -105,7 +172,7 @@ class Frozen(BaseModel):
     @model_serializer(mode="plain")
     def _tagged(self) -> dict[str, Any]:
         cls = type(self)
-        head = {"type": tag_of(cls)} | ({"code": code} if (code := _code(cls)) else {})
+        head = {"type": tag_of(cls)} | ({"code": code} if (code := code_of(cls)) else {})
         return head | {name: _plain(getattr(self, name)) for name in cls.model_fields}
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -129,5 +196,14 @@ class Frozen(BaseModel):
 
 def _plain(value: Any) -> Any:
     if isinstance(value, FunctionType):
-        return {"function": tag_of(value), "code": _code(value)}
+        return {"function": tag_of(value), "code": code_of(value)}
     return value
+
+
+def _found(value: Any) -> Any:
+    """The inverse of `_plain`. Raises ValueError if the file that defines the function is not loaded."""
+    if not isinstance(value, Mapping) or value.keys() != {"function", "code"}:
+        return value
+    if not isinstance(function := thing_of(value["function"]), FunctionType):
+        raise ValueError(f"function {value['function']!r} is unknown: load the study file that defines it first")
+    return function

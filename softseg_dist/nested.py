@@ -113,7 +113,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     tables: list[pd.DataFrame] = []
     interrupted = False
     with ledger.lock(), one_ray():
-        for line in ledger.open_study(study, splits, prepared.store.fingerprint):
+        for line in ledger.open_study(study, splits, prepared.store.fingerprint, sources=file.sources):
             progress().note(f"extended: {line}")
         try:
             for split, one in zip(splits, inner, strict=True):

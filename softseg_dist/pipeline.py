@@ -43,8 +43,9 @@ from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
+from softseg_dist.sources import Sources
 from softseg_dist.study import Resources, Study
-from softseg_dist.study_file import StudyFile, describe, load_source
+from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
 from softseg_dist.training.fit import fit
 from softseg_dist.training.preflight import check_recipes, check_uncertainty
@@ -74,7 +75,6 @@ REPORTED = (
     "ensemble.parquet",
     "outer.json",
     "outer.parquet",
-    "*.py",
     "fits/*/*.json",
     "fits/*/*/history.jsonl",
     "fits/*/*/cases.parquet",
@@ -137,12 +137,13 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():
-        for line in ledger.open_study(study, splits, prepared.store.fingerprint, study.held_out(prepared.sites)):
+        held_out = study.held_out(prepared.sites)
+        for line in ledger.open_study(study, splits, prepared.store.fingerprint, held_out, file.sources):
             progress.note(f"extended: {line}")
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
         _describe_run(run, copy.folder, file, prepared, options)
-        copy.push("mlflow_run", "run.json", f"{file.stem}.py")
+        copy.push("mlflow_run", "run.json")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
         status, page, model = "FAILED", None, None
@@ -151,8 +152,7 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
                 outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
                 status = "KILLED" if outcome.interrupted else "FINISHED"
                 if _collect(copy):
-                    source = file.stem, file.text
-                    made = Trained(study, source, ledger, prepared.store, prepared.where, copy.folder)
+                    made = Trained(study, file.sources, ledger, prepared.store, prepared.where, copy.folder)
                     winner = _ranked(copy)[1].winner.name
                     open_holdout(made, copy, winner, outcome, resources, progress)
                     measure_ensembles(made, copy, winner, outcome, resources, progress)
@@ -236,14 +236,13 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     """
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    _load_own_classes(copy)
+    sources = _load_own_classes(copy)
     loaded = load_run(copy.folder)
     winner = summarise(loaded).winner.name
     study = Study.model_validate(loaded.study)
-    sources = [(path.stem, path.read_text(encoding="utf-8")) for path in copy.folder.glob("*.py")]
     where = str(loaded.run["store"])
     store = Store.open(local_store(where), loaded.run["store_fingerprint"])
-    made = Trained(study, sources[0] if sources else None, Ledger(run), store, where, copy.folder)
+    made = Trained(study, sources, Ledger(run), store, where, copy.folder)
     name = candidate or winner
     out = MODEL if name == winner else f"{MODEL}-{name}"
     model = make_model(made, name, copy.folder / out, _machines(study, options), progress)
@@ -251,9 +250,11 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     return model
 
 
-def _load_own_classes(copy: WorkingCopy) -> None:
-    for path in copy.folder.glob("*.py"):  # the study file as it was run: its own classes may be needed to predict
-        load_source(path.stem, path.read_text(encoding="utf-8"))
+def _load_own_classes(copy: WorkingCopy) -> Sources | None:
+    """Run the study's code as it was run: its own classes may be needed to predict."""
+    if (sources := Ledger(copy.place.uri).sources()) is not None:
+        load_sources(sources)
+    return sources
 
 
 def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
@@ -289,7 +290,7 @@ def _search(
         tracker,
         progress,
         address=options.address,
-        study_source=(file.stem, file.text),
+        sources=file.sources,
         max_wait_s=options.max_wait_s,
     )
 
@@ -347,6 +348,7 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
         "command": options.command,
         "run": run.uri if run.path is None else None,  # a local one may be moved
         "tracking_uri": without_password(options.tracking_uri),
+        "study_file": file.sources.study,
         "study_fingerprint": file.study.fingerprint,
         "store": prepared.where,
         "store_fingerprint": store.fingerprint,
@@ -370,5 +372,4 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    replace_file(folder / f"{file.stem}.py", lambda partial: partial.write_text(file.text, encoding="utf-8"))
     replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))

@@ -20,7 +20,7 @@ from softseg_dist.data.cases import ImageCase, MaskFile
 from softseg_dist.data.preprocess import Placement, Preprocess
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
-from softseg_dist.study_file import load_source
+from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, load_model, read_card
@@ -121,13 +121,12 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
             raise UserError(
                 f"{folder}: its network is defined in the study file of {card.study}, which it does not carry"
             )
-        stem, text = card.study_source
         if not trust:
             raise UserError(
-                f"{folder}: its network is defined in its study file {stem}.py, whose code must be run to predict; "
+                f"{folder}: its network is defined in {', '.join(card.study_source.texts)}, whose code must be run to predict; "
                 f"if you trust where this model comes from, give --trust"
             )
-        load_source(stem, text)
+        load_sources(card.study_source)
     return load_model(folder, card)
 
 

@@ -18,7 +18,7 @@ from softseg_dist.data.cases import DataSet
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen, function_of
+from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
 from softseg_dist.numerics.augmentation import Augmentation
 from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several, one_rater_only
@@ -106,13 +106,8 @@ class Search(Frozen):
     startup_trials: PositiveInt = 10
     race: Race | None = Race()
 
-    def __init__(self, propose: Callable[..., Any] | Mapping[str, str], **fields: Any) -> None:
+    def __init__(self, propose: Callable[..., Any], **fields: Any) -> None:
         super().__init__(propose=propose, **fields)  # type: ignore[call-arg]
-
-    @field_validator("propose", mode="before")
-    @classmethod
-    def _find(cls, value: Any) -> Any:
-        return function_of(value["function"]) if isinstance(value, Mapping) else value
 
 
 class TuneEach(Frozen):

@@ -1,22 +1,31 @@
-"""Load a study file from its path: no package, no PYTHONPATH, the same text in the driver and in every worker.
+"""Load a study and the helper modules beside its file: the same texts in the driver and in every worker.
 
-Workers get the file's text, not its path, so that losses and other classes defined in it work on any machine.
+Workers get texts, not paths, so that losses and other classes of a study work on any machine. A helper module is imported by
+its own name; the study's folder is not on the path of any process.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import linecache
 import sys
 import threading
 import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 
 from pydantic import ValidationError
 
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import STUDY_MODULES, digest
+from softseg_dist.frozen import OF_TEXT, SOURCES, STUDY_MODULES, Frozen, sources_of, tag_of, thing_of
+from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 
 _loading = threading.RLock()
@@ -24,58 +33,193 @@ _loading = threading.RLock()
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study file as loaded: its stem names its module, its text goes to the workers."""
+    """A study as loaded, and the texts that workers get. `path` names it in messages."""
 
     path: str
-    stem: str
-    text: str
+    sources: Sources
     study: Study
+
+    @classmethod
+    def of(cls, study: Study) -> StudyFile:
+        """A study that was built in Python, in a script or a notebook.
+
+        Raises UserError if a class or function that it reaches has no source file, or no name after a restart.
+        """
+        name = f"study {study.name}"
+        _check_names(study, name)
+        mains: set[str] = set()
+        texts: dict[str, str] = {}
+        for place, thing in _own(study):
+            try:
+                found = sources_of(thing)
+            except UserError as error:
+                raise UserError(f"{name}: {place}: {error}") from None
+            for file, text in found.texts.items() if found else ():
+                if texts.setdefault(file, text) != text:
+                    raise UserError(f"{name}: it uses two files that are both named {file}; rename one of them")
+            mains |= {found.study} - {""} if found else set()
+        if len(mains) > 1:
+            raise UserError(
+                f"{name}: it uses classes of several study files, {', '.join(sorted(mains))}; put them in a helper"
+            )
+        sources = Sources(mains.pop() if mains else "", texts)
+        load_sources(sources)
+        return cls(name, sources, _restarted(study, name))
 
 
 def load_study(path: str | Path) -> StudyFile:
-    """The `STUDY` of a study file. Raises UserError with file, line and cause if the file does not give one."""
+    """The `STUDY` of a study file. Raises UserError with file, line and cause if the file does not give one.
+
+    So it does if a class or function in it would have no name after a restart.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such study file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a Python file: {error}") from None
-    module = load_source(path.stem, text, str(path))
+    sources = Sources.beside(path)
+    module = load_sources(sources, path.parent)
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise UserError(f"{path}: a study file sets STUDY = Study(...); found {type(study).__name__}")
-    return StudyFile(str(path), path.stem, text, study)
+    check_restart(study, str(path))
+    return StudyFile(str(path), sources, study)
 
 
-def load_source(stem: str, text: str, path: str | None = None) -> ModuleType:
-    """Run the text of a study file as module `softseg_study.<stem>`; once per text and process.
+def check_restart(thing: Frozen, where: str) -> None:
+    """Raise UserError if `thing` would not come back from its own JSON, in another process, as the same classes.
 
-    Raises UserError with line and cause if the text cannot be run.
+    `where` begins the message: the study file, or a trial of the search.
     """
-    with _loading:  # fits that run side by side in one process load it at once
-        known = sys.modules.get(STUDY_MODULES + stem)
-        if known is not None and known.__dict__.get("__softseg_text__") == digest(text):
-            return known
-        return _run_source(STUDY_MODULES + stem, text, path or f"{stem}.py")
+    _check_names(thing, where)
+    again = _restarted(thing, where)
+    if again != thing:
+        raise UserError(f"{where}: it comes back from its own JSON as another one: {thing!r:.200} as {again!r:.200}")
 
 
-def _run_source(name: str, text: str, file: str) -> ModuleType:
-    module = ModuleType(name)
-    module.__file__ = file
-    module.__dict__["__softseg_text__"] = digest(text)
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # so that inspect finds the source
-    before = sys.modules.get(name)
-    sys.modules[name] = module
+def _restarted(thing: Any, where: str) -> Any:
     try:
-        exec(compile(text, file, "exec"), module.__dict__)
-    except Exception as error:
-        if before is None:
-            del sys.modules[name]
+        return type(thing).model_validate(json.loads(thing.model_dump_json()))
+    except ValueError as error:  # pydantic's errors are
+        raise UserError(f"{where}: it does not come back from its own JSON: {describe(error)}") from error
+
+
+def _check_names(thing: Frozen, where: str) -> None:
+    for place, part in _own(thing):
+        if not isinstance(part, type | FunctionType):
+            problem = f"{part!r:.80}, which JSON cannot name; use a function made with def, or a class with fields"
+        elif thing_of(tag_of(part)) is part:
+            continue
+        elif "<lambda>" in part.__qualname__:
+            problem = "a lambda, which has no name after a restart; use a function made with def, outside of any other"
+        elif "<locals>" in part.__qualname__:
+            problem = f"{part.__qualname__}, which is made in a function and has no name after a restart; "
+            problem += "move it out of the function, and make what varies a field of its class"
         else:
-            sys.modules[name] = before
-        raise UserError(f"{file}, line {_line(error, file)}: {describe(error)}") from error
-    return module
+            problem = f"{part.__qualname__}, but this name means something else in its file now; give each its own name"
+        raise UserError(f"{where}: {place} is {problem}")
+
+
+def _own(thing: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The classes and functions in an object that are not of the package, each with its place, such as candidates.a.loss."""
+    if isinstance(thing, Frozen):
+        if not type(thing).__module__.startswith("softseg_dist."):
+            yield place or "it", type(thing)
+        inner: Iterator[tuple[str, Any]] = ((name, getattr(thing, name)) for name in type(thing).model_fields)
+    elif isinstance(thing, Mapping):
+        inner = ((str(name), value) for name, value in thing.items())
+    elif isinstance(thing, list | tuple):
+        inner = ((str(index), value) for index, value in enumerate(thing))
+    else:
+        if callable(thing):
+            yield place, thing
+        return
+    for name, value in inner:
+        yield from _own(value, f"{place}.{name}" if place else name)
+
+
+def load_sources(sources: Sources, folder: Path | None = None) -> ModuleType | None:
+    """Run a study file, with its helper modules to be imported by it; once per process. Returns its module.
+
+    Without a study file all helpers are imported. `folder` is where the files are, if they are on this machine.
+    Raises UserError with file, line and cause if a text cannot be run.
+    """
+    study = STUDY_MODULES + Path(sources.study).stem if sources.study else ""
+    files = {study if file == sources.study else name: file for name, file in sources.modules.items()}
+    with _loading:  # fits that run side by side in one process load it at once
+        if _TEXTS not in sys.meta_path:
+            sys.meta_path.insert(0, _TEXTS)
+        if all(name in _TEXTS.known and _TEXTS.known[name].sources == sources for name in files):
+            return OF_TEXT.get(study)
+        before, known, made = dict(sys.modules), dict(_TEXTS.known), dict(OF_TEXT)
+        shown = {name: str(folder / file) if folder else file for name, file in files.items()}
+        _TEXTS.known |= {name: _Text(sources, file, shown[name]) for name, file in files.items()}
+        for name in files:
+            sys.modules.pop(name, None)
+        try:
+            if study:
+                _TEXTS.run(study)
+            else:
+                for name in files:
+                    importlib.import_module(name)
+        except Exception as error:
+            _TEXTS.known = known
+            OF_TEXT.clear()
+            OF_TEXT.update(made)
+            _put_back(files, before)
+            raise UserError(f"{_place(error, list(shown.values()))}: {describe(error)}") from error
+        _put_back(files.keys() - made.keys(), before)  # what a notebook has imported stays what it is there
+        return OF_TEXT.get(study)
+
+
+def _put_back(names: Iterable[str], before: Mapping[str, ModuleType]) -> None:
+    for name in names:
+        if name in before:
+            sys.modules[name] = before[name]
+        elif name not in OF_TEXT:
+            sys.modules.pop(name, None)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A module to be: the file in `sources`, shown under a name in messages and to debuggers."""
+
+    sources: Sources
+    file: str
+    shown: str
+
+
+class _Texts(MetaPathFinder, Loader):
+    """Imports modules from the text of sources. `known` has them by name."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, _Text] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """As the import system asks for it."""
+        if name not in self.known:
+            return None
+        text = self.known[name]
+        return spec_from_loader(name, self, origin=text.shown, is_package=text.file.endswith("__init__.py"))
+
+    def run(self, name: str) -> None:
+        """Run a study file, whose name in sys.modules is not one that can be imported."""
+        module = sys.modules[name] = ModuleType(name)
+        self.exec_module(module)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the text of a module."""
+        known = self.known[module.__name__]
+        text = known.sources.texts[known.file]
+        module.__file__ = known.shown
+        module.__dict__[SOURCES] = known.sources
+        lines = text.splitlines(keepends=True)
+        linecache.cache[known.shown] = (len(text), None, lines, known.shown)  # so that inspect finds the source
+        OF_TEXT[module.__name__] = module
+        exec(compile(text, known.shown, "exec"), module.__dict__)
+
+
+_TEXTS = _Texts()
 
 
 def describe(error: Exception) -> str:
@@ -89,8 +233,9 @@ def describe(error: Exception) -> str:
     return f"{place}: {message}{value}" + (f" (and {more} more)" if more else "")
 
 
-def _line(error: Exception, file: str) -> int:
-    if isinstance(error, SyntaxError):
-        return error.lineno or 0
-    lines = [frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return lines[-1] if lines else 0
+def _place(error: Exception, files: Sequence[str]) -> str:
+    """`s009_mine.py, line 3`: the last line of the study's files on the way to an error."""
+    if isinstance(error, SyntaxError) and error.filename in files:
+        return f"{error.filename}, line {error.lineno or 0}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{frames[-1].filename}, line {frames[-1].lineno or 0}" if frames else files[0]

@@ -35,13 +35,14 @@ def submit(
 ) -> None:
     """Run a study on a cluster, from a machine outside it. Local paths are those of the cluster's head.
 
-    The study file is sent; the head's own softseg_dist, of the same version, runs it, and goes on when this command ends.
+    The study file is sent, with the helper modules beside it. The head's own softseg_dist, of the same version, runs it,
+    and goes on when this command ends.
     """
     from softseg_dist.engine.ray_submit import follow
     from softseg_dist.engine.ray_submit import submit as start_job
     from softseg_dist.study_file import load_study
 
-    load_study(study)  # its mistakes show here, not on the cluster
+    sources = load_study(study).sources  # its mistakes show here, not on the cluster
     options = {
         "--workers-per-fit": workers_per_fit,
         "--gpus-per-fit": gpus_per_fit,
@@ -52,7 +53,7 @@ def submit(
     }
     flags = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     flags += ["--debug"] * debug + ["--json"] * as_json
-    job = start_job(study, address, {"--data-root": data_root, "--out": out, "--stores": stores}, flags)
+    job = start_job(sources, address, {"--data-root": data_root, "--out": out, "--stores": stores}, flags)
     try:
         code = 0 if no_wait else follow(job, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:

@@ -20,12 +20,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import TypeVar
+from types import FunctionType
+from typing import Any, TypeVar
 
-from softseg_dist.frozen import STUDY_MODULES
+from softseg_dist.frozen import OF_TEXT
 
 PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
@@ -102,8 +104,19 @@ def _end_with_parent() -> None:
 
 
 def _can_be_sent(task: object) -> bool:
-    """Whether a process that knows only the package can be sent the task: not if it needs a class of a study file."""
+    """Whether a process that knows only the package can be sent the task: not if it needs a class of a study."""
     try:
-        return STUDY_MODULES.encode() not in pickle.dumps(task)
+        _WithoutStudies(BytesIO()).dump(task)
     except (pickle.PicklingError, AttributeError, TypeError):
         return False
+    return True
+
+
+class _WithoutStudies(pickle.Pickler):
+    """Refuses classes and functions of modules that were loaded from the text of a study."""
+
+    def reducer_override(self, thing: object) -> Any:
+        """Called for each object; leaves it to pickle if it is none of those."""
+        if isinstance(thing, type | FunctionType) and thing.__module__ in OF_TEXT:
+            raise pickle.PicklingError(thing.__qualname__)
+        return NotImplemented

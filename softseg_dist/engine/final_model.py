@@ -20,6 +20,7 @@ from softseg_dist.engine.ray_refit import train_on_workers
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.record.ledger import Ledger, json_of
+from softseg_dist.sources import Sources
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.training.fit import fit
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, save_model
@@ -34,7 +35,7 @@ class Trained:
     """What a model is made from, or held-out subjects are opened for: the study that was run, its store, where everything lies."""
 
     study: Study
-    source: tuple[str, str] | None
+    sources: Sources | None
     ledger: Ledger
     store: Store
     store_where: str
@@ -74,7 +75,7 @@ def make_model(made: Trained, candidate: str, out: Path, where: Where, progress:
     progress.note(f"training {candidate} on all {card.num_subjects} subjects for {epochs} epochs")
     alone_s = _seconds_alone(made, task, fits)
     result = train_on_workers(
-        task, fit, where.resources, progress, where.address, where.max_wait_s, made.source, alone_s
+        task, fit, where.resources, progress, where.address, where.max_wait_s, made.sources, alone_s
     )
     if result.state != "finished":
         raise UserError(f"{task.candidate} trained on all subjects has failed: {result.reason}")
@@ -132,7 +133,7 @@ def _card(made: Trained, task: FitTask, fits: Sequence[FitResult]) -> ModelCard:
         test_score=_mean([fit.test_score for fit in fits]),
         num_subjects=len(task.split.train),
         store_fingerprint=store.fingerprint,
-        study_source=made.source,
+        study_source=made.sources,
         versions={"python": platform.python_version(), **{n: version(n) for n in ("softseg_dist", "torch", "monai")}},
         created=datetime.now(UTC).date().isoformat(),
     )

@@ -27,8 +27,9 @@ from softseg_dist.engine.ray_cluster import bundle_of, cause_in, places_for
 from softseg_dist.engine.ray_lanes import LostJob, Report, Run
 from softseg_dist.numerics.seeds import drawing
 from softseg_dist.places import Place
+from softseg_dist.sources import Sources
 from softseg_dist.study import Resources
-from softseg_dist.study_file import load_source
+from softseg_dist.study_file import load_sources
 from softseg_dist.training.fit import Training
 from softseg_dist.training.gpu.capture import keep_compiled
 from softseg_dist.training.task import FitTask, Worker
@@ -226,12 +227,10 @@ def best_size(rates: Sequence[Rate]) -> int:
     return best.size
 
 
-def with_size(
-    resources: Resources, task: FitTask, source: tuple[str, str] | None, say: Callable[[str], None]
-) -> Resources:
+def with_size(resources: Resources, task: FitTask, sources: Sources | None, say: Callable[[str], None]) -> Resources:
     """`resources` with a number of fits per GPU that was measured with the fit `task`, and is told to `say`.
 
-    `source` is stem and text of the study file.
+    `sources` are those of the study.
     """
     bundle = bundle_of(resources)
     if "GPU" not in bundle:
@@ -240,7 +239,7 @@ def with_size(
     sizes = [size for size in SIZES if _has_room(size, resources)]
     measuring = ray.remote(num_cpus=bundle["CPU"], num_gpus=1, max_calls=1)(_measure_in_worker)
     try:
-        rates: list[Rate] = ray.get(measuring.remote(task.model_dump(mode="json"), source, sizes))
+        rates: list[Rate] = ray.get(measuring.remote(task.model_dump(mode="json"), sources, sizes))
     except RayError as error:  # the fits themselves will say it better
         say(f"--fits-per-gpu auto: one, as nothing could be measured: {cause_in(str(error)) or type(error).__name__}")
         return resources.replace(fits_per_gpu=1)
@@ -269,9 +268,9 @@ def _has_room(size: int, resources: Resources) -> bool:
     return size == 1 or places_for({"CPU": float(resources.cpus_per_fit)}, resources) >= size
 
 
-def _measure_in_worker(told: object, source: tuple[str, str] | None, sizes: Sequence[int]) -> list[Rate]:
-    if source is not None:
-        load_source(*source)
+def _measure_in_worker(told: object, sources: Sources | None, sizes: Sequence[int]) -> list[Rate]:
+    if sources is not None:
+        load_sources(sources)
     task = FitTask.model_validate(told)
     if Place.at(task.folder).path is not None:
         keep_compiled(task.folder)  # the fits need what is compiled here

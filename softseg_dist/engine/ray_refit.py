@@ -15,6 +15,7 @@ from softseg_dist.engine.worker import Ending, Fit, reason_of, run_fit
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.search.searcher import MAX_ATTEMPTS
+from softseg_dist.sources import Sources
 from softseg_dist.study import Resources
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
@@ -28,7 +29,7 @@ def train_on_workers(
     progress: Progress,
     address: str | None = None,
     max_wait_s: float | None = None,
-    source: tuple[str, str] | None = None,
+    sources: Sources | None = None,
     alone_s: float = math.inf,
 ) -> FitResult:
     """Run a fit on as many workers as there is room for, but no more than a batch has items; goes on from its checkpoint.
@@ -40,7 +41,7 @@ def train_on_workers(
     alone = resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
 
     def run(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-        return run_fit(config, fit, source, worker, report)
+        return run_fit(config, fit, sources, worker, report)
 
     def tell(report: Mapping[str, str]) -> None:
         told, epochs = json.loads(report["epoch"]), task.recipe.optim.epochs

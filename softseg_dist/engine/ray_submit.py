@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +25,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from softseg_dist.engine.ray_cluster import SUBMITTED_BY, TOKEN_WANTED
 from softseg_dist.errors import UserError
+from softseg_dist.places import Place
+from softseg_dist.sources import Sources
 
 EXIT_CODES = (0, 1, 2, 130)  # those of `softseg run`, which are passed on
 NOT_FOUND = 127  # a shell's code for a command that is not there
@@ -51,21 +52,32 @@ class Job:
         return {"follow": f"ray job logs --follow {where}", "stop": f"ray job stop {where}"}
 
 
-def submit(study: Path, address: str, folders: Mapping[str, str | None], flags: Sequence[str] = ()) -> Job:
-    """Start `softseg run` with this study file on the head of the cluster at `address`; the head's softseg_dist runs it.
+def submit(sources: Sources, address: str, folders: Mapping[str, str | None], flags: Sequence[str] = ()) -> Job:
+    """Start `softseg run` with a study file and its helper modules on the head of the cluster at `address`.
+
+    The head's softseg_dist runs it.
 
     `folders` maps options to paths of the head or URIs, `flags` are further arguments. Raises UserError if a path is relative, or
     the cluster does not answer or refuses the token.
     """
     arguments = [text for option, path in folders.items() if path for text in (option, _lasting(option, path))]
-    command = ["softseg", "run", shlex.quote(study.name), "--address", "auto", *arguments, *map(shlex.quote, flags)]
+    command = [
+        "softseg",
+        "run",
+        shlex.quote(sources.study),
+        "--address",
+        "auto",
+        *arguments,
+        *map(shlex.quote, flags),
+    ]
     with tempfile.TemporaryDirectory() as folder, _told(address):
-        (Path(folder) / study.name).write_bytes(study.read_bytes())
+        for file, text in sources.texts.items():
+            (Place.at(folder) / file).write(text.encode())
         job_id = _client(address).submit_job(
             entrypoint=" ".join(command),
             entrypoint_num_cpus=0,  # it trains nothing, and a head may have no CPUs for work
             runtime_env={"working_dir": folder, "env_vars": {SUBMITTED_BY: version("softseg_dist")}},
-            metadata={"study": study.stem},
+            metadata={"study": sources.study},
         )
     return Job(address, job_id)
 

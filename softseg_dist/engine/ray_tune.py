@@ -41,6 +41,7 @@ from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.candidate import is_tuning
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.searcher import MakeTask, StudySearcher
+from softseg_dist.sources import Sources
 from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitTask, Worker
@@ -59,15 +60,15 @@ def run_search(
     tracker: Tracker | None,
     progress: Progress,
     address: str | None = None,
-    study_source: tuple[str, str] | None = None,
+    sources: Sources | None = None,
     max_wait_s: float | None = None,
 ) -> Outcome:
     """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
 
     `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
     it Ray is started on this machine, and stopped at the end. Where there is no room for one fit, machines are waited for up to
-    `max_wait_s` (see `wait_for_room`). `study_source` is stem and text of the study file, for workers
-    that meet classes defined in it. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
+    `max_wait_s` (see `wait_for_room`). `sources` are those of the study, for workers
+    that meet classes defined in them. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
     stops at once.
 
     Raises UserError if another driver uses the run folder, no machine is large enough for one fit, or `propose` or a fit reports
@@ -91,8 +92,8 @@ def run_search(
                         if resources.fits_per_gpu == "auto":
                             name, recipe = next(iter((study.candidates or sample_proposals(study)).items()))
                             first = make_task(name, recipe, splits[0], 0)
-                            resources = with_size(resources, first, study_source, progress.note)
-                        _tune(session, fit, resources, ledger, study_source)
+                            resources = with_size(resources, first, sources, progress.note)
+                        _tune(session, fit, resources, ledger, sources)
         except KeyboardInterrupt:
             session.interrupted = True
         finally:
@@ -127,10 +128,10 @@ def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, reso
     return make_task
 
 
-def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, source: tuple[str, str] | None) -> None:
+def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sources: Sources | None) -> None:
     workers = resources.workers_per_fit
     bundle = bundle_of(resources)
-    with _trainable(fit, resources, bundle, str(ledger.place / ".tune"), source) as softseg_fit:
+    with _trainable(fit, resources, bundle, str(ledger.place / ".tune"), sources) as softseg_fit:
         tune.Tuner(
             tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if workers == 1 else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
@@ -155,7 +156,7 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
 
 @contextmanager
 def _trainable(
-    fit: Fit, resources: Resources, bundle: Mapping[str, float], lanes: str, source: tuple[str, str] | None
+    fit: Fit, resources: Resources, bundle: Mapping[str, float], lanes: str, sources: Sources | None
 ) -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
     """What a Tune trial does: a fit, or to have it done by the workers of a lane or the host of a pack.
 
@@ -165,7 +166,7 @@ def _trainable(
     device = "cuda" if "GPU" in bundle else "cpu"
 
     def run_here(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-        return run_fit(config, fit, source, worker, report)
+        return run_fit(config, fit, sources, worker, report)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         task = json.loads(config["task"])

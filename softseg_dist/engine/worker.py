@@ -23,7 +23,8 @@ from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
 from softseg_dist.record.remote import mirrored
-from softseg_dist.study_file import describe, load_source
+from softseg_dist.sources import Sources
+from softseg_dist.study_file import describe, load_sources
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
@@ -109,16 +110,16 @@ class StopFile:
 def run_fit(
     config: dict[str, Any],
     fit: Fit,
-    source: tuple[str, str] | None,
+    sources: Sources | None,
     worker: Worker,
     report: Callable[[dict[str, str]], None],
 ) -> dict[str, str]:
     """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
 
-    `source` is stem and text of the study file, whose classes the task's JSON may name. Each of several workers calls this.
+    `sources` are those of the study, whose classes the task's JSON may name. Each of several workers calls this.
     """
-    if source is not None:
-        load_source(*source)
+    if sources is not None:
+        load_sources(sources)
     task = FitTask.model_validate(json.loads(config["task"]))
     stop_file = StopFile(config["stop"])
 

@@ -6,17 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from softseg_dist.sources import Sources, code_changes
+
 FREE = ("question", "control", "resources", "subjects", "splits")
 """Fields of a study that change no finished fit. `subjects` and `splits` act through the splits, which are compared themselves."""
-
-LATER: dict[str, Any] = {"uncertainty": []}
-"""Fields that studies of earlier versions lack, with the value that does what those versions did."""
-
-LATER_OF_A_RECIPE: dict[str, Any] = {"smoothing": None, "patch": None}
-"""The same of recipes."""
-
-LATER_OF_AN_OPTIM: dict[str, Any] = {"precision": "float32", "compile": "auto"}
-"""The same of their optimizers."""
 
 Json = dict[str, Any]
 
@@ -27,6 +20,7 @@ class Difference(NamedTuple):
     path: tuple[str, ...]
     old: str
     new: str
+    tag: str = ""  # of the class or function whose code differs
 
     @property
     def field(self) -> str:
@@ -45,30 +39,36 @@ class Changes:
     extended: tuple[str, ...] = ()
 
 
-def of_earlier_versions(recipe: Json) -> Json:
-    """A recipe with what versions before this one did not record."""
-    optim = {"optim": LATER_OF_AN_OPTIM | recipe["optim"]} if "optim" in recipe else {}
-    return LATER_OF_A_RECIPE | recipe | optim
-
-
 def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
     """How the held-out subjects differ, in one line; "" if they do not."""
     return "" if sorted(old) == sorted(new) else f"held-out subjects: {_sample(old)} -> {_sample(new)}"
 
 
-def study_changes(old: Json, new: Json, old_splits: Sequence[Json], new_splits: Sequence[Json]) -> Changes:
-    """Compare two studies and their splits, all as JSON.
+def study_changes(
+    old: Json,
+    new: Json,
+    old_splits: Sequence[Json],
+    new_splits: Sequence[Json],
+    sources: tuple[Sources, Sources] | None = None,
+) -> Changes:
+    """Compare two studies and their splits, all as JSON. `sources` has the texts of both, to show the code that has changed.
 
     Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
     ones as well), and whatever is in `FREE`. Everything else changes results.
     """
-    recorded = {name: of_earlier_versions(recipe) for name, recipe in old.get("candidates", {}).items()}
-    old = LATER | old | {"candidates": recorded}
     refused: list[str] = []
     extended: list[str] = []
+    users: dict[str, list[str]] = {}  # line about a change of code -> where that code is used
     for field in sorted(old.keys() | new.keys()):
         for found in differences(old.get(field), new.get(field), field):
-            (extended if _extends(found.path, old, new) else refused).append(str(found))
+            if _extends(found.path, old, new):
+                extended.append(str(found))
+            elif found.tag and sources:
+                for line in code_changes(*sources, *found.tag.split(":")):
+                    users.setdefault(line, []).append(".".join(found.path[:-1]))
+            else:
+                refused.append(str(found))
+    refused += [f"{line} (used by {_sample(places)})" for line, places in users.items()]
     splits = _split_changes(old_splits, new_splits)
     if splits:
         refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:", "nested")))]
@@ -100,8 +100,12 @@ def differences(old: Any, new: Any, *path: str) -> Iterator[Difference]:
         if old.get("type") != new.get("type"):
             yield Difference(path, _show(old), _show(new))
             return
+        tag = new.get("type") or new.get("function") or ""
         for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), *path, key)
+            if key == "code" and old.get(key) != new.get(key):
+                yield Difference((*path, key), _show(old.get(key)), _show(new.get(key)), tag)
+            else:
+                yield from differences(old.get(key), new.get(key), *path, key)
     elif _objects(old) and _objects(new) and len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from differences(before, after, *path, str(index))

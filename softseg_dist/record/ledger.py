@@ -1,6 +1,7 @@
 """The ledger: the run folder's record of the study, its candidates and every fit that has ended.
 
-    study.json  splits.json  store.json  holdout.json  fits/<candidate>/  candidate.json  race.json  <split>.json
+    study.json  splits.json  store.json  code.json  sources/<digest>.py  holdout.json
+    fits/<candidate>/  candidate.json  race.json  <split>.json
 
 It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
 filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
@@ -16,14 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError
 
+import softseg_dist
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen, canonical_json
+from softseg_dist.frozen import Frozen, canonical_json, digest
 from softseg_dist.locks import hold
 from softseg_dist.places import Place, working_folder
-from softseg_dist.record.changes import Json, holdout_change, of_earlier_versions, study_changes
+from softseg_dist.record.changes import Json, holdout_change, study_changes
+from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult
 
@@ -48,11 +51,6 @@ class CandidateRecord(Frozen):
     params: dict[str, Any] = {}
     distributions: dict[str, str] = {}
     note: str = ""
-
-    @field_validator("recipe")
-    @classmethod
-    def _of_earlier_versions(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return of_earlier_versions(value)
 
 
 class RaceRecord(Frozen):
@@ -124,28 +122,36 @@ class Ledger:
         splits: Sequence[Split],
         fingerprint: str | None = None,
         held_out: tuple[str, ...] = (),
+        sources: Sources | None = None,
     ) -> tuple[str, ...]:
         """Record the study, or check it against the one recorded; returns what an extension adds, one line per change.
 
         `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed. `held_out` are
-        the subjects of no split.
+        the subjects of no split. `sources` are kept by digest: no text that a result was made with is overwritten.
         Raises UserError with the differences if finished fits would no longer belong to the study; nothing is written then.
         """
         with self.lock():
             now, now_splits = json_of(study), [json_of(split) for split in splits]
             refused: list[str] = []
             extended: tuple[str, ...] = ()
+            code = self._read("code.json") or {}
             if (before := self._read("study.json")) is not None:
-                changes = study_changes(before, now, self._read("splits.json") or [], now_splits)
+                texts = (old, sources) if sources and (old := self.sources()) else None
+                changes = study_changes(before, now, self._read("splits.json") or [], now_splits, texts)
                 refused, extended = list(changes.refused), changes.extended
                 known = self.holdout()
                 if moved := holdout_change(known.subjects if known else (), held_out):
                     refused.append(moved)
+                if code.get("numerics") != softseg_dist.NUMERICS:
+                    refused.append(
+                        f"numerics of softseg_dist: {code.get('numerics', 'unknown')} -> {softseg_dist.NUMERICS}"
+                    )
             stored = (self._read("store.json") or {}).get("fingerprint")
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
             if refused:
                 raise UserError(self._refusal(refused))
+            self._write_code(code, sources)
             self._write("splits.json", json.dumps(now_splits, indent=1))
             if held_out and before is None:
                 self.write_holdout(HoldoutRecord(subjects=held_out))
@@ -232,6 +238,33 @@ class Ledger:
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""
         return tuple(Split.model_validate(split) for split in self._read("splits.json") or ())
+
+    def sources(self) -> Sources | None:
+        """The texts that the study was last run with; None if it was built of the package alone.
+
+        Raises UserError if one of them is missing or was changed.
+        """
+        if not (recorded := (self._read("code.json") or {}).get("sources")):
+            return None
+        texts = {}
+        for file, name in recorded[-1]["files"].items():
+            text = (self.place / f"sources/{name}.py").read()
+            if text is None or digest(text) != name:
+                raise UserError(
+                    f"{self.folder}/sources/{name}.py: {file} as it was run is missing or changed; restore it"
+                )
+            texts[file] = text.decode()
+        return Sources(recorded[-1]["study"], texts)
+
+    def _write_code(self, code: Json, sources: Sources | None) -> None:
+        known = code.get("sources", [])
+        if sources is not None and sources.texts:
+            for text in sources.texts.values():
+                if not (place := self.place / f"sources/{digest(text)}.py").is_file():
+                    place.write(text.encode())
+            now = {"study": sources.study, "files": {file: digest(text) for file, text in sources.texts.items()}}
+            known = [*(one for one in known if one != now), now]
+        self._write("code.json", json.dumps({"numerics": softseg_dist.NUMERICS, "sources": known}, indent=1))
 
     def discard(self, folder: str) -> None:
         """Remove a folder of `working` that is not part of the record."""

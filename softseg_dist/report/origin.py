@@ -9,6 +9,7 @@ from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.tables import Summary
 
 RECORDED = {  # fields of run.json
+    "study_file": "study file",
     "study_fingerprint": "fingerprint of the study",
     "store_fingerprint": "fingerprint of the data (images, masks and preprocessing)",
     "store_digest": "digest of the prepared numbers",
@@ -19,9 +20,7 @@ SAID = {"data": "data", "preprocess": "preprocessing", "splits": "splits", "obje
 
 def origin_of(run: RunData) -> list[tuple[str, str]]:
     """What was run on what, as (what, value); what a run did not record is left out."""
-    study_files = sorted(path.name for path in run.folder.glob("*.py"))
-    found = [("study file", ", ".join(study_files))] if study_files else []
-    found += [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
+    found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
     found.append(
         ("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name and the split")
     )

@@ -13,7 +13,7 @@ from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL, Spool
 from softseg_dist.record.status import status_of
 from softseg_dist.study import Study
-from softseg_dist.study_file import load_source
+from softseg_dist.study_file import load_sources
 from softseg_dist.tracking.tracker import Connection, Tracker, connect, default_uri
 from softseg_dist.training.task import FitResult, history_path
 
@@ -37,9 +37,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     status = status_of(run)
     ledger, copy = Ledger(run), WorkingCopy(run)
     with ledger.lock():
-        copy.pull(
-            SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "*.py", "report/*", "fits/*/*/history.jsonl"
-        )
+        copy.pull(SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "report/*", "fits/*/*/history.jsonl")
         uri = tracking_uri or _recorded(copy).get("tracking_uri") or default_uri(copy.folder)
         connection = Connection(lambda: connect(uri, copy.folder, status.study))
         if problem := connection.reach():
@@ -75,8 +73,8 @@ def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple
 
 
 def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
-    for path in copy.folder.glob("*.py"):  # the study file as it was run: its own classes may be in the study
-        load_source(path.stem, path.read_text(encoding="utf-8"))
+    if sources := ledger.sources():  # its own classes may be in the study
+        load_sources(sources)
     try:
         study = Study.model_validate_json((copy.folder / "study.json").read_bytes())
     except ValueError as error:

@@ -18,6 +18,7 @@ from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import replace_file
+from softseg_dist.sources import Sources
 from softseg_dist.training.model import Model, load_weights
 
 FORMAT: Final = 1  # raised when an older version could not read a card, or would misread it
@@ -32,8 +33,8 @@ class ModelCard(Frozen):
     `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps it gives, in order; `channels`
     and `size` (voxels of an item) what it was trained on, after `preprocess`. `thresholds` maps each rule to the value chosen on
     validation. `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this
-    model: it was trained on all `num_subjects` that the study did not hold out. `study_source` is stem and text of the study
-    file. `created` is an ISO date. `weights_sha256` is filled in by `save_model`.
+    model: it was trained on all `num_subjects` that the study did not hold out. `study_source` has the texts of the study
+    file and its helper modules. `created` is an ISO date. `weights_sha256` is filled in by `save_model`.
     """
 
     format: Literal[1] = FORMAT
@@ -53,7 +54,7 @@ class ModelCard(Frozen):
     test_score: float | None = None
     num_subjects: PositiveInt
     store_fingerprint: str
-    study_source: tuple[str, str] | None = None
+    study_source: Sources | None = None
     versions: dict[str, str]
     created: str
     intended_use: str = INTENDED_USE
@@ -67,7 +68,7 @@ class ModelCard(Frozen):
 
     @property
     def needs_study_file(self) -> bool:
-        """True if network or activation are classes of the study file: its text must be run before `load_model`."""
+        """True if network or activation are classes of the study file: its sources must be run before `load_model`."""
         parts = [self.recipe.get("network"), self.recipe.get("activation")]
         return OF_A_STUDY_FILE.search(canonical_json(parts)) is not None
 

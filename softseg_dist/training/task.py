@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor, distributed
 
+import softseg_dist
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.sampling import Uncertainty
@@ -46,9 +47,9 @@ class FitTask(Frozen):
 
     @property
     def identity(self) -> str:
-        """Fingerprint of what the result depends on; where and how fast it runs is left out."""
+        """Fingerprint of what the result depends on, the package's numerics included; where and how fast it runs is left out."""
         where = {"store": "", "folder": "", "threads": 1, "checkpoint_every_s": 0.0, "time_limit_s": None, "attempt": 0}
-        return self.replace(**where).fingerprint
+        return f"{self.replace(**where).fingerprint}-{softseg_dist.NUMERICS}"
 
 
 class FitResult(Frozen):

@@ -20,6 +20,7 @@ from softseg_dist.engine.ray_tune import run_search
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.sources import Sources
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
@@ -121,7 +122,7 @@ def run(
     tracker: Tracker | None = None,
     faults: dict[str, Any] | None = None,
     resources: Resources | None = None,
-    source: tuple[str, str] | None = None,
+    sources: Sources | None = None,
     address: str | None = None,
     max_wait_s: float | None = None,
 ) -> Outcome:
@@ -143,7 +144,7 @@ def run(
             tracker,
             progress,
             address=address,
-            study_source=source,
+            sources=sources,
             max_wait_s=max_wait_s,
         )
 

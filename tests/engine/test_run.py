@@ -19,7 +19,8 @@ from softseg_dist.engine.progress import JsonLines, PlainLines
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
-from softseg_dist.study_file import load_source
+from softseg_dist.sources import Sources
+from softseg_dist.study_file import load_sources
 
 pytestmark = pytest.mark.engine
 DRIVER = Path(__file__).parent / "scripted.py"
@@ -144,9 +145,10 @@ RECIPE = Recipe(loss=Halved())
 
 
 def test_a_loss_of_the_study_file_is_known_in_the_workers(shared_ray, tmp_path):
-    recipe: Recipe = load_source("s999_own", OWN_LOSS).RECIPE
+    sources = Sources("s999_own.py", {"s999_own.py": OWN_LOSS})
+    recipe: Recipe = load_sources(sources).RECIPE
     study = make_study(("a",), num_splits=1).replace(candidates={"a": recipe})
-    assert run(tmp_path, study, source=("s999_own", OWN_LOSS)).finished == 1
+    assert run(tmp_path, study, sources=sources).finished == 1
 
 
 def test_a_killed_driver_goes_on_where_it_was(tmp_path):

@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each layer may import of the package; a layer may always import itself.
 LAYERS = {
     "errors": set(),
-    "frozen": {"errors"},
+    "sources": {"errors"},
+    "frozen": {"errors", "sources"},
     "locks": {"errors"},
     "words": set(),
     "places": {"errors"},
@@ -24,9 +25,9 @@ LAYERS = {
     "data": {"errors", "frozen", "places", "locks"},
     "judging": {"places", "data", "numerics"},
     "study": {"errors", "frozen", "numerics", "data"},
-    "study_file": {"errors", "frozen", "study"},
-    "training": {"errors", "frozen", "places", "numerics", "data", "judging", "study"},
-    "record": {"errors", "frozen", "places", "locks", "words", "data", "study", "training"},
+    "study_file": {"errors", "frozen", "sources", "study"},
+    "training": {"errors", "frozen", "sources", "places", "numerics", "data", "judging", "study"},
+    "record": {"errors", "frozen", "sources", "places", "locks", "words", "data", "study", "training"},
     "search": {"errors", "numerics", "data", "study", "study_file", "training", "record"},
     "tracking": {"errors", "study", "study_file", "training", "record", "engine"},
     "engine": {
@@ -37,6 +38,7 @@ LAYERS = {
         "numerics",
         "data",
         "judging",
+        "sources",
         "study",
         "study_file",
         "training",
@@ -51,6 +53,7 @@ LAYERS = {
         "places",
         "data",
         "judging",
+        "sources",
         "study",
         "study_file",
         "training",

@@ -22,6 +22,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.judging.thresholds import FIXED
 from softseg_dist.judging.uncertainty import entropy
 from softseg_dist.prediction import Prediction, predict_images
+from softseg_dist.sources import Sources
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, save_weights
 from softseg_dist.training.saved_model import CARD
@@ -254,7 +255,7 @@ def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> Non
     text += "    def build(self, i, o, dim):\n        return nn.Conv2d(i, o, 1)\n\n"
     text += "    def last_bias(self, module):\n        return module.bias\n"
     recipe = {"network": {"type": "s000_pointwise:Pointwise"}, "activation": {"type": "Sigmoid"}}
-    card = card_of(WHOLE).replace(recipe=recipe, study_source=("s000_pointwise", text))
+    card = card_of(WHOLE).replace(recipe=recipe, study_source=Sources("s000_pointwise.py", {"s000_pointwise.py": text}))
     weights = torch.nn.Module()
     weights.network = torch.nn.Conv2d(1, 1, 1)
     model = saved(tmp_path / "model", card, weights)

@@ -20,7 +20,17 @@ def stub() -> str:
     lines += [
         f"from {module} import {name} as {name}" for module, names in softseg_dist.PUBLIC.items() for name in names
     ]
-    return "\n".join([*lines, "", "PUBLIC: dict[str, tuple[str, ...]]", "__version__: str", "__all__: list[str]", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "PUBLIC: dict[str, tuple[str, ...]]",
+            "__version__: str",
+            "NUMERICS: int",
+            "__all__: list[str]",
+            "",
+        ]
+    )
 
 
 def test_the_stub_is_what_the_table_says() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from softseg_dist import Recipe
 from softseg_dist.errors import UserError
-from softseg_dist.study_file import load_source, load_study
+from softseg_dist.sources import Sources
+from softseg_dist.study_file import load_sources, load_study
 
 MINE = '''
 import torch
@@ -48,7 +49,7 @@ def test_a_loss_defined_in_a_study_file_goes_through_json(tmp_path: Path) -> Non
 def test_another_process_needs_only_the_text(tmp_path: Path) -> None:
     file = load_study(write(tmp_path, MINE))
     text = file.study.candidates["cubic"].model_dump_json()
-    load_source(file.stem, pickle.loads(pickle.dumps(file.text)))
+    load_sources(pickle.loads(pickle.dumps(file.sources)))
     assert type(Recipe.model_validate_json(text).loss).__name__ == "Cubic"
 
 
@@ -89,12 +90,13 @@ def test_a_missing_study_file_is_named(tmp_path: Path) -> None:
 LOADS_ITSELF = """
 import linecache
 from concurrent.futures import ThreadPoolExecutor
-from softseg_dist.study_file import load_source
+from softseg_dist.sources import Sources
+from softseg_dist.study_file import load_sources
 text = "".join(linecache.getlines("s009_again.py"))
-OTHER = ThreadPoolExecutor(1).submit(lambda: load_source("s009_again", text).LAST)
+OTHER = ThreadPoolExecutor(1).submit(lambda: load_sources(Sources("s009_again.py", {"s009_again.py": text})).LAST)
 LAST = 1
 """
 
 
 def test_a_thread_that_needs_a_study_file_waits_until_another_has_loaded_it() -> None:
-    assert load_source("s009_again", LOADS_ITSELF).OTHER.result(timeout=60) == 1
+    assert load_sources(Sources("s009_again.py", {"s009_again.py": LOADS_ITSELF})).OTHER.result(timeout=60) == 1

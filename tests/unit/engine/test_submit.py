@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
@@ -12,6 +11,7 @@ from ray.job_submission import JobStatus
 
 from softseg_dist.engine.ray_submit import Job, _exit_code, _Log, submit
 from softseg_dist.errors import UserError
+from softseg_dist.sources import Sources
 
 JOB = Job("http://head:8265", "raysubmit_1")
 
@@ -50,14 +50,12 @@ def test_a_job_ends_with_the_exit_code_of_its_run() -> None:
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001"])
-def test_an_address_that_is_no_dashboard_is_refused(address: str, tmp_path: Path) -> None:
-    (tmp_path / "s.py").write_text("")
+def test_an_address_that_is_no_dashboard_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="like http://HEAD:8265"):
-        submit(tmp_path / "s.py", address, {})
+        submit(Sources("s.py", {"s.py": ""}), address, {})
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "s.py").write_text("")
+def test_a_cluster_that_does_not_answer_is_one_line() -> None:
     with pytest.raises(UserError, match="does not answer or refuses") as refused:
-        submit(tmp_path / "s.py", "http://127.0.0.1:9", {})
+        submit(Sources("s.py", {"s.py": ""}), "http://127.0.0.1:9", {})
     assert "\n" not in str(refused.value)

@@ -137,7 +137,7 @@ def test_a_lost_race_comes_back_and_a_torn_one_is_left_out(tmp_path):
 def test_no_partial_files_are_left(tmp_path):
     opened(tmp_path).write_candidate(record("dice"))
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"study.json", "splits.json", "store.json", "candidate.json", ".lock"}
+    assert names == {"study.json", "splits.json", "store.json", "code.json", "candidate.json", ".lock"}
 
 
 def test_opening_the_same_study_again_changes_nothing(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from softseg_dist import Optim
-from softseg_dist.record.changes import of_earlier_versions
 from softseg_dist.training.execution import COMPILE_STEPS, Engine, choose_engine
 
 
@@ -54,9 +53,3 @@ def test_several_workers_start_every_step_from_the_host() -> None:
 def test_an_engine_is_named_by_what_it_uses() -> None:
     assert Engine().name == "float32"
     assert Engine(precision="bfloat16", compiled=True, graph=True).name == "bfloat16, compiled, graph"
-
-
-def test_a_recipe_of_an_earlier_version_was_trained_in_float32() -> None:
-    old = {"label": "soft", "optim": {"type": "Optim", "lr": 0.1}}
-    assert of_earlier_versions(old)["optim"]["precision"] == "float32"
-    assert of_earlier_versions(old)["patch"] is None

@@ -12,7 +12,8 @@ from model_folders import RECIPE, card_of, model_of, saved
 
 from softseg_dist import Preprocess, UNet
 from softseg_dist.errors import UserError
-from softseg_dist.study_file import load_source
+from softseg_dist.sources import Sources
+from softseg_dist.study_file import load_sources
 from softseg_dist.training.model import load_weights, save_weights
 from softseg_dist.training.saved_model import CARD, WEIGHTS, ModelCard, load_model, read_card
 
@@ -115,11 +116,12 @@ def test_a_damaged_model_is_refused_in_one_line(tmp_path: Path, damage: str) -> 
 
 def card_of_study(text: str, network: str, loss: str) -> ModelCard:
     """A card whose recipe names classes of the study file `mine`."""
-    module = load_source("mine", text)
+    sources = Sources("mine.py", {"mine.py": text})
+    module = load_sources(sources)
     recipe = RECIPE.replace(
         **{field: getattr(module, name)() for field, name in (("network", network), ("loss", loss)) if name}
     )
-    return card_of(Preprocess(), recipe, study_source=("mine", text))
+    return card_of(Preprocess(), recipe, study_source=sources)
 
 
 def test_only_a_network_of_the_study_file_needs_it() -> None:
@@ -130,7 +132,7 @@ def test_only_a_network_of_the_study_file_needs_it() -> None:
 
 def test_a_network_of_the_study_file_comes_back_once_the_file_has_been_run(tmp_path: Path) -> None:
     card = card_of_study(STUDY, "OneConvolution", "HalfDice")
-    module = load_source("mine", STUDY)
+    module = load_sources(Sources("mine.py", {"mine.py": STUDY}))
     model = model_of(card, RECIPE.replace(network=module.OneConvolution()))
     folder = saved(tmp_path / "model", card, model)
     image = torch.randn(1, 1, 8, 8)
@@ -144,9 +146,10 @@ def test_a_network_of_the_study_file_comes_back_once_the_file_has_been_run(tmp_p
 def test_reading_a_card_runs_no_code(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     text = f"open({str(trace)!r}, 'w')"
-    card = card_of(Preprocess(), study_source=("spy", text))
+    sources = Sources("spy.py", {"spy.py": text})
+    card = card_of(Preprocess(), study_source=sources)
     folder = saved(tmp_path / "model", card, model_of(card))
     load_model(folder, read_card(folder))
     assert not trace.exists()
-    load_source("spy", text)
+    load_sources(sources)
     assert trace.exists(), "the file would have left a trace"

@@ -1,0 +1,413 @@
+"""The source texts of a study, and which of their definitions a class or a function reaches.
+
+The study file and the helper modules beside it travel as text. A definition is what a module binds to a name: a class, a
+function, a constant, an import. Definitions are compared as syntax trees: comments, layout and docstrings do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import difflib
+import importlib.machinery
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from softseg_dist.errors import UserError
+
+PACKAGE = "softseg_dist"
+AT_IMPORT = "at import"  # the name of what a module does to others when it is imported
+BY_NAME_AT_RUN_TIME = {"eval", "exec", "globals", "vars"}  # a function that calls one may reach its whole module
+Chain = tuple[str, ...]  # a dotted name: ("lab", "losses", "scale")
+Key = tuple[str, str]  # a definition: its file, and its name there
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The study file and its helper modules: texts by path relative to the study's folder ("losses.py", "lab/__init__.py").
+
+    `study` names the study file among them; it is "" for a study that was built in Python and not in a file.
+    """
+
+    study: str
+    texts: Mapping[str, str]
+
+    def __hash__(self) -> int:
+        return hash((self.study, *sorted(self.texts.items())))
+
+    @classmethod
+    def beside(cls, path: Path, root: Path | None = None) -> Sources:
+        """Read the file `path`, and all modules and packages in `root` (its own folder) that it imports, directly or not.
+
+        With a `root` the file is a helper module itself. Raises UserError if a file cannot be read, or if a helper has the name
+        of an installed module.
+        """
+        folder = (root or path.parent).resolve()
+        name = path.name if root is None else path.resolve().relative_to(folder).as_posix()
+        texts: dict[str, str] = {}
+        waiting = [name]
+        while waiting:
+            file = waiting.pop()
+            if file not in texts:
+                texts[file] = (
+                    _text_of(folder / file) if (folder / file).exists() else ""
+                )  # "": a folder without __init__.py
+                waiting += _imported_files(folder, file, texts[file])
+        if root is None and (clash := [file for file in texts if file != name and module_name(file) == path.stem]):
+            raise UserError(
+                f"{path} and {clash[0]} beside it have one name, and one imports the other; rename one of them"
+            )
+        return cls(name if root is None else "", texts)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Files by the names of their modules, "lab.losses" -> "lab/losses.py"; that of the study file is its stem."""
+        return {Path(file).stem if file == self.study else module_name(file): file for file in self.texts}
+
+    def reached(self, module: str, name: str) -> dict[Key, Definition]:
+        """The definition `name` of a module, and all that it reaches through the names that it uses; keys are (file, name).
+
+        What modules do to others when they are imported, such as setting torch's default type, is always among them.
+        """
+        modules = self.modules
+        waiting = [(other, AT_IMPORT) for other in modules if AT_IMPORT in self._definitions(other).definitions]
+        waiting += list(self._meant(module, (name.partition(".")[0],))) or list(self._inside(module, (), frozenset()))
+        found: dict[Key, Definition] = {}
+        while waiting:
+            module, name = waiting.pop()
+            if (modules[module], name) not in found:
+                definition = found[modules[module], name] = self._definitions(module).definitions[name]
+                for chain in definition.uses:
+                    waiting += self._meant(module, chain)
+        return found
+
+    def _definitions(self, module: str) -> _Module:
+        file = self.modules[module]
+        return _parsed(self.texts[file], file)
+
+    def _inside(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]]) -> Iterator[Key]:
+        """The definitions that a dotted name means inside a module; all of them if the module itself is meant."""
+        if module not in self.modules or (module, chain) in seen:
+            return
+        if not chain:
+            yield from ((module, name) for name in self._definitions(module).definitions)
+        elif f"{module}.{chain[0]}" in self.modules:
+            yield from self._inside(f"{module}.{chain[0]}", chain[1:], seen | {(module, chain)})
+        else:
+            yield from self._meant(module, chain, seen | {(module, chain)})
+
+    def _meant(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]] = frozenset()) -> Iterator[Key]:
+        """The definitions that a dotted name in the text of a module means."""
+        here, (head, *rest) = self._definitions(module), chain
+        if head in here.definitions:
+            yield module, head
+        for target, name in here.imports.get(head, ()):
+            yield from self._inside(target, (*filter(None, [name]), *rest), seen)
+        if head not in here.definitions and head not in here.imports:
+            if head in BY_NAME_AT_RUN_TIME:
+                yield from self._inside(module, (), seen)
+            if not hasattr(builtins, head):
+                for star in here.stars:
+                    yield from self._inside(star, chain, seen)
+
+
+class Definition(NamedTuple):
+    """All statements of a module that bind a name or change what it is bound to: their text, made from the syntax tree.
+
+    `line` is that of the first one, `uses` has the dotted names in them.
+    """
+
+    line: int
+    text: str
+    uses: frozenset[Chain]
+
+
+class _Module(NamedTuple):
+    definitions: dict[str, Definition]
+    imports: dict[str, tuple[tuple[str, str], ...]]  # local name -> (module, name in it; "" for the module itself)
+    stars: tuple[str, ...]  # modules of `from ... import *`
+
+
+def code_changes(old: Sources, new: Sources, module: str, name: str) -> list[str]:
+    """One line for each reached definition that differs: file, line in the new file, name, old and new line of code."""
+    before, after = old.reached(module, name), new.reached(module, name)
+    changed = [key for key in sorted(before.keys() & after.keys()) if before[key].text != after[key].text]
+    found = []
+    for file, what in changed or sorted(before.keys() ^ after.keys()):
+        was, now = before.get((file, what)), after.get((file, what))
+        old_line, new_line = _first_difference(was.text if was else "", now.text if now else "")
+        place = f"{file}, line {_line_of(new.texts[file], now, new_line)}" if now else file
+        found.append(f"{place}, {what}: {old_line} -> {new_line}")
+    return found
+
+
+def _first_difference(old: str, new: str) -> tuple[str, str]:
+    before, after = old.splitlines(), new.splitlines()
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind != "equal":
+            return tuple(part[0].strip() if part else "none" for part in (before[i:j], after[k:m]))  # type: ignore[return-value]
+    return "none", "none"
+
+
+def _line_of(text: str, definition: Definition, line: str) -> int:
+    """Where in a text a line of a definition is: its tree was printed anew, so it is found by the statement that prints so."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and node.lineno >= definition.line and line in ast.unparse(node).splitlines()[:1]:
+            return node.lineno
+    return definition.line
+
+
+def module_name(file: str) -> str:
+    """The name under which a helper module is imported.
+
+    >>> module_name("lab/losses.py"), module_name("lab/__init__.py")
+    ('lab.losses', 'lab')
+    """
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a Python file: {error}") from None
+
+
+def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
+    """The files of `folder` that the text of one of them imports, anywhere in it."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return  # said with its line when the file is run
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(node, file)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            for count in range(1, len(parts) + 1):
+                if (found := _file_beside(folder, parts[:count])) is None:
+                    break
+                if count == 1:
+                    _refuse_installed(folder, file, parts[0], found)
+                yield found
+
+
+def _file_beside(folder: Path, parts: list[str]) -> str | None:
+    place = "/".join(parts)
+    if parts[0] in ("", PACKAGE):
+        return None
+    if (folder / place / "__init__.py").is_file():
+        return f"{place}/__init__.py"
+    if (folder / f"{place}.py").is_file():
+        return f"{place}.py"
+    bare = (folder / place).is_dir() and (len(parts) > 1 or _installed(folder, parts[0]) is None)
+    return f"{place}/__init__.py" if bare else None  # a folder without __init__.py is a package, too
+
+
+def _refuse_installed(folder: Path, file: str, name: str, helper: str) -> None:
+    found = _installed(folder, name)
+    if found is not None and found != str(folder / helper):
+        raise UserError(
+            f"{folder / file} imports {name!r}, which is {helper} beside the study and an installed module ({found}); "
+            "rename the file beside the study"
+        )
+
+
+def _installed(folder: Path, name: str) -> str | None:
+    """Where a module comes from that is found elsewhere than in `folder`; None if there is none."""
+    if name in sys.stdlib_module_names:
+        return "Python's own"
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != folder]
+    spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+    return None if spec is None or spec.loader is None or not spec.has_location else spec.origin
+
+
+def _absolute(node: ast.ImportFrom, file: str) -> str:
+    """The module that `from ... import` names, in a file of that path."""
+    if not node.level:
+        return node.module or ""
+    parts = file.split("/")[: -node.level]
+    return ".".join([*parts, *filter(None, [node.module])])
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str, file: str) -> _Module:
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # a helper that some machines do without
+        return _Module({}, {}, ())
+    statements: dict[str, list[ast.stmt]] = {}
+    for statement in tree.body:
+        for name in _bound(statement):
+            statements.setdefault(name, []).append(statement)
+        for name, part in _imported(statement):
+            statements.setdefault(name, []).append(part)
+    own = {name for name, parts in statements.items() if not isinstance(parts[0], ast.Import | ast.ImportFrom)}
+    for statement in tree.body:  # what changes a definition belongs to it; what changes anything else counts for all
+        if (touched := _touched(statement)) is not None:
+            for name in touched & own or {AT_IMPORT}:
+                statements.setdefault(name, []).append(statement)
+    imports: dict[str, list[tuple[str, str]]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                whole = alias.name if alias.asname else alias.name.partition(".")[0]
+                imports.setdefault(alias.asname or whole, []).append((whole, ""))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imports.setdefault(alias.asname or alias.name, []).append((_absolute(node, file), alias.name))
+    stars = tuple(module for module, _ in imports.pop("*", []))
+    targets = {name: tuple(found) for name, found in imports.items()}
+    return _Module({name: _definition(parts) for name, parts in statements.items()}, targets, stars)
+
+
+def _definition(parts: list[ast.stmt]) -> Definition:
+    for node in (node for part in parts for node in ast.walk(part)):
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    uses = _Uses()
+    for part in parts:
+        uses.visit(part)
+    return Definition(parts[0].lineno, "\n".join(map(ast.unparse, parts)), frozenset(uses.found))
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    """The names that a statement of a module binds, there or by `global`."""
+    if _is_main_block(statement):
+        return set()
+    inner = {name for node in ast.walk(statement) if isinstance(node, ast.Global) for name in node.names}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return set()
+    return inner | _stored([statement])
+
+
+def _imported(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
+    """A statement for each name that an import binds; public names of this package mean the same however they are imported."""
+    one: ast.stmt
+    if isinstance(statement, ast.Import):
+        for alias in statement.names:
+            name = alias.name if alias.asname else alias.name.partition(".")[0]
+            one = ast.Import([ast.alias(name, alias.asname)])
+            yield alias.asname or name, ast.copy_location(one, statement)
+    elif isinstance(statement, ast.ImportFrom) and statement.module != "__future__":
+        for alias in statement.names:
+            if statement.module != PACKAGE or alias.asname:
+                one = ast.ImportFrom(statement.module, [alias], statement.level)
+                yield AT_IMPORT if alias.name == "*" else alias.asname or alias.name, ast.copy_location(one, statement)
+
+
+def _touched(statement: ast.stmt) -> set[str] | None:
+    """The names whose objects a statement of a module may change, as `TABLE.append(1)` does; None if it can change none."""
+    if isinstance(statement, _SCOPES) or _is_main_block(statement):
+        return None
+    found: set[str] = set()
+    changes = False
+    for node in _same_scope([statement]):
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+            found |= {chain[0] for chain in _uses(node)}
+            changes = True
+        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found |= {chain[0] for chain in _uses(node.value)}
+            changes = True
+    return found if changes else None
+
+
+def _is_main_block(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) in (
+        "__name__ == '__main__'",
+        "'__main__' == __name__",
+    )
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_SCOPES = (*_FUNCTIONS, ast.ClassDef)
+
+
+def _same_scope(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """All nodes below, without the insides of functions, classes and comprehensions."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, (*_SCOPES, *_COMPREHENSIONS)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def _stored(nodes: Sequence[ast.AST]) -> set[str]:
+    """The names that are assigned or defined in one scope; imported ones are not among them."""
+    found = set()
+    for node in _same_scope(nodes):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+    return found
+
+
+def _uses(node: ast.AST) -> set[Chain]:
+    visitor = _Uses()
+    visitor.visit(node)
+    return visitor.found
+
+
+class _Uses(ast.NodeVisitor):
+    """Collects the dotted names that are not local to a function: some too many where that is hard to say, never too few."""
+
+    def __init__(self) -> None:
+        self.found: set[Chain] = set()
+        self._local: list[set[str]] = []
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """`scale`"""
+        self._add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """`lab.losses.scale`"""
+        names, inner = [node.attr], node.value
+        while isinstance(inner, ast.Attribute):
+            names, inner = [inner.attr, *names], inner.value
+        if isinstance(inner, ast.Name):
+            self._add(inner.id, *names)
+        else:
+            self.visit(inner)
+
+    def visit(self, node: ast.AST) -> None:
+        """Names that a function or comprehension binds are local to what is inside it."""
+        if not isinstance(node, (*_FUNCTIONS, *_COMPREHENSIONS)):
+            super().visit(node)
+            return
+        if isinstance(node, _COMPREHENSIONS):
+            inside: list[ast.AST] = list(ast.iter_child_nodes(node))
+            local = {
+                n.id for generator in node.generators for n in ast.walk(generator.target) if isinstance(n, ast.Name)
+            }
+            self.visit(node.generators[0].iter)  # outside the comprehension
+        else:
+            inside = list(node.body) if isinstance(node.body, list) else [node.body]
+            arguments = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+            shared = {name for n in _same_scope(inside) if isinstance(n, ast.Global) for name in n.names}
+            local = (_stored(inside) | set(arguments)) - shared
+            for outside in ast.iter_child_nodes(node):  # decorators, defaults and annotations
+                if outside not in inside:
+                    self.visit(outside)
+        self._local.append(local)
+        for child in inside:
+            self.visit(child)
+        self._local.pop()
+
+    def _add(self, *chain: str) -> None:
+        if not any(chain[0] in names for names in self._local):
+            self.found.add(chain)
