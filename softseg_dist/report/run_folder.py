@@ -52,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of DESIGN.md.
+    """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of `judging.results`.
 
     `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `ensemble` has what the fits of winner
     and control predict together, if that was measured. `holdout` has the rows about held-out subjects, None until they were

@@ -44,7 +44,7 @@ from softseg_dist.training.task import (
     weights_path,
 )
 
-NOT_CONVERGED_SHARE = 0.05  # a best epoch in the last 5 % of the budget: SCIENCE.md, section 9
+NOT_CONVERGED_SHARE = 0.05  # a best epoch in the last 5 % of the budget: docs/training.md, Fairness
 
 
 def fit(task: FitTask, worker: Worker | None = None) -> FitResult:

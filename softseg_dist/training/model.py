@@ -92,7 +92,7 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
     """A fresh model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
 
     The last bias starts where the activation gives the mean training label, or every sigmoid arm would spend its first hundreds
-    of steps on the faint background alone (SCIENCE.md, section 9).
+    of steps on the faint background alone (docs/training.md, "Fairness of a comparison").
     """
     with seeded(seed):
         model = Model.of(recipe, channels, classes, dim)

@@ -1,6 +1,6 @@
 """What a benchmark leaves behind: its figures, of which the headlines have words and targets, the command, the machine, the date.
 
-`out/` holds what was measured here last, `results/` (committed) what the README tells; `summary.py` reads both.
+`out/` holds what was measured here last, `results/` (committed) what docs/benchmarks.md shows; `summary.py` reads both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What was measured against what was aimed at: the table that ends `make bench`, and the section "Numbers" of the README.
+"""What was measured beside its targets: the table that ends `make bench`, and the tables of docs/benchmarks.md.
 
 Run:  python tests/benchmarks/summary.py                         all that lies in out/, with its targets
       python tests/benchmarks/summary.py --keep store staple     these results, or `all`, go from out/ to results/
-      python tests/benchmarks/summary.py --write README.md       the README tells what lies in results/
+      python tests/benchmarks/summary.py --write                 docs/benchmarks.md shows what lies in results/
 
 Short runs (see `record.Result`) are in the first table, unjudged; they are not kept.
 """
@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from record import OUT, RESULTS, Machine, Result, read
+from record import OUT, RESULTS, Headline, Machine, Result, read
 
 BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 BLOCK = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 VERDICTS = {True: "met", False: "not met", None: ""}
 
 
@@ -62,13 +63,19 @@ def markdown(results: Sequence[Result]) -> str:
     for _, group in groupby(sorted(results, key=lambda result: (place(result), result.name)), key=place):
         of_one = list(group)
         rows = [
-            f"| {headline.what} | {headline.told(result.figures[headline.key])} | {headline.target} | `{result.command}` |"
+            f"| {headline.what} | {' | '.join(_measured(headline, result))} | `{result.command}` |"
             for result in of_one
             for headline in result.headlines
         ]
         head = f"{_named(of_one)}\n\n| what | measured | target | command |\n|---|---|---|---|\n"
         blocks.append(head + "\n".join(rows) + "\n")
     return "\n" + "\n".join(blocks) + "\n"
+
+
+def _measured(headline: Headline, result: Result) -> tuple[str, str]:
+    """The value, and the target with a mark if it is missed."""
+    value = result.figures[headline.key]
+    return headline.told(value), headline.target + ("; **missed**" if headline.met(value) is False else "")
 
 
 def _named(results: Sequence[Result]) -> str:
@@ -98,6 +105,6 @@ def _keep(names: Sequence[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", nargs="+", default=(), metavar="NAME")
-    parser.add_argument("--write", type=Path, metavar="README")
+    parser.add_argument("--write", type=Path, nargs="?", const=PAGE, metavar="FILE", help="default: docs/benchmarks.md")
     options = parser.parse_args()
     main(options.keep, options.write)

@@ -1,4 +1,4 @@
-"""Thresholds: the optimal Dice of a calibrated map (SCIENCE.md section 7), ties, empty cases."""
+"""Thresholds: the optimal Dice of a calibrated map (docs/yardstick.md, "Thresholds"), ties, empty cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics: the numbers of SCIENCE.md section 6, extremes, empty maps, and one pass over all thresholds."""
+"""Metrics: the formulas of docs/yardstick.md, extremes, empty maps, and one pass over all thresholds."""
 
 from __future__ import annotations
 

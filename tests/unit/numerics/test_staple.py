@@ -25,7 +25,7 @@ def planted(seed: int = 0, voxels: int = VOXELS, raters: Sequence[int] = (0, 1, 
 
 
 def plain_posterior(decisions: Tensor) -> Tensor:
-    """The formulas of Warfield 2004 as they stand in SCIENCE.md, voxel by voxel, for raters better than chance."""
+    """The formulas of Warfield 2004 (docs/training.md), voxel by voxel, for raters better than chance."""
     d = decisions.double()
     p = q = torch.full((len(d), 1), START, dtype=torch.float64)
     prior = d.mean()

@@ -1,4 +1,4 @@
-"""Statistics: the tests of SCIENCE.md section 8, their size, and designs that leave something undetermined."""
+"""Statistics: the tests of docs/statistics.md, their size, and designs that leave something undetermined."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def henderson(table: np.ndarray) -> tuple[float, float]:
-    """Mean and its variance straight from the formulas of SCIENCE.md section 8, with raw sums of squares."""
+    """Mean and its variance straight from the formulas of docs/statistics.md, with raw sums of squares."""
     mask = ~np.isnan(table)
     x, n, m, num = np.nan_to_num(table), mask.sum(1), mask.sum(0), mask.sum()
     mean = x.sum() / num
