@@ -17,13 +17,15 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 # Module -> its public names. The stub `__init__.pyi` is written from it: python tests/unit/test_public_names.py
 PUBLIC = {
+    "softseg_dist.api": ("Run", "load", "load_model", "run"),
     "softseg_dist.errors": ("UserError",),
     "softseg_dist.frozen": ("Frozen",),
     "softseg_dist.data.cases": ("Case", "CaseData", "DataSet", "ImageCase", "LabelledCase", "MaskFile"),
+    "softseg_dist.data.geometry": ("Geometry",),
     "softseg_dist.data.layouts": ("Bids",),
     "softseg_dist.data.phantom": ("Phantom",),
     "softseg_dist.data.preprocess": ("Preprocess",),
-    "softseg_dist.data.splits": ("KFold", "MonteCarlo"),
+    "softseg_dist.data.splits": ("KFold", "MonteCarlo", "Split", "Splits"),
     "softseg_dist.numerics.activations": ("Activation", "NormReLU", "Sigmoid", "Softmax"),
     "softseg_dist.numerics.augmentation": (
         "Affine",
@@ -59,7 +61,17 @@ PUBLIC = {
     "softseg_dist.numerics.patches": ("Patch",),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
-    "softseg_dist.numerics.transforms": ("Augmentation", "Intensity", "Invertible", "Pairing", "Spatial", "Straight"),
+    "softseg_dist.numerics.transforms": (
+        "Augmentation",
+        "Frame",
+        "Intensity",
+        "Invertible",
+        "Pairing",
+        "Spatial",
+        "Straight",
+    ),
+    "softseg_dist.pipeline": ("RunOptions",),
+    "softseg_dist.prediction": ("Predictor",),
     "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "TuneEach", "factorial"),
 }
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}

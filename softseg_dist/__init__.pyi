@@ -1,5 +1,9 @@
 """The public names, for type checkers. Written from the table in `__init__.py`: do not edit."""
 
+from softseg_dist.api import Run as Run
+from softseg_dist.api import load as load
+from softseg_dist.api import load_model as load_model
+from softseg_dist.api import run as run
 from softseg_dist.errors import UserError as UserError
 from softseg_dist.frozen import Frozen as Frozen
 from softseg_dist.data.cases import Case as Case
@@ -8,11 +12,14 @@ from softseg_dist.data.cases import DataSet as DataSet
 from softseg_dist.data.cases import ImageCase as ImageCase
 from softseg_dist.data.cases import LabelledCase as LabelledCase
 from softseg_dist.data.cases import MaskFile as MaskFile
+from softseg_dist.data.geometry import Geometry as Geometry
 from softseg_dist.data.layouts import Bids as Bids
 from softseg_dist.data.phantom import Phantom as Phantom
 from softseg_dist.data.preprocess import Preprocess as Preprocess
 from softseg_dist.data.splits import KFold as KFold
 from softseg_dist.data.splits import MonteCarlo as MonteCarlo
+from softseg_dist.data.splits import Split as Split
+from softseg_dist.data.splits import Splits as Splits
 from softseg_dist.numerics.activations import Activation as Activation
 from softseg_dist.numerics.activations import NormReLU as NormReLU
 from softseg_dist.numerics.activations import Sigmoid as Sigmoid
@@ -54,11 +61,14 @@ from softseg_dist.numerics.smoothing import GeoLS as GeoLS
 from softseg_dist.numerics.smoothing import Smoothing as Smoothing
 from softseg_dist.numerics.smoothing import UniformSmoothing as UniformSmoothing
 from softseg_dist.numerics.transforms import Augmentation as Augmentation
+from softseg_dist.numerics.transforms import Frame as Frame
 from softseg_dist.numerics.transforms import Intensity as Intensity
 from softseg_dist.numerics.transforms import Invertible as Invertible
 from softseg_dist.numerics.transforms import Pairing as Pairing
 from softseg_dist.numerics.transforms import Spatial as Spatial
 from softseg_dist.numerics.transforms import Straight as Straight
+from softseg_dist.pipeline import RunOptions as RunOptions
+from softseg_dist.prediction import Predictor as Predictor
 from softseg_dist.study import Optim as Optim
 from softseg_dist.study import Race as Race
 from softseg_dist.study import Recipe as Recipe

@@ -1,7 +1,10 @@
-"""From a saved model and new NIfTI files to soft maps on the grids of those files. What `softseg predict` calls.
+"""From a saved model and new images to soft maps on the grids of the images.
 
-Everything that headers can tell is checked before the first prediction, and one bad image stops all. What only the voxels tell
-(NaN, a file cut off, a centre mask that is empty) costs that image alone: it is named, and the others are predicted.
+`load_model` gives a `Predictor` for images in memory. `predict_images` reads and writes NIfTI files, for `softseg predict`. It
+checks all headers before the first prediction, and one that does not fit stops all. An error that only the voxels show (NaN, a
+truncated file, an empty centre mask) is reported for that image, and the others are predicted.
+
+Ray, MLflow and Optuna are not imported.
 """
 
 from __future__ import annotations
@@ -9,23 +12,99 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from softseg_dist.data.cases import ImageCase, MaskFile
+from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase
+from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement, Preprocess
-from softseg_dist.data.volume import write_volume
+from softseg_dist.data.volume import Volume, image_of, is_image, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
-from softseg_dist.training.saved_model import CARD, ModelCard, load_model, read_card
+from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
 
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that predicts images in memory; made by `load_model`. `card` says what it is and where it comes from."""
+
+    card: ModelCard
+    source: MapSource
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K classes, in the order of the maps."""
+        return self.card.classes
+
+    def predict(self, image: Any, affine: Affine4 | None = None, *, center_mask: Any = None) -> Any:
+        """The soft map of every class, float32 in [0, 1], on the image's own grid; 0 outside the model's crop.
+
+        Args:
+            image: a nibabel image, or a sequence of them, one for each channel; or an array [X Y Z] or [C X Y Z].
+            affine: [4 4], voxel index of the array -> mm; for arrays only.
+            center_mask: nibabel image or array [X Y Z] that centres the crop, if the model was trained so.
+
+        Returns a nibabel image [X Y Z], with several classes [X Y Z K]; the values that `softseg predict` writes, with the
+        image's own orientation codes and units. Of an array: an array [K X Y Z].
+        Raises UserError if the image, its channels or the mask do not fit the model, and warns if the crop is smaller than it.
+        """
+        preprocess = self.card.preprocess
+        channels = _channels(image, affine)
+        _check_channels(self.card, len(channels))
+        if preprocess.mask_parts and center_mask is None:
+            raise UserError(f"this model's crop is centred on the mask {preprocess.center!r}: give it as center_mask")
+        center = volume_of(center_mask, affine, "center_mask") if preprocess.mask_parts else None
+        sample = preprocess.apply(VolumeCase("the image", channels, center))
+        maps = preprocess.restore(self.source(sample)[0], sample.placement)
+        if (covered := _covered(sample.placement)) < 1:
+            warnings.warn(f"the model's crop covers {covered:.1%} of the image; the map is 0 outside", stacklevel=2)
+        geometry = channels[0].geometry
+        if isinstance(image, np.ndarray):
+            return np.ascontiguousarray(geometry.from_canonical(maps))
+        return image_of(maps, geometry, image if is_image(image) else image[0])
+
+
+def _channels(image: Any, affine: Affine4 | None) -> list[Volume]:
+    """The channels of an image as `Predictor.predict` takes it."""
+    if isinstance(image, np.ndarray):
+        if affine is None:
+            raise UserError("an array needs an affine, which takes its voxel index to mm: predict(array, affine)")
+        found = list(image) if image.ndim == 4 else [image]
+    else:
+        found = [image] if is_image(image) else list(image)
+        if not found or not all(map(is_image, found)):
+            raise UserError(
+                f"predict takes nibabel images or a numpy array with its affine, got {type(image).__name__}"
+            )
+    return [volume_of(channel, affine, f"channel {number} of the image") for number, channel in enumerate(found)]
+
+
+def load_model(
+    path: str | Path, candidate: str | None = None, *, device: str = "auto", trust: bool = False
+) -> Predictor:
+    """The model in a model folder, or in a run folder that has one.
+
+    Args:
+        path: the folder.
+        candidate: whose model of a run folder; None: the winner's.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        trust: execute the study file that the model carries, if its network is defined there.
+
+    Raises UserError if there is no such model, or it cannot be used.
+    """
+    folder = _folder(Path(path), candidate)
+    card = read_card(folder)
+    return Predictor(card, MapSource(_load(folder, card, trust).on(_device(device)), card.study))
 
 
 @dataclass(frozen=True)
@@ -127,18 +206,24 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
                 f"if you trust where this model comes from, give --trust"
             )
         load_sources(card.study_source)
-    return load_model(folder, card)
+    return read_model(folder, card)
 
 
 def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
     for paths in images:
-        if len(paths) != card.channels:
-            raise UserError(
-                f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training, "
-                f"got {len(paths)}: {', '.join(map(str, paths))}; write the channels of one image as A.nii.gz,B.nii.gz"
-            )
+        _check_channels(
+            card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz"
+        )
     masks = _center_masks(card.preprocess, [paths[0] for paths in images], center_masks)
     return [ImageCase(_stem(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
+
+
+def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:
+    if found != card.channels:
+        takes = (
+            f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training"
+        )
+        raise UserError(f"{takes}, got {found}{detail}")
 
 
 def _center_masks(

@@ -1,7 +1,7 @@
 """Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom with known truth?
 
-Run:    softseg run studies/s001_quickstart.py          (or: make demo)
-Debug:  softseg run studies/s001_quickstart.py --debug
+Run:    softseg demo      (the same study: softseg run studies/s001_quickstart.py, make demo)
+Debug:  softseg demo --debug
 Cost:   8 candidates x 6 splits = 48 fits of 4 s; 2 min on 2 cores, two fits at a time
 Result: No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .849. Main effects, with 95 % intervals of
         the crossed test and Holm-corrected p: NormReLU +.030 (.010 to .049), p = .010; soft labels -.013 (-.015 to -.010),

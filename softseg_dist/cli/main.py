@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+import softseg_dist
 from softseg_dist.cli.compare import compare
 from softseg_dist.cli.models import predict, refit
 from softseg_dist.cli.options import (
@@ -28,6 +29,7 @@ from softseg_dist.cli.options import (
     Debug,
     FitsPerGpu,
     MaxWait,
+    Out,
     RunArg,
     Stores,
     StudyArg,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:  # both would import torch
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished
-    from softseg_dist.study_file import StudyFile
 
 app = typer.Typer(
     help="Cross-validated studies of soft-label segmentation training.",
@@ -64,13 +65,35 @@ class Exit(StrEnum):
     INTERRUPTED = "interrupted; the same command goes on"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"softseg_dist {softseg_dist.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Cross-validated studies of soft-label segmentation training."""
+
+
+@app.command()
+def demo(out: Out = "runs", stores: Stores = "stores", debug: Debug = False, as_json: AsJson = False) -> None:
+    """Run the quickstart study on simulated images, which needs no data: about 2 minutes on 2 cores."""
+    path = Path(softseg_dist.__file__).with_name("demo.py")
+    if not as_json:
+        typer.echo(f"Study    {path}\n         copy it to start your own")
+    run(path, out=out, stores=stores, debug=debug, as_json=as_json)
+
+
 @app.command()
 def run(
     study: StudyArg,
     data_root: DataRoot = None,
-    out: Annotated[
-        str, typer.Option("--out", help="Folder for runs, or its URI; this one becomes OUT/<study name>")
-    ] = "runs",
+    out: Out = "runs",
     stores: Stores = "stores",
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
@@ -93,11 +116,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with it: prepare data, train every candidate on every split, write the report."""
+    from softseg_dist.api import open_study, run_file
     from softseg_dist.engine.progress import progress_for
-    from softseg_dist.nested import run_nested
-    from softseg_dist.pipeline import RunOptions, run_study
+    from softseg_dist.nested import Nested
+    from softseg_dist.pipeline import RunOptions
 
-    loaded = _load(study, debug)
     options = RunOptions(
         data_root=data_root,
         out=out,
@@ -112,20 +135,20 @@ def run(
         max_wait_s=max_wait,
         final_model=not debug,
     )
-    if loaded.study.nested is not None:
-        nested = run_nested(loaded, options, lambda: progress_for(sys.stdout, as_json=as_json))
-        _conclude(nested.outcome, nested.plain() if as_json else None, lambda: _say_outer(nested))
-    finished = run_study(loaded, options, progress_for(sys.stdout, as_json=as_json))
-    where = {"run": finished.folder, "report": str(finished.report), "model": str(finished.model)}
-    _conclude(finished.outcome, where if as_json else None, lambda: _say_where(finished))
+    ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json))
+    if isinstance(ended, Nested):
+        _conclude(ended.outcome, ended.plain() if as_json else None, lambda: _say_outer(ended))
+    places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
+    _conclude(ended.outcome, places if as_json else None, lambda: _say_where(ended))
 
 
 @app.command()
 def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
     """Read, resample and crop a study's images once, into one Arrow file."""
+    from softseg_dist.api import open_study
     from softseg_dist.engine.preparation import prepare as prepare_store
 
-    prepared = prepare_store(_load(study, debug).study, data_root, stores, typer.echo)
+    prepared = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
     store = prepared.store
     size = " x ".join(map(str, store.size))
     typer.echo(
@@ -141,10 +164,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Look at a study's data: a table of problems, and a picture of every case with its labels' contours."""
+    from softseg_dist.api import open_study
     from softseg_dist.data.check import check_cases, samples_without_errors
     from softseg_dist.data.montage import montage
 
-    loaded = _load(study, debug=False).study
+    loaded = open_study(study).study
     cases = loaded.data.scan(data_root)
     problems = check_cases(cases, loaded.preprocess)
     usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MOST_SHOWN))
@@ -166,7 +190,8 @@ def report(
     as_latex: Annotated[bool, typer.Option("--latex", help="Print ranking and tests as LaTeX tables")] = False,
 ) -> None:
     """Write the report of a run again, or its numbers: printed as JSON or LaTeX, written as CSV."""
-    from softseg_dist.pipeline import csv_of, latex_of, numbers_of, report_run
+    from softseg_dist.api import Run
+    from softseg_dist.pipeline import csv_of, latex_of, numbers_of
 
     if as_json + as_csv + as_latex > 1:
         raise UserError("give one of --json, --csv and --latex")
@@ -177,7 +202,7 @@ def report(
     elif as_latex:
         typer.echo(latex_of(run))
     else:
-        typer.echo(str(report_run(run)))
+        typer.echo(str(Run(run).report()))
 
 
 app.command()(compare)
@@ -200,12 +225,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """How many fits a study has, how long they take, and what they cost on machines that can be rented."""
+    from softseg_dist.api import open_study
     from softseg_dist.engine.plan import load_prices, offers, plan_study
 
     if prices is None and PRICES.exists():
         prices = PRICES
     listed = load_prices(prices) if prices else None
-    loaded = _load(study, debug=False).study
+    loaded = open_study(study).study
     planned = plan_study(loaded, data_root, seconds_per_fit, run)
     found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
     if as_json:
@@ -250,15 +276,6 @@ def sync(
 
 
 app.command()(submit)
-
-
-def _load(path: Path, debug: bool) -> StudyFile:
-    from dataclasses import replace
-
-    from softseg_dist.study_file import load_study
-
-    loaded = load_study(path)
-    return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
 def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:

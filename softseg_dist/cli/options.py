@@ -14,6 +14,7 @@ RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)
 ]
+Out = Annotated[str, typer.Option("--out", help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
 Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
 MaxWait = Annotated[

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Geometry
-from softseg_dist.data.volume import read_geometry, read_volume
+from softseg_dist.data.volume import Volume, read_geometry, read_volume
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
@@ -185,6 +185,33 @@ class ImageCase(Case):
         volume = read_volume(path)
         _check_grid(volume.geometry, path, geometry, self.images[0])
         return volume.data
+
+
+class VolumeCase(ImageCase):
+    """An image in memory. `volumes` are its channels, all on one grid; `center` is the mask that centres the crop.
+
+    Raises UserError if the volumes lie on different grids.
+    """
+
+    def __init__(self, name: str, volumes: Sequence[Volume], center: Volume | None = None) -> None:
+        super().__init__(name, ())
+        self.volumes, self.center = tuple(volumes), center
+        for volume in (*self.volumes[1:], *([] if center is None else [center])):
+            if difference := self.volumes[0].geometry.difference(volume.geometry):
+                raise UserError(f"all channels and the mask of {name} must lie on one grid, got {difference}")
+
+    def load(self) -> CaseData:
+        """See `Case.load`: no raters, as of any `ImageCase`."""
+        image, geometry = np.stack([volume.data for volume in self.volumes]), self.volumes[0].geometry
+        raters = np.zeros((0, 0, *image.shape[1:]), dtype=np.float32)
+        return CaseData(image, raters, None, geometry.canonical_affine, geometry)
+
+    def mask(self, part: str) -> Float32:
+        """See `Case.mask`: the mask given, or its voxels of the value that `part` names after a colon."""
+        if self.center is None:
+            raise UserError(f"{self.name}: the crop is centred on the mask {part!r}; give it as center_mask")
+        _, _, value = part.partition(":")
+        return _label(self.center.data, MaskFile(Path("center_mask"), int(value) if value else None), part)
 
 
 class LabelledCase(ImageCase):

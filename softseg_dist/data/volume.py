@@ -90,10 +90,52 @@ def read_volume(path: Path) -> Volume:
             values = values.astype(np.float64)
             values *= header.slope
             values += header.intercept
-        data = np.array(header.geometry.to_canonical(values), dtype=np.float32, order="C")
+    return _finite(header.geometry.to_canonical(values), header.geometry, path)
+
+
+def _finite(values: NDArray[Any], geometry: Geometry, name: object) -> Volume:
+    """Canonical `values` as a volume; in float32 an overflow is infinite, which is refused."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        data = np.array(values, dtype=np.float32, order="C")
     if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
-        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {path}")
-    return Volume(data, header.geometry.canonical_affine, header.geometry)
+        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {name}")
+    return Volume(data, geometry.canonical_affine, geometry)
+
+
+def volume_of(image: Any, affine: Affine4 | None = None, name: str = "image") -> Volume:
+    """A nibabel image in memory, or an array [i j k] with its `affine` [4 4], which takes a voxel index to mm.
+
+    Raises UserError, in which `name` stands for the image, as `read_volume` does.
+    """
+    stored: Any = image if is_image(image) else np.asarray(image)
+    kind = stored.get_data_dtype() if is_image(image) else stored.dtype
+    if kind.kind not in "buif" or any(n > 1 for n in stored.shape[3:]) or 0 in (*stored.shape, len(stored.shape)):
+        raise UserError(f"{name} must have 3 dimensions of real numbers, got {_by(stored.shape)} of {kind}")
+    x, y, z = (*stored.shape, 1, 1)[:3]
+    values = stored.get_fdata(dtype=np.float64, caching="unchanged") if is_image(image) else stored
+    if is_image(image) and isinstance(image.header, nib.Nifti1Header):
+        found = _affine(image.header, (x, y, z), Path(name))
+    else:
+        found = np.asarray(image.affine if is_image(image) else affine, dtype=np.float64)
+    if found.shape != (4, 4) or not _is_invertible(found):
+        raise UserError(f"the affine must be finite, invertible and of 4 x 4 numbers, got {found.tolist()} for {name}")
+    geometry = Geometry((x, y, z), found)
+    return _finite(geometry.to_canonical(values.reshape(x, y, z)), geometry, name)
+
+
+def is_image(thing: object) -> bool:
+    """Whether `thing` is a nibabel image with a place in space."""
+    return isinstance(thing, nib.spatialimages.SpatialImage)
+
+
+def image_of(maps: NDArray[np.float32], geometry: Geometry, like: Any) -> Any:
+    """`maps` [K X Y Z] (canonical) as a nibabel image on the grid of `like`: [i j k], or [i j k K] for several.
+
+    Of a NIfTI image qform, sform, their codes and the units are copied, as `write_volume` does.
+    """
+    stored = np.ascontiguousarray(np.moveaxis(geometry.from_canonical(maps), 0, -1))
+    stored = stored[..., 0] if len(maps) == 1 else stored
+    return _image_like(stored, like.header) if isinstance(like.header, nib.Nifti1Header) else _image(stored, geometry)
 
 
 def write_volume(
@@ -107,7 +149,7 @@ def write_volume(
     """
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
     stored = np.ascontiguousarray(geometry.from_canonical(data))
-    image = _image(stored, geometry) if like is None else _image_like(stored, like)
+    image = _image(stored, geometry) if like is None else _image_like(stored, _raw_header(like))
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     draft = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}{suffix}")
     try:
@@ -131,8 +173,7 @@ def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
     return image
 
 
-def _image_like(stored: NDArray[Any], like: Path) -> nib.Nifti1Image:
-    raw = _raw_header(like)
+def _image_like(stored: NDArray[Any], raw: nib.Nifti1Header) -> nib.Nifti1Image:
     header = type(raw)()
     for name in PLACE:
         header[name] = raw[name]

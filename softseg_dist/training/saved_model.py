@@ -68,7 +68,7 @@ class ModelCard(Frozen):
 
     @property
     def needs_study_file(self) -> bool:
-        """True if network or activation are classes of the study file: its sources must be run before `load_model`."""
+        """True if network or activation are classes of the study file: its sources must be run before `read_model`."""
         parts = [self.recipe.get("network"), self.recipe.get("activation")]
         return OF_A_STUDY_FILE.search(canonical_json(parts)) is not None
 
@@ -76,7 +76,7 @@ class ModelCard(Frozen):
 def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
     """Write `folder`: a copy of the weights file that `save_weights` made, then the card.
 
-    A crash in between leaves a pair that `load_model` refuses, never one that predicts with the wrong weights.
+    A crash in between leaves a pair that `read_model` refuses, never one that predicts with the wrong weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
@@ -114,7 +114,7 @@ def read_card(folder: Path) -> ModelCard:
         raise _broken(path, f"{'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from error
 
 
-def load_model(folder: Path, card: ModelCard) -> Model:
+def read_model(folder: Path, card: ModelCard) -> Model:
     """The model of a folder, ready to predict on the CPU. Where `card.needs_study_file`, the study file has been run before.
 
     Raises UserError if the weights are missing or not those of the card, or do not fit its recipe.

@@ -23,7 +23,7 @@ from softseg_dist import AdaptiveWing, Affine, Flip, Preprocess
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.tracking.tracker import Tracker, coalesced, default_uri, parameters
-from softseg_dist.training.saved_model import load_model, read_card
+from softseg_dist.training.saved_model import read_card, read_model
 from softseg_dist.training.task import FitResult, FitTask
 
 pytestmark = pytest.mark.engine
@@ -238,7 +238,7 @@ def test_a_model_is_registered_once_per_weights_and_can_be_loaded_from_there(tmp
         there = Path(download_artifacts(version.source, tracking_uri=uri))
         assert {path.name for path in there.iterdir()} == {"model.json", "model.safetensors"}
         assert read_card(there) == read_card(folder)
-        load_model(there, read_card(there))
+        read_model(there, read_card(there))
 
 
 def test_a_refused_record_is_told_and_does_not_hold_up_the_others(tmp_path):

@@ -74,7 +74,10 @@ LAYERS = {
         "report",
         "pipeline",
     },
+    "api": {"errors", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
+    "demo": set(softseg_dist.__all__),
     "cli": {
+        "api",
         "errors",
         "words",
         "data",

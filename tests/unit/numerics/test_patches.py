@@ -49,7 +49,7 @@ from softseg_dist.training.fit import fit
 from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
 from softseg_dist.training.preflight import check_recipes
-from softseg_dist.training.saved_model import load_model, read_card
+from softseg_dist.training.saved_model import read_card, read_model
 from softseg_dist.training.targets import labelled_voxels
 from softseg_dist.training.task import FitTask, Interrupted, Worker, weights_path
 
@@ -290,7 +290,7 @@ def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_
     card = card_of(Preprocess(dim=3), recipe)
     model = Model.of(recipe, 1, 1, 3).eval()
     folder = saved(tmp_path / "model", card, model)
-    loaded = load_model(folder, read_card(folder))
+    loaded = read_model(folder, read_card(folder))
     assert loaded.patch == PATCH
     assert np.array_equal(predict_sample(loaded, store.sample(0)), predict_sample(model, store.sample(0)))
     before = {name: value for name, value in card.recipe.items() if name != "patch"}

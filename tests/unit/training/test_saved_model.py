@@ -15,7 +15,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.model import load_weights, save_weights
-from softseg_dist.training.saved_model import CARD, WEIGHTS, ModelCard, load_model, read_card
+from softseg_dist.training.saved_model import CARD, WEIGHTS, ModelCard, read_card, read_model
 
 STUDY = """
 from torch import nn
@@ -42,7 +42,7 @@ def test_a_saved_model_predicts_as_before(tmp_path: Path, dim: int) -> None:
     again = read_card(folder)
     assert again.replace(weights_sha256="") == card
     image = torch.randn(2, 2, *(8,) * dim)
-    assert torch.equal(load_model(folder, again)(image), model(image))
+    assert torch.equal(read_model(folder, again)(image), model(image))
 
 
 def test_a_layer_with_two_names_is_saved_under_both(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_saving_again_replaces_the_model(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", card.replace(epochs=9), later)
     image = torch.randn(1, 1, 8, 8)
     assert read_card(folder).epochs == 9
-    assert torch.equal(load_model(folder, read_card(folder))(image), later(image))
+    assert torch.equal(read_model(folder, read_card(folder))(image), later(image))
 
 
 def test_a_card_whose_dims_disagree_is_refused() -> None:
@@ -109,7 +109,7 @@ def test_a_damaged_model_is_refused_in_one_line(tmp_path: Path, damage: str) -> 
     act, message = DAMAGE[damage]
     act(folder)
     with pytest.raises(UserError, match=message) as caught:
-        load_model(folder, read_card(folder))
+        read_model(folder, read_card(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -136,11 +136,11 @@ def test_a_network_of_the_study_file_comes_back_once_the_file_has_been_run(tmp_p
     model = model_of(card, RECIPE.replace(network=module.OneConvolution()))
     folder = saved(tmp_path / "model", card, model)
     image = torch.randn(1, 1, 8, 8)
-    assert torch.equal(load_model(folder, read_card(folder))(image), model(image))
+    assert torch.equal(read_model(folder, read_card(folder))(image), model(image))
     unknown = json.loads((folder / CARD).read_text().replace("mine:One", "other:One"))
     (folder / CARD).write_text(json.dumps(unknown))
     with pytest.raises(UserError, match="load the study file that defines it first"):
-        load_model(folder, read_card(folder))
+        read_model(folder, read_card(folder))
 
 
 def test_reading_a_card_runs_no_code(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_reading_a_card_runs_no_code(tmp_path: Path) -> None:
     sources = Sources("spy.py", {"spy.py": text})
     card = card_of(Preprocess(), study_source=sources)
     folder = saved(tmp_path / "model", card, model_of(card))
-    load_model(folder, read_card(folder))
+    read_model(folder, read_card(folder))
     assert not trace.exists()
     load_sources(sources)
     assert trace.exists(), "the file would have left a trace"

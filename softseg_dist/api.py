@@ -1,0 +1,248 @@
+"""Run studies and use their results from Python: what a notebook or a script calls. The command line calls the same functions.
+
+    import softseg_dist
+    run = softseg_dist.run("study.py", data_root="data", local=True)    # or load("runs/study"), or load("s3://lab/runs/study")
+    print(run.answer); run.ranking; run.tests; run.results; run.fits    # pandas tables, see `Run`
+    soft = run.model().predict(image)                                   # a nibabel image on the image's own grid
+
+Ray, MLflow and Optuna are imported by `run` alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from softseg_dist.prediction import Predictor, load_model
+
+if TYPE_CHECKING:  # pandas and what imports Ray
+    import pandas as pd
+
+    from softseg_dist.engine.progress import Progress
+    from softseg_dist.engine.session import Outcome
+    from softseg_dist.nested import Nested
+    from softseg_dist.pipeline import Finished, RunOptions
+    from softseg_dist.report.run_folder import OuterData, RunData
+    from softseg_dist.report.tables import Summary
+    from softseg_dist.study_file import StudyFile
+
+__all__ = ["Predictor", "Run", "load", "load_model", "run", "run_file"]
+
+NAME, NUMBER, COUNT = "string", "float64", "int64"
+RESULTS: Final = {
+    "study": "category",
+    "candidate": "category",
+    "split": "int32",  # -1: several fits together
+    **dict.fromkeys(("subset", "subject", "case", "class"), "category"),
+    "reference": "category",  # "mean" of the raters, one of them by name, "raters", or "truth"
+    "threshold": NUMBER,  # NaN: measured on the soft map
+    "metric": "category",
+    "value": NUMBER,
+}
+RANKING: Final = {
+    "rank": "Int64",  # from 1; missing without a score
+    "candidate": NAME,
+    "proposed": "bool",  # by a search
+    **dict.fromkeys(("mean", "low", "high"), NUMBER),  # the objective on test, and its 95 % interval
+    "sd": NUMBER,  # of the means of the splits
+    **dict.fromkeys(("num_subjects", "num_splits", "num_scores"), COUNT),  # a score is that of a subject in a split
+    "num_undefined": COUNT,  # values of the objective that do not exist
+    **dict.fromkeys(("volume_error", "volume_error_abs", "brier", "ece"), NUMBER),
+    **dict.fromkeys(("dice_at_fixed", "dice_at_grid", "dice_at_dice_optimal"), NUMBER),
+    **dict.fromkeys(("threshold_fixed", "threshold_grid", "threshold_dice_optimal"), NUMBER),  # means over fits
+}
+TESTS: Final = {
+    **dict.fromkeys(("candidate", "reference"), NAME),
+    **dict.fromkeys(("difference", "low", "high"), NUMBER),  # candidate minus reference, and its 95 % interval
+    **dict.fromkeys(("p", "p_holm", "df"), NUMBER),  # of the crossed test
+    **dict.fromkeys(("p_wilcoxon", "p_corrected"), NUMBER),  # over splits: Wilcoxon, corrected resampled t-test
+    **dict.fromkeys(("bootstrap_low", "bootstrap_high"), NUMBER),
+    **dict.fromkeys(("num_subjects", "num_splits", "num_pairs"), COUNT),
+    "note": NAME,
+}
+FITS: Final = {  # see `FitResult`
+    "candidate": NAME,
+    "split": COUNT,
+    **dict.fromkeys(("state", "reason"), NAME),  # "finished", or "failed" for a reason
+    **dict.fromkeys(("score", "test_score"), NUMBER),
+    "best_epoch": "Int64",
+    "epochs": COUNT,
+    "converged": "boolean",
+    "dead_share": NUMBER,
+    "parameters": "Int64",
+    **dict.fromkeys(("duration_s", "peak_memory_mb"), NUMBER),
+    **dict.fromkeys(("attempt", "num_workers"), COUNT),
+    "resumed_epoch": "Int64",
+    **dict.fromkeys(("precision", "engine"), NAME),
+}
+
+
+def run(
+    study: str | Path,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    local: bool = False,
+    debug: bool = False,
+    options: RunOptions | None = None,
+) -> Run:
+    """Run a study, or go on with it: prepare data, train every candidate on every split, write the report.
+
+    Progress is printed as plain lines, on a terminal as a table. An interrupt (Ctrl-C, "stop" of a notebook) lets running fits
+    write their checkpoints; the same call goes on.
+
+    Args:
+        study: path of a study file.
+        data_root: folder that holds the study's data set.
+        out: folder for runs, or its URI; the run folder is OUT/<study name>. None: "runs".
+        local: run in this process, one fit at a time, without Ray; breakpoints work.
+        debug: 2 splits, 2 epochs, few subjects, under the name <study name>-debug: does it run at all?
+        options: further settings, such as `RunOptions(stores=..., address=...)`; the arguments above come before its fields.
+
+    Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
+    """
+    from softseg_dist.engine.progress import progress_for
+    from softseg_dist.pipeline import RunOptions
+
+    given: dict[str, Any] = {} if data_root is None else {"data_root": Path(data_root)}
+    given |= {} if out is None else {"out": out}
+    given |= {"local": True} if local else {}
+    chosen = replace(options or RunOptions(command="softseg_dist.run"), **given)
+    ended = run_file(open_study(study, debug), chosen, lambda: progress_for(sys.stdout))
+    return Run(ended.folder, ended.outcome)
+
+
+def open_study(study: str | Path, debug: bool = False) -> StudyFile:
+    """A study with its source; with `debug`, cut to what runs in a minute. Raises UserError if it cannot be loaded."""
+    from softseg_dist.study_file import load_study
+
+    loaded = load_study(study)
+    return replace(loaded, study=loaded.study.debug()) if debug else loaded
+
+
+def run_file(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Finished | Nested:
+    """Run a loaded study, nested or not; `progress` makes a display for each search."""
+    from softseg_dist.nested import run_nested
+    from softseg_dist.pipeline import run_study
+
+    return run_study(file, options, progress()) if file.study.nested is None else run_nested(file, options, progress)
+
+
+def load(folder: str | Path) -> Run:
+    """The run in a folder or at a URI, finished or not; reads files only, and executes no code of the run.
+
+    Raises UserError if it is not a run folder, a file in it cannot be read, or no fit has finished yet.
+    """
+    loaded = Run(str(folder))
+    _ = loaded._data
+    return loaded
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. `outcome` counts fits by how they stand after `run`; it is None after `load`.
+
+    The tables are pandas data frames whose columns and types are those of `RESULTS`, `RANKING`, `TESTS` and `FITS` in
+    `softseg_dist.api`. They are read once: use `load` again while a run goes on. Of a nested study there are `results` (on
+    outer test subjects), `answer` and `report()`; each outer split is a run of its own, in outer/000 and so on.
+    """
+
+    folder: str
+    outcome: Outcome | None = None
+
+    @property
+    def results(self) -> pd.DataFrame:
+        """Everything measured on test subjects: a row per candidate, split, case, class, reference, threshold and metric."""
+        return _typed(self._data.results, RESULTS)
+
+    @property
+    def ranking(self) -> pd.DataFrame:
+        """A row per candidate, the highest ranked first: the objective on test, and metrics beside it."""
+        rows = []
+        for s in self._summary.ranking:
+            names = {"candidate": s.name, "num_undefined": s.undefined}
+            rules = {f"dice_at_{rule}": dice for rule, dice in s.dice.items()}
+            rules |= {f"threshold_{rule}": threshold for rule, threshold in s.thresholds.items()}
+            rows.append(vars(s) | names | s.beside | rules)
+        return _frame(rows, RANKING)
+
+    @property
+    def tests(self) -> pd.DataFrame:
+        """A row per candidate that is compared with the reference (the control, or else the highest ranked), highest first."""
+        rows = []
+        for c in self._summary.comparisons:
+            beside = {"p_wilcoxon": c.wilcoxon.p, "p_corrected": c.corrected.p}
+            beside |= {"bootstrap_low": c.bootstrap.low, "bootstrap_high": c.bootstrap.high}
+            rows.append(vars(c) | vars(c.crossed) | {"difference": c.crossed.mean} | beside)
+        return _frame(rows, TESTS)
+
+    @property
+    def fits(self) -> pd.DataFrame:
+        """A row per fit that has ended, with or without a score. Those of `tune_each` are left out."""
+        return _frame(({name: getattr(fit, name) for name in FITS} for fit in self._of_one_study.fits), FITS)
+
+    @property
+    def answer(self) -> str:
+        """The finding in words, as on the first lines of the report."""
+        from softseg_dist.report.findings import answer
+        from softseg_dist.report.held_out import outer_answer, outer_table
+        from softseg_dist.report.run_folder import OuterData
+
+        data = self._data
+        return outer_answer(outer_table(data)) if isinstance(data, OuterData) else answer(self._summary)
+
+    def report(self) -> Path:
+        """Write the report again; returns the path of its page, which is on this machine."""
+        from softseg_dist.pipeline import report_run
+
+        return report_run(self.folder)
+
+    def model(self, candidate: str | None = None, *, trust: bool = False) -> Predictor:
+        """The model of the winner, or of another `candidate` that `softseg refit` has trained; see `load_model`."""
+        from softseg_dist.record.remote import WorkingCopy
+
+        copy = WorkingCopy(self.folder)
+        copy.pull("model/*", f"model-{candidate}/*")
+        return load_model(copy.folder, candidate, trust=trust)
+
+    @cached_property
+    def _data(self) -> RunData | OuterData:
+        from softseg_dist.pipeline import REPORTED
+        from softseg_dist.record.remote import WorkingCopy
+        from softseg_dist.report.run_folder import load_outer, load_run
+
+        copy = WorkingCopy(self.folder)
+        copy.pull(*REPORTED)
+        return load_outer(copy.folder) or load_run(copy.folder)
+
+    @property
+    def _of_one_study(self) -> RunData:
+        from softseg_dist.errors import UserError
+        from softseg_dist.report.run_folder import OuterData
+
+        if isinstance(self._data, OuterData):
+            raise UserError(f"{self.folder} is a nested study: load {self.folder}/outer/000 or another of its runs")
+        return self._data
+
+    @cached_property
+    def _summary(self) -> Summary:
+        from softseg_dist.report.tables import summarise
+
+        return summarise(self._of_one_study)
+
+
+def _frame(rows: Iterable[Mapping[str, Any]], schema: Mapping[str, str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return _typed(
+        pd.DataFrame([{name: row.get(name) for name in schema} for row in rows], columns=list(schema)), schema
+    )
+
+
+def _typed(frame: pd.DataFrame, schema: Mapping[str, str]) -> pd.DataFrame:
+    """The columns of `schema`, in its order and types, numbered from 0."""
+    return frame[list(schema)].astype(dict(schema)).reset_index(drop=True)
