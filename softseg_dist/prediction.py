@@ -96,7 +96,7 @@ def load_model(
 
     Args:
         path: the folder.
-        candidate: whose model of a run folder; None: the winner's.
+        candidate: candidate of a run folder whose model is used; None: the winner.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         trust: execute the study file that the model carries, if its network is defined there.
 
@@ -109,9 +109,9 @@ def load_model(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one image: the soft map of each class, its mask and entropy where asked for; or what was wrong.
+    """The result for one image: files of the soft map, mask and entropy of each class; or the error.
 
-    `covered` is the share of the image's field of view that lies within the model's crop: the map is 0 outside.
+    `covered` is the share of the field of view that lies within the model's crop; the map is 0 outside.
     """
 
     image: Path
@@ -136,28 +136,28 @@ def predict_images(
     device: str = "auto",
     trust: bool = False,
 ) -> Iterator[Prediction]:
-    """Predict image after image; each is written whole, over what was there, before it is yielded.
+    """Predict image after image; the files of each replace existing ones and are complete when it is yielded.
 
     The soft map of a class is float32 in [0, 1], never rounded, on the grid of the image's first channel:
-    `<stem>_label-<class>_softseg.nii.gz`. Voxels outside the model's crop are 0: nothing was predicted there.
+    `<stem>_label-<class>_softseg.nii.gz`. Voxels outside the model's crop are 0.
 
     Args:
         model: a model folder, or a run folder that has one.
         images: one sequence of files per image, its channels in the order of training.
         out: folder of the maps.
-        center_masks: one per image, if the model's crop is centred on a mask; else none.
+        center_masks: one per image if the model's crop is centred on a mask, else none.
         binary: a rule of the card's thresholds, or a number: masks {map > threshold} are written too, as uint8
             `<stem>_label-<class>_mask.nii.gz`.
-        candidate: whose model of a run folder; default: the winner's.
+        candidate: candidate of a run folder whose model is used; None: the winner.
         ensemble: the map is the mean over all finished fits of the model's candidate, from the run folder around it.
         uncertainty: the map's entropy in bits is written too, as float32 `<stem>_label-<class>_entropy.nii.gz`: of an ensemble
             that of its mean, else that of the mean of several maps by one model (see `method_of`).
-        samples: how many; None: as many as the method takes.
+        samples: number of maps; None: the default of the method.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        trust: run the study file that the model carries, if its network is defined there.
+        trust: execute the study file that the model carries, if its network is defined there.
 
     Raises UserError, before anything is written, if the model cannot be used, an argument or a header does not fit it, or
-    two maps would have one name. What is found later is the `error` of that image.
+    two maps would have one name. A later error is the `error` of its image.
     """
     folder = _folder(model, candidate)
     card = read_card(folder)
@@ -175,7 +175,7 @@ def predict_images(
 
 
 def _folder(model: Path, candidate: str | None) -> Path:
-    """The model folder that `model` is, or the one it holds."""
+    """The model folder `model`, or the one in the run folder `model`."""
     if candidate is None:
         return model if (model / CARD).exists() or not (model / "model").is_dir() else model / "model"
     for folder in (model / f"model-{candidate}", model / "model"):
@@ -188,7 +188,9 @@ def _source(
     model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None
 ) -> MapSource:
     if samples is not None and (ensemble or not uncertainty):
-        raise UserError("--samples is how often one model is asked for --uncertainty: leave it out of everything else")
+        raise UserError(
+            "--samples is the number of predictions for --uncertainty of one model: leave it out, or give both without --ensemble"
+        )
     if ensemble:
         return MapSource(model, card.study, members=weights_of_fits(folder, card), unsure=uncertainty)
     return MapSource(model, card.study, method=method_of(card, model, samples) if uncertainty else None)
@@ -202,8 +204,8 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
             )
         if not trust:
             raise UserError(
-                f"{folder}: its network is defined in {', '.join(card.study_source.texts)}, whose code must be run to predict; "
-                f"if you trust where this model comes from, give --trust"
+                f"{folder}: its network is defined in {', '.join(card.study_source.texts)}, whose code must be executed to "
+                f"predict; if you trust the origin of this model, give --trust (in Python: trust=True)"
             )
         load_sources(card.study_source)
     return read_model(folder, card)
@@ -238,7 +240,7 @@ def _center_masks(
     (part,) = preprocess.mask_parts
     if len(center_masks) != len(images):
         raise UserError(
-            f"this model sees a crop that is centred on the mask {part!r}, so every image needs that mask: give "
+            f"this model's crop is centred on the mask {part!r}, so every image needs that mask: give "
             f"--center-mask FILE once per image, in the same order; got {len(center_masks)} for {len(images)} "
             f"image{'s' * (len(images) > 1)}, the first of which is {images[0]}"
         )
@@ -269,7 +271,7 @@ def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | Non
 
 
 def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
-    """Nothing is written over an input, or over the map of another image that has the same name in another folder."""
+    """Raises UserError if a map would replace an input, or the map of another image that has the same file name."""
     taken = {path.resolve() for path in inputs}
     for output in outputs:
         for path in (*output.maps.values(), *output.masks.values(), *output.entropies.values()):
@@ -303,7 +305,7 @@ def _predict(
         return Prediction(case.images[0], error=text if str(case.images[0]) in text else f"{case.images[0]}: {text}")
     except torch.OutOfMemoryError:
         return Prediction(
-            case.images[0], error=f"{case.images[0]}: the GPU's memory is too small for it; use --device cpu"
+            case.images[0], error=f"{case.images[0]}: the memory of the GPU is too small for it; use --device cpu"
         )
     return replace(output, covered=_covered(sample.placement))
 
@@ -314,7 +316,7 @@ def _covered(placement: Placement) -> float:
 
 def _device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU that this torch can use; --device auto takes the CPU then")
+        raise UserError("device cuda: there is no GPU that this torch can use; use device auto or cpu")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The command `softseg compare`: two runs, or two candidates of one run, beside each other."""
+"""The command `softseg compare`: two runs, or two candidates of one run, side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softseg_dist.cli.options import AsJson
 if TYPE_CHECKING:  # would import torch
     from softseg_dist.report.comparison import Contrast, RunComparison
 
-COLUMNS = ("candidate", "A", "B", "B less A", "95 % interval", "p", "p (Holm)", "n")
+COLUMNS = ("candidate", "A", "B", "B minus A", "95 % interval", "p", "p (Holm)", "n")
 
 
 def compare(
@@ -24,21 +24,23 @@ def compare(
     ],
     run_b: Annotated[
         str,
-        typer.Argument(metavar="RUN_B", help="Another one, or the same: then name two candidates", show_default=False),
+        typer.Argument(
+            metavar="RUN_B", help="Another run folder; or the same one, with two candidates", show_default=False
+        ),
     ],
     candidate_a: Annotated[
         str | None,
         typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners", show_default=False),
     ] = None,
     candidate_b: Annotated[
-        str | None, typer.Option(help="Candidate of RUN_B; one name alone stands for both", show_default=False)
+        str | None, typer.Option(help="Candidate of RUN_B; a name given once applies to both runs", show_default=False)
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Compare by this metric; default: the objective of both", show_default=False)
+        str | None, typer.Option(help="Metric to compare by; default: the objective of both", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """In what two runs differ, and by how much their scores do: paired by subject and split where both have them."""
+    """Show how the settings and the scores of two runs differ, paired by subject and split where both have them."""
     from softseg_dist.pipeline import compare_runs
     from softseg_dist.report.comparison_words import comparison_json
 
@@ -65,8 +67,8 @@ def _show(found: RunComparison, console: Console) -> None:
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             console.print(f"Only in {side}: {listed(names)}", markup=False)
-    console.print(f"\nB less A in {metric(found)} on test. {pairing_sentence(found)}", markup=False)
-    console.print("Columns A and B are means over all scores of a run, B less A over what is paired.")
+    console.print(f"\nB minus A in {metric(found)} on test. {pairing_sentence(found)}", markup=False)
+    console.print("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
     _print_contrasts(found.contrasts, console)
     console.print(f"\n{answer(found)}", markup=False)
     for text in caveats(found):

@@ -1,7 +1,7 @@
-"""softseg: run studies, look at data, print reports. Flags say where and how much machine, never what science.
+"""softseg: run studies, check data, print reports. Options choose places and machines; they do not change results.
 
 Exit codes: 0 done, 1 some fits failed, 2 bad input, 130 interrupted and resumable.
-Heavy packages are imported inside the commands: `softseg --help` answers at once.
+Heavy packages are imported inside the commands, so that `softseg --help` is fast.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ app = typer.Typer(
 )
 
 PRICES = Path("cluster/prices.yaml")
-MOST_SHOWN = 24  # cases on the montage of `softseg check`
+MAX_SHOWN = 24  # cases on the montage of `softseg check`
 
 
 class Exit(StrEnum):
-    """Why a run ended, in the words of its last line."""
+    """Why a run ended; the value is printed as the last line."""
 
     DONE = "done"
     FAILED = "some fits failed"
-    INTERRUPTED = "interrupted; the same command goes on"
+    INTERRUPTED = "interrupted; the same command continues it"
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,14 +96,14 @@ def run(
     out: Out = "runs",
     stores: Stores = "stores",
     max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Fits at a time; default: as many as fit the machine")
+        int | None, typer.Option(min=1, help="Fits at a time; default: as many as the machine can hold")
     ] = None,
     workers_per_fit: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share every batch of a fit; changes no result")
+        int | None, typer.Option(min=1, help="Processes that share every batch of a fit")
     ] = None,
     gpus_per_fit: Annotated[
         float | None,
-        typer.Option(min=0, help="GPUs of each worker, 0.25 shares one among four; default: 1 if there is any"),
+        typer.Option(min=0, help="GPUs of each worker; 0.25: four share one; default: 1 if there is any"),
     ] = None,
     fits_per_gpu: FitsPerGpu = None,
     tracking_uri: Annotated[
@@ -115,7 +115,7 @@ def run(
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a study, or go on with it: prepare data, train every candidate on every split, write the report."""
+    """Run a study or continue it: prepare data, train every candidate on every split, write the report."""
     from softseg_dist.api import open_study, run_file
     from softseg_dist.engine.progress import progress_for
     from softseg_dist.nested import Nested
@@ -160,10 +160,10 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "store
 def check(
     study: StudyArg,
     data_root: DataRoot = None,
-    picture: Annotated[Path, typer.Option(help="Where the montage goes")] = Path("montage.png"),
+    picture: Annotated[Path, typer.Option(help="File of the picture")] = Path("montage.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Look at a study's data: a table of problems, and a picture of every case with its labels' contours."""
+    """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
     from softseg_dist.data.check import check_cases, samples_without_errors
     from softseg_dist.data.montage import montage
@@ -171,7 +171,7 @@ def check(
     loaded = open_study(study).study
     cases = loaded.data.scan(data_root)
     problems = check_cases(cases, loaded.preprocess)
-    usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MOST_SHOWN))
+    usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MAX_SHOWN))
     if usable:
         montage(usable, picture, loaded.data.classes)
     shown = str(picture) if usable else None
@@ -189,7 +189,7 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Write its tables as CSV files beside the page")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print ranking and tests as LaTeX tables")] = False,
 ) -> None:
-    """Write the report of a run again, or its numbers: printed as JSON or LaTeX, written as CSV."""
+    """Write the report of a run again, or its numbers as JSON, CSV or LaTeX."""
     from softseg_dist.api import Run
     from softseg_dist.pipeline import csv_of, latex_of, numbers_of
 
@@ -217,14 +217,16 @@ def plan(
     prices: Annotated[
         Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there", show_default=False)
     ] = None,
-    seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="How long one fit takes")] = None,
+    seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="Duration of one fit")] = None,
     run: Annotated[
         str | None,
-        typer.Option(help="A run folder whose finished fits tell how long one takes, such as that of --debug"),
+        typer.Option(
+            help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many fits a study has, how long they take, and what they cost on machines that can be rented."""
+    """Show how many fits a study has, how long they take, and what they cost on rented machines."""
     from softseg_dist.api import open_study
     from softseg_dist.engine.plan import load_prices, offers, plan_study
 
@@ -244,7 +246,7 @@ def plan(
 
 @app.command()
 def status(run: RunArg, as_json: AsJson = False) -> None:
-    """How far a run is: what is done, what seems to run, since when nothing has happened. Reads only, from anywhere."""
+    """Show the progress of a run, without changing it: finished and running fits, time of the last event."""
     from softseg_dist.record.status import show, status_of
 
     found = status_of(run)
@@ -262,7 +264,7 @@ def sync(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell MLflow what it could not be told while a study ran, because its server was away."""
+    """Send to MLflow the records that it did not receive during a run because its server did not answer."""
     from softseg_dist.tracking.sync import sync_run
 
     synced = sync_run(run, tracking_uri)
@@ -271,7 +273,7 @@ def sync(
     else:
         for note in synced.notes:
             typer.echo(note)
-        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} wait")
+        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} not sent yet")
     raise typer.Exit(1 if synced.waiting or synced.notes else 0)
 
 
@@ -279,7 +281,7 @@ app.command()(submit)
 
 
 def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:
-    """Say how a run ended and where things are, for machines where there is a `plain`; and end with its exit code."""
+    """Print how a run ended and where its files are, as JSON if `plain` is given; exit with its code."""
     end = (
         Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
     )
@@ -299,7 +301,7 @@ def _say_outer(nested: Nested) -> None:
     for run in nested.runs:
         if run.report is not None:
             typer.echo(f"Report   {run.report}")
-    typer.echo("Model    none: run the study once more, without nested=... and under another name, to get one")
+    typer.echo("Model    none: for one, run the study without nested=..., under another name")
 
 
 def _say_where(finished: Finished) -> None:
@@ -317,7 +319,7 @@ def _say_where(finished: Finished) -> None:
 
 
 def _installed(command: str) -> str:
-    """How to call a command of this environment: by its name if that finds it, else by its path."""
+    """How to call a command of this environment: its name if the shell finds it, else its path."""
     here = Path(sys.executable).parent / command
     found = shutil.which(command)
     return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
@@ -339,20 +341,22 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
     from rich.table import Table
 
     console = Console(soft_wrap=True, highlight=False)
-    who = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
+    candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
     tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""
-    most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
-    console.print(f"{plan.study}: {who}, each on {plan.splits} splits{tuning}{nested}: {most}{plan.fits} fits")
+    at_most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
+    console.print(
+        f"{plan.study}: {candidates}, each on {plan.splits} splits{tuning}{nested}: {at_most}{plan.fits} fits"
+    )
     if not plan.seconds_per_fit:
-        console.print(f"How long a fit takes is not known yet: softseg run {study} --debug")
+        console.print(f"The duration of a fit is not known yet: softseg run {study} --debug")
         run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")
         console.print(f"and then                               softseg plan {study} --run {run}")
         return
     total = plan.fits * plan.seconds_per_fit / 3600
     console.print(f"{plan.seconds_per_fit:,.1f} s per fit at most, {total:,.2f} hours one after the other")
     if prices is None:
-        console.print("For costs name a price list with --prices; cluster/prices.yaml of the source is one.")
+        console.print("For costs give a price list with --prices, such as cluster/prices.yaml of the repository.")
         return
     table = Table("Machine", "Where", "GPUs", "Places", "Hours", "USD", "USD spot", box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
@@ -364,9 +368,9 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
         table.add_row(machine.name, f"{machine.provider} {machine.region}", gpus, str(offer.places), *amounts)
     console.print(table if offers else "No machine of the price list can hold one fit: see the study's resources.")
     console.print(
-        "Places: fits at a time. Several machines divide the hours, not the costs; each kind has a speed of its own."
+        "Places: fits at a time. Several machines divide the hours, not the costs; the speed of machines differs."
     )
-    console.print(f"Prices of {prices.written}, indicative: look at {'; '.join(prices.pages.values())}")
+    console.print(f"Prices of {prices.written}, indicative; see {'; '.join(prices.pages.values())}")
 
 
 def main() -> None:
@@ -376,9 +380,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if (told := no_room(error) or out_of_reach(error)) is None:
+        if (message := no_room(error) or out_of_reach(error)) is None:
             raise
-        _fail(told)
+        _fail(message)
 
 
 def _fail(message: str) -> NoReturn:

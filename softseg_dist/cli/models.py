@@ -1,4 +1,4 @@
-"""Commands about models: train one on everybody, predict with one."""
+"""Commands about models: train one on all subjects, predict with one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softseg_dist.cli.options import Address, AsJson, MaxWait, RunArg, say
 
 
 class Device(StrEnum):
-    """Where a model predicts."""
+    """The device that a model predicts on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -35,7 +35,7 @@ CenterMasks = Annotated[
     list[Path] | None,
     typer.Option(
         "--center-mask",
-        help="Mask that centres the crop, where the model wants one: once per image, in order",
+        help="Mask that centres the crop, if the model needs one: once per image, in order",
         show_default=False,
     ),
 ]
@@ -43,40 +43,42 @@ Binary = Annotated[
     str | None,
     typer.Option(
         metavar="RULE|NUMBER",
-        help="Also write masks, cut at a threshold: a number, or a rule of the model: fixed, grid, dice_optimal",
+        help="Also write masks: voxels above a number, or above the threshold of a rule: fixed, grid, dice_optimal",
         show_default=False,
     ),
 ]
-OfRun = Annotated[str | None, typer.Option(help="Which model of a run; default: the winner's", show_default=False)]
+OfRun = Annotated[
+    str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner", show_default=False)
+]
 Ensemble = Annotated[
-    bool, typer.Option("--ensemble", help="The mean over all fits of the model's candidate, from its run folder")
+    bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")
 ]
 Uncertainty = Annotated[
     bool,
     typer.Option(
         "--uncertainty",
-        help="Also write the entropy in bits: of the ensemble, or of one model under dropout, else under its augmentation",
+        help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation",
     ),
 ]
 Samples = Annotated[
-    int | None, typer.Option(min=2, help="How often one model is asked for --uncertainty", show_default=False)
+    int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty", show_default=False)
 ]
 OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the study file that the model carries, if its network is defined there")
+    bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")
 ]
 
 
 def refit(
     run: RunArg,
     candidate: Annotated[
-        str | None, typer.Option(help="Which one to train; default: the winner", show_default=False)
+        str | None, typer.Option(help="Candidate to train; default: the winner", show_default=False)
     ] = None,
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker", show_default=False)] = None,
     address: Address = None,
     max_wait: MaxWait = None,
 ) -> None:
-    """Train a candidate of a run on all subjects, on all CPUs or GPUs there are: the model to take home."""
+    """Train a final model: a candidate of a run on all subjects that are not held out, on all CPUs or GPUs."""
     from softseg_dist.engine.progress import PlainLines
     from softseg_dist.pipeline import RunOptions, refit_run
 

@@ -1,4 +1,4 @@
-"""What several commands take, and how they complain."""
+"""Arguments and options that several commands share, and how errors are printed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DataRoot = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
 Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
-Debug = Annotated[bool, typer.Option("--debug", help="2 splits, 2 epochs, few subjects: does it run at all?")]
+Debug = Annotated[bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and few subjects, as a test")]
 MaxWait = Annotated[
     float | None,
     typer.Option(
         "--max-wait",
         min=0,
-        help="Seconds to wait for a machine that can hold a fit; default: 600 where a cluster grows",
+        help="Seconds to wait for a machine that can hold a fit; default: 600 on a cluster that grows",
     ),
 ]
 
@@ -39,7 +39,7 @@ FitsPerGpu = Annotated[
         "--fits-per-gpu",
         metavar="K|auto",
         callback=_a_count_or_auto,
-        help="Fits that share a GPU in one process; auto measures how many pay",
+        help="Fits that share a GPU in one process; auto measures which number is fastest",
         show_default=False,
     ),
 ]

@@ -30,19 +30,21 @@ def submit(
         str | None, typer.Option(help="MLflow server that the head can reach", show_default=False)
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="As of run")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, say how to follow and to stop, and end")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Submit, print how to follow and stop the job, and end")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
 ) -> None:
-    """Run a study on a cluster, from a machine outside it. Local paths are those of the cluster's head.
+    """Run a study on a cluster, from a machine outside it. Paths without a scheme are paths of the cluster's head.
 
-    The study file is sent, with the helper modules beside it. The head's own softseg_dist, of the same version, runs it,
-    and goes on when this command ends.
+    The study file is sent, with the helper modules beside it. The softseg_dist of the head, of the same version, runs it,
+    also after this command has ended.
     """
     from softseg_dist.engine.ray_submit import follow
     from softseg_dist.engine.ray_submit import submit as start_job
     from softseg_dist.study_file import load_study
 
-    sources = load_study(study).sources  # its mistakes show here, not on the cluster
+    sources = load_study(study).sources  # reports mistakes here, before the cluster is used
     options = {
         "--workers-per-fit": workers_per_fit,
         "--gpus-per-fit": gpus_per_fit,
@@ -61,7 +63,7 @@ def submit(
     if no_wait and as_json:
         typer.echo(json.dumps({"job": job.id, "address": job.address, **job.commands}))
     elif no_wait:
-        typer.echo(f"Job {job.id} goes on without this command.")
+        typer.echo(f"Job {job.id} continues without this command.")
         for what, command in job.commands.items():
             typer.echo(f"  {what} it: {command}")
     raise typer.Exit(code)

@@ -214,10 +214,14 @@ class VolumeCase(ImageCase):
         return _label(self.center.data, MaskFile(Path("center_mask"), int(value) if value else None), part)
 
 
+def _no_mask(part: str) -> MaskFile:
+    raise UserError(f"this data set names no mask {part!r} to centre the crop on; use center='image' or 'foreground'")
+
+
 class LabelledCase(ImageCase):
     """An image with masks. `labels`: rater -> class -> file; `problems`: what is missing, one sentence each.
 
-    `find_mask` finds the file of any mask of this case by its part, or raises UserError; it is used to centre the crop.
+    `find_mask` finds the file of a mask of this case by its part, or raises UserError; it is used to centre the crop.
     """
 
     def __init__(
@@ -227,8 +231,8 @@ class LabelledCase(ImageCase):
         subject: str,
         site: str,
         labels: Mapping[str, Mapping[str, MaskFile]],
-        problems: Sequence[str],
-        find_mask: Callable[[str], MaskFile],
+        problems: Sequence[str] = (),
+        find_mask: Callable[[str], MaskFile] = _no_mask,
     ) -> None:
         super().__init__(name, images, subject, site)
         self.rater_names = tuple(labels)
