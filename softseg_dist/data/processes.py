@@ -14,27 +14,26 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from softseg_dist.frozen import OF_TEXT
 
 PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
-PRELOADED = [
-    "__main__",
-    *(f"softseg_dist.data.{name}" for name in ("layouts", "phantom", "store")),
-]  # once, not by each worker
+PRELOADED = [f"softseg_dist.data.{name}" for name in ("layouts", "phantom", "store")]  # once, not by each worker
 LOOK_AHEAD = 2  # tasks per worker that may be done or under way before their turn: results wait on disk
 
 Task = TypeVar("Task")
@@ -57,8 +56,7 @@ def over_processes(
     """As `map(function, tasks)`: results in the order of the tasks; an error is raised where its result would come.
 
     `function` and `tasks` are pickled; tasks that cannot be sent stay in this process. So do those that are left when a worker
-    is killed: that is mostly for want of memory, and one process needs the least. Close the generator to stop early. As workers
-    import the main module, that must be safe (`if __name__ == "__main__"`), as it is for the command line.
+    is killed: that is mostly for want of memory, and one process needs the least. Close the generator to stop early.
     """
     workers = min(workers or num_processors(), len(tasks))
     started = time.process_time()
@@ -66,7 +64,7 @@ def over_processes(
         spent_s = time.process_time() - started
         rest_s = spent_s / max(done, 1) * (len(tasks) - done)
         if workers > 1 and rest_s > pays_s and spent_s >= min(PACE_KNOWN_S, pays_s):
-            if all(map(_can_be_sent, tasks[done:])):
+            if all(_can_be_sent((function, task)) for task in tasks[done:]):
                 yield from _pooled(function, tasks[done:], workers)
                 return
             workers = 1
@@ -79,15 +77,27 @@ def _pooled(function: Callable[[Task], Result], tasks: Sequence[Task], workers: 
     left, done = iter(tasks), 0
     pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
-        waiting = deque(pool.submit(function, task) for task in islice(left, LOOK_AHEAD * workers))
+        with _without_main():
+            waiting = deque(pool.submit(function, task) for task in islice(left, LOOK_AHEAD * workers))
         while waiting:
             yield waiting.popleft().result()
             done += 1
-            waiting.extend(pool.submit(function, task) for task in islice(left, 1))
+            with _without_main():
+                waiting.extend(pool.submit(function, task) for task in islice(left, 1))
     except BrokenProcessPool:
         yield from map(function, tasks[done:])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Workers that start in the block do not import the main module: a script that runs a study would run it again."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end_with_parent() -> None:
@@ -104,7 +114,7 @@ def _end_with_parent() -> None:
 
 
 def _can_be_sent(task: object) -> bool:
-    """Whether a process that knows only the package can be sent the task: not if it needs a class of a study."""
+    """Whether a process that knows only the package can be sent the task: not if it needs a class of a study or a script."""
     try:
         _WithoutStudies(BytesIO()).dump(task)
     except (pickle.PicklingError, AttributeError, TypeError):
@@ -113,10 +123,10 @@ def _can_be_sent(task: object) -> bool:
 
 
 class _WithoutStudies(pickle.Pickler):
-    """Refuses classes and functions of modules that were loaded from the text of a study."""
+    """Refuses classes and functions of the main module, and of modules that were loaded from the text of a study."""
 
     def reducer_override(self, thing: object) -> Any:
         """Called for each object; leaves it to pickle if it is none of those."""
-        if isinstance(thing, type | FunctionType) and thing.__module__ in OF_TEXT:
+        if isinstance(thing, type | FunctionType) and (thing.__module__ == "__main__" or thing.__module__ in OF_TEXT):
             raise pickle.PicklingError(thing.__qualname__)
         return NotImplemented

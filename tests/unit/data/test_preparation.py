@@ -107,6 +107,22 @@ def test_little_work_starts_no_process() -> None:
     assert set(over_processes(_pid, range(8), workers=2)) == {os.getpid()}
 
 
+SCRIPT = """
+import os
+from softseg_dist.data.processes import over_processes
+print("script", flush=True)
+print(len(set(over_processes(os.path.getsize, [__file__] * 4, workers=2, pays_s=0))))
+"""
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.returncode) == ("script\n1\n", 0)
+    assert ran.stderr == ""
+
+
 def test_what_cannot_be_sent_stays_in_this_process() -> None:
     tasks = [lambda: 1, lambda: 2]
     assert list(over_processes(lambda task: task(), tasks, workers=2, pays_s=0)) == [1, 2]
