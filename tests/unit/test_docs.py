@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, examples are right, and every module says what it is."""
+"""The documents: links lead somewhere, cited files exist, and examples are right."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from make_architecture import PACKAGE, ROOT, first_line
 
 SKIPPED = {"__pycache__", "runs", "stores", "build", "out", "results"}  # made by tools, or data
 KINDS = {".md", ".py", ".pyi", ".toml", ".sh", ".yaml", ".html", ".cff", ".sbatch"}
+MADE_BY_USERS = {"study.py"}  # names that stand for a file of the reader's
+BASES = (ROOT, PACKAGE, ROOT / "tests", ROOT / "tests/unit", ROOT / "cluster")
 MOST_LINES = 150  # of the README
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+CITED = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w.-]+\.md)\b|(?<![\w./-])((?:[\w-]+/)+\w+\.py)\b|`(\w+\.py)`")
 
 
 def texts() -> list[Path]:
@@ -71,6 +74,30 @@ def test_a_link_leads_to_a_file_and_a_heading_that_exist(link: Link) -> None:
     assert not parts.fragment or parts.fragment in anchors(target), (
         f"{target.name} has no heading for #{parts.fragment}"
     )
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if path != Path(__file__)], ids=name_of)
+def test_a_cited_file_exists(path: Path) -> None:
+    assert not missing_citations(path.read_text(encoding="utf-8"), path)
+
+
+def missing_citations(text: str, path: Path) -> list[str]:
+    """The files that a text names by `name.md`, `folder/name.py` or, in backticks, `name.py`, and that are not there."""
+    cited = {"".join(groups) for groups in CITED.findall(text)} - MADE_BY_USERS
+    return sorted(name for name in cited if not _exists(name, path))
+
+
+def _exists(name: str, path: Path) -> bool:
+    """A name alone may be that of any text; a path starts at one of `BASES`, unless its folder is none of ours."""
+    if "/" in name:
+        bases = [base for base in (*BASES, path.parent) if (base / name).parents[name.count("/") - 1].exists()]
+        return not bases or any((base / name).exists() for base in bases)
+    return any(text.name == name for text in TEXTS)
+
+
+def test_a_citation_of_a_missing_file_is_found() -> None:
+    text = "As in NOTHING.md, `nowhere.py`, tests/unit/test_nothing.py, README.md and `study.py`."
+    assert missing_citations(text, ROOT / "README.md") == ["NOTHING.md", "nowhere.py", "tests/unit/test_nothing.py"]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
