@@ -2,7 +2,8 @@
 
 Run:     python tests/benchmarks/bench_gpu.py                 everything
          python tests/benchmarks/bench_gpu.py unet64 cost     some parts: unet64, unet32, monai, unet3d, dice, cost
-Needs:   a CUDA device, and torch (2.10 or newer), monai, numpy, scipy, nibabel, pyarrow, pydantic: a copy of the tree will do.
+         python tests/benchmarks/bench_gpu.py --short unet32  fewer repeats, 1 and 4 fits at once: a minute or two per network
+Needs:   a CUDA device, and torch (2.11 or newer), monai, numpy, scipy, nibabel, pyarrow, pydantic: a copy of the tree will do.
          Without a device all parts run once on the CPU, at tiny sizes, and no figure comes of it
 Targets: so many times the images per second of eager float32 (without TF32), the fastest way, with affine (2D: and elastic)
          augmentation inside, Adaptive Wing, NormReLU, Adam: 6.5 (2D, 64 filters, batch 16), 5 (2D, 32 filters, batch 8),
@@ -28,7 +29,7 @@ from torch.backends import cudnn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the package need not be installed
 from gpu_fits import EagerFit, EngineFit, score, seconds_to_first_step
 from gpu_steps import Say, Steps
-from gpu_work import FULL, TINY, Scale, Work
+from gpu_work import FULL, SHORT, TINY, Scale, Work
 from record import Headline, record
 
 MOST_DICE = 0.005
@@ -39,8 +40,9 @@ Part = Callable[[Path, Scale, Say], Measured]
 
 def main(names: Sequence[str]) -> int:
     """Measure the parts that are named, or all; 1 if one of the package's ways has failed."""
-    on_gpu = torch.cuda.is_available()
-    scale = FULL if on_gpu else TINY
+    on_gpu, short = torch.cuda.is_available(), "--short" in names
+    names = [name for name in names if name != "--short"]
+    scale = TINY if not on_gpu else SHORT if short else FULL
     say: Say = partial(print, flush=True) if on_gpu else _keep_quiet
     parts: dict[str, Part] = {work.key: partial(steps, work) for work in scale.works} | {"dice": dice, "cost": cost}
     if unknown := set(names) - parts.keys():
@@ -51,7 +53,7 @@ def main(names: Sequence[str]) -> int:
             figures, headlines = parts[name](Path(folder), scale, say)
             failed += figures.get("failed", 0)
             if on_gpu:
-                record(f"gpu_{name}", figures, headlines)
+                record(f"gpu_{name}", figures, headlines, short)
                 _judge(figures, headlines)
     if not on_gpu:
         print("no CUDA device: nothing was measured; all parts have run once on the CPU, at tiny sizes")

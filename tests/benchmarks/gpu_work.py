@@ -134,6 +134,7 @@ FULL = Scale(
     repeats=5,
     busy_epochs=5,
 )
+SHORT = replace(FULL, at_once=(1, 4), least_s=0.5, repeats=3, busy_epochs=2)
 TINY = Scale(
     device="cpu",
     works=tuple(work.tiny() for work in WORKS),

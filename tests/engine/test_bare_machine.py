@@ -38,6 +38,23 @@ def test_without_a_gpu_the_benchmark_runs_and_tells_no_figure() -> None:
     assert sorted((ROOT / "tests/benchmarks/out").glob("gpu_*")) == written
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_all_parts_of_the_first_minutes_on_a_gpu_run_without_one(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/bare.py "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHON": str(python),
+        "OUT": str(tmp_path / "out"),
+    }
+    command = [ROOT / "tests/gpu/first_minutes.sh", "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished after 1 epochs" in done.stdout
+    assert done.stdout.count("no CUDA device: nothing was measured") == 2
+
+
 @pytest.mark.parametrize("package", ["ray", "mlflow", "optuna", "pandas", "safetensors", "hypothesis"])
 def test_what_it_lacks_cannot_be_imported_in_these_tests(package: str) -> None:
     done = bare("-m", package)

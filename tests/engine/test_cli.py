@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from features import listed_files, pattern_of
 
 pytestmark = pytest.mark.engine
 
@@ -79,6 +80,16 @@ def test_a_run_leaves_what_the_design_promises(done: Path) -> None:
     assert {"overlays.png", "differences.png"} <= {p.name for p in (done / "report").iterdir()}
     assert sorted(p.name for p in (done / "fits").iterdir()) == ["hard", "soft", "trial-000", "trial-001"]
     assert not list(done.rglob("checkpoint.pt"))
+
+
+def test_a_run_leaves_the_listed_files_and_no_others(done: Path) -> None:
+    """Hidden files, such as locks, are the engine's own."""
+    top = done.parents[1]
+    names = [str(path.relative_to(top)) for path in done.rglob("*") if path.is_file()]
+    left = [name for name in names if "/." not in name]
+    assert not [name for name in left if not any(pattern_of(known).fullmatch(name) for known in listed_files())]
+    always = [name for name, every_run in listed_files().items() if every_run and name.startswith("runs/")]
+    assert not [name for name in always if not any(map(pattern_of(name).fullmatch, left))]
 
 
 def test_running_again_runs_nothing_and_changes_nothing(done: Path) -> None:

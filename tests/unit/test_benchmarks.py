@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def test_committed_results_are_complete_runs() -> None:
 def test_every_benchmark_is_in_the_list() -> None:
     listed = (BENCHMARKS / "README.md").read_text()
     assert not [path.name for path in BENCHMARKS.glob("bench_*.py") if f"| `{path.name}` |" not in listed]
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_file_of_the_benchmarks_can_be_imported(path: Path) -> None:
+    assert Path(str(importlib.import_module(path.stem).__file__)) == path
 
 
 def test_a_target_is_met_or_not() -> None:

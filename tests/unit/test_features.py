@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer
+from features import LIST, SECTION, listed
 
 import softseg_dist
 from softseg_dist import Frozen
@@ -25,21 +26,9 @@ from softseg_dist.numerics.labels import FUSIONS, check_fusion
 from softseg_dist.numerics.metrics import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-LIST, CHANGELOG = ROOT / "tests/features.txt", ROOT / "CHANGELOG.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
 PACKAGE = Path(softseg_dist.__file__).parent
-SECTION = re.compile(r"\[(.+)\]")
 REMOVED = re.compile(r"^### Removed$(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
-
-
-def listed() -> dict[str, list[str]]:
-    """The features of tests/features.txt by section. What follows two spaces in a line is its description."""
-    sections: dict[str, list[str]] = {}
-    for line in LIST.read_text().splitlines():
-        if heading := SECTION.fullmatch(line):
-            sections[heading[1]] = section = []
-        elif line and not line.startswith("#"):
-            section.append(line.partition("  ")[0])
-    return sections
 
 
 def removed(changelog: str) -> set[str]:
