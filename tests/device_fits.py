@@ -30,11 +30,11 @@ from softseg_dist import (
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
-from softseg_dist.training.execution import Engine
+from softseg_dist.training.execution import Execution
 from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model
-from softseg_dist.training.stepper import Progress, Stepper
+from softseg_dist.training.stepper import FitProgress, Stepper
 from softseg_dist.training.task import FitTask, Worker
 
 EVERYTHING = (
@@ -85,20 +85,20 @@ def model_of(batches: Batches, device: str = "cpu") -> Model:
 
 def host_stepper(task: FitTask) -> HostStepper:
     batches = batches_of(task)
-    return HostStepper(task, batches, model_of(batches), Worker(), Engine())
+    return HostStepper(task, batches, model_of(batches), Worker(), Execution())
 
 
 def device_stepper(task: FitTask, device: str = "cpu", worker: Worker | None = None, **engine: Any) -> DeviceStepper:
     batches = batches_of(task)
     model = model_of(batches, device)
-    made = Engine(**engine)
+    made = Execution(**engine)
     model.precision = made.precision
     return DeviceStepper(task, batches, model, worker or Worker(device=device), made)
 
 
-def train(stepper: Stepper, batches: Batches, epochs: int, progress: Progress | None = None) -> list[float]:
+def train(stepper: Stepper, batches: Batches, epochs: int, progress: FitProgress | None = None) -> list[float]:
     """The losses of all steps until so many epochs are done."""
-    now, losses = progress or Progress(), []
+    now, losses = progress or FitProgress(), []
     while now.epoch < epochs:
         while now.step < batches.steps_per_epoch:
             stepper.advance(now)

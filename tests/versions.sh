@@ -13,7 +13,7 @@ set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-tests=(tests/unit/numerics tests/unit/training/test_fit.py tests/unit/training/test_engine.py tests/unit/engine
+tests=(tests/unit/numerics tests/unit/training/test_fit.py tests/unit/training/test_execution.py tests/unit/engine
   tests/unit/search tests/unit/test_study.py tests/unit/test_study_file.py)
 
 # end oldest|newest NAME: the requirement for one end of the range of a dependency in pyproject.toml

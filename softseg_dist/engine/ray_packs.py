@@ -30,7 +30,7 @@ from softseg_dist.places import Place
 from softseg_dist.sources import Sources
 from softseg_dist.study import Resources
 from softseg_dist.study_file import load_sources
-from softseg_dist.training.fit import Training
+from softseg_dist.training.fit import RunningFit
 from softseg_dist.training.gpu.capture import keep_compiled
 from softseg_dist.training.task import FitTask, Worker
 
@@ -296,7 +296,7 @@ def _train(task: FitTask, device: str, ready: threading.Barrier, measured_s: flo
     torch.set_num_threads(task.threads)
     with torch.cuda.stream(torch.cuda.Stream()) if device != "cpu" else nullcontext():
         try:
-            training = Training(task, Worker(device=device, stop=lambda: time.monotonic() >= until_s))
+            training = RunningFit(task, Worker(device=device, stop=lambda: time.monotonic() >= until_s))
             training.model.train()
             warm = 0
             while warm < WARM_STEPS:
@@ -313,7 +313,7 @@ def _train(task: FitTask, device: str, ready: threading.Barrier, measured_s: flo
         return steps / (time.monotonic() - began_s), _memory_in_use(device)
 
 
-def _advance(training: Training) -> int:
+def _advance(training: RunningFit) -> int:
     """Train on for some steps, from epoch to epoch; returns how many they were."""
     now = training.progress
     before = now.step

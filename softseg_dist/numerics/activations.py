@@ -34,11 +34,6 @@ class Activation(Frozen, ABC):
         their initialisations.
         """
 
-    @property
-    def per_sample(self) -> bool:
-        """Does the prediction of a sample follow from its own logits, whatever else is in the batch?"""
-        return True
-
     def num_logits(self, classes: int) -> int:
         """How many channels the network must give for `classes` classes."""
         return classes
@@ -135,11 +130,6 @@ class NormReLU(Activation):
         rectified = torch.relu(logits)
         return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
 
-    @property
-    def per_sample(self) -> bool:
-        """Only over "sample"."""
-        return self.over == "sample"
-
     def initial_bias(self, mean_label: Tensor) -> Tensor:
         """Slightly above 0 for every class [K], whatever its mean label: alive at the start."""
         return torch.full_like(mean_label, NORMRELU_BIAS)
@@ -151,7 +141,9 @@ class NormReLU(Activation):
     def _maximum(self, rectified: Tensor, everywhere: bool) -> Tensor:
         if self.over == "sample":
             return rectified.amax(dim=tuple(range(2, rectified.ndim)), keepdim=True)
-        return _MaximumOfAllWorkers.apply(rectified)[0] if everywhere else rectified.amax()
+        if everywhere:
+            return _MaximumOfAllWorkers.apply(rectified)[0]
+        return rectified.amax() if len(rectified) else rectified.new_zeros(())
 
 
 def _num_workers() -> int:

@@ -10,10 +10,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 WEYL = 0x9E3779B9  # 2^32 divided by the golden ratio: its multiples are far apart
 WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUTS = (nn.Dropout, *WHOLE_CHANNELS, nn.AlphaDropout, nn.FeatureAlphaDropout)  # all layers of torch that draw
 
 
 def count_dropout(module: nn.Module, seed: Tensor) -> int:
@@ -40,7 +40,9 @@ class CountedDropout(nn.Module):
 
     seed: Tensor
 
-    def __init__(self, dropout: _DropoutNd, number: int, seed: Tensor) -> None:
+    def __init__(
+        self, dropout: nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, number: int, seed: Tensor
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.key = _signed(WEYL * (number + 1))

@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.augmentation import augment_case
+from softseg_dist.numerics.dropout import DROPOUTS
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.numerics.transforms import Augmentation, Intensity, Invertible
 
@@ -78,8 +78,8 @@ def drops(model: nn.Module) -> bool:
     return bool(_dropout(model))
 
 
-def _dropout(model: nn.Module) -> list[_DropoutNd]:
-    return [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+def _dropout(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, DROPOUTS) and layer.p > 0]
 
 
 def can_be_undone(transform: Augmentation) -> bool:

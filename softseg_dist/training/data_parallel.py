@@ -1,50 +1,99 @@
-"""One model over the batch of all workers: what they learn together is what one worker would learn from the whole batch.
+"""Several workers train one model on batches that they share, with torch's DistributedDataParallel (DDP).
 
-On CPUs that holds to the last digit for up to ALIKE workers (`numerics.portions`), else up to rounding. A worker may have no item
-of a batch at all.
+What is computed does not depend on the number of workers; its last digits do. Each worker has a part of the rows of every batch:
+whatever runs over the batch runs over all workers, which are batch norm, dropout and the loss (`host_step`). A worker may have no
+row of a small batch. It then passes an item through the network that another worker has, too, and drops the logits: many layers,
+such as an instance norm, reject an empty batch, and DDP waits for a gradient of each parameter, which is 0 here.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
-from softseg_dist.numerics.portions import Portions, in_portions
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
+
+from softseg_dist.numerics.dropout import DROPOUTS
+from softseg_dist.numerics.sync_batch_norm import BATCH_NORMS, GlooSyncBatchNorm
+from softseg_dist.training.model import Model
 from softseg_dist.training.task import Worker
 
-ALIKE = 4  # portions of a batch, unless there are more workers: more would cost time, fewer would leave workers idle
 BROKEN = ("Connection closed", "Connection reset", "connection lost", "NCCL", "gloo")
 
 
-class Team:
-    """The workers of one fit and the model that they train together. Changes layers of `model` in place, not its state.
+class WorkerGroup:
+    """The workers of one fit and the model that they train together. Changes layers of `model` in place, not its state."""
 
-    `batch_size` counts the items of all workers in a full batch.
-    """
-
-    def __init__(self, model: nn.Module, worker: Worker, batch_size: int) -> None:
-        self.model, self.worker, self.num_items = model, worker, batch_size
-        cuts = max(ALIKE, worker.num_workers) if worker.device == "cpu" else worker.num_workers
-        self.portions = Portions(-(-batch_size // cuts), worker.sum)
+    def __init__(self, model: Model, worker: Worker) -> None:
+        self.model, self.worker = model, worker
+        self.share = BatchShare(worker.rank, worker.num_workers)
+        self._forward: Callable[[Tensor], Tensor] | None = model if worker.num_workers == 1 else None
+        if worker.num_workers == 1:
+            return
+        _replace(model, DROPOUTS, lambda layer: _SharedDropout(layer, self.share) if layer.p else layer)
         if worker.device == "cpu":
-            in_portions(model, self.portions)
-        elif worker.num_workers > 1:
+            group = _second_group(distributed.group.WORLD)
+            _replace(model, BATCH_NORMS, lambda layer: GlooSyncBatchNorm(layer, group))
+        else:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if worker.num_workers > 1:
-            _share_dropout(model, self)
+        for layer in model.modules():
+            if isinstance(layer, GlooSyncBatchNorm | nn.SyncBatchNorm):
+                _skip_borrowed(layer, self.share)
 
-    def begin(self, num_items: int) -> slice:
-        """Begin a batch of so many items; returns which rows of it are this worker's."""
-        self.num_items = num_items
-        return self.portions.rows(num_items, self.worker.rank, self.worker.num_workers)
+    def predict(self, image: Tensor) -> Tensor:
+        """Images [b C *S] of this worker's rows -> prediction [b K *S], which is empty if this worker has none."""
+        if self._forward is None:
+            self._forward = self._distributed(image)
+        return self._forward(image)
 
     def backward(self, loss: Tensor) -> None:
         """Put into every parameter the gradient of the sum of all workers' `loss`."""
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.worker.device == "cpu" or self.worker.num_workers > 1:
-            self.portions.finish(self.model.parameters())
+        (loss * self.worker.num_workers).backward()  # DDP takes the mean over workers
+
+    def _distributed(self, image: Tensor) -> DistributedDataParallel:
+        # Of this option torch 2.13 warns, and names another one that torch 2.12 does not have.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(
+            _SharedModel(self.model, self.share),
+            broadcast_buffers=False,  # they are equal on all workers
+            find_unused_parameters=_has_unused_parameters(self.model, image),
+            gradient_as_bucket_view=True,
+        )
+
+
+class BatchShare:
+    """Which rows of a batch of `num_items` are this worker's: about as many as every other worker has.
+
+    >>> shares = [BatchShare(rank, num_workers=4) for rank in range(4)]
+    >>> [share.begin(7) for share in shares]
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None), slice(5, 7, None)]
+    """
+
+    def __init__(self, rank: int, num_workers: int) -> None:
+        self.rank, self.num_workers, self.num_items = rank, num_workers, num_workers
+
+    def begin(self, num_items: int) -> slice:
+        """Begin a batch of so many items; returns this worker's rows."""
+        self.num_items = num_items
+        return self.rows
+
+    @property
+    def rows(self) -> slice:
+        """This worker's rows of the batch."""
+        first, last = (self.num_items * (self.rank + step) // self.num_workers for step in (0, 1))
+        return slice(first, last)
+
+    @property
+    def empty(self) -> bool:
+        """Has this worker none? Then the network gets an item that does not count."""
+        return self.rows.start == self.rows.stop
 
 
 def partner_died(error: Exception) -> bool:
@@ -52,31 +101,77 @@ def partner_died(error: Exception) -> bool:
     return any(sign in str(error) for sign in BROKEN)
 
 
-def _share_dropout(module: nn.Module, team: Team) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, _DropoutNd):
-            setattr(module, name, _SharedDropout(child, team))
-        else:
-            _share_dropout(child, team)
+class _SharedModel(nn.Module):
+    """The model as DDP calls it, on this worker's rows or on a borrowed item."""
+
+    def __init__(self, model: Model, share: BatchShare) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[b C *S] -> [b K *S], and a borrowed item [1 C *S] -> [0 K *S]."""
+        logits = self.model.logits(image)
+        prediction: Tensor = self.model.activation(logits[:0] if self.share.empty else logits)
+        return prediction
 
 
 class _SharedDropout(nn.Module):
-    """Dropout whose mask is drawn for the whole batch, from a generator that all workers have seeded alike.
+    """Dropout as `dropout` does it for the whole batch: all workers' generators start from the same seed.
 
-    Outside of training a worker has cases of its own, of which it drops what `dropout` does: nothing, unless that is made active.
+    In evaluation a worker has cases of its own, of which it drops what `dropout` does: nothing, unless that is made active.
     """
 
-    def __init__(self, dropout: _DropoutNd, team: Team) -> None:
+    def __init__(self, dropout: nn.Module, share: BatchShare) -> None:
         super().__init__()
-        self.dropout, self.team = dropout, [team]  # in a list: the team's model is no part of this module
+        self.dropout, self.share = dropout, share
+        self.train(dropout.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropout.p == 0:
+        if not self.training:
             alone: Tensor = self.dropout(x)
             return alone
-        (team,) = self.team
-        strided = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        layout = strided if x.is_contiguous(memory_format=strided) else torch.contiguous_format
-        ones = torch.ones((team.num_items, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        mask: Tensor = self.dropout(ones.contiguous(memory_format=layout))
-        return x * mask[team.begin(team.num_items)]
+        if self.share.empty:
+            return x
+        rows = self.share.rows
+        around = [0, 0] * (x.ndim - 1) + [rows.start, self.share.num_items - rows.stop]
+        whole: Tensor = self.dropout(pad(x, around))
+        return whole[rows]
+
+
+def _skip_borrowed(layer: nn.Module, share: BatchShare) -> None:
+    """Let a synchronised batch norm see no item where this worker's one is borrowed, and give one of zeros in its place."""
+
+    def before(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (args[0][:0],) if layer.training and share.empty else None
+
+    def after(_: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not (layer.training and share.empty):
+            return None
+        return output.new_zeros((1, *output.shape[1:])) + output.sum()  # the sum leads the backward pass to the layer
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+
+
+def _has_unused_parameters(model: nn.Module, image: Tensor) -> bool:
+    """Is the prediction the same whatever some parameter is? In evaluation, which exchanges nothing and changes no state."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prediction: Tensor = model.eval()(image[:1])
+    model.train()
+    gradients = torch.autograd.grad(prediction.sum(), learned, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
+
+
+def _replace(module: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[Any], nn.Module]) -> None:
+    """Replace every layer of `kinds` inside `module` by what `make` gives for it."""
+    for name, child in module.named_children():
+        if isinstance(child, kinds):
+            setattr(module, name, make(child))
+        else:
+            _replace(child, kinds, make)
+
+
+@lru_cache(maxsize=1)
+def _second_group(_: ProcessGroup | None) -> ProcessGroup:
+    """The same workers once more, for all fits of this process: DDP sends gradients through the first group meanwhile."""
+    return distributed.new_group()

@@ -1,12 +1,13 @@
 """How a fit is trained on the machine it got: in which precision, compiled or not, step by step or as one graph.
 
-None of it changes what is trained. Weights, activation, loss, sums, optimizer and metrics are in float32 in any case; "bfloat16" is
-about the network alone.
+None of it changes what is trained. Weights, activation, loss, optimizer and metrics are in float32 in any case; "bfloat16" is the
+precision of the network alone.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +21,7 @@ Precision = Literal["float32", "bfloat16"]
 COMPILE_STEPS = 5000
 
 
-class Engine(Frozen):
+class Execution(Frozen):
     """What is used, and in `notes`, one line each, what is not, and why.
 
     `compiled`: the network's kernels are made for it. `graph`: the device runs a whole step, which the host only starts.
@@ -31,8 +32,8 @@ class Engine(Frozen):
     graph: bool = False
     notes: tuple[str, ...] = ()
 
-    def without(self, part: Literal["compiled", "graph"], why: str) -> Engine:
-        """The engine that does not use `part`, and says so."""
+    def without(self, part: Literal["compiled", "graph"], why: str) -> Execution:
+        """This one without `part`, and with a note that says why."""
         return self.replace(**{part: False}, notes=(*self.notes, f"{part}: not used, {why}"))
 
     @property
@@ -41,43 +42,42 @@ class Engine(Frozen):
         return ", ".join([self.precision] + ["compiled"] * self.compiled + ["graph"] * self.graph)
 
 
-def choose_engine(optim: Optim, device: str, num_workers: int, num_steps: int) -> Engine:
-    """The engine of a fit of `num_steps` on `device` ("cpu", "cuda", "cuda:1") of each of `num_workers`.
+def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int) -> Execution:
+    """The execution of a fit of `num_steps` on `device` ("cpu", "cuda", "cuda:1") of each of `num_workers`.
 
     "auto" precision follows from the hardware alone, or candidates of one study would differ in it.
     """
     if not device.startswith("cuda"):
         return _on_cpu(optim)
-    engine = Engine(
+    execution = Execution(
         precision=_best_on_cuda() if optim.precision == "auto" else optim.precision, compiled=True, graph=True
     )
     if num_workers > 1:
-        why = "several workers share each batch, and agree after every step"
-        engine = engine.without("graph", why)
-        return engine.replace(compiled=False) if optim.compile == "auto" else engine.without("compiled", why)
+        why = "several workers share each batch and exchange gradients in every step"
+        execution = execution.without("graph", why)
+        return execution.replace(compiled=False) if optim.compile == "auto" else execution.without("compiled", why)
     if optim.compile == "off":
-        return engine.replace(compiled=False)
+        return execution.replace(compiled=False)
     if optim.compile == "auto" and num_steps < COMPILE_STEPS:
-        return engine.without(
+        return execution.without(
             "compiled", f"a fit of fewer than {COMPILE_STEPS} steps ends before it pays; compile='on' does it"
         )
-    return engine
+    return execution
 
 
-def _on_cpu(optim: Optim) -> Engine:
-    """On a CPU nothing is compiled: there torch 2.13 fails to compile a U-Net that is laid out channels last."""
-    engine = Engine(precision=_best_on_cpu() if optim.precision == "auto" else optim.precision)
+def _on_cpu(optim: Optim) -> Execution:
+    """On a CPU nothing is compiled: torch 2.13 fails to compile a channels-last U-Net there."""
+    execution = Execution(precision=_best_on_cpu() if optim.precision == "auto" else optim.precision)
     if optim.compile != "on":
-        return engine
-    return engine.without("compiled", "not on a CPU, which trains by portions of a batch")
+        return execution
+    return execution.without("compiled", "a CPU runs the network as it is")
 
 
 def _best_on_cpu() -> Precision:
-    """bfloat16 if the processor computes in it, as torch tells; else torch would only imitate it."""
-    try:
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    except AttributeError:  # a torch that does not tell
-        return "float32"
+    """bfloat16 if the processor computes in it; otherwise torch only emulates it, which is slower than float32."""
+    report: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 has none
+    capabilities = report()
+    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 
 def _best_on_cuda() -> Precision:

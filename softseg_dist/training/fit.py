@@ -26,12 +26,12 @@ from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.places import replace_file
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.evaluation import evaluate, validation_score
-from softseg_dist.training.execution import choose_engine
+from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.model import Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
 from softseg_dist.training.preflight import check_methods
-from softseg_dist.training.stepper import Clock, Diverged, Progress, Stepper, learning_rate
+from softseg_dist.training.stepper import Clock, Diverged, FitProgress, Stepper, learning_rate
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -60,12 +60,12 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     if worker.leads:
         Path(task.folder).mkdir(parents=True, exist_ok=True)
     with _no_denormals(), kept_heap():
-        training = Training(task, worker)
+        running = RunningFit(task, worker)
         try:
-            training.run()
-            result = training.result()
+            running.run()
+            result = running.result()
         except Diverged as reason:
-            result = training.describe(state="failed", reason=str(reason))
+            result = running.describe(state="failed", reason=str(reason))
     if worker.leads:
         text = json.dumps({"identity": task.identity, "result": result.model_dump(mode="json")})
         replace_file(result_path(task.folder), lambda partial: partial.write_text(text))
@@ -91,7 +91,7 @@ def _ended(task: FitTask) -> FitResult | None:
     return FitResult.model_validate(record["result"]) if record["identity"] == task.identity else None
 
 
-class Training:
+class RunningFit:
     """The state of one running fit: model, batches, progress, and the stepper that trains."""
 
     def __init__(self, task: FitTask, worker: Worker) -> None:
@@ -102,15 +102,15 @@ class Training:
         shape = self.store.channels, len(self.store.classes), self.store.dim
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).on(worker.device)
         check_methods(task.candidate, self.model, task.uncertainty)
-        self.progress = Progress()
+        self.progress = FitProgress()
         self.resumed_epoch: int | None = None
         self.started, self.clock = time.monotonic(), Clock(task.checkpoint_every_s)
         state = worker.share(load_checkpoint(task) if worker.leads else None)
         wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
-        engine = choose_engine(wanted, worker.device, worker.num_workers, self.batches.num_steps)
-        self.model.precision = engine.precision
+        execution = choose_execution(wanted, worker.device, worker.num_workers, self.batches.num_steps)
+        self.model.precision = execution.precision
         kind = HostStepper if worker.device == "cpu" or worker.num_workers > 1 else DeviceStepper
-        self.stepper: Stepper = kind(task, self.batches, self.model, worker, engine, self.clock.due)
+        self.stepper: Stepper = kind(task, self.batches, self.model, worker, execution, self.clock.due)
         self._go_on_from(state)
 
     def run(self) -> None:
@@ -155,19 +155,19 @@ class Training:
             num_workers=self.worker.num_workers,
             process=platform.node(),
             versions={"python": platform.python_version(), "torch": torch.__version__},
-            precision=self.stepper.engine.precision,
-            engine=self.stepper.engine.name,
-            notes=self.stepper.engine.notes,
+            precision=self.stepper.execution.precision,
+            engine=self.stepper.execution.name,
+            notes=self.stepper.execution.notes,
             **outcome,
         )
 
     def _train_epoch(self) -> None:
         self.model.train()
         while self.progress.step < self.batches.steps_per_epoch:
-            asked = self.stepper.advance(self.progress)
-            if asked.stop or asked.save:
+            request = self.stepper.advance(self.progress)
+            if request.stop or request.save:
                 self._checkpoint()
-            if asked.stop:
+            if request.stop:
                 raise Interrupted(self.task.key)
 
     def _close_epoch(self) -> None:
@@ -203,7 +203,7 @@ class Training:
         self.clock.restart()
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
-            kept = {"progress": vars(self.progress), "precision": self.stepper.engine.precision}
+            kept = {"progress": vars(self.progress), "precision": self.stepper.execution.precision}
             save_checkpoint(self.task, state | kept)
             self.worker.saved()
 
@@ -211,7 +211,7 @@ class Training:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.stepper.load(state["optimizer"])
-            self.progress = Progress(**state["progress"])
+            self.progress = FitProgress(**state["progress"])
             self.resumed_epoch = self.progress.epoch
         if self.worker.leads:
             self._tidy()

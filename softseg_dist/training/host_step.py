@@ -18,8 +18,8 @@ from torch import Tensor
 
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.seeds import seed_of, seeded
-from softseg_dist.training.data_parallel import Team
-from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate
+from softseg_dist.training.data_parallel import WorkerGroup
+from softseg_dist.training.stepper import Diverged, FitProgress, Request, Stepper, cause, learning_rate
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 MOST_BYTES = 2**31 - 1  # as large as they can be: no block goes back by itself
@@ -49,65 +49,63 @@ class HostStepper(Stepper):
     """Returns after every step."""
 
     def _begin(self) -> None:
-        self.team = Team(self.model, self.worker, self.optim.batch_size)
+        self.group = WorkerGroup(self.model, self.worker)
         parameters = self.model.parameters()
         self.adam = torch.optim.AdamW(parameters, lr=self.optim.lr, weight_decay=self.optim.weight_decay, foreach=True)
         self._order: tuple[int, list[int]] = -1, []
 
-    def advance(self, progress: Progress) -> Asked:
+    def advance(self, progress: FitProgress) -> Request:
         """Learn from the next batch."""
         if self._order[0] != progress.epoch:
             self._order = progress.epoch, self.batches.order(progress.epoch)
         first = progress.step * self.optim.batch_size
         members = self._order[1][first : first + self.optim.batch_size]
         with seeded(seed_of(self.batches.seed, "step", progress.epoch, progress.step)):  # dropout, with no state
-            asked = self.step(progress, members)
+            request = self.step(progress, members)
         progress.step += 1
-        return asked
+        return request
 
-    def step(self, now: Progress, members: Sequence[int]) -> Asked:
-        """Learn from a batch, of which each worker takes its part; shall the fit stop now, or write a checkpoint?"""
-        worker = self.worker
-        mine = members[self.team.begin(len(members))]
+    def step(self, now: FitProgress, members: Sequence[int]) -> Request:
+        """Learn from a batch, of which each worker takes its rows; returns what is requested of the fit."""
+        worker, loss = self.worker, self.recipe.loss
+        rows = self.group.share.begin(len(members))
         for group in self.adam.param_groups:
             done = now.epoch * self.batches.steps_per_epoch + now.step
             group["lr"] = learning_rate(self.optim, done, self.batches.num_steps)
-        size = self.team.portions.size
-        parts = [mine[first : first + size] for first in range(0, len(mine), size)] or [[]]
-        made = [self.batches.batch(now.epoch, part, worker.device) for part in parts]
-        image, target = (torch.cat(tensors) for tensors in zip(*made, strict=True))
-        prediction = self.model(image)
-        loss, classes = self.recipe.loss, prediction.shape[1]
-        portions = [loss.averaged(*portion) for portion in self.team.portions.of(prediction, target)]
-        none = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(classes))
-        shares = (torch.cat(portions) if portions else none) / len(members)  # in the means over the batch [b M]
+        image, target = self.batches.batch(now.epoch, members[rows] or members[:1], worker.device)
+        prediction = self.group.predict(image)
+        if len(prediction):
+            averaged = loss.averaged(prediction, target)
+        else:
+            averaged = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(prediction.shape[1]))
+        shares = averaged / len(members)  # in the means over the batch [b M]
         slope, (total, dead, stop, save) = self._agree(shares, prediction)
         if not math.isfinite(total):
             causes = [found for found in worker.gather([self._cause(image, prediction, shares)]) if found]
             raise Diverged(total, now.epoch, now.step, next(iter(causes), f"{loss} is not finite for finite averages"))
-        self.team.backward((shares * slope.to(shares.dtype)).sum())
+        self.group.backward((shares * slope.to(shares.dtype)).sum())
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.adam.step()
         now.losses.append(total)
         now.dead += int(dead)
-        return Asked(stop > 0, save > 0)
+        return Request(stop > 0, save > 0)
 
     def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
         """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
 
-        Equal on all workers, with one exchange for all that they share.
+        They are equal on all workers, after one all-reduce of everything that the workers exchange here.
         """
         mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
         mine[0] = dead_samples(prediction.detach())
         if self.worker.leads:
             mine[1] = self.worker.stop()
             mine[2] = self.due()
-        told = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
-        means = told[3:].requires_grad_()
+        sums = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
+        means = sums[3:].requires_grad_()
         loss = self.recipe.loss.of_averages(means, prediction.shape[1])
         (slope,) = torch.autograd.grad(loss, means)
-        agreed: list[float] = torch.cat([loss.detach().reshape(1), told[:3]]).tolist()
+        agreed: list[float] = torch.cat([loss.detach().reshape(1), sums[:3]]).tolist()
         return slope, agreed
 
     def _cause(self, image: Tensor, prediction: Tensor, shares: Tensor) -> str:

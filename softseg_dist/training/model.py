@@ -52,6 +52,7 @@ class Model(nn.Module):
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
+        _keep_plain_layout(self.network)
 
     @classmethod
     def of(cls, recipe: Recipe, channels: int, classes: int, dim: int) -> Self:
@@ -86,6 +87,27 @@ class Model(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B C *S] -> [B K *S] in [0, 1]."""
         return self.activation(self.logits(image))
+
+
+def _keep_plain_layout(network: nn.Module) -> None:
+    """Let no channels-last tensor reach convolutions with which oneDNN ends the process, or corrupts its memory, on a CPU.
+
+    With torch 2.13 these are strided 1x1 convolutions of fewer than 16 channels, when the gradient of the weight is computed.
+    """
+
+    def plain(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (args[0].clone(memory_format=torch.contiguous_format),) if args[0].device.type == "cpu" else None
+
+    for layer in network.modules():
+        if (
+            isinstance(layer, nn.Conv2d | nn.Conv3d)
+            and set(layer.kernel_size) == {1}
+            and max(layer.stride) > 1
+            and layer.in_channels < 16
+        ):
+            # A 1x1 weight is contiguous in both layouts: only a clone gets the strides of the plain one.
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+            layer.register_forward_pre_hook(plain)
 
 
 def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:

@@ -1,7 +1,7 @@
-"""How an epoch is trained, as a fit sees it: something that advances its progress, in whatever way its device does that best.
+"""How a fit trains an epoch: a stepper advances its progress, in the way that its device does best.
 
-A fit keeps epochs, checkpoints and results; a stepper keeps the optimizer, draws batches and learns from them. What a step does
-is the same for all of them.
+A fit keeps epochs, checkpoints and results. A stepper keeps the optimizer, draws batches and learns from them. All steppers compute
+the same step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softseg_dist.study import Optim, Recipe
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.execution import Engine
+from softseg_dist.training.execution import Execution
 from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker
 
@@ -31,7 +31,7 @@ class Diverged(Exception):
 
 
 @dataclass
-class Progress:
+class FitProgress:
     """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done."""
 
     epoch: int = 0
@@ -44,8 +44,8 @@ class Progress:
     elapsed_s: float = 0.0
 
 
-class Asked(NamedTuple):
-    """What a fit was asked while it trained: to stop, or to write its checkpoint (a fit that stops writes one, too)."""
+class Request(NamedTuple):
+    """What is requested of a fit while it trains: to stop, or to write its checkpoint (a fit that stops writes one, too)."""
 
     stop: bool = False
     save: bool = False
@@ -68,7 +68,7 @@ class Clock:
 
 
 class Stepper(ABC):
-    """Trains a model, whose weights are right whenever `advance` has returned. `engine` is what it really uses.
+    """Trains a model, whose weights are right whenever `advance` has returned. `execution` is what it really uses.
 
     `due` says, on the first worker, whether a checkpoint is due.
     """
@@ -81,11 +81,11 @@ class Stepper(ABC):
         batches: Batches,
         model: Model,
         worker: Worker,
-        engine: Engine,
+        execution: Execution,
         due: Callable[[], bool] = lambda: False,
     ) -> None:
         self.task, self.recipe, self.optim, self.batches = task, task.recipe, task.recipe.optim, batches
-        self.model, self.worker, self.engine, self.due = model, worker, engine, due
+        self.model, self.worker, self.execution, self.due = model, worker, execution, due
         self._begin()
 
     @abstractmethod
@@ -93,8 +93,8 @@ class Stepper(ABC):
         """Make the optimizer, `adam`, and whatever else this way of training needs."""
 
     @abstractmethod
-    def advance(self, progress: Progress) -> Asked:
-        """Train on from `progress.step` until a step after which the fit is asked something, or to the end of the epoch.
+    def advance(self, progress: FitProgress) -> Request:
+        """Train on from `progress.step` until a step after which something is requested, or to the end of the epoch.
 
         May return earlier, after any step; keeps `step`, `losses` and `dead` of `progress` right. Raises Diverged if a loss is
         not finite.

@@ -52,7 +52,7 @@ from softseg_dist import (
 )
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.search import race
-from softseg_dist.training.fit import Training
+from softseg_dist.training.fit import RunningFit
 from softseg_dist.training.task import FitTask, Worker
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a ledger that need not be durable
@@ -145,7 +145,7 @@ def best_score(task: FitTask) -> float:
     """The objective on validation at the best epoch of a fit, which is all that a race looks at."""
     Path(task.folder).mkdir()
     torch.set_num_threads(task.threads)
-    training = Training(task, Worker())
+    training = RunningFit(task, Worker())
     training.run()
     return training.progress.best_score
 

@@ -20,7 +20,7 @@ from softseg_dist.numerics.augmentation import augment
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.evaluation import validation_score
-from softseg_dist.training.fit import Training
+from softseg_dist.training.fit import RunningFit
 from softseg_dist.training.model import Model, build_model
 from softseg_dist.training.stepper import learning_rate
 from softseg_dist.training.task import FitTask, Worker
@@ -43,7 +43,7 @@ class EngineFit:
     """A fit as the package trains it, without validation."""
 
     def __init__(self, task: FitTask, device: str) -> None:
-        self.training = Training(task, Worker(device=device))
+        self.training = RunningFit(task, Worker(device=device))
         self.model = self.training.model
 
     @property

@@ -1,4 +1,4 @@
-"""The number of workers changes nothing: losses, gradients, weights and results are equal to the last digit on 1, 2 and 4."""
+"""The number of workers changes no more than rounding: losses, gradients, weights and results on 1, 2 and 4 workers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_fits import assert_same_files, first_steps, interrupted_fit, make_tasks, run_on, whole_fit
+from parallel_fits import (
+    BASE,
+    OPTIM,
+    assert_same_files,
+    distance,
+    interrupted_fit,
+    make_tasks,
+    recipes,
+    run_on,
+    sgd_step_in_float32,
+    steps_in_float64,
+    whole_fit,
+)
 
-from softseg_dist import TTA, Flip, MCDropout, Noise
+from softseg_dist import TTA, Flip, MCDropout, Noise, UNet
 from softseg_dist.training.task import FitTask, checkpoint_path
 
 pytestmark = pytest.mark.engine
@@ -18,45 +30,67 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FitTask]:
     torch.set_num_threads(1)
-    return make_tasks(tmp_path_factory.mktemp("parallel"))
+    return make_tasks(tmp_path_factory.mktemp("parallel"), recipes())
 
 
 @pytest.fixture(scope="module")
 def alone(tasks: dict[str, FitTask]) -> dict[str, Any]:
-    return run_on(1, first_steps, tasks)
+    return {job.__name__: run_on(1, job, tasks) for job in (steps_in_float64, sgd_step_in_float32)}
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
-def test_twenty_steps_are_equal_to_the_last_digit(tasks, alone, num_workers):
-    together = run_on(num_workers, first_steps, tasks)
-    for name in tasks:
-        assert together[name]["losses"] == alone[name]["losses"], name
-        for kind in ("gradients", "state"):
-            different = [k for k, v in alone[name][kind].items() if not torch.equal(v, together[name][kind][k])]
-            assert different == [], (name, kind)
+def test_twenty_steps_in_float64_agree_where_rounding_cannot_hide_a_mistake(tasks, alone, num_workers):
+    """AdamW divides by the size of a gradient, and so makes a step of every rounding error: in float32 it would hide much."""
+    together = run_on(num_workers, steps_in_float64, tasks)
+    for name, one in alone["steps_in_float64"].items():
+        assert together[name]["losses"] == pytest.approx(one["losses"], rel=1e-9), name
+        assert distance(one["gradients"], together[name]["gradients"]) < 1e-9, name
+        assert distance(one["state"], together[name]["state"]) < 1e-9, name
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_a_step_of_gradient_descent_in_float32_agrees(tasks, alone, num_workers):
+    together = run_on(num_workers, sgd_step_in_float32, tasks)
+    for name, one in alone["sgd_step_in_float32"].items():
+        assert together[name]["losses"] == pytest.approx(one["losses"], rel=1e-6), name
+        assert distance(one["gradients"], together[name]["gradients"]) < 1e-6, name
+        assert distance(one["state"], together[name]["state"]) < 1e-6, name
+
+
+DROPPING = BASE.replace(network=UNet(filters=(4, 8), dropout=0.2))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> FitTask:
+    return make_tasks(tmp_path_factory.mktemp("fits"), {"dropping": DROPPING})["dropping"]
 
 
 def of(task: FitTask, folder: Path) -> dict[str, FitTask]:
     return {"fit": task.replace(folder=str(folder))}
 
 
-def test_a_fit_on_two_workers_leaves_what_one_leaves_even_if_it_changes_over_in_the_middle(tasks, tmp_path):
-    task = tasks["dropout"].replace(uncertainty=(MCDropout(samples=2), TTA(transforms=(Flip(), Noise()), samples=2)))
-    alone = run_on(1, whole_fit, of(task, tmp_path / "alone"))
-    assert run_on(2, whole_fit, of(task, tmp_path / "two")) == alone
-    assert_same_files(tmp_path / "alone", tmp_path / "two")
+def test_a_fit_on_two_workers_leaves_what_one_leaves_even_if_it_changes_over_in_the_middle(task, tmp_path):
+    task = task.replace(uncertainty=(MCDropout(samples=2), TTA(transforms=(Flip(), Noise()), samples=2)))
+    alone = run_on(1, whole_fit, of(task, tmp_path / "alone"))["fit"]
+    assert_same_result(alone, run_on(2, whole_fit, of(task, tmp_path / "two"))["fit"])
+    assert_same_files(tmp_path / "alone", tmp_path / "two", exact=False)
 
     assert run_on(2, interrupted_fit, of(task, tmp_path / "moved")) == {"fit": {"interrupted": 0}}
     assert checkpoint_path(tmp_path / "moved").exists()
     moved = run_on(1, whole_fit, of(task, tmp_path / "moved"))["fit"]
     assert moved.pop("resumed_epoch") is not None
-    assert moved.items() <= alone["fit"].items()
-    assert_same_files(tmp_path / "alone", tmp_path / "moved")
+    assert_same_result(alone, moved)
+    assert_same_files(tmp_path / "alone", tmp_path / "moved", exact=False)
 
 
-def test_a_loss_that_is_not_finite_ends_the_fit_on_all_workers_with_one_cause(tasks, tmp_path):
-    task = tasks["dropout"]
-    wild = task.replace(recipe=task.recipe.replace(optim=task.recipe.optim.replace(lr=1e30, schedule="constant")))
+def assert_same_result(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Numbers may differ by rounding."""
+    for name, value in other.items():
+        assert value == (pytest.approx(one[name], rel=1e-3) if isinstance(value, float) else one[name]), name
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit_on_all_workers_with_one_cause(task, tmp_path):
+    wild = task.replace(recipe=DROPPING.replace(optim=OPTIM.replace(lr=1e30, schedule="constant")))
     alone, together = (run_on(n, whole_fit, of(wild, tmp_path / str(n)))["fit"] for n in (1, 2))
     assert alone["state"] == "failed"
     assert "weights diverged" in alone["reason"]

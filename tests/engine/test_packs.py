@@ -21,10 +21,10 @@ import psutil
 import pytest
 import ray
 import torch
-from parallel_fits import OPTIM, assert_same_files, make_tasks, run_on, whole_fit
+from parallel_fits import BASE, OPTIM, assert_same_files, make_tasks, run_on, whole_fit
 from scripted import make_study, processes, run, starts
 
-from softseg_dist import MCDropout, Resources
+from softseg_dist import Dice, MCDropout, NormReLU, Resources, UNet
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_lanes import LostJob, Report
@@ -61,13 +61,13 @@ def linger(config: dict[str, Any], worker: Worker, report: Report) -> str:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FitTask]:
     """As many as a host takes: one that drops, also when it predicts, one that fuses whole cases, and a plain one."""
     torch.set_num_threads(1)
-    made = make_tasks(tmp_path_factory.mktemp("packs"))
-    chosen = {"dropping": made["dropout"], "fused": made["Dice()"], "plain": made["NormReLU()"]}
-    changes = {"dropping": {}, "fused": {"fusion": "staple", "label": "hard"}, "plain": {}}
     few = OPTIM.replace(epochs=3)
-    short = {
-        name: task.replace(recipe=task.recipe.replace(optim=few, **changes[name])) for name, task in chosen.items()
+    recipes = {
+        "dropping": BASE.replace(network=UNet(filters=(4, 8, 16), dropout=0.2), optim=few),
+        "fused": BASE.replace(loss=Dice(), fusion="staple", label="hard", optim=few),
+        "plain": BASE.replace(activation=NormReLU(), optim=few),
     }
+    short = make_tasks(tmp_path_factory.mktemp("packs"), recipes)
     return short | {"dropping": short["dropping"].replace(uncertainty=(MCDropout(samples=3),))}
 
 

@@ -14,12 +14,12 @@ from device_fits import EVERYTHING, batches_of, device_stepper, host_stepper, ta
 from softseg_dist import SVLS, Dice, Loss, NormReLU, Optim, Patch, Recipe, UNet
 from softseg_dist.numerics.dropout import CountedDropout
 from softseg_dist.training.evaluation import validation_score
-from softseg_dist.training.execution import choose_engine
+from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu import resident
 from softseg_dist.training.gpu.device_batches import DeviceBatches
 from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.gpu.resident import Resident, Streamed
-from softseg_dist.training.stepper import Progress
+from softseg_dist.training.stepper import FitProgress
 from softseg_dist.training.task import FitTask, Worker
 
 pytestmark = [
@@ -68,9 +68,9 @@ def longer(task: FitTask, recipe: Recipe, epochs: int) -> FitTask:
     return task.replace(recipe=recipe.replace(optim=recipe.optim.replace(epochs=epochs)))
 
 
-def begin(stepper: DeviceStepper) -> Progress:
+def begin(stepper: DeviceStepper) -> FitProgress:
     """Train one epoch, in which graphs are captured."""
-    now = Progress()
+    now = FitProgress()
     train(stepper, stepper.batches, 1, now)
     return now
 
@@ -81,8 +81,8 @@ def test_a_graph_learns_what_single_operations_learn(tasks: dict[int, FitTask], 
     eager, graph = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     epochs = -(-50 // eager.batches.steps_per_epoch)
     theirs, ours = (train(stepper, stepper.batches, epochs) for stepper in (eager, graph))
-    assert graph.engine.graph, graph.engine.notes
-    assert graph.engine.notes == ()
+    assert graph.execution.graph, graph.execution.notes
+    assert graph.execution.notes == ()
     assert len(ours) >= 50
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
@@ -91,7 +91,7 @@ def test_a_graph_of_volumes_learns_what_single_operations_learn(tasks: dict[int,
     task = longer(tasks[3], PLAIN, 20)
     eager, graph = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     theirs, ours = (train(stepper, stepper.batches, 10) for stepper in (eager, graph))
-    assert graph.engine.graph, graph.engine.notes
+    assert graph.execution.graph, graph.execution.notes
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_a_compiled_network_learns_the_same(tasks: dict[int, FitTask], network: 
     eager = device_stepper(task, CUDA)
     compiled = device_stepper(task, CUDA, compiled=True, graph=graph)
     theirs, ours = (train(stepper, stepper.batches, 8) for stepper in (eager, compiled))
-    assert (compiled.engine.compiled, compiled.engine.graph) == (True, graph), compiled.engine.notes
+    assert (compiled.execution.compiled, compiled.execution.graph) == (True, graph), compiled.execution.notes
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_every_size_of_batch_has_a_graph_of_its_own(tasks: dict[int, FitTask], b
     task = tasks[2].replace(recipe=PLAIN.replace(optim=optim))
     eager, graph = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     theirs, ours = (train(stepper, stepper.batches, 3) for stepper in (eager, graph))
-    assert graph.engine.graph, graph.engine.notes
+    assert graph.execution.graph, graph.execution.notes
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
@@ -161,8 +161,8 @@ def test_a_loss_that_waits_is_trained_without_a_graph_from_the_first_step_on(tas
     eager, hopeful = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     theirs, ours = (train(stepper, stepper.batches, 4) for stepper in (eager, hopeful))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    assert not hopeful.engine.graph
-    assert len(hopeful.engine.notes) == 1
+    assert not hopeful.execution.graph
+    assert len(hopeful.execution.notes) == 1
 
 
 def test_a_capture_that_fails_does_no_harm(tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_a_capture_that_fails_does_no_harm(tasks: dict[int, FitTask], monkeypatc
     eager, hopeful = device_stepper(task, CUDA), device_stepper(task, CUDA, graph=True)
     theirs, ours = (train(stepper, stepper.batches, 4) for stepper in (eager, hopeful))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    assert not hopeful.engine.graph
+    assert not hopeful.execution.graph
     graph = device_stepper(tasks[2], CUDA, graph=True)  # the next fit of the process
     train(graph, graph.batches, 2)
-    assert graph.engine.graph, graph.engine.notes
+    assert graph.execution.graph, graph.execution.notes
 
 
 def test_graphs_of_two_fits_on_one_device_do_not_disturb_each_other(tasks: dict[int, FitTask]) -> None:
@@ -183,7 +183,7 @@ def test_graphs_of_two_fits_on_one_device_do_not_disturb_each_other(tasks: dict[
     alone = device_stepper(task, CUDA, graph=True)
     losses = train(alone, alone.batches, 3)
     one, two = (device_stepper(task, CUDA, graph=True) for _ in range(2))
-    progress, found = (Progress(), Progress()), ([], [])
+    progress, found = (FitProgress(), FitProgress()), ([], [])
     for epoch in range(3):
         for stepper, now, of_one in zip((one, two), progress, found, strict=True):
             of_one += train(stepper, stepper.batches, epoch + 1, now)
@@ -206,7 +206,7 @@ def test_what_is_resident_is_shared_and_what_does_not_fit_is_sent(
     assert isinstance(sent.device_batches, DeviceBatches)
     assert isinstance(sent.device_batches.source, Streamed)
     assert train(sent, sent.batches, 3) == pytest.approx(train(one, one.batches, 3), rel=1e-5, abs=1e-5)
-    assert len(sent.engine.notes) == 1
+    assert len(sent.execution.notes) == 1
 
 
 def test_dropout_drops_on_a_gpu_what_it_drops_on_a_cpu() -> None:
@@ -239,15 +239,15 @@ def test_float32_is_exact_on_a_gpu(tasks: dict[int, FitTask], monkeypatch: pytes
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_engine_of_a_gpu_is_a_graph_in_the_precision_it_has() -> None:
-    engine = choose_engine(Optim(), CUDA, 1, 10**6)
-    assert engine.graph
-    assert engine.compiled
-    assert (engine.precision == "bfloat16") == torch.cuda.is_bf16_supported(including_emulation=False)
-    short = choose_engine(Optim(), CUDA, 1, 10)
+def test_the_execution_of_a_gpu_is_a_graph_in_the_precision_it_has() -> None:
+    execution = choose_execution(Optim(), CUDA, 1, 10**6)
+    assert execution.graph
+    assert execution.compiled
+    assert (execution.precision == "bfloat16") == torch.cuda.is_bf16_supported(including_emulation=False)
+    short = choose_execution(Optim(), CUDA, 1, 10)
     assert not short.compiled
     assert len(short.notes) == 1
-    assert not choose_engine(Optim(), CUDA, 2, 10**6).graph
+    assert not choose_execution(Optim(), CUDA, 2, 10**6).graph
 
 
 def test_memory_is_given_back_when_fits_end(tasks: dict[int, FitTask], tmp_path: Path) -> None:

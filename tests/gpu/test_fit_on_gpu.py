@@ -16,7 +16,7 @@ import torch
 
 from softseg_dist import AdaptiveWing, Affine, MonteCarlo, NormReLU, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import build_store, fingerprint
-from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker, history_path
 
 pytestmark = [
@@ -100,7 +100,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_gone_on_from(task: FitTask, t
     counts: Iterator[int] = iter(range(1, 10**6))
     with pytest.raises(Interrupted):
         fit(parts, Worker(stop=lambda: next(counts) >= STEPS_PER_EPOCH + 2))
-    training = Training(parts, Worker(device=DEVICE))
+    training = RunningFit(parts, Worker(device=DEVICE))
     assert (training.progress.epoch, training.progress.step) == (1, 2)
     fit(parts, Worker(device=DEVICE))
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)  # convolutions of two devices

@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from softseg_dist.numerics.seeds import drawing
 
-aten = torch.ops.aten
-WAITING = {
-    aten._local_scalar_dense: "a number is read from the device, as .item(), float() or if do",
-    aten.equal: "tensors are compared by the host",
-    aten.nonzero: "the size of a tensor depends on numbers",
-    aten.masked_select: "the size of a tensor depends on numbers",
-    aten._unique2: "the size of a tensor depends on numbers",
-    aten.lift_fresh: "a tensor is made from numbers of the host",
+READ, SIZE = "a number is read from the device, as .item(), float() or if do", "the size of a tensor depends on numbers"
+COMPARED, MADE = "tensors are compared by the host", "a tensor is made from numbers of the host"
+COPIED = "a tensor is copied between host and device"
+WAITING: dict[Callable[..., Any], str] = {
+    **dict.fromkeys((Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__), READ),
+    **dict.fromkeys((torch.equal, Tensor.equal, torch.allclose, Tensor.allclose), COMPARED),
+    **dict.fromkeys((torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select), SIZE),
+    **dict.fromkeys((torch.unique, Tensor.unique, torch.argwhere, Tensor.argwhere, torch.bincount), SIZE),
+    torch.tensor: MADE,
 }
 WARM_UP = 3  # steps before a capture, in which torch chooses algorithms and allocates what stays
 
@@ -91,34 +92,36 @@ def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
                         tensor.zero_()
 
 
-class _Watch(TorchDispatchMode):
-    """Looks at every operation, those of the backward pass, too; `found` is the first that cannot be captured."""
+class _Watch(TorchFunctionMode):
+    """Looks at every call of torch by Python code; `found` is the first that cannot be captured.
+
+    What it cannot see, inside of torch, makes the capture itself fail.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found = (
-            self.found or WAITING.get(func.overloadpacket) or _selects(func, args) or _travels(func, args, kwargs)
-        )
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found = self.found or WAITING.get(func) or _selects(func, args) or _copies(func, args, result)
+        return result
 
 
 def _selects(func: Any, args: Any) -> str | None:
     """Whether values are chosen by a mask."""
-    if func.overloadpacket is aten.index and any(i is not None and i.dtype is torch.bool for i in args[1]):
-        return WAITING[aten.nonzero]
-    return None
+    if func not in (Tensor.__getitem__, Tensor.__setitem__):
+        return None
+    indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return SIZE if any(isinstance(i, Tensor) and i.dtype is torch.bool for i in indices) else None
 
 
-def _travels(func: Any, args: Any, kwargs: Any) -> str | None:
+def _copies(func: Any, args: Any, result: Any) -> str | None:
     """Whether a tensor goes from the host to the device or back."""
-    if func.overloadpacket is aten._to_copy and (to := (kwargs or {}).get("device")) is not None:
-        return None if to.type == args[0].device.type else "a tensor is copied between host and device"
-    if func.overloadpacket is aten.copy_ and isinstance(args[1], Tensor):
-        return None if args[0].device.type == args[1].device.type else "a tensor is copied between host and device"
-    return None
+    if func not in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_):
+        return None
+    source = args[1] if func is Tensor.copy_ else args[0]
+    return None if source.device.type == result.device.type else COPIED
 
 
 FOLDER = ".compiled"  # in the run folder
@@ -128,7 +131,7 @@ MOST_NETWORKS = 256  # that a process compiles; torch's own limit of 8 is meant 
 def compiled(network: nn.Module, fit_folder: str) -> Callable[[Tensor], Tensor]:
     """`network` as one that is compiled when it is first called, and again for every other size of batch."""
     keep_compiled(fit_folder)
-    torch._dynamo.config.recompile_limit = MOST_NETWORKS
+    torch.compiler.config.recompile_limit = MOST_NETWORKS
     function: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
     return function
 

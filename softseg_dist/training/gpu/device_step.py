@@ -23,7 +23,7 @@ from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.gpu.capture import Step, captured, compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import device_batches
 from softseg_dist.training.gpu.feed import Feed, Fields, Orders
-from softseg_dist.training.stepper import Asked, Diverged, Progress, Stepper, cause, learning_rate
+from softseg_dist.training.stepper import Diverged, FitProgress, Request, Stepper, cause, learning_rate
 
 OF_A_STEP: Fields = {
     "lr": ((), torch.float32),
@@ -35,19 +35,19 @@ SERIOUS = (UserError, torch.OutOfMemoryError)  # nothing that another way to run
 
 
 class DeviceStepper(Stepper):
-    """Returns after every epoch, or when the fit is asked something.
+    """Returns after every epoch, or when something is requested of the fit.
 
-    Changes dropout layers of `model`, not its state. `engine` is what is really used, once it has begun.
+    Changes dropout layers of `model`, not its state. `execution` is what is really used, once it has begun.
     """
 
     def _begin(self) -> None:
         self.device = next(self.model.parameters()).device
         on_cuda = self.device.type == "cuda"
         self.device_batches, notes = device_batches(self.batches, self.device)
-        self.engine = self.engine.replace(notes=(*self.engine.notes, *notes))
+        self.execution = self.execution.replace(notes=(*self.execution.notes, *notes))
         self.dropout_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
         count_dropout(self.model.network, self.dropout_seed)
-        self.network = compiled(self.model.network, self.task.folder) if self.engine.compiled else None
+        self.network = compiled(self.model.network, self.task.folder) if self.execution.compiled else None
         self.adam = torch.optim.AdamW(
             self.model.parameters(),
             lr=torch.tensor(self.optim.lr, device=self.device),
@@ -63,16 +63,16 @@ class DeviceStepper(Stepper):
         # By the number of items in a batch: what is told about it, and the graph of its step if there is one.
         self._ways: dict[int, tuple[Feed, Step | None]] = {}
 
-    def advance(self, progress: Progress) -> Asked:
+    def advance(self, progress: FitProgress) -> Request:
         """Launch the steps that are left of the epoch, and read what they have written down."""
         order, size, first = self.batches.order(progress.epoch), self.optim.batch_size, progress.step
-        asked = Asked()
+        request = Request()
         with self._own_stream():
-            while progress.step < self.batches.steps_per_epoch and not any(asked):
+            while progress.step < self.batches.steps_per_epoch and not any(request):
                 members = order[progress.step * size : (progress.step + 1) * size]
                 self._launch(progress.epoch, progress.step, members)
                 progress.step += 1
-                asked = Asked(self.worker.stop(), self.due())
+                request = Request(self.worker.stop(), self.due())
             recorded = self.records[first : progress.step].tolist()  # waits for the device
         for step, (loss, dead, *extremes) in enumerate(recorded, start=first):
             if not math.isfinite(loss):
@@ -80,7 +80,7 @@ class DeviceStepper(Stepper):
                 raise Diverged(loss, progress.epoch, step, cause(self.recipe, logits, prediction))
             progress.losses.append(loss)
             progress.dead += int(dead)
-        return asked
+        return request
 
     def _launch(self, epoch: int, step: int, members: Sequence[int]) -> None:
         if (size := len(members)) not in self._ways:
@@ -123,27 +123,27 @@ class DeviceStepper(Stepper):
 
     def _graph(self, step: Step) -> Step | None:
         """A graph of `step`, compiled if that works; None if there is to be no graph, or cannot be. What does not work is noted."""
-        if not (self.engine.compiled or self.engine.graph):
+        if not (self.execution.compiled or self.execution.graph):
             return None
         with unchanged(self.model, self.adam):
-            if self.engine.graph and (reason := self._without_network(step)) is not None:
-                self.engine = self.engine.without("graph", reason)
-            if self.engine.compiled:
+            if self.execution.graph and (reason := self._without_network(step)) is not None:
+                self.execution = self.execution.without("graph", reason)
+            if self.execution.compiled:
                 try:
                     step()
                 except SERIOUS:
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever a compiler raises: there is another way
                     self.network = None
-                    self.engine = self.engine.without("compiled", _in_words(error))
-            if self.engine.graph:
+                    self.execution = self.execution.without("compiled", _in_words(error))
+            if self.execution.graph:
                 try:
                     self._pool = self._pool or torch.cuda.graph_pool_handle()
                     return captured(step, self._pool)
                 except SERIOUS:
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever the device refuses: there is another way
-                    self.engine = self.engine.without("graph", _in_words(error))
+                    self.execution = self.execution.without("graph", _in_words(error))
         return None
 
     def _without_network(self, step: Step) -> str | None:

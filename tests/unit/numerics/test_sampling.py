@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
+from torch import distributed, nn
 
 from softseg_dist import (
     TTA,
@@ -37,8 +39,8 @@ from softseg_dist.numerics.augmentation import Frame, augment_case
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.record.changes import study_changes
 from softseg_dist.record.ledger import json_of
-from softseg_dist.training.data_parallel import Team
-from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.data_parallel import WorkerGroup
+from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
 from softseg_dist.training.preflight import check_uncertainty
@@ -94,10 +96,20 @@ def test_dropout_is_as_quiet_afterwards_as_before_and_nothing_else_trains(task: 
     assert np.array_equal(predict_sample(model, sample), plain)
 
 
+@contextmanager
+def alone_in_a_group() -> Iterator[None]:
+    """In evaluation a worker needs no others."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_worker_among_several_draws_what_one_alone_draws(task: FitTask) -> None:
     alone, beside = model_of(), model_of()
-    Team(alone, Worker(), batch_size=8)
-    Team(beside, Worker(num_workers=2), batch_size=8)
+    with alone_in_a_group():
+        WorkerGroup(beside, Worker(num_workers=2))
     beside.eval()
     method, sample = MCDropout(samples=3), Store.open(task.store).sample(0)
     assert np.array_equal(predict_sample(alone, sample), predict_sample(beside, sample))
@@ -114,7 +126,7 @@ def test_a_network_without_dropout_is_refused_before_it_is_trained(
         check_uncertainty(recipes, METHODS, store)
     check_uncertainty(recipes, METHODS[1:], store)
     with pytest.raises(UserError, match="candidate c: MCDropout"):
-        Training(task.replace(folder=str(tmp_path), recipe=recipes["without"]), Worker())
+        RunningFit(task.replace(folder=str(tmp_path), recipe=recipes["without"]), Worker())
 
 
 def test_an_axis_that_images_lack_is_refused_before_anything_is_trained(task: FitTask) -> None:

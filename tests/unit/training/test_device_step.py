@@ -22,14 +22,14 @@ from device_fits import (
 )
 
 from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
-from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, device_batches
 from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper
 from softseg_dist.training.gpu.feed import Feed, Parcel
 from softseg_dist.training.gpu.resident import Resident, Streamed
 from softseg_dist.training.host_step import HostStepper
-from softseg_dist.training.stepper import Diverged, Progress
+from softseg_dist.training.stepper import Diverged, FitProgress
 from softseg_dist.training.task import FitTask, Interrupted, Worker, history_path
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_a_stop_after_any_step_and_a_restart_change_nothing(tasks: dict[int, Fit
     straight = device_stepper(task)
     losses = train(straight, straight.batches, 3)
     asked = iter(range(1, 10**6))
-    first, now, done = device_stepper(task, worker=Worker(stop=lambda: next(asked) >= steps)), Progress(), []
+    first, now, done = device_stepper(task, worker=Worker(stop=lambda: next(asked) >= steps)), FitProgress(), []
     while not first.advance(now).stop:
         done += now.losses
         now.epoch, now.step, now.losses = now.epoch + 1, 0, []
@@ -124,7 +124,7 @@ def test_a_stop_after_any_step_and_a_restart_change_nothing(tasks: dict[int, Fit
 def test_a_checkpoint_of_the_host_can_be_gone_on_from_and_the_other_way_round(tasks: dict[int, FitTask]) -> None:
     whole = train(host_stepper(tasks[2]), batches_of(tasks[2]), 4)
     for begin, go_on in ((host_stepper, device_stepper), (device_stepper, host_stepper)):
-        first, second, now = begin(tasks[2]), go_on(tasks[2]), Progress()
+        first, second, now = begin(tasks[2]), go_on(tasks[2]), FitProgress()
         losses = train(first, first.batches, 2, now)
         second.model.load_state_dict(first.model.state_dict())
         second.load(first.state())
@@ -155,7 +155,7 @@ def test_what_a_fit_has_on_a_device_goes_with_it_and_waits_for_no_garbage_collec
     tasks: dict[int, FitTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
     monkeypatch.setattr("softseg_dist.training.fit.HostStepper", kind)
-    training = Training(tasks[2].replace(folder=str(tmp_path)), Worker())
+    training = RunningFit(tasks[2].replace(folder=str(tmp_path)), Worker())
     training.model.train()
     training.stepper.advance(training.progress)
     model = weakref.ref(training.model)
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_cause(tasks: dict[i
     with pytest.raises(
         Diverged, match=rf"loss is nan in epoch 1, step {last}: NanLoss\(\) is not finite for finite pred"
     ):
-        stepper.advance(Progress())
+        stepper.advance(FitProgress())
 
 
 def test_diverged_weights_are_named_as_the_cause(tasks: dict[int, FitTask]) -> None:
@@ -240,9 +240,9 @@ def test_what_cannot_be_used_is_noted_once_and_costs_no_digit(tasks: dict[int, F
     """On a CPU no graph can be captured: the attempt fails, and training begins as if there had been none."""
     plain, hopeful = device_stepper(tasks[2]), device_stepper(tasks[2], graph=True)
     assert train(plain, plain.batches, 2) == train(hopeful, hopeful.batches, 2)
-    assert hopeful.engine.name == "float32"
-    assert len(hopeful.engine.notes) == 1
-    assert hopeful.engine.notes[0].startswith("graph: not used, ")
+    assert hopeful.execution.name == "float32"
+    assert len(hopeful.execution.notes) == 1
+    assert hopeful.execution.notes[0].startswith("graph: not used, ")
 
 
 def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
@@ -254,7 +254,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
     plain, hopeful = device_stepper(tasks[2]), device_stepper(tasks[2], compiled=True)
     hopeful.network = broken
     assert train(plain, plain.batches, 2) == train(hopeful, hopeful.batches, 2)
-    assert hopeful.engine.notes == ("compiled: not used, RuntimeError: no compiler and a page of text",)
+    assert hopeful.execution.notes == ("compiled: not used, RuntimeError: no compiler and a page of text",)
 
 
 def test_a_network_is_compiled_whole_and_once_for_all_fits_of_a_process(tasks: dict[int, FitTask]) -> None:
@@ -272,7 +272,7 @@ def test_a_network_is_compiled_whole_and_once_for_all_fits_of_a_process(tasks: d
         stepper = device_stepper(task.replace(recipe=recipe), compiled=True)
         stepper.network = torch.compile(stepper.model.network, dynamic=False, fullgraph=True, backend=make)
         ours = train(stepper, stepper.batches, 1)
-        assert stepper.engine.compiled, stepper.engine.notes
+        assert stepper.execution.compiled, stepper.execution.notes
     assert ours == losses
     assert len(made) == 2  # sizes of a batch
 

@@ -31,7 +31,7 @@ from softseg_dist import (
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.fit import Training, fit
+from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import build_model, load_checkpoint
 from softseg_dist.training.task import (
@@ -111,7 +111,7 @@ def test_a_fit_of_everybody_has_weights_at_its_end_only_also_if_it_was_stopped(t
     everybody = task.replace(split=split.replace(train=everyone, validation=(), test=()))
     whole, parts = (everybody.replace(folder=str(tmp_path / name)) for name in ("whole", "parts"))
     assert fit(whole).best_epoch == RECIPE.optim.epochs
-    last = Training(everybody.replace(folder=str(tmp_path)), Worker()).batches.num_steps
+    last = RunningFit(everybody.replace(folder=str(tmp_path)), Worker()).batches.num_steps
     for steps in (last - 1, 1):  # in the last step, and, counted from there, behind it
         with pytest.raises(Interrupted):
             fit(parts, stop_after(steps))
@@ -133,12 +133,12 @@ def test_a_second_objective_is_measured_and_changes_nothing_else(task: FitTask, 
 
 
 def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Path) -> None:
-    straight = Training(task.replace(folder=_folder(tmp_path / "a")), Worker())
+    straight = RunningFit(task.replace(folder=_folder(tmp_path / "a")), Worker())
     straight.run()
     for steps in (2, 1, 1):
         with pytest.raises(Interrupted):
-            Training(task.replace(folder=_folder(tmp_path / "b")), stop_after(steps)).run()
-    resumed = Training(task.replace(folder=_folder(tmp_path / "b")), Worker())
+            RunningFit(task.replace(folder=_folder(tmp_path / "b")), stop_after(steps)).run()
+    resumed = RunningFit(task.replace(folder=_folder(tmp_path / "b")), Worker())
     resumed.run()
     pairs = zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -174,7 +174,7 @@ def test_another_recipe_in_the_same_folder_starts_anew(task: FitTask, tmp_path: 
     with pytest.raises(Interrupted):
         fit(task, stop_after(4))
     other = task.replace(recipe=RECIPE.replace(loss=Dice()))
-    training = Training(other, Worker())
+    training = RunningFit(other, Worker())
     assert training.resumed_epoch is None
     assert not history_path(tmp_path).exists()
     assert load_checkpoint(other) is None
@@ -192,15 +192,13 @@ def test_a_torn_checkpoint_is_no_checkpoint(task: FitTask, tmp_path: Path) -> No
 @pytest.mark.parametrize("loss", [BatchDice(), Sum(terms=(BatchDice(), Dice()), weights=(2, 1))], ids=str)
 def test_a_step_follows_the_gradient_of_the_loss_of_the_whole_batch(task: FitTask, tmp_path: Path, loss: Loss) -> None:
     task = task.replace(recipe=RECIPE.replace(loss=loss, network=UNet(filters=(4, 8))))
-    one, two = (Training(task.replace(folder=_folder(tmp_path / name)), Worker()) for name in ("one", "two"))
-    members = one.batches.order(0)[:7]  # portions of 2, 2, 2 and 1
+    one, two = (RunningFit(task.replace(folder=_folder(tmp_path / name)), Worker()) for name in ("one", "two"))
+    members = one.batches.order(0)[:7]
     assert isinstance(one.stepper, HostStepper)
-    assert isinstance(two.stepper, HostStepper)
     one.stepper.step(one.progress, members)
     image, target = two.batches.batch(0, members, "cpu")
-    two.stepper.team.begin(len(members))
     value = loss(two.model(image), target)
-    two.stepper.team.backward(value)
+    value.backward()
     assert one.progress.losses == [pytest.approx(value.item(), rel=1e-6)]
     for ours, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
@@ -231,9 +229,9 @@ def test_diverged_weights_are_named_as_the_cause(task: FitTask, tmp_path: Path) 
 
 
 def test_every_candidate_sees_the_same_weights_batches_and_fields(task: FitTask, tmp_path: Path) -> None:
-    one = Training(task.replace(folder=_folder(tmp_path / "a")), Worker())
+    one = RunningFit(task.replace(folder=_folder(tmp_path / "a")), Worker())
     other_recipe = RECIPE.replace(loss=Dice(), activation=Sigmoid(), label="hard")
-    two = Training(task.replace(folder=_folder(tmp_path / "b"), candidate="d", recipe=other_recipe), Worker())
+    two = RunningFit(task.replace(folder=_folder(tmp_path / "b"), candidate="d", recipe=other_recipe), Worker())
     weights = [
         (a, b)
         for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True)
