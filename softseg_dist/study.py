@@ -188,7 +188,7 @@ class Study(Frozen):
     `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
     since losses of different candidates are not comparable. A search optimises `second_objective` as well; best epochs, ranking
     and tests stay on `objective`. `tune_each` finds a learning rate for every candidate first. `uncertainty` has what every fit
-    measures on its test cases (see `numerics.uncertainty`), and the winner's and the control's fits together. `subjects` keeps
+    measures on its test cases (see `judging.uncertainty`), and the winner's and the control's fits together. `subjects` keeps
     the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete

@@ -110,7 +110,7 @@ def case_rows(
         prediction: [N K *S] in [0, 1].
         references: "mean", each rater's name, "truth" where it is known: [N K *S] each.
         classes: K names.
-        thresholds: those that the fit chose (see `numerics.thresholds`).
+        thresholds: those that the fit chose (see `judging.thresholds`).
         curve: thresholds of the curve of Dice.
         grid: where the items lie.
     """

@@ -256,7 +256,7 @@ METHODS = {
     "tta": "test-time augmentation",
     "ensemble": "ensemble over splits",
 }
-MEASURES = {  # as `numerics.uncertainty` names them
+MEASURES = {  # as `judging.uncertainty` names them
     "disagreement_correlation": "entropy and disagreement",
     "ged2": "GED²",
     "entropy": "entropy (bits)",

@@ -61,7 +61,7 @@ class FitResult(Frozen):
     False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
     epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
     `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say how it was trained,
-    and `notes` what was not used for it, and why (see `training.engine`).
+    and `notes` what was not used for it, and why (see `training.execution`).
     """
 
     candidate: str

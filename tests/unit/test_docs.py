@@ -18,6 +18,7 @@ from make_architecture import PACKAGE, ROOT, first_line
 
 SKIPPED = {"__pycache__", "runs", "stores", "build", "out", "results"}  # made by tools, or data
 KINDS = {".md", ".py", ".pyi", ".toml", ".sh", ".yaml", ".html", ".cff", ".sbatch"}
+MODULE = re.compile(r"`(\w+)\.([a-z_]+)(?:\.\w+)*(?:\(\))?`")
 MADE_BY_USERS = {"study.py"}  # names that stand for a file of the reader's
 BASES = (ROOT, PACKAGE, ROOT / "tests", ROOT / "tests/unit", ROOT / "cluster")
 MOST_LINES = 150  # of the README
@@ -93,6 +94,14 @@ def _exists(name: str, path: Path) -> bool:
         bases = [base for base in (*BASES, path.parent) if (base / name).parents[name.count("/") - 1].exists()]
         return not bases or any((base / name).exists() for base in bases)
     return any(text.name == name for text in TEXTS)
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if path.suffix in (".py", ".md")], ids=name_of)
+def test_a_cited_module_exists(path: Path) -> None:
+    cited = set(MODULE.findall(path.read_text(encoding="utf-8")))
+    packages = {package: {module.stem for module in (PACKAGE / package).glob("[a-z]*")} for package, _ in cited}
+    missing = [(package, name) for package, name in cited if packages[package] and name not in packages[package]]
+    assert not missing
 
 
 def test_a_citation_of_a_missing_file_is_found() -> None:
