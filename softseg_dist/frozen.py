@@ -54,6 +54,25 @@ def unsealed(text: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(text[12:]))
 
 
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields in the JSON of an object, nested ones joined by dots, the objects of a list by number.
+
+    >>> dict(leaves({"loss": {"type": "AdaptiveWing", "omega": 14.0}, "augment": [{"type": "Flip"}]}))
+    {'loss': 'AdaptiveWing', 'loss.omega': 14.0, 'augment.0': 'Flip'}
+    """
+    if isinstance(value, Mapping):
+        if path and "type" in value:
+            yield path, value["type"]
+        for name, item in value.items():
+            if name not in ("type", "code"):
+                yield from leaves(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}.{index}")
+    else:
+        yield path, value
+
+
 def tag_of(thing: type | FunctionType) -> str:
     """`AdaptiveWing` for what the package defines, `s009_mine:MyLoss` for what a study (or a test) defines."""
     module = thing.__module__

@@ -1,7 +1,8 @@
-"""Places: files and folders on any filesystem that pyarrow knows, from a path or from a URI such as s3://bucket/runs.
+"""Places: files and folders on any file system that pyarrow supports, given by a path or a URI such as s3://bucket/runs.
 
-S3 takes endpoint, region and credentials where the AWS tools do (AWS_ENDPOINT_URL, AWS_REGION, ...), GCS where Google's do.
-What goes wrong on a remote filesystem is an OSError with the errno EIO that names the place.
+S3 takes endpoint, region and credentials as the AWS tools do (AWS_ENDPOINT_URL, AWS_REGION, ...), GCS as Google's do.
+A failure of a remote file system is an OSError with the errno EIO that names the place. Files are written whole or not at all
+(`Place.write`, `replace_file`); a full disk is an OSError with its errno whatever library was writing.
 """
 
 from __future__ import annotations
@@ -25,11 +26,6 @@ from softseg_dist.errors import UserError
 FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
 GCS_RETRY_S = 60
 CHUNK_BYTES = 8 * 2**20  # what is copied at a time
-
-
-def is_remote(where: str | Path) -> bool:
-    """Whether `where` is a URI of another filesystem than this machine's."""
-    return "://" in str(where) and not str(where).startswith("file://")
 
 
 def cache_folder() -> Path:

@@ -1,8 +1,9 @@
-"""Numbers in words: how the page writes a value, an interval, a p, a time and a verdict."""
+"""How values are written for people: numbers, intervals, p-values, times, sizes, lists and verdicts, alike on every page."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 
 ALPHA = 0.05
@@ -40,6 +41,21 @@ def p_clause(p: float, name: str = "p") -> str:
     return f"{name} < 0.001" if p < 0.001 else f"{name} = {p_value(p)}"
 
 
+def interval_clause(low: float, high: float, signed: bool = False) -> str:
+    """`95 % interval 0.830 to 0.854`."""
+    return f"95 % interval {interval(low, high, signed=signed)}"
+
+
+def direction(sign: int) -> str:
+    """`higher is better` for sign 1, `lower is better` for -1."""
+    return "higher is better" if sign > 0 else "lower is better"
+
+
+def metric_title(title: str, sign: int) -> str:
+    """The title of a metric, and `(lower is better)` where that is so."""
+    return title if sign > 0 else f"{title} ({direction(sign)})"
+
+
 def percent(share: float | None, digits: int = 1, signed: bool = False) -> str:
     """`+3.2 %`, or an en dash."""
     return "–" if share is None or not math.isfinite(share) else f"{number(100 * share, digits, signed)} %"
@@ -48,6 +64,17 @@ def percent(share: float | None, digits: int = 1, signed: bool = False) -> str:
 def count(num: int, noun: str) -> str:
     """`1 split`, `6 splits`."""
     return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
+
+
+def dimensions(numbers: Sequence[float]) -> str:
+    """`48 x 48 x 8`, `0.5 x 0.5`: sizes along axes, with four digits at most where they are not whole."""
+    return " x ".join(f"{n:.4g}" if isinstance(n, float) else str(n) for n in numbers)
+
+
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """`a, b and 3 more`: the first `most` names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def moment(iso: str) -> str:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from softseg_dist.cli.options import AsJson
+from softseg_dist.words import listed
 
 if TYPE_CHECKING:  # would import torch
-    from softseg_dist.report.comparison import Contrast, RunComparison
+    from softseg_dist.report.comparison import CandidateContrast, RunComparison
 
 COLUMNS = ("candidate", "A", "B", "B minus A", "95 % interval", "p", "p (Holm)", "n")
 
@@ -52,7 +53,7 @@ def compare(
 
 
 def _show(found: RunComparison, console: Console) -> None:
-    from softseg_dist.report.comparison_words import answer, called, caveats, listed, metric, pairing_sentence
+    from softseg_dist.report.comparison_words import answer, called, caveats, metric_of, pairing_sentence
 
     for side, p in (("A", found.a), ("B", found.b)):
         size = f"{p.num_splits} splits, {p.num_tested} tested subjects"
@@ -67,7 +68,7 @@ def _show(found: RunComparison, console: Console) -> None:
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             console.print(f"Only in {side}: {listed(names)}", markup=False)
-    console.print(f"\nB minus A in {metric(found)} on test. {pairing_sentence(found)}", markup=False)
+    console.print(f"\nB minus A in {metric_of(found)} on test. {pairing_sentence(found)}", markup=False)
     console.print("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
     _print_contrasts(found.contrasts, console)
     console.print(f"\n{answer(found)}", markup=False)
@@ -75,7 +76,7 @@ def _show(found: RunComparison, console: Console) -> None:
         console.print(f"Note: {text}", markup=False)
 
 
-def _print_contrasts(contrasts: Sequence[Contrast], console: Console) -> None:
+def _print_contrasts(contrasts: Sequence[CandidateContrast], console: Console) -> None:
     """A table on a terminal, one line per row elsewhere."""
     rows = [_row(contrast) for contrast in contrasts]
     if not console.is_terminal:
@@ -88,7 +89,7 @@ def _print_contrasts(contrasts: Sequence[Contrast], console: Console) -> None:
     console.print(table)
 
 
-def _row(contrast: Contrast) -> tuple[str, ...]:
+def _row(contrast: CandidateContrast) -> tuple[str, ...]:
     from softseg_dist.report.comparison_words import called, sample
     from softseg_dist.words import interval, number, p_value
 

@@ -1,4 +1,7 @@
-"""A data set is a number of cases; a case is one image with its raters' masks.
+"""Cases and data sets: a data set is a number of cases, a case is one image with its raters' masks.
+
+`Case` and `DataSet` are what a new layout implements. `ImageCase` and `LabelledCase` read them from image files, check that all
+files of a case share one grid, and turn voxels into labels in [0, 1].
 
 Legend: C image channels, R raters, K classes, X Y Z canonical (RAS+) voxel axes.
 """

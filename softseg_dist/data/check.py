@@ -13,6 +13,7 @@ import numpy as np
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
+from softseg_dist.words import dimensions
 
 SPACING_OUTLIER = 1.5  # a voxel size is unusual if it is this many times larger or smaller than the median
 LOST = 0.001  # share of the labelled volume outside the crop that is worth a line
@@ -117,13 +118,13 @@ def _between(seen: Sequence[_Seen]) -> Iterator[Problem]:
     for one in seen:
         ratio = np.maximum(one.spacing_mm / median, median / one.spacing_mm)
         if ratio.max() > SPACING_OUTLIER:
-            detail = f"{_by(one.spacing_mm)} mm, the median is {_by(median.tolist())} mm"
+            detail = f"{dimensions(one.spacing_mm)} mm, the median is {dimensions(median.tolist())} mm"
             yield Problem(one.name, "warning", "resolution", detail)
     sizes: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for one in seen:
         sizes[one.size].append(one.name)
     if len(sizes) > 1:
-        detail = "; ".join(f"{_by(size)}: {names[0]} and {len(names) - 1} more" for size, names in sizes.items())
+        detail = "; ".join(f"{dimensions(size)}: {names[0]} and {len(names) - 1} more" for size, names in sizes.items())
         yield Problem("", "error", "sizes differ", f"{detail}; set crop=... of Preprocess")
 
 
@@ -135,7 +136,3 @@ def _people(cases: Sequence[Case]) -> Iterator[Problem]:
         if len(of_one) > 1:
             detail = f"{subject} was seen at {', '.join(sorted(of_one))}; splits count the person at one of them"
             yield Problem("", "warning", "person at several sites", detail)
-
-
-def _by(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{n:.3g}" for n in numbers)

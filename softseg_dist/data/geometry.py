@@ -11,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from softseg_dist.words import dimensions
+
 Shape3 = tuple[int, int, int]
 Affine4 = NDArray[np.float64]
 
@@ -89,10 +91,10 @@ class Geometry:
     def difference(self, other: Geometry) -> str:
         """How the two grids differ, in words, or "" if they are the same within `SAME_GRID_TOLERANCE`."""
         if self.shape != other.shape:
-            return f"shape {_by(other.shape)} against {_by(self.shape)}"
+            return f"shape {dimensions(other.shape)} against {dimensions(self.shape)}"
         apart = worst_corner_mm(self.shape, self.affine, other.affine)
         if apart > SAME_GRID_TOLERANCE * min(self.spacing_mm):
-            return f"affines put one corner {apart:.3g} mm apart (voxel {_by(self.spacing_mm)} mm)"
+            return f"affines put one corner {apart:.3g} mm apart (voxel {dimensions(self.spacing_mm)} mm)"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +117,3 @@ def worst_corner_mm(shape: Shape3, one: Affine4, other: Affine4) -> float:
     """The largest distance between a corner voxel's places under two affines."""
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=np.float64)
     return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
-
-
-def _by(numbers: tuple[int, ...] | tuple[float, ...]) -> str:
-    return "x".join(f"{n:.4g}" if isinstance(n, float) else str(n) for n in numbers)

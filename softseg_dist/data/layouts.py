@@ -1,4 +1,4 @@
-"""BIDS-like folders: images in `sub-*/[ses-*/]<kind>/`, masks below `derivatives/*/` in a folder of the same name.
+"""The layout of BIDS-like folders: images in `sub-*/[ses-*/]<kind>/`, masks below `derivatives/*/` in a folder of the same name.
 
 A file's name is a set of words joined by "_": entities (`sub-01`, `run-1`), the contrast (`T2w`), and for a mask its
 part (`label-GM_mask`, `gmseg-manual`). Their order does not matter. A mask belongs to an image if its words are the
@@ -19,6 +19,7 @@ from pydantic import field_validator, model_validator
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile
 from softseg_dist.errors import UserError
+from softseg_dist.words import listed
 
 RATER = "{rater}"
 SUFFIXES = (".nii.gz", ".nii")
@@ -96,7 +97,7 @@ class Bids(DataSet):
         if not (anchors := [name for name in images if name.has_contrast(self.contrasts[0])]):
             others = sorted({name.stem.rsplit("_", 1)[-1] for name in images})
             raise UserError(
-                f"no image sub-*_{self.contrasts[0]}.nii.gz in {root}; there are {_listed(others, 'no images')}"
+                f"no image sub-*_{self.contrasts[0]}.nii.gz in {root}; there are {listed(others) or 'no images'}"
             )
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
         masks = [name for folder in below for name in _names(folder, folder.glob("sub-*"))]
@@ -129,7 +130,7 @@ class Bids(DataSet):
             found = [image.path for image in images if image.words == wanted]
             if len(found) != 1:
                 looked = f"{anchor.folder}/{name}_{contrast}.nii.gz"
-                problems.append(f"case {name} needs one image {looked} in {root}, found {_listed(found, 'none')}")
+                problems.append(f"case {name} needs one image {looked} in {root}, found {listed(found) or 'none'}")
             channels += found[:1]
         bases = [*(entities | _words(contrast) for contrast in self.contrasts), entities]
         own = _Masks(root, name, anchor, bases, masks)
@@ -163,7 +164,7 @@ class Bids(DataSet):
                 parts = {"_".join(w for w in mask.stem.split("_") if w not in image_words) for mask in masks}
                 raise UserError(
                     f"class {label}: no mask in {root}/derivatives/{self.derivatives} has the part {part!r}; "
-                    f"there are {_listed(sorted(parts), 'no masks')}"
+                    f"there are {listed(sorted(parts)) or 'no masks'}"
                 )
 
 
@@ -200,7 +201,7 @@ class _Masks:
                     found[rater].append(mask.path)
             if found:
                 several = [
-                    f"case {self.name}: {len(paths)} masks fit {part!r}: {_listed(paths, '')}; say derivatives=..."
+                    f"case {self.name}: {len(paths)} masks fit {part!r}: {listed(paths)}; say derivatives=..."
                     for paths in found.values()
                     if len(paths) > 1
                 ]
@@ -281,7 +282,3 @@ def _check_names(cases: Sequence[LabelledCase]) -> None:
         if case.name in seen:
             raise UserError(f"two images make the case {case.name}: {case.images[0]} and {seen[case.name].images[0]}")
         seen[case.name] = case
-
-
-def _listed(things: Sequence[object], none: str) -> str:
-    return ", ".join(map(str, things[:12])) + (", ..." if len(things) > 12 else "") if things else none

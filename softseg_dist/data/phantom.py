@@ -1,8 +1,9 @@
-"""Bodies with an analytic boundary and volume, and their exact partial volume in voxels.
+"""A simulated data set with a known soft truth: bodies with an analytic boundary, images of them, and raters who move the boundary.
 
-A body is star-shaped around its centre (or centre line): a point q, in coordinates scaled by the body's half axes,
-lies inside if |q| < radius(direction of q). A `Wobble` moves the boundary by a smooth random distance; that is what a
-rater does.
+A body is star-shaped around its centre (or centre line): a point q, in coordinates scaled by the body's half axes, lies inside
+if |q| < radius(direction of q). Its partial volume in a voxel is computed from sample points. A `Wobble` moves the boundary by a
+smooth random distance, as another rater would. An image is tissue intensities weighted by partial volumes, with texture, a bias
+field and noise.
 
 Legend: P points, 3 coordinates x y z in mm; X Y Z voxels.
 """

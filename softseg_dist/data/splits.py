@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.words import listed
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -88,7 +89,8 @@ class MonteCarlo(Splits):
         num_validation, num_test = (max(1, round(share * len(subjects))) for share in self.fractions[1:])
         if len(subjects) < num_validation + num_test + 1:
             raise UserError(
-                f"{self} needs at least 3 subjects (train, validation, test), got {len(subjects)}: {_listed(subjects)}"
+                f"{self} needs at least 3 subjects (train, validation, test), got {len(subjects)}: "
+                f"{listed(sorted(subjects)) or 'none'}"
             )
         splits = []
         for index in range(self.count):
@@ -113,7 +115,9 @@ class KFold(Splits):
         """See `Splits.make`."""
         needed = max(self.folds, 3)
         if len(subjects) < needed:
-            raise UserError(f"{self} needs at least {needed} subjects, got {len(subjects)}: {_listed(subjects)}")
+            raise UserError(
+                f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}"
+            )
         order = _spread(subjects, f"{seed}/kfold")
         splits = []
         for index in range(min(self.count or self.folds, self.folds)):
@@ -146,7 +150,9 @@ def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str
         return ()
     if isinstance(holdout, tuple):
         if unknown := sorted(set(holdout) - subjects.keys()):
-            raise UserError(f"holdout names {', '.join(unknown)}, but the subjects are {_listed(subjects)}")
+            raise UserError(
+                f"holdout names {', '.join(unknown)}, but the subjects are {listed(sorted(subjects)) or 'none'}"
+            )
         return tuple(sorted(set(holdout)))
     return _cut(_spread(subjects, f"{seed}/holdout"), max(1, round(holdout * len(subjects))))[0]
 
@@ -179,8 +185,3 @@ def _uniform(*parts: str) -> float:
     """A number in [0, 1) that depends on `parts` only."""
     hashed = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
     return (int.from_bytes(hashed, "big") >> 11) / 2**53  # 53 bits: what a double holds exactly, so 1.0 cannot come out
-
-
-def _listed(subjects: Mapping[str, str]) -> str:
-    names = sorted(subjects)
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"

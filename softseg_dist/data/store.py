@@ -1,8 +1,12 @@
-"""What a store file holds of each case, written and read again: one record batch per case, one row per item.
+"""The store of a study: all prepared cases in one Arrow file that is named by its fingerprint and mapped into memory.
 
-Each column holds the item's numbers as a list of float32 (`nearest`: uint8), so any Arrow reader can open the file. What
-belongs to a case (names, shapes, placement) is JSON in the metadata of its batch, what belongs to the file is JSON in the
-metadata of the schema. Arrow writes batches one after the other, so a file that was cut off is read up to the cut.
+The file has one record batch per case and one row per item. Each column holds the item's numbers as a list of float32
+(`nearest`: uint8), so any Arrow reader can open it. What belongs to a case (names, shapes, placement) is JSON in the metadata of
+its batch; what belongs to the file is JSON in the metadata of the schema. Arrow writes batches one after the other, so a file
+that was cut off is read up to the cut.
+
+`build_store` prepares cases, or copies them from stores and leftovers that have them already; `Store` reads the finished file.
+The fingerprint depends on the contents of all sources, the classes and the preprocessing, not on when or where it was built.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, one_by_one
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
+from softseg_dist.words import dimensions
 
 KEY = b"softseg"
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32()}
@@ -41,7 +46,7 @@ MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arr
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class CaseRecord:
     """A prepared case as it lies in a file. `about["identity"]` says what it was made from (absent in older stores)."""
 
     batch: pa.RecordBatch
@@ -87,7 +92,7 @@ class Record:
         return lists.flatten().to_numpy(zero_copy_only=True).reshape(shape)
 
 
-def record_of(sample: Sample, identity: str) -> Record:
+def record_of(sample: Sample, identity: str) -> CaseRecord:
     """The record of a sample, which shares its memory; `identity` says what the sample was made from."""
     arrays = {"image": sample.image, "raters": sample.raters, "nearest": sample.nearest, "truth": sample.truth}
     num_items = len(sample.image)
@@ -113,7 +118,7 @@ def record_of(sample: Sample, identity: str) -> Record:
         "identity": identity,
         "digest": digest_of(sample),
     }
-    return Record(pa.record_batch(columns, schema=SCHEMA), about)
+    return CaseRecord(pa.record_batch(columns, schema=SCHEMA), about)
 
 
 def digest_of(sample: Sample) -> str:
@@ -125,7 +130,7 @@ def digest_of(sample: Sample) -> str:
     return hashed.hexdigest()
 
 
-def write_records(file: BinaryIO, about: dict[str, Any], records: Iterable[Record]) -> None:
+def write_records(file: BinaryIO, about: dict[str, Any], records: Iterable[CaseRecord]) -> None:
     """Write a file of at least one record, each when it comes; the first says what `about` lacks: channels and size."""
     left = iter(records)
     first = next(left)
@@ -137,7 +142,7 @@ def write_records(file: BinaryIO, about: dict[str, Any], records: Iterable[Recor
             file.flush()  # what is written survives the process
 
 
-def read_records(path: Path) -> tuple[dict[str, Any], Iterator[Record]]:
+def read_records(path: Path) -> tuple[dict[str, Any], Iterator[CaseRecord]]:
     """What a file says about itself, and its records, in the order in which they were written, as far as they reach.
 
     Raises ValueError, OSError or ArrowException if not even its head can be read.
@@ -149,11 +154,11 @@ def read_records(path: Path) -> tuple[dict[str, Any], Iterator[Record]]:
     return unsealed((stream.schema.metadata or {})[KEY]), _intact_records(stream)
 
 
-def _intact_records(stream: pa.RecordBatchReader) -> Iterator[Record]:
+def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
     while True:
         try:
             batch, metadata = stream.read_next_batch_with_custom_metadata()
-            record = Record(batch, unsealed(metadata[KEY]))
+            record = CaseRecord(batch, unsealed(metadata[KEY]))
         except (
             StopIteration,
             pa.ArrowException,
@@ -169,9 +174,9 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[Record]:
 FORMAT = 1  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ALIKE = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
+PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
 
-Progress = Callable[[int, int, str], None]
+ProgressCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class Part:
     path: Path
 
 
-Spread = Callable[[Callable[[Part], Path], Sequence[Part]], Generator[Path, None, None]]
+PartMap = Callable[[Callable[[Part], Path], Sequence[Part]], Generator[Path, None, None]]
 
 
 def fingerprint(cases: Sequence[Case], data: DataSet, preprocess: Preprocess, sha256: Digest = sha256_of) -> str:
@@ -198,8 +203,8 @@ def build_store(
     cases: Sequence[Case],
     data: DataSet,
     preprocess: Preprocess,
-    progress: Progress | None = None,
-    spread: Spread = one_by_one,
+    progress: ProgressCallback | None = None,
+    spread: PartMap = one_by_one,
 ) -> Path:
     """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
 
@@ -237,7 +242,7 @@ def build_store(
                 for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
             ]
             usable = [
-                each for each in left if not each.stat().st_size or _is_alike(each, about)
+                each for each in left if not each.stat().st_size or _is_compatible(each, about)
             ]  # an empty one is litter
             _build(draft, path, parts, usable, spread, progress)
     except BrokenPipeError:  # who listened to `progress` has gone
@@ -338,7 +343,7 @@ class Store:
 
     def _view(self, index: int) -> Sample:
         try:
-            return Record(self._reader.get_batch(index), self._about[index]).sample()
+            return CaseRecord(self._reader.get_batch(index), self._about[index]).sample()
         except (pa.ArrowException, ValueError) as error:
             raise _damaged(self.path, error) from error
 
@@ -366,7 +371,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is cut off, damaged or not a store ({reason}); delete it to prepare it again")
 
 
-class _UnlikeError(UserError):
+class _IncompatibleError(UserError):
     """Cases that cannot be in one store."""
 
 
@@ -391,7 +396,12 @@ def _fingerprint(origins: list[list[Any]], data: DataSet, preprocess: Preprocess
 
 
 def _build(
-    draft: Draft, path: Path, parts: Sequence[Part], left: Sequence[Path], spread: Spread, progress: Progress | None
+    draft: Draft,
+    path: Path,
+    parts: Sequence[Part],
+    left: Sequence[Path],
+    spread: PartMap,
+    progress: ProgressCallback | None,
 ) -> None:
     """Write the store `path` by way of `draft`. The leftovers `left` are used, and removed if they will not be needed again."""
     about, found = parts[0].about, {part.identity for part in parts}
@@ -399,7 +409,7 @@ def _build(
     known = {
         record.about["identity"]: record
         for file in files
-        if _is_alike(file, about)
+        if _is_compatible(file, about)
         for record in read_records(file)[1]
         if record.about.get("identity") in found
     }
@@ -407,8 +417,8 @@ def _build(
         with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:
             write_records(draft.file, about, _records(parts, known, prepared, progress))
         draft.become(path)
-    except (OSError, _UnlikeError) as error:
-        if isinstance(error, _UnlikeError) or error.errno in NO_ROOM:
+    except (OSError, _IncompatibleError) as error:
+        if isinstance(error, _IncompatibleError) or error.errno in NO_ROOM:
             for each in (draft.path, *left):
                 remove_draft(each)
         raise
@@ -416,20 +426,22 @@ def _build(
         remove_draft(each)
 
 
-def _is_alike(path: Path, about: dict[str, Any]) -> bool:
+def _is_compatible(path: Path, about: dict[str, Any]) -> bool:
     """Whether the file has cases prepared as `about` says."""
     try:
         other, _ = read_records(path)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # empty yet, damaged, or no store
         return False
-    return canonical_json([other.get(key) for key in ALIKE]) == canonical_json([about[key] for key in ALIKE])
+    return canonical_json([other.get(key) for key in PREPARATION]) == canonical_json(
+        [about[key] for key in PREPARATION]
+    )
 
 
 def _records(
-    parts: Sequence[Part], known: dict[str, Record], prepared: Iterator[Path], progress: Progress | None
-) -> Iterator[Record]:
+    parts: Sequence[Part], known: dict[str, CaseRecord], prepared: Iterator[Path], progress: ProgressCallback | None
+) -> Iterator[CaseRecord]:
     """The records of all parts, in their order: what is known and intact, else what is prepared."""
-    first: Record | None = None
+    first: CaseRecord | None = None
     for done, part in enumerate(parts, start=1):
         record = known.get(part.identity)
         if record is None:
@@ -437,31 +449,27 @@ def _records(
         elif not record.is_intact():
             record = _only_record(prepare_part(part))
         first = first or record
-        _check_alike(first, record)
+        _check_compatible(first, record)
         yield record
         part.path.unlink(missing_ok=True)
         if progress is not None:
             progress(done, len(parts), part.case.name)
 
 
-def _only_record(path: Path) -> Record:
+def _only_record(path: Path) -> CaseRecord:
     (record,) = read_records(path)[1]
     return record
 
 
-def _check_alike(first: Record, record: Record) -> None:
+def _check_compatible(first: CaseRecord, record: CaseRecord) -> None:
     one, other = first.shape[2:], record.shape[2:]
     names = first.about["name"], record.about["name"]
     if one != other:
-        raise _UnlikeError(
-            f"all cases must have one size, got {_by(one)} for {names[0]} and {_by(other)} for {names[1]}; "
+        raise _IncompatibleError(
+            f"all cases must have one size, got {dimensions(one)} for {names[0]} and {dimensions(other)} for {names[1]}; "
             "set crop=... of Preprocess"
         )
     if first.shape[1] != record.shape[1]:
-        raise _UnlikeError(
+        raise _IncompatibleError(
             f"all cases must have the same channels, got {first.shape[1]} for {names[0]} and {record.shape[1]} for {names[1]}"
         )
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

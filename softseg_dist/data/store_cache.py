@@ -8,7 +8,7 @@ from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.file_digests import FileDigests
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import one_by_one
-from softseg_dist.data.store import Progress, Spread, Store, build_store, fingerprint
+from softseg_dist.data.store import PartMap, ProgressCallback, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.locks import hold
 from softseg_dist.places import Place, cache_folder
@@ -34,8 +34,8 @@ def shared_store(
     cases: tuple[Case, ...],
     data: DataSet,
     preprocess: Preprocess,
-    progress: Progress | None = None,
-    spread: Spread = one_by_one,
+    progress: ProgressCallback | None = None,
+    spread: PartMap = one_by_one,
 ) -> str:
     """Where the store of these cases is in `folder`, a path or URI; it is built on this machine if it is not there yet."""
     place = Place.at(folder)

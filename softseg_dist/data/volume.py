@@ -12,7 +12,6 @@ import os
 import secrets
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import SAME_GRID_TOLERANCE, Affine4, Geometry, Shape3, spacing_of, worst_corner_mm
 from softseg_dist.errors import UserError
+from softseg_dist.words import dimensions
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
@@ -110,7 +110,7 @@ def volume_of(image: Any, affine: Affine4 | None = None, name: str = "image") ->
     stored: Any = image if is_image(image) else np.asarray(image)
     kind = stored.get_data_dtype() if is_image(image) else stored.dtype
     if kind.kind not in "buif" or any(n > 1 for n in stored.shape[3:]) or 0 in (*stored.shape, len(stored.shape)):
-        raise UserError(f"{name} must have 3 dimensions of real numbers, got {_by(stored.shape)} of {kind}")
+        raise UserError(f"{name} must have 3 dimensions of real numbers, got {dimensions(stored.shape)} of {kind}")
     x, y, z = (*stored.shape, 1, 1)[:3]
     values = stored.get_fdata(dtype=np.float64, caching="unchanged") if is_image(image) else stored
     if is_image(image) and isinstance(image.header, nib.Nifti1Header):
@@ -200,7 +200,9 @@ def _read_header(path: Path) -> _Header:
     shape = _shape(raw, path)
     dtype = _dtype(raw, path)
     if math.prod(shape) > MAX_VOXELS:
-        raise UserError(f"{path} declares {_by(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
+        raise UserError(
+            f"{path} declares {dimensions(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}"
+        )
     offset = float(raw["vox_offset"])
     if not (math.isfinite(offset) and len(raw.binaryblock) <= offset <= MAX_SKIP):
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
@@ -219,7 +221,7 @@ def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
         raise UserError(f"{path} is not a valid NIfTI file: its dimensions are {dim}")
     used = dim[1 : dim[0] + 1]
     if any(n > 1 for n in used[3:]):
-        raise UserError(f"images must have 3 dimensions, got {_by(used)} in {path}; split it into volumes")
+        raise UserError(f"images must have 3 dimensions, got {dimensions(used)} in {path}; split it into volumes")
     x, y, z = (*used, 1, 1)[:3]
     return x, y, z
 
@@ -317,7 +319,3 @@ def _read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | No
 
 def _rows(affine: Affine4) -> str:
     return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in affine[:3]) + "]"
-
-
-def _by(numbers: Sequence[int]) -> str:
-    return " x ".join(map(str, numbers))

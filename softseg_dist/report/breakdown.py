@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
-from softseg_dist.report.scores import Scores, mean_of, scores_at_rule, soft_scores
+from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_scores
 from softseg_dist.training.task import FitResult
 
 RULE = "grid"
@@ -57,7 +57,7 @@ class Raters:
     candidates: dict[str, AgainstRaters]
 
 
-def by_site(scores: Scores, site_of: Mapping[str, str], one: str, other: str) -> tuple[Site, ...]:
+def by_site(scores: ScoreTables, site_of: Mapping[str, str], one: str, other: str) -> tuple[Site, ...]:
     """One row per site, by name; () unless the tested subjects come from two sites or more."""
     sites = np.array([site_of.get(subject, "") for subject in scores.subjects])
     if len(set(sites.tolist())) < 2:

@@ -1,7 +1,8 @@
-"""What two runs have in common: splits with the same people, and people who were tested in both; and what is in the way.
+"""Compare two runs, A and B, or two candidates of one run: what they have in common, which fields differ, by how much scores do.
 
-Scores of two runs are paired by subject and split only where that is legitimate: a subject is the same person if the data
-sets are the same people's, a split is the same if the same people train, validate and test in it.
+Scores are paired by subject and split only where that is legitimate: a subject is the same person if both data sets have the
+same source, a split is the same if the same people train, validate and test in it. Without common splits, means per subject are
+paired; without common subjects nothing is, and nothing is tested. All differences are B minus A.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from softseg_dist.numerics.statistics import (
 )
 from softseg_dist.record.changes import differences
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import Scores, Table, on_test, soft_scores, undefined_cases
+from softseg_dist.report.scores import ScoreTable, ScoreTables, on_test, soft_scores, undefined_cases
 from softseg_dist.report.tables import summarise
 
 WHOSE = (
@@ -43,7 +44,7 @@ ENOUGH = 2  # splits; one says nothing about the variation between training runs
 
 
 @dataclass(frozen=True)
-class Pairing:
+class RunPairing:
     """`splits` are (index in A, index in B) of splits with the same people, `subjects` those tested in both runs.
 
     `obstacle` says in words why scores cannot be paired by subject and split; "" if they can.
@@ -54,15 +55,15 @@ class Pairing:
     obstacle: str = ""
 
 
-def pairing_of(a: RunData, b: RunData) -> Pairing:
+def pairing_of(a: RunData, b: RunData) -> RunPairing:
     """What can be paired of two runs, whatever their candidates are."""
     if obstacle := _other_people(a.study["data"], b.study["data"]):
-        return Pairing((), (), obstacle)
+        return RunPairing((), (), obstacle)
     subjects = tuple(sorted(tested(a) & tested(b)))
     if not subjects:
-        return Pairing((), (), "no subject was tested in both")
+        return RunPairing((), (), "no subject was tested in both")
     splits = _equal_splits(a, b)
-    return Pairing(splits, subjects, "" if len(splits) >= ENOUGH else _few_splits(a, b, len(splits)))
+    return RunPairing(splits, subjects, "" if len(splits) >= ENOUGH else _few_splits(a, b, len(splits)))
 
 
 def tested(run: RunData) -> set[str]:
@@ -151,7 +152,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class CandidateContrast:
     """A candidate of B less one of A. `changed` are the fields in which their recipes differ.
 
     `test` is the crossed test if scores are paired by subject and split, the t-test over subjects if by subject alone, and
@@ -186,8 +187,8 @@ class RunComparison:
     study: Changed
     versions: Changed
     same_seeds: bool
-    pairing: Pairing
-    contrasts: tuple[Contrast, ...]
+    pairing: RunPairing
+    contrasts: tuple[CandidateContrast, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     other_trials: tuple[str, ...]
@@ -199,7 +200,7 @@ class _Scored:
 
     called: str
     data: RunData
-    scores: Scores
+    scores: ScoreTables
     undefined: Mapping[str, tuple[int, int]]
 
     def names(self) -> list[str]:
@@ -208,12 +209,12 @@ class _Scored:
     def recipe(self, name: str) -> Mapping[str, Any]:
         return next(candidate.recipe for candidate in self.data.candidates if candidate.name == name)
 
-    def table(self, name: str, subjects: Sequence[str], splits: Sequence[int]) -> Table:
+    def table(self, name: str, subjects: Sequence[str], splits: Sequence[int]) -> ScoreTable:
         """Scores [subject x split] in the order asked, NaN where there is none."""
         whole = pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
         return whole.reindex(index=list(subjects), columns=list(splits)).to_numpy(np.float64)
 
-    def subject_means(self, name: str, subjects: Sequence[str]) -> Table:
+    def subject_means(self, name: str, subjects: Sequence[str]) -> ScoreTable:
         """Means [subject] over all splits that tested it."""
         means = pd.DataFrame(self.scores.of(name), list(self.scores.subjects)).mean(axis=1)
         return means.reindex(list(subjects)).to_numpy(np.float64)
@@ -321,7 +322,7 @@ def _named(both: Both, candidates: tuple[str | None, str | None]) -> dict[tuple[
     return {(name_a, name_b): False}
 
 
-def _matched(both: Both, pairing: Pairing, left_out: Sequence[str]) -> dict[tuple[str, str], bool]:
+def _matched(both: Both, pairing: RunPairing, left_out: Sequence[str]) -> dict[tuple[str, str], bool]:
     """Candidates of the same name with scores in both runs, and the winners: {(name in A, in B): are they the winners?}."""
     common = [name for name in both[0].names() if all(name in run.scores.tables for run in both)]
     pairs = {(name, name): False for name in common if name not in left_out}
@@ -344,12 +345,12 @@ def _other_trials(a: RunData, b: RunData) -> tuple[str, ...]:
     )
 
 
-def _contrast(both: Both, pair: tuple[str, str], pairing: Pairing, winners: bool) -> Contrast:
+def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: bool) -> CandidateContrast:
     (a, name_a), (b, name_b) = zip(both, pair, strict=True)
     splits_a, splits_b = [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
     table = b.table(name_b, pairing.subjects, splits_b) - a.table(name_a, pairing.subjects, splits_a)
     recipes = a.recipe(name_a), b.recipe(name_b)
-    contrast = Contrast(
+    contrast = CandidateContrast(
         a=a.side(name_a),
         b=b.side(name_b),
         winners=winners,

@@ -1,17 +1,18 @@
-"""The comparison of two runs in plain words. No sentence claims more than its test."""
+"""The comparison of two runs as sentences: the answer, how scores are paired, and the limits of both.
+
+A is the first run, B the second; all differences are B minus A. No sentence claims more than its test.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
-from softseg_dist.report.comparison import ENOUGH, Contrast, Party, RunComparison
+from softseg_dist.report.comparison import ENOUGH, CandidateContrast, RunComparison
+from softseg_dist.report.paired_tests import effect_in_words
 from softseg_dist.report.tables import plain
-from softseg_dist.words import count, interval, number, p_clause, verdict
-
-MOST_NAMED = 8  # in a line
+from softseg_dist.words import count, dimensions, listed, metric_title, number, verdict
 
 
 def comparison_json(comparison: RunComparison) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def answer(comparison: RunComparison) -> str:
         shown.append(
             f"all scores are the same for {listed([called(c) for c in equal])} ({len(equal)} of {len(contrasts)})"
         )
-    return f"On {metric(comparison)}: {'; '.join(shown)}."
+    return f"On {metric_of(comparison)}: {'; '.join(shown)}."
 
 
 def pairing_sentence(comparison: RunComparison) -> str:
@@ -66,17 +67,17 @@ def pairing_sentence(comparison: RunComparison) -> str:
 
 
 def caveats(comparison: RunComparison) -> list[str]:
-    """What a reader must know before believing the difference, the gravest first."""
+    """Limits of the comparison, the most serious first."""
     return [*_data(comparison), *_tests(comparison), *_selection(comparison), *_completeness(comparison)]
 
 
-def called(contrast: Contrast) -> str:
+def called(contrast: CandidateContrast) -> str:
     """`soft-wing`, or `soft-wing -> hard-dice` for two names; `(winners)` behind those that lead their runs."""
     a, b = contrast.a.candidate, contrast.b.candidate
     return (a if a == b else f"{a} -> {b}") + (" (winners)" if contrast.winners else "")
 
 
-def sample(contrast: Contrast) -> str:
+def sample(contrast: CandidateContrast) -> str:
     """n of a contrast: `36 pairs of 18 subjects, 6 splits`."""
     test, people = contrast.test, count(contrast.test.num_subjects, "subject")
     if contrast.paired_by == "nothing":
@@ -86,37 +87,30 @@ def sample(contrast: Contrast) -> str:
     return f"{count(test.num_pairs, 'pair')} of {people}, {count(test.num_splits, 'split')}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """The names, or the first of many and how many more there are."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+def metric_of(compared: RunComparison) -> str:
+    """The metric's title, and whether a lower value is better."""
+    return metric_title(compared.title, compared.sign)
 
 
-def metric(comparison: RunComparison) -> str:
-    """The metric's title, and whether less of it is better."""
-    return comparison.title + ("" if comparison.sign > 0 else " (lower is better)")
-
-
-def _finding(contrast: Contrast, comparison: RunComparison) -> str:
+def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
     test = contrast.test
     a, b = f"{contrast.a.candidate} of A", f"{contrast.b.candidate} of B"
-    difference = number(test.mean, signed=True)
     if _equal(contrast):
-        return f"{b} has the same scores as {a} on {metric(comparison)}; {sample(contrast)}."
+        return f"{b} has the same scores as {a} on {metric_of(comparison)}; {sample(contrast)}."
     if math.isnan(test.p):
-        return f"{b} differs from {a} by {difference} in {metric(comparison)}; not tested: {test.note}."
+        return f"{b} differs from {a} by {number(test.mean, signed=True)} in {metric_of(comparison)}; not tested: {test.note}."
     shown = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}
     return (
-        f"{b} {shown[_verdict(contrast, comparison)]} {a} on {metric(comparison)} (difference {difference}, 95 % interval "
-        f"{interval(test.low, test.high, signed=True)}, {p_clause(contrast.p_holm, 'Holm-corrected p')}; {sample(contrast)})."
+        f"{b} {shown[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)} "
+        f"(difference {effect_in_words(test, contrast.p_holm, 'Holm-corrected p')}; {sample(contrast)})."
     )
 
 
-def _verdict(contrast: Contrast, comparison: RunComparison) -> str:
+def _verdict(contrast: CandidateContrast, comparison: RunComparison) -> str:
     return verdict(contrast.test.mean, contrast.p_holm, comparison.sign)
 
 
-def _equal(contrast: Contrast) -> bool:
+def _equal(contrast: CandidateContrast) -> bool:
     return contrast.test.mean == 0 and contrast.test.note == ALL_EQUAL
 
 
@@ -124,13 +118,14 @@ def _data(comparison: RunComparison) -> list[str]:
     a, b, fields = comparison.a, comparison.b, [field.partition(".")[0] for field in comparison.study]
     found = []
     if a.spacing_mm != b.spacing_mm:
+        grids = [f"{dimensions(run.spacing_mm)} mm" if run.spacing_mm else "unknown" for run in (a, b)]
         found.append(
-            f"Scores are measured on different grids ({_grid(a)} in A, {_grid(b)} in B): a difference may be one of the grids."
+            f"Scores are measured on different grids ({grids[0]} in A, {grids[1]} in B). A difference may come from the grids."
         )
     elif "preprocess" in fields:
         found.append(
-            "Images were prepared in different ways, and each run is scored on its own prepared grid: a difference may be one "
-            "of the preparation."
+            "Images were prepared in different ways, and each run is scored on its own prepared grid. A difference may come "
+            "from the preparation."
         )
     if "data" in fields and comparison.pairing.subjects:
         found.append(
@@ -147,8 +142,8 @@ def _tests(comparison: RunComparison) -> list[str]:
     found, contrasts = [], comparison.contrasts
     if any(c.paired_by == "subject" for c in contrasts):
         found.append(
-            "A test over subject means knows nothing of the variation between training runs, so it calls too many differences "
-            "significant: give both studies the same splits to get the crossed test."
+            "A test over subject means ignores the variation between training runs, so it calls too many differences "
+            "significant. Give both studies the same splits to get the crossed test."
         )
     if any(c.paired_by == "subject and split" for c in contrasts) and not comparison.same_seeds:
         found.append(
@@ -164,7 +159,7 @@ def _selection(comparison: RunComparison) -> list[str]:
     found = []
     if any(c.winners for c in comparison.contrasts):
         found.append(
-            "Each winner was picked by the very scores that it is compared by: the difference of the winners describes, it does "
+            "Each winner was chosen by the same scores that it is compared by: the difference of the winners describes, it does "
             "not confirm."
         )
     if comparison.other_trials:
@@ -186,13 +181,9 @@ def _completeness(comparison: RunComparison) -> list[str]:
     undefined = sum(side.undefined for side in sides)
     if undefined:
         found.append(
-            f"{undefined} of {sum(side.values for side in sides)} values of the metric do not exist (there was nothing to find) "
+            f"{undefined} of {sum(side.values for side in sides)} values of the metric are undefined (the reference is empty) "
             "and are left out."
         )
     if objectives := sorted({a.objective, b.objective} - {comparison.metric}):
         found.append(f"{' and '.join(objectives)} chose the epochs, not the metric that is compared.")
     return found
-
-
-def _grid(party: Party) -> str:
-    return f"{' x '.join(f'{s:g}' for s in party.spacing_mm)} mm" if party.spacing_mm else "unknown"

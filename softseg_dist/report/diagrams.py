@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from softseg_dist.report.breakdown import Raters
-from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, STYLE, WORSE, laid_out
-from softseg_dist.report.measures import SIZES, Agreement, Rate, Reliability
+from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, WORSE, new_figure, panels
+from softseg_dist.report.measures import SIZES, Agreement, LesionRate, ReliabilityTable
 from softseg_dist.report.search_tables import Pareto, Point
 from softseg_dist.report.tables import Summary
-from softseg_dist.words import number
+from softseg_dist.words import direction, number
 
 MARKERS = "osD^v<>Ph*"
 TICKS = (0, 0.5, 1), ("0", "0.5", "1")  # short, so that those of neighbouring panels do not touch
@@ -26,22 +25,19 @@ def reliability_figure(summary: Summary, names: Sequence[str]) -> Figure:
     """One panel per candidate: mean reference against mean prediction in each bin, over bars of the bins' shares of the voxels."""
     tables = [summary.measures.reliability[name] for name in names]
     columns = min(5, len(tables))
-    rows = math.ceil(len(tables) / columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.85 * columns + 0.4, 1.95 * rows + 0.35), layout="compressed")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, table in zip(axes.flat, tables, strict=False):
+    height = 1.95 * math.ceil(len(tables) / columns) + 0.35
+    with new_figure(1.85 * columns + 0.4, height, "compressed") as figure:
+        axes = panels(figure, len(tables), columns, sharex=True)
+        for axis, table in zip(axes, tables, strict=True):
             _reliability(axis, table, QUIET if table.name == summary.reference else BETTER)
-        for axis in axes.flat[len(tables) :]:
-            axis.set_axis_off()
-        for axis in axes.flat[max(0, len(tables) - columns) : len(tables)]:
+        for axis in axes[-columns:]:
             axis.tick_params(axis="x", labelbottom=True)
         figure.supxlabel("mean prediction in the bin", fontsize=9)
         figure.supylabel("mean reference", fontsize=9)
-        return laid_out(figure)
+    return figure
 
 
-def _reliability(axis: Axes, table: Reliability, colour: str) -> None:
+def _reliability(axis: Axes, table: ReliabilityTable, colour: str) -> None:
     width = 1 / len(table.edges)
     axis.bar(table.edges, table.shares, width, align="edge", color=GRID, edgecolor="white", linewidth=0.5)
     axis.plot([0, 1], [0, 1], "--", color=QUIET, linewidth=0.8)
@@ -57,15 +53,14 @@ def agreement_figure(summary: Summary, names: Sequence[str]) -> Figure:
     """Bland-Altman: a row per class, a column per candidate; difference of volumes against their mean, one point per subject."""
     found = [summary.measures.agreements[name] for name in names]
     rows, columns = len(found[0]), len(found)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.4 * columns, 2.6 * rows + 0.3), layout="constrained")
+    with new_figure(4.4 * columns, 2.6 * rows + 0.3) as figure:
         axes = figure.subplots(rows, columns, sharex="row", sharey="row", squeeze=False)
         for k in range(rows):
             for axis, of_candidate in zip(axes[k], found, strict=True):
                 _agreement(axis, of_candidate[k], several=rows > 1)
         figure.supxlabel("mean of predicted and reference volume of a subject (mm³)", fontsize=9)
-        figure.supylabel("predicted less reference (mm³)", fontsize=9)
-        return laid_out(figure)
+        figure.supylabel("predicted minus reference (mm³)", fontsize=9)
+    return figure
 
 
 def _agreement(axis: Axes, agreement: Agreement, several: bool) -> None:
@@ -87,14 +82,13 @@ def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
     """A panel per size of lesion, and one for false discoveries; a row per candidate, with 95 % intervals over subjects."""
     found = [summary.measures.lesions[name] for name in names]
     first = found[0].sensitivity
-    panels: list[tuple[str, list[Rate]]] = [
+    panels: list[tuple[str, list[LesionRate]]] = [
         (f"{title}\n{first[size].total} lesions", [lesions.sensitivity[size] for lesions in found])
         for size, title in SIZES.items()
         if first[size].total
     ]
     panels.append(("false discoveries\nof all predicted", [lesions.false_discovery for lesions in found]))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 0.24 * len(found) + 1.15), layout="constrained")
+    with new_figure(9, 0.24 * len(found) + 1.15) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, rates) in zip(axes, panels, strict=True):
             for y, (lesions, rate) in enumerate(zip(found, rates, strict=True)):
@@ -109,14 +103,13 @@ def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
             axis.grid(axis="x")
             axis.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(found)), [lesions.name for lesions in found], color=INK)
-        figure.supxlabel("share of lesions found; last panel: share of predicted lesions that are none", fontsize=9)
-        return laid_out(figure)
+        figure.supxlabel("share of lesions found; last panel: share of predicted lesions that are false", fontsize=9)
+    return figure
 
 
 def rater_figure(raters: Raters, names: Sequence[str]) -> Figure:
-    """A row per candidate: its Dice against each rater; the line is what raters reach among themselves."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 0.27 * len(names) + 1.0), layout="constrained")
+    """A row per candidate: its Dice against each rater; the line is the mean Dice of two raters with each other."""
+    with new_figure(8.2, 0.27 * len(names) + 1.0) as figure:
         axis = figure.subplots()
         if math.isfinite(raters.inter_rater):
             axis.axvspan(raters.low, raters.high, color=GRID, label="raters in pairs, quartiles")
@@ -131,15 +124,14 @@ def rater_figure(raters: Raters, names: Sequence[str]) -> Figure:
         axis.set_xlabel("mean Dice against a rater")
         axis.grid(axis="x")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-        return laid_out(figure)
+    return figure
 
 
 def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:
-    """Every candidate in two objectives; those that no other beats in both are joined and named."""
+    """Every candidate in two objectives; those that no other dominates are joined and labelled."""
     front = [point for point in pareto.points if point.front]
     rest = [point for point in pareto.points if not point.front]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+    with new_figure(7, 4.2) as figure:
         axis = figure.subplots()
         axis.plot(
             [p.first for p in rest], [p.second for p in rest], "o", color=QUIET, markerfacecolor="white", markersize=5
@@ -149,16 +141,12 @@ def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:
             axis.plot(point.first, point.second, "s", color=INK, markerfacecolor="none", markersize=10)
         for point in _named(pareto, summary.reference):
             axis.annotate(point.name, (point.first, point.second), (4, 5), textcoords="offset points", fontsize=7.5)
-        axis.set_xlabel(f"{summary.objective_title} ({_direction(summary.sign)})")
-        axis.set_ylabel(f"{pareto.title} ({_direction(pareto.sign)})")
+        axis.set_xlabel(f"{summary.objective_title} ({direction(summary.sign)})")
+        axis.set_ylabel(f"{pareto.title} ({direction(pareto.sign)})")
         axis.margins(0.12)
         axis.grid()
-        return laid_out(figure)
+    return figure
 
 
 def _named(pareto: Pareto, reference: str) -> list[Point]:
     return [p for i, p in enumerate(pareto.points) if (p.front and i < MOST_LABELLED) or p.name == reference]
-
-
-def _direction(sign: int) -> str:
-    return "higher is better" if sign > 0 else "lower is better"

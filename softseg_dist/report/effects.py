@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from softseg_dist.frozen import canonical_json
-from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test, holm
-from softseg_dist.report.run_folder import Candidate
-from softseg_dist.report.scores import Scores, Table
+from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
+from softseg_dist.report.paired_tests import holm_corrected
+from softseg_dist.report.run_folder import RecordedCandidate
+from softseg_dist.report.scores import ScoreTable, ScoreTables
 
 Cell = tuple[str, ...]  # the JSON of a level of each factor
 
@@ -65,13 +66,13 @@ class Factorial:
         levels = [[self.base[i]] if i in places else list(named) for i, named in enumerate(self.factors.values())]
         return list(itertools.product(*levels))
 
-    def difference(self, scores: Scores, cell: Cell, place: int, level: str, base: str) -> Table:
+    def difference(self, scores: ScoreTables, cell: Cell, place: int, level: str, base: str) -> ScoreTable:
         """`level` less `base` at `place`, in the cell that is `cell` otherwise."""
         one, other = ((*cell[:place], value, *cell[place + 1 :]) for value in (level, base))
         return scores.difference(self.cells[one], self.cells[other])
 
 
-def factorial_of(candidates: Sequence[Candidate], control: str | None) -> Factorial | None:
+def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -> Factorial | None:
     """The factorial that the candidates of the study file are, with the levels of the control as base.
 
     None unless it is complete and has at least two factors.
@@ -85,7 +86,7 @@ def factorial_of(candidates: Sequence[Candidate], control: str | None) -> Factor
     return Factorial(factors, cells, tuple(canonical_json(start.planned[f]) for f in factors))
 
 
-def main_effects(design: Factorial | None, scores: Scores) -> tuple[Effect, ...]:
+def main_effects(design: Factorial | None, scores: ScoreTables) -> tuple[Effect, ...]:
     """Crossed tests of every factor's levels against its base; Holm over all of them.
 
     () without a factorial. A subject in a split counts if all candidates were tested on it.
@@ -98,11 +99,10 @@ def main_effects(design: Factorial | None, scores: Scores) -> tuple[Effect, ...]
         for level, base in design.contrasts(place):
             table = np.array([design.difference(scores, cell, place, level, base) for cell in cells]).mean(axis=0)
             found.append(Effect(factor, names[level], names[base], len(cells), crossed_test(table)))
-    adjusted = holm([effect.crossed.p for effect in found])
-    return tuple(Effect(**(vars(e) | {"p_holm": p})) for e, p in zip(found, adjusted, strict=True))
+    return holm_corrected(found)
 
 
-def interactions(design: Factorial | None, scores: Scores) -> tuple[Interaction, ...]:
+def interactions(design: Factorial | None, scores: ScoreTables) -> tuple[Interaction, ...]:
     """Crossed tests of every two factors' levels against their bases; Holm over all of them. () without a factorial."""
     if design is None:
         return ()
@@ -117,15 +117,14 @@ def interactions(design: Factorial | None, scores: Scores) -> tuple[Interaction,
             test = crossed_test((with_level - with_base).mean(axis=0))
             words = names[level], names[base], other, other_names[other_level], other_names[other_base]
             found.append(Interaction(one, *words, len(cells), test))
-    adjusted = holm([interaction.crossed.p for interaction in found])
-    return tuple(Interaction(**(vars(e) | {"p_holm": p})) for e, p in zip(found, adjusted, strict=True))
+    return holm_corrected(found)
 
 
 def _at(cell: Cell, place: int, level: str) -> Cell:
     return (*cell[:place], level, *cell[place + 1 :])
 
 
-def _factors(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
+def _factors(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[str, str]]:
     """Fields of the recipe with more than one value: {field: {JSON of a level: its name}}, in order of appearance."""
     fields = candidates[0].planned if candidates else ()
     values = {name: [c.planned.get(name) for c in candidates] for name in fields}

@@ -11,30 +11,15 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.ranking import RULES, Standing
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.words import interval, number, p_value
 
-ESCAPED = {
-    "\\": r"\textbackslash{}",
-    "_": r"\_",
-    "%": r"\%",
-    "&": r"\&",
-    "#": r"\#",
-    "$": r"\$",
-    "~": r"\textasciitilde{}",
-}
-ESCAPED |= {
-    "{": r"\{",
-    "}": r"\}",
-    "^": r"\textasciicircum{}",
-    "−": "$-$",
-    "–": "--",
-    "<": "$<$",
-    ">": "$>$",
-    "³": "$^3$",
-}
+ESCAPED = {character: f"\\{character}" for character in "_%&#${}"}
+ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+ESCAPED |= {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "³": "$^3$"}
 
 
 def csv_tables(summary: Summary) -> dict[str, str]:
@@ -65,7 +50,7 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "tuning": searched.tuned,
         "holdout": summary.holdout.scores if summary.holdout else [],
     }
-    return {name: _csv([dict(_flat(plain(row))) for row in rows]) for name, rows in parts.items() if rows}
+    return {name: _csv([dict(leaves(plain(row))) for row in rows]) for name, rows in parts.items() if rows}
 
 
 def latex(summary: Summary) -> str:
@@ -122,14 +107,6 @@ def _pairs(summary: Summary) -> Iterator[dict[str, Any]]:
             columns = zip(one.subjects, one.true_mm3, one.predicted_mm3, strict=True)
             names = ("subject", "true_mm3", "predicted_mm3")
             yield from (about | dict(zip(names, row, strict=True)) for row in columns)
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        yield path, value
-        return
-    for key, item in value.items():
-        yield from _flat(item, f"{path}.{key}" if path else key)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

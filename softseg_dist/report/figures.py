@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from softseg_dist.report.effects import Effect
-from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, STYLE, WORSE, colours_of, laid_out
+from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, WORSE, colours_of, new_figure, panels
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
-from softseg_dist.words import interval, number, p_value, verdict
+from softseg_dist.words import direction, interval, number, p_value, verdict
 
 MOST = 12  # candidates in a figure, besides the reference
 MARKS = {"fixed": ("s", "fixed 0.5"), "grid": ("o", "chosen on the grid"), "dice_optimal": ("^", "Dice-optimal")}
@@ -29,26 +28,25 @@ def shown(summary: Summary) -> list[str]:
 
 
 def forest_figure(summary: Summary) -> Figure:
-    """Differences with 95 % intervals: main effects, if there are any, above the candidates less the reference."""
+    """Differences with 95 % intervals: main effects, if there are any, above the candidates minus the reference."""
     names = set(shown(summary))
     rows = [c for c in summary.comparisons if c.candidate in names]
     groups: list[tuple[str, list[tuple[str, Comparison | Effect]]]] = []
     if summary.effects:
         effects: list[tuple[str, Comparison | Effect]] = [(f"{e.level} − {e.base}", e) for e in summary.effects]
         groups.append(("Main effects, averaged over all other factors", effects))
-    groups.append((f"Candidates less {summary.reference}", [(c.candidate, c) for c in rows]))
+    groups.append((f"Candidates minus {summary.reference}", [(c.candidate, c) for c in rows]))
     heights = [len(entries) + 0.9 for _, entries in groups]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.9), layout="constrained")
+    with new_figure(9, 0.32 * sum(heights) + 0.9) as figure:
         grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1, 0.62))
         for (axis, beside), (title, entries) in zip(grid, groups, strict=True):
             axis.sharex(grid[-1, 0])
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, title, entries, summary.sign)
             _forest_words(beside, entries, axis.get_ylim())
-        better = "higher is better" if summary.sign > 0 else "lower is better"
-        grid[-1, 0].set_xlabel(f"difference in {summary.objective_title} ({better}), with 95 % interval")
-        return laid_out(figure)
+        title = f"difference in {summary.objective_title} ({direction(summary.sign)}), with 95 % interval"
+        grid[-1, 0].set_xlabel(title)
+    return figure
 
 
 def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Effect]], sign: int) -> None:
@@ -84,22 +82,18 @@ def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]]
 def paired_figure(summary: Summary) -> Figure:
     """One panel per candidate: box plots of the means of the splits, the reference beside it, each split joined by a line."""
     names = set(shown(summary))
-    panels = [c for c in summary.comparisons if c.candidate in names]
-    columns = min(7, max(len(panels), 1))
-    rows = max(1, math.ceil(len(panels) / columns))
+    compared = [c for c in summary.comparisons if c.candidate in names]
+    columns = min(7, max(len(compared), 1))
+    height = 2.9 * max(1, math.ceil(len(compared) / columns)) + 0.2
     standings = {s.name: s for s in summary.ranking}
     label = "control" if summary.reference == summary.control else "reference"
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(1.32 * columns, 2.6), 2.9 * rows + 0.2), layout="constrained")
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axis, comparison in zip(axes.flat, panels, strict=False):
+    with new_figure(max(1.32 * columns, 2.6), height) as figure:
+        for axis, comparison in zip(panels(figure, len(compared), columns), compared, strict=True):
             one, other = standings[comparison.reference].by_split, standings[comparison.candidate].by_split
             _pairs(axis, label, one, other, summary.sign)
             axis.set_title(comparison.candidate.replace("-", "-\n", 2), fontsize=8, color=INK)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
         figure.supylabel(f"mean {summary.objective_title} of a split", fontsize=9)
-        return laid_out(figure)
+    return figure
 
 
 def _pairs(axis: Axes, label: str, reference: Mapping[int, float], candidate: Mapping[int, float], sign: int) -> None:
@@ -130,8 +124,7 @@ def curve_figure(summary: Summary) -> Figure:
     names = [name for name in shown(summary) if name in summary.curves]
     colours = colours_of(names, summary.reference)
     standings = {s.name: s for s in summary.ranking}
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, max(3.4, 0.2 * len(names) + 1.2)), layout="constrained")
+    with new_figure(8.6, max(3.4, 0.2 * len(names) + 1.2)) as figure:
         axis = figure.subplots()
         for i, name in enumerate(names):
             curve = summary.curves[name]
@@ -157,7 +150,7 @@ def curve_figure(summary: Summary) -> Figure:
         axis.set(xlabel="threshold", ylabel="mean Dice on test", xlim=(0, 1))
         axis.grid()
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-        return laid_out(figure)
+    return figure
 
 
 def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.DataFrame]) -> Figure | None:
@@ -170,18 +163,13 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.Dat
     if not names:
         return None
     columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.3 * columns, 1.65 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, name in zip(axes.flat, names, strict=False):
+    with new_figure(2.3 * columns, 1.65 * math.ceil(len(names) / columns) + 0.3) as figure:
+        for axis, name in zip(panels(figure, len(names), columns, sharex=True), names, strict=True):
             for history in by_name[name]:
                 axis.plot(history["epoch"], history[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
             axis.set_title(name, fontsize=8, color=INK)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.grid()
-        for axis in axes.flat[len(names) :]:
-            axis.set_axis_off()
         figure.supxlabel("epoch", fontsize=9)
         figure.supylabel(f"validation {summary.objective_title}", fontsize=9)
-        return laid_out(figure)
+    return figure

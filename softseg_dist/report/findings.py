@@ -1,4 +1,8 @@
-"""Findings in plain words. No sentence claims more than its test."""
+"""The findings of a run as sentences: the answer, the caveats, and what is left out of the numbers.
+
+No sentence claims more than its test: "better" and "worse" need p < 0.05 after Holm's correction, everything else was "not
+shown". Caveats and exclusions name whatever weakens a number on the page, the most serious first.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,23 @@ import math
 from collections.abc import Sequence
 
 from softseg_dist.report.effects import Effect, Interaction
-from softseg_dist.report.paired_tests import Comparison
+from softseg_dist.report.paired_tests import Comparison, effect_in_words
 from softseg_dist.report.tables import Summary
-from softseg_dist.words import ALPHA, count, interval, moment, number, p_clause, percent, verdict
+from softseg_dist.words import (
+    ALPHA,
+    count,
+    dimensions,
+    interval_clause,
+    listed,
+    metric_title,
+    moment,
+    number,
+    p_clause,
+    percent,
+    verdict,
+)
 
-MOST_NAMED = 6  # in a sentence
-MOST_TOLD = 2  # with their numbers: the tables have all
+MOST_QUOTED = 2  # effects that a sentence gives with their numbers: the tables have all
 
 
 def answer(summary: Summary) -> str:
@@ -35,9 +50,9 @@ def effects_answer(summary: Summary) -> str:
     said = {v: [e for e in tested if _verdict(e, summary) == v] for v in ("better", "worse", "not shown")}
     parts = [f"{e.level} is {v} than {e.base} ({e.factor}: {size_of(e)})" for v in ("better", "worse") for e in said[v]]
     if unsure := said["not shown"]:
-        told = [f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in unsure[:MOST_TOLD]]
-        named = [f"{e.level} instead of {e.base} ({e.factor})" for e in unsure[MOST_TOLD:]]
-        parts.append(f"not shown to matter: {'; '.join(told + named)}")
+        quoted = [f"{e.level} instead of {e.base} ({e.factor}: {size_of(e)})" for e in unsure[:MOST_QUOTED]]
+        named = [f"{e.level} instead of {e.base} ({e.factor})" for e in unsure[MOST_QUOTED:]]
+        parts.append(f"not shown to matter: {'; '.join(quoted + named)}")
     return f"Averaged over the other factors: {'; '.join(parts)}." if parts else ""
 
 
@@ -51,56 +66,47 @@ def interactions_answer(summary: Summary) -> str:
         smallest = min(i.p_holm for i in tested)
         return (
             f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); "
-            "small ones would go unnoticed."
+            "small ones may exist."
         )
-    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_TOLD]]
-    more = f"; {count(len(shown) - MOST_TOLD, 'more interaction')} in the table" if len(shown) > MOST_TOLD else ""
+    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_QUOTED]]
+    more = f"; {count(len(shown) - MOST_QUOTED, 'more interaction')} in the table" if len(shown) > MOST_QUOTED else ""
     return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
 
 
 def group_answer(summary: Summary) -> str:
-    """Who cannot be told apart from the highest ranked; "" if nobody else was ranked, or nothing could be tested."""
+    """Candidates that were not shown to differ from the highest ranked; "" if no other was ranked, or none could be tested."""
     if all(math.isnan(rival.crossed.p) for rival in summary.rivals):
         return ""
     best, tied = summary.winner.name, summary.tied
     if not tied:
         return f"All other candidates were shown to be worse than the highest ranked, {best}."
-    named = ", ".join(tied[:MOST_NAMED]) + (f" and {len(tied) - MOST_NAMED} more" if len(tied) > MOST_NAMED else "")
     return (
-        f"Not distinguishable from the highest ranked, {best}: {named} ({len(tied)} of {count(len(summary.rivals), 'other')}; "
-        "crossed test at the 5 % level after Holm's correction)."
+        f"Not shown to differ from the highest ranked, {best}: {listed(tied)} ({len(tied)} of "
+        f"{count(len(summary.rivals), 'other')}; crossed test at the 5 % level after Holm's correction)."
     )
 
 
 def holdout_answer(summary: Summary) -> str:
-    """What the held-out subjects say of winner and control; "" if there are none, or they were not opened."""
+    """The scores of winner and control on held-out subjects; "" if there are none, or they were not opened."""
     held = summary.holdout
     if held is None or not held.scores:
         return ""
     first = held.scores[0]
     scored = (
         f"On {count(first.num_subjects, 'held-out subject')}, in no split, {first.name} scores "
-        f"{number(first.mean)} (95 % interval {interval(first.low, first.high)})"
+        f"{number(first.mean)} ({interval_clause(first.low, first.high)})"
     )
     if held.crossed is None:
         return f"{scored}."
-    test = held.crossed
-    tested = f"not tested: {test.note}" if math.isnan(test.p) else p_clause(test.p)
     return (
         f"{scored} and the control {held.scores[1].name} {number(held.scores[1].mean)}: difference "
-        f"{number(test.mean, signed=True)}, 95 % interval {interval(test.low, test.high, signed=True)}, {tested}."
+        f"{effect_in_words(held.crossed, held.crossed.p)}."
     )
 
 
 def size_of(comparison: Comparison | Effect | Interaction) -> str:
     """Difference, interval and p of a comparison, a main effect or an interaction."""
-    test = comparison.crossed
-    if math.isnan(test.p):
-        return f"{number(test.mean, signed=True)}; not tested: {test.note}"
-    return (
-        f"{number(test.mean, signed=True)}, 95 % interval {interval(test.low, test.high, signed=True)}, "
-        f"{p_clause(comparison.p_holm, 'Holm-corrected p')}"
-    )
+    return effect_in_words(comparison.crossed, comparison.p_holm, "Holm-corrected p")
 
 
 def _depends(interaction: Interaction, summary: Summary) -> str:
@@ -133,7 +139,7 @@ def _against_control(summary: Summary) -> str:
 
 
 def _metric(summary: Summary) -> str:
-    return summary.objective_title + ("" if summary.sign > 0 else " (lower is better)")
+    return metric_title(summary.objective_title, summary.sign)
 
 
 def _sample(comparison: Comparison) -> str:
@@ -149,14 +155,14 @@ def _without_control(summary: Summary) -> str:
     )
     tied = [c.candidate for c in summary.comparisons if _verdict(c, summary) == "not shown"]
     rest = (
-        f"{len(tied)} of the {len(summary.comparisons)} others cannot be told apart from it"
+        f"{len(tied)} of the {len(summary.comparisons)} others were not shown to differ from it"
         if tied
         else "all others were shown to be worse"
     )
     sample = f"{count(summary.winner.num_subjects, 'tested subject')}, {count(summary.winner.num_splits, 'split')}"
     return (
         f"{why}, so candidates are only ranked: {summary.winner.name} has the best mean {summary.objective_title} "
-        f"({number(summary.winner.mean)}, 95 % interval {interval(summary.winner.low, summary.winner.high)}; {sample}); {rest}."
+        f"({number(summary.winner.mean)}, {interval_clause(summary.winner.low, summary.winner.high)}; {sample}); {rest}."
     )
 
 
@@ -165,9 +171,9 @@ def _verdict(comparison: Comparison | Effect, summary: Summary) -> str:
 
 
 def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
-    """What a reader must know before believing the page, the gravest first."""
+    """Limits of the evidence on the page, the most serious first. `spacing_mm` is that of the prepared grid."""
     found = [*_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
-    grid = f" ({' x '.join(f'{s:g}' for s in spacing_mm)} mm)" if spacing_mm else ""
+    grid = f" ({dimensions(spacing_mm)} mm)" if spacing_mm else ""
     found.append(
         f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images."
     )
@@ -200,33 +206,33 @@ def _selection(summary: Summary) -> list[str]:
     found = []
     if summary.reference != summary.control:
         found.append(
-            "All are compared with the highest ranked, which was picked by the very scores that it is tested on: "
+            "All are compared with the highest ranked, which was chosen by the same scores that it is tested on: "
             "the p-values describe, they do not confirm."
         )
     held = summary.holdout
     if held is not None and held.scores and held.winner == summary.winner.name:
         found.append(
-            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was picked by it; that on the held-out "
-            "subjects is not."
+            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was chosen by that mean. Its mean on the "
+            "held-out subjects is not."
         )
         if len(held.opened) > 1:
             found.append(
-                f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: what one "
-                "opening taught may have led to the next, so they confirm less than subjects opened once."
+                f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: a result "
+                "of one opening may have led to the next, so they confirm less than subjects opened once."
             )
         return found
     if held is not None:
-        why = "not opened yet" if not held.scores else f"opened for {held.winner}, which ranks highest no more"
+        why = "not opened yet" if not held.scores else f"opened for {held.winner}, which no longer ranks highest"
         found.append(f"{count(held.num_subjects, 'subject')} in no split: {why}.")
     if summary.winner.proposed:
         found.append(
             f"{summary.winner.name} was found by a search on validation subjects who are test subjects of other splits: "
-            "its score is optimistic by an unknown amount. Confirm it on subjects who took no part, or in a new study that "
-            "has it as a fixed candidate."
+            "its score is optimistic by an unknown amount. Confirm it on subjects that are in no split, or in a new study "
+            "that has it as a fixed candidate."
         )
     elif len(summary.comparisons) > 1:
         found.append(
-            "The mean of the highest of several candidates is optimistic, as chance helped to put it there; "
+            "The mean of the highest of several candidates is optimistic, as chance is part of its rank. "
             "Holm's correction protects the tests against that, not the mean."
         )
     return found
@@ -251,14 +257,14 @@ def _training(summary: Summary) -> list[str]:
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
         found.append(
-            f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ: a difference between candidates may "
-            'be one of precision, in part. Optim(precision="float32") makes them equal.'
+            f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ: a part of a difference between "
+            'candidates may come from the precision. Optim(precision="float32") makes it equal.'
         )
     found += [f"{name}: {note}." for name, note in summary.notes.items()]
     if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
         found.append(
             f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "
-            "of them: a difference may be one of how well that rate suits each."
+            "of them: a part of a difference may come from how well that rate suits each."
         )
     return found
 
@@ -268,7 +274,7 @@ def _data(summary: Summary) -> list[str]:
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
         found.append(
-            f"{never} of {summary.num_subjects} subjects were in no test set: they only trained and validated."
+            f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets."
         )
     if len(summary.splits) < 6:
         found.append(
@@ -277,13 +283,30 @@ def _data(summary: Summary) -> list[str]:
         )
     if summary.num_tested < 12:
         found.append(
-            f"With {count(summary.num_tested, 'tested subject')} variance components and degrees of freedom are poorly known: "
-            "intervals are approximate."
+            f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
+            "are imprecise: intervals are approximate."
         )
     undefined = sum(s.undefined for s in summary.ranking)
     if undefined:
         total = sum(s.values for s in summary.ranking)
         found.append(
-            f"{undefined} of {total} values of the objective do not exist (there was nothing to find) and are left out."
+            f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."
         )
     return found
+
+
+def left_out(summary: Summary) -> list[tuple[str, int, int]]:
+    """What is in no mean, as (what, how many, of how many); the first two lines are there even if they are 0."""
+    training, ranking = summary.training, summary.ranking
+    planned = summary.num_planned
+    surfaces = summary.measures.surfaces.values()
+    found = [
+        ("fits that failed", sum(t.failed for t in training), planned),
+        ("undefined values of the objective", sum(s.undefined for s in ranking), sum(s.values for s in ranking)),
+        ("fits not run yet", sum(t.missing for t in training), planned),
+        ("fits saved by giving up candidates", raced := sum(t.raced for t in training), planned + raced),
+        ("candidates without a score", sum(s.rank is None for s in ranking), len(ranking)),
+        ("values without a surface to measure", sum(s.undefined for s in surfaces), sum(s.values for s in surfaces)),
+        ("subjects in no test set", summary.num_subjects - summary.num_tested, summary.num_subjects),
+    ]
+    return [line for i, line in enumerate(found) if i < 2 or line[1]]

@@ -1,4 +1,4 @@
-"""What candidates are: the fields in which their recipes differ."""
+"""Candidates and their fits: how recipes differ, how training went, what it took, how learning rates were tuned."""
 
 from __future__ import annotations
 
@@ -9,38 +9,46 @@ from typing import Any
 
 import numpy as np
 
+from softseg_dist.frozen import leaves
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.run_folder import Candidate, RunData, Trial
+from softseg_dist.report.run_folder import RecordedCandidate, RunData, Trial
 
 
-def varying_fields(candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
-    """Per candidate the fields of its recipe that are not the same for all; nested fields are joined by a dot."""
-    flat = {c.name: flattened(c.recipe) for c in candidates if c.recipe}
-    fields = dict.fromkeys(field for recipe in flat.values() for field in recipe)
-    differing = [f for f in fields if len({recipe.get(f) for recipe in flat.values()}) > 1]
-    return {name: {f: recipe[f] for f in differing if f in recipe} for name, recipe in flat.items()}
+def varying_fields(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[str, str]]:
+    """Per candidate the fields of its recipe that are not the same for all; nested fields are joined by a dot.
+
+    A list whose objects are of other types in some candidate (no augmentation, or other transforms) is one field.
+    """
+    recipes = {c.name: dict(c.recipe) for c in candidates if c.recipe}
+    for field in dict.fromkeys(field for recipe in recipes.values() for field in recipe):
+        types = {name: _types(recipe.get(field)) for name, recipe in recipes.items()}
+        if len(set(types.values())) > 1 and None not in types.values():
+            recipes = {name: recipe | {field: types[name]} for name, recipe in recipes.items()}
+    texts = {name: flattened(recipe) for name, recipe in recipes.items()}
+    fields = dict.fromkeys(field for recipe in texts.values() for field in recipe)
+    differing = [f for f in fields if len({recipe.get(f) for recipe in texts.values()}) > 1]
+    return {name: {f: recipe[f] for f in differing if f in recipe} for name, recipe in texts.items()}
 
 
-def learning_rates(candidates: Sequence[Candidate]) -> tuple[float, ...]:
+def flattened(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The JSON of a recipe as {path of a field, joined by dots: its value as text}."""
+    return {path: f"{value:g}" if isinstance(value, float) else str(value) for path, value in leaves(recipe)}
+
+
+def _types(value: Any) -> str | None:
+    """The types of a list of objects; None for anything else."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        return None
+    return ", ".join(str(item["type"]) for item in value) or "none"
+
+
+def learning_rates(candidates: Sequence[RecordedCandidate]) -> tuple[float, ...]:
     """All learning rates of the candidates, once each."""
     return tuple(sorted({c.recipe["optim"]["lr"] for c in candidates if "lr" in c.recipe.get("optim", {})}))
 
 
-def flattened(value: Any, path: str = "") -> dict[str, str]:
-    """The JSON of a recipe as {path of a field, joined by dots: its value as text}."""
-    if isinstance(value, Mapping):
-        head = {path: str(value["type"])} if path and "type" in value else {}
-        inner = [flattened(v, f"{path}.{k}" if path else k) for k, v in value.items() if k not in ("type", "code")]
-        return head | {k: v for part in inner for k, v in part.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-        return {
-            path: ", ".join(str(item.get("type", item)) if isinstance(item, Mapping) else str(item) for item in value)
-        }
-    return {path: f"{value:g}" if isinstance(value, float) else str(value)}
-
-
 @dataclass(frozen=True)
-class Training:
+class TrainingSummary:
     """How the fits of one candidate went. `dead_share` is a mean over fits, None if not recorded; `duration_s` a median.
 
     `raced` fits are not missing: they were not run because the candidate was given up early.
@@ -89,13 +97,13 @@ class Tuned:
     worst: float
 
 
-def training_of(run: RunData, candidate: Candidate) -> Training:
+def training_of(run: RunData, candidate: RecordedCandidate) -> TrainingSummary:
     """How the fits of one candidate went."""
     fits = [fit for fit in run.fits if fit.candidate == candidate.name]
     finished = [fit for fit in fits if fit.state == "finished"]
     dead = [fit.dead_share for fit in finished if fit.dead_share is not None]
     left = len(run.splits) - len(fits)
-    return Training(
+    return TrainingSummary(
         name=candidate.name,
         finished=len(finished),
         failed=len(fits) - len(finished),
@@ -136,7 +144,7 @@ def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
     return tuple(_tuned(c, by_name[c.name], sign) for c in run.candidates if c.name in by_name)
 
 
-def _tuned(candidate: Candidate, trials: Sequence[Trial], sign: int) -> Tuned:
+def _tuned(candidate: RecordedCandidate, trials: Sequence[Trial], sign: int) -> Tuned:
     tried: list[Mapping[str, str]] = [flattened(trial.recipe) for trial in trials]
     chosen = flattened(candidate.recipe)
     fields = [f for f in chosen if len({recipe.get(f) for recipe in (chosen, *tried)}) > 1]

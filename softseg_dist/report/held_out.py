@@ -1,4 +1,8 @@
-"""The held-out subjects: what winner and control score on people who were in no split."""
+"""Subjects in no inner split: the held-out subjects of a study, and the outer test subjects of a nested study.
+
+Held-out subjects are predicted by the fits of winner and control of every split. Outer test subjects are predicted by the
+winner that was chosen without them, so their scores measure the whole procedure, not one model.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from dataclasses import dataclass
 
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import CrossedTest, crossed_test
+from softseg_dist.report.paired_tests import effect_in_words
 from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import OuterData, RunData
 from softseg_dist.report.scores import mean_of, scores_at_rule, soft_scores
 from softseg_dist.study import WINNER
-from softseg_dist.words import count, interval, number, p_clause
+from softseg_dist.words import count, interval_clause, number
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,11 @@ def outer_answer(table: OuterTable) -> str:
     sample = f"{count(score.num_subjects, 'outer test subject')}, {count(score.num_splits, 'outer split')}"
     found = (
         f"The whole procedure, with its search and the choice of a winner, scores {number(score.mean)} in "
-        f"{table.objective_title} on subjects who had no part in it (95 % interval {interval(score.low, score.high)}; {sample})"
+        f"{table.objective_title} on subjects who had no part in it ({interval_clause(score.low, score.high)}; {sample})"
     )
     if difference is None or table.control_score is None:
         return f"{found}."
-    tested = p_clause(difference.p) if difference.p == difference.p else f"not tested: {difference.note}"
     return (
         f"{found}; the control {table.control} scores {number(table.control_score.mean)} there: difference "
-        f"{number(difference.mean, signed=True)}, 95 % interval {interval(difference.low, difference.high, signed=True)}, {tested}."
+        f"{effect_in_words(difference, difference.p)}."
     )

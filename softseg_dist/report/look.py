@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+Layout = Literal["constrained", "compressed"]
 
 INK, QUIET, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 BETTER, WORSE, UNSHOWN = "#0072B2", "#D55E00", "#7a7a7a"
@@ -53,11 +58,27 @@ def data_uri(figure: Figure, vector: bool = True) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def laid_out(figure: Figure) -> Figure:
-    """Solve the layout once, not again for every file that the figure goes to."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
+@contextmanager
+def new_figure(width: float, height: float, layout: Layout = "constrained") -> Iterator[Figure]:
+    """An empty figure of `width` x `height` inches in our style.
+
+    Its layout is solved once, when the block ends, and not again for every file that the figure is written to.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout=layout)
+        yield figure
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def panels(figure: Figure, count: int, columns: int, *, sharex: bool = False) -> list[Axes]:
+    """`count` axes in rows of `columns`, which share their y axis; the rest of the last row stays empty."""
+    axes = list(
+        figure.subplots(math.ceil(count / columns) or 1, columns, sharex=sharex, sharey=True, squeeze=False).flat
+    )
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return axes[:count]
 
 
 def colours_of(names: Iterable[str], reference: str) -> dict[str, str]:

@@ -1,4 +1,9 @@
-"""Calibration: where a prediction says 0.7, does the structure fill 0.7 of the voxel?"""
+"""What is measured beside the objective: calibration, volumes, lesions, surfaces, uncertainty.
+
+Each function takes rows of the results table about test subjects and returns frozen tables by candidate. Sums (voxels of a
+reliability bin, lesions) are pooled over cases, classes and splits; means are over subjects and splits, as those of the ranking.
+Intervals of pooled counts resample subjects. What no case has is left out: a measure that was not recorded gives {}.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +27,14 @@ from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN
 from softseg_dist.report.breakdown import Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import Scores, mean_of, rows_at_rule, soft_scores, tables_of, undefined
+from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of, undefined
 from softseg_dist.training.task import FitResult
 
 SUMS = ("reliability_voxels", "reliability_prediction", "reliability_reference")
 
 
 @dataclass(frozen=True)
-class Reliability:
+class ReliabilityTable:
     """The reliability table of one candidate: the voxels of all tested cases, classes and splits pooled.
 
     Of each bin of the prediction, from `edges` up: the number of `voxels`, their mean prediction `predicted` and mean reference
@@ -52,19 +57,19 @@ class Reliability:
         return tuple(count / sum(self.voxels) for count in self.voxels)
 
 
-def reliability_of(test: pd.DataFrame) -> dict[str, Reliability]:
+def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:
     """The pooled table of every candidate that has one, by name."""
     rows = test[test["metric"].isin(SUMS) & (test["reference"] == "mean")]
     rows = rows.assign(edge=rows["threshold"].round(9))
     return {str(name): _pooled(str(name), part) for name, part in rows.groupby("candidate", observed=True)}
 
 
-def _pooled(name: str, rows: pd.DataFrame) -> Reliability:
+def _pooled(name: str, rows: pd.DataFrame) -> ReliabilityTable:
     sums = rows.groupby(["edge", "metric"], observed=True)["value"].sum().unstack("metric").sort_index()
     voxels, prediction, reference = (sums[metric].to_numpy(np.float64) for metric in SUMS)
     known = np.where(voxels > 0, voxels, NAN)
     gaps = np.abs(prediction - reference)
-    return Reliability(
+    return ReliabilityTable(
         name=name,
         edges=tuple(sums.index.tolist()),
         voxels=tuple(voxels.tolist()),
@@ -161,7 +166,7 @@ DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class Rate:
+class LesionRate:
     """`count` of `total` lesions, pooled over cases, classes and splits; the 95 % interval resamples subjects."""
 
     count: int
@@ -180,8 +185,8 @@ class Lesions:
     """
 
     name: str
-    sensitivity: dict[str, Rate]
-    false_discovery: Rate
+    sensitivity: dict[str, LesionRate]
+    false_discovery: LesionRate
     num_subjects: int
     num_cases: int
 
@@ -213,17 +218,19 @@ def _counts(size: str) -> tuple[str, str]:
     return f"lesions_found{end}", f"lesions_true{end}"
 
 
-def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed: int) -> Rate:
+def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed: int) -> LesionRate:
     """The ratio of the sums over subjects; its interval from draws of as many subjects, those without any lesion left out."""
     num = len(totals)
     count, total = float(counts.sum()), float(totals.sum())
     if not total:
-        return Rate(0, 0, NAN, NAN, NAN)
+        return LesionRate(0, 0, NAN, NAN, NAN)
     drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS)
     over, under = drawn @ counts, drawn @ totals
     low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     known = num > 1
-    return Rate(int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN)
+    return LesionRate(
+        int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN
+    )
 
 
 METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
@@ -245,7 +252,7 @@ def surfaces_of(test: pd.DataFrame, fits: Iterable[FitResult]) -> dict[str, Surf
     """The means of every candidate that has them, by name."""
     fits = tuple(fits)
     rows = {metric: rows_at_rule(test, fits, metric, RULE) for metric in METRICS}
-    scores: dict[str, Scores] = {metric: tables_of(part, test) for metric, part in rows.items()}
+    scores: dict[str, ScoreTables] = {metric: tables_of(part, test) for metric, part in rows.items()}
     counted = undefined(rows[METRICS[0]])
     means = {name: [mean_of(scores[metric].of(name)) for metric in METRICS] for name in counted}
     return {name: Surfaces(name, hd95, asd, dice, *counted[name]) for name, (hd95, asd, dice) in means.items()}
@@ -274,7 +281,7 @@ MEASURES = {  # as `judging.uncertainty` names them
 
 
 @dataclass(frozen=True)
-class Uncertainty:
+class UncertaintyMeans:
     """Means over subjects and splits of one candidate and one method, by measure: the metric's name without the method's."""
 
     name: str
@@ -283,7 +290,7 @@ class Uncertainty:
     num_subjects: int
 
 
-def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[Uncertainty, ...]]:
+def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[UncertaintyMeans, ...]]:
     """By method: one entry for every candidate it was measured for; {} if none was.
 
     Args:
@@ -300,7 +307,7 @@ def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[Uncertainty,
         scores = {metric: soft_scores(rows, metric, reference=str(reference[metric])) for metric in mine}
         people = rows.groupby("candidate", observed=True)["subject"].nunique()
         found[method] = tuple(
-            Uncertainty(
+            UncertaintyMeans(
                 str(name),
                 method,
                 {metric.removeprefix(f"{method}_"): mean_of(table.of(str(name))) for metric, table in scores.items()},
@@ -315,17 +322,17 @@ def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[Uncertainty,
 class Measures:
     """By candidate: calibration, volumes, lesions, surfaces; by site: winner and reference; all raters; by method: uncertainty."""
 
-    reliability: dict[str, Reliability]
+    reliability: dict[str, ReliabilityTable]
     agreements: dict[str, tuple[Agreement, ...]]
     repeatability: dict[str, tuple[Repeatability, ...]]
     lesions: dict[str, Lesions]
     surfaces: dict[str, Surfaces]
     sites: tuple[Site, ...]
     raters: Raters | None
-    uncertainty: dict[str, tuple[Uncertainty, ...]]
+    uncertainty: dict[str, tuple[UncertaintyMeans, ...]]
 
 
-def measures_of(run: RunData, test: pd.DataFrame, scores: Scores, winner: str, reference: str) -> Measures:
+def measures_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, winner: str, reference: str) -> Measures:
     """Of the rows on test; `scores` are of the objective, which is broken down by site for `winner` and `reference`."""
     site_of = (run.run.get("data") or {}).get("site_of") or {}
     return Measures(

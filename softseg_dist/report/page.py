@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run: everything on it is inlined, so it can be mailed, archived and printed.
 
-`write_report` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json` and
-`summary_latex` give the same numbers for machines and for papers.
+`write_page` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json` and
+`summary_latex` give the same numbers for programs and for papers. `write_outer_page` and `outer_json` are those of a nested study.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from softseg_dist.report.findings import (
     group_answer,
     holdout_answer,
     interactions_answer,
+    left_out,
 )
 from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, REFERENCE, SIZES
-from softseg_dist.report.origin import left_out, origin_of
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.ranking import RULES
-from softseg_dist.report.run_folder import OuterData, RunData, load_run
+from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of
 from softseg_dist.report.tables import Summary, plain, summarise
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
@@ -60,15 +60,6 @@ class Picture:
 
     source: str
     alt: str
-
-
-def write_report(run: Path, overlays: Sequence[Overlay] = ()) -> Path:
-    """Load a run and write its page: see `write_page`.
-
-    Raises UserError if the folder is not a run, or if no fit has finished yet.
-    """
-    data = load_run(run)
-    return write_page(data, summarise(data), overlays)
 
 
 def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()) -> Path:
@@ -125,7 +116,7 @@ def summary_json(run: Path) -> dict[str, Any]:
 
 
 def write_csv(run: Path) -> list[Path]:
-    """Write the tables of the page as report/*.csv into the run folder; returns their paths. Raises UserError as `write_report`."""
+    """Write the tables of the page as report/*.csv into the run folder; returns their paths. Raises UserError as `load_run`."""
     folder = run / "report"
     tables = csv_tables(summarise(load_run(run)))
     folder.mkdir(exist_ok=True)
@@ -135,23 +126,35 @@ def write_csv(run: Path) -> list[Path]:
 
 
 def summary_latex(run: Path) -> str:
-    """Ranking and tests as LaTeX tables. Raises UserError as `write_report`."""
+    """Ranking and tests as LaTeX tables. Raises UserError as `load_run`."""
     return latex(summarise(load_run(run)))
 
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
-    """Those that the run has data for, with their text for those who cannot see them."""
-    title = summary.objective_title
+    """Those that the run has data for, each with its text for readers who cannot see it."""
+    title, measures, pareto = summary.objective_title, summary.measures, summary.searched.pareto
+    names = shown(summary)
+    calibrated, with_lesions = ([n for n in names if n in part] for part in (measures.reliability, measures.lesions))
+    pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
-        found["differences"] = (
-            forest_figure(summary),
-            f"Forest plot of differences in {title}; the numbers are in the tests",
-        )
+        alt = f"Forest plot of differences in {title}; the numbers are in the tests"
+        found["differences"] = forest_figure(summary), alt
         found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
-    found |= _measured(summary)
+    if pareto is not None and pareto.points:
+        found["pareto"] = pareto_figure(summary, pareto), "Candidates in two objectives; the front is in the table"
+    if calibrated:
+        found["reliability"] = reliability_figure(summary, calibrated), "Reliability diagrams, one per candidate"
+    if pair:
+        found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
+    if with_lesions:
+        alt = "Lesions found by size; the counts are in the table"
+        found["lesions"] = lesion_figure(summary, with_lesions), alt
+    if measures.raters is not None:
+        rated = [n for n in names if n in measures.raters.candidates]
+        found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
     if overlays:
         found["overlays"] = (
             overlay_figure(overlays),
@@ -159,29 +162,6 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
         )
     if (learning := learning_figure(summary, data.histories)) is not None:
         found["learning"] = learning, f"Learning curves: {title} on validation by epoch"
-    return found
-
-
-def _measured(summary: Summary) -> dict[str, tuple[Figure, str]]:
-    """Figures of what was measured beside the objective, as far as it was."""
-    measures, pareto, found = summary.measures, summary.searched.pareto, {}
-    names = {part: [n for n in shown(summary) if n in getattr(measures, part)] for part in ("reliability", "lesions")}
-    pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
-    if pareto is not None and pareto.points:
-        found["pareto"] = pareto_figure(summary, pareto), "Candidates in two objectives; the front is in the table"
-    if names["reliability"]:
-        figure = reliability_figure(summary, names["reliability"])
-        found["reliability"] = figure, "Reliability diagrams, one per candidate"
-    if pair:
-        found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
-    if names["lesions"]:
-        found["lesions"] = (
-            lesion_figure(summary, names["lesions"]),
-            "Lesions found by size; the counts are in the table",
-        )
-    if measures.raters is not None:
-        rated = [n for n in shown(summary) if n in measures.raters.candidates]
-        found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
     return found
 
 

@@ -1,10 +1,15 @@
-"""Paired tests of every candidate against the one that all are compared with, and of the best against all others."""
+"""Paired tests on the objective: each candidate against the reference, the best against all others, thresholds against 0.5.
+
+The primary test is the crossed random-effects test over subjects and splits; its p-values are corrected by Holm within each
+table. Wilcoxon's test, the corrected t-test and the bootstrap stand beside it without correction.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,6 +21,7 @@ from softseg_dist.numerics.statistics import (
     BootstrapInterval,
     CrossedTest,
     SplitTest,
+    SubjectTest,
     corrected_t_test,
     crossed_test,
     holm,
@@ -24,7 +30,34 @@ from softseg_dist.numerics.statistics import (
 )
 from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import Scores, scores_at_rule, split_means
+from softseg_dist.report.scores import ScoreTables, scores_at_rule, split_means
+from softseg_dist.words import interval_clause, number, p_clause
+
+
+class _Tested(Protocol):
+    """A frozen dataclass with a crossed test and a `p_holm`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def crossed(self) -> CrossedTest: ...
+
+
+Tested = TypeVar("Tested", bound=_Tested)
+
+
+def holm_corrected(found: Sequence[Tested]) -> tuple[Tested, ...]:
+    """The same entries with `p_holm`: the p of their crossed tests, corrected by Holm over all of them."""
+    adjusted = holm([entry.crossed.p for entry in found])
+    return tuple(replace(entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True))
+
+
+def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p") -> str:
+    """`+0.012, 95 % interval +0.001 to +0.023, p = 0.032`; without a p, the difference and why it was not tested."""
+    difference = number(test.mean, signed=True)
+    if math.isnan(test.p):
+        return f"{difference}; not tested: {test.note}"
+    return f"{difference}, {interval_clause(test.low, test.high, signed=True)}, {p_clause(p, p_name)}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +75,7 @@ class Comparison:
 
 
 def comparisons_with(
-    ranked: Sequence[str], reference: str, scores: Scores, ratio: float, study: Mapping[str, Any]
+    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any]
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates less `reference`, in their order; Holm over all of them.
 
@@ -54,9 +87,7 @@ def comparisons_with(
         study: JSON of the study; its name and seed are those of the bootstrap.
     """
     found = []
-    for name in ranked:
-        if name == reference:
-            continue
+    for name in (name for name in ranked if name != reference):
         table = scores.difference(name, reference)
         by_split = split_means(table, scores.splits)
         means = np.array(list(by_split.values()))
@@ -72,8 +103,7 @@ def comparisons_with(
                 by_split=by_split,
             )
         )
-    adjusted = holm([c.crossed.p for c in found])
-    return tuple(Comparison(**(vars(c) | {"p_holm": p})) for c, p in zip(found, adjusted, strict=True))
+    return holm_corrected(found)
 
 
 @dataclass(frozen=True)
@@ -90,15 +120,13 @@ class Rival:
         return not self.p_holm < 1 - LEVEL
 
 
-def rivals_of(ranked: Sequence[str], scores: Scores) -> tuple[Rival, ...]:
+def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     """Crossed tests of all others less the first of the `ranked` candidates; Holm over all of them.
 
     The first was picked by the scores that it is tested on, so those not told apart from it may be too few: the p-values
     describe, they do not confirm.
     """
-    found = [Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]]
-    adjusted = holm([rival.crossed.p for rival in found])
-    return tuple(Rival(rival.candidate, rival.crossed, p) for rival, p in zip(found, adjusted, strict=True))
+    return holm_corrected([Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]])
 
 
 BASE = "fixed"
@@ -117,11 +145,7 @@ class RuleTest:
 def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[RuleTest, ...]:
     """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
     dice = {rule: scores_at_rule(test, run.finished, "dice", rule) for rule in RULES}
-    found = [
-        RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name)))
-        for name in names
-        for rule in RULES
-        if rule != BASE
-    ]
-    adjusted = holm([one.crossed.p for one in found])
-    return tuple(replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True))
+    others = [(name, rule) for name in names for rule in RULES if rule != BASE]
+    return holm_corrected(
+        [RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name))) for name, rule in others]
+    )

@@ -1,4 +1,8 @@
-"""Slices to look at: image, soft truth, prediction and error, side by side."""
+"""Slices of single test cases: image, soft truth, prediction and signed error, side by side.
+
+`choose_overlays` predicts the best, the median and the worst test case of the winner again, each with the fit of its own split;
+`overlay_figure` draws them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -22,7 +25,7 @@ from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.report.look import INK, STYLE, laid_out
+from softseg_dist.report.look import INK, new_figure
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.tables import Summary
 from softseg_dist.training.evaluation import mean_reference
@@ -52,9 +55,8 @@ class Overlay:
 
 
 def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
-    """A row per case: image, then, enlarged, soft truth, prediction and signed error (prediction less truth)."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.98 * len(overlays) + 0.75), layout="constrained")
+    """A row per case: image, then, enlarged, soft truth, prediction and signed error (prediction minus truth)."""
+    with new_figure(9, 1.98 * len(overlays) + 0.75) as figure:
         grid = figure.add_gridspec(len(overlays) + 1, 4, height_ratios=[1.0] * len(overlays) + [0.05])
         axes = np.array([[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(len(overlays))])
         for row, overlay in zip(axes, overlays, strict=True):
@@ -63,7 +65,7 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
             axis.set_title(title, color=INK, loc="center")
         figure.colorbar(soft, cax=figure.add_subplot(grid[-1, 1:3]), orientation="horizontal")
         figure.colorbar(error, cax=figure.add_subplot(grid[-1, 3]), orientation="horizontal")
-        return laid_out(figure)
+    return figure
 
 
 def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, crossed_test
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import Scores, mean_of, scores_at_rule, soft_scores, split_means, undefined_cases
+from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_scores, split_means, undefined_cases
 from softseg_dist.training.task import FitResult
 
 BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside the objective
@@ -49,12 +49,12 @@ class Standing:
     values: int
 
 
-def best_complete(scores: Scores, sign: int) -> str:
+def best_complete(scores: ScoreTables, sign: int) -> str:
     """The best mean among the candidates with the most scores: what others are compared with where there is no control."""
     return max(scores.tables, key=lambda name: (np.isfinite(scores.of(name)).sum(), sign * mean_of(scores.of(name))))
 
 
-def level(scores: Scores, name: str, reference: str) -> float:
+def level(scores: ScoreTables, name: str, reference: str) -> float:
     """The mean of `reference` plus the paired difference to it; without a pair the candidate's own mean, NaN without a score.
 
     Equal to the candidate's mean where no fit is missing; so a hard split that it lacks is no gain.
@@ -64,7 +64,7 @@ def level(scores: Scores, name: str, reference: str) -> float:
 
 
 def ranked(
-    standings: Sequence[Standing], given_up: Collection[str], reference: str, scores: Scores, sign: int
+    standings: Sequence[Standing], given_up: Collection[str], reference: str, scores: ScoreTables, sign: int
 ) -> tuple[Standing, ...]:
     """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
 
@@ -78,7 +78,7 @@ def ranked(
     return tuple([Standing(**(vars(s) | {"rank": i})) for i, s in enumerate(known, 1)] + unknown)
 
 
-def standings_of(run: RunData, test: pd.DataFrame, scores: Scores) -> list[Standing]:
+def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[Standing]:
     """A standing without rank for every candidate, in the order of the study; `scores` are of the objective."""
     metric = run.study["objective"]
     references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]

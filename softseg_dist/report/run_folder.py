@@ -9,21 +9,24 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
 NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric")  # columns of few different values
+RERUN = "remove it and run the study again"
+RecordKind = TypeVar("RecordKind", bound=Frozen)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RecordedCandidate:
     """A candidate as recorded: its name, the JSON of its recipe, and whether a search proposed it.
 
     `recipe` is the one that was trained, `planned` the one of the study file, which may have been tuned since; {} for a
@@ -63,7 +66,7 @@ class RunData:
     study: Mapping[str, Any]
     splits: tuple[Split, ...]
     run: Mapping[str, Any]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[RecordedCandidate, ...]
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
     histories: Mapping[tuple[str, int], pd.DataFrame]
@@ -101,7 +104,8 @@ def load_run(folder: Path) -> RunData:
         )
     records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
     tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
-    ended = tuple(_fit(path) for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
+    paths = (path for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
+    ended = tuple(fit for path in paths if (fit := _record(FitResult, path, "a fit", RERUN)))
     fits = tuple(fit for fit in ended if fit.candidate not in tuning)
     finished = [fit for fit in fits if fit.state == "finished"]
     if not finished:
@@ -120,7 +124,7 @@ def load_run(folder: Path) -> RunData:
         trials=tuple(_trial(record, ended) for record in tuning.values()),
         ensemble=_table(folder / "ensemble.parquet"),
         holdout=_table(folder / "holdout.parquet"),
-        holdout_record=_holdout_record(folder / "holdout.json"),
+        holdout_record=_record(HoldoutRecord, folder / "holdout.json", "held-out subjects", "restore it"),
     )
 
 
@@ -138,14 +142,15 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path}: not JSON (torn?); restore it, or run the study again") from None
+        raise UserError(f"{path}: not JSON (cut off?); restore it, or run the study again") from None
 
 
-def _fit(path: Path) -> FitResult:
+def _record(kind: type[RecordKind], path: Path, what: str, remedy: str) -> RecordKind | None:
+    """A record of the ledger; None if there is no file."""
     try:
-        return FitResult.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes()) if path.exists() else None
     except ValidationError:
-        raise UserError(f"{path}: not the record of a fit (torn?); remove it and run the study again") from None
+        raise UserError(f"{path}: not the record of {what} (cut off?); {remedy}") from None
 
 
 def _fit_folder(folder: Path, fit: FitResult) -> Path:
@@ -154,45 +159,28 @@ def _fit_folder(folder: Path, fit: FitResult) -> Path:
 
 def _candidates(
     folder: Path, study: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], fits: tuple[FitResult, ...]
-) -> tuple[Candidate, ...]:
+) -> tuple[RecordedCandidate, ...]:
     """Those of the study file first, in its order, then what a search proposed, in the order asked."""
     fixed: dict[str, Any] = study.get("candidates") or {}
     asked = sorted((name for name in records if name not in fixed), key=lambda name: records[name].get("number", 0))
     return tuple(
-        Candidate(
+        RecordedCandidate(
             name=name,
             recipe=records.get(name, {}).get("recipe") or fixed.get(name) or {},
             proposed=name not in fixed,
             planned=fixed.get(name) or {},
             params=records.get(name, {}).get("params") or {},
-            raced=_raced(folder, name),
+            raced=_record(RaceRecord, folder / "fits" / name / "race.json", "a race", RERUN),
             note=records.get(name, {}).get("note") or "",
         )
         for name in dict.fromkeys([*fixed, *asked, *(fit.candidate for fit in fits)])
     )
 
 
-def _raced(folder: Path, name: str) -> RaceRecord | None:
-    path = folder / "fits" / name / "race.json"
-    record = _json(path)
-    try:
-        return None if record is None else RaceRecord.model_validate(record)
-    except ValidationError:
-        raise UserError(f"{path}: not the record of a race; remove it and run the study again") from None
-
-
 def _trial(record: Mapping[str, Any], ended: Iterable[FitResult]) -> Trial:
     name = record["name"]
     fits = tuple(fit for fit in ended if fit.candidate == name)
     return Trial(name, name.rpartition("~")[0], record.get("recipe") or {}, fits)
-
-
-def _holdout_record(path: Path) -> HoldoutRecord | None:
-    record = _json(path)
-    try:
-        return None if record is None else HoldoutRecord.model_validate(record)
-    except ValidationError:
-        raise UserError(f"{path}: not the record of held-out subjects; restore it") from None
 
 
 def _table(path: Path) -> pd.DataFrame | None:
@@ -230,3 +218,34 @@ def _history(folder: Path) -> pd.DataFrame:
     path = history_path(folder)
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return pd.DataFrame([json.loads(row) for row in rows])
+
+
+RECORDED = {  # fields of run.json
+    "study_file": "study file",
+    "study_fingerprint": "fingerprint of the study",
+    "store_fingerprint": "fingerprint of the data (images, masks and preprocessing)",
+    "store_digest": "digest of the prepared numbers",
+    "started": "last started (UTC)",
+}
+SAID = {"data": "data", "preprocess": "preprocessing", "splits": "splits", "objective": "objective", "search": "search"}
+
+
+def origin_of(run: RunData) -> list[tuple[str, str]]:
+    """What was run on what, as (what, value); what a run did not record is left out."""
+    found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
+    found.append(
+        ("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name and the split")
+    )
+    found += [(words, _written(run.study[field])) for field, words in SAID.items() if run.study.get(field)]
+    return found
+
+
+def _written(value: Any) -> str:
+    """`MonteCarlo(count=6, test=0.2)`: the JSON of an object as it was written."""
+    if isinstance(value, Mapping):
+        fields = {k: v for k, v in value.items() if k not in ("type", "code") and v is not None}
+        inner = ", ".join(f"{k}={_written(v)}" for k, v in fields.items())
+        return f"{value['type']}({inner})" if "type" in value else f"{{{inner}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_written, value))})"
+    return str(value)

@@ -17,24 +17,24 @@ from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.statistics import NAN
 from softseg_dist.training.task import FitResult
 
-Table = npt.NDArray[np.float64]
+ScoreTable = npt.NDArray[np.float64]
 UNIT = ["candidate", "split", "subject"]
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreTables:
     """All test scores of one metric. `subjects` and `splits` name the rows and columns of every table."""
 
     subjects: tuple[str, ...]
     splits: tuple[int, ...]
-    tables: Mapping[str, Table]
+    tables: Mapping[str, ScoreTable]
 
-    def of(self, candidate: str) -> Table:
+    def of(self, candidate: str) -> ScoreTable:
         """Scores [subject x split] of a candidate; all NaN if none of its fits has finished."""
         empty = np.full((len(self.subjects), len(self.splits)), np.nan)
         return self.tables.get(candidate, empty)
 
-    def difference(self, candidate: str, reference: str) -> Table:
+    def difference(self, candidate: str, reference: str) -> ScoreTable:
         """`candidate` less `reference`, where both were tested on the subject in the split."""
         return self.of(candidate) - self.of(reference)
 
@@ -44,7 +44,7 @@ def on_test(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["subset"] == "test"]
 
 
-def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_class: str | None = None) -> Scores:
+def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_class: str | None = None) -> ScoreTables:
     """Scores of a metric without threshold, over all classes or one of them."""
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].isna()]
     return tables_of(rows if only_class is None else rows[rows["class"] == only_class], test)
@@ -63,7 +63,7 @@ def rows_at_rule(
 
 def scores_at_rule(
     test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
-) -> Scores:
+) -> ScoreTables:
     """Scores of a thresholded metric, at the threshold that each fit chose on validation by `rule`."""
     return tables_of(rows_at_rule(test, fits, metric, rule, reference), test)
 
@@ -98,7 +98,7 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
     return by_case.groupby([*UNIT, *also], observed=True).mean()
 
 
-def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
+def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> ScoreTables:
     """Subject by split, from rows of one metric; all tables of one `test` have the same rows and columns."""
     subjects, splits = sorted(map(str, test["subject"].unique())), sorted(test["split"].unique())
     means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
@@ -110,15 +110,15 @@ def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> Scores:
     for name, places in means.groupby("candidate").indices.items():
         tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)
         table[at_row[places], at_column[places]] = means["value"].to_numpy()[places]
-    return Scores(tuple(subjects), tuple(int(j) for j in splits), tables)
+    return ScoreTables(tuple(subjects), tuple(int(j) for j in splits), tables)
 
 
-def split_means(table: Table, splits: Sequence[int]) -> dict[int, float]:
+def split_means(table: ScoreTable, splits: Sequence[int]) -> dict[int, float]:
     """Mean over subjects in every split that has one; a split without a score is left out."""
     return {j: mean_of(column) for j, column in zip(splits, table.T, strict=True) if not np.isnan(column).all()}
 
 
-def mean_of(values: Table) -> float:
+def mean_of(values: ScoreTable) -> float:
     """The mean of what is known; NaN if nothing is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else NAN

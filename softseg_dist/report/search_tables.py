@@ -1,8 +1,8 @@
-"""What a search did: which parameters mattered, which candidates are best in two objectives, which were given up, which were tuned.
+"""What a search did: which parameters mattered, which candidates are best in two objectives, which were stopped early or tuned.
 
 The importance of a parameter is a plain measure, not a model: all candidates that the search proposed are grouped by the
 parameter's value (a number by its tertiles) and eta^2 = (H - k + 1) / (n - k) is the share of the variance of their ranks
-that lies between the k groups, less what chance alone would give (H is the statistic of Kruskal and Wallis 1952, doi
+that lies between the k groups, minus what chance alone would give (H is the statistic of Kruskal and Wallis 1952, doi
 10.1080/01621459.1952.10483441). 0: no more than chance; 1: the parameter decides the rank. A search looks more often where it
 found good candidates, and parameters vary together: it describes this search, it tests nothing.
 """
@@ -24,8 +24,8 @@ from softseg_dist.numerics.statistics import NAN
 from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.report.fits import Tuned, tuned_of
 from softseg_dist.report.ranking import level
-from softseg_dist.report.run_folder import Candidate, RunData
-from softseg_dist.report.scores import Scores, soft_scores
+from softseg_dist.report.run_folder import RecordedCandidate, RunData
+from softseg_dist.report.scores import ScoreTables, soft_scores
 
 FEW = 6  # candidates, of which no importance can be told
 NUM_GROUPS = 3  # of the values of a number
@@ -77,7 +77,7 @@ class Searched:
     tuned: tuple[Tuned, ...]
 
 
-def searched_of(run: RunData, test: pd.DataFrame, scores: Scores, reference: str) -> Searched:
+def searched_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, reference: str) -> Searched:
     """All of it; `scores` are of the objective, on test."""
     sign, beside = OBJECTIVES[run.study["objective"]].sign, run.study.get("second_objective")
     return Searched(
@@ -88,7 +88,9 @@ def searched_of(run: RunData, test: pd.DataFrame, scores: Scores, reference: str
     )
 
 
-def importances(candidates: Sequence[Candidate], scores: Scores, reference: str, sign: int) -> tuple[Importance, ...]:
+def importances(
+    candidates: Sequence[RecordedCandidate], scores: ScoreTables, reference: str, sign: int
+) -> tuple[Importance, ...]:
     """One entry per parameter of the search, the most important first; () if fewer than `FEW` candidates have it."""
     values = {c.name: sign * level(scores, c.name, reference) for c in candidates if c.proposed}
     known = [c for c in candidates if c.proposed and not math.isnan(values[c.name])]
@@ -129,7 +131,7 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def pareto_of(first: Scores, second: Scores, sign: int, metric: str, reference: str) -> Pareto:
+def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, metric: str, reference: str) -> Pareto:
     """Every candidate with a score in both objectives, the front first, from the best to the worst in the first objective."""
     objective = OBJECTIVES[metric]
     means = {name: (level(first, name, reference), level(second, name, reference)) for name in first.tables}

@@ -18,12 +18,12 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
-from softseg_dist.report.fits import Compute, Training, compute_of, learning_rates, training_of, varying_fields
+from softseg_dist.report.fits import Compute, TrainingSummary, compute_of, learning_rates, training_of, varying_fields
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
-from softseg_dist.report.run_folder import Candidate, RunData
+from softseg_dist.report.run_folder import RecordedCandidate, RunData
 from softseg_dist.report.scores import dice_curves, on_test, soft_scores
 from softseg_dist.report.search_tables import Searched, searched_of
 
@@ -69,7 +69,7 @@ class Summary:
     holdout: HoldoutTable | None
     searched: Searched
     measures: Measures
-    training: tuple[Training, ...]
+    training: tuple[TrainingSummary, ...]
     failures: dict[str, str]
     notes: dict[str, str]
     compute: Compute
@@ -147,7 +147,7 @@ def summarise(run: RunData) -> Summary:
     )
 
 
-def _in_order(run: RunData, ranking: Sequence[Standing]) -> list[Candidate]:
+def _in_order(run: RunData, ranking: Sequence[Standing]) -> list[RecordedCandidate]:
     by_name = {candidate.name: candidate for candidate in run.candidates}
     return [by_name[standing.name] for standing in ranking]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from softseg_dist.engine.progress import key_of
+from softseg_dist.frozen import leaves
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.record.spool import SPOOL, Record, Spool
 from softseg_dist.study import Study
@@ -364,21 +365,7 @@ def without_password(uri: str | None) -> str | None:
 
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A recipe's JSON as flat parameters: `loss` is "AdaptiveWing", `loss.omega` is "14.0"."""
-    return dict(_flat(recipe, ""))
-
-
-def _flat(value: Any, path: str) -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        if path and "type" in value:
-            yield path, str(value["type"])
-        for name, item in value.items():
-            if name not in ("type", "code"):
-                yield from _flat(item, f"{path}.{name}" if path else name)
-    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        for index, item in enumerate(value):
-            yield from _flat(item, f"{path}.{index}")
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value)
+    return {path: value if isinstance(value, str) else json.dumps(value) for path, value in leaves(recipe)}
 
 
 def _candidate_tags(candidate: str) -> dict[str, str]:

@@ -11,6 +11,10 @@ import pandas as pd
 from synthetic_measures import measured_rows
 
 from softseg_dist.judging.thresholds import CURVE
+from softseg_dist.report.page import write_page
+from softseg_dist.report.pictures import Overlay
+from softseg_dist.report.run_folder import load_run
+from softseg_dist.report.tables import summarise
 
 CELLS = [
     f"{label}-{act}-{loss}"
@@ -245,3 +249,9 @@ def _run(
         "study_fingerprint": "89abcdef0123",
         "seconds": 1312.4,
     }
+
+
+def written_page(folder: Path, overlays: Sequence[Overlay] = ()) -> Path:
+    """Write the page of a run folder; returns its path."""
+    data = load_run(folder)
+    return write_page(data, summarise(data), overlays)

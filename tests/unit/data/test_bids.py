@@ -201,7 +201,7 @@ def test_a_mask_on_another_grid(tmp_path: Path) -> None:
     put(tmp_path, name, MASK[:5])
     text = message(data, tmp_path)
     assert "sub-01_T2w_label-GM_mask.nii.gz is on another grid than" in text
-    assert "shape 5x5x4 against 6x5x4" in text
+    assert "shape 5 x 5 x 4 against 6 x 5 x 4" in text
     shifted = np.eye(4)
     shifted[0, 3] = 0.5
     put(tmp_path, name, MASK, shifted)

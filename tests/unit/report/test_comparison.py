@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from softseg_dist.cli.main import app, main
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.statistics import crossed_test, holm
-from softseg_dist.report.comparison import Contrast, RunComparison, compare
+from softseg_dist.report.comparison import CandidateContrast, RunComparison, compare
 from softseg_dist.report.comparison_words import answer, caveats, comparison_json, pairing_sentence
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
@@ -67,7 +67,7 @@ def compared(a: Path, b: Path, *candidates: str | None, metric: str | None = Non
     return compare((load_run(a), load_run(b)), (str(a), str(b)), pair, metric)
 
 
-def contrast(found: RunComparison, name: str) -> Contrast:
+def contrast(found: RunComparison, name: str) -> CandidateContrast:
     return next(c for c in found.contrasts if (c.a.candidate, c.b.candidate) == (name, name))
 
 
@@ -124,7 +124,7 @@ def test_winners_are_compared_and_marked(first: Path, second: Path) -> None:
     shift(second, CONTROL, 0.2, sd=0.01)
     found = compared(first, second)
     assert [(c.a.candidate, c.b.candidate) for c in found.contrasts if c.winners] == [(winner, CONTROL)]
-    assert any("picked by the very scores" in text for text in caveats(found))
+    assert any("chosen by the same scores" in text for text in caveats(found))
 
 
 def test_splits_are_paired_by_their_people_not_by_their_number(first: Path, second: Path) -> None:
@@ -158,7 +158,7 @@ def test_without_common_splits_subjects_are_paired(first: Path, second: Path, nu
     assert (only.test.t, only.test.p) == pytest.approx((expected.statistic, expected.pvalue))
     assert (only.wilcoxon, only.corrected) == (None, None)
     assert said in pairing_sentence(found)
-    assert any("knows nothing of the variation between training runs" in text for text in caveats(found))
+    assert any("ignores the variation between training runs" in text for text in caveats(found))
 
 
 def test_other_people_in_other_splits_leave_the_subjects_that_both_tested(first: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_values_that_do_not_exist_are_counted_once(first: Path, second: Path) ->
     table.to_parquet(second / "results.parquet")
     found = compared(first, second)
     assert contrast(found, SOFT).test.num_pairs == 34
-    assert any(text.startswith("2 of 216 values of the metric do not exist") for text in caveats(found))
+    assert any(text.startswith("2 of 216 values of the metric are undefined") for text in caveats(found))
 
 
 def test_two_candidates_of_one_run_differ_as_its_report_says(first: Path) -> None:

@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import CELLS, GAIN, write_run
+from synthetic_run import CELLS, GAIN, write_run, written_page
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.statistics import crossed_test, holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
 from softseg_dist.report.findings import answer, caveats, effects_answer
+from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
-from softseg_dist.report.page import summary_json, write_report
+from softseg_dist.report.page import summary_json
 from softseg_dist.report.pictures import Overlay, overlay_figure
-from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.run_folder import RecordedCandidate, RunData, load_run
 from softseg_dist.report.tables import Summary, plain, summarise
 from softseg_dist.words import number, p_value
 
@@ -194,7 +195,7 @@ def test_without_a_control_the_highest_ranked_is_the_reference(tmp_path: Path):
     assert summary.reference == summary.winner.name
     assert all(c.crossed.mean < 0 for c in summary.comparisons)
     assert answer(summary).startswith("The study names no control")
-    assert any("picked by the very scores" in text for text in caveats(summary))
+    assert any("chosen by the same scores" in text for text in caveats(summary))
 
 
 def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):
@@ -207,7 +208,7 @@ def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):
 
 def test_one_candidate_and_one_split_still_make_a_page(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1)
-    page = write_report(folder).read_text()
+    page = written_page(folder).read_text()
     assert "nothing to compare it with" in page
     assert "<h2>Tests" not in page
 
@@ -231,7 +232,7 @@ def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
     summary = summarise(load_run(folder))
     assert summary.compute.engines["bfloat16, graph"] == 1
     assert any("trained in bfloat16 and in float32" in text for text in caveats(summary))
-    assert "bfloat16, graph (1 fit)" in write_report(folder).read_text()
+    assert "bfloat16, graph (1 fit)" in written_page(folder).read_text()
 
 
 def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
@@ -245,7 +246,7 @@ def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
     control = next(s for s in summary.ranking if s.name == CONTROL)
     assert (control.undefined, control.values) == (1, 18)
     assert control.num_scores == 17
-    assert any("1 of 144 values of the objective do not exist" in text for text in caveats(summary))
+    assert any("1 of 144 values of the objective are undefined" in text for text in caveats(summary))
 
 
 class _Reader(HTMLParser):
@@ -273,7 +274,7 @@ class _Reader(HTMLParser):
 
 def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:4], num_splits=4)
-    page = write_report(folder, [overlay("best"), overlay("worst")])
+    page = written_page(folder, [overlay("best"), overlay("worst")])
     reader = _Reader()
     reader.feed(page.read_text())
     text = " ".join(" ".join(reader.text).split())
@@ -304,7 +305,7 @@ def test_a_page_without_run_json_and_with_a_question_that_looks_like_html(tmp_pa
     study = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(study | {"question": "<script>alert(1)</script> a < b?"}))
     (folder / "run.json").unlink()
-    page = write_report(folder).read_text()
+    page = written_page(folder).read_text()
     assert "loss is NaN in epoch 7" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -347,3 +348,17 @@ def test_torn_files_are_named(tmp_path: Path):
     record.write_text(record.read_text()[:20])
     with pytest.raises(UserError, match=r"001\.json: not the record of a fit"):
         load_run(folder)
+
+
+def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
+    flip, turn = {"type": "Flip"}, {"type": "Affine", "degrees": 10.0}
+
+    def fields(one: list[dict[str, object]], other: list[dict[str, object]]) -> dict[str, dict[str, str]]:
+        recipes = {"a": {"augment": one}, "b": {"augment": other}}
+        return varying_fields([RecordedCandidate(name, recipe, False, {}, {}) for name, recipe in recipes.items()])
+
+    assert fields([turn], [turn | {"degrees": 20.0}]) == {
+        "a": {"augment.0.degrees": "10"},
+        "b": {"augment.0.degrees": "20"},
+    }
+    assert fields([turn, flip], []) == {"a": {"augment": "Affine, Flip"}, "b": {"augment": "none"}}

@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, OVERCONFIDENCE, VOLUME_BIAS
-from synthetic_run import CELLS, write_run
+from synthetic_run import CELLS, write_run, written_page
 
 from softseg_dist.report.measures import reliability_of
-from softseg_dist.report.page import write_report
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import Summary, summarise
 
@@ -167,7 +166,7 @@ def test_uncertainty_stands_by_method(summary: Summary):
 
 
 def test_every_figure_has_a_caption_that_says_n(folder: Path):
-    page = write_report(folder).read_text()
+    page = written_page(folder).read_text()
     for section in ("calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
         assert f'<section id="{section}">' in page
         assert f'<a href="#{section}">' in page
@@ -183,7 +182,7 @@ def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
     (folder / "run.json").write_text(json.dumps(record))
     measures = summarise(load_run(folder)).measures
     assert not any(vars(measures).values())
-    page = write_report(folder).read_text()
+    page = written_page(folder).read_text()
     for section in ("holdout", "search", "calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
         assert f'id="{section}"' not in page
     assert 'id="threshold"' in page

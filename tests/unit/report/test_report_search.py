@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import CELLS, write_run
+from synthetic_run import CELLS, write_run, written_page
 from synthetic_search import draw_parameters, give_up, hold_out, nest, tune
 
 from softseg_dist.numerics.statistics import crossed_test, holm
 from softseg_dist.report.findings import caveats, effects_answer, group_answer, holdout_answer, interactions_answer
 from softseg_dist.report.held_out import outer_answer, outer_table
-from softseg_dist.report.page import outer_json, write_outer_page, write_report
+from softseg_dist.report.page import outer_json, write_outer_page
 from softseg_dist.report.run_folder import load_outer, load_run
 from softseg_dist.report.scores import on_test, soft_scores
 from softseg_dist.report.tables import Summary, summarise
@@ -139,7 +139,7 @@ def test_subjects_that_were_opened_twice_or_for_another_winner_confirm_less(tmp_
     other = next(name for name in CELLS[1:4] if name != winner)
     hold_out(folder, other, CONTROL, gain=0.03)
     said = caveats(summary_of(folder))
-    assert any(f"opened for {other}, which ranks highest no more" in text for text in said)
+    assert any(f"opened for {other}, which no longer ranks highest" in text for text in said)
     assert any("The mean of the highest of several candidates is optimistic" in text for text in said)
 
 
@@ -223,7 +223,7 @@ def test_the_page_tells_all_of_a_search(tmp_path: Path):
     study = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(study | {"second_objective": "brier"}))
     hold_out(folder, summary_of(folder).winner.name, CONTROL, gain=0.03)
-    page, summary = write_report(folder).read_text(), summary_of(folder)
+    page, summary = written_page(folder).read_text(), summary_of(folder)
     for told in ("Two objectives", "Which parameters mattered", "Given up early", "Tuning of each", "optim.lr 0.003"):
         assert told in page
     assert "Opened once, at 2026-11-20 10:00 UTC" in page
