@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # pandas and what imports Ray
     from softseg_dist.pipeline import Finished, RunOptions
     from softseg_dist.report.run_folder import OuterData, RunData
     from softseg_dist.report.tables import Summary
+    from softseg_dist.study import Study
     from softseg_dist.study_file import StudyFile
 
 __all__ = ["Predictor", "Run", "load", "load_model", "run", "run_file"]
@@ -82,7 +83,7 @@ FITS: Final = {  # see `FitResult`
 
 
 def run(
-    study: str | Path,
+    study: str | Path | Study,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
     *,
@@ -96,7 +97,7 @@ def run(
     write their checkpoints; the same call goes on.
 
     Args:
-        study: path of a study file.
+        study: path of a study file, or a study built here. The classes and functions of one's own that it uses must be in files.
         data_root: folder that holds the study's data set.
         out: folder for runs, or its URI; the run folder is OUT/<study name>. None: "runs".
         local: run in this process, one fit at a time, without Ray; breakpoints work.
@@ -116,11 +117,11 @@ def run(
     return Run(ended.folder, ended.outcome)
 
 
-def open_study(study: str | Path, debug: bool = False) -> StudyFile:
+def open_study(study: str | Path | Study, debug: bool = False) -> StudyFile:
     """A study with its source; with `debug`, cut to what runs in a minute. Raises UserError if it cannot be loaded."""
-    from softseg_dist.study_file import load_study
+    from softseg_dist.study_file import StudyFile, load_study
 
-    loaded = load_study(study)
+    loaded = load_study(study) if isinstance(study, str | Path) else StudyFile.of(study)
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 

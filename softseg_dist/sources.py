@@ -10,8 +10,9 @@ import ast
 import builtins
 import difflib
 import importlib.machinery
+import symtable
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from softseg_dist.errors import UserError
 PACKAGE = "softseg_dist"
 AT_IMPORT = "at import"  # the name of what a module does to others when it is imported
 BY_NAME_AT_RUN_TIME = {"eval", "exec", "globals", "vars"}  # a function that calls one may reach its whole module
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Chain = tuple[str, ...]  # a dotted name: ("lab", "losses", "scale")
 Key = tuple[str, str]  # a definition: its file, and its name there
 
@@ -53,9 +55,8 @@ class Sources:
         while waiting:
             file = waiting.pop()
             if file not in texts:
-                texts[file] = (
-                    _text_of(folder / file) if (folder / file).exists() else ""
-                )  # "": a folder without __init__.py
+                bare = not (folder / file).exists()  # a package whose folder has no __init__.py
+                texts[file] = "" if bare else _text_of(folder / file)
                 waiting += _imported_files(folder, file, texts[file])
         if root is None and (clash := [file for file in texts if file != name and module_name(file) == path.stem]):
             raise UserError(
@@ -210,12 +211,12 @@ def _file_beside(folder: Path, parts: list[str]) -> str | None:
     if (folder / f"{place}.py").is_file():
         return f"{place}.py"
     bare = (folder / place).is_dir() and (len(parts) > 1 or _installed(folder, parts[0]) is None)
-    return f"{place}/__init__.py" if bare else None  # a folder without __init__.py is a package, too
+    return f"{place}/__init__.py" if bare else None
 
 
 def _refuse_installed(folder: Path, file: str, name: str, helper: str) -> None:
     found = _installed(folder, name)
-    if found is not None and found != str(folder / helper):
+    if found is not None and Path(found).resolve() != (folder / helper).resolve():
         raise UserError(
             f"{folder / file} imports {name!r}, which is {helper} beside the study and an installed module ({found}); "
             "rename the file beside the study"
@@ -246,168 +247,101 @@ def _parsed(text: str, file: str) -> _Module:
     except (SyntaxError, ValueError):  # a helper that some machines do without
         return _Module({}, {}, ())
     statements: dict[str, list[ast.stmt]] = {}
-    for statement in tree.body:
-        for name in _bound(statement):
-            statements.setdefault(name, []).append(statement)
-        for name, part in _imported(statement):
+    kept = [statement for statement in tree.body if not _is_main_block(statement)]
+    for statement in kept:
+        for name, part in _bound(statement):
             statements.setdefault(name, []).append(part)
     own = {name for name, parts in statements.items() if not isinstance(parts[0], ast.Import | ast.ImportFrom)}
-    for statement in tree.body:  # what changes a definition belongs to it; what changes anything else counts for all
+    for statement in kept:  # what changes a definition belongs to it; what changes anything else counts for all
         if (touched := _touched(statement)) is not None:
             for name in touched & own or {AT_IMPORT}:
                 statements.setdefault(name, []).append(statement)
     imports: dict[str, list[tuple[str, str]]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                whole = alias.name if alias.asname else alias.name.partition(".")[0]
-                imports.setdefault(alias.asname or whole, []).append((whole, ""))
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                imports.setdefault(alias.asname or alias.name, []).append((_absolute(node, file), alias.name))
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            if isinstance(node, ast.ImportFrom):
+                target = _absolute(node, file), alias.name
+            else:
+                target = alias.name if alias.asname else _local_name(alias), ""
+            imports.setdefault(_local_name(alias), []).append(target)
     stars = tuple(module for module, _ in imports.pop("*", []))
     targets = {name: tuple(found) for name, found in imports.items()}
     return _Module({name: _definition(parts) for name, parts in statements.items()}, targets, stars)
 
 
 def _definition(parts: list[ast.stmt]) -> Definition:
+    uses = frozenset(chain for part in parts for chain in _uses(part))
     for node in (node for part in parts for node in ast.walk(part)):
-        if (
-            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            and ast.get_docstring(node) is not None
-        ):
+        if isinstance(node, _NAMED) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    uses = _Uses()
-    for part in parts:
-        uses.visit(part)
-    return Definition(parts[0].lineno, "\n".join(map(ast.unparse, parts)), frozenset(uses.found))
+    return Definition(parts[0].lineno, "\n".join(map(ast.unparse, parts)), uses)
 
 
-def _bound(statement: ast.stmt) -> set[str]:
-    """The names that a statement of a module binds, there or by `global`."""
-    if _is_main_block(statement):
-        return set()
-    inner = {name for node in ast.walk(statement) if isinstance(node, ast.Global) for name in node.names}
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return set()
-    return inner | _stored([statement])
+def _bound(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
+    """The names that a statement of a module binds, each with the statement that counts for it.
 
-
-def _imported(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
-    """A statement for each name that an import binds; public names of this package mean the same however they are imported."""
+    Public names of this package mean the same however they are imported.
+    """
     one: ast.stmt
     if isinstance(statement, ast.Import):
         for alias in statement.names:
-            name = alias.name if alias.asname else alias.name.partition(".")[0]
-            one = ast.Import([ast.alias(name, alias.asname)])
-            yield alias.asname or name, ast.copy_location(one, statement)
-    elif isinstance(statement, ast.ImportFrom) and statement.module != "__future__":
+            one = ast.Import([alias if alias.asname else ast.alias(_local_name(alias))])
+            yield _local_name(alias), ast.copy_location(one, statement)
+    elif isinstance(statement, ast.ImportFrom):
         for alias in statement.names:
-            if statement.module != PACKAGE or alias.asname:
+            if statement.module != "__future__" and (statement.module != PACKAGE or alias.asname):
                 one = ast.ImportFrom(statement.module, [alias], statement.level)
-                yield AT_IMPORT if alias.name == "*" else alias.asname or alias.name, ast.copy_location(one, statement)
+                yield AT_IMPORT if alias.name == "*" else _local_name(alias), ast.copy_location(one, statement)
+    else:
+        for symbol, scope in _symbols(statement):
+            if (symbol.is_assigned() or symbol.is_imported()) and (scope == "module" or symbol.is_declared_global()):
+                yield symbol.get_name(), statement
+
+
+def _local_name(alias: ast.alias) -> str:
+    return alias.asname or alias.name.partition(".")[0]
 
 
 def _touched(statement: ast.stmt) -> set[str] | None:
     """The names whose objects a statement of a module may change, as `TABLE.append(1)` does; None if it can change none."""
-    if isinstance(statement, _SCOPES) or _is_main_block(statement):
+    if isinstance(statement, _NAMED):
         return None
-    found: set[str] = set()
-    changes = False
-    for node in _same_scope([statement]):
+    found: list[ast.AST] = []
+    for node in ast.walk(statement):
         if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
-            found |= {chain[0] for chain in _uses(node)}
-            changes = True
-        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
-            found |= {chain[0] for chain in _uses(node.value)}
-            changes = True
-    return found if changes else None
+            found.append(node)
+        elif isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found.append(ast.Expr(node.value))
+    return {chain[0] for node in found for chain in _uses(node)} if found else None
 
 
 def _is_main_block(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) in (
-        "__name__ == '__main__'",
-        "'__main__' == __name__",
-    )
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_SCOPES = (*_FUNCTIONS, ast.ClassDef)
+def _uses(statement: ast.AST) -> set[Chain]:
+    """The dotted names in a statement whose first part is not local to a function in it."""
+    shared = {
+        symbol.get_name()
+        for symbol, scope in _symbols(statement)
+        if scope == "module" or symbol.is_global() or (scope == "class" and symbol.is_referenced())
+    }
+    inner = {id(node.value) for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
+    chains = {_chain(node) for node in ast.walk(statement) if id(node) not in inner}
+    return {chain for chain in chains if chain and chain[0] in shared}
 
 
-def _same_scope(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
-    """All nodes below, without the insides of functions, classes and comprehensions."""
-    waiting = list(nodes)
+def _chain(node: ast.AST) -> Chain:
+    """`lab.losses.scale` as its parts; () for what is no dotted name."""
+    if isinstance(node, ast.Attribute):
+        return (*before, node.attr) if (before := _chain(node.value)) else ()
+    return (node.id,) if isinstance(node, ast.Name) else ()
+
+
+def _symbols(statement: ast.AST) -> Iterator[tuple[symtable.Symbol, str]]:
+    """The names in a statement of a module and in all scopes inside it, with the kind of the scope."""
+    waiting = [symtable.symtable(ast.unparse(statement), "", "exec")]
     while waiting:
-        node = waiting.pop()
-        yield node
-        if not isinstance(node, (*_SCOPES, *_COMPREHENSIONS)):
-            waiting += ast.iter_child_nodes(node)
-
-
-def _stored(nodes: Sequence[ast.AST]) -> set[str]:
-    """The names that are assigned or defined in one scope; imported ones are not among them."""
-    found = set()
-    for node in _same_scope(nodes):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            found.add(node.id)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-    return found
-
-
-def _uses(node: ast.AST) -> set[Chain]:
-    visitor = _Uses()
-    visitor.visit(node)
-    return visitor.found
-
-
-class _Uses(ast.NodeVisitor):
-    """Collects the dotted names that are not local to a function: some too many where that is hard to say, never too few."""
-
-    def __init__(self) -> None:
-        self.found: set[Chain] = set()
-        self._local: list[set[str]] = []
-
-    def visit_Name(self, node: ast.Name) -> None:
-        """`scale`"""
-        self._add(node.id)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        """`lab.losses.scale`"""
-        names, inner = [node.attr], node.value
-        while isinstance(inner, ast.Attribute):
-            names, inner = [inner.attr, *names], inner.value
-        if isinstance(inner, ast.Name):
-            self._add(inner.id, *names)
-        else:
-            self.visit(inner)
-
-    def visit(self, node: ast.AST) -> None:
-        """Names that a function or comprehension binds are local to what is inside it."""
-        if not isinstance(node, (*_FUNCTIONS, *_COMPREHENSIONS)):
-            super().visit(node)
-            return
-        if isinstance(node, _COMPREHENSIONS):
-            inside: list[ast.AST] = list(ast.iter_child_nodes(node))
-            local = {
-                n.id for generator in node.generators for n in ast.walk(generator.target) if isinstance(n, ast.Name)
-            }
-            self.visit(node.generators[0].iter)  # outside the comprehension
-        else:
-            inside = list(node.body) if isinstance(node.body, list) else [node.body]
-            arguments = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
-            shared = {name for n in _same_scope(inside) if isinstance(n, ast.Global) for name in n.names}
-            local = (_stored(inside) | set(arguments)) - shared
-            for outside in ast.iter_child_nodes(node):  # decorators, defaults and annotations
-                if outside not in inside:
-                    self.visit(outside)
-        self._local.append(local)
-        for child in inside:
-            self.visit(child)
-        self._local.pop()
-
-    def _add(self, *chain: str) -> None:
-        if not any(chain[0] in names for names in self._local):
-            self.found.add(chain)
+        table = waiting.pop()
+        waiting += table.get_children()
+        yield from ((symbol, str(table.get_type())) for symbol in table.get_symbols())

@@ -25,7 +25,7 @@ from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.study import Recipe, Study
-from softseg_dist.study_file import describe
+from softseg_dist.study_file import check_restart, describe
 from softseg_dist.training.task import FitResult
 
 OPTUNA_LOG = "optuna.log"
@@ -171,6 +171,7 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
                     f"trial {number}: parameter {name!r} has the choice {choice!r}, which cannot be stored; "
                     "suggest names or numbers and look the object up in propose()"
                 )
+    check_restart(recipe, f"trial {number}: propose() gave a recipe that cannot be recorded")
     try:
         study.check_recipe(trial_name(number), recipe)
     except ValueError as error:

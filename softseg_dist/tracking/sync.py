@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL, Spool
 from softseg_dist.record.status import status_of
 from softseg_dist.study import Study
-from softseg_dist.study_file import load_sources
 from softseg_dist.tracking.tracker import Connection, Tracker, connect, default_uri
 from softseg_dist.training.task import FitResult, history_path
 
@@ -73,12 +71,9 @@ def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple
 
 
 def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
-    if sources := ledger.sources():  # its own classes may be in the study
-        load_sources(sources)
-    try:
-        study = Study.model_validate_json((copy.folder / "study.json").read_bytes())
-    except ValueError as error:
-        raise UserError(f"{copy.place}/study.json: cannot be read with the study file beside it: {error}") from error
+    recorded = json.loads((copy.folder / "study.json").read_bytes())
+    fields = {name: value for name, value in recorded.items() if name not in ("type", "code")}
+    study = Study.model_construct(**fields)  # its classes stay JSON: to make them would run the study's code
     results = list(ledger.results().values())
     status = status_of(ledger.folder)
     ended = [c.name for c in status.candidates if c.left == 0]

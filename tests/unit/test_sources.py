@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,17 @@ from softseg_dist.study_file import StudyFile, load_study
 
 STUDY = """
 import functools
+from typing import ClassVar
 import torch
 import scaling
 from lab import losses
 from lab.losses import Base as Parent, scale
 from softseg_dist import *
+
+try:
+    import no_such_package as fast
+except ImportError:
+    import math as fast
 
 WEIGHT = 1.0
 TABLE = {}
@@ -33,7 +40,7 @@ UNUSED = 1
 def decorated(function):
     @functools.wraps(function)
     def inner(*arguments):
-        return WEIGHT * function(*arguments)
+        return fast.sqrt(2) * function(*arguments)
     return inner
 
 @decorated
@@ -45,6 +52,7 @@ half = functools.partial(scaling.times, 0.5)
 class Mine(Parent):
     '''A loss.'''
     factor: float = scaling.FACTOR
+    WEIGHT: ClassVar[float] = WEIGHT
 
     def per_sample(self, prediction, target):
         error = [squared(row) for row in prediction - target]  # one by one
@@ -101,11 +109,12 @@ def test_a_study_travels_with_the_helper_modules_that_it_imports_and_no_others(t
 
 # An edit, the line that is shown for it, and whose code it changes.
 EDITS = {
-    "constant": ("WEIGHT = 1.0", "WEIGHT = 5.0", "s009_mine.py, line 9, WEIGHT: WEIGHT = 1.0 -> WEIGHT = 5.0", "mine"),
+    "constant": ("WEIGHT = 1.0", "WEIGHT = 5.0", "s009_mine.py, line 15, WEIGHT: WEIGHT = 1.0 -> WEIGHT = 5.0", "mine"),
+    "import that is tried": ("import no_such", "import other", "import no_such_package as fast -> import other", "mine"),
     "decorator": ("return inner", "return function", "decorated: return inner -> return function", "mine"),
     "default argument": ("power=TABLE", "power=2 * TABLE", "squared: def squared(x, power=TABLE['power']):", "mine"),
     "entry of a constant": ('["power"] = 2', '["power"] = 3', "TABLE['power'] = 2 -> TABLE['power'] = 3", "mine"),
-    "partial": ("times, 0.5", "times, 0.7", "line 24, half: half = functools.partial(scaling.times, 0.5) ->", "mine"),
+    "partial": ("times, 0.5", "times, 0.7", "line 30, half: half = functools.partial(scaling.times, 0.5) ->", "mine"),
     "function of a helper": ("factor * x", "factor + x", "scaling.py, line 6, times: return factor * x ->", "mine"),
     "constant of a helper": ("FACTOR = 3.0", "FACTOR = 4.0", "scaling.py, line 1, FACTOR: FACTOR = 3.0 ->", "mine"),
     "base class": ("shift: float = 0.0", "shift: float = 1.0", "lab/losses.py, line 7, Base: shift: float = 0.0", "mine"),
@@ -113,7 +122,7 @@ EDITS = {
     "starred constant": ("EXPONENT = 2", "EXPONENT = 3", "lab/settings.py, line 1, EXPONENT: EXPONENT = 2 ->", "mine"),
     "nested package": ("return FACTOR", "return -FACTOR", "lab/deep.py, line 3, nested: return FACTOR ->", "mine"),
     "import of a helper": ("import deep", "import settings as deep", "lab/losses.py, line 2, deep: from . import deep", "mine"),
-    "propose": ("1e-4", "1e-5", "line 39, propose: return Recipe(loss=Other(), optim=Optim(lr=trial", "propose"),
+    "propose": ("1e-4", "1e-5", "line 46, propose: return Recipe(loss=Other(), optim=Optim(lr=trial", "propose"),
     "bound of propose": ("HIGHEST = 0.1", "HIGHEST = 0.2", "scaling.py, line 2, HIGHEST: HIGHEST = 0.1 ->", "propose"),
     "loss of propose": ("(prediction - target).abs()", "(prediction - target)", "Other: return (pred", "other propose"),
     "at import": ("UNUSED = 1", "torch.manual_seed(3)", "at import: none -> torch.manual_seed(3)", "mine other propose"),
@@ -287,3 +296,67 @@ def test_other_numerics_of_the_package_are_another_study(tmp_path: Path) -> None
     )
     with pytest.raises(UserError, match="numerics of softseg_dist: 0 -> 1"):
         opened(tmp_path / "run", file)
+
+
+IN_A_SCRIPT = """
+import json, sys
+sys.path.insert(0, {folder!r})
+{setup}
+from softseg_dist import Brier, MonteCarlo, Phantom, Recipe, Study
+from softseg_dist.errors import UserError
+from softseg_dist.study_file import StudyFile
+{definitions}
+study = Study(name="s", question="?", data=Phantom(subjects=6), splits=MonteCarlo(count=1), candidates={{"a": Recipe(loss={loss})}})
+if __name__ == "__main__":
+    try:
+        file = StudyFile.of(study)
+        print(json.dumps([file.sources.study, sorted(file.sources.texts), file.study.fingerprint, {check}]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+IN_A_FILE = (
+    "from scaling import FACTOR\nfrom softseg_dist import Brier\n\n\nclass Mine(Brier):\n    factor: float = FACTOR\n"
+)
+
+
+def told_by_a_script(
+    folder: Path, setup: str = "", definitions: str = "", loss: str = "Brier()", check: str = "0", *, notebook: bool
+) -> Any:
+    text = IN_A_SCRIPT.format(folder=str(folder), setup=setup, definitions=definitions, loss=loss, check=check)
+    write(folder)
+    (folder / "mine.py").write_text(IN_A_FILE)
+    (folder / "script.py").write_text(text)
+    command = [
+        sys.executable,
+        *(["-c", text] if notebook else [str(folder / "script.py")]),
+    ]  # neither -c nor a cell has a file
+    return json.loads(subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_study_built_in_python_brings_the_modules_of_what_it_reaches(tmp_path: Path) -> None:
+    assert told_by_a_script(tmp_path, notebook=True)[:2] == ["", []], "the package alone needs no texts"
+    imported = told_by_a_script(tmp_path, setup="from mine import Mine", loss="Mine(factor=2)", notebook=True)
+    assert imported[:2] == ["", ["mine.py", "scaling.py"]]
+    own = "class Mine(Brier):\n    factor: float = 1.0\n"
+    assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=False)[:2] == [
+        "script.py",
+        ["script.py"],
+    ]
+    message = "study s: candidates.a.loss: Mine has no source file; put it in a file, and import it from there"
+    assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=True) == message
+
+
+def test_a_study_built_in_python_is_run_by_the_text_of_its_modules_as_it_is_now(tmp_path: Path) -> None:
+    edit = (
+        f"import mine, pathlib\npathlib.Path(mine.__file__).write_text({IN_A_FILE.replace('= FACTOR', '= -FACTOR')!r})"
+    )
+    edited = told_by_a_script(tmp_path, setup=edit, definitions="loss = mine.Mine()", loss="loss", notebook=True)
+    fresh = told_by_a_script(tmp_path, setup="import mine", loss="mine.Mine()", notebook=True)
+    assert edited[1] == fresh[1]
+    assert edited[2] != fresh[2]
+
+
+def test_what_a_notebook_has_imported_stays_what_it_is_there(tmp_path: Path) -> None:
+    check = "type(study.candidates['a'].loss) is importlib.import_module('mine').Mine"
+    told = told_by_a_script(tmp_path, "import importlib, mine", loss="mine.Mine()", check=check, notebook=True)
+    assert told[3] is True

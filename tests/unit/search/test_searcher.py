@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from softseg_dist import BCE, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
+from softseg_dist import BCE, Brier, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.searcher import MAX_MOVES, StudySearcher
@@ -206,9 +206,20 @@ def wrong_rater(trial):
     return BASE.replace(fusion="rater:Zoe")
 
 
+def made_for_each(trial):
+    class Own(Brier):
+        power: float = trial.suggest_float("power", 1, 2)
+
+    return BASE.replace(loss=Own())
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (
+            made_for_each,
+            r"trial 0: propose\(\) gave a recipe that cannot be recorded: loss is made_for_each.<locals>.Own, which",
+        ),
         (broken, r"trial 0: propose\(\) raised ZeroDivisionError: division by zero; parameters lr=0\.\d+"),
         (nothing, r"trial 0: propose\(\) must return a Recipe, got NoneType"),
         (objects, r"trial 0: parameter 'sizes' has the choice \(1, 2\), which cannot be stored"),
