@@ -75,7 +75,7 @@ LAYERS = {
         "report",
         "pipeline",
     },
-    "api": {"errors", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
+    "api": {"errors", "study", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
     "demo": set(softseg_dist.__all__),
     "cli": {
         "api",
