@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from softseg_dist.engine.context import prepare
 from softseg_dist.engine.holdout import TABLE
-from softseg_dist.engine.preparation import prepare
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.ray_cluster import check_submitter, one_ray
 from softseg_dist.engine.session import Outcome
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import write_frame
-from softseg_dist.pipeline import Finished, RunOptions, make_folder, run_prepared
+from softseg_dist.pipeline import Finished, RunOptions, backend_of, make_folder, run_prepared
 from softseg_dist.places import Place, replace_file
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
@@ -36,7 +35,7 @@ KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what 
 
 
 class OuterWinner(Frozen):
-    """Who won the inner study of one outer split, and what it and the control are worth on the outer test subjects.
+    """The winner of the inner study of one outer split, and its and the control's scores on the outer test subjects.
 
     `validation_score` is the mean over the inner splits; the other two are means over outer test subjects and inner splits, of the
     study's objective. None: undefined everywhere, or no control. `run` is the folder of the inner run in that of the study.
@@ -69,7 +68,7 @@ class OuterRecord(Frozen):
 
 @dataclass(frozen=True)
 class Nested:
-    """What a nested run left behind: one `Finished` for every outer split that it came to, and what is complete."""
+    """The outcome of a nested run: one `Finished` for every outer split that it reached, and the record of the complete ones."""
 
     folder: str
     runs: tuple[Finished, ...]
@@ -78,7 +77,7 @@ class Nested:
 
     @property
     def outcome(self) -> Outcome:
-        """Fits of all outer splits that the run came to."""
+        """Fits of all outer splits that the run reached."""
         outcomes = [run.outcome for run in self.runs]
         return Outcome(
             finished=sum(outcome.finished for outcome in outcomes),
@@ -98,8 +97,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     `progress` makes a display for each of them. Raises UserError as `run_study` does; too few subjects for any inner study are
     refused before the first fit.
     """
-    check_submitter()
-    study, run = file.study, Place.at(options.out) / file.study.name
+    backend, study, run = backend_of(options), file.study, Place.at(options.out) / file.study.name
     assert study.nested is not None
     prepared = prepare(study, options.data_root, options.stores, progress().note)
     splits = study.nested.make(prepared.sites, study.seed)
@@ -112,7 +110,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     runs: list[Finished] = []
     tables: list[pd.DataFrame] = []
     interrupted = False
-    with ledger.lock(), one_ray():
+    with ledger.lock(), backend.held():
         for line in ledger.open_study(study, splits, prepared.store.fingerprint, sources=file.sources):
             progress().note(f"extended: {line}")
         try:
@@ -134,7 +132,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
 
 
 def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[OuterWinner, pd.DataFrame] | None:
-    """What an inner run amounts to, and its rows of the outer table; None if it was not opened yet."""
+    """The record of an inner run, and its rows of the outer table; None if its held-out subjects were not opened yet."""
     ledger = Ledger((run / name).uri)
     holdout = ledger.holdout()
     if holdout is None or not holdout.opened:
@@ -142,7 +140,7 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
     winner, control = holdout.opened[-1].winner, study.control
     rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / TABLE)
     scores = soft_scores(rows, study.objective)
-    on_validation = [r.score for (who, _), r in ledger.results().items() if who == winner and r.score is not None]
+    on_validation = [r.score for r in ledger.results().values() if r.candidate == winner and r.score is not None]
     found = OuterWinner(
         split=split,
         run=name,
@@ -152,12 +150,13 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
         holdout_score=_mean(scores.of(winner)),
         control_holdout_score=None if control is None else _mean(scores.of(control)),
     )
-    told = {WINNER: winner} | ({} if control is None else {control: control})
-    return found, pd.concat([_over_fits(rows[rows["candidate"] == who], label, split) for label, who in told.items()])
+    shown = {WINNER: winner} | ({} if control is None else {control: control})
+    of_each = [_over_fits(rows[rows["candidate"] == name], label, split) for label, name in shown.items()]
+    return found, pd.concat(of_each)
 
 
 def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
-    """One row for what all fits of a candidate have measured: their mean, NaN left out. A threshold of one fit alone is dropped."""
+    """One row, the mean without NaN, for each value that all fits of a candidate measured. A threshold of one fit is dropped."""
     grouped = rows.groupby(KEYS, observed=True, dropna=False)["value"].agg(["mean", "size"])
     of_all = grouped[grouped["size"] == rows["split"].nunique()]
     means = of_all["mean"].rename("value").reset_index()

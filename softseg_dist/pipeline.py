@@ -13,17 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from softseg_dist.data.splits import Split
-from softseg_dist.data.store import Store
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray, prepare
 from softseg_dist.engine.ensembles import measure_ensembles
-from softseg_dist.engine.final_model import Trained, Where, make_model
+from softseg_dist.engine.final_model import make_model
 from softseg_dist.engine.holdout import TABLE, open_holdout
-from softseg_dist.engine.preparation import Prepared, prepare
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.ray_cluster import check_submitter, one_ray
-from softseg_dist.engine.ray_tune import run_search
-from softseg_dist.engine.session import Outcome
+from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Place, replace_file
@@ -47,7 +42,6 @@ from softseg_dist.sources import Sources
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
-from softseg_dist.training.fit import fit
 from softseg_dist.training.preflight import check_recipes, check_uncertainty
 from softseg_dist.training.task import cases_path
 
@@ -86,7 +80,8 @@ MODEL = "model"  # the folder of the winner, trained on all subjects
 class RunOptions:
     """Where and on how much machine; nothing here changes a result. `out` and `stores` are paths, or URIs of shared places.
 
-    `final_model`: train the winner on all subjects when the study is complete.
+    `final_model`: train the winner on all subjects when the study is complete. `local`: in this process, without Ray, one fit at a
+    time. `debug`: as `local`, unless an option asks for Ray; the study's code is loaded as in a worker, and tracebacks are shown.
     """
 
     data_root: Path | None = None
@@ -101,6 +96,14 @@ class RunOptions:
     final_model: bool = True
     address: str | None = None
     max_wait_s: float | None = None
+    local: bool = False
+    debug: bool = False
+
+    @property
+    def in_process(self) -> bool:
+        """Do the fits run in this process, without Ray?"""
+        asks_for_ray = self.address is not None or self.fits_per_gpu is not None or (self.workers_per_fit or 1) > 1
+        return self.local or (self.debug and not asks_for_ray)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
-    check_submitter()
+    backend_of(options)  # its refusals come before the data are read
     prepared = prepare(file.study, options.data_root, options.stores, progress.note)
     return run_prepared(file, prepared, Place.at(options.out) / file.study.name, options, progress)
 
@@ -145,29 +148,63 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
         _describe_run(run, copy.folder, file, prepared, options)
         copy.push("mlflow_run", "run.json")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
-        tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.where)
-        status, page, model = "FAILED", None, None
-        try:
-            with one_ray():
-                outcome = _search(file, splits, prepared, ledger, tracker, options, progress)
-                status = "KILLED" if outcome.interrupted else "FINISHED"
-                if _collect(copy):
-                    made = Trained(study, file.sources, ledger, prepared.store, prepared.where, copy.folder)
-                    winner = _ranked(copy)[1].winner.name
-                    open_holdout(made, copy, winner, outcome, resources, progress)
-                    measure_ensembles(made, copy, winner, outcome, resources, progress)
-                    page = _publish(copy, tracker)
-                    if options.final_model and not (outcome.interrupted or outcome.unfinished):
-                        model = make_model(made, winner, copy.folder / MODEL, _machines(study, options), progress)
-                        copy.push(MODEL)
-                        tracker.model(model)
-        except KeyboardInterrupt:  # after the search: the next run goes on with what is there of holdout and model
-            status, outcome = "KILLED", replace(outcome, interrupted=True)
-        finally:
-            for line in tracker.close(status):
-                progress.note(line)
-            copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
-    return Finished(run.uri, outcome, page, model, tracker.uri)
+        tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
+        context = RunContext(
+            study=study,
+            splits=splits,
+            prepared=prepared,
+            ledger=ledger,
+            copy=copy,
+            resources=resources,
+            backend=backend_of(options),
+            progress=progress,
+            tracker=tracker,
+            sources=file.sources,
+        )
+        return _run(context, tracker, options.final_model)
+
+
+def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
+    """Search, and when the search is complete, all that follows from it."""
+    copy = context.copy
+    status, page, model = "FAILED", None, None
+    try:
+        with context.backend.held():
+            outcome = run_search(context)
+            status = "KILLED" if outcome.interrupted else "FINISHED"
+            if _collect(copy):
+                winner = _ranked(copy)[1].winner.name
+                open_holdout(context, winner, outcome)
+                measure_ensembles(context, winner, outcome)
+                page = _publish(copy, tracker)
+                if final_model and not (outcome.interrupted or outcome.unfinished):
+                    model = make_model(context, winner, copy.folder / MODEL)
+                    copy.push(MODEL)
+                    tracker.model(model)
+    except KeyboardInterrupt:  # after the search: the next run goes on with what is there of holdout and model
+        status, outcome = "KILLED", replace(outcome, interrupted=True)
+    finally:
+        for line in tracker.close(status):
+            context.progress.note(line)
+        copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
+    return Finished(context.ledger.folder, outcome, page, model, tracker.uri)
+
+
+def backend_of(options: RunOptions) -> Backend:
+    """Where the fits run. Raises UserError if the options exclude each other, or this Ray is not supported."""
+    if options.local:
+        several = {"--workers-per-fit": options.workers_per_fit, "--max-concurrent": options.max_concurrent}
+        asked: dict[str, object] = {"--address": options.address, "--fits-per-gpu": options.fits_per_gpu, **several}
+        if excluded := [name for name, value in asked.items() if value not in (None, 1, "1")]:
+            raise UserError(f"--local runs one fit at a time in this process: leave out {' and '.join(excluded)}")
+    if options.in_process:
+        from softseg_dist.engine.local import LocalBackend
+
+        return LocalBackend(options.debug)
+    check_ray()
+    from softseg_dist.engine.ray_tune import RayBackend  # a run with --local imports no Ray
+
+    return RayBackend(options.address, options.max_wait_s)
 
 
 def make_folder(folder: Path) -> None:
@@ -239,13 +276,21 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     sources = _load_own_classes(copy)
     loaded = load_run(copy.folder)
     winner = summarise(loaded).winner.name
-    study = Study.model_validate(loaded.study)
-    where = str(loaded.run["store"])
-    store = Store.open(local_store(where), loaded.run["store_fingerprint"])
-    made = Trained(study, sources, Ledger(run), store, where, copy.folder)
+    study, ledger = Study.model_validate(loaded.study), Ledger(run)
+    context = RunContext(
+        study=study,
+        splits=ledger.splits(),
+        prepared=Prepared(str(loaded.run["store"]), loaded.run["store_fingerprint"]),
+        ledger=ledger,
+        copy=copy,
+        resources=resources_of(study, options),
+        backend=backend_of(options),
+        progress=progress,
+        sources=sources,
+    )
     name = candidate or winner
     out = MODEL if name == winner else f"{MODEL}-{name}"
-    model = make_model(made, name, copy.folder / out, _machines(study, options), progress)
+    model = make_model(context, name, copy.folder / out)
     copy.push(out)
     return model
 
@@ -258,7 +303,7 @@ def _load_own_classes(copy: WorkingCopy) -> Sources | None:
 
 
 def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
-    """The run as it lies in its folder, and its numbers: who is the winner?"""
+    """The run as it is in its folder, and its numbers, the winner among them."""
     _load_own_classes(copy)
     run = load_run(copy.folder)
     return run, summarise(run)
@@ -270,45 +315,16 @@ def _page(copy: WorkingCopy, run: RunData, summary: Summary) -> Path:
     return write_page(run, summary, choose_overlays(run, summary))
 
 
-def _search(
-    file: StudyFile,
-    splits: tuple[Split, ...],
-    prepared: Prepared,
-    ledger: Ledger,
-    tracker: Tracker,
-    options: RunOptions,
-    progress: Progress,
-) -> Outcome:
-    return run_search(
-        file.study,
-        splits,
-        prepared.where,
-        prepared.store.fingerprint,
-        ledger,
-        fit,
-        resources_of(file.study, options),
-        tracker,
-        progress,
-        address=options.address,
-        sources=file.sources,
-        max_wait_s=options.max_wait_s,
-    )
-
-
 def resources_of(study: Study, options: RunOptions) -> Resources:
-    """The study's, with what the command line says instead. Raises UserError if the two, or flags, exclude each other."""
+    """The study's, with the changes of the command line. Raises UserError if options exclude each other."""
     names = ("max_concurrent", "workers_per_fit", "gpus_per_fit", "fits_per_gpu")
-    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    shared = {"gpus_per_fit", "fits_per_gpu"}  # two words for one thing: what is said of it counts alone
-    unsaid = dict.fromkeys(shared - said.keys()) if shared & said.keys() else {}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    either = {"gpus_per_fit", "fits_per_gpu"}  # they set the same share: the one on the command line replaces both
+    replaced = dict.fromkeys(either - given.keys()) if either & given.keys() else {}
     try:
-        return study.resources.replace(**unsaid, **said)
+        return study.resources.replace(**replaced, **given)
     except ValidationError as error:
         raise UserError(describe(error)) from None
-
-
-def _machines(study: Study, options: RunOptions) -> Where:
-    return Where(resources_of(study, options), options.address, options.max_wait_s)
 
 
 def _collect(copy: WorkingCopy) -> bool:
@@ -317,14 +333,14 @@ def _collect(copy: WorkingCopy) -> bool:
     ledger = Ledger(copy.folder)
     records = ledger.candidates()
     ended = [
-        (result.candidate, f"{result.split:03d}")
+        result.key
         for result in ledger.results().values()
         if result.state == "finished" and records[result.candidate].origin != "tuning"
     ]
     if not ended:
         return False
     merge_tables(
-        [cases_path(copy.folder / "fits" / candidate / split) for candidate, split in sorted(ended)],
+        [cases_path(copy.folder / "fits" / key) for key in sorted(ended)],
         copy.folder / "results.parquet",
     )
     copy.push("results.parquet")
@@ -341,7 +357,7 @@ def _publish(copy: WorkingCopy, tracker: Tracker) -> Path:
 
 
 def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
-    """What somebody needs to run this again, and what the report says about data, versions and machine."""
+    """Write what is needed to run this again, and what the report shows about data, versions and machine."""
     store, sites = prepared.store, list(prepared.sites.values())
     sample = store.sample(0)
     record = {
@@ -350,7 +366,7 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
         "tracking_uri": without_password(options.tracking_uri),
         "study_file": file.sources.study,
         "study_fingerprint": file.study.fingerprint,
-        "store": prepared.where,
+        "store": prepared.uri,
         "store_fingerprint": store.fingerprint,
         "store_digest": store.digest,
         "data": {

@@ -136,8 +136,8 @@ def _own(thing: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield from _own(value, f"{place}.{name}" if place else name)
 
 
-def load_sources(sources: Sources, folder: Path | None = None) -> ModuleType | None:
-    """Run a study file, with its helper modules to be imported by it; once per process. Returns its module.
+def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = False) -> ModuleType | None:
+    """Run a study file, with its helper modules to be imported by it; once per process, or `anew`. Returns its module.
 
     Without a study file all helpers are imported. `folder` is where the files are, if they are on this machine.
     Raises UserError with file, line and cause if a text cannot be run.
@@ -147,10 +147,12 @@ def load_sources(sources: Sources, folder: Path | None = None) -> ModuleType | N
     with _loading:  # fits that run side by side in one process load it at once
         if _TEXTS not in sys.meta_path:
             sys.meta_path.insert(0, _TEXTS)
-        if all(name in _TEXTS.known and _TEXTS.known[name].sources == sources for name in files):
+        if not anew and all(name in _TEXTS.known and _TEXTS.known[name].sources == sources for name in files):
             return OF_TEXT.get(study)
         before, known, made = dict(sys.modules), dict(_TEXTS.known), dict(OF_TEXT)
-        shown = {name: str(folder / file) if folder else file for name, file in files.items()}
+        shown = {name: known[name].shown if name in known else file for name, file in files.items()}
+        if folder is not None:
+            shown = {name: str(folder / file) for name, file in files.items()}
         _TEXTS.known |= {name: _Text(sources, file, shown[name]) for name, file in files.items()}
         for name in files:
             sys.modules.pop(name, None)

@@ -28,6 +28,7 @@ from softseg_dist.cli.options import (
     DataRoot,
     Debug,
     FitsPerGpu,
+    Local,
     MaxWait,
     Out,
     RunArg,
@@ -41,6 +42,7 @@ from softseg_dist.errors import UserError, no_room, out_of_reach
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
     from softseg_dist.engine.plan import Offer, Plan, Prices
+    from softseg_dist.engine.progress import Progress
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished
@@ -112,6 +114,7 @@ def run(
     ] = None,
     address: Address = None,
     max_wait: MaxWait = None,
+    local: Local = False,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,8 +137,14 @@ def run(
         address=address,
         max_wait_s=max_wait,
         final_model=not debug,
+        local=local,
+        debug=debug,
     )
-    ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json))
+
+    def display() -> Progress:
+        return progress_for(sys.stdout, as_json=as_json, live=not options.in_process)
+
+    ended = run_file(open_study(study, debug), options, display)
     if isinstance(ended, Nested):
         _conclude(ended.outcome, ended.plain() if as_json else None, lambda: _say_outer(ended))
     places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
@@ -146,13 +155,13 @@ def run(
 def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "stores", debug: Debug = False) -> None:
     """Read, resample and crop a study's images once, into one Arrow file."""
     from softseg_dist.api import open_study
-    from softseg_dist.engine.preparation import prepare as prepare_store
+    from softseg_dist.engine.context import prepare as prepare_store
 
     prepared = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
     store = prepared.store
     size = " x ".join(map(str, store.size))
     typer.echo(
-        f"{prepared.where}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
+        f"{prepared.uri}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from softseg_dist.cli.options import Address, AsJson, MaxWait, RunArg, say
+from softseg_dist.cli.options import Address, AsJson, Local, MaxWait, RunArg, say
 
 
 class Device(StrEnum):
@@ -77,12 +77,13 @@ def refit(
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker", show_default=False)] = None,
     address: Address = None,
     max_wait: MaxWait = None,
+    local: Local = False,
 ) -> None:
     """Train a final model: a candidate of a run on all subjects that are not held out, on all CPUs or GPUs."""
     from softseg_dist.engine.progress import PlainLines
     from softseg_dist.pipeline import RunOptions, refit_run
 
-    options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait)
+    options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait, local=local)
     typer.echo(str(refit_run(run, candidate, options, PlainLines(sys.stdout))))
 
 

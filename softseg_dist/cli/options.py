@@ -16,7 +16,12 @@ DataRoot = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
 Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
-Debug = Annotated[bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and few subjects, as a test")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and few subjects as a test, in this process")
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Run one fit at a time in this process, without Ray; breakpoints work")
+]
 MaxWait = Annotated[
     float | None,
     typer.Option(

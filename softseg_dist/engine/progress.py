@@ -22,11 +22,11 @@ SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, 
 LINE_EVERY_S = 10.0  # plain lines: at most one per fit and this long
 
 
-def progress_for(stream: TextIO, *, as_json: bool = False) -> Progress:
-    """The progress display that suits `stream`."""
+def progress_for(stream: TextIO, *, as_json: bool = False, live: bool = True) -> Progress:
+    """The progress display that suits `stream`; not `live` where the terminal may be needed for a debugger."""
     if as_json:
         return JsonLines(stream)
-    return LiveTable(stream) if stream.isatty() else PlainLines(stream)
+    return LiveTable(stream) if live and stream.isatty() else PlainLines(stream)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Progress:
 
     def finished(self, result: FitResult) -> None:
         """A fit has ended, with a score or failed."""
-        self.running.pop(key_of(result), None)
+        self.running.pop(result.key, None)
         self._count(result)
 
     def gone(self, key: str) -> None:
@@ -128,7 +128,7 @@ class PlainLines(Progress):
         super().finished(result)
         left = self.remaining_s()
         eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
-        self.note(f"{self.num_done}/{self.total}  {key_of(result)}  {outcome_of(result)}{eta}")
+        self.note(f"{self.num_done}/{self.total}  {result.key}  {outcome_of(result)}{eta}")
 
     @override
     def note(self, text: str) -> None:
@@ -158,7 +158,7 @@ class JsonLines(Progress):
         shown = {
             name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")
         }
-        self._emit("fit", fit=key_of(result), done=self.num_done, total=self.total, **shown)
+        self._emit("fit", fit=result.key, done=self.num_done, total=self.total, **shown)
 
     @override
     def note(self, text: str) -> None:
@@ -214,11 +214,6 @@ class LiveTable(Progress):
         left = self.remaining_s()
         lines.append(Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else "")))
         return Group(*lines)
-
-
-def key_of(result: FitResult) -> str:
-    """`hard-dice/003`, as `FitTask.key`."""
-    return f"{result.candidate}/{result.split:03d}"
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -17,20 +16,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
-from ray._private import worker as ray_worker
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.state import state
-from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-from ray.experimental.internal_kv import _internal_kv_get
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from softseg_dist.engine.ray_private import (
+    ask_for_machines,
+    free_orphans,
+    grows,
+    holds_nothing,
+    no_worker_logs,
+    node_of_actor,
+)
 from softseg_dist.errors import UserError
 from softseg_dist.study import Resources
 
@@ -56,7 +53,6 @@ OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its defaul
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
 ANSWER_S = 3.0
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
-SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # tells a job the version of softseg_dist that submitted it
 TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 TRY = """
@@ -69,15 +65,6 @@ except Exception as error:
 """
 
 
-def check_submitter() -> None:
-    """Raise UserError in a job whose submitter has another version of this package than the cluster."""
-    theirs, ours = os.environ.get(SUBMITTED_BY), version("softseg_dist")
-    if theirs not in (None, ours):
-        raise UserError(
-            f"submitted by softseg_dist {theirs}, but the cluster has {ours}; install one version in both places"
-        )
-
-
 def bundle_of(resources: Resources) -> dict[str, float]:
     """What one worker of a fit holds. Where the study does not say, it gets one GPU if there is any."""
     gpus = resources.share_of_gpu
@@ -87,7 +74,7 @@ def bundle_of(resources: Resources) -> dict[str, float]:
 
 
 def places_for(bundle: Mapping[str, float], resources: Resources) -> int:
-    """How many fits the machines that are there can hold at once; the workers of one fit may be on several machines.
+    """How many fits the machines can hold at once; the workers of one fit may be on several machines.
 
     Raises UserError if they cannot hold one.
     """
@@ -99,9 +86,9 @@ def places_for(bundle: Mapping[str, float], resources: Resources) -> int:
 
 
 def fits_at_once(resources: Resources) -> int:
-    """How many fits to start at a time: what there is room for, and at most what is asked for.
+    """How many fits to start at a time: as many as there is room for, and at most `max_concurrent`.
 
-    On a cluster that grows, what is asked for counts alone: a fit that waits for its place is what makes it grow.
+    On a cluster that grows `max_concurrent` counts alone, because fits that wait for resources make it grow.
     Raises UserError if there is no room for one.
     """
     places = places_for(bundle_of(resources), resources)
@@ -110,12 +97,12 @@ def fits_at_once(resources: Resources) -> int:
 
 
 def wait_for_room(
-    resources: Resources, max_wait_s: float | None, say: Callable[[str], None], stopped: Callable[[], bool]
+    resources: Resources, max_wait_s: float | None, note: Callable[[str], None], stopped: Callable[[], bool]
 ) -> None:
-    """Return when there is room for one fit, or `stopped`; machines that a growing cluster may add are asked for.
+    """Return when there is room for one fit, or `stopped`; a growing cluster is asked for machines.
 
-    `max_wait_s`: None waits `GROWING_WAIT_S` where machines can be added, else not at all. `say` hears once what is waited for.
-    Raises UserError, saying what is missing, if it is still missing then.
+    `max_wait_s`: None waits `GROWING_WAIT_S` where machines can be added, else not at all. `note` gets one line about the wait.
+    Raises UserError that names what is missing if it is still missing then.
     """
     limit_s = (GROWING_WAIT_S if grows() else 0.0) if max_wait_s is None else max_wait_s
     deadline_s = time.monotonic() + limit_s
@@ -131,35 +118,22 @@ def wait_for_room(
                     waited = f" (waited {limit_s:g} s)" if limit_s else ""
                     raise UserError(f"{error}{waited}") from None
                 if not asked:
-                    request_resources(bundles=[bundle] * resources.workers_per_fit)
-                    say(f"waiting up to {limit_s:g} s for machines: {error}")
+                    ask_for_machines(bundle, resources.workers_per_fit)
+                    note(f"waiting up to {limit_s:g} s for machines: {error}")
                     asked = True
             time.sleep(0.5)
     finally:
         if asked:
-            request_resources(bundles=[])
-
-
-def grows() -> bool:
-    """Has the cluster an autoscaler that can add machines?
-
-    Ray runs one everywhere; the first version calls the machines of a cluster without it `node_<id>`, each a type of its own. The
-    second version has to be switched on, which is done for such clusters only.
-    """
-    if is_autoscaler_v2():
-        return True
-    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
-    return any(not name.startswith("node_") for name in types)
+            ask_for_machines({}, 0)
 
 
 def node_is_gone(actor: str) -> bool:
     """Has an actor (its id in hex) lost contact because its machine is gone, and not its process alone?
 
-    Ray itself knows that only after it has missed some signs of life; a machine that is there answers at once.
+    Ray knows that only after the machine has missed several heartbeats; a machine that runs answers at once.
     """
-    place = ray_state.actors(actor)["Address"]["NodeID"]
-    node = next((node for node in ray.nodes() if node["NodeID"] == place and node["Alive"]), None)
+    home = node_of_actor(actor)
+    node = next((node for node in ray.nodes() if node["NodeID"] == home and node["Alive"]), None)
     if node is None:
         return True
     try:
@@ -167,17 +141,6 @@ def node_is_gone(actor: str) -> bool:
             return False
     except OSError:
         return True
-
-
-def cause_in(text: str) -> str:
-    """What is worth reading in Ray's account of a dead process: the exception inside it, if there is one."""
-    if "low on memory" in text:
-        return (
-            "its process was killed because the machine ran low on memory; "
-            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
-        )
-    inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
-    return inner[-1] if inner else ""
 
 
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:
@@ -201,7 +164,7 @@ def ray_at(address: str | None) -> Iterator[None]:
     Raises UserError if there is none at `address`, it wants a token, or it is of another version.
     """
     for name, value in ENVIRONMENT.items():
-        if name != "RAY_AUTH_MODE" or not address:  # how a cluster is guarded is for its users to say
+        if name != "RAY_AUTH_MODE" or not address:  # the users of a cluster decide how it is guarded
             os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
@@ -223,7 +186,7 @@ _HELD: list[ExitStack] = []
 
 @contextmanager
 def one_ray() -> Iterator[None]:
-    """What `ray_at` starts while the block runs stays until its end: what comes next need not start it again. May be nested."""
+    """What `ray_at` starts while the block runs stays until its end, so that it is started once. May be nested."""
     with ExitStack() as stack:
         _HELD.append(stack)
         try:
@@ -235,7 +198,7 @@ def one_ray() -> Iterator[None]:
 def _reachable(address: str) -> str:
     """HOST:PORT of the cluster at `address`, from which a process of this machine can connect.
 
-    A process of its own tries it: Ray takes a minute to give up, tells why on stderr only, and may end the process.
+    A process of its own tries it: Ray takes a minute to give up, writes the cause to stderr only, and may end the process.
     """
     said = ""
     command = [sys.executable, "-c", TRY, address]
@@ -270,56 +233,39 @@ def _refusal(error: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing of Ray's on the terminal: what matters of it reaches people through the session's notes."""
+    """Ray prints nothing on the terminal: the session's notes report what matters of it."""
     logger = logging.getLogger("ray")
-    level, shown = logger.level, ray_worker._worker_logs_enabled
+    level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
-    ray_worker._worker_logs_enabled = False  # else the death of a worker is told on stdout, amid --json
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), no_worker_logs():
         warnings.filterwarnings("ignore", module=r"ray\..*")
         try:
             yield
         finally:
             logger.setLevel(level)
-            ray_worker._worker_logs_enabled = shown
 
 
 EVERY_S = 2.0
-REMOVED = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
 
 
 class Orphans:
-    """Looks for them now and then, when asked."""
+    """Removes the placement groups that dead actors leave behind."""
 
     def __init__(self) -> None:
         self._next_s = 0.0
 
     def sweep(self) -> None:
-        """Free the resources of this driver's dead actors, unless that was done a moment ago."""
+        """Free the resources of this driver's dead actors, at most every `EVERY_S`."""
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + EVERY_S
             free_orphans()
 
 
-def free_orphans() -> int:
-    """Remove the placement groups of this driver whose creators have died; returns how many there were."""
-    job, removed = ray.get_runtime_context().get_job_id(), 0
-    for raw in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(raw)
-        made_by_actor = group.creator_actor_id.strip(b"\xff")  # the driver's own groups have no such id
-        dead = group.creator_actor_dead and not group.is_detached and group.state != REMOVED
-        if dead and made_by_actor and group.creator_job_id.hex() == job:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            removed += 1
-    return removed
-
-
 def wait_until_free(within_s: float = 15.0) -> None:
-    """Wait, freeing what is orphaned, until nothing of this driver's lanes is reserved any more, or for `within_s`."""
-    job, until = ray.get_runtime_context().get_job_id(), time.monotonic() + within_s
+    """Wait, removing orphans, until this driver's lanes reserve nothing any more, or for `within_s`."""
+    until = time.monotonic() + within_s
     while time.monotonic() < until:
         free_orphans()
-        groups = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
-        if all(g.state == REMOVED or g.creator_job_id.hex() != job or g.is_detached for g in groups):
+        if holds_nothing():
             return
         time.sleep(0.1)

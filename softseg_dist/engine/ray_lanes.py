@@ -23,25 +23,14 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
+from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import Worker
 
 WAIT_S = 5.0  # a question to the mailbox is answered after this long at the latest, and then asked again
 
-Report = Callable[[dict[str, str]], None]
 Run = Callable[[Any, Worker, Report], Any]
 """(message, worker, report) -> answer: a job, run by all workers of a lane with one message; rank 0's reports and answer count."""
-
-
-class LostJob(Exception):
-    """A job that has no answer, as a worker died or raised; the text says what is known.
-
-    `blameless`: by no fault of its own, as a machine of the cluster went away meanwhile, or what shared its process took too long.
-    """
-
-    def __init__(self, reason: str, blameless: bool = False) -> None:
-        super().__init__(reason)
-        self.blameless = blameless
 
 
 @dataclass

@@ -1,9 +1,12 @@
-"""Packs: up to so many fits of one GPU in the threads of one process, which share its store, its graphs and its compiled code.
+"""Packs: several fits of one GPU run as threads of one process, which share its store, its graphs and its compiled code.
 
 Processes that share a GPU gain nothing, as it serves one of them at a time; streams of one process do. A fit stays a Tune trial
-with its share of the GPU, its folder and its row in the ledger. But the trial's process is only a client: it hands its job to the
-host of its GPU, and passes on what comes back. Hosts belong to a landlord and the landlord to the driver, so that a host outlives
-each of its clients and none outlives the driver, however that ends. Nothing here knows what a job is.
+with its share of the GPU, its folder and its row in the ledger, but the trial's process is only a client: it sends its job to the
+host of its GPU and passes the reports on. The driver owns the manager and the manager owns the hosts. So a host outlives each of
+its clients, and all hosts end with the driver, however it ends. `Host` and `HostManager` take any job.
+
+`--fits-per-gpu auto` measures the steps per second of 1, 2 and 4 fits of one GPU before the search, and takes the smallest number
+that no larger one exceeds by `GAIN`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softseg_dist.engine.ray_cluster import bundle_of, cause_in, places_for
-from softseg_dist.engine.ray_lanes import LostJob, Report, Run
+from softseg_dist.engine.ray_cluster import bundle_of, places_for
+from softseg_dist.engine.ray_lanes import Run
+from softseg_dist.engine.ray_private import cause_in, id_of_actor
+from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.numerics.seeds import drawing
 from softseg_dist.places import Place
 from softseg_dist.sources import Sources
@@ -57,18 +62,18 @@ class Host:
     def run(self, key: str, message: Any, client: int) -> Iterator[tuple[str, Any]]:
         """Run a job for the process `client`: ("began", None), reports, and at last ("answer", ...) or ("lost", why).
 
-        It is asked to stop when its client has died.
+        The job stops when its client has died.
         """
         news: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        worker = Worker(device=self._device, stop=lambda: not _lives(client))
+        worker = Worker(device=self._device, stop=lambda: not _is_alive(client))
         self._jobs[key] = threading.Thread(target=self._work, args=(message, worker, news), name=key, daemon=True)
         self._jobs[key].start()
-        told = "began", None
-        while told[0] not in ("answer", "lost"):
-            yield told
-            told = news.get()
+        event = "began", None
+        while event[0] not in ("answer", "lost"):
+            yield event
+            event = news.get()
         del self._jobs[key]
-        yield told
+        yield event
 
     def wait_for(self, key: str) -> None:
         """Return when the job `key` does not run here any more."""
@@ -85,9 +90,9 @@ class Host:
         try:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 ended = "answer", self._run(message, worker, lambda report: news.put(("report", report)))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - its client has to hear of it
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - its client gets the error
             if isinstance(error, torch.AcceleratorError):
-                os._exit(1)  # the GPU obeys none of the threads any more
+                os._exit(1)  # no thread can use the GPU any more
             too_large = isinstance(error, torch.OutOfMemoryError)
             ended = "lost", " ".join(f"{type(error).__name__}: {error}".split())
         if too_large:  # it is tried again in a process of its own, which needs what it has freed here
@@ -97,43 +102,43 @@ class Host:
         news.put(ended)
 
 
-class _Guest(NamedTuple):
+class _Placed(NamedTuple):
     host: Any
     since_s: float
 
 
-class Landlord:
-    """Knows which host runs which job. An actor. `limit_s` is what a job may take at most."""
+class HostManager:
+    """Knows which host runs which job. An actor. `limit_s` is the time limit of a job."""
 
     def __init__(self, run: Run, size: int, limit_s: float | None) -> None:
         self._run, self._size, self._limit_s = run, size, limit_s
         self._hosts: dict[tuple[str, str], Any] = {}
-        self._guests: dict[str, _Guest] = {}
-        self._overran: dict[str, set[str]] = {}  # dead host -> the jobs that took too long
+        self._jobs: dict[str, _Placed] = {}
+        self._overran: dict[str, set[str]] = {}  # id of a dead host -> the jobs that took too long
 
     def place(self, key: str, node: str, gpu: str) -> Any:
-        """The host of a GPU, started if there is none, where the job `key` is going to run."""
+        """The host of a GPU, started if there is none; the job `key` is going to run there."""
         if (node, gpu) not in self._hosts:
             here = NodeAffinitySchedulingStrategy(node, soft=False)
             host = ray.remote(num_cpus=0)(Host).options(max_concurrency=self._size + 1, scheduling_strategy=here)
             self._hosts[node, gpu] = host.remote(self._run, self._size, gpu)
-        self._guests[key] = _Guest(self._hosts[node, gpu], time.monotonic())
-        return self._guests[key].host
+        self._jobs[key] = _Placed(self._hosts[node, gpu], time.monotonic())
+        return self._jobs[key].host
 
-    def leave(self, key: str) -> Any:
-        """The job has ended, or is to run elsewhere; returns the host where it may run still, as its client died before."""
-        guest = self._guests.pop(key, None)
-        return guest and guest.host
+    def release(self, key: str) -> Any:
+        """The job has ended, or is going to run elsewhere. Returns the host where it may still run, if its client died before."""
+        placed = self._jobs.pop(key, None)
+        return placed and placed.host
 
-    def bury(self, key: str) -> bool:
-        """The host of the job has died, and the job with it; was another one to blame, which took too long?"""
-        host, now_s = _id(self._guests[key].host), time.monotonic()
-        self._hosts = {place: other for place, other in self._hosts.items() if _id(other) != host}
-        if host not in self._overran:  # who comes first knows who is there
-            guests = {name: guest for name, guest in self._guests.items() if _id(guest.host) == host}
+    def host_died(self, key: str) -> bool:
+        """Remove the dead host of a job. True if another job caused the death, because it overran its time limit."""
+        host, now_s = id_of_actor(self._jobs[key].host), time.monotonic()
+        self._hosts = {where: other for where, other in self._hosts.items() if id_of_actor(other) != host}
+        if host not in self._overran:  # the first call still finds all jobs of the host
+            jobs = {name: job for name, job in self._jobs.items() if id_of_actor(job.host) == host}
             limit_s = float("inf") if self._limit_s is None else self._limit_s
-            self._overran[host] = {name for name, guest in guests.items() if now_s - guest.since_s >= limit_s}
-        del self._guests[key]
+            self._overran[host] = {name for name, job in jobs.items() if now_s - job.since_s >= limit_s}
+        del self._jobs[key]
         return bool(self._overran[host] - {key}) and key not in self._overran[host]
 
     def pids(self) -> list[int]:
@@ -144,51 +149,51 @@ class Landlord:
 
 @contextmanager
 def packs(run: Run, size: int, limit_s: float | None) -> Iterator[Any]:
-    """The landlord of packs of up to `size` jobs, while the block runs; at its end all hosts end. `run` must be importable."""
+    """The manager of packs of up to `size` jobs, while the block runs; at its end all hosts end. `run` must be importable."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    landlord = ray.remote(num_cpus=0)(Landlord).options(scheduling_strategy=here).remote(run, size, limit_s)
+    manager = ray.remote(num_cpus=0)(HostManager).options(scheduling_strategy=here).remote(run, size, limit_s)
     try:
-        yield landlord
+        yield manager
     finally:
-        ray.kill(landlord)
+        ray.kill(manager)
 
 
-def run_in_pack(landlord: Any, key: str, message: Any, report: Report) -> Any:
+def run_in_pack(manager: Any, key: str, message: Any, report: Report) -> Any:
     """Run a job in the host of this process's GPU and return its answer. Raises LostJob if there will be none."""
-    vacate(landlord, key)
+    wait_until_released(manager, key)
     node = ray.get_runtime_context().get_node_id()
     gpu = ",".join(map(str, ray.get_gpu_ids())) or CPU
     cause = ""
     for _ in range(TRIES):
         began = False
-        host = ray.get(landlord.place.remote(key, node, gpu))
+        host = ray.get(manager.place.remote(key, node, gpu))
         try:
             for news in host.run.options(num_returns="streaming").remote(key, message, os.getpid()):
-                kind, told = ray.get(news)
+                kind, value = ray.get(news)
                 began = True
                 if kind == "report":
-                    report(told)
+                    report(value)
                 elif kind != "began":
-                    landlord.leave.remote(key)
+                    manager.release.remote(key)
                     if kind == "lost":
-                        raise LostJob(told)
-                    return told
+                        raise LostJob(value)
+                    return value
         except RayActorError as error:
             cause = cause_in(str(error))
-            blameless = ray.get(landlord.bury.remote(key))
+            blameless = ray.get(manager.host_died.remote(key))
             if began:
                 raise LostJob(OVERRUN if blameless else cause, blameless) from None
     raise LostJob(cause)
 
 
-def vacate(landlord: Any, key: str) -> None:
-    """Return when the job does not run in a host; it may, for some steps, if a former client of it has died."""
+def wait_until_released(manager: Any, key: str) -> None:
+    """Return when no host runs the job; one may run it for some more steps if a former client of it has died."""
     with suppress(RayActorError):  # then all its jobs have ended
-        if (host := ray.get(landlord.leave.remote(key))) is not None:
+        if (host := ray.get(manager.release.remote(key))) is not None:
             ray.get(host.wait_for.remote(key))
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -196,12 +201,8 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _id(host: Any) -> str:
-    return str(host._actor_id.hex())
-
-
 SIZES = (1, 2, 4)
-GAIN = 1.05  # by how much more fits must be faster to be worth their memory, and what a host that dies costs them
+GAIN = 1.05  # more fits must be so much faster to be worth their memory, and the loss of all of them if a host dies
 MOST_MEMORY = 0.9  # of a GPU's, of which a fit needs more when it validates
 WARM_STEPS, WARM_S, MEASURED_S = 20, 2.0, 4.0
 
@@ -227,25 +228,27 @@ def best_size(rates: Sequence[Rate]) -> int:
     return best.size
 
 
-def with_size(resources: Resources, task: FitTask, sources: Sources | None, say: Callable[[str], None]) -> Resources:
-    """`resources` with a number of fits per GPU that was measured with the fit `task`, and is told to `say`.
+def with_size(resources: Resources, task: FitTask, sources: Sources | None, note: Callable[[str], None]) -> Resources:
+    """`resources` with the number of fits per GPU that is measured with fits like `task`; `note` gets the figures.
 
     `sources` are those of the study.
     """
     bundle = bundle_of(resources)
     if "GPU" not in bundle:
-        say("--fits-per-gpu auto: there is no GPU, so every fit has a process of its own")
+        note("--fits-per-gpu auto: there is no GPU, so every fit has a process of its own")
         return resources.replace(fits_per_gpu=None)
     sizes = [size for size in SIZES if _has_room(size, resources)]
     measuring = ray.remote(num_cpus=bundle["CPU"], num_gpus=1, max_calls=1)(_measure_in_worker)
     try:
         rates: list[Rate] = ray.get(measuring.remote(task.model_dump(mode="json"), sources, sizes))
-    except RayError as error:  # the fits themselves will say it better
-        say(f"--fits-per-gpu auto: one, as nothing could be measured: {cause_in(str(error)) or type(error).__name__}")
+    except RayError as error:  # the fits' own errors will say more
+        note(f"--fits-per-gpu auto: one, as nothing could be measured: {cause_in(str(error)) or type(error).__name__}")
         return resources.replace(fits_per_gpu=1)
     best = best_size(rates)
-    told = ", ".join(f"{rate.size}: {rate.steps_per_s:.0f} steps/s, {rate.memory:.0%} of the memory" for rate in rates)
-    say(f"--fits-per-gpu auto: {best} (fits at once: {told})")
+    figures = ", ".join(
+        f"{rate.size}: {rate.steps_per_s:.0f} steps/s, {rate.memory:.0%} of the memory" for rate in rates
+    )
+    note(f"--fits-per-gpu auto: {best} (fits at once: {figures})")
     return resources.replace(fits_per_gpu=best)
 
 
@@ -268,10 +271,10 @@ def _has_room(size: int, resources: Resources) -> bool:
     return size == 1 or places_for({"CPU": float(resources.cpus_per_fit)}, resources) >= size
 
 
-def _measure_in_worker(told: object, sources: Sources | None, sizes: Sequence[int]) -> list[Rate]:
+def _measure_in_worker(task_json: object, sources: Sources | None, sizes: Sequence[int]) -> list[Rate]:
     if sources is not None:
         load_sources(sources)
-    task = FitTask.model_validate(told)
+    task = FitTask.model_validate(task_json)
     if Place.at(task.folder).path is not None:
         keep_compiled(task.folder)  # the fits need what is compiled here
     return measure(task, sizes, "cuda")
@@ -284,7 +287,7 @@ def _rate(task: FitTask, size: int, device: str, measured_s: float) -> Rate:
         fits = [threads.submit(_train, task, device, ready, measured_s) for task in tasks]
     errors = [error for fit in fits if (error := fit.exception()) is not None]
     for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):  # that of those who have waited for it
+        if not isinstance(error, threading.BrokenBarrierError):  # the other threads waited for the failed one
             raise error
     found = [fit.result() for fit in fits]
     return Rate(size, sum(rate for rate, _ in found), max(memory for _, memory in found))

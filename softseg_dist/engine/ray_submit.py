@@ -23,7 +23,8 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from softseg_dist.engine.ray_cluster import SUBMITTED_BY, TOKEN_WANTED
+from softseg_dist.engine.context import SUBMITTED_BY
+from softseg_dist.engine.ray_cluster import TOKEN_WANTED
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.sources import Sources

@@ -1,141 +1,95 @@
 """Run the fits of a study on Ray Tune: one Tune trial is one fit.
 
-Tune gives processes, placement and concurrency. What runs next is decided by `searcher`, what is recorded by `ledger`; Tune's
-own persistence, loggers, retries and signal handling are switched off.
+Tune gives processes, placement and concurrency. The searcher decides what runs next, the ledger records it; Tune's own persistence,
+loggers, retries and signal handling are switched off.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 from ray import tune
 from ray.tune.search import Searcher
 
-from softseg_dist.data.splits import Split
-from softseg_dist.engine.progress import Progress
+from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.ray_cluster import (
     Orphans,
     bundle_of,
-    cause_in,
     fits_at_once,
     node_is_gone,
+    one_ray,
     quiet,
     ray_at,
     wait_for_room,
     wait_until_free,
 )
-from softseg_dist.engine.ray_lanes import LostJob, Report, lane_of_process
-from softseg_dist.engine.ray_packs import packs, run_in_pack, vacate, with_size
+from softseg_dist.engine.ray_lanes import lane_of_process
+from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released, with_size
+from softseg_dist.engine.ray_private import cause_in, lost_actor
 from softseg_dist.engine.ray_reach import check_package, check_reach
-from softseg_dist.engine.session import Outcome, Session
-from softseg_dist.engine.worker import Ending, Fit, StopFile, run_fit
-from softseg_dist.record.ledger import Ledger
-from softseg_dist.search.candidate import is_tuning
+from softseg_dist.engine.ray_refit import train_on_workers
+from softseg_dist.engine.session import Session, signals
+from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit
 from softseg_dist.search.optuna_study import sample_proposals
-from softseg_dist.search.searcher import MakeTask, StudySearcher
-from softseg_dist.sources import Sources
-from softseg_dist.study import Recipe, Resources, Study
-from softseg_dist.tracking.tracker import Tracker
-from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.task import FitResult, FitTask, Worker
 
 LANE_HOLDER = {"node:__internal_head__": 0.001}  # a trial whose fit runs elsewhere must not hold what its workers need
 
 
-def run_search(
-    study: Study,
-    splits: Sequence[Split],
-    store: str | Path,
-    fingerprint: str,
-    ledger: Ledger,
-    fit: Fit,
-    resources: Resources,
-    tracker: Tracker | None,
-    progress: Progress,
-    address: str | None = None,
-    sources: Sources | None = None,
-    max_wait_s: float | None = None,
-) -> Outcome:
-    """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
+@dataclass(frozen=True)
+class RayBackend:
+    """Fits in the workers of a Ray. `RunContext.fit` must be importable there.
 
-    `ledger` must have the study open. `fit` must be importable in the workers. `address` is that of a running cluster; without
-    it Ray is started on this machine, and stopped at the end. Where there is no room for one fit, machines are waited for up to
-    `max_wait_s` (see `wait_for_room`). `sources` are those of the study, for workers
-    that meet classes defined in them. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
-    stops at once.
-
-    Raises UserError if another driver uses the run folder, no machine is large enough for one fit, or `propose` or a fit reports
-    a mistake of the user's. Fits that have ended stay recorded in every case.
+    `address` is that of a running cluster; without it Ray is started on this machine, and stopped at the end. Where there is no
+    room for one fit, `wait_for_room` waits for machines up to `max_wait_s`.
     """
 
-    make_task = _task_maker(study, str(store), fingerprint, ledger, resources)
-    with ledger.lock():
-        stop_file = StopFile(str(ledger.place / ".stop"))
-        stop_file.remove()  # left by a session that was killed
-        session = Session(StudySearcher(study, splits, ledger, make_task), tracker, progress, stop_file)
+    address: str | None = None
+    max_wait_s: float | None = None
+
+    def held(self) -> AbstractContextManager[None]:
+        """One Ray for what runs while the block runs."""
+        return one_ray()
+
+    def run_fits(self, session: Session, context: RunContext) -> None:
+        """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
+        ledger, resources = context.ledger, context.resources
         try:
-            session.start()
-            if not session.ended:
-                with quiet(), ray_at(address), _signals(session):  # Ray sets a SIGTERM handler of its own
-                    wait_for_room(resources, max_wait_s, progress.note, lambda: session.interrupted)
-                    if address is not None:
-                        check_package()
-                        check_reach({"--out": ledger.folder, "--stores": str(store).rpartition("/")[0]})
-                    if not session.interrupted:
-                        if resources.fits_per_gpu == "auto":
-                            name, recipe = next(iter((study.candidates or sample_proposals(study)).items()))
-                            first = make_task(name, recipe, splits[0], 0)
-                            resources = with_size(resources, first, sources, progress.note)
-                        _tune(session, fit, resources, ledger, sources)
-        except KeyboardInterrupt:
-            session.interrupted = True
+            with quiet(), ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
+                wait_for_room(resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
+                if self.address is not None:
+                    check_package()
+                    stores = context.prepared.uri.rpartition("/")[0]
+                    check_reach({"--out": ledger.folder, "--stores": stores})
+                if session.interrupted:
+                    return
+                if resources.fits_per_gpu == "auto":
+                    name, recipe = next(iter((context.study.candidates or sample_proposals(context.study)).items()))
+                    first = context.fit_task(name, recipe, context.splits[0])
+                    resources = with_size(resources, first, context.sources, context.progress.note)
+                _tune(session, replace(context, resources=resources))
         finally:
-            progress.close()
-            stop_file.remove()
             ledger.discard(".tune")
-        if session.error is not None:
-            raise session.error
-        return session.outcome()
+
+    def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
+        """As `Backend.train`, on all workers that there is room for."""
+        return train_on_workers(context, task, alone_s, self.address, self.max_wait_s)
 
 
-def _task_maker(study: Study, store: str, fingerprint: str, ledger: Ledger, resources: Resources) -> MakeTask:
-    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
-        return FitTask(
-            study=study.name,
-            seed=study.seed,
-            candidate=candidate,
-            recipe=recipe,
-            split=split,
-            objective=study.objective,
-            second_objective=study.second_objective,
-            uncertainty=() if is_tuning(candidate) else study.uncertainty,
-            store=store,
-            store_fingerprint=fingerprint,
-            folder=ledger.fit_folder(candidate, split),
-            threads=resources.cpus_per_fit,
-            checkpoint_every_s=resources.checkpoint_every_s,
-            time_limit_s=resources.time_limit_s,
-            attempt=attempt,
-        )
-
-    return make_task
-
-
-def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sources: Sources | None) -> None:
-    workers = resources.workers_per_fit
+def _tune(session: Session, context: RunContext) -> None:
+    resources, folder = context.resources, context.ledger.place
     bundle = bundle_of(resources)
-    with _trainable(fit, resources, bundle, str(ledger.place / ".tune"), sources) as softseg_fit:
+    alone = resources.workers_per_fit == 1
+    with _trainable(context, bundle, str(folder / ".tune")) as softseg_fit:
         tune.Tuner(
-            tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if workers == 1 else LANE_HOLDER])),
+            tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if alone else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
-                search_alg=_TuneSearcher(session, str(ledger.place / ".stop")),
+                search_alg=_TuneSearcher(session, context.stop_file),
                 num_samples=-1,
                 max_concurrent_trials=fits_at_once(resources),
                 reuse_actors=True,
@@ -143,25 +97,26 @@ def _tune(session: Session, fit: Fit, resources: Resources, ledger: Ledger, sour
                 trial_dirname_creator=_trial_name,
             ),
             run_config=tune.RunConfig(
-                storage_path=str(ledger.working),  # on this machine: nothing of Tune's is kept
+                storage_path=str(context.ledger.working),  # on this machine: nothing of Tune's is kept
                 name=".tune",
                 verbose=0,
-                callbacks=[_TuneErrors(session)] if workers == 1 else [_TuneErrors(session), _Sweeper()],
+                callbacks=[_TuneErrors(session)] if alone else [_TuneErrors(session), _Sweeper()],
                 failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
             ),
         ).fit()
-    if workers > 1:
+    if not alone:
         wait_until_free()
 
 
 @contextmanager
 def _trainable(
-    fit: Fit, resources: Resources, bundle: Mapping[str, float], lanes: str, sources: Sources | None
+    context: RunContext, bundle: Mapping[str, float], lanes: str
 ) -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
-    """What a Tune trial does: a fit, or to have it done by the workers of a lane or the host of a pack.
+    """The function of a Tune trial: it runs a fit itself, or on the workers of a lane, or in the host of a pack.
 
-    A fit that was lost before runs in its trial's own process, where it can take no other one with it.
+    A fit that was lost before runs in its trial's own process, where no other fit is lost with it.
     """
+    fit, sources, resources = context.fit, context.sources, context.resources  # the context itself cannot be pickled
     workers, size = resources.workers_per_fit, resources.fits_per_gpu
     device = "cuda" if "GPU" in bundle else "cpu"
 
@@ -173,17 +128,17 @@ def _trainable(
         try:
             if workers > 1:
                 return dict(lane_of_process(run_here, workers, dict(bundle), lanes).run(config, tune.report))
-            if landlord is not None and task["attempt"] == 0:
-                return dict(run_in_pack(landlord, task["folder"], config, tune.report))
-        except LostJob as lost:  # as a value: Train is starting the workers again, which this process must live to see
+            if manager is not None and task["attempt"] == 0:
+                return dict(run_in_pack(manager, task["folder"], config, tune.report))
+        except LostJob as lost:  # as a value: Train is starting the workers again, which this process must not leave
             ending = Ending(kind="lost", text=str(lost), blameless=lost.blameless)
             return {"ending": json.dumps(ending.model_dump(mode="json"))}
-        if landlord is not None:
-            vacate(landlord, task["folder"])
+        if manager is not None:
+            wait_until_released(manager, task["folder"])
         return run_here(config, Worker(device=device), tune.report)
 
     together = packs(run_here, size, resources.time_limit_s) if isinstance(size, int) and size > 1 else nullcontext()
-    with together as landlord:
+    with together as manager:
         yield softseg_fit
 
 
@@ -205,7 +160,7 @@ class _Shared:
 
 
 class _TuneErrors(_Shared, tune.Callback):
-    """Tells the session of fits whose process died or raised."""
+    """Reports fits whose process died or raised to the session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -217,13 +172,12 @@ class _TuneErrors(_Shared, tune.Callback):
 
 
 def _node_lost(text: str) -> bool:
-    """Was a fit ended by the loss of its machine, as Ray tells it? A preempted one never comes here: Tune starts it again."""
-    unheard = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)
-    return "its node has died" in text or (unheard is not None and node_is_gone(unheard[1]))
+    """Was a fit ended by the loss of its machine? A preempted one never comes here: Tune starts it again."""
+    return "its node has died" in text or ((actor := lost_actor(text)) is not None and node_is_gone(actor))
 
 
 class _Sweeper(_Shared, tune.Callback):
-    """Frees, between two steps of Tune, what lanes have left behind that were killed."""
+    """Frees, between two steps of Tune, the resources of lanes that were killed."""
 
     def __init__(self) -> None:
         self._orphans = Orphans()
@@ -235,15 +189,15 @@ class _Sweeper(_Shared, tune.Callback):
 class _TuneSearcher(_Shared, Searcher):
     """Tune's view of a session."""
 
-    def __init__(self, session: Session, stop: str) -> None:
+    def __init__(self, session: Session, stop_file: str) -> None:
         super().__init__(metric=None, mode=None)
-        self._session, self._stop = session, stop
+        self._session, self._stop_file = session, stop_file
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
         task = self._session.next_fit(trial_id)
         if task is None:
             return Searcher.FINISHED if self._session.ended else None
-        return {"task": json.dumps(task.model_dump(mode="json")), "stop": self._stop}
+        return message_of(task, self._stop_file)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if "epoch" in result and "ending" not in result:
@@ -251,8 +205,8 @@ class _TuneSearcher(_Shared, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         if not error:  # errors come through `_TuneErrors`, which knows their cause
-            told = (result or {}).get("ending")
-            self._session.ended_as(trial_id, None if told is None else Ending.model_validate(json.loads(told)))
+            ending = (result or {}).get("ending")
+            self._session.ended_as(trial_id, None if ending is None else Ending.model_validate(json.loads(ending)))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -268,24 +222,3 @@ class _TuneSearcher(_Shared, Searcher):
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """The ledger is the state."""
-
-
-@contextmanager
-def _signals(session: Session) -> Iterator[None]:
-    """SIGINT and SIGTERM stop the session gently, the second one at once. Only a main thread can do that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if session.interrupted:
-            raise KeyboardInterrupt
-        session.stop()
-
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before: list[Callable[[int, FrameType | None], Any] | int | None] = [signal.signal(kind, stop) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)

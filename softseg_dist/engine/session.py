@@ -1,12 +1,19 @@
-"""One session of a search in the driver: what Tune asks and tells, passed on to searcher, tracker and display.
+"""One session of a search in the driver: it passes events of the backend on to searcher, tracker and display.
 
 Knows no Ray, so that the order of events can be read, and tested, without one.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
+from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.worker import Ending, StopFile, reason_of
 from softseg_dist.errors import UserError, no_room, out_of_reach
@@ -32,8 +39,36 @@ class Outcome:
     interrupted: bool
 
 
+def run_search(context: RunContext) -> Outcome:
+    """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
+
+    The ledger must have the study open. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
+    stops at once.
+
+    Raises UserError if another driver uses the run folder, the backend cannot run a fit, or `propose` or a fit reports a mistake
+    of the user's. Fits that have ended stay recorded in every case.
+    """
+    with context.ledger.lock():
+        stop_file = StopFile(context.stop_file)
+        stop_file.remove()  # left by a session that was killed
+        searcher = StudySearcher(context.study, context.splits, context.ledger, context.fit_task)
+        session = Session(searcher, context.tracker, context.progress, stop_file)
+        try:
+            session.start()
+            if not session.ended:
+                context.backend.run_fits(session, context)
+        except KeyboardInterrupt:
+            session.interrupted = True
+        finally:
+            context.progress.close()
+            stop_file.remove()
+        if session.error is not None:
+            raise session.error
+        return session.outcome()
+
+
 class Session:
-    """Running fits by an id of the caller's, and who must hear of what happens to them."""
+    """The running fits, by an id of the backend's. Searcher, tracker and display get every event of theirs."""
 
     def __init__(
         self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile
@@ -43,15 +78,15 @@ class Session:
         self.interrupted = False
         self._running: dict[str, FitTask] = {}
         self._announced: set[str] = set()
-        self._raced: set[str] = set()  # whose end by the race was told
+        self._raced: set[str] = set()  # whose end by the race was reported
         self._noted: set[str] = set()
         self._engine_notes: set[str] = set()  # what a machine could not do, which is the same for many fits
         self._open: set[str] = set()  # candidates whose run the tracker holds open
-        self._told_stop = False
+        self._stop_announced = False
         self._num_ended = self._num_given_up = 0
 
     def start(self) -> None:
-        """Tell tracker and display what earlier sessions have done."""
+        """Pass the results of earlier sessions on to tracker and display."""
         done = [result for candidate in self.searcher.candidates.values() for result in candidate.results.values()]
         self.progress.start(self.searcher.num_planned, done)
         for name in self.searcher.candidates:
@@ -70,9 +105,7 @@ class Session:
 
     def next_fit(self, fit_id: str) -> FitTask | None:
         """The task of the next fit, which will be known as `fit_id`. A mistake in `propose` stops the session."""
-        if self.interrupted and not self._told_stop:
-            self._told_stop = True
-            self.progress.note("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        self.announce_stop()
         try:
             task = self.searcher.next_fit()
         except UserError as error:
@@ -97,10 +130,17 @@ class Session:
         if self.tracker is not None:
             self.tracker.epoch(key, metrics)
 
-    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "", node_lost: bool = False) -> None:
-        """A fit no longer runs. `ending` is None if its process did not live to say how; `cause` is what the engine knows.
+    def announce_stop(self) -> bool:
+        """Was the session asked to stop? The first call after that prints it."""
+        if self.interrupted and not self._stop_announced:
+            self._stop_announced = True
+            self.progress.note("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        return self.interrupted
 
-        `node_lost`: the process went with its machine, for which the fit is not to blame.
+    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "", node_lost: bool = False) -> None:
+        """A fit no longer runs. `ending` is None if its process died or raised; `cause` is what the backend knows about it.
+
+        `node_lost`: the process was lost with its machine.
         """
         task = self._running.pop(fit_id)
         if ending is None:
@@ -109,19 +149,19 @@ class Session:
             self._lost(task, reason_of(task, ending.text), ending.blameless)
         elif ending.kind == "user_error":
             self.searcher.interrupt(task)
-            self._gone(task, "FAILED")
+            self._stopped(task, "FAILED")
             self._abort(UserError(f"{task.key}: {ending.text}"))
         elif ending.kind == "interrupted":
             self.searcher.interrupt(task)
-            self._gone(task, "KILLED")
+            self._stopped(task, "KILLED")
         else:
             assert ending.result is not None
             assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
             self._record(task, ending.result)
-        self._tell_decisions()
+        self._report_decisions()
 
     def stop(self) -> None:
-        """Ask all fits to stop and emit no more. Called from a signal handler: it must not print, nor raise anywhere."""
+        """Make all fits stop and emit no more. A signal handler calls this: it must not print or raise."""
         self.interrupted = True
         self.searcher.stop()
         try:
@@ -142,15 +182,15 @@ class Session:
         self.searcher.stop()
         try:
             self._stop_file.write()
-        except OSError as unheard:
-            self.progress.note(f"the fits that run could not be asked to stop, so they end as they do: {unheard}")
+        except OSError as failed:
+            self.progress.note(f"the stop file cannot be written, so the running fits go on to their end: {failed}")
 
     def _record(self, task: FitTask, result: FitResult) -> None:
         try:
             self.searcher.finish(result)
         except OSError as error:
             self.searcher.interrupt(task)  # what could not be recorded runs again, and finds its result in its folder
-            self._gone(task, "KILLED")
+            self._stopped(task, "KILLED")
             self._abort(_explained(error))
             return
         self._num_ended += 1
@@ -169,12 +209,12 @@ class Session:
             given_up = "given up, as its candidate is out of the race"
         what_next = "trying again" if again else given_up
         self.progress.note(f"{task.key}: {reason}; {what_next}")
-        self._gone(task, None if again else "FAILED")
+        self._stopped(task, None if again else "FAILED")
         self._num_given_up += not again
         if self._num_given_up >= HOPELESS and self._num_ended == 0:
             self._abort(UserError(f"the first {HOPELESS} fits all died, the last one, {task.key}, with: {reason}"))
 
-    def _gone(self, task: FitTask, status: str | None) -> None:
+    def _stopped(self, task: FitTask, status: str | None) -> None:
         self.progress.gone(task.key)
         if self.tracker is not None and status is not None:
             self.tracker.fit_gone(task.key, status)
@@ -182,17 +222,17 @@ class Session:
     def _announce(self, name: str) -> None:
         if name not in self._announced:
             self._announced.add(name)
-            self._tell_planned(name)
+            self._report_planned(name)
 
-    def _tell_planned(self, name: str) -> None:
+    def _report_planned(self, name: str) -> None:
         self.progress.planned(name, self.searcher.candidates[name].num_planned, self.searcher.num_planned)
 
-    def _tell_decisions(self) -> None:
-        """What has followed from the last fit, for its candidate or for others: who is out of the race, and who has ended."""
+    def _report_decisions(self) -> None:
+        """Report what followed from the last fit: the candidates that are out of the race, and those that have ended."""
         for name, candidate in self.searcher.candidates.items():
             if candidate.raced is not None and name not in self._raced:
                 self._raced.add(name)
-                self._tell_planned(name)
+                self._report_planned(name)
                 self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
             if candidate.note and name not in self._noted:
                 self._noted.add(name)
@@ -214,6 +254,27 @@ def _verdict(record: RaceRecord, study: Study) -> str:
 
 def _explained(error: OSError) -> UserError:
     """Why the run folder cannot be written, as what stops the study; raises `error` again if it is about something else."""
-    if (told := no_room(error) or out_of_reach(error)) is None:
+    if (text := no_room(error) or out_of_reach(error)) is None:
         raise error
-    return UserError(told)
+    return UserError(text)
+
+
+@contextmanager
+def signals(session: Session) -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops the session after checkpoints, the second one at once. Only a main thread can do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.stop()
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before: list[Callable[[int, FrameType | None], Any] | int | None] = [signal.signal(kind, stop) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

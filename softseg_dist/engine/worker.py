@@ -1,7 +1,8 @@
-"""Time limits of what runs in this process: whoever overruns ends the process, and leaves the stacks of all its threads.
+"""What the process of a fit does: it loads the study file, runs the fit under its time limit, and says how it ended.
 
-The interpreter itself watches, without its lock, so that a fit that hangs in native code is ended, too. It has one clock for a
-process: set to the limit that is the next to run out, of as many fits as run in threads of it.
+A fit that overruns its limit ends the process and leaves the stacks of all threads. The interpreter watches without its lock, so
+that a fit that hangs in native code ends, too. It has one timer per process, which is set to the next limit of all fits that run
+in its threads.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -23,12 +24,13 @@ from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
 from softseg_dist.record.remote import mirrored
+from softseg_dist.search.searcher import MAX_ATTEMPTS
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import describe, load_sources
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
-LEAST_S = 1e-3  # the interpreter wants a time that is still to come
+LEAST_S = 1e-3  # the interpreter's timer takes no time that has passed
 
 _limits: dict[TextIO, float] = {}  # the file that takes the stacks, and when
 _changing = threading.Lock()
@@ -62,16 +64,30 @@ def _set(file: TextIO, deadline_s: float | None) -> None:
 
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
-REMOTE_STOP_CHECK_S = 5.0  # every look at an object store costs money
+REMOTE_STOP_CHECK_S = 5.0  # every request to an object store costs money
 ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
 
 Fit = Callable[[FitTask, Worker], FitResult]
+Report = Callable[[dict[str, str]], None]
+TimeLimit = Callable[[float | None, Path], AbstractContextManager[None]]
+"""(limit in s, file for the stacks) -> what ends the block if it takes longer."""
+
+
+class LostJob(Exception):
+    """A job that has no answer, as a worker died or raised; the text gives the cause, if it is known.
+
+    `blameless`: the job is not the cause; a machine of the cluster was lost, or another job ended the process that both shared.
+    """
+
+    def __init__(self, reason: str, blameless: bool = False) -> None:
+        super().__init__(reason)
+        self.blameless = blameless
 
 
 class Ending(Frozen):
-    """How a fit ended: with a result, asked to stop, on a mistake of the user's, or with the process that ran it for its trial.
+    """How a fit ended: with a result, interrupted, on a mistake of the user's, or lost with the process that ran it for its trial.
 
-    `blameless`: that process, one of several workers or one of several fits, was lost by no fault of the fit.
+    `blameless`: the fit is not the cause of the loss.
     """
 
     kind: Literal["result", "interrupted", "user_error", "lost"]
@@ -81,7 +97,7 @@ class Ending(Frozen):
 
 
 class StopFile:
-    """True once the file is there; the driver writes it to make all fits stop. Looks for it now and then only."""
+    """True once the file is there; the driver writes it to make all fits stop. It is looked for at intervals."""
 
     def __init__(self, uri: str) -> None:
         self._place = Place.at(uri)
@@ -107,59 +123,65 @@ class StopFile:
         self._seen = False
 
 
+def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
+    """What a worker gets of a fit, as `run_fit` takes it."""
+    return {"task": json.dumps(task.model_dump(mode="json")), "stop": stop_file}
+
+
 def run_fit(
-    config: dict[str, Any],
+    message: Mapping[str, Any],
     fit: Fit,
     sources: Sources | None,
     worker: Worker,
-    report: Callable[[dict[str, str]], None],
+    report: Report,
+    limit: TimeLimit = time_limit,
 ) -> dict[str, str]:
-    """Run the fit that `config` describes ({"task": JSON, "stop": path}); returns {"ending": JSON of `Ending`}.
+    """Run the fit of a `message_of`; returns {"ending": JSON of `Ending`}. Each of several workers calls this.
 
-    `sources` are those of the study, whose classes the task's JSON may name. Each of several workers calls this.
+    The task's JSON may name classes of the study's `sources`.
     """
     if sources is not None:
         load_sources(sources)
-    task = FitTask.model_validate(json.loads(config["task"]))
-    stop_file = StopFile(config["stop"])
+    task = FitTask.model_validate(json.loads(message["task"]))
+    stop_file = StopFile(message["stop"])
 
     def stop() -> bool:
         return stop_file() or worker.stop()
 
-    def tell(metrics: dict[str, float]) -> None:
+    def report_epoch(metrics: dict[str, float]) -> None:
         report({"epoch": json.dumps(metrics)})
 
     if worker.share(stop() if worker.leads else False):
         ending = Ending(kind="interrupted")
     else:
-        ending = _guarded(task, fit, replace(worker, report=tell, stop=stop))
+        ending = _guarded(task, fit, replace(worker, report=report_epoch, stop=stop), limit)
     return {"ending": json.dumps(ending.model_dump(mode="json"))}
 
 
-def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
+def _guarded(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> Ending:
     try:
         local_store(task.store)  # a node fetches it once, outside of any fit's time limit
         if not worker.leads:
             with tempfile.TemporaryDirectory() as scratch:  # the fit's own folder belongs to rank 0
-                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker))
+                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker, limit))
         with mirrored(task) as (here, saved):
-            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))
+            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved), limit))
     except Interrupted:
         return Ending(kind="interrupted")
     except UserError as error:
         return Ending(kind="user_error", text=str(error))
     except OSError as error:
-        if (told := no_room(error)) is None:
+        if (text := no_room(error)) is None:
             raise
-        return Ending(kind="user_error", text=told)  # so it would be for every other fit
+        return Ending(kind="user_error", text=text)  # every other fit would fail in the same way
 
 
-def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
+def _watched(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> FitResult:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     try:
-        with time_limit(task.time_limit_s, folder / STACK):
+        with limit(task.time_limit_s, folder / STACK):
             return fit(task, worker)
     except (Interrupted, UserError):
         raise
@@ -169,8 +191,42 @@ def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
         raise
 
 
+def run_until_done(
+    run_job: Callable[[dict[str, str], Report], Mapping[str, str]],
+    task: FitTask,
+    stop_file: str,
+    note: Callable[[str], None],
+) -> FitResult:
+    """Run one fit that is not part of the search, again if it is lost; `note` gets four lines about its epochs.
+
+    `run_job` takes a message and a report, and may raise `LostJob`. Raises UserError on a mistake of the user's, and if the fit is
+    lost `MAX_ATTEMPTS` times.
+    """
+    epochs, lost = task.recipe.optim.epochs, ""
+
+    def report(news: Mapping[str, str]) -> None:
+        metrics = json.loads(news["epoch"])
+        if metrics["epoch"] % max(1, epochs // 4) == 0:
+            note(
+                f"{task.candidate} on all subjects: epoch {metrics['epoch']:g} of {epochs}, loss {metrics['loss']:.4g}"
+            )
+
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            answer = run_job(message_of(task.replace(attempt=attempt), stop_file), report)
+        except LostJob as error:
+            lost = str(error)
+            continue
+        ending = Ending.model_validate(json.loads(answer["ending"]))
+        if ending.kind == "user_error":
+            raise UserError(f"{task.key}: {ending.text}")
+        assert ending.result is not None, "its stop file is never written"
+        return ending.result
+    raise UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {reason_of(task, lost)}")
+
+
 def reason_of(task: FitTask, cause: str = "") -> str:
-    """Why a fit's process ended without an `Ending`: what its folder tells, else `cause`, else that it died."""
+    """Why a fit's process ended without an `Ending`: from the files in its folder, else `cause`, else that it died."""
     folder = Place.at(task.folder)
     if (error := (folder / ERROR).read()) is not None:
         lines = error.decode(errors="replace").splitlines()

@@ -170,7 +170,7 @@ class Ledger:
 
     def write_result(self, result: FitResult) -> None:
         """Record a fit that has ended, finished or failed: it never runs again."""
-        self._write(f"fits/{result.candidate}/{result.split:03d}.json", json.dumps(json_of(result), indent=1))
+        self._write(f"fits/{result.key}.json", json.dumps(json_of(result), indent=1))
 
     def write_race(self, record: RaceRecord) -> None:
         """Record that a candidate gets no more splits, for good."""

@@ -85,6 +85,6 @@ def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
 
 
 def _curve(folder: Path, result: FitResult) -> Iterator[dict[str, float]]:
-    path = history_path(folder / "fits" / result.candidate / f"{result.split:03d}")
+    path = history_path(folder / "fits" / result.key)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         yield json.loads(line)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from softseg_dist.engine.progress import key_of
 from softseg_dist.frozen import leaves
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.record.spool import SPOOL, Record, Spool
@@ -103,7 +102,7 @@ class Tracker:
                 continue
             self._put_open(name, name, STUDY, _candidate_tags(name), parameters(record.recipe), known=True)
             for result in by_candidate[name]:
-                key = key_of(result)
+                key = result.key
                 tags = _fit_tags(name, result.split)
                 self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
                 for metrics in curve(result):
@@ -128,7 +127,7 @@ class Tracker:
 
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""
-        key = key_of(result)
+        key = result.key
         told = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
         tags = {f"softseg.{name}": text for name, text in told.items() if text}
         self._put_log(key, self._numbers(result), tags=tags, known=known)

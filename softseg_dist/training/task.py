@@ -88,6 +88,11 @@ class FitResult(Frozen):
     engine: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """`hard-dice/003`, as `FitTask.key`."""
+        return f"{self.candidate}/{self.split:03d}"
+
 
 T = TypeVar("T")
 EpochReport = Callable[[dict[str, float]], None]

@@ -35,16 +35,18 @@ from synthetic_run import CELLS, write_run
 from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Resources, Study
 from softseg_dist.data.cases import CaseData
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.plan import plan_study
 from softseg_dist.engine.progress import PlainLines, Progress
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_tune import run_search
-from softseg_dist.engine.session import Session
+from softseg_dist.engine.ray_tune import RayBackend
+from softseg_dist.engine.session import Session, run_search
 from softseg_dist.engine.worker import Ending, StopFile
 from softseg_dist.judging.results import merge_tables, write_frame
 from softseg_dist.judging.rows import Grid, case_rows
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.record.ledger import Ledger, json_of
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import status_of
 from softseg_dist.report.page import write_page
 from softseg_dist.report.run_folder import load_run
@@ -223,7 +225,19 @@ def tuned(candidates: int, place: Path) -> Stages:
     splits = study.splits.make({f"sub-{number}": "" for number in range(10)}, study.seed)
     ledger.open_study(study, splits)
     lines, started = PlainLines(io.StringIO()), time.thread_time()
-    run_search(study, splits, Path("none"), "0" * 16, ledger, no_fit, Resources(max_concurrent=2), None, lines)
+    run_search(
+        RunContext(
+            study,
+            splits,
+            Prepared("none", "0" * 16),
+            ledger,
+            WorkingCopy(ledger.folder),
+            Resources(max_concurrent=2),
+            RayBackend(),
+            lines,
+            fit=no_fit,
+        )
+    )
     return {"Tune, 5 splits each": time.thread_time() - started}
 
 

@@ -12,16 +12,18 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import ray
 from record import Headline, record
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.ray_tune import RayBackend
+from softseg_dist.engine.session import run_search
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
@@ -67,15 +69,18 @@ def main(num_fits: int) -> None:
         ledger.open_study(study, splits)
         lines = io.StringIO()
         outcome = run_search(
-            study,
-            splits,
-            Path("none"),
-            "0" * 16,
-            ledger,
-            no_fit,
-            Resources(max_concurrent=2),
-            tracker,
-            PlainLines(lines),
+            RunContext(
+                study,
+                splits,
+                Prepared("none", "0" * 16),
+                ledger,
+                WorkingCopy(ledger.folder),
+                Resources(max_concurrent=2),
+                RayBackend(),
+                PlainLines(lines),
+                tracker,
+                fit=no_fit,
+            )
         )
         marks["fits run"] = time.perf_counter()
         notes = tracker.close()

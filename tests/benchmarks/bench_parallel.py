@@ -32,10 +32,13 @@ from parallel_fits import Job, run_on
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 from softseg_dist.data.store import build_store, fingerprint
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.ray_tune import RayBackend
+from softseg_dist.engine.session import run_search
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.fit import RunningFit
 from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.task import FitTask, Worker
@@ -174,7 +177,19 @@ def study_s(folder: Path, resources: Resources) -> tuple[float, float, float]:
     started = time.time()
     ledger.open_study(study, splits)
     lines = PlainLines(io.StringIO())
-    outcome = run_search(study, splits, Path("none"), "0" * 16, ledger, no_fit, resources, None, lines)
+    outcome = run_search(
+        RunContext(
+            study,
+            splits,
+            Prepared("none", "0" * 16),
+            ledger,
+            WorkingCopy(ledger.folder),
+            resources,
+            RayBackend(),
+            lines,
+            fit=no_fit,
+        )
+    )
     total = time.time() - started
     assert outcome.finished == NUM_FITS, outcome
     ends = sorted(path.stat().st_mtime for path in folder.glob("fits/*/[0-9]*.json"))

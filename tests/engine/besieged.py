@@ -17,9 +17,12 @@ from typing import Any
 from softseg_dist import Affine, Brier, Dice, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.progress import PlainLines
-from softseg_dist.engine.ray_tune import run_search
+from softseg_dist.engine.ray_tune import RayBackend
+from softseg_dist.engine.session import run_search
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
@@ -83,7 +86,9 @@ if __name__ == "__main__":
     with ledger.lock():
         ledger.open_study(STUDY, splits)
         outcome = run_search(
-            STUDY, splits, store.path, store.fingerprint, ledger, diarised_fit, resources, None, PlainLines(sys.stdout),
-            address=address,
+            RunContext(
+                STUDY, splits, Prepared(str(store.path), store.fingerprint), ledger, WorkingCopy(ledger.folder),
+                resources, RayBackend(address), PlainLines(sys.stdout), fit=diarised_fit,
+            )
         )  # fmt: skip
     print(json.dumps(vars(outcome)), flush=True)

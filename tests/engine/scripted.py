@@ -15,13 +15,14 @@ from typing import Any
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
+from softseg_dist.engine.context import Backend, Prepared, RunContext
+from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines, Progress
-from softseg_dist.engine.ray_tune import run_search
-from softseg_dist.engine.session import Outcome
+from softseg_dist.engine.ray_tune import RayBackend
+from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
-from softseg_dist.sources import Sources
-from softseg_dist.tracking.tracker import Tracker
+from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 NUM_SPLITS = 3
@@ -115,38 +116,38 @@ def _go_wrong(how: str) -> None:
         time.sleep(600)
 
 
+def context_of(folder: Path, study: Study, **changes: Any) -> RunContext:
+    """A run of the study on Ray, two fits at a time; `changes` are fields of the context."""
+    common = {
+        "study": study,
+        "splits": splits_of(study),
+        "prepared": Prepared(str(folder / "none.arrow"), "0" * 16),
+        "ledger": Ledger(folder),
+        "copy": WorkingCopy(folder),
+        "resources": Resources(max_concurrent=2),
+        "backend": RayBackend(),
+        "progress": PlainLines(sys.stderr),
+        "fit": scripted_fit,
+    }
+    return RunContext(**common | changes)
+
+
 def run(
     folder: Path,
     study: Study,
     progress: Progress | None = None,
-    tracker: Tracker | None = None,
     faults: dict[str, Any] | None = None,
-    resources: Resources | None = None,
-    sources: Sources | None = None,
-    address: str | None = None,
-    max_wait_s: float | None = None,
+    backend: Backend | None = None,
+    **changes: Any,
 ) -> Outcome:
     """A session of the study in `folder`, with `faults` as its script."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "faults.json").write_text(json.dumps(faults or {}))
-    ledger = Ledger(folder)
-    with ledger.lock():
-        ledger.open_study(study, splits_of(study))
-        progress = progress or PlainLines(sys.stderr)
-        return run_search(
-            study,
-            splits_of(study),
-            folder / "none.arrow",
-            "0" * 16,
-            ledger,
-            scripted_fit,
-            resources or Resources(max_concurrent=2),
-            tracker,
-            progress,
-            address=address,
-            sources=sources,
-            max_wait_s=max_wait_s,
-        )
+    changes |= {"progress": progress or PlainLines(sys.stderr), "backend": backend or RayBackend()}
+    context = context_of(folder, study, **changes)
+    with context.ledger.lock():
+        context.ledger.open_study(study, context.splits)
+        return run_search(context)
 
 
 def starts(folder: Path) -> dict[str, int]:
@@ -164,6 +165,9 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     study = make_study(trials=options.pop("trials", 0))
     resources = Resources(max_concurrent=2, cpus_per_fit=options.pop("cpus_per_fit", 1))
-    where = {name: options.pop(name, None) for name in ("address", "max_wait_s")}
-    outcome = run(Path(sys.argv[1]), study, PlainLines(sys.stdout), faults=options, resources=resources, **where)
+    backend: Backend = RayBackend(options.pop("address", None), options.pop("max_wait_s", None))
+    if options.pop("local", False):
+        backend = LocalBackend()
+    lines = PlainLines(sys.stdout)
+    outcome = run(Path(sys.argv[1]), study, lines, faults=options, backend=backend, resources=resources)
     print(json.dumps(vars(outcome)), flush=True)

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from features import listed_files, pattern_of
 
@@ -39,6 +41,15 @@ STUDY = Study(
     candidates=factorial(BASE, label=("hard", "soft")), control="hard", search=Search(propose, trials=2),
 )
 '''
+
+STOP_ONCE = """STOPS = []
+
+def stop_once():
+    if not STOPS:
+        STOPS.append(1)
+        breakpoint()
+
+class Halved"""
 
 
 def softseg(*args: object, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -97,6 +108,42 @@ def test_running_again_runs_nothing_and_changes_nothing(done: Path) -> None:
     again = softseg("run", done.parents[1] / "tiny.py", "--json", cwd=done.parents[1])
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (done / "fits").rglob("*") if path.is_file()} == before
+
+
+WITHOUT_RAY = """
+import sys
+from softseg_dist.cli.main import app
+try:
+    app(sys.argv[1:])
+finally:
+    assert "ray" not in sys.modules
+"""
+
+
+def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(done: Path, tmp_path: Path) -> None:
+    text = STUDY.replace("        return 0.5", "        stop_once()\n        return 0.5").replace(
+        "class Halved", STOP_ONCE
+    )
+    command = [sys.executable, "-c", WITHOUT_RAY, "run", str(write(tmp_path, text)), "--local"]
+    script = "p 'six times seven is', 6 * 7\ncontinue\n"
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, input=script, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "('six times seven is', 42)" in ran.stdout
+    pd.testing.assert_frame_equal(table(tmp_path / "runs" / "tiny"), table(done), check_exact=True)
+    left = [{path.relative_to(run) for path in run.glob("fits/*/*/*")} for run in (done, tmp_path / "runs" / "tiny")]
+    assert left[0] == left[1]
+    refitted = [
+        sys.executable,
+        "-c",
+        WITHOUT_RAY,
+        "refit",
+        str(tmp_path / "runs/tiny"),
+        "--candidate",
+        "soft",
+        "--local",
+    ]
+    again = subprocess.run(refitted, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
 
 
 def test_two_workers_per_fit_give_the_same_table_to_the_last_digit(done: Path, tmp_path: Path) -> None:
@@ -219,6 +266,34 @@ def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(
     assert message in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("runs/*/fits/*/*.json"))
+
+
+@pytest.mark.timed
+def test_a_local_run_takes_less_than_half_the_processor_time_of_one_through_ray(tmp_path: Path) -> None:
+    """Of a two-fit study with report and model; Ray's own processes are counted while they live, as they end by a signal."""
+    study = write(
+        tmp_path, STUDY.replace(", search=Search(propose, trials=2)", "").replace('("hard", "soft")', '("hard",)')
+    )
+    assert softseg("prepare", study, cwd=tmp_path).returncode == 0
+    local_s = processor_s(tmp_path, study, "--out", "local", "--local")
+    ray_s = processor_s(tmp_path, study, "--out", "ray", "--max-concurrent", 1)
+    print(f"\nprocessor time: {local_s:.1f} s local, {ray_s:.1f} s through Ray")
+    assert local_s < ray_s / 2
+
+
+def processor_s(folder: Path, *args: object) -> float:
+    """Processor seconds, user and system, of a run and all processes that it starts."""
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", *map(str, args)]
+    driver, spent = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL), {}
+    while driver.poll() is None:
+        with suppress(psutil.Error):
+            for process in (psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)):
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    spent[process.pid] = times.user + times.system
+        time.sleep(0.1)  # polling processes of another program
+    assert driver.returncode == 0
+    return sum(spent.values())
 
 
 @pytest.mark.timed

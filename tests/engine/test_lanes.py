@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from faults import reserved
-from scripted import BASE, NUM_SPLITS, make_study, run, splits_of, starts
+from scripted import BASE, NUM_SPLITS, context_of, make_study, run, splits_of, starts
 
 from softseg_dist import Resources
 from softseg_dist.engine.progress import PlainLines
@@ -83,7 +83,8 @@ def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs
 
     for alone_s, ended in ((GROUP_PAYS_S / 2, (1, 1)), (GROUP_PAYS_S, (2, 0))):
         lines, task = io.StringIO(), _refit_task(tmp_path / str(alone_s))
-        result = train_on_workers(task, fit, Resources(), PlainLines(lines), alone_s=alone_s)
+        context = context_of(tmp_path, make_study(("a",)), resources=Resources(), progress=PlainLines(lines), fit=fit)
+        result = train_on_workers(context, task, alone_s)
         assert (result.num_workers, result.attempt) == ended
         assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
         assert reserved(2) == 0

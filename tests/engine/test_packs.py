@@ -27,9 +27,8 @@ from scripted import make_study, processes, run, starts
 from softseg_dist import Dice, MCDropout, NormReLU, Resources, UNet
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_lanes import LostJob, Report
-from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, vacate, with_size
-from softseg_dist.engine.worker import run_fit, time_limit
+from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, wait_until_released, with_size
+from softseg_dist.engine.worker import LostJob, Report, run_fit, time_limit
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, Worker
@@ -78,10 +77,10 @@ def alone(tasks: dict[str, FitTask], tmp_path_factory: pytest.TempPathFactory) -
     return {name: (ran[name].folder, result) for name, result in run_on(1, whole_fit, ran).items()}
 
 
-def in_pack(landlord: Any, task: FitTask, report: Report) -> dict[str, Any]:
+def in_pack(manager: Any, task: FitTask, report: Report) -> dict[str, Any]:
     """The result of a fit, without what a machine adds; the trial is a thread of this process."""
     config = {"task": json.dumps(task.model_dump(mode="json")), "stop": f"{task.folder}.stop"}
-    ending = json.loads(run_in_pack(landlord, task.folder, config, report)["ending"])
+    ending = json.loads(run_in_pack(manager, task.folder, config, report)["ending"])
     assert ending["kind"] == "result", ending
     same = {"duration_s": 0.0, "peak_memory_mb": 0.0, "num_workers": 1}
     return ending["result"] | same
@@ -105,9 +104,9 @@ def test_fits_in_one_host_end_as_if_they_were_alone_and_the_host_ends_with_the_s
 ) -> None:
     epochs: list[dict[str, str]] = []
     ran = [task.replace(folder=str(tmp_path / name)) for name, task in tasks.items()]
-    with packs(train, SIZE, None) as landlord, ThreadPoolExecutor(SIZE) as trials:
-        together = list(trials.map(lambda task: in_pack(landlord, task, epochs.append), ran))
-        pids = ray.get(landlord.pids.remote())
+    with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
+        together = list(trials.map(lambda task: in_pack(manager, task, epochs.append), ran))
+        pids = ray.get(manager.pids.remote())
     assert len(pids) == 1
     assert len(epochs) == sum(result["epochs"] for result in together)
     for name, result in zip(tasks, together, strict=True):
@@ -121,14 +120,14 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
     shared_ray: None, tasks: dict[str, FitTask], alone: dict[str, Any], tmp_path: Path
 ) -> None:
     def ask(task: FitTask) -> LostJob:
-        return lost(lambda: in_pack(landlord, task, lambda report: both_train.wait(timeout=60) and None))
+        return lost(lambda: in_pack(manager, task, lambda report: both_train.wait(timeout=60) and None))
 
     ran = {name: tasks[name].replace(folder=str(tmp_path / name), checkpoint_every_s=0) for name in tasks}
-    both_train = threading.Barrier(SIZE, action=lambda: os.kill(*ray.get(landlord.pids.remote()), 9))
-    with packs(train, SIZE, None) as landlord, ThreadPoolExecutor(SIZE) as trials:
+    both_train = threading.Barrier(SIZE, action=lambda: os.kill(*ray.get(manager.pids.remote()), 9))
+    with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
         ends = list(trials.map(ask, ran.values()))
         for name, task in ran.items():
-            vacate(landlord, task.folder)
+            wait_until_released(manager, task.folder)
             folder, expected = alone[name]
             resumed = whole_fit(task.replace(attempt=1), Worker())
             assert resumed.pop("resumed_epoch") is not None
@@ -140,16 +139,16 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
 def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(
     shared_ray: None, tmp_path: Path
 ) -> None:
-    with packs(linger, SIZE, LIMIT_S) as landlord, ThreadPoolExecutor(SIZE) as trials:
+    with packs(linger, SIZE, LIMIT_S) as manager, ThreadPoolExecutor(SIZE) as trials:
         late: list[Any] = []
 
         def start_late(report: dict[str, str]) -> None:
             config = {"folder": str(tmp_path / "late")}
-            late.append(trials.submit(lost, lambda: run_in_pack(landlord, "late", config, lambda report: None)))
+            late.append(trials.submit(lost, lambda: run_in_pack(manager, "late", config, lambda report: None)))
 
         for name in ("first", "late"):
             (tmp_path / name).mkdir()
-        first = lost(lambda: run_in_pack(landlord, "first", {"folder": str(tmp_path / "first")}, start_late))
+        first = lost(lambda: run_in_pack(manager, "first", {"folder": str(tmp_path / "first")}, start_late))
         assert (str(late[0].result()), late[0].result().blameless) == (OVERRUN, True)
         assert not first.blameless
         assert "linger" in (tmp_path / "first" / "stack.txt").read_text()
@@ -160,15 +159,15 @@ def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(
     shared_ray: None, tmp_path: Path
 ) -> None:
     config = {"folder": str(tmp_path)}
-    with packs(linger, SIZE, LIMIT_S) as landlord:
+    with packs(linger, SIZE, LIMIT_S) as manager:
 
         def die(report: dict[str, str]) -> None:
             os.kill(os.getpid(), 9)
 
         client = ray.remote(num_cpus=0, max_retries=0)(run_in_pack)
         with pytest.raises(ray.exceptions.WorkerCrashedError):
-            ray.get(client.remote(landlord, "job", config, die))
-        vacate(landlord, "job")
+            ray.get(client.remote(manager, "job", config, die))
+        wait_until_released(manager, "job")
         assert (tmp_path / "stopped").exists()
 
 

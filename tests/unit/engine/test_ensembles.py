@@ -8,8 +8,9 @@ import pytest
 
 from softseg_dist import MCDropout, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.ensembles import MEMBERS, TABLE, measure_ensembles
-from softseg_dist.engine.final_model import Trained
+from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
 from softseg_dist.numerics.metrics import dice_dml
@@ -24,13 +25,13 @@ RECIPE = Recipe(network=UNet(filters=(4, 8), dropout=0.1), optim=Optim(lr=5e-3, 
 NUM_SPLITS = 4
 
 
-def measured(made: Trained) -> None:
+def measured(made: RunContext) -> None:
     outcome = Outcome(finished=NUM_SPLITS, failed=0, unfinished=0, interrupted=False)
-    measure_ensembles(made, WorkingCopy(made.folder), "a", outcome, Resources(), Progress())
+    measure_ensembles(made, "a", outcome)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
     """A run with four finished fits of one candidate, of which the last one is not recorded yet."""
     folder = tmp_path_factory.mktemp("run")
     data, preprocess = Phantom(subjects=5, size=(16, 16), num_slices=2, raters=2), Preprocess(dim=2)
@@ -53,7 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             ledger.write_result(result)
         else:
             late = result
-    made = Trained(study, None, ledger, store, str(path), folder)
+    made = RunContext(
+        study, splits, Prepared(str(path)), ledger, WorkingCopy(folder), Resources(), LocalBackend(), Progress()
+    )
     measured(made)
     first = pd.read_parquet(folder / TABLE)
     (folder / TABLE).rename(folder / "first.parquet")
@@ -63,34 +66,36 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return made
 
 
-def splits_by_subject(made: Trained, table: str) -> dict[str, list[int]]:
+def splits_by_subject(made: RunContext, table: str) -> dict[str, list[int]]:
     """The splits that a table may know of and that test each subject at least twice together."""
     known = made.ledger.splits()[: NUM_SPLITS - 1 if table == "first.parquet" else NUM_SPLITS]
-    by_subject = {case.subject: [s.index for s in known if case.subject in s.test] for case in made.store.cases}
+    by_subject = {
+        case.subject: [s.index for s in known if case.subject in s.test] for case in made.prepared.store.cases
+    }
     return {subject: splits for subject, splits in by_subject.items() if len(splits) > 1}
 
 
 @pytest.mark.parametrize("table", ["first.parquet", TABLE])
-def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: Trained, table: str) -> None:
-    rows = pd.read_parquet(made.folder / table)
+def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: RunContext, table: str) -> None:
+    rows = pd.read_parquet(made.copy.folder / table)
     expected = splits_by_subject(made, table)
     assert set(rows.subject) == set(expected) != set()
     assert (set(rows.split), set(rows.subset), set(rows.candidate)) == ({-1}, {"test"}, {"a"})
     members = rows[rows.metric == MEMBERS].set_index("subject").value
     assert {subject: len(splits) for subject, splits in expected.items()} == members.to_dict()
     model = Model(RECIPE.network, RECIPE.activation, 1, 1, 2)
-    for case in made.store.cases:
+    for case in made.prepared.store.cases:
         if case.subject not in expected:
             continue
-        maps, sample = [], made.store.sample(case.index)
+        maps, sample = [], made.prepared.store.sample(case.index)
         for split in expected[case.subject]:
-            load_weights(model, weights_path(made.folder / f"fits/a/{split:03d}"))
+            load_weights(model, weights_path(made.copy.folder / f"fits/a/{split:03d}"))
             maps.append(predict_sample(model, sample))
         value = rows[(rows.case == case.name) & (rows.metric == "ensemble_dice_dml")].value.item()
         assert value == pytest.approx(dice_dml(np.mean(maps, axis=0), sample.raters.mean(axis=1))[0], abs=1e-6)
 
 
-def test_what_is_measured_is_not_measured_again(made: Trained) -> None:
-    before = (made.folder / TABLE).stat().st_mtime_ns
+def test_what_is_measured_is_not_measured_again(made: RunContext) -> None:
+    before = (made.copy.folder / TABLE).stat().st_mtime_ns
     measured(made)
-    assert (made.folder / TABLE).stat().st_mtime_ns == before
+    assert (made.copy.folder / TABLE).stat().st_mtime_ns == before

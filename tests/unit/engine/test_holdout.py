@@ -7,6 +7,7 @@ import json
 import shutil
 import uuid
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +20,9 @@ from s3_server import BUCKET
 from softseg_dist import KFold, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet, factorial
 from softseg_dist.data.splits import held_out
 from softseg_dist.data.store import Store, build_store
-from softseg_dist.engine.final_model import Trained
+from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.holdout import open_holdout
+from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
@@ -215,27 +217,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def run(trained: tuple[Path, Path], tmp_path: Path) -> Trained:
+def run(trained: tuple[Path, Path], tmp_path: Path) -> RunContext:
     """A copy of it, to be opened."""
     folder = tmp_path / "tiny"
     shutil.copytree(trained[0], folder)
-    return Trained(STUDY, None, Ledger(folder), Store.open(trained[1]), str(trained[1]), folder)
+    return context_of(str(folder), Prepared(str(trained[1])))
+
+
+def context_of(folder: str, prepared: Prepared) -> RunContext:
+    ledger, copy = Ledger(folder), WorkingCopy(folder)
+    return RunContext(
+        STUDY, ledger.splits(), prepared, ledger, copy, Resources(), LocalBackend(), PlainLines(io.StringIO())
+    )
 
 
 COMPLETE = Outcome(finished=6, failed=0, unfinished=0, interrupted=False)
 
 
-def opened(run: Trained, winner: str = "soft", outcome: Outcome = COMPLETE) -> str:
-    told = io.StringIO()
-    open_holdout(run, WorkingCopy(run.ledger.folder), winner, outcome, Resources(), PlainLines(told))
-    return told.getvalue()
+def opened(run: RunContext, winner: str = "soft", outcome: Outcome = COMPLETE) -> str:
+    lines = io.StringIO()
+    open_holdout(replace(run, progress=PlainLines(lines)), winner, outcome)
+    return lines.getvalue()
 
 
-def rows(run: Trained) -> pd.DataFrame:
-    return pd.read_parquet(run.folder / "holdout.parquet")
+def rows(run: RunContext) -> pd.DataFrame:
+    return pd.read_parquet(run.copy.folder / "holdout.parquet")
 
 
-def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_by_all_their_fits(run: Trained) -> None:
+def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_by_all_their_fits(
+    run: RunContext,
+) -> None:
     opened(run)
     table, record = rows(run), run.ledger.holdout()
     assert record is not None
@@ -250,41 +261,41 @@ def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_b
     (opening,) = record.opened
     assert (opening.winner, opening.control) == ("soft", "hard")
     assert opening.fits == ("hard/000", "hard/001", "soft/000", "soft/001")
-    loaded = load_run(run.folder)
+    loaded = load_run(run.copy.folder)
     assert loaded.holdout_record == record
     assert loaded.holdout is not None
     assert len(loaded.holdout) == len(table)
 
 
-def test_held_out_subjects_are_measured_as_test_subjects_are(run: Trained) -> None:
+def test_held_out_subjects_are_measured_as_test_subjects_are(run: RunContext) -> None:
     """If the held-out subjects were those that a fit has tested, its rows would be those that it wrote itself."""
     split = run.ledger.splits()[0]
     run.ledger.write_holdout(HoldoutRecord(subjects=split.test))
     opened(run)
-    theirs = pd.read_parquet(run.folder / "fits/soft/000/cases.parquet").query("subset == 'test'")
-    ours = pd.read_parquet(run.folder / "fits/soft/000/holdout.parquet")
+    theirs = pd.read_parquet(run.copy.folder / "fits/soft/000/cases.parquet").query("subset == 'test'")
+    ours = pd.read_parquet(run.copy.folder / "fits/soft/000/holdout.parquet")
     names = ["subject", "case", "class", "reference", "metric"]
     ours, theirs = (part.astype(dict.fromkeys(names, str)) for part in (ours, theirs.reset_index(drop=True)))
     columns = [*names, "threshold", "value"]
     pd.testing.assert_frame_equal(ours[columns], theirs[columns], rtol=1e-5)
 
 
-def test_running_again_opens_nothing(run: Trained) -> None:
+def test_running_again_opens_nothing(run: RunContext) -> None:
     opened(run)
     before = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.folder.rglob("fits/*/*/holdout.parquet")
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.copy.folder.rglob("fits/*/*/holdout.parquet")
     }
-    record = (run.folder / "holdout.json").read_bytes()
+    record = (run.copy.folder / "holdout.json").read_bytes()
     assert opened(run) == ""
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
-    assert (run.folder / "holdout.json").read_bytes() == record
+    assert (run.copy.folder / "holdout.json").read_bytes() == record
 
 
-def test_an_interrupted_opening_goes_on_and_counts_once(run: Trained) -> None:
+def test_an_interrupted_opening_goes_on_and_counts_once(run: RunContext) -> None:
     opened(run)
     whole = rows(run)
-    holdout_path(run.folder / "fits/soft/001").unlink()  # as if it had been stopped before its last fit
-    (run.folder / "holdout.parquet").unlink()
+    holdout_path(run.copy.folder / "fits/soft/001").unlink()  # as if it had been stopped before its last fit
+    (run.copy.folder / "holdout.parquet").unlink()
     assert "1 fits" in opened(run)
     pd.testing.assert_frame_equal(rows(run), whole)
     record = run.ledger.holdout()
@@ -292,7 +303,7 @@ def test_an_interrupted_opening_goes_on_and_counts_once(run: Trained) -> None:
     assert len(record.opened) == 1
 
 
-def test_another_winner_is_measured_too_and_the_record_says_that_it_was_not_the_first(run: Trained) -> None:
+def test_another_winner_is_measured_too_and_the_record_says_that_it_was_not_the_first(run: RunContext) -> None:
     opened(run)
     before = rows(run)
     assert "were open before" in opened(run, winner="nearest")
@@ -305,7 +316,7 @@ def test_another_winner_is_measured_too_and_the_record_says_that_it_was_not_the_
     assert [(opening.winner, len(opening.fits)) for opening in record.opened] == [("soft", 4), ("nearest", 4)]
 
 
-def test_a_control_that_wins_is_measured_once(run: Trained) -> None:
+def test_a_control_that_wins_is_measured_once(run: RunContext) -> None:
     opened(run, winner="hard")
     assert set(rows(run)["candidate"]) == {"hard"}
 
@@ -319,29 +330,29 @@ def test_a_control_that_wins_is_measured_once(run: Trained) -> None:
     ],
     ids=["unfinished", "interrupted", "given up"],
 )
-def test_nothing_is_opened_while_a_fit_is_missing(run: Trained, outcome: Outcome, told: str) -> None:
+def test_nothing_is_opened_while_a_fit_is_missing(run: RunContext, outcome: Outcome, told: str) -> None:
     assert told in opened(run, outcome=outcome)
-    assert json.loads((run.folder / "holdout.json").read_text())["opened"] == []
-    assert not list(run.folder.rglob("holdout.parquet"))
+    assert json.loads((run.copy.folder / "holdout.json").read_text())["opened"] == []
+    assert not list(run.copy.folder.rglob("holdout.parquet"))
 
 
-def test_weights_that_are_gone_are_named(run: Trained) -> None:
-    weights_path(run.folder / "fits/soft/001").unlink()
+def test_weights_that_are_gone_are_named(run: RunContext) -> None:
+    weights_path(run.copy.folder / "fits/soft/001").unlink()
     with pytest.raises(UserError, match=r"fits/soft/001/best\.safetensors: the weights of a finished fit are gone"):
         opened(run)
 
 
 def test_a_remote_run_is_opened_from_anywhere(
-    run: Trained, s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunContext, s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"s3://{BUCKET}/{uuid.uuid4().hex}/tiny"
-    for path in run.folder.rglob("*"):
+    for path in run.copy.folder.rglob("*"):
         if path.is_file() and path.name != ".lock":
-            (Place.at(uri) / path.relative_to(run.folder).as_posix()).push(path)
+            (Place.at(uri) / path.relative_to(run.copy.folder).as_posix()).push(path)
     for machine in ("first", "second"):
         monkeypatch.setenv("SOFTSEG_CACHE", str(tmp_path / machine))
-        copy = WorkingCopy(uri)
-        told = opened(Trained(STUDY, None, Ledger(uri), run.store, run.store_where, copy.folder))
+        context = context_of(uri, run.prepared)
+        copy, told = context.copy, opened(context)
         assert ("4 fits" in told) == (machine == "first")
         assert {"holdout.json", "holdout.parquet"} <= {path.name for path in copy.folder.iterdir()}
     opened(run)

@@ -1,0 +1,115 @@
+"""All uses of Ray's private or unstable names, for the versions of Ray that are tested.
+
+`USED` lists the names; tests/unit/engine/test_ray_private.py says which one is gone when Ray changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import state as ray_state
+from ray._private import worker as ray_worker
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+USED = {
+    "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
+    "ray._private.state": ("actors", "state._connect_and_get_accessor"),
+    "ray._private.worker": ("_worker_logs_enabled",),
+    "ray.actor": ("ActorHandle._actor_id",),
+    "ray.autoscaler.sdk": ("request_resources",),
+    "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
+    "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
+    "ray.experimental.internal_kv": ("_internal_kv_get",),
+    "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
+}
+REMOVED = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
+
+
+def ask_for_machines(bundle: dict[str, float], count: int) -> None:
+    """Request `count` bundles of a cluster that grows; 0 withdraws the request."""
+    request_resources(bundles=[bundle] * count)
+
+
+def grows() -> bool:
+    """Has the cluster an autoscaler that can add machines?
+
+    Ray runs one everywhere. Without one of its own, version 1 names the machines of a cluster `node_<id>`, each a type of its own.
+    Version 2 is switched on only for clusters that grow.
+    """
+    if is_autoscaler_v2():
+        return True
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not name.startswith("node_") for name in types)
+
+
+def node_of_actor(actor: str) -> str:
+    """The id of the node of an actor, both in hexadecimal."""
+    return str(ray_state.actors(actor)["Address"]["NodeID"])
+
+
+def id_of_actor(handle: Any) -> str:
+    """The id of an actor, in hexadecimal."""
+    return str(handle._actor_id.hex())
+
+
+@contextmanager
+def no_worker_logs() -> Iterator[None]:
+    """Ray prints nothing about workers while the block runs, or it would print their deaths on stdout, between lines of --json."""
+    shown = ray_worker._worker_logs_enabled
+    ray_worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        ray_worker._worker_logs_enabled = shown
+
+
+def free_orphans() -> int:
+    """Remove the placement groups of this driver whose creators have died; returns how many there were."""
+    removed = 0
+    for group in _reserved():
+        made_by_actor = group.creator_actor_id.strip(b"\xff")  # the driver's own groups have no such id
+        if group.creator_actor_dead and made_by_actor:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            removed += 1
+    return removed
+
+
+def holds_nothing() -> bool:
+    """Is no placement group of this driver left?"""
+    return not _reserved()
+
+
+def _reserved() -> list[Any]:
+    """The placement groups of this driver."""
+    job = ray.get_runtime_context().get_job_id()
+    table = ray_state.state._connect_and_get_accessor().get_placement_group_table()
+    groups = map(PlacementGroupTableData.FromString, table)
+    return [g for g in groups if g.state != REMOVED and not g.is_detached and g.creator_job_id.hex() == job]
+
+
+def lost_actor(text: str) -> str | None:
+    """The id of the actor that Ray's message about a dead process calls unavailable; None if it names none."""
+    found = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)
+    return None if found is None else found[1]
+
+
+def cause_in(text: str) -> str:
+    """The part of Ray's message about a dead process that people need: the exception inside it, if there is one."""
+    if "low on memory" in text:
+        return (
+            "its process was killed because the machine ran low on memory; "
+            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
+        )
+    inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
+    return inner[-1] if inner else ""

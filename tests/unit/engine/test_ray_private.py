@@ -1,0 +1,44 @@
+"""Contract with Ray: the private and unstable names that the package uses exist, and an unsupported version is refused."""
+
+from __future__ import annotations
+
+import importlib
+from functools import reduce
+
+import pytest
+
+from softseg_dist.engine import context
+from softseg_dist.engine.context import SUBMITTED_BY, check_ray
+from softseg_dist.engine.ray_private import USED, cause_in, lost_actor
+from softseg_dist.errors import UserError
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in USED.items() for name in names])
+def test_a_name_that_the_package_uses_exists_in_this_ray(module: str, name: str) -> None:
+    found = importlib.import_module(module)
+    if name == "Trial.trial_id":  # its constructor sets it
+        assert "trial_id" in found.Trial.__init__.__code__.co_names
+    else:
+        reduce(getattr, name.split("."), found)
+
+
+def test_another_ray_is_refused_with_the_version_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_ray()
+    monkeypatch.setattr(context, "RAY", (2, 1))
+    with pytest.raises(UserError, match=r"^Ray \S+ is not supported: pip install .*==2\.1\.\*\", or run with --local$"):
+        check_ray()
+
+
+def test_a_job_of_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SUBMITTED_BY, "0.0.1")
+    with pytest.raises(UserError, match=r"submitted by softseg_dist 0\.0\.1, but the cluster has"):
+        check_ray()
+
+
+def test_the_cause_of_a_death_is_read_from_what_ray_says() -> None:
+    text = "ray.exceptions.RayTaskError(ValueError): ray::x\n  File ...\nValueError: the fit broke\n"
+    assert cause_in(text) == "ValueError: the fit broke"
+    assert "low on memory" in cause_in("Task was killed due to the node running low on memory.")
+    assert cause_in("The actor died unexpectedly") == ""
+    assert lost_actor(f"The actor {'0a' * 16} is unavailable: The actor is temporarily unavailable") == "0a" * 16
+    assert lost_actor("The actor died unexpectedly") is None
