@@ -50,7 +50,7 @@ class OuterWinner(Frozen):
     control_holdout_score: float | None
 
     def line(self, control: str | None) -> str:
-        """The outer split in one line, for people."""
+        """The outer split in one line."""
         beside = f", {control} {_shown(self.control_holdout_score)}" if control not in (None, self.winner) else ""
         scores = f"validation {_shown(self.validation_score)}, outer test {_shown(self.holdout_score)}{beside}"
         return f"Outer split {self.split:03d}: {self.winner} won, {scores}"
@@ -92,7 +92,7 @@ class Nested:
 
 
 def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Nested:
-    """Run a nested study or go on with it: its outer splits one after the other, each as `run_study` would, but without a model.
+    """Run or continue a nested study: its outer splits one after the other, each as `run_study` would, but without a model.
 
     `progress` makes a display for each of them. Raises UserError as `run_study` does; too few subjects for any inner study are
     refused before the first fit.

@@ -108,7 +108,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left behind. `folder` may be a URI.
+    """The outcome of a run. `folder` may be a URI.
 
     `report` is on this machine, or None if no fit has finished; `model` too, or None while fits are left to run.
     """
@@ -121,7 +121,7 @@ class Finished:
 
 
 def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finished:
-    """Run a study or go on with it. What a user can get wrong is found before the first fit starts.
+    """Run or continue a study. Mistakes of the user are found before the first fit starts.
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
@@ -181,7 +181,7 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
                     model = make_model(context, winner, copy.folder / MODEL)
                     copy.push(MODEL)
                     tracker.model(model)
-    except KeyboardInterrupt:  # after the search: the next run goes on with what is there of holdout and model
+    except KeyboardInterrupt:  # after the search: the next run continues holdout and model
         status, outcome = "KILLED", replace(outcome, interrupted=True)
     finally:
         for line in tracker.close(status):

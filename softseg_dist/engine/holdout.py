@@ -28,7 +28,7 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
     """Measure winner and control on the held-out subjects, unless that was done before; nothing happens without any.
 
     Nothing is opened while a fit is missing. That the subjects are opened is recorded before the first prediction. Every fit
-    leaves its rows in its folder, so an opening that was interrupted goes on; all of them are merged into `holdout.parquet`.
+    leaves its rows in its folder, so an interrupted opening continues; all of them are merged into `holdout.parquet`.
 
     Raises UserError if the weights of a finished fit are gone.
     """

@@ -39,7 +39,7 @@ class TimeLimitExceeded(BaseException):
 
 @dataclass(frozen=True)
 class LocalBackend:
-    """Fits in this process. `debug`: the study file is loaded anew from a pickle, as in a worker, and tracebacks are shown."""
+    """Fits in this process. `debug`: the study's code is loaded again, from a pickle, as in a worker, and tracebacks are shown."""
 
     debug: bool = False
 

@@ -1,4 +1,4 @@
-"""What a study will take, before it runs: fits, hours and money on machines that can be rented."""
+"""The cost of a study before it runs: fits, hours and money on machines that can be rented."""
 
 from __future__ import annotations
 

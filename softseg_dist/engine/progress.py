@@ -1,4 +1,4 @@
-"""How a run looks while it runs: a live table on a terminal, plain lines elsewhere, JSON lines for machines."""
+"""Progress displays of a run: a live table on a terminal, plain lines elsewhere, JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tally:
 
 
 class Progress:
-    """What a search tells its audience. This one tells nobody, but counts; the others override what they show.
+    """Receives the events of a search and counts fits. It shows nothing; subclasses override what they show.
 
     `total` and `done` count fits; a fit's `key` is `candidate/split`.
     """
@@ -80,7 +80,7 @@ class Progress:
         self.running.pop(key, None)
 
     def note(self, text: str) -> None:
-        """Something a person should know, in one line."""
+        """A line for the user."""
 
     def close(self) -> None:
         """The search is over; notes may follow."""

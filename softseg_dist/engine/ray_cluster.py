@@ -1,6 +1,9 @@
-"""The Ray that fits run on: start one on this machine or connect to a cluster, and wait until it can hold a fit.
+"""The Ray that fits run on: start it on this machine or connect to a cluster, wait for resources, free them after lost workers.
 
 softseg run STUDY --address auto        # on a machine of the cluster; --address HOST:PORT names the head
+
+A killed lane of workers leaves its placement group reserved, without the dashboard or with a second Ray on the machine. The driver
+removes the groups of its own job whose creator actors are dead (`Orphans`), between steps of Tune and at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from softseg_dist.study import Resources
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
-    "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep what the fit has freed
+    "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep the freed memory
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a lane sees that a worker has died
@@ -106,10 +109,10 @@ def wait_for_room(
     """
     limit_s = (GROWING_WAIT_S if grows() else 0.0) if max_wait_s is None else max_wait_s
     deadline_s = time.monotonic() + limit_s
-    asked = False
+    requested = False
     try:
         while not stopped():
-            bundle = bundle_of(resources)  # anew: whether there is a GPU may be known only now
+            bundle = bundle_of(resources)  # in each round: the first machine with a GPU may be added meanwhile
             try:
                 places_for(bundle, resources)
                 return
@@ -117,13 +120,13 @@ def wait_for_room(
                 if time.monotonic() >= deadline_s:
                     waited = f" (waited {limit_s:g} s)" if limit_s else ""
                     raise UserError(f"{error}{waited}") from None
-                if not asked:
+                if not requested:
                     ask_for_machines(bundle, resources.workers_per_fit)
                     note(f"waiting up to {limit_s:g} s for machines: {error}")
-                    asked = True
+                    requested = True
             time.sleep(0.5)
     finally:
-        if asked:
+        if requested:
             ask_for_machines({}, 0)
 
 

@@ -1,4 +1,4 @@
-"""Can every node of a cluster run fits: has it this package, can it use the folders of a run? Found out by asking the nodes."""
+"""Checks, by a task on each node, that every node of a cluster has this package and can use the folders of a run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
     """Raise UserError, naming nodes and folder, if a node that runs fits cannot see or write one of `folders`.
 
     `folders` maps what a folder is for, in the words of the command line (`--out`), to its path or URI. They are made if they are
-    missing. Nothing is asked where there is one node only. A node that joins later is not asked.
+    missing. A cluster of one node is not checked, and neither is a node that joins later.
     """
     if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
-    asked = _nodes_for_fits()
+    nodes = _nodes_for_fits()
     for purpose, folder in folders.items():
         place = Place.at(folder if "://" in str(folder) else Path(folder).absolute())
         with _token(place) as token:
-            answers = _ask(asked, probe, [(str(place), token, f"{token}.{number}") for number in range(len(asked))])
+            answers = _ask(nodes, probe, [(str(place), token, f"{token}.{number}") for number in range(len(nodes))])
         problems = {name: answer for name, answer in answers.items() if answer}
         if problems:
-            raise UserError(_refusal(purpose, folder, problems, len(asked)))
+            raise UserError(_refusal(purpose, folder, problems, len(nodes)))
 
 
 def check_package() -> None:
@@ -59,7 +59,7 @@ def check_package() -> None:
 
 
 def probe(folder: str, token: str, trace: str) -> str:
-    """What keeps this machine from using `folder`, where somebody has left the file `token`; "" if nothing does.
+    """Why this machine cannot use `folder`, in which the driver has written the file `token`; "" if it can.
 
     It writes and removes the file `trace` there.
     """
@@ -99,7 +99,7 @@ def _answer(waiting: Any) -> str:
     except GetTimeoutError:
         return f"did not answer in {ANSWER_S:g} s"
     except RayError as error:
-        return f"could not be asked: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"could not be checked: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return answer
 
 
@@ -111,7 +111,7 @@ def _token(place: Place) -> Iterator[str]:
     try:
         yield token
     finally:
-        for name in place.names():  # with what a node that died has left
+        for name in place.names():  # with the files of a node that died
             if name.startswith(token):
                 (place / name).delete()
 

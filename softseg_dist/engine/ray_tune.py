@@ -1,4 +1,4 @@
-"""Run the fits of a study on Ray Tune: one Tune trial is one fit.
+"""Run the fits of a study on Ray: one Tune trial is one fit. The final model trains on all workers that there is room for.
 
 Tune gives processes, placement and concurrency. The searcher decides what runs next, the ledger records it; Tune's own persistence,
 loggers, retries and signal handling are switched off.
@@ -7,9 +7,11 @@ loggers, retries and signal handling are switched off.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,21 +25,23 @@ from softseg_dist.engine.ray_cluster import (
     fits_at_once,
     node_is_gone,
     one_ray,
+    places_for,
     quiet,
     ray_at,
     wait_for_room,
     wait_until_free,
 )
-from softseg_dist.engine.ray_lanes import lane_of_process
+from softseg_dist.engine.ray_lanes import Lane, lane_of_process, run_alone
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released, with_size
 from softseg_dist.engine.ray_private import cause_in, lost_actor
 from softseg_dist.engine.ray_reach import check_package, check_reach
-from softseg_dist.engine.ray_refit import train_on_workers
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit
+from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
+from softseg_dist.places import Place
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
+GROUP_PAYS_S = 60.0  # of one worker: a group takes 13 to 25 s to start, which a shorter fit does not win back
 LANE_HOLDER = {"node:__internal_head__": 0.001}  # a trial whose fit runs elsewhere must not hold what its workers need
 
 
@@ -79,6 +83,41 @@ class RayBackend:
     def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
         """As `Backend.train`, on all workers that there is room for."""
         return train_on_workers(context, task, alone_s, self.address, self.max_wait_s)
+
+
+def train_on_workers(
+    context: RunContext,
+    task: FitTask,
+    alone_s: float = math.inf,
+    address: str | None = None,
+    max_wait_s: float | None = None,
+) -> FitResult:
+    """Run a fit on as many workers as there is room for, but no more than a batch has items; it resumes from its checkpoint.
+
+    `alone_s` is the time that one worker would take; below `GROUP_PAYS_S` one worker runs the fit. A lost worker costs what was
+    trained since the last checkpoint. `address` and `max_wait_s` as in `RayBackend`. Raises UserError if there is no room for one
+    worker, or if the fit is lost repeatedly.
+    """
+    alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
+    fit, sources, note = context.fit, context.sources, context.progress.note
+
+    def run(message: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
+        return run_fit(message, fit, sources, worker, report)
+
+    place = Place.at(task.folder)
+    with quiet(), ray_at(address):
+        wait_for_room(alone, max_wait_s, note, lambda: False)
+        bundle = bundle_of(alone)
+        num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
+        if num_workers == 1 or alone_s < GROUP_PAYS_S:
+            return run_until_done(partial(run_alone, run, bundle), task, str(place / ".stop"), note)
+        lane = Lane(run, num_workers, bundle, str(place / ".lane"))
+        try:
+            return run_until_done(lane.run, task, str(place / ".stop"), note)
+        finally:
+            lane.close()
+            wait_until_free()
+            (place / ".lane").delete()
 
 
 def _tune(session: Session, context: RunContext) -> None:

@@ -63,7 +63,7 @@ def _set(file: TextIO, deadline_s: float | None) -> None:
             faulthandler.dump_traceback_later(max(LEAST_S, next_s - time.monotonic()), exit=True, file=file)
 
 
-STOP_CHECK_S = 0.5  # how often a fit looks for the stop file; it asks after every step
+STOP_CHECK_S = 0.5  # how often a fit looks for the stop file, at most after every step
 REMOTE_STOP_CHECK_S = 5.0  # every request to an object store costs money
 ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
 

@@ -38,10 +38,10 @@ F = TypeVar("F", bound=Frozen)
 class CandidateRecord(Frozen):
     """A candidate as it was first emitted.
 
-    `number` is its place in the order asked, among its own kind: Optuna's trial number for a proposed one. `recipe` is JSON, so
-    that it can be read without the study file; with `tune_each` it has the learning rate that was chosen, and is recorded then.
-    `params` and `distributions` (JSON of each) are Optuna's. A "tuning" candidate is a learning rate that is tried for a fixed one.
-    `note` is what a reader of the results should know.
+    `number` counts the candidates of its own kind, in the order of their first emission; it is Optuna's trial number for a
+    proposed one. `recipe` is JSON, which is readable without the study file; with `tune_each` it has the learning rate that was
+    chosen, and is recorded then. `params` and `distributions` (JSON of each) are Optuna's. A "tuning" candidate is a learning rate
+    that is tried for a fixed one. `note` is a remark for readers of the results.
     """
 
     name: str
@@ -57,8 +57,8 @@ class RaceRecord(Frozen):
     """A candidate that gets no more splits, since it is significantly worse than the `incumbent`, which has run fully.
 
     `after` splits that both had, its mean paired `difference` to the incumbent was that, in the objective's own unit, with the
-    one-sided `p`; the second objective's, if there is one, likewise. `told` is what Optuna is told as its values: the
-    incumbent's means plus the differences.
+    one-sided `p`; the second objective's, if there is one, likewise. `values` are those that Optuna gets: the incumbent's
+    means plus the differences.
     """
 
     candidate: str
@@ -68,11 +68,11 @@ class RaceRecord(Frozen):
     p: float
     second_difference: float | None = None
     second_p: float | None = None
-    told: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 class Opening(Frozen):
-    """One look at the held-out subjects: when (ISO, UTC), at which winner and control, by which of their fits."""
+    """One opening of the held-out subjects: when (ISO, UTC), for which winner and control, with which of their fits."""
 
     at: str
     winner: str
@@ -81,7 +81,7 @@ class Opening(Frozen):
 
 
 class HoldoutRecord(Frozen):
-    """Who is in no split, and every time that somebody looked: more than once if the study was extended since."""
+    """The subjects of no split, and every opening: more than one if the study was extended since."""
 
     subjects: tuple[str, ...]
     opened: tuple[Opening, ...] = ()
@@ -177,7 +177,7 @@ class Ledger:
         self._write(f"fits/{record.candidate}/race.json", json.dumps(json_of(record), indent=1))
 
     def candidates(self) -> dict[str, CandidateRecord]:
-        """All recorded candidates by name: the fixed ones first, each kind in the order asked.
+        """All recorded candidates by name: the fixed ones first, each kind by number.
 
         Raises UserError if a record cannot be read: which recipe its fits belong to would be a guess.
         """
@@ -215,11 +215,11 @@ class Ledger:
         return found
 
     def write_holdout(self, record: HoldoutRecord) -> None:
-        """Record who is held out, and who has looked."""
+        """Record the held-out subjects and their openings."""
         self._write("holdout.json", json.dumps(json_of(record), indent=1))
 
     def holdout(self) -> HoldoutRecord | None:
-        """Who is held out, and who has looked; None if nobody is. Raises UserError if the record cannot be read."""
+        """The held-out subjects and their openings; None if there are none. Raises UserError if the record cannot be read."""
         if (data := self._read("holdout.json")) is None:
             return None
         if (record := _parsed(HoldoutRecord, data)) is None:

@@ -1,6 +1,7 @@
-"""A fit whose folder is remote works in a scratch folder of its node; what it leaves there is mirrored to its own folder.
+"""Remote run folders: a fit works in a scratch folder that is mirrored to its own, a driver in a copy of the run folder.
 
-What is lost when its process dies: everything since the last checkpoint, and the stacks of a fit that took too long.
+A fit whose process dies loses everything since the last checkpoint, and the stacks of a fit that took too long. `WorkingCopy`
+copies only what is newer, in both directions, so that another machine can continue a run. A local folder is not copied.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from softseg_dist.locks import hold, holder
 from softseg_dist.places import Place, working_folder
 from softseg_dist.training.task import FitTask
 
-LAST = ("checkpoint.pt", "result.json")  # sent after what they rely on: history and weights are never older than they
+LAST = ("checkpoint.pt", "result.json")  # sent last, so that history and weights there are never older
 FRESH_S = 60.0  # a scratch folder as young as this may not have its lock yet
 
 
 @contextmanager
 def mirrored(task: FitTask) -> Iterator[tuple[FitTask, Callable[[], None]]]:
-    """The task with a folder of this machine, and what to call after each checkpoint; what is there is sent at the end.
+    """The task with a folder of this machine, and what to call after each checkpoint; the folder is sent at the end.
 
     A fit whose folder is on this machine works there, and nothing is copied.
     """
@@ -57,7 +58,7 @@ class Mirror:
             self._copied[name] = _stamp(self._folder / name)
 
     def push(self) -> None:
-        """Send what is new here, and then remove there what is gone here."""
+        """Send new files, and then remove files there that were removed here."""
         here = {p.name: _stamp(p) for p in self._folder.iterdir() if p.is_file() and not p.name.startswith(".")}
         new = [name for name, stamp in here.items() if self._copied.get(name) != stamp]
         for name in sorted(new, key=lambda name: (LAST.index(name) + 1 if name in LAST else 0, name)):
@@ -84,7 +85,7 @@ COPIERS = 8  # files that are copied at a time
 
 
 class WorkingCopy:
-    """`folder` holds what was pulled. Both ways the newer file wins, so a driver that goes on elsewhere finds what it needs.
+    """`folder` holds the pulled files. In both directions the newer file wins, so a driver can continue on another machine.
 
     Nothing is copied if the run folder is on this machine.
     """
@@ -94,7 +95,7 @@ class WorkingCopy:
         self.folder = working_folder(self.place) if "://" in str(run) else Path(run)
 
     def pull(self, *patterns: str) -> None:
-        """Fetch all files whose names match, such as "fits/*/*.json", unless what is here is as new.
+        """Fetch all files whose names match, such as "fits/*/*.json", unless the files here are as new.
 
         A file of a fit that is not there any more is removed here: its fit runs again.
         """

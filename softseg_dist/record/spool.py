@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SPOOL = "mlflow_spool.jsonl"  # its name in a run folder
-Record = dict[str, Any]
+TrackingRecord = dict[str, Any]
 
 
 class Spool:
@@ -19,7 +19,7 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[TrackingRecord]:
         """All records, oldest first."""
         if not self.path.exists():
             return []
@@ -29,7 +29,7 @@ class Spool:
                 records.append(json.loads(line))
         return records
 
-    def append(self, records: Sequence[Record]) -> None:
+    def append(self, records: Sequence[TrackingRecord]) -> None:
         """Add records at the end. Raises OSError if not all could be written; adding them again does no harm."""
         if not records:
             return
@@ -38,7 +38,7 @@ class Spool:
                 file.write(b"\n")  # ends a line that a crash or a full disk has torn
             file.write(_lines(records))
 
-    def replace(self, records: Sequence[Record]) -> None:
+    def replace(self, records: Sequence[TrackingRecord]) -> None:
         """Make `records` the whole content; none removes the file. Raises OSError, with nothing changed, if that cannot be."""
         if not records:
             self.path.unlink(missing_ok=True)
@@ -51,5 +51,5 @@ class Spool:
             partial.unlink(missing_ok=True)
 
 
-def _lines(records: Sequence[Record]) -> bytes:
+def _lines(records: Sequence[TrackingRecord]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()

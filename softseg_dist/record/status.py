@@ -43,7 +43,7 @@ class CandidateStatus:
 
 
 @dataclass(frozen=True)
-class RunningFit:
+class ActiveFit:
     """A fit that seems to run: the epochs that it has finished and when it last wrote something."""
 
     key: str
@@ -53,7 +53,7 @@ class RunningFit:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`left` neither ended nor seem to run. `driver` holds the run folder's lock on this machine, None if nobody does."""
+    """`left` neither ended nor seem to run. `driver` is the process of this machine that holds the run folder's lock, or None."""
 
     run: str
     study: str
@@ -62,7 +62,7 @@ class RunStatus:
     finished: int
     failed: int
     left: int
-    running: tuple[RunningFit, ...]
+    running: tuple[ActiveFit, ...]
     candidates: tuple[CandidateStatus, ...]
     quiet_s: float
     driver: str | None
@@ -185,7 +185,7 @@ def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, fin
 
 def _running(
     place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: ThreadPoolExecutor
-) -> tuple[RunningFit, ...]:
+) -> tuple[ActiveFit, ...]:
     written: dict[str, float] = {}
     for name, entry in files.items():
         parts = name.split("/")
@@ -200,7 +200,7 @@ def _running(
     quiet = {key: max(0.0, time.time() - at) for key, at in left.items()}
     keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
     histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)
-    return tuple(RunningFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))
+    return tuple(ActiveFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))
 
 
 def _waiting(place: Place) -> int:

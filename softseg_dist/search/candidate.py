@@ -1,4 +1,4 @@
-"""A candidate in a session: what it still has to run, what runs, what came out, and what was decided about it."""
+"""The state of a candidate in a session: what is left to run, what runs, its results, and decisions about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from softseg_dist.data.splits import Split
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
-from softseg_dist.search.race import Scores
+from softseg_dist.search.race import ScoresBySplit
 from softseg_dist.study import Recipe, TuneEach
 from softseg_dist.training.task import FitResult
 
@@ -18,10 +18,10 @@ Origin = Literal["fixed", "proposed", "tuning"]
 
 
 @dataclass
-class Candidate:
+class CandidateState:
     """`objectives` are the metrics that it is judged by.
 
-    `tuning` names the trials of its learning rate that it waits for; `note` is what came of them that people should know.
+    `tuning` names the trials of its learning rate that it waits for; `note` is a remark about their outcome for the report.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def num_planned(self) -> int:
-        """Its fits: ended, given up, running and still to come."""
+        """Its fits: ended, given up, running and left to run."""
         return len(self.results) + len(self.lost) + len(self.running) + len(self.todo)
 
     @property
@@ -63,7 +63,7 @@ class Candidate:
         return self.num_planned - len(self.todo)
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> ScoresBySplit:
         """Its values on validation by split, where all objectives have one."""
         found = {}
         for split, result in sorted(self.results.items()):
@@ -88,7 +88,7 @@ class Candidate:
         self.todo.clear()
 
     def again(self, split: Split, attempt: int) -> None:
-        """A fit that was emitted did not end: it runs again, before all others, unless that is not needed any more."""
+        """A fit that was emitted did not end: it runs again, before all others, unless it is not needed any more."""
         if not self.closed and split.index not in self.results:
             self.todo.appendleft((split, attempt))
 
@@ -117,7 +117,7 @@ def fixed_record(name: str, number: int, recipe: Recipe, note: str = "") -> Cand
     return CandidateRecord(name=name, origin="fixed", number=number, recipe=json_of(recipe), note=note)
 
 
-def tuned(recipe: Recipe, tune: TuneEach, trials: Sequence[Candidate], sign: int) -> tuple[Recipe, str]:
+def tuned(recipe: Recipe, tune: TuneEach, trials: Sequence[CandidateState], sign: int) -> tuple[Recipe, str]:
     """The recipe with the rate that won, and ""; as it is, and a note, if all trials have failed.
 
     Among equal means the rate nearest to the recipe's own wins, by ratio; `sign` is that of the objective.

@@ -1,8 +1,8 @@
-"""The search as Optuna sees it: what it is asked, what it is told, and the file in which people can look at it.
+"""The search in Optuna: its ask-and-tell interface, and the journal that optuna-dashboard shows.
 
 Only this module knows Optuna. Everything here can be rebuilt from the ledger, and is when a session starts: `optuna.log` in the
-run folder is written anew then, so that it never disagrees. `optuna-dashboard optuna.log` opens it. Fixed candidates are no
-trials, and not in it: they lie in no search space.
+run folder is written again then, so that it always agrees. `optuna-dashboard optuna.log` opens it. Fixed candidates are no trials
+and are not in it, because no search space contains them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with
 
 
 class OptunaStudy:
-    """Trials by number; the next one asked is `asked`. `log` is the journal to write, None keeps the trials in memory.
+    """Trials by number; `asked` is the number of the next one. `log` is the journal to write, None keeps the trials in memory.
 
     A trial's intermediate values are its candidate's scores by split, if there is one objective.
     """
@@ -54,7 +54,7 @@ class OptunaStudy:
             self._optuna.set_metric_names(list(study.objectives))
 
     def ask(self, known: CandidateRecord | None = None) -> tuple[CandidateRecord, Recipe]:
-        """The next trial, open until it is told; a `known` one gets its recorded parameters back.
+        """The next trial, open until `tell`; a `known` one gets its recorded parameters back.
 
         Raises UserError if `propose` raises, returns no Recipe, uses choices that cannot be stored, or gives a known trial
         another recipe than before.
@@ -85,7 +85,7 @@ class OptunaStudy:
         return record, recipe
 
     def is_open(self, name: str) -> bool:
-        """Was this trial asked in this session, and not told yet?"""
+        """Was this trial asked for in this session, and is its value not known yet?"""
         return name in self._open
 
     def score(self, result: FitResult) -> None:
@@ -113,7 +113,7 @@ class OptunaStudy:
         results: Mapping[int, FitResult],
         raced_by: str = "",
     ) -> None:
-        """A trial that ended in an earlier session, told as it was then."""
+        """Add a trial that ended in an earlier session, with the values that it had then."""
         assert record.number == self.asked, (record.number, self.asked)
         self.asked += 1
         scores = {split: result.score for split, result in results.items() if result.score is not None}
@@ -180,7 +180,7 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
 
 
 def sample_proposals(study: Study, count: int = 3) -> dict[str, Recipe]:
-    """A few recipes of `propose`, drawn at random and thrown away, so that its mistakes show before the first fit.
+    """A few random recipes of `propose`, which are not used: they show its mistakes before the first fit.
 
     Raises UserError as the search would.
     """

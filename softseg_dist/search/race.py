@@ -27,7 +27,7 @@ from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.study import Race
 
 ROUNDING = 1e-12  # of the scores: a difference as small as this is none
-Scores = Mapping[int, tuple[float, ...]]
+ScoresBySplit = Mapping[int, tuple[float, ...]]
 """split -> the values of the objectives on validation, in their own units."""
 
 
@@ -39,7 +39,7 @@ def num_looks(race: Race, num_splits: int) -> int:
 def p_worse(differences: npt.ArrayLike, rounding: float = ROUNDING) -> float:
     """One-sided p of the paired t-test that the mean of `differences` [n] is below 0; small is worse.
 
-    n >= 2. Differences that are all alike have no variance: p is 0 if they lie below 0 by more than `rounding`, 1 above, and 1/2
+    n >= 2. Equal differences have no variance: p is 0 if they are below 0 by more than `rounding`, 1 if above, and 1/2
     if they are 0.
     """
     values = np.asarray(differences, dtype=np.float64)
@@ -53,10 +53,10 @@ def raced_out(
     race: Race,
     num_splits: int,
     signs: Sequence[int],
-    candidate: tuple[str, Scores],
-    opponents: Mapping[str, Scores],
+    candidate: tuple[str, ScoresBySplit],
+    opponents: Mapping[str, ScoresBySplit],
 ) -> RaceRecord | None:
-    """The record of the race that `candidate` has lost, against the opponent that beats it most clearly; None if it goes on.
+    """The record of the race that `candidate` has lost, against the opponent that beats it most clearly; None if it stays in.
 
     `signs` are +1 for an objective of which more is better, else -1. `opponents` have run all splits.
     """
@@ -73,7 +73,7 @@ def raced_out(
     if not lost:
         return None
     _, winner, after, means, p = min(lost, key=lambda found: found[0])
-    told = np.mean(list(opponents[winner].values()), axis=0) + means
+    values = np.mean(list(opponents[winner].values()), axis=0) + means
     second = {"second_difference": float(means[1]), "second_p": p[1]} if len(signs) > 1 else {}
     return RaceRecord(
         candidate=name,
@@ -81,12 +81,12 @@ def raced_out(
         after=after,
         difference=float(means[0]),
         p=p[0],
-        told=tuple(float(value) for value in told),
+        values=tuple(float(value) for value in values),
         **second,
     )
 
 
-def look(sign: int, own: Scores, best: Scores | None) -> tuple[float, float]:
+def look(sign: int, own: ScoresBySplit, best: ScoresBySplit | None) -> tuple[float, float]:
     """How good a candidate looks by its first objective, to be compared between candidates, more is better.
 
     Its mean paired difference to the `best` that has run fully; while there is none, how far it has run, and then its mean.

@@ -1,6 +1,6 @@
 """Which fit runs next: fixed candidates first, the control before all, then what Optuna proposes, as long as it keeps up.
 
-Knows no Ray: it hands out `FitTask`s and is told what became of them. All its state can be rebuilt from the ledger. Proposals
+Knows no Ray: it gives `FitTask`s and takes their results. All its state can be rebuilt from the ledger. Proposals
 and races are the same again only if results arrive in the same order, as they do with one fit at a time.
 """
 
@@ -16,24 +16,30 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
-from softseg_dist.search.candidate import Candidate, Origin, fixed_record, tuned, tuning_name, tuning_record, with_rate
+from softseg_dist.search.candidate import (
+    CandidateState,
+    Origin,
+    fixed_record,
+    tuned,
+    tuning_name,
+    tuning_record,
+    with_rate,
+)
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
 from softseg_dist.study import Race, Recipe, Study
 from softseg_dist.training.task import FitResult, FitTask
 
 MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
-MAX_MOVES = (
-    20  # so often a fit may lose its machine in a session; spot machines come and go, but a fit may also take them down
-)
+MAX_MOVES = 20  # so often a fit may lose its machine in a session: spot machines end, but a fit may also crash them
 PROPOSED = re.compile(r"trial-\d+")
 
 MakeTask = Callable[[str, Recipe, Split, int], FitTask]
-"""(candidate, recipe, split, attempt) -> the task, with the folders and resources that a searcher need not know."""
+"""(candidate, recipe, split, attempt) -> the task, with folder and resources."""
 
 
 class Recorded(NamedTuple):
-    """What the ledger knows of earlier sessions, by candidate."""
+    """The ledger's records of earlier sessions, by candidate."""
 
     candidates: dict[str, CandidateRecord]
     results: dict[str, dict[int, FitResult]]
@@ -63,16 +69,16 @@ class StudySearcher:
     which are candidates, too.
 
     A failed fit (a loss that is not finite) is final: a fixed candidate runs its other splits, so that the report can count
-    failures; a proposed one, or a trial of a rate, emits no more; Optuna is told FAIL. Fixed candidates are no Optuna trials.
+    failures; a proposed one, or a trial of a rate, emits no more, and is FAIL in Optuna. Fixed candidates are no Optuna trials.
 
     Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
     """
 
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
-        self.candidates: dict[str, Candidate] = {}
+        self.candidates: dict[str, CandidateState] = {}
         self.stopped = False
-        self._best: Candidate | None = None  # of those that have run fully
+        self._best: CandidateState | None = None  # of those that have run fully
         self._signs = tuple(OBJECTIVES[name].sign for name in study.objectives)
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
@@ -114,9 +120,8 @@ class StudySearcher:
     def lose(self, task: FitTask, reason: str, blameless: bool = False) -> bool:
         """A fit's process died, hung or raised. True: it will be tried again; False: it is given up in this session.
 
-        A fit that went by no fault of its own (`blameless`), as with its machine, goes on elsewhere: that is no attempt of its own.
-
-        What is given up is not recorded in the ledger, so that running the study again tries it again.
+        A `blameless` fit, such as one whose machine was lost, continues elsewhere, and its attempts are not counted.
+        A given-up fit is not recorded in the ledger, so that running the study again tries it again.
         """
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
@@ -131,7 +136,7 @@ class StudySearcher:
         return again
 
     def interrupt(self, task: FitTask) -> None:
-        """A fit was asked to stop and did; it goes on from its checkpoint in another session."""
+        """A fit was interrupted; it continues from its checkpoint in another session."""
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.split.index)
         candidate.again(task.split, task.attempt)
@@ -142,8 +147,8 @@ class StudySearcher:
 
     # What is next.
 
-    def _next(self) -> Candidate | None:
-        """Whose split is emitted next."""
+    def _next(self) -> CandidateState | None:
+        """The candidate whose split is emitted next."""
         open_ones = [c for c in self.candidates.values() if c.todo and not c.tuning]
         leader = self._leader(open_ones)
         free = [c for c in open_ones if c is leader or not self._waits(c)]
@@ -151,32 +156,32 @@ class StudySearcher:
             return opened
         return min(free or open_ones, key=self._order, default=None)
 
-    def _waits(self, candidate: Candidate) -> bool:
-        """May what is known soon put it out of the race?"""
+    def _waits(self, candidate: CandidateState) -> bool:
+        """May its next result put it out of the race?"""
         return self._is_underway(candidate) and (bool(candidate.running) or self._best is None)
 
-    def _order(self, candidate: Candidate) -> tuple[float, float, float]:
+    def _order(self, candidate: CandidateState) -> tuple[float, float, float]:
         """Breadth-first; those that are underway in the race come last, the best-looking first."""
         if not self._is_underway(candidate):
             return float(candidate.todo[0][0].index), 0.0, 0.0
         first, then = self._look(candidate)
         return float(len(self.splits)), -first, -then
 
-    def _leader(self, open_ones: Sequence[Candidate]) -> Candidate | None:
+    def _leader(self, open_ones: Sequence[CandidateState]) -> CandidateState | None:
         """The candidate in the race that looks best, if none has run fully or it looks no worse than the best of those."""
         underway = [c for c in open_ones if self._is_underway(c) and len(c.results) >= self._start]
         leader = max(underway, key=self._look, default=None)
         return leader if leader and (self._best is None or self._look(leader)[0] >= 0) else None
 
-    def _look(self, candidate: Candidate) -> tuple[float, float]:
+    def _look(self, candidate: CandidateState) -> tuple[float, float]:
         """How good a candidate looks, to be compared as it is."""
         scores = candidate.scores
         return look(self._signs[0], scores, self._best.scores if self._best else None) if scores else (-math.inf, 0.0)
 
-    def _is_underway(self, candidate: Candidate) -> bool:
+    def _is_underway(self, candidate: CandidateState) -> bool:
         return self._is_raced(candidate) and candidate.num_emitted >= self._start
 
-    def _is_raced(self, candidate: Candidate) -> bool:
+    def _is_raced(self, candidate: CandidateState) -> bool:
         if self._race is None or candidate.origin == "tuning" or candidate.name == self.study.control:
             return False
         return candidate.origin == "proposed" or self._race.fixed
@@ -189,7 +194,7 @@ class StudySearcher:
     def _num_to_ask(self) -> int:
         return self.study.search.trials - self._optuna.asked if self.study.search and self._optuna else 0
 
-    def _propose_more(self) -> Candidate | None:
+    def _propose_more(self) -> CandidateState | None:
         """Open what Optuna proposes next, with a race all startup trials together; returns the first."""
         if self._num_to_ask <= 0:
             return None
@@ -203,7 +208,7 @@ class StudySearcher:
 
     # What follows from results.
 
-    def _full(self) -> dict[str, Candidate]:
+    def _full(self) -> dict[str, CandidateState]:
         """The candidates that have run all splits, so that others can be tested against them."""
         return {
             name: c
@@ -211,8 +216,8 @@ class StudySearcher:
             if c.origin != "tuning" and c.raced is None and len(c.results) == len(self.splits) == len(c.scores)
         }
 
-    def _settle(self, candidate: Candidate) -> None:
-        """Draw the conclusions from what has just become of a candidate."""
+    def _settle(self, candidate: CandidateState) -> None:
+        """Apply what follows from the latest change of a candidate."""
         if candidate.closed:
             candidate.drop()
         if candidate.origin == "tuning":
@@ -220,10 +225,10 @@ class StudySearcher:
         self._run_race()
         for other in self.candidates.values():
             if self._optuna and other.ended and self._optuna.is_open(other.name):
-                self._optuna.tell(other.name, _told(other), _raced_by(other))
+                self._optuna.tell(other.name, _values(other), _raced_by(other))
 
     def _run_race(self) -> None:
-        """Put out whoever loses now. Depends on the results alone, so that a resumed session decides the same."""
+        """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
         if self._race is None or not (full := self._full()):
             return
         self._best = max(full.values(), key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
@@ -241,7 +246,7 @@ class StudySearcher:
     # From the ledger.
 
     def _replay(self) -> None:
-        """Bring candidates and Optuna to where the ledger says they were."""
+        """Restore candidates and Optuna from the ledger."""
         fixed = _control_first(self.study)
         for number, (name, recipe) in enumerate(fixed):
             if self.study.search and PROPOSED.fullmatch(name):
@@ -256,7 +261,7 @@ class StudySearcher:
             if number in proposed:
                 self._recall(proposed[number])
             else:
-                self._propose()  # its folder was removed by hand: ask anew, so that the later ones keep their numbers
+                self._propose()  # its folder was removed by hand: a new proposal keeps the later numbers
         self._run_race()
 
     def _open_fixed(self, name: str, number: int, recipe: Recipe) -> None:
@@ -298,7 +303,7 @@ class StudySearcher:
         self.ledger.write_candidate(fixed_record(name, number, candidate.recipe, candidate.note))
 
     def _recall(self, record: CandidateRecord) -> None:
-        """A proposed candidate of an earlier session: told as it ended, or open again."""
+        """A proposed candidate of an earlier session: added with its values, or open again."""
         recipe = Recipe.model_validate(record.recipe)
         if json_of(recipe) != record.recipe:
             raise UserError(
@@ -311,9 +316,9 @@ class StudySearcher:
             return
         assert self._optuna is not None
         candidate.drop()
-        self._optuna.add(record, _told(candidate), candidate.results, _raced_by(candidate))
+        self._optuna.add(record, _values(candidate), candidate.results, _raced_by(candidate))
 
-    def _propose(self, known: CandidateRecord | None = None) -> Candidate:
+    def _propose(self, known: CandidateRecord | None = None) -> CandidateState:
         """Open the next trial; a `known` one gets its recorded parameters back."""
         assert self._optuna is not None
         record, recipe = self._optuna.ask(known)
@@ -324,26 +329,26 @@ class StudySearcher:
             self._optuna.score(result)
         return candidate
 
-    def _open(self, name: str, recipe: Recipe, origin: Origin) -> Candidate:
-        """A candidate with what earlier sessions have left it to do."""
+    def _open(self, name: str, recipe: Recipe, origin: Origin) -> CandidateState:
+        """A candidate with the fits that earlier sessions left."""
         results, race = self._past.results.get(name, {}), self._past.races.get(name)
         splits, objectives = self.splits, self.study.objectives
         if origin == "tuning" and self.study.tune_each is not None:
             splits, objectives = splits[: self.study.tune_each.splits], objectives[:1]
         todo = deque((split, 0) for split in splits if split.index not in results and race is None)
-        candidate = Candidate(name, recipe, origin, objectives, todo, results=results, raced=race)
+        candidate = CandidateState(name, recipe, origin, objectives, todo, results=results, raced=race)
         self.candidates[name] = candidate
         return candidate
 
 
-def _told(candidate: Candidate) -> tuple[float, ...] | None:
-    """What Optuna is told of a candidate that has ended: None if it failed."""
+def _values(candidate: CandidateState) -> tuple[float, ...] | None:
+    """The values for Optuna of a candidate that has ended: None if it failed."""
     if candidate.raced is None or candidate.failed:
         return candidate.means
-    return candidate.raced.told
+    return candidate.raced.values
 
 
-def _raced_by(candidate: Candidate) -> str:
+def _raced_by(candidate: CandidateState) -> str:
     return candidate.raced.incumbent if candidate.raced else ""
 
 

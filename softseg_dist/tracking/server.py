@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # a slow server holds up the thread, never the study; but closing waits for the thread
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool retries
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is told by the tracker, in one line
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the tracker reports what goes wrong, in one line
 }
 for _name, _value in ENVIRONMENT.items():  # MLflow reads some of them when it is imported
     os.environ.setdefault(_name, _value)
@@ -24,7 +24,7 @@ for _name, _value in ENVIRONMENT.items():  # MLflow reads some of them when it i
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 
-from softseg_dist.record.spool import Record  # noqa: E402
+from softseg_dist.record.spool import TrackingRecord  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
 CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
@@ -58,8 +58,8 @@ class MlflowServer:
         """Raises whatever the client raises if the server cannot be reached."""
         self._client.search_experiments(max_results=1)
 
-    def apply(self, record: Record) -> None:
-        """Do what one record says. A "known" one repeats what an earlier session said, and is skipped for a run that is closed."""
+    def apply(self, record: TrackingRecord) -> None:
+        """Do what one record says. A "known" one repeats an earlier session's, and is skipped for a run that is closed."""
         if record.get("known") and record["key"] in self._ended:
             return
         getattr(self, f"_{record['what']}")(record)
@@ -91,7 +91,7 @@ class MlflowServer:
             if not token:
                 return
 
-    def _open(self, record: Record) -> None:
+    def _open(self, record: TrackingRecord) -> None:
         key = record["key"]
         if (run_id := self._ids.get(key)) is None:
             tags = {RUN_TAG: self._run, KEY_TAG: key} | record["tags"]
@@ -104,27 +104,27 @@ class MlflowServer:
             self._client.update_run(run_id, status="RUNNING")
             self._batch(run_id, tags=_tags(record["tags"]))
 
-    def _log(self, record: Record) -> None:
+    def _log(self, record: TrackingRecord) -> None:
         metrics = [Metric(name[:250], value, ms, step) for name, value, ms, step in record["metrics"]]
         params = [Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()]
         self._batch(self._ids[record["key"]], metrics, params, _tags(record["tags"]))
 
-    def _close(self, record: Record) -> None:
+    def _close(self, record: TrackingRecord) -> None:
         self._client.set_terminated(self._ids[record["key"]], record["status"], end_time=record["ms"])
         if record["status"] in CLOSED:
             self._ended.add(record["key"])
 
-    def _data_set(self, record: Record) -> None:
+    def _data_set(self, record: TrackingRecord) -> None:
         data = Dataset(name=record["name"], digest=record["digest"], source_type="local", source=record["source"])
         tags = [InputTag("mlflow.data.context", "training")]
         self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
 
-    def _artifact(self, record: Record) -> None:
+    def _artifact(self, record: TrackingRecord) -> None:
         path = str(self._folder / record["path"])
         self._client.log_artifact(self._ids[record["key"]], path, record["folder"] or None)
 
-    def _model(self, record: Record) -> None:
-        """What lies in the folder now is what is registered; the registry is told nothing twice."""
+    def _model(self, record: TrackingRecord) -> None:
+        """Register the present content of the folder, unless it is registered already."""
         folder, name, run_id = Path(record["path"]), record["name"], self._ids[record["key"]]
         card = read_card(folder)
         if not self._client.search_registered_models(f"name = '{name}'"):
@@ -153,7 +153,7 @@ def _make_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that went wrong
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that failed
     try:
         MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Tell MLflow afterwards what it could not be told while a study ran."""
+"""Send MLflow afterwards the records that could not be sent while a study ran."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from softseg_dist.training.task import FitResult, history_path
 
 @dataclass(frozen=True)
 class Synced:
-    """`sent` of the records that had waited were sent, `waiting` wait still; `notes` are what a person should know."""
+    """`sent` of the records that had waited were sent, `waiting` wait still; `notes` are lines for the user."""
 
     tracking_uri: str
     sent: int
@@ -27,9 +27,9 @@ class Synced:
 
 
 def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
-    """Send the records that wait in a run folder, and then whatever of its ledger MLflow does not have yet.
+    """Send the records that wait in a run folder, and then all of its ledger that MLflow does not have yet.
 
-    Without `tracking_uri` they go where the run was told to send them. Raises UserError if `run` is no run folder, or a driver
+    Without `tracking_uri` they go to that of the run. Raises UserError if `run` is no run folder, or a driver
     uses it.
     """
     status = status_of(run)
@@ -55,7 +55,7 @@ def _recorded(copy: WorkingCopy) -> dict[str, str]:
 
 
 def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple[str, ...]]:
-    """How many records went, and what was refused for good or kept the rest from going."""
+    """How many records were sent, which were refused, and why the others could not be sent."""
     spool = Spool(copy.folder / SPOOL)
     records = spool.read()
     refused: list[str] = []
@@ -63,7 +63,7 @@ def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple
         problem = connection.send(record)
         if problem and connection.lost:
             spool.replace(records[done:])
-            return done - len(refused), (*refused, f"MLflow went out of reach: {problem}")
+            return done - len(refused), (*refused, f"MLflow is out of reach now: {problem}")
         if problem:
             refused.append(f"MLflow refused {record['what']} {record['key']}: {problem}")
     spool.replace([])

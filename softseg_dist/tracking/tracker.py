@@ -1,4 +1,4 @@
-"""MLflow: study run > candidate run > fit run, written by one background thread of the driver and by nobody else.
+"""MLflow: study run > candidate run > fit run, written by one background thread of the driver alone.
 
 The driver never waits for MLflow. Each event becomes a record (a small JSON object); the thread sends records in order. What
 cannot be sent goes to `mlflow_spool.jsonl` in the run folder and is sent later: during the run, at its end, or when the
@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 
 from softseg_dist.frozen import leaves
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
-from softseg_dist.record.spool import SPOOL, Record, Spool
+from softseg_dist.record.spool import SPOOL, Spool, TrackingRecord
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, FitTask
 
@@ -40,7 +40,7 @@ def default_uri(folder: str | Path) -> str:
 class Server(Protocol):
     """What takes records: MLflow, opened by `connect`."""
 
-    def apply(self, record: Record) -> None:
+    def apply(self, record: TrackingRecord) -> None:
         """Do what one record says; raises whatever the server's client raises."""
 
     def ping(self) -> None:
@@ -48,7 +48,7 @@ class Server(Protocol):
 
 
 class Tracker:
-    """Says what happens in a study; a thread tells MLflow. No method raises or waits, but `close`, which waits for the thread.
+    """Records the events of a study; a thread sends them to MLflow. No method raises or waits, except `close`, which joins it.
 
     `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder. All runs of one run folder carry
     one tag.
@@ -57,7 +57,7 @@ class Tracker:
     def __init__(self, uri: str | None, folder: str | Path, study: Study) -> None:
         self.uri, self.folder, self.study = uri or default_uri(folder), Path(folder).absolute(), study
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._records: queue.SimpleQueue[TrackingRecord | None] = queue.SimpleQueue()
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
         self._spool = Spool(self.folder / SPOOL)
@@ -89,10 +89,10 @@ class Tracker:
         curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
         races: Mapping[str, RaceRecord] | None = None,
     ) -> None:
-        """Tell MLflow what the ledger knows from earlier sessions; runs that it has closed already are left as they are.
+        """Send the ledger's records of earlier sessions; runs that MLflow has closed already stay as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run, `curve` gives the epochs of a fit where they are at hand, `races` who was raced out.
+        with no fit left to run, `curve` gives the epochs of a fit if they are known, `races` the lost races.
         """
         by_candidate: dict[str, list[FitResult]] = {}
         for result in results:
@@ -128,19 +128,19 @@ class Tracker:
     def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
         """A fit has ended, finished or failed."""
         key = result.key
-        told = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
-        tags = {f"softseg.{name}": text for name, text in told.items() if text}
+        texts = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
+        tags = {f"softseg.{name}": text for name, text in texts.items() if text}
         self._put_log(key, self._numbers(result), tags=tags, known=known)
         self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
 
     def fit_gone(self, key: str, status: str) -> None:
-        """A fit no longer runs and has no result: "KILLED" if it was asked to stop, "FAILED" if its processes died."""
+        """A fit no longer runs and has no result: "KILLED" if it was interrupted, "FAILED" if its processes died."""
         self._put_close(key, status)
 
     def candidate_ended(
         self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
     ) -> None:
-        """Nothing of a candidate runs any more: its mean and standard deviation over splits, and who it lost the race to."""
+        """Nothing of a candidate runs any more: log mean and standard deviation over splits, and the winner of a lost race."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
         for metric in ("score", "test_score", f"score_{self.study.second_objective}"):
@@ -166,7 +166,7 @@ class Tracker:
     def close(self, status: str = "FINISHED") -> tuple[str, ...]:
         """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
 
-        Returns what a person should know, one line each: that the server was out of reach, or what it refused.
+        Returns lines for the user: that the server was out of reach, or what it refused.
         """
         for key in reversed(list(self._open)):
             self._put_close(key, status if key == STUDY or status != "FINISHED" else "KILLED")
@@ -186,7 +186,7 @@ class Tracker:
         if self._num_unkept:
             notes.append(
                 f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "
-                "softseg sync tells MLflow what the ledger knows"
+                "softseg sync sends MLflow the content of the ledger"
             )
         return tuple(notes)
 
@@ -235,7 +235,7 @@ class Tracker:
     def _serve(self) -> None:
         connection = Connection(lambda: connect(self.uri, self.folder, self.study.name))
         retry_at = 0.0
-        unkept: list[Record] = []
+        unkept: list[TrackingRecord] = []
         last = False
         while not last:
             collected, last = self._collect()
@@ -245,13 +245,13 @@ class Tracker:
                     retry_at = 0.0 if self._deliver(connection, records) else time.monotonic() + RETRY_S
                 else:
                     self._spool.append(records)
-            except OSError as error:  # the disk is full: the study hears of that from its ledger; these wait in memory
+            except OSError as error:  # the disk is full, which the ledger reports; the records wait in memory
                 self._problem, unkept = str(error), records
         self._num_unkept = len(unkept)
 
-    def _collect(self) -> tuple[list[Record], bool]:
+    def _collect(self) -> tuple[list[TrackingRecord], bool]:
         """The records of the next half second, and whether they are the last."""
-        records: list[Record] = []
+        records: list[TrackingRecord] = []
         until = math.inf
         while True:
             try:
@@ -263,8 +263,8 @@ class Tracker:
             records.append(record)
             until = min(until, time.monotonic() + COLLECT_S)
 
-    def _deliver(self, connection: Connection, records: list[Record]) -> bool:
-        """Send what is spooled and then `records`; False if the server went out of reach, with the rest spooled."""
+    def _deliver(self, connection: Connection, records: list[TrackingRecord]) -> bool:
+        """Send what is spooled and then `records`; False if the server is out of reach, with the rest spooled."""
         spooled = self._spool.read()
         pending = spooled + records
         for index, record in enumerate(pending):
@@ -282,14 +282,14 @@ class Tracker:
 
 
 class Connection:
-    """A server that may be away. Tells a refused record from a server out of reach by asking it something else."""
+    """A server that may be out of reach. A second request distinguishes that from a refused record."""
 
     def __init__(self, connect: Callable[[], Server]) -> None:
         self._connect = connect
         self._server: Server | None = None
         self.lost = False
 
-    def send(self, record: Record) -> str | None:
+    def send(self, record: TrackingRecord) -> str | None:
         """None if the server took the record, else what it said; `lost` says whether it can be reached at all."""
         try:
             self._server = self._server or self._connect()
@@ -331,17 +331,17 @@ def connect(uri: str, folder: Path, study: str) -> Server:
 
 
 def run_id_of(folder: Path) -> str:
-    """The tag that all MLflow runs of a run folder share, made when it is first asked for."""
+    """The tag that all MLflow runs of a run folder share, made at the first call."""
     path = folder / "mlflow_run"
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text().strip()
 
 
-def coalesced(records: Sequence[Record]) -> list[Record]:
+def coalesced(records: Sequence[TrackingRecord]) -> list[TrackingRecord]:
     """The same records with the logs of each run joined, up to the next record of another kind for that run."""
-    joined: list[Record] = []
-    open_log: dict[str, Record] = {}
+    joined: list[TrackingRecord] = []
+    open_log: dict[str, TrackingRecord] = {}
     for record in records:
         key = record["key"]
         if record["what"] != "log":
@@ -358,7 +358,7 @@ def coalesced(records: Sequence[Record]) -> list[Record]:
 
 
 def without_password(uri: str | None) -> str | None:
-    """A tracking URI as it may be recorded: what signs in to the server comes from the environment."""
+    """A tracking URI as it may be recorded: the credentials come from the environment."""
     return None if uri is None else re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 

@@ -21,7 +21,7 @@ from scripted import BASE, NUM_SPLITS, context_of, make_study, run, splits_of, s
 from softseg_dist import Resources
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_refit import GROUP_PAYS_S, train_on_workers
+from softseg_dist.engine.ray_tune import GROUP_PAYS_S, train_on_workers
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger

@@ -127,10 +127,10 @@ def test_a_lost_race_comes_back_and_a_torn_one_is_left_out(tmp_path):
     ledger = opened(tmp_path)
     for name in ("dice", "dml"):
         ledger.write_candidate(record(name))
-        ledger.write_race(RaceRecord(candidate=name, incumbent="best", after=3, difference=-0.1, p=0.01, told=(0.5,)))
+        ledger.write_race(RaceRecord(candidate=name, incumbent="best", after=3, difference=-0.1, p=0.01, values=(0.5,)))
     (tmp_path / "fits/dml/race.json").write_text('{"candidate": "dml", "incu')
     assert ledger.races() == {
-        "dice": RaceRecord(candidate="dice", incumbent="best", after=3, difference=-0.1, p=0.01, told=(0.5,))
+        "dice": RaceRecord(candidate="dice", incumbent="best", after=3, difference=-0.1, p=0.01, values=(0.5,))
     }
 
 

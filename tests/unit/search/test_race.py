@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
 from softseg_dist import Race
-from softseg_dist.search.race import Scores, look, num_looks, p_worse, raced_out
+from softseg_dist.search.race import ScoresBySplit, look, num_looks, p_worse, raced_out
 
 RACE = Race()
 SCORE = st.floats(-1, 1).map(lambda x: round(x, 6))
 
 
-def scores(*columns: np.ndarray) -> Scores:
+def scores(*columns: np.ndarray) -> ScoresBySplit:
     return {split: tuple(map(float, values)) for split, values in enumerate(zip(*columns, strict=True))}
 
 
@@ -42,7 +42,7 @@ def test_without_noise_the_best_is_never_put_out_and_all_others_are_at_once(qual
         assert (record is None) == (quality[row] == quality[best])
         if record is not None:
             assert record.difference == pytest.approx(quality[row] - quality[best])
-            assert record.told[0] == pytest.approx(np.mean(difficulty) + quality[row])
+            assert record.values[0] == pytest.approx(np.mean(difficulty) + quality[row])
 
 
 def test_the_order_of_less_is_better_is_the_other_way_round():
@@ -73,7 +73,7 @@ def test_nobody_is_put_out_before_the_start_nor_after_the_last_split():
         record = raced_out(RACE, 5, (1,), ("bad", {j: bad[j] for j in range(after)}), {"good": good})
         assert (record is not None) == (after in (3, 4))
         if record is not None:
-            assert (record.after, record.incumbent, record.told) == (after, "good", (0.0,))
+            assert (record.after, record.incumbent, record.values) == (after, "good", (0.0,))
 
 
 def test_with_two_objectives_one_opponent_must_be_better_in_both():
@@ -87,7 +87,7 @@ def test_with_two_objectives_one_opponent_must_be_better_in_both():
     both = scores(np.full(6, 0.7), np.full(6, 0.2))
     record = raced_out(RACE, 6, signs, ("mine", own), {"accurate": accurate, "both": both})
     assert record is not None
-    assert (record.incumbent, len(record.told)) == ("both", 2)
+    assert (record.incumbent, len(record.values)) == ("both", 2)
     assert record.second_difference == pytest.approx(0.1, abs=0.02)
 
 

@@ -222,8 +222,8 @@ def test_with_two_objectives_optuna_knows_both_and_who_is_worse_in_both_is_out(t
     assert raced(search)
     for name in raced(search):
         record = search.candidates[name].raced
-        assert record.told[0] < means[record.incumbent][0]
-        assert record.told[1] > means[record.incumbent][1]
+        assert record.values[0] < means[record.incumbent][0]
+        assert record.values[1] > means[record.incumbent][1]
     assert told(searcher(tmp_path, study)) == told(search)
     assert len(tasks) < (1 + TRIALS) * NUM_SPLITS
 
