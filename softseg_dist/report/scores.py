@@ -56,6 +56,8 @@ def rows_at_rule(
     """The rows of a thresholded metric at the threshold that each fit chose on validation by `rule`."""
     chosen = {(fit.candidate, fit.split): fit.thresholds[rule] for fit in fits if rule in fit.thresholds}
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].notna()]
+    if rows.empty:
+        return rows
     keys = pd.MultiIndex.from_arrays([rows["candidate"].astype(str), rows["split"]])
     wanted = pd.Series(chosen, dtype=np.float64).reindex(keys).to_numpy()
     return rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)]
