@@ -103,6 +103,8 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
 def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> ScoreTables:
     """Subject by split, from rows of one metric; all tables of one `test` have the same rows and columns."""
     subjects, splits = sorted(map(str, test["subject"].unique())), sorted(test["split"].unique())
+    if rows.empty:  # most studies lack some metrics, and pandas groups an empty table as slowly as a full one
+        return ScoreTables(tuple(subjects), tuple(int(j) for j in splits), {})
     means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
     at_row, at_column = (
         pd.Index(subjects).get_indexer(pd.Index(means["subject"])),
