@@ -17,68 +17,64 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import pandas as pd
+
 from softseg_dist.prediction import Predictor, load_model
+from softseg_dist.record.remote import WorkingCopy
+from softseg_dist.report.findings import answer
+from softseg_dist.report.held_out import outer_answer, outer_table
+from softseg_dist.report.run_folder import OuterData, RunData, load_outer, load_run
+from softseg_dist.report.tables import Summary, summarise
+from softseg_dist.study import Study
+from softseg_dist.study_file import StudyFile, load_study
 
-if TYPE_CHECKING:  # pandas and what imports Ray
-    import pandas as pd
-
+if TYPE_CHECKING:  # what imports Ray, MLflow or Optuna
     from softseg_dist.engine.progress import Progress
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished, RunOptions
-    from softseg_dist.report.run_folder import OuterData, RunData
-    from softseg_dist.report.tables import Summary
-    from softseg_dist.study import Study
-    from softseg_dist.study_file import StudyFile
 
 __all__ = ["Predictor", "Run", "load", "load_model", "run", "run_file"]
 
-NAME, NUMBER, COUNT = "string", "float64", "int64"
 RESULTS: Final = {
-    "study": "category",
-    "candidate": "category",
+    **dict.fromkeys(("study", "candidate"), "category"),
     "split": "int32",  # -1: several fits together
     **dict.fromkeys(("subset", "subject", "case", "class"), "category"),
     "reference": "category",  # "mean" of the raters, one of them by name, "raters", or "truth"
-    "threshold": NUMBER,  # NaN: measured on the soft map
+    "threshold": "float64",  # NaN: measured on the soft map
     "metric": "category",
-    "value": NUMBER,
+    "value": "float64",
 }
 RANKING: Final = {
     "rank": "Int64",  # from 1; missing without a score
-    "candidate": NAME,
+    "candidate": "string",
     "proposed": "bool",  # by a search
-    **dict.fromkeys(("mean", "low", "high"), NUMBER),  # the objective on test, and its 95 % interval
-    "sd": NUMBER,  # of the means of the splits
-    **dict.fromkeys(("num_subjects", "num_splits", "num_scores"), COUNT),  # a score is that of a subject in a split
-    "num_undefined": COUNT,  # values of the objective that do not exist
-    **dict.fromkeys(("volume_error", "volume_error_abs", "brier", "ece"), NUMBER),
-    **dict.fromkeys(("dice_at_fixed", "dice_at_grid", "dice_at_dice_optimal"), NUMBER),
-    **dict.fromkeys(("threshold_fixed", "threshold_grid", "threshold_dice_optimal"), NUMBER),  # means over fits
+    **dict.fromkeys(("mean", "low", "high"), "float64"),  # the objective on test, and its 95 % interval
+    "sd": "float64",  # of the means of the splits
+    **dict.fromkeys(("num_subjects", "num_splits", "num_scores"), "int64"),  # a score is that of a subject in a split
+    "num_undefined": "int64",  # values of the objective that do not exist
+    **dict.fromkeys(("volume_error", "volume_error_abs", "brier", "ece"), "float64"),
+    **dict.fromkeys(("dice_at_fixed", "dice_at_grid", "dice_at_dice_optimal"), "float64"),
+    **dict.fromkeys(("threshold_fixed", "threshold_grid", "threshold_dice_optimal"), "float64"),  # means over fits
 }
 TESTS: Final = {
-    **dict.fromkeys(("candidate", "reference"), NAME),
-    **dict.fromkeys(("difference", "low", "high"), NUMBER),  # candidate minus reference, and its 95 % interval
-    **dict.fromkeys(("p", "p_holm", "df"), NUMBER),  # of the crossed test
-    **dict.fromkeys(("p_wilcoxon", "p_corrected"), NUMBER),  # over splits: Wilcoxon, corrected resampled t-test
-    **dict.fromkeys(("bootstrap_low", "bootstrap_high"), NUMBER),
-    **dict.fromkeys(("num_subjects", "num_splits", "num_pairs"), COUNT),
-    "note": NAME,
+    **dict.fromkeys(("candidate", "reference"), "string"),
+    **dict.fromkeys(("difference", "low", "high"), "float64"),  # candidate minus reference, and its 95 % interval
+    **dict.fromkeys(("p", "p_holm", "df"), "float64"),  # of the crossed test
+    **dict.fromkeys(("p_wilcoxon", "p_corrected"), "float64"),  # over splits: Wilcoxon, corrected resampled t-test
+    **dict.fromkeys(("bootstrap_low", "bootstrap_high"), "float64"),
+    **dict.fromkeys(("num_subjects", "num_splits", "num_pairs"), "int64"),
+    "note": "string",
 }
 FITS: Final = {  # see `FitResult`
-    "candidate": NAME,
-    "split": COUNT,
-    **dict.fromkeys(("state", "reason"), NAME),  # "finished", or "failed" for a reason
-    **dict.fromkeys(("score", "test_score"), NUMBER),
-    "best_epoch": "Int64",
-    "epochs": COUNT,
+    "candidate": "string",
+    "split": "int64",
+    **dict.fromkeys(("state", "reason"), "string"),
+    **dict.fromkeys(("score", "test_score", "dead_share", "duration_s", "peak_memory_mb"), "float64"),
+    **dict.fromkeys(("epochs", "attempt", "num_workers"), "int64"),
+    **dict.fromkeys(("best_epoch", "resumed_epoch", "parameters"), "Int64"),
     "converged": "boolean",
-    "dead_share": NUMBER,
-    "parameters": "Int64",
-    **dict.fromkeys(("duration_s", "peak_memory_mb"), NUMBER),
-    **dict.fromkeys(("attempt", "num_workers"), COUNT),
-    "resumed_epoch": "Int64",
-    **dict.fromkeys(("precision", "engine"), NAME),
+    **dict.fromkeys(("precision", "engine"), "string"),
 }
 
 
@@ -91,13 +87,13 @@ def run(
     debug: bool = False,
     options: RunOptions | None = None,
 ) -> Run:
-    """Run a study, or go on with it: prepare data, train every candidate on every split, write the report.
+    """Run a study or continue it: prepare data, train every candidate on every split, write the report.
 
     Progress is printed as plain lines, on a terminal as a table. An interrupt (Ctrl-C, "stop" of a notebook) lets running fits
-    write their checkpoints; the same call goes on.
+    write their checkpoints; the same call continues the study.
 
     Args:
-        study: path of a study file, or a study built here. The classes and functions of one's own that it uses must be in files.
+        study: path of a study file, or a `Study`. Its own classes and functions must lie in files, not in notebook cells.
         data_root: folder that holds the study's data set.
         out: folder for runs, or its URI; the run folder is OUT/<study name>. None: "runs".
         local: run in this process, one fit at a time, without Ray; breakpoints work.
@@ -121,9 +117,7 @@ def run(
 
 def open_study(study: str | Path | Study, debug: bool = False) -> StudyFile:
     """A study with its source; with `debug`, cut to what runs in a minute. Raises UserError if it cannot be loaded."""
-    from softseg_dist.study_file import StudyFile, load_study
-
-    loaded = load_study(study) if isinstance(study, str | Path) else StudyFile.of(study)
+    loaded = StudyFile.of(study) if isinstance(study, Study) else load_study(study)
     return replace(loaded, study=loaded.study.debug()) if debug else loaded
 
 
@@ -141,7 +135,7 @@ def load(folder: str | Path) -> Run:
     Raises UserError if it is not a run folder, a file in it cannot be read, or no fit has finished yet.
     """
     loaded = Run(str(folder))
-    _ = loaded._data
+    _ = loaded._outer or loaded._data
     return loaded
 
 
@@ -160,7 +154,7 @@ class Run:
     @property
     def results(self) -> pd.DataFrame:
         """Everything measured on test subjects: a row per candidate, split, case, class, reference, threshold and metric."""
-        return _typed(self._data.results, RESULTS)
+        return _typed((self._outer or self._data).results, RESULTS)
 
     @property
     def ranking(self) -> pd.DataFrame:
@@ -186,17 +180,12 @@ class Run:
     @property
     def fits(self) -> pd.DataFrame:
         """A row per fit that has ended, with or without a score. Those of `tune_each` are left out."""
-        return _frame(({name: getattr(fit, name) for name in FITS} for fit in self._of_one_study.fits), FITS)
+        return _frame(({name: getattr(fit, name) for name in FITS} for fit in self._data.fits), FITS)
 
     @property
     def answer(self) -> str:
         """The finding in words, as on the first lines of the report."""
-        from softseg_dist.report.findings import answer
-        from softseg_dist.report.held_out import outer_answer, outer_table
-        from softseg_dist.report.run_folder import OuterData
-
-        data = self._data
-        return outer_answer(outer_table(data)) if isinstance(data, OuterData) else answer(self._summary)
+        return answer(self._summary) if self._outer is None else outer_answer(outer_table(self._outer))
 
     def report(self) -> Path:
         """Write the report again; returns the path of its page, which is on this machine."""
@@ -206,44 +195,35 @@ class Run:
 
     def model(self, candidate: str | None = None, *, trust: bool = False) -> Predictor:
         """The model of the winner, or of another `candidate` that `softseg refit` has trained; see `load_model`."""
-        from softseg_dist.record.remote import WorkingCopy
-
         copy = WorkingCopy(self.folder)
         copy.pull("model/*", f"model-{candidate}/*")
         return load_model(copy.folder, candidate, trust=trust)
 
     @cached_property
-    def _data(self) -> RunData | OuterData:
+    def _copy(self) -> Path:
+        """The folder on this machine that holds the files of the run."""
         from softseg_dist.pipeline import REPORTED
-        from softseg_dist.record.remote import WorkingCopy
-        from softseg_dist.report.run_folder import load_outer, load_run
 
         copy = WorkingCopy(self.folder)
         copy.pull(*REPORTED)
-        return load_outer(copy.folder) or load_run(copy.folder)
+        return copy.folder
 
-    @property
-    def _of_one_study(self) -> RunData:
-        from softseg_dist.errors import UserError
-        from softseg_dist.report.run_folder import OuterData
+    @cached_property
+    def _data(self) -> RunData:
+        return load_run(self._copy)
 
-        if isinstance(self._data, OuterData):
-            raise UserError(f"{self.folder} is a nested study: load {self.folder}/outer/000 or another of its runs")
-        return self._data
+    @cached_property
+    def _outer(self) -> OuterData | None:
+        return load_outer(self._copy)
 
     @cached_property
     def _summary(self) -> Summary:
-        from softseg_dist.report.tables import summarise
-
-        return summarise(self._of_one_study)
+        return summarise(self._data)
 
 
 def _frame(rows: Iterable[Mapping[str, Any]], schema: Mapping[str, str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return _typed(
-        pd.DataFrame([{name: row.get(name) for name in schema} for row in rows], columns=list(schema)), schema
-    )
+    cells = [{name: row.get(name) for name in schema} for row in rows]
+    return _typed(pd.DataFrame(cells, columns=list(schema)), schema)
 
 
 def _typed(frame: pd.DataFrame, schema: Mapping[str, str]) -> pd.DataFrame:

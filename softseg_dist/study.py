@@ -373,7 +373,9 @@ def _short(value: Any) -> str:
         return "none"
     if isinstance(value, tuple):
         return "+".join(map(_short, value)).replace("+", "_") or "none"
-    return (value.short or type(value).__name__.lower()) if isinstance(value, Frozen) else str(value).replace(":", "_")
+    if not isinstance(value, Frozen):
+        return str(value).replace(":", "_")
+    return vars(type(value)).get("short") or type(value).__name__.lower()  # that of a base class names the base class
 
 
 def _difference(value: Any, among: list[Any]) -> str:

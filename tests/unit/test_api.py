@@ -70,6 +70,7 @@ def test_a_folder_that_is_no_run_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_nested_study_has_its_outer_results_and_names_its_runs(tmp_path: Path) -> None:
     nest(tmp_path, gain=0.02)
+    (tmp_path / "splits.json").write_text("[]")
     run = load(tmp_path)
     assert {name: str(kind) for name, kind in run.results.dtypes.items()} == RESULTS
     assert "outer" in run.answer

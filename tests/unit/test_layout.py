@@ -76,7 +76,7 @@ LAYERS = {
         "report",
         "pipeline",
     },
-    "api": {"errors", "study", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
+    "api": {"study", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
     "demo": set(softseg_dist.__all__),
     "cli": {
         "api",

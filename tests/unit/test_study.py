@@ -59,6 +59,14 @@ def test_two_values_of_one_class_are_told_apart_by_what_differs() -> None:
     assert list(cells) == ["wing_omega8", "wing_omega14", "bce"]
 
 
+class Derived(Dice):
+    """A loss that takes everything but its name from `Dice`."""
+
+
+def test_factorial_names_a_derived_class_by_its_own_name() -> None:
+    assert list(factorial(BASE, loss=(Dice(), Derived()))) == ["dice", "derived"]
+
+
 @pytest.mark.parametrize("factors", [{"losss": (Dice(),)}, {"loss": (Dice(), Dice())}])
 def test_factorial_refuses_unknown_fields_and_equal_values(factors: dict[str, tuple[object, ...]]) -> None:
     with pytest.raises(ValueError, match="factor"):
