@@ -2,7 +2,7 @@
 
 A lane is a Ray Train group (`TorchTrainer`) whose workers wait for jobs in a loop: starting the group takes seconds, a further job
 milliseconds. A job that loses a worker, or fails in a way that leaves the others waiting, is lost; Train then starts the group
-again, and the lane takes the next job. A single worker that runs one job needs no group. Nothing here knows what a job is.
+again, and the lane takes the next job. A single worker that runs one job needs no group. This module does not know what a job is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import Worker
 
-WAIT_S = 5.0  # a question to the mailbox is answered after this long at the latest, and then asked again
+WAIT_S = 5.0  # the longest time that a call of the mailbox waits for news; then it is called again
 
 Run = Callable[[Any, Worker, Report], Any]
 """(message, worker, report) -> answer: a job, run by all workers of a lane with one message; rank 0's reports and answer count."""
@@ -48,7 +48,7 @@ class _Job:
 
 
 class Mailbox:
-    """One job at a time, between who gives it and rank 0 of the group. An actor."""
+    """Passes one job at a time to rank 0 of the group, and its reports and answer back. An actor."""
 
     def __init__(self) -> None:
         self._job = _Job()
@@ -62,7 +62,7 @@ class Mailbox:
             self._changed.notify_all()
 
     async def take(self) -> tuple[int, Any] | None:
-        """The next job with its number, for rank 0; None to ask again. A job that was taken before died with its group."""
+        """The next job with its number, for rank 0; None to call again. A job that was taken before died with its group."""
         async with self._changed:
             if self._job.taken and not self._job.ended and self._job.number:
                 self._job.lost = "one of its workers died (killed, out of memory, or its machine was lost)"
@@ -75,7 +75,7 @@ class Mailbox:
             self._job.taken = True
             return self._job.number, self._job.message
 
-    async def tell(self, number: int, report: dict[str, str]) -> None:
+    async def report(self, number: int, report: dict[str, str]) -> None:
         """Pass on a report."""
         await self._change(number, lambda job: job.reports.append(report))
 
@@ -88,7 +88,7 @@ class Mailbox:
         await self._change(number, lambda job: setattr(job, "lost", job.lost or reason))
 
     async def news(self) -> tuple[list[dict[str, str]], Any, str | None]:
-        """Reports that nobody has had yet, the answer, the reason why there is none; waits for one of them."""
+        """New reports, the answer, the reason why there is none; waits for one of them."""
         async with self._changed:
             await self._until(lambda: bool(self._job.reports) or self._job.ended)
             reports, self._job.reports = self._job.reports, []
@@ -132,9 +132,7 @@ class Lane:
             run_config=train.RunConfig(
                 name=f"lane-{uuid.uuid4().hex[:12]}",
                 storage_path=storage if "://" in storage else str(Path(storage).absolute()),
-                failure_config=train.FailureConfig(
-                    max_failures=-1
-                ),  # a lost job is told to who gave it: that one counts
+                failure_config=train.FailureConfig(max_failures=-1),  # the caller of a lost job counts its failures
             ),
         )
         self._error: BaseException | None = None
@@ -152,8 +150,8 @@ class Lane:
         ray.get(self._mailbox.put.remote(message))
         while True:
             reports, answer, lost = ray.get(self._mailbox.news.remote())
-            for told in reports:
-                report(told)
+            for news in reports:
+                report(news)
             if answer is not None:
                 return answer
             if lost is not None:
@@ -162,14 +160,14 @@ class Lane:
                 raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
 
     def close(self) -> None:
-        """Let the workers go and wait until they have gone."""
+        """Release the workers and wait until they have ended."""
         ray.get(self._mailbox.close.remote())
         self._thread.join()
 
     def _serve(self, trainer: TorchTrainer) -> None:
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - `run` says it, in the thread that waits for an answer
+        except Exception as error:  # noqa: BLE001 - `run` raises it, in the thread that waits for an answer
             self._error = error
 
 
@@ -180,9 +178,9 @@ def run_alone(run: Run, resources: dict[str, float], message: Any, report: Repor
     """
     nodes, gpus = _nodes(), resources.get("GPU", 0.0)
     start = ray.remote(num_cpus=resources["CPU"], num_gpus=gpus, max_retries=0)(_do_job).remote
-    told = start(run, message, "cuda" if gpus else "cpu")
+    outputs = start(run, message, "cuda" if gpus else "cpu")
     try:
-        for reference in told:
+        for reference in outputs:
             kind, value = ray.get(reference)
             if kind == "answer":
                 return value
@@ -190,17 +188,17 @@ def run_alone(run: Run, resources: dict[str, float], message: Any, report: Repor
     except RayError as error:
         raise LostJob(_last_line(error), blameless=not nodes <= _nodes()) from error
     finally:
-        ray.cancel(told, force=True)  # on Ctrl-C; one that has ended does not mind
+        ray.cancel(outputs, force=True)  # on Ctrl-C; does nothing to a job that has ended
     raise AssertionError("a job answers or raises")
 
 
 def _do_job(run: Run, message: Any, device: str) -> Iterator[tuple[str, Any]]:
     """The job's reports while it runs, then its answer."""
-    told: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(run, message, Worker(device=device), told.put)
-        answer.add_done_callback(lambda _: told.put(None))
-        yield from (("report", report) for report in iter(told.get, None))
+        answer = thread.submit(run, message, Worker(device=device), reports.put)
+        answer.add_done_callback(lambda _: reports.put(None))
+        yield from (("report", report) for report in iter(reports.get, None))
         yield "answer", answer.result()
 
 
@@ -212,7 +210,7 @@ _LANES: dict[tuple[int, str, str], Lane] = {}
 
 
 def lane_of_process(run: Run, num_workers: int, resources: dict[str, float], storage: str) -> Lane:
-    """The lane of this process, started when it is first asked for. `run` must be the same every time."""
+    """The lane of this process, started by the first call. `run` must be the same every time."""
     key = num_workers, str(sorted(resources.items())), storage
     if key not in _LANES or not _LANES[key].alive:
         _LANES[key] = Lane(run, num_workers, resources, storage)
@@ -226,21 +224,21 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
     device = get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     while True:
-        told = [ray.get(mailbox.take.remote()) if rank == 0 else None]
-        distributed.broadcast_object_list(told, src=0)
-        if told[0] is None:
+        job = [ray.get(mailbox.take.remote()) if rank == 0 else None]
+        distributed.broadcast_object_list(job, src=0)
+        if job[0] is None:
             continue
-        number, message = told[0]
+        number, message = job[0]
         if number == 0:
             return
 
-        def tell(report: dict[str, str], number: int = number) -> None:
+        def send(report: dict[str, str], number: int = number) -> None:
             if rank == 0:
-                mailbox.tell.remote(number, report)
+                mailbox.report.remote(number, report)
 
         worker = Worker(device=str(device), rank=rank, num_workers=num_workers)
         try:
-            answer = run(message, worker, tell)
+            answer = run(message, worker, send)
         except Exception as error:
             ray.get(mailbox.lose.remote(number, _in_words(error)))
             raise

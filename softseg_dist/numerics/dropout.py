@@ -1,7 +1,7 @@
 """Dropout by counting: what is dropped follows from a seed in a tensor, the layer and the place, not from a generator's state.
 
-Several fits of one process can then drop at once, each as if it were alone, a graph of the device can drop anew each time that it
-is replayed, and CPU and GPU drop the same. Legend: B batch, C channels, *S space.
+Several fits of one process can then drop at once, each as if it were alone. A CUDA graph drops other values in each replay. CPU and
+GPU drop the same. Legend: B batch, C channels, *S space.
 """
 
 from __future__ import annotations

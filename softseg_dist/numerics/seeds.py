@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-drawing = threading.RLock()  # held by whoever draws from torch's own generators, or must not be disturbed by that
+drawing = threading.RLock()  # held while torch's own generators are drawn from, or must not be drawn from
 
 
 def seed_of(*parts: str | int) -> int:

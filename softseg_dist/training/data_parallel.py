@@ -58,7 +58,7 @@ class WorkerGroup:
         (loss * self.worker.num_workers).backward()  # DDP takes the mean over workers
 
     def _distributed(self, image: Tensor) -> DistributedDataParallel:
-        # Of this option torch 2.13 warns, and names another one that torch 2.12 does not have.
+        # Torch 2.13 warns about this option and names a newer one, which torch 2.11 does not have.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         return DistributedDataParallel(
             _SharedModel(self.model, self.share),
@@ -97,7 +97,7 @@ class BatchShare:
 
 
 def partner_died(error: Exception) -> bool:
-    """Is this what a worker meets when another one has died, and so not the cause?"""
+    """Does this error follow from the death of another worker?"""
     return any(sign in str(error) for sign in BROKEN)
 
 

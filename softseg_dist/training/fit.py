@@ -1,8 +1,8 @@
 """One fit: one candidate on one split, plain torch, on one worker or on several that share every batch.
 
 Everything random follows from (study, seed, split, epoch, item), never from the candidate, the process, the number of workers or
-a restart. So every candidate starts from the same weights and sees the same batches, and a fit that goes on from its checkpoint
-ends with the weights it would have had.
+a restart. So every candidate starts from the same weights and sees the same batches, and a fit that resumes from its checkpoint
+ends with the weights of one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     """Train, pick the best epoch on validation, evaluate validation and test; idempotent and resumable.
 
     Writes only into `task.folder`. A fit that has ended there is returned as it was; one that has not goes on from its
-    checkpoint. A loss that is not finite gives a result with state "failed"; asked to stop it raises `Interrupted`.
+    checkpoint. A loss that is not finite gives a result with state "failed". A requested stop raises `Interrupted`.
     """
     worker = worker or Worker()
     if (ended := worker.share(_ended(task) if worker.leads else None)) is not None:

@@ -1,7 +1,7 @@
-"""Memory that a training step has freed is kept for the next step, which needs as much.
+"""A fit on CPUs, or on several GPUs that share each batch: the host starts every operation, and reads the loss after each step.
 
-By default glibc returns large blocks to the system as soon as they are free, and the system clears every page anew when the next
-one is asked for: a third of the time of a small 2D step, most of that of adding two large volumes. Other systems are left alone.
+Memory that a step frees is kept for the next one, which needs as much. By default glibc returns large blocks to the system at once,
+and the system clears each page again for the next block: a third of the time of a small 2D step. Other systems need no such care.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_BYTES = 2**31 - 1  # as large as they can be: no block goes back by itself
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Keep what is freed while the block runs, and give it back at its end. From the first time on large blocks lie in the heap."""
+    """Keep freed memory while the block runs, and return it at the end. After the first call large blocks are in the heap."""
     libc = _libc()
     if libc is None:
         yield

@@ -19,10 +19,9 @@ from softseg_dist.numerics.labels import LabelMode, needs_whole_case, prepare_ta
 from softseg_dist.numerics.patches import Window
 from softseg_dist.study import Recipe
 
-KEPT_BYTES = (
-    2**30
-)  # of targets that a process keeps; beyond, what was used longest ago is dropped and made anew when asked for
-MOST_VOXELS = 10_000  # of a class that are known as labelled: patches about more would not differ more
+# Targets that a process keeps. Beyond it drops those that were used longest ago, and makes them again when they are needed.
+KEPT_BYTES = 2**30
+MOST_VOXELS = 10_000  # of a class that patches may be centred on: more would not make patches differ more
 
 _kept: OrderedDict[tuple[str, int, LabelMode, str], Tensor] = OrderedDict()
 _keeping = threading.Lock()
@@ -55,7 +54,7 @@ def labelled_voxels(store: Store, case: int, item: int) -> tuple[NDArray[np.int3
 
 
 def _some(voxels: NDArray[np.integer]) -> NDArray[np.integer]:
-    """At random, as every so manyth would lie in few planes; always the same."""
+    """A random choice, always the same; every n-th voxel would be in few planes."""
     if len(voxels) <= MOST_VOXELS:
         return voxels
     return np.random.default_rng(0).choice(voxels, MOST_VOXELS, replace=False)

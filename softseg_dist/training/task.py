@@ -99,16 +99,16 @@ EpochReport = Callable[[dict[str, float]], None]
 
 
 def _ignore(metrics: dict[str, float]) -> None:
-    """The report of a fit that nobody watches."""
+    """The default report: none."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Where a fit runs, as far as the fit needs to know: on which device, beside whom, whom it tells, and who may stop it.
+    """One process of a fit: its device, its rank among the others, where it reports, and how it is stopped.
 
     A fit runs on `num_workers` processes at once, which call the same functions in the same order and differ in `rank`; they
-    find each other through torch.distributed. Rank 0 alone writes files, reports and is asked to stop. `report` gets one flat
-    dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is asked in every step: True makes the fit
+    find each other through torch.distributed. Rank 0 alone writes files, reports and calls `stop`. `report` gets one flat
+    dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is called in every step: True makes the fit
     write its checkpoint and raise `Interrupted`. `saved` is called when a checkpoint has been written.
     """
 
@@ -121,7 +121,7 @@ class Worker:
 
     @property
     def leads(self) -> bool:
-        """Is this the one that writes and reports?"""
+        """Does this worker write and report?"""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Worker:
 
 
 class Interrupted(Exception):
-    """The fit was asked to stop; its checkpoint is written and the next call goes on from there."""
+    """The fit was stopped on request; its checkpoint is written and the next call resumes from there."""
 
 
 def history_path(folder: str | Path) -> Path:

@@ -225,7 +225,7 @@ def test_batches_on_a_gpu_are_those_of_the_host_up_to_rounding(tasks: dict[int, 
     feed, _ = stepper._ways[PLAIN.optim.batch_size]
     members = batches.order(now.epoch)[: PLAIN.optim.batch_size]
     feed.send(lambda into: stepper._write(into, now.epoch, 0, members))
-    made = stepper.device_batches.batch(feed.orders)
+    made = stepper.device_batches.batch(feed.inputs)
     for ours, theirs in zip(made, batches.batch(now.epoch, members, "cpu"), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-3)
 

@@ -207,3 +207,19 @@ def test_no_public_class_name_stands_twice() -> None:
 def test_no_function_is_longer_than_60_lines() -> None:
     functions = [node for path in FILES for node in classes_and_functions(path) if isinstance(node, ast.FunctionDef)]
     assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
+
+
+def names_of(path: Path) -> set[str]:
+    """What a file imports, and dotted names in its code."""
+    attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    dotted = {ast.unparse(node) for node in attributes}
+    return imported(path) | {name for name in dotted if name.replace(".", "").isidentifier()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_private_name_of_torch_is_used_and_aten_in_one_place(path: Path) -> None:
+    names = {name for name in names_of(path) if name.split(".")[0] == "torch"}
+    dunder = "torch.__version__"
+    assert not [name for name in names if any(part.startswith("_") for part in name.split(".")) and name != dunder]
+    if path.name != "sync_batch_norm.py":
+        assert not [name for name in names if name.startswith("torch.ops")]

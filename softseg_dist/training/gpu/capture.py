@@ -1,7 +1,7 @@
 """A whole training step as one graph of the device, which the host starts with a single call; and whether a step can be one.
 
-A graph repeats what the device was told to do while it was captured. So a step whose next operation depends on numbers that the
-device has computed, or that takes numbers from the host, cannot be one.
+A graph repeats the operations that were launched while it was captured. A step cannot be one if its next operation depends on
+numbers that the device has computed, or if it takes numbers from the host.
 """
 
 from __future__ import annotations

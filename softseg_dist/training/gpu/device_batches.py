@@ -10,7 +10,7 @@ from torch import Tensor
 from softseg_dist.numerics.augmentation import apply, draw_all, draw_pairs, join, pairs
 from softseg_dist.numerics.transforms import Frame
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.gpu.feed import Fields, Orders
+from softseg_dist.training.gpu.feed import Fields, Inputs
 from softseg_dist.training.gpu.resident import Source, source_of
 
 
@@ -34,7 +34,7 @@ class DeviceBatches:
         self.joining = draw_pairs(batches.recipe.augment, [0], self.pair_frame)
 
     def fields(self, size: int) -> Fields:
-        """What is told about a batch of `size` items."""
+        """Inputs of a batch of `size` items."""
         rows = 2 * size if self.in_pairs else size
         one_by_one = {f"change{i}": ((rows, *p.shape[1:]), p.dtype) for i, (_, p) in enumerate(self.changing)}
         in_pairs = {f"join{i}": ((size, *p.shape[1:]), p.dtype) for i, (_, p) in enumerate(self.joining)}
@@ -52,10 +52,10 @@ class DeviceBatches:
         for index, (_, parameters) in enumerate(draw_pairs(self.recipe.augment, own, self.pair_frame)):
             into[f"join{index}"].copy_(parameters)
 
-    def batch(self, orders: Orders) -> tuple[Tensor, Tensor]:
+    def batch(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Augmented images [B C *S] and targets [B K *S]."""
-        drawn = [(transform, orders[f"change{i}"]) for i, (transform, _) in enumerate(self.changing)]
-        image, target = apply(*self.source.read(orders), drawn, self.recipe.label, self.frame)
+        drawn = [(transform, inputs[f"change{i}"]) for i, (transform, _) in enumerate(self.changing)]
+        image, target = apply(*self.source.read(inputs), drawn, self.recipe.label, self.frame)
         if self.recipe.patch is not None:
             image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
         if self.recipe.smoothing is not None:
@@ -63,7 +63,7 @@ class DeviceBatches:
         if not self.in_pairs:
             return image, target
         size = len(image) // 2
-        joined = [(transform, orders[f"join{i}"]) for i, (transform, _) in enumerate(self.joining)]
+        joined = [(transform, inputs[f"join{i}"]) for i, (transform, _) in enumerate(self.joining)]
         return join(image[:size], target[:size], image[size:], target[size:], joined)
 
 
@@ -84,9 +84,9 @@ class ReadyBatches:
         for place, values in zip(self._made.setdefault(len(members), made), made, strict=True):
             place.copy_(values)
 
-    def batch(self, orders: Orders) -> tuple[Tensor, Tensor]:
+    def batch(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What was made."""
-        return self._made[len(orders["items"])]
+        return self._made[len(inputs["items"])]
 
 
 def device_batches(batches: Batches, device: torch.device) -> tuple[DeviceBatches | ReadyBatches, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """A fit on one device of its own: the host draws and launches, some steps ahead, and reads losses once per epoch.
 
-A step is one function of the device's memory: from what the host has told (`feed`) it gathers and augments a batch, learns from it
-and writes down how that went. As a graph (`capture`) it is launched with one call; where that is not possible it is launched
-operation by operation, with the same result.
+A step is one function of the device's memory. From the inputs that the host has sent (`feed`) it gathers and augments a batch,
+learns from it and records how that went. As a graph (`capture`) it is launched with one call; otherwise it is launched operation by
+operation, with the same result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.gpu.capture import Step, captured, compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import device_batches
-from softseg_dist.training.gpu.feed import Feed, Fields, Orders
+from softseg_dist.training.gpu.feed import Feed, Fields, Inputs
 from softseg_dist.training.stepper import Diverged, FitProgress, Request, Stepper, cause, learning_rate
 
 OF_A_STEP: Fields = {
@@ -60,7 +60,7 @@ class DeviceStepper(Stepper):
         self.records = torch.zeros(self.batches.steps_per_epoch, RECORDED, device=self.device)
         self.stream = _stream(self.device) if on_cuda else None
         self._pool: Any = None  # memory that the graphs share
-        # By the number of items in a batch: what is told about it, and the graph of its step if there is one.
+        # By the number of items in a batch: its inputs, and the graph of its step if there is one.
         self._ways: dict[int, tuple[Feed, Step | None]] = {}
 
     def advance(self, progress: FitProgress) -> Request:
@@ -86,28 +86,28 @@ class DeviceStepper(Stepper):
         if (size := len(members)) not in self._ways:
             feed = Feed({**self.device_batches.fields(size), **OF_A_STEP}, self.device)
             feed.send(lambda into: self._write(into, epoch, step, members))
-            self._ways[size] = feed, self._graph(lambda: self._step(feed.orders))
+            self._ways[size] = feed, self._graph(lambda: self._step(feed.inputs))
         feed, graph = self._ways[size]
         feed.send(lambda into: self._write(into, epoch, step, members))
         if graph is None:
-            self._step(feed.orders)
+            self._step(feed.inputs)
         else:
             graph()
 
     def _write(self, into: dict[str, Tensor], epoch: int, step: int, members: Sequence[int]) -> None:
-        """Tell the device all about a step."""
+        """Write all inputs of a step."""
         self.device_batches.write(into, epoch, members)
         done = epoch * self.batches.steps_per_epoch + step
         into["lr"].fill_(learning_rate(self.optim, done, self.batches.num_steps))
         into["dropout"].fill_(seed_of(self.batches.seed, "dropout", epoch, step) % 2**31)
         into["row"].fill_(step)
 
-    def _step(self, orders: Orders) -> None:
+    def _step(self, inputs: Inputs) -> None:
         """Learn from a batch. Nothing here waits for the device, or needs to know what it has computed."""
         with torch.no_grad():
-            self.dropout_seed.copy_(orders["dropout"])
-            self.adam.param_groups[0]["lr"].copy_(orders["lr"])
-            image, target = self.device_batches.batch(orders)
+            self.dropout_seed.copy_(inputs["dropout"])
+            self.adam.param_groups[0]["lr"].copy_(inputs["lr"])
+            image, target = self.device_batches.batch(inputs)
         logits = self.model.logits(image, self.network)
         prediction = self.model.activation(logits)
         loss = self.recipe.loss(prediction, target)
@@ -119,7 +119,7 @@ class DeviceStepper(Stepper):
         with torch.no_grad():
             extremes = [*logits.aminmax(), *prediction.aminmax()]
             row = torch.stack([loss.float(), dead_samples(prediction).float(), *(value.float() for value in extremes)])
-            self.records.index_copy_(0, orders["row"], row[None])
+            self.records.index_copy_(0, inputs["row"], row[None])
 
     def _graph(self, step: Step) -> Step | None:
         """A graph of `step`, compiled if that works; None if there is to be no graph, or cannot be. What does not work is noted."""
@@ -147,7 +147,7 @@ class DeviceStepper(Stepper):
         return None
 
     def _without_network(self, step: Step) -> str | None:
-        """What is in the way of a graph; asked with the network as it is, as what is compiled cannot be looked into."""
+        """What prevents a graph, with the network as it is: a compiled one hides its operations."""
         network, self.network = self.network, None
         try:
             return obstacle(step)

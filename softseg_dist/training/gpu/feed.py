@@ -1,6 +1,6 @@
-"""What the host tells the device for each step, on its way there: in one copy, and some steps ahead.
+"""Inputs of each step on their way from the host to the device: in one copy, and some steps ahead.
 
-What the device reads has the same place in every step, so that a graph can read it.
+The device reads them at the same address in every step, so that a graph can read them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-AHEAD = 8  # steps that the host may be ahead; so many are still done when a fit is asked to stop
+AHEAD = 8  # steps that the host may be ahead; a fit that is stopped still does so many
 ALIGNMENT = 64  # bytes
 
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of tensors by their names."""
 
-Orders = Mapping[str, Tensor]
+Inputs = Mapping[str, Tensor]
 """The tensors themselves, as the device reads them in a step."""
 
 
-class Parcel:
+class PackedTensors:
     """Tensors in one piece of memory: `of` has them by name, `memory` all their bytes."""
 
     def __init__(self, fields: Fields, device: torch.device, *, pinned: bool = False) -> None:
@@ -37,14 +37,14 @@ class Parcel:
 
 
 class Feed:
-    """Parcels on their way to a device: `orders` are those of the step that is launched next.
+    """Packed tensors on their way to a device: `inputs` are those of the step that is launched next.
 
-    On a CPU there is no way to go. On a CUDA device they go on a stream of their own, while the device computes on the current one.
+    On a CPU nothing is copied. Copies to a CUDA device run on a stream of their own, while the device computes on the current one.
     """
 
     def __init__(self, fields: Fields, device: torch.device) -> None:
-        self._here = Parcel(fields, device)
-        self.orders: Orders = self._here.of
+        self._here = PackedTensors(fields, device)
+        self.inputs: Inputs = self._here.of
         self._slots = [_Slot(fields, device) for _ in range(AHEAD)] if device.type == "cuda" else []
         self._side = torch.cuda.Stream(device) if self._slots else None
         if self._side is not None:
@@ -69,9 +69,9 @@ class Feed:
 
 
 class _Slot:
-    """A parcel in pinned memory, where it goes to, and the events that it has arrived, and been taken from there."""
+    """Packed tensors in pinned memory, their copy on the device, and the events of its arrival and of its use."""
 
     def __init__(self, fields: Fields, device: torch.device) -> None:
-        self.host = Parcel(fields, torch.device("cpu"), pinned=True)
-        self.device = Parcel(fields, device)
+        self.host = PackedTensors(fields, torch.device("cpu"), pinned=True)
+        self.device = PackedTensors(fields, device)
         self.arrived, self.taken = torch.cuda.Event(), torch.cuda.Event()

@@ -22,7 +22,7 @@ from softseg_dist.data.store import Store
 from softseg_dist.numerics.labels import rater_of
 from softseg_dist.study import Recipe
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.gpu.feed import Fields, Orders
+from softseg_dist.training.gpu.feed import Fields, Inputs
 from softseg_dist.training.targets import item_target
 
 SHARE = 0.5  # of the memory that is free: the rest is for training, and for other fits on the device
@@ -36,12 +36,12 @@ class Source(Protocol):
     """Gives a device the items of a batch."""
 
     def fields(self, rows: int) -> Fields:
-        """What the host tells the device about a batch of so many rows."""
+        """Inputs of a batch of so many rows."""
 
     def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
-        """Tell it about the items `members` as `epoch` sees them."""
+        """Write the inputs of the items `members` as `epoch` sees them."""
 
-    def read(self, orders: Orders) -> tuple[Tensor, Tensor]:
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Images [R C *W] and targets [R K *W] on the device."""
 
 
@@ -87,12 +87,12 @@ class Resident:
             windows = [self.batches.window(epoch, member) for member in members]
             into["start"].copy_(torch.tensor([window.start for window in windows if window is not None]))
 
-    def read(self, orders: Orders) -> tuple[Tensor, Tensor]:
-        """The rows, and of patches what lies in their windows."""
-        if "start" not in orders:
-            return self.images.index_select(0, orders["item"]), self.targets.index_select(0, orders["target"])
-        place, inside = _places(orders["start"], self.images.shape[2:], self.batches.read_size)
-        image, target = _at(self.images, orders["item"], place), _at(self.targets, orders["target"], place)
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The rows, or of patches the parts in their windows."""
+        if "start" not in inputs:
+            return self.images.index_select(0, inputs["item"]), self.targets.index_select(0, inputs["target"])
+        place, inside = _places(inputs["start"], self.images.shape[2:], self.batches.read_size)
+        image, target = _at(self.images, inputs["item"], place), _at(self.targets, inputs["target"], place)
         return image, target.masked_fill(~inside, 0)
 
 
@@ -116,14 +116,14 @@ class Streamed:
         into["image"].copy_(image)
         into["target"].copy_(target)
 
-    def read(self, orders: Orders) -> tuple[Tensor, Tensor]:
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What has arrived."""
-        return orders["image"], orders["target"]
+        return inputs["image"], inputs["target"]
 
 
 @dataclass(frozen=True)
 class _TargetRows:
-    """Where the targets of an item lie: one if raters are fused the same way in every epoch, else one of each rater."""
+    """The rows of the targets of an item: one if raters are fused the same way in every epoch, else one for each rater."""
 
     first: tuple[int, ...]
     num_raters: tuple[int, ...]

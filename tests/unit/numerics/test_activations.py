@@ -172,6 +172,12 @@ def test_only_the_running_variant_has_state(over: str) -> None:
     assert not NormReLU.model_validate({"over": over}).build(1).state_dict()
 
 
+@pytest.mark.parametrize("activation", [*NORMRELUS, Sigmoid(), Softmax()], ids=repr)
+def test_a_worker_without_items_predicts_nothing(activation: Activation) -> None:
+    assert activation(torch.empty(0, 2, 3, 3)).shape[0] == 0
+    assert activation.build(2)(torch.empty(0, 2, 3, 3)).shape[0] == 0
+
+
 # ---------------------------------------------------------------- several workers
 
 

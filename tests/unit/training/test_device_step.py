@@ -26,7 +26,7 @@ from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, device_batches
 from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper
-from softseg_dist.training.gpu.feed import Feed, Parcel
+from softseg_dist.training.gpu.feed import Feed, PackedTensors
 from softseg_dist.training.gpu.resident import Resident, Streamed
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.stepper import Diverged, FitProgress
@@ -58,7 +58,7 @@ def test_batches_are_those_of_the_host_bit_for_bit(
     for epoch, members in ((0, [0, 3, 1]), (2, [2, 0, 3])):
         feed = Feed(made.fields(3), CPU)
         feed.send(lambda into, made=made, epoch=epoch, members=members: made.write(into, epoch, members))
-        for ours, theirs in zip(made.batch(feed.orders), batches.batch(epoch, members, "cpu"), strict=True):
+        for ours, theirs in zip(made.batch(feed.inputs), batches.batch(epoch, members, "cpu"), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -68,7 +68,7 @@ def test_cases_of_several_voxel_sizes_are_augmented_outside_of_the_step(tasks: d
     for epoch in (0, 1):
         feed = Feed(made.fields(3), CPU)
         feed.send(lambda into, epoch=epoch: made.write(into, epoch, [2, 0, 1]))
-        for ours, theirs in zip(made.batch(feed.orders), batches.batch(epoch, [2, 0, 1], "cpu"), strict=True):
+        for ours, theirs in zip(made.batch(feed.inputs), batches.batch(epoch, [2, 0, 1], "cpu"), strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -231,7 +231,7 @@ def test_what_a_graph_cannot_repeat_is_found_before_it_is_captured(
     members = stepper.batches.order(0)[:5]
     feed = Feed({**stepper.device_batches.fields(5), **OF_A_STEP}, CPU)
     feed.send(lambda into: stepper._write(into, 0, 0, members))
-    found = obstacle(lambda: stepper._step(feed.orders))
+    found = obstacle(lambda: stepper._step(feed.inputs))
     assert (found is None) == (reason is None)
     assert found is None or found.startswith(str(reason))
 
@@ -303,14 +303,14 @@ def test_what_is_tried_leaves_weights_and_moments_as_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 
 
-def test_tensors_of_a_parcel_share_its_memory_and_nothing_else() -> None:
+def test_packed_tensors_share_its_memory_and_nothing_else() -> None:
     fields = {"a": ((3,), torch.float32), "b": ((2, 2), torch.int64), "c": ((), torch.float32), "d": ((5,), torch.bool)}
-    parcel = Parcel(fields, CPU)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in parcel.of.items()} == fields
-    for number, tensor in enumerate(parcel.of.values()):
+    packed = PackedTensors(fields, CPU)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.of.items()} == fields
+    for number, tensor in enumerate(packed.of.values()):
         tensor.fill_(number)
-    copy = Parcel(fields, CPU)
-    copy.memory.copy_(parcel.memory)
+    copy = PackedTensors(fields, CPU)
+    copy.memory.copy_(packed.memory)
     assert [set(tensor.flatten().tolist()) for tensor in copy.of.values()] == [{0.0}, {1}, {2.0}, {True}]
 
 
