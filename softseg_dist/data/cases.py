@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Affine4, Geometry
+from softseg_dist.data.geometry import Affine4, Float32, Geometry
 from softseg_dist.data.volume import Volume, read_geometry, read_volume
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
-
-Float32 = NDArray[np.float32]
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 
@@ -127,12 +124,7 @@ class ImageCase(Case):
     """
 
     def __init__(
-        self,
-        name: str,
-        images: Sequence[Path],
-        subject: str = "",
-        site: str = "",
-        center_mask: MaskFile | None = None,
+        self, name: str, images: Sequence[Path], subject: str = "", site: str = "", center_mask: MaskFile | None = None
     ) -> None:
         self.name = name
         self.subject = subject or name

@@ -2,7 +2,7 @@
 
 A draft is `.<fingerprint>.<token>.draft`, beside the store that it becomes; the single cases that are prepared for it are
 `.<fingerprint>.<token>.<number>.part`. Its process holds a lock on it, which ends with the process, however that ends: a draft
-that nobody holds is a leftover, from which the next one takes what is intact.
+without a holder is a leftover, from which the next preparation takes the intact cases.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Draft:
         """Where case `number` goes until it is in the draft."""
         return self.path.with_name(f"{self.path.stem}.{number}.part")
 
-    def become(self, path: Path) -> None:
-        """Be the finished file `path`, whole or not at all, even after a crash."""
+    def finish(self, path: Path) -> None:
+        """Rename the draft to the finished file `path`: whole or not at all, even after a crash."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.path.replace(path)
@@ -67,7 +67,7 @@ def leftovers(folder: Path) -> Iterator[list[Path]]:
         for path in sorted(folder.glob(".*.draft")):
             try:
                 file = held.enter_context(path.open("r+b"))
-            except OSError:  # it has just become a store, or belongs to somebody else
+            except OSError:  # it has just become a store, or belongs to another user
                 continue
             if is_locked_here(file):
                 found.append(path)

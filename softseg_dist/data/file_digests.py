@@ -59,7 +59,7 @@ class FileDigests:
     def __call__(self, path: Path) -> str:
         """See `sha256_of`."""
         key = str(path.absolute())
-        with suppress(OSError):  # told by name when it is read
+        with suppress(OSError):  # reading the file reports the error with its name
             known = self._known.get(key)
             if known is not None and known[:-1] == _stamp(path.stat()):
                 return str(known[-1])

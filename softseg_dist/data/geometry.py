@@ -15,6 +15,8 @@ from softseg_dist.words import dimensions
 
 Shape3 = tuple[int, int, int]
 Affine4 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
 SAME_GRID_TOLERANCE = 0.25  # of a voxel, at the worst corner: masks saved by other tools round their affine (0.15 seen)
 

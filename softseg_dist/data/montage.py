@@ -15,20 +15,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from softseg_dist.data.cases import Float32
+from softseg_dist.data.geometry import Float32
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
 
 COLUMNS = 6
 TILE_INCHES = 2.0
-COLOURS = (
-    "#e69f00",
-    "#56b4e9",
-    "#009e73",
-    "#f0e442",
-    "#cc79a7",
-    "#d55e00",
-)  # Okabe and Ito: safe for colour-blind eyes
+# Okabe and Ito: colour-blind readers can distinguish them.
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00")
 
 
 def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str], limit: int = 24) -> int:

@@ -23,16 +23,19 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, model_validator
 from scipy import ndimage
 
-from softseg_dist.data.cases import Case, CaseData, DataSet, Float32
+from softseg_dist.data.cases import Case, CaseData, DataSet
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Affine4, Geometry, Shape3
+from softseg_dist.data.geometry import Affine4, Float32, Float64, Geometry, Shape3
 from softseg_dist.errors import UserError
 
-Float64 = NDArray[np.float64]
 Vector3 = tuple[float, float, float]
 
 TRUTH_POINTS = (8, 8, 4)  # sample points per voxel and axis for the exact partial volume (volumes are right to 0.5 %)
-RATER_POINTS = (4, 4, 2)  # where less will do: a rater's mask asks only whether the partial volume reaches 1/2
+RATER_POINTS = (
+    4,
+    4,
+    2,
+)  # where fewer points are enough: a rater's mask asks only whether the partial volume reaches 1/2
 FAR = 3.0  # half axes: no rater draws an ellipsoid that large
 
 
@@ -61,10 +64,6 @@ class Wobble:
 class Body(Protocol):
     """A shape in space."""
 
-    @property
-    def volume_mm3(self) -> float:
-        """The analytic volume (without a wobble)."""
-
     def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
         """[P 3] -> [P]"""
 
@@ -75,11 +74,6 @@ class Ellipsoid:
 
     center_mm: Vector3
     half_axes_mm: Vector3
-
-    @property
-    def volume_mm3(self) -> float:
-        """4/3 pi a b c."""
-        return 4 / 3 * math.pi * math.prod(self.half_axes_mm)
 
     def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
         """See `Body.inside`. The direction of a wobble is that from the centre, plus the centre: lesions differ."""
@@ -108,12 +102,6 @@ class Column:
     taper: float
     cosines: Float64  # a_0, a_1, ...
     sines: Float64  # b_0 (unused), b_1, ...
-
-    @property
-    def volume_mm3(self) -> float:
-        """Area pi (a_0^2 + sum_k (a_k^2 + b_k^2) / 2) of the section, times the integral of its scale squared."""
-        section = math.pi * (self.cosines[0] ** 2 + ((self.cosines[1:] ** 2).sum() + (self.sines[1:] ** 2).sum()) / 2)
-        return float(math.prod(self.half_axes_mm) * section * self.height_mm * (1 + self.taper**2 / 12))
 
     def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
         """See `Body.inside`."""

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from softseg_dist.data.cases import Case, CaseData, Float32
-from softseg_dist.data.geometry import Geometry, spacing_of
+from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.geometry import Float32, Geometry, spacing_of
 from softseg_dist.data.resampling import Axis, Method, resample, restore
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
-Scalar = TypeVar("Scalar", bound=np.generic)
+Voxel = TypeVar("Voxel", bound=np.generic)
 
 PERCENTILES = (0.5, 99.5)  # "percentile" maps these to 0 and 1
 
@@ -192,8 +192,8 @@ class Preprocess(Frozen):
         return items
 
     def _labels(
-        self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Scalar]
-    ) -> NDArray[Scalar]:
+        self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Voxel]
+    ) -> NDArray[Voxel]:
         """[... X Y Z] -> [N ... *S], padded by 0."""
         items, whole, window = self._blank(volume.shape[:-3], axes, kind)
         for index in np.ndindex(volume.shape[:-3]):
@@ -201,8 +201,8 @@ class Preprocess(Frozen):
         return items
 
     def _blank(
-        self, lead: tuple[int, ...], axes: tuple[Axis, ...], kind: type[Scalar]
-    ) -> tuple[NDArray[Scalar], NDArray[Scalar], tuple[slice, ...]]:
+        self, lead: tuple[int, ...], axes: tuple[Axis, ...], kind: type[Voxel]
+    ) -> tuple[NDArray[Voxel], NDArray[Voxel], tuple[slice, ...]]:
         """Items [N ... *S] of 0; a view of them as [... X Y Z]; where that is not padding. So results are written in place."""
         x, y, z = (axis.size for axis in axes)
         items = np.zeros((z, *lead, x, y) if self.dim == 2 else (1, *lead, x, y, z), dtype=kind)
@@ -234,6 +234,6 @@ class Preprocess(Frozen):
         return tuple(labelled.tolist())
 
 
-def _chosen(items: NDArray[Scalar], slices: tuple[int, ...] | None) -> NDArray[Scalar]:
+def _chosen(items: NDArray[Voxel], slices: tuple[int, ...] | None) -> NDArray[Voxel]:
     """[N ... *S]: the items of these slices; all of them are not copied."""
     return items if slices is None or len(slices) == len(items) else items[list(slices)]

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from softseg_dist.data.geometry import Float32, Float64
+
 Method = Literal["linear", "area", "nearest"]
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 
 SAME_STEP = 0.05  # voxels: grids that drift apart by less than this from the centre to the edge are taken as one
 

@@ -1,4 +1,4 @@
-"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites; who is in none.
+"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites.
 
 No random generator is used: people are ordered by a hash of (seed, split, person), so the splits are the same on every
 machine and for every version of numpy.
@@ -24,7 +24,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class Split(Frozen):
     """Who trains, validates and tests. All sessions of one person are in one part.
 
-    A split of a study has someone in each part. One without validation and test trains a final model on everybody.
+    A split of a study has subjects in each part. One without validation and test trains a final model on all subjects.
     """
 
     index: int = Field(ge=0)
@@ -141,7 +141,7 @@ class KFold(Splits):
 def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str], seed: int) -> tuple[str, ...]:
     """Who of `subjects` (person -> site) is in no split: those named, or a share of them, at least one, spread over sites.
 
-    The share depends on the people, their sites and `seed` only. Raises UserError if somebody named is not among them.
+    The share depends on the people, their sites and `seed` only. Raises UserError if a named subject is not among them.
 
     >>> held_out(0.25, {f"p{i}": "AB"[i % 2] for i in range(8)}, seed=0)
     ('p3', 'p4')

@@ -166,7 +166,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
             ValueError,
             KeyError,
             TypeError,
-        ):  # its end, or where it broke
+        ):  # its end, or a damaged place
             return
         yield record
 
@@ -416,7 +416,7 @@ def _build(
     try:
         with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:
             write_records(draft.file, about, _records(parts, known, prepared, progress))
-        draft.become(path)
+        draft.finish(path)
     except (OSError, _IncompatibleError) as error:
         if isinstance(error, _IncompatibleError) or error.errno in NO_ROOM:
             for each in (draft.path, *left):

@@ -1,4 +1,4 @@
-"""Stores that lie elsewhere: each machine fetches one once, into its cache, and checks what it got."""
+"""Stores on other file systems: each machine fetches a store once into its cache and checks the copy."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from softseg_dist.words import dimensions
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
-DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger promise is a lie
+DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
 CHUNK = 2**24  # bytes inflated at a time
 DTYPES = {2: "u1", 256: "i1", 512: "u2", 4: "i2", 768: "u4", 8: "i4", 1280: "u8", 1024: "i8", 16: "f4", 64: "f8"}
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -210,7 +210,9 @@ def _read_header(path: Path) -> _Header:
     header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)
     on_disk, needed = path.stat().st_size, int(offset) + header.num_bytes
     if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
-        raise UserError(f"{path} is cut off, or its header lies: {needed} bytes are declared, the file has {on_disk}")
+        raise UserError(
+            f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}"
+        )
     return header
 
 

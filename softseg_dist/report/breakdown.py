@@ -18,7 +18,7 @@ NO_RATER = ("mean", "truth", "raters")  # references that are not one of the rat
 
 @dataclass(frozen=True)
 class Site:
-    """The objective of two candidates on the subjects of one site. `crossed` is the paired difference, `one` less `other`."""
+    """The objective of two candidates on the subjects of one site. `crossed` is the paired difference, `one` minus `other`."""
 
     site: str
     num_subjects: int

@@ -34,12 +34,8 @@ from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTable, ScoreTables, on_test, soft_scores, undefined_cases
 from softseg_dist.report.tables import summarise
 
-WHOSE = (
-    "type",
-    "folder",
-    "shape",
-    "seed",
-)  # fields of a data set that say whose images they are; others say what is read
+# Fields of a data set that say whose images they are; others say what is read of them.
+WHOSE = ("type", "folder", "shape", "seed")
 ENOUGH = 2  # splits; one says nothing about the variation between training runs
 
 
@@ -67,7 +63,7 @@ def pairing_of(a: RunData, b: RunData) -> RunPairing:
 
 
 def tested(run: RunData) -> set[str]:
-    """Everybody who is in a test set."""
+    """All subjects of the test sets."""
     return {subject for split in run.splits for subject in split.test}
 
 
@@ -109,13 +105,8 @@ def _everyone(split: Split) -> tuple[str, ...]:
     return (*split.train, *split.validation, *split.test)
 
 
-LEFT_OUT = (
-    "name",
-    "question",
-    "candidates",
-    "control",
-    "resources",
-)  # of a study: what changes no result, or has its place
+# Fields of a study that change no result, or are compared elsewhere.
+LEFT_OUT = ("name", "question", "candidates", "control", "resources")
 UNPAIRED = "nothing is paired: a difference of two means"
 Changed = dict[str, tuple[str, str]]  # field, joined by dots: its value in A and in B
 
@@ -153,7 +144,7 @@ class Side:
 
 @dataclass(frozen=True)
 class CandidateContrast:
-    """A candidate of B less one of A. `changed` are the fields in which their recipes differ.
+    """A candidate of B minus one of A. `changed` are the fields in which their recipes differ.
 
     `test` is the crossed test if scores are paired by subject and split, the t-test over subjects if by subject alone, and
     a difference of means without p if by nothing; `p_holm` adjusts it over all contrasts. Wilcoxon's and the corrected

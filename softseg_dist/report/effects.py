@@ -20,7 +20,7 @@ Cell = tuple[str, ...]  # the JSON of a level of each factor
 
 @dataclass(frozen=True)
 class Effect:
-    """`level` less `base` of one factor. `num_cells` pairs of candidates, equal in all other factors, are averaged."""
+    """`level` minus `base` of one factor. `num_cells` pairs of candidates, equal in all other factors, are averaged."""
 
     factor: str
     level: str
@@ -32,7 +32,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Interaction:
-    """What `level` instead of `base` does with `other_level`, less what it does with `other_base` of the other factor.
+    """What `level` instead of `base` does with `other_level`, minus what it does with `other_base` of the other factor.
 
     `num_cells` such differences of differences, equal in all further factors, are averaged. 0: the two effects add up.
     """
@@ -67,7 +67,7 @@ class Factorial:
         return list(itertools.product(*levels))
 
     def difference(self, scores: ScoreTables, cell: Cell, place: int, level: str, base: str) -> ScoreTable:
-        """`level` less `base` at `place`, in the cell that is `cell` otherwise."""
+        """`level` minus `base` at `place`, in the cell that is `cell` otherwise."""
         one, other = ((*cell[:place], value, *cell[place + 1 :]) for value in (level, base))
         return scores.difference(self.cells[one], self.cells[other])
 

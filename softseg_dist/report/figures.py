@@ -91,7 +91,8 @@ def paired_figure(summary: Summary) -> Figure:
         for axis, comparison in zip(panels(figure, len(compared), columns), compared, strict=True):
             one, other = standings[comparison.reference].by_split, standings[comparison.candidate].by_split
             _pairs(axis, label, one, other, summary.sign)
-            axis.set_title(comparison.candidate.replace("-", "-\n", 2), fontsize=8, color=INK)
+            name = comparison.candidate
+            axis.set_title(name.replace("-", "-\n", 2) if len(name) > 14 else name, fontsize=8, color=INK)
         figure.supylabel(f"mean {summary.objective_title} of a split", fontsize=9)
     return figure
 

@@ -35,7 +35,7 @@ class HeldOutScore:
 class HoldoutTable:
     """Who was held out, and what the last opening showed. `opened` has the time of every opening.
 
-    `scores` and `crossed` (winner less control) are empty and None while nothing was opened, or for a lone winner.
+    `scores` and `crossed` (winner minus control) are empty and None while nothing was opened, or for a lone winner.
     """
 
     num_subjects: int
@@ -47,7 +47,7 @@ class HoldoutTable:
 
 
 def holdout_of(run: RunData, metric: str) -> HoldoutTable | None:
-    """The table of the last opening; None if nobody was held out."""
+    """The table of the last opening; None if no subject was held out."""
     record, rows = run.holdout_record, run.holdout
     if record is None:
         return None
@@ -80,7 +80,7 @@ class OuterRow:
 
 @dataclass(frozen=True)
 class OuterTable:
-    """All outer splits that are complete, of `planned`. `score` and `difference` (winners less control) are crossed tests.
+    """All outer splits that are complete, of `planned`. `score` and `difference` (winners minus control) are crossed tests.
 
     A score is that of a subject in an outer split: the mean over the fits of that split's winner. `difference` is None without
     a control.

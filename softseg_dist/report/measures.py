@@ -27,7 +27,7 @@ from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN
 from softseg_dist.report.breakdown import Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of, undefined
+from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of, undefined
 from softseg_dist.training.task import FitResult
 
 SUMS = ("reliability_voxels", "reliability_prediction", "reliability_reference")
@@ -90,7 +90,7 @@ class Agreement:
     """Soft volumes of one candidate and class against those of the soft reference, one pair per subject, in mm3.
 
     `true_mm3` and `predicted_mm3` are means over the cases and splits of a subject, in the order of `subjects`.
-    `limits` are those of predicted less true.
+    `limits` are those of predicted minus true.
     """
 
     name: str
@@ -147,7 +147,7 @@ def repeatability_of(test: pd.DataFrame) -> dict[str, tuple[Repeatability, ...]]
 
 def _volumes(test: pd.DataFrame, unit: list[str]) -> pd.DataFrame:
     """Mean true and predicted volume per unit; no row if either was not recorded."""
-    rows = test[test["metric"].isin((PREDICTED, TRUE)) & (test["reference"] == "mean") & test["threshold"].isna()]
+    rows = soft_rows(test, PREDICTED, TRUE)
     means = rows.groupby([*unit, "metric"], observed=True)["value"].mean().unstack("metric")
     return means.reindex(columns=[PREDICTED, TRUE]).dropna()
 
@@ -258,11 +258,7 @@ def surfaces_of(test: pd.DataFrame, fits: Iterable[FitResult]) -> dict[str, Surf
     return {name: Surfaces(name, hd95, asd, dice, *counted[name]) for name, (hd95, asd, dice) in means.items()}
 
 
-METHODS = {
-    "mc_dropout": "dropout at test time",
-    "tta": "test-time augmentation",
-    "ensemble": "ensemble over splits",
-}
+METHODS = {"mc_dropout": "dropout at test time", "tta": "test-time augmentation", "ensemble": "ensemble over splits"}
 MEASURES = {  # as `judging.uncertainty` names them
     "disagreement_correlation": "entropy and disagreement",
     "ged2": "GED²",

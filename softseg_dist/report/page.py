@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,9 @@ from softseg_dist.report.diagrams import (
     reliability_figure,
 )
 from softseg_dist.report.export import csv_tables, latex
-from softseg_dist.report.figures import (
-    MOST,
-    curve_figure,
-    forest_figure,
-    learning_figure,
-    paired_figure,
-    shown,
-)
+from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
 from softseg_dist.report.findings import (
+    METRICS,
     answer,
     caveats,
     effects_answer,
@@ -88,7 +83,11 @@ def write_outer_page(outer: OuterData, folder: Path) -> Path:
     table = outer_table(outer)
     page = folder / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
-    text = _environment().get_template("outer.html").render(o=table, answer=outer_answer(table))
+    text = (
+        _environment()
+        .get_template("outer.html")
+        .render(o=table, answer=outer_answer(table), metric=METRICS[table.objective])
+    )
     page.write_text(text, encoding="utf-8")
     return page
 
@@ -198,9 +197,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (words.number, words.interval, words.p_value, words.percent, words.duration, words.count, words.verdict)
+    environment.globals.update({name: value for name, value in vars(words).items() if isfunction(value)})
     environment.filters["moment"] = words.moment
-    environment.globals.update({function.__name__: function for function in (*formats, words.capital)})
     return environment
 
 
@@ -221,6 +219,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
             folder=data.run.get("run") or data.folder,
             answer=answer(summary),
             answers=others,
+            metric=METRICS[summary.objective],
             caveats=caveats(summary, _spacing(data)),
             shown=shown(summary),
             few=len(shown(summary)) < len(summary.ranking),

@@ -62,7 +62,7 @@ def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p"
 
 @dataclass(frozen=True)
 class Comparison:
-    """`candidate` less `reference`, paired by subject and split. `p_holm` adjusts the primary, crossed test over all rows."""
+    """`candidate` minus `reference`, paired by subject and split. `p_holm` adjusts the primary, crossed test over all rows."""
 
     candidate: str
     reference: str
@@ -77,7 +77,7 @@ class Comparison:
 def comparisons_with(
     ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any]
 ) -> tuple[Comparison, ...]:
-    """All tests of each of the `ranked` candidates less `reference`, in their order; Holm over all of them.
+    """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
     Args:
         ranked: names, from the highest ranked down.
@@ -108,7 +108,7 @@ def comparisons_with(
 
 @dataclass(frozen=True)
 class Rival:
-    """`candidate` less the highest ranked. `p_holm` adjusts the crossed test over all rivals."""
+    """`candidate` minus the highest ranked. `p_holm` adjusts the crossed test over all rivals."""
 
     candidate: str
     crossed: CrossedTest
@@ -121,9 +121,9 @@ class Rival:
 
 
 def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
-    """Crossed tests of all others less the first of the `ranked` candidates; Holm over all of them.
+    """Crossed tests of all others minus the first of the `ranked` candidates; Holm over all of them.
 
-    The first was picked by the scores that it is tested on, so those not told apart from it may be too few: the p-values
+    The first was chosen by the scores that it is tested on, so too few candidates may count as tied: the p-values
     describe, they do not confirm.
     """
     return holm_corrected([Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]])
@@ -134,7 +134,7 @@ BASE = "fixed"
 
 @dataclass(frozen=True)
 class RuleTest:
-    """Dice of one candidate at the threshold of `rule` less that at 0.5, on the same subjects and fits."""
+    """Dice of one candidate at the threshold of `rule` minus that at 0.5, on the same subjects and fits."""
 
     candidate: str
     rule: str

@@ -1,6 +1,6 @@
 """A run folder as it lies on disk: study, splits, recipes, finished fits, the results table and learning curves.
 
-The study is read as plain JSON: its own losses may be defined in a study file that nobody has loaded.
+The study is read as plain JSON: its own losses may be defined in a study file that is not loaded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RunData:
 
     `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `ensemble` has what the fits of winner
     and control predict together, if that was measured. `holdout` has the rows about held-out subjects, None until they were
-    opened; `holdout_record` says who they are and who has looked, None if nobody is held out.
+    opened; `holdout_record` names them and their openings, None if no subject is held out.
     """
 
     folder: Path

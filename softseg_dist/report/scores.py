@@ -35,7 +35,7 @@ class ScoreTables:
         return self.tables.get(candidate, empty)
 
     def difference(self, candidate: str, reference: str) -> ScoreTable:
-        """`candidate` less `reference`, where both were tested on the subject in the split."""
+        """`candidate` minus `reference`, where both were tested on the subject in the split."""
         return self.of(candidate) - self.of(reference)
 
 
@@ -44,9 +44,14 @@ def on_test(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["subset"] == "test"]
 
 
+def soft_rows(test: pd.DataFrame, *metrics: str, reference: str = "mean") -> pd.DataFrame:
+    """The rows of metrics without a threshold."""
+    return test[test["metric"].isin(metrics) & (test["reference"] == reference) & test["threshold"].isna()]
+
+
 def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_class: str | None = None) -> ScoreTables:
     """Scores of a metric without threshold, over all classes or one of them."""
-    rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].isna()]
+    rows = soft_rows(test, metric, reference=reference)
     return tables_of(rows if only_class is None else rows[rows["class"] == only_class], test)
 
 
@@ -72,7 +77,7 @@ def scores_at_rule(
 
 def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:
     """Mean Dice over all subjects and splits at each threshold of `CURVE`, for every candidate that was tested."""
-    rows = _dice(test)
+    rows = test[(test["metric"] == "dice") & (test["reference"] == "mean") & test["threshold"].notna()]
     on_curve = rows["threshold"].round(9).isin(CURVE)
     means = _subject_means(rows[on_curve], ["threshold"]).groupby(["candidate", "threshold"], observed=True).mean()
     table = means.unstack("threshold").reindex(columns=list(CURVE))
@@ -82,17 +87,13 @@ def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list
 
 def undefined_cases(test: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     """Per candidate: how many values (case, class, split) of a soft metric are NaN, and how many there are."""
-    return undefined(test[(test["metric"] == metric) & (test["reference"] == "mean") & test["threshold"].isna()])
+    return undefined(soft_rows(test, metric))
 
 
 def undefined(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
     """Per candidate: how many values of `rows` are NaN, and how many there are."""
     grouped = rows["value"].isna().groupby(rows["candidate"], observed=True).agg(["sum", "count"])
     return {str(name): (int(missing), int(total)) for name, missing, total in grouped.itertuples()}
-
-
-def _dice(test: pd.DataFrame) -> pd.DataFrame:
-    return test[(test["metric"] == "dice") & (test["reference"] == "mean") & test["threshold"].notna()]
 
 
 def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[float]:

@@ -27,7 +27,7 @@ from softseg_dist.report.ranking import level
 from softseg_dist.report.run_folder import RecordedCandidate, RunData
 from softseg_dist.report.scores import ScoreTables, soft_scores
 
-FEW = 6  # candidates, of which no importance can be told
+FEW = 6  # candidates; fewer give no importance
 NUM_GROUPS = 3  # of the values of a number
 
 

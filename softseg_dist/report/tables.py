@@ -87,7 +87,7 @@ class Summary:
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Those not told apart from the highest ranked."""
+        """Candidates that were not shown to differ from the highest ranked."""
         return tuple(rival.candidate for rival in self.rivals if rival.tied)
 
     @property

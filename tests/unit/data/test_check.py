@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib import image as pictures
 
-from softseg_dist.data.cases import Case, CaseData, Float32
+from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.check import Problem, check_cases, samples_without_errors
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Geometry
+from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.montage import montage
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Preprocess

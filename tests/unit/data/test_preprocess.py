@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from softseg_dist.data.cases import Case, CaseData, Float32
+from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Geometry
+from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample

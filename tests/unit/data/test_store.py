@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
-from softseg_dist.data.cases import Case, CaseData, Float32
+from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.file_digests import Digest, sha256_of
+from softseg_dist.data.geometry import Float32
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.store import Store, build_store, fingerprint

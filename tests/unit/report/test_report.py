@@ -13,9 +13,10 @@ import pytest
 from synthetic_run import CELLS, GAIN, write_run, written_page
 
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import crossed_test, holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
-from softseg_dist.report.findings import answer, caveats, effects_answer
+from softseg_dist.report.findings import METRICS, answer, caveats, effects_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
@@ -151,7 +152,7 @@ def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
     assert summary.winner.name == "soft-sigmoid-dice"
     assert summary.comparisons[0].crossed.mean < 0
     assert "Brier score (lower is better)" in answer(summary)
-    assert "soft-sigmoid-dice (−0.010" in answer(summary)
+    assert "soft-sigmoid-dice (difference −0.010" in answer(summary)
 
 
 def test_dice_is_taken_at_the_threshold_that_each_fit_chose(run: RunData, summary: Summary):
@@ -362,3 +363,9 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
         "b": {"augment.0.degrees": "20"},
     }
     assert fields([turn, flip], []) == {"a": {"augment": "Affine, Flip"}, "b": {"augment": "none"}}
+
+
+def test_every_objective_is_explained_on_the_page(tmp_path: Path):
+    assert set(METRICS) == set(OBJECTIVES)
+    page = written_page(write_run(tmp_path, candidates=CELLS[:2], num_splits=2)).read_text()
+    assert page.index("Dice semimetric loss") < page.index("Contents")
