@@ -42,7 +42,7 @@ from softseg_dist.sources import Sources
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
-from softseg_dist.training.preflight import check_recipes, check_uncertainty
+from softseg_dist.training.preflight import preflight
 from softseg_dist.training.task import cases_path
 
 PACKAGES = (
@@ -135,8 +135,7 @@ def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOp
     study, splits = file.study, file.study.make_splits(prepared.sites)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
-    check_recipes(recipes, prepared.store, splits[0])
-    check_uncertainty(recipes, study.uncertainty, prepared.store)
+    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():
