@@ -127,7 +127,7 @@ def nnunet(job_json: str, turns: Turns) -> None:
         turns.wait()
         for _ in range(job.batches):
             trainer.train_step(next(trainer.dataloader_train))
-        turns.tell(voxels * job.batches)
+        turns.report(voxels * job.batches)
 
 
 def ours(job_json: str, turns: Turns) -> None:
@@ -146,7 +146,7 @@ def ours(job_json: str, turns: Turns) -> None:
     )
 
     def report(_: dict[str, float]) -> None:
-        turns.tell(len(cases) * torch.Size(size).numel())
+        turns.report(len(cases) * torch.Size(size).numel())
         turns.wait()
 
     with tempfile.TemporaryDirectory() as folder:
