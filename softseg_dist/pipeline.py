@@ -132,6 +132,8 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 
 def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
     """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
+    if options.debug and options.in_process:
+        file = file.as_sent()
     study, splits = file.study, file.study.make_splits(prepared.sites)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
