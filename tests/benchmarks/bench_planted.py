@@ -72,8 +72,8 @@ def main(null_studies: int) -> None:
         rejected = sum(p < LEVEL for p in p_values)
         print(f"null studies: {rejected} of {null_studies} rejected at the 5 % level", flush=True)
         print("their p-values: " + ", ".join(f"{p:.2f}" for p in sorted(p_values)))
-        listed = ", ".join(missed) or "none"
-        print(f"planted answers that did not come back: {listed}" if splits == 15 else "too few splits to judge by")
+        told = ", ".join(missed) or "none"
+        print(f"planted answers that did not come back: {told}" if splits == 15 else "too few splits to judge by")
         figures |= {"null_studies": null_studies, "null_rejected": rejected}
         record("planted", figures, HEADLINES, short=null_studies < LONG)
 

@@ -75,7 +75,7 @@ def ours(job_json: str, turns: Turns) -> None:
     num_items = len(job.slices())
 
     def report(_: dict[str, float]) -> None:
-        turns.report(num_items)
+        turns.tell(num_items)
         turns.wait()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -127,4 +127,4 @@ def monai(job_json: str, turns: Turns) -> None:
             loss.backward()
             optimizer.step()
             epoch_loss += loss.item()
-        turns.report(len(dataset))
+        turns.tell(len(dataset))

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, cited files exist, and examples are right."""
+"""The documents: links lead somewhere, cited files exist, examples are right, and the list of modules is current."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 import softseg_dist
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
-from make_architecture import PACKAGE, ROOT, first_line
+from make_architecture import PACKAGE, PAGE, ROOT, first_line, written
 
 SKIPPED = {"__pycache__", "runs", "stores", "build", "out", "results"}  # made by tools, or data
 KINDS = {".md", ".py", ".pyi", ".toml", ".sh", ".yaml", ".html", ".cff", ".sbatch"}
@@ -107,6 +107,11 @@ def test_a_cited_module_exists(path: Path) -> None:
 def test_a_citation_of_a_missing_file_is_found() -> None:
     text = "As in NOTHING.md, `nowhere.py`, tests/unit/test_nothing.py, README.md and `study.py`."
     assert missing_citations(text, ROOT / "README.md") == ["NOTHING.md", "nowhere.py", "tests/unit/test_nothing.py"]
+
+
+def test_the_list_of_modules_is_current() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert written(text) == text, "run python docs/make_architecture.py"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
