@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import site
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +24,9 @@ from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
 
 STUDY_MODULES = "softseg_study."  # study files live in sys.modules under this prefix and their stem
-OF_TEXT: dict[str, ModuleType] = {}  # the modules that were made from the text of `Sources`, by name
-SOURCES = "__softseg_sources__"  # the variable of such a module that holds them
+TEXT_MODULES: dict[str, ModuleType] = {}  # the modules that were made from the texts of `Sources`, by name
+SOURCES = "__softseg_sources__"  # the variable in which such a module, and a class of it, keeps its `Sources`
+INSTALLED = {"site-packages", "dist-packages"}  # the folders of packages that pip or the system has installed
 
 
 def digest(text: str | bytes, length: int = 12) -> str:
@@ -84,9 +83,9 @@ def tag_of(thing: type | FunctionType) -> str:
 
 
 def thing_of(tag: str) -> Any:
-    """What `tag_of` named, of the modules that are loaded; None if there is none."""
+    """The class or function that `tag_of` named, in the modules that are loaded; None if there is none."""
     module, _, name = tag.partition(":")
-    found: Any = OF_TEXT.get(STUDY_MODULES + module) or OF_TEXT.get(module) or sys.modules.get(module)
+    found: Any = TEXT_MODULES.get(STUDY_MODULES + module) or TEXT_MODULES.get(module) or sys.modules.get(module)
     main = sys.modules["__main__"]
     if found is None and Path(getattr(main, "__file__", None) or "").stem == module:
         found = main
@@ -96,31 +95,20 @@ def thing_of(tag: str) -> Any:
 
 
 def sources_of(thing: type | FunctionType) -> Sources | None:
-    """The texts that a class or function of the user's was defined in; None for the package's and other installed ones.
+    """The texts with the definition of a class or function of the user; None for those of installed packages.
 
-    Raises UserError if its module has no file, as one that is defined in a notebook.
+    Raises UserError if its module has no file, as in a notebook.
     """
     named = thing if isinstance(thing, type) else getattr(inspect.unwrap(thing), "__globals__", {})
     own = named.get(SOURCES) if isinstance(named, dict) else getattr(named, SOURCES, None)
     if own is not None or thing.__module__.startswith("softseg_dist."):
         return cast("Sources | None", own)
-    module = sys.modules.get(thing.__module__)
-    file = getattr(module, "__file__", None)
-    if file is None and thing.__module__ != "__main__":
-        return None  # built in
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    if thing.__module__.partition(".")[0] in sys.stdlib_module_names or INSTALLED & set(Path(file or "").parts):
+        return None
     if file is None or not Path(file).is_file():
         raise UserError(f"{thing.__qualname__} has no source file; put it in a file, and import it from there")
-    path = Path(file)
-    if any(path.is_relative_to(folder) for folder in _installed_in()):
-        return None
-    return _sources_in(path, thing.__module__, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _installed_in() -> set[str]:
-    return {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
-        site.getusersitepackages()
-    }
+    return _sources_in(Path(file), thing.__module__, Path(file).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
@@ -131,7 +119,7 @@ def _sources_in(path: Path, module: str, modified_ns: int) -> Sources:
 
 
 def code_of(thing: type | FunctionType) -> str | None:
-    """Digest of all code of the user's that a class or function reaches; None if it is installed."""
+    """Digest of all code of the user that a class or function reaches; None for those of installed packages."""
     if (sources := sources_of(thing)) is None:
         return None
     return _code(sources, tag_of(thing).partition(":")[0], thing.__qualname__)

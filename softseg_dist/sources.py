@@ -21,8 +21,8 @@ from typing import NamedTuple
 from softseg_dist.errors import UserError
 
 PACKAGE = "softseg_dist"
-AT_IMPORT = "at import"  # the name of what a module does to others when it is imported
-BY_NAME_AT_RUN_TIME = {"eval", "exec", "globals", "vars"}  # a function that calls one may reach its whole module
+AT_IMPORT = "at import"  # the name for statements that change other modules, such as torch.manual_seed(0)
+BY_NAME = {"eval", "exec", "globals", "vars"}  # a function that calls one may reach its whole module
 _NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Chain = tuple[str, ...]  # a dotted name: ("lab", "losses", "scale")
 Key = tuple[str, str]  # a definition: its file, and its name there
@@ -72,48 +72,50 @@ class Sources:
     def reached(self, module: str, name: str) -> dict[Key, Definition]:
         """The definition `name` of a module, and all that it reaches through the names that it uses; keys are (file, name).
 
-        What modules do to others when they are imported, such as setting torch's default type, is always among them.
+        Statements of any module that change other modules at import, such as torch.manual_seed(0), are always among them.
         """
         modules = self.modules
         waiting = [(other, AT_IMPORT) for other in modules if AT_IMPORT in self._definitions(other).definitions]
-        waiting += list(self._meant(module, (name.partition(".")[0],))) or list(self._inside(module, (), frozenset()))
+        waiting += list(self._resolve(module, (name.partition(".")[0],))) or list(
+            self._resolve_in(module, (), frozenset())
+        )
         found: dict[Key, Definition] = {}
         while waiting:
             module, name = waiting.pop()
             if (modules[module], name) not in found:
                 definition = found[modules[module], name] = self._definitions(module).definitions[name]
                 for chain in definition.uses:
-                    waiting += self._meant(module, chain)
+                    waiting += self._resolve(module, chain)
         return found
 
     def _definitions(self, module: str) -> _Module:
         file = self.modules[module]
         return _parsed(self.texts[file], file)
 
-    def _inside(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]]) -> Iterator[Key]:
-        """The definitions that a dotted name means inside a module; all of them if the module itself is meant."""
+    def _resolve_in(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]]) -> Iterator[Key]:
+        """The definitions that a dotted name refers to in a module; all of them for an empty name."""
         if module not in self.modules or (module, chain) in seen:
             return
         if not chain:
             yield from ((module, name) for name in self._definitions(module).definitions)
         elif f"{module}.{chain[0]}" in self.modules:
-            yield from self._inside(f"{module}.{chain[0]}", chain[1:], seen | {(module, chain)})
+            yield from self._resolve_in(f"{module}.{chain[0]}", chain[1:], seen | {(module, chain)})
         else:
-            yield from self._meant(module, chain, seen | {(module, chain)})
+            yield from self._resolve(module, chain, seen | {(module, chain)})
 
-    def _meant(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]] = frozenset()) -> Iterator[Key]:
-        """The definitions that a dotted name in the text of a module means."""
+    def _resolve(self, module: str, chain: Chain, seen: frozenset[tuple[str, Chain]] = frozenset()) -> Iterator[Key]:
+        """The definitions that a dotted name in the text of a module refers to."""
         here, (head, *rest) = self._definitions(module), chain
         if head in here.definitions:
             yield module, head
         for target, name in here.imports.get(head, ()):
-            yield from self._inside(target, (*filter(None, [name]), *rest), seen)
+            yield from self._resolve_in(target, (*filter(None, [name]), *rest), seen)
         if head not in here.definitions and head not in here.imports:
-            if head in BY_NAME_AT_RUN_TIME:
-                yield from self._inside(module, (), seen)
+            if head in BY_NAME:
+                yield from self._resolve_in(module, (), seen)
             if not hasattr(builtins, head):
                 for star in here.stars:
-                    yield from self._inside(star, chain, seen)
+                    yield from self._resolve_in(star, chain, seen)
 
 
 class Definition(NamedTuple):
@@ -155,7 +157,7 @@ def _first_difference(old: str, new: str) -> tuple[str, str]:
 
 
 def _line_of(text: str, definition: Definition, line: str) -> int:
-    """Where in a text a line of a definition is: its tree was printed anew, so it is found by the statement that prints so."""
+    """The number, in the text, of a line that was printed from the syntax tree: that of the first statement that prints so."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.stmt) and node.lineno >= definition.line and line in ast.unparse(node).splitlines()[:1]:
             return node.lineno
@@ -183,7 +185,7 @@ def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        return  # said with its line when the file is run
+        return  # the import reports it with its line
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -244,7 +246,7 @@ def _absolute(node: ast.ImportFrom, file: str) -> str:
 def _parsed(text: str, file: str) -> _Module:
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # a helper that some machines do without
+    except (SyntaxError, ValueError):  # in a helper whose import may fail
         return _Module({}, {}, ())
     statements: dict[str, list[ast.stmt]] = {}
     kept = [statement for statement in tree.body if not _is_main_block(statement)]
@@ -252,7 +254,9 @@ def _parsed(text: str, file: str) -> _Module:
         for name, part in _bound(statement):
             statements.setdefault(name, []).append(part)
     own = {name for name, parts in statements.items() if not isinstance(parts[0], ast.Import | ast.ImportFrom)}
-    for statement in kept:  # what changes a definition belongs to it; what changes anything else counts for all
+    for (
+        statement
+    ) in kept:  # one that changes a definition belongs to it; one that changes another module counts for all
         if (touched := _touched(statement)) is not None:
             for name in touched & own or {AT_IMPORT}:
                 statements.setdefault(name, []).append(statement)
@@ -303,7 +307,7 @@ def _local_name(alias: ast.alias) -> str:
 
 
 def _touched(statement: ast.stmt) -> set[str] | None:
-    """The names whose objects a statement of a module may change, as `TABLE.append(1)` does; None if it can change none."""
+    """The names whose objects a statement may change, as `TABLE.append(1)` does; None if it changes no object."""
     if isinstance(statement, _NAMED):
         return None
     found: list[ast.AST] = []

@@ -30,8 +30,8 @@ from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RAYS_PARTS = 10_000  # of a GPU or CPU: Ray counts no finer
-WINNER = "winner"  # under this name the winners of all outer splits are told together
+RAY_UNITS = 10_000  # of a GPU or CPU: Ray rounds shares to one of them
+WINNER = "winner"  # the winners of all outer splits are reported under this name
 
 
 class Optim(Frozen):
@@ -40,10 +40,10 @@ class Optim(Frozen):
     `patience` counts epochs without a better objective on validation; None trains for all `epochs`. `clip_norm` bounds the
     gradient's L2 norm before each step. Defaults follow SoftSeg's published configuration where it has one.
 
-    `precision` and `compile` say how fast, never what. In "bfloat16" the network computes in bfloat16; weights, activation, loss,
-    sums, optimizer and metrics stay in float32, and so does every prediction once it is trained. "auto" follows from the hardware
-    alone, so that all candidates of a study agree. `compile` makes kernels for the network, "auto" where that takes less time than
-    it saves.
+    `precision` and `compile` change the speed, and results by rounding alone. In "bfloat16" the network computes in bfloat16.
+    Weights, activation, loss, sums, optimizer and metrics stay in float32, as does every prediction after training. "auto"
+    depends on the hardware alone, so that all candidates of a study agree. `compile` makes kernels for the network; "auto" does
+    so where that saves more time than it takes.
     """
 
     lr: PositiveFloat = 1e-3
@@ -84,9 +84,9 @@ class Recipe(Frozen):
 class Race(Frozen):
     """Stop early what is significantly worse on validation than a candidate that has run all splits: see `search.race`.
 
-    Decided from the split number `start` on. `level` is the chance that a candidate which is as good as the best one is put out
-    at all, whenever; smaller is safer and dearer. Only proposed candidates are raced; with `fixed` those of the study file,
-    too, but never the control.
+    The race decides from the split number `start` on. `level` is the chance that it stops a candidate that is as good as the
+    best one, over all splits together; smaller values make fewer errors and save less. It stops proposed candidates only; with
+    `fixed` those of the study file as well, but never the control.
     """
 
     start: int = Field(3, ge=2)
@@ -140,11 +140,11 @@ class TuneEach(Frozen):
 
 
 class Resources(Frozen):
-    """What one fit may use, and when it counts as stuck. Never changes a result; flags of the command line override it.
+    """What one fit may use, and its time limit. Changes no result; flags of the command line override it.
 
     `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU. With several
-    `workers_per_fit` every batch is shared out among them, and CPUs and GPUs count for each worker. `fits_per_gpu`: so many
-    fits share one GPU as threads of one process, which it serves better than processes; "auto" finds out how many pay.
+    `workers_per_fit` every batch is divided among them, and CPUs and GPUs count for each worker. `fits_per_gpu`: how many
+    fits share one GPU as threads of one process, which is faster than processes; "auto" measures how many are fastest.
     """
 
     workers_per_fit: PositiveInt = 1
@@ -177,7 +177,7 @@ class Resources(Frozen):
         0.3333
         """
         if isinstance(self.fits_per_gpu, int):
-            return math.floor(RAYS_PARTS / self.fits_per_gpu) / RAYS_PARTS
+            return math.floor(RAY_UNITS / self.fits_per_gpu) / RAY_UNITS
         return self.gpus_per_fit
 
 
@@ -192,7 +192,7 @@ class Study(Frozen):
     the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
-    they are opened once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
+    they are evaluated once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
     as inner ones, that holds out its outer test subjects.
     """
 
@@ -273,7 +273,7 @@ class Study(Frozen):
             )
         if self.nested is not None and WINNER in self.candidates:
             raise ValueError(
-                f"no candidate of a nested study may be named {WINNER!r}: its results are told under that name"
+                f"no candidate of a nested study may be named {WINNER!r}: its results are reported under that name"
             )
         return self
 
@@ -283,7 +283,7 @@ class Study(Frozen):
         return (self.objective,) if self.second_objective is None else (self.objective, self.second_objective)
 
     def held_out(self, sites: Mapping[str, str]) -> tuple[str, ...]:
-        """Who of the subjects (person -> site) is in no split; () without `holdout`. Raises UserError on unknown names."""
+        """The subjects (person -> site) that are in no split; () without `holdout`. Raises UserError on unknown names."""
         return held_out(self.holdout, sites, self.seed)
 
     def make_splits(self, sites: Mapping[str, str]) -> tuple[Split, ...]:

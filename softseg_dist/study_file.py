@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import OF_TEXT, SOURCES, STUDY_MODULES, Frozen, sources_of, tag_of, thing_of
+from softseg_dist.frozen import SOURCES, STUDY_MODULES, TEXT_MODULES, Frozen, sources_of, tag_of, thing_of
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 
@@ -147,10 +147,11 @@ def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = F
     with _loading:  # fits that run side by side in one process load it at once
         if _TEXTS not in sys.meta_path:
             sys.meta_path.insert(0, _TEXTS)
-        if not anew and all(name in _TEXTS.known and _TEXTS.known[name].sources == sources for name in files):
-            return OF_TEXT.get(study)
-        before, known, made = dict(sys.modules), dict(_TEXTS.known), dict(OF_TEXT)
-        shown = {name: known[name].shown if name in known else file for name, file in files.items()}
+        current = all(name in _TEXTS.known and _TEXTS.known[name].sources == sources for name in files)
+        if current and not anew:
+            return TEXT_MODULES.get(study)
+        before, known, made = dict(sys.modules), dict(_TEXTS.known), dict(TEXT_MODULES)
+        shown = {name: known[name].shown if current else file for name, file in files.items()}
         if folder is not None:
             shown = {name: str(folder / file) for name, file in files.items()}
         _TEXTS.known |= {name: _Text(sources, file, shown[name]) for name, file in files.items()}
@@ -164,19 +165,19 @@ def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = F
                     importlib.import_module(name)
         except Exception as error:
             _TEXTS.known = known
-            OF_TEXT.clear()
-            OF_TEXT.update(made)
+            TEXT_MODULES.clear()
+            TEXT_MODULES.update(made)
             _put_back(files, before)
             raise UserError(f"{_place(error, list(shown.values()))}: {describe(error)}") from error
         _put_back(files.keys() - made.keys(), before)  # what a notebook has imported stays what it is there
-        return OF_TEXT.get(study)
+        return TEXT_MODULES.get(study)
 
 
 def _put_back(names: Iterable[str], before: Mapping[str, ModuleType]) -> None:
     for name in names:
         if name in before:
             sys.modules[name] = before[name]
-        elif name not in OF_TEXT:
+        elif name not in TEXT_MODULES:
             sys.modules.pop(name, None)
 
 
@@ -217,7 +218,7 @@ class _Texts(MetaPathFinder, Loader):
         module.__dict__[SOURCES] = known.sources
         lines = text.splitlines(keepends=True)
         linecache.cache[known.shown] = (len(text), None, lines, known.shown)  # so that inspect finds the source
-        OF_TEXT[module.__name__] = module
+        TEXT_MODULES[module.__name__] = module
         exec(compile(text, known.shown, "exec"), module.__dict__)
 
 

@@ -29,7 +29,7 @@ from multiprocessing.connection import wait
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
-from softseg_dist.frozen import OF_TEXT
+from softseg_dist.frozen import TEXT_MODULES
 
 PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
@@ -127,6 +127,8 @@ class _WithoutStudies(pickle.Pickler):
 
     def reducer_override(self, thing: object) -> Any:
         """Called for each object; leaves it to pickle if it is none of those."""
-        if isinstance(thing, type | FunctionType) and (thing.__module__ == "__main__" or thing.__module__ in OF_TEXT):
+        if isinstance(thing, type | FunctionType) and (
+            thing.__module__ == "__main__" or thing.__module__ in TEXT_MODULES
+        ):
             raise pickle.PicklingError(thing.__qualname__)
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Run a study on a cluster from a machine outside it, as a Ray job: the study file travels, everything else is there.
+"""Run a study on a cluster from a machine outside it, as a Ray job: the study file and its helper modules are sent.
 
 softseg submit STUDY --address http://HEAD:8265 --out s3://lab/runs --stores s3://lab/stores
 """
@@ -36,7 +36,7 @@ RECONNECT_S = 2.0
 GIVE_UP_S = 600.0  # a job goes on without its submitter: after this long, say how to follow it
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload, on stderr
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they log every upload to stderr
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def submit(sources: Sources, address: str, folders: Mapping[str, str | None], fl
         *arguments,
         *map(shlex.quote, flags),
     ]
-    with tempfile.TemporaryDirectory() as folder, _told(address):
+    with tempfile.TemporaryDirectory() as folder, _as_user_error(address):
         for file, text in sources.texts.items():
             (Place.at(folder) / file).write(text.encode())
         job_id = _client(address).submit_job(
@@ -83,43 +83,43 @@ def submit(sources: Sources, address: str, folders: Mapping[str, str | None], fl
     return Job(address, job_id)
 
 
-def follow(job: Job, say: Callable[[str], None]) -> int:
-    """Pass what the job prints on to `say` until it has ended; returns the exit code of its `softseg run`.
+def follow(job: Job, write: Callable[[str], None]) -> int:
+    """Pass what the job prints to `write` until it ends; returns the exit code of its `softseg run`.
 
-    A lost connection is made again, and nothing is said twice. Raises UserError if it stays lost, or if the job ended in another
-    way than `softseg run` does.
+    A lost connection is made again, and no text is passed twice. Raises UserError if the connection stays lost, or if the job
+    ended in another way than `softseg run` does.
     """
-    log, heard_s = _Log(say), time.monotonic()
+    log, connected_s = _Log(write), time.monotonic()
     while True:
         try:
-            with _told(job.address):
+            with _as_user_error(job.address):
                 client = _client(job.address)
                 asyncio.run(log.follow(client, job.id))
                 info = client.get_job_info(job.id)
         except UserError as error:
-            if time.monotonic() - heard_s > GIVE_UP_S:
-                raise UserError(f"{error}; the job goes on without, follow it with: {job.commands['follow']}") from None
+            if time.monotonic() - connected_s > GIVE_UP_S:
+                raise UserError(f"{error}; the job goes on; follow it with: {job.commands['follow']}") from None
         else:
             if info.status.is_terminal():
                 return _exit_code(job, info)
-            heard_s = time.monotonic()
+            connected_s = time.monotonic()
         time.sleep(RECONNECT_S)
 
 
 class _Log:
-    """What a job has printed. Ray tells it from the beginning with every connection; only what is new is passed on."""
+    """What a job has printed. Ray sends it from the beginning with every connection; only new text is passed on."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._num_said = say, 0
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._num_written = write, 0
 
     async def follow(self, client: Any, job_id: str) -> None:
-        num_heard = 0
+        num_received = 0
         async for text in client.tail_job_logs(job_id):
-            new = text[max(0, self._num_said - num_heard) :]
-            num_heard += len(text)
-            self._num_said = max(self._num_said, num_heard)
+            new = text[max(0, self._num_written - num_received) :]
+            num_received += len(text)
+            self._num_written = max(self._num_written, num_received)
             if new:
-                self._say(new)
+                self._write(new)
 
 
 def _exit_code(job: Job, info: Any) -> int:
@@ -133,12 +133,12 @@ def _exit_code(job: Job, info: Any) -> int:
         raise UserError(
             "the cluster's head has no softseg command; install softseg_dist there (see cluster/Dockerfile)"
         )
-    told = " ".join((info.message or "Ray does not say why").split())
-    raise UserError(f"job {job.id} ended before its study did, submitting it again goes on: {told}")
+    reason = " ".join((info.message or "Ray gives no reason").split())
+    raise UserError(f"job {job.id} ended before its study did, submitting it again goes on: {reason}")
 
 
 def _lasting(option: str, path: str) -> str:
-    """`path` for a shell on the head, which knows its home folder."""
+    """`path`, quoted for a shell on the head, which expands its own home folder."""
     if path.startswith("~/"):
         return "~/" + shlex.quote(path[2:])
     if path.startswith("/") or "://" in path:
@@ -148,24 +148,24 @@ def _lasting(option: str, path: str) -> str:
 
 def _client(address: str) -> Any:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        os.environ.pop(name, None)  # Ray would take them in place of what the user named here
+        os.environ.pop(name, None)  # Ray would use them and not the address that the user gave
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--address must be that of the dashboard, like http://HEAD:8265, got {address}")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with socket.create_connection((parts.hostname, port), timeout=CONNECT_S):
-        return JobSubmissionClient(address)  # its own requests would wait for minutes
+        return JobSubmissionClient(address)  # without the check above, its requests would wait for minutes
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
-    """What a cluster refuses, and one that does not answer, as a UserError."""
+def _as_user_error(address: str) -> Iterator[None]:
+    """Raise a refusal of the cluster, or the lack of an answer, as a UserError."""
     try:
         yield
     except AuthenticationError as error:
         raise UserError(f"{address}: {TOKEN_WANTED}") from error
-    except (OSError, RuntimeError, aiohttp.ClientError) as error:  # the client's own are RuntimeError
-        told = " ".join(str(error).split()) or type(error).__name__
+    except (OSError, RuntimeError, aiohttp.ClientError) as error:  # the client raises RuntimeError
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{address}: the cluster's dashboard does not answer or refuses ({told}); is the address right, is a tunnel open?"
+            f"{address}: the cluster's dashboard does not answer or refuses ({reason}); is the address right, is a tunnel open?"
         ) from error
