@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self, cast
@@ -25,7 +25,7 @@ from softseg_dist.sources import Sources
 
 STUDY_MODULES = "softseg_study."  # study files live in sys.modules under this prefix and their stem
 TEXT_MODULES: dict[str, ModuleType] = {}  # the modules that were made from the texts of `Sources`, by name
-SOURCES = "__softseg_sources__"  # the variable in which such a module, and a class of it, keeps its `Sources`
+SOURCES = "__softseg_sources__"  # the variable of such a module that holds its `Sources`
 INSTALLED = {"site-packages", "dist-packages"}  # the folders of packages that pip or the system has installed
 
 
@@ -89,9 +89,20 @@ def thing_of(tag: str) -> Any:
     main = sys.modules["__main__"]
     if found is None and Path(getattr(main, "__file__", None) or "").stem == module:
         found = main
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+    return reduce(lambda outer, part: getattr(outer, part, None), name.split("."), found)
+
+
+def has_name(thing: type | FunctionType) -> bool:
+    """Is a class or function what its module holds under its name? Else no other process finds it by `tag_of`."""
+    first, *rest = thing.__qualname__.split(".")
+    return reduce(lambda found, part: getattr(found, part, None), rest, _namespace(thing).get(first)) is thing
+
+
+def _namespace(thing: type | FunctionType) -> Mapping[str, Any]:
+    """The variables of the module that defines a class or function: that one, even if another has taken its place."""
+    if isinstance(thing, type):
+        return vars(getattr(thing, "__softseg_module__", None) or sys.modules[thing.__module__])
+    return cast("Mapping[str, Any]", getattr(inspect.unwrap(thing), "__globals__", {}))
 
 
 def sources_of(thing: type | FunctionType) -> Sources | None:
@@ -99,8 +110,7 @@ def sources_of(thing: type | FunctionType) -> Sources | None:
 
     Raises UserError if its module has no file, as in a notebook.
     """
-    named = thing if isinstance(thing, type) else getattr(inspect.unwrap(thing), "__globals__", {})
-    own = named.get(SOURCES) if isinstance(named, dict) else getattr(named, SOURCES, None)
+    own = _namespace(thing).get(SOURCES)
     if own is not None or thing.__module__.startswith("softseg_dist."):
         return cast("Sources | None", own)
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
@@ -147,13 +157,11 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     short: ClassVar[str] = ""  # the name of this object in a candidate's name: "wing" in "soft-normrelu-wing"
-    __softseg_sources__: ClassVar[Sources | None] = None
+    __softseg_module__: ClassVar[ModuleType | None] = None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        cls.__softseg_sources__ = getattr(
-            sys.modules.get(cls.__module__), SOURCES, None
-        )  # now: the module may be replaced
+        cls.__softseg_module__ = sys.modules.get(cls.__module__)
 
     @model_validator(mode="wrap")
     @classmethod

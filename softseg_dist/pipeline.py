@@ -38,7 +38,6 @@ from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
-from softseg_dist.sources import Sources
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
@@ -273,10 +272,11 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     """
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    sources = _load_own_classes(copy)
-    loaded = load_run(copy.folder)
+    loaded, ledger = load_run(copy.folder), Ledger(run)
     winner = summarise(loaded).winner.name
-    study, ledger = Study.model_validate(loaded.study), Ledger(run)
+    if sources := ledger.sources():
+        load_sources(sources)  # as the study was run, for its own classes
+    study = Study.model_validate(loaded.study)
     context = RunContext(
         study=study,
         splits=ledger.splits(),
@@ -295,16 +295,8 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     return model
 
 
-def _load_own_classes(copy: WorkingCopy) -> Sources | None:
-    """Run the study's code as it was run: its own classes may be needed to predict."""
-    if (sources := Ledger(copy.place.uri).sources()) is not None:
-        load_sources(sources)
-    return sources
-
-
 def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
     """The run as it is in its folder, and its numbers, the winner among them."""
-    _load_own_classes(copy)
     run = load_run(copy.folder)
     return run, summarise(run)
 

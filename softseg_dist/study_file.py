@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import SOURCES, STUDY_MODULES, TEXT_MODULES, Frozen, sources_of, tag_of, thing_of
+from softseg_dist.frozen import SOURCES, STUDY_MODULES, TEXT_MODULES, Frozen, has_name, sources_of
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 
@@ -91,7 +91,7 @@ def check_restart(thing: Frozen, where: str) -> None:
     """
     _check_names(thing, where)
     again = _restarted(thing, where)
-    if again != thing:
+    if again.fingerprint != thing.fingerprint:
         raise UserError(f"{where}: it comes back from its own JSON as another one: {thing!r:.200} as {again!r:.200}")
 
 
@@ -106,7 +106,7 @@ def _check_names(thing: Frozen, where: str) -> None:
     for place, part in _own(thing):
         if not isinstance(part, type | FunctionType):
             problem = f"{part!r:.80}, which JSON cannot name; use a function made with def, or a class with fields"
-        elif thing_of(tag_of(part)) is part:
+        elif has_name(part):
             continue
         elif "<lambda>" in part.__qualname__:
             problem = "a lambda, which has no name after a restart; use a function made with def, outside of any other"

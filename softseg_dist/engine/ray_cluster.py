@@ -24,6 +24,7 @@ from typing import Any
 import ray
 
 from softseg_dist.engine.ray_private import (
+    JobWithoutPaths,
     ask_for_machines,
     free_orphans,
     grows,
@@ -178,7 +179,7 @@ def ray_at(address: str | None) -> Iterator[None]:
         where: dict[str, Any] = {"address": found, "runtime_env": {"env_vars": known}}
     else:
         where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    ray.init(**where, job_config=JobWithoutPaths(), logging_level=logging.CRITICAL, log_to_driver=False)
     with ExitStack() as stack:
         (_HELD[0] if _HELD else stack).callback(ray.shutdown)
         yield

@@ -19,7 +19,9 @@ from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.experimental.internal_kv import _internal_kv_get
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+from typing_extensions import override
 
 USED = {
     "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
@@ -30,9 +32,22 @@ USED = {
     "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
     "ray.experimental.internal_kv": ("_internal_kv_get",),
+    "ray.job_config": ("JobConfig._runtime_env_has_working_dir",),
     "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
 }
 REMOVED = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
+
+
+class JobWithoutPaths(JobConfig):
+    """A job whose workers do not look for modules in the driver's working folder, or in that of its script.
+
+    Ray puts both first on the workers' path, where a file there hides an installed module of its name. It does not for a job that
+    brings a working folder of its own.
+    """
+
+    @override
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 def ask_for_machines(bundle: dict[str, float], count: int) -> None:

@@ -13,6 +13,7 @@ from scripted import make_study, score_of, splits_of
 from test_tracking import free_port, losses, runs_of, server, task
 
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
+from softseg_dist.sources import Sources
 from softseg_dist.tracking.tracker import Tracker, default_uri
 from softseg_dist.training.task import FitResult, history_path
 
@@ -23,7 +24,8 @@ STUDY = make_study(("a",))
 def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
     """The run folder of a study that ran while its MLflow server was away."""
     ledger = Ledger(folder)
-    ledger.open_study(STUDY, splits_of(STUDY))
+    code = Sources("s.py", {"s.py": "raise RuntimeError('sync runs the code of a study')"})
+    ledger.open_study(STUDY, splits_of(STUDY), sources=code)
     ledger.write_candidate(CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(STUDY.candidates["a"])))
     (folder / "run.json").write_text(json.dumps({"tracking_uri": uri}))
     (folder / "report").mkdir()

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_run import write_run
 
+from softseg_dist.engine.progress import PlainLines
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import code_of
+from softseg_dist.frozen import code_of, digest
+from softseg_dist.pipeline import RunOptions, refit_run, report_run
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.sources import code_changes
 from softseg_dist.study_file import StudyFile, load_study
@@ -286,6 +289,18 @@ def test_a_text_of_a_run_that_was_changed_is_refused(tmp_path: Path) -> None:
     next((tmp_path / "run/sources").iterdir()).write_text("STUDY = None")
     with pytest.raises(UserError, match=r"sources/.*\.py: .* as it was run is missing or changed; restore it"):
         ledger.sources()
+
+
+def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
+    run, text = write_run(tmp_path / "run"), "raise RuntimeError('the report runs the code of a study')"
+    (run / "sources").mkdir()
+    (run / f"sources/{digest(text)}.py").write_text(text)
+    (run / "code.json").write_text(
+        json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]})
+    )
+    assert report_run(run).is_file()
+    with pytest.raises(UserError, match="s.py, line 1: RuntimeError: the report runs"):
+        refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
 
 
 def test_other_numerics_of_the_package_are_another_study(tmp_path: Path) -> None:

@@ -228,3 +228,19 @@ def test_debug_runs_here_unless_an_option_asks_for_ray(options: dict[str, Any], 
 def test_what_a_local_run_imports_is_without_ray() -> None:
     code = "import sys, softseg_dist.nested, softseg_dist.tracking.server, softseg_dist.engine.local; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+SEARCHED = """
+from softseg_dist import Brier, MonteCarlo, Optim, Phantom, Recipe, Search, Study
+class Own(Brier):
+    power: float = 1.0
+def propose(trial):
+    return Recipe(loss=Own(power=trial.suggest_float("power", 1, 2)), optim=Optim(epochs=3))
+STUDY = Study(name="s", question="?", data=Phantom(subjects=10), splits=MonteCarlo(count=2), search=Search(propose, trials=2))
+"""
+
+
+def test_a_search_goes_on_with_its_own_classes_when_debug_has_run_the_code_anew(tmp_path: Path) -> None:
+    sources = Sources("searched.py", {"searched.py": SEARCHED})
+    run = Run(tmp_path, load_sources(sources).STUDY, debug=True)  # type: ignore[union-attr]
+    assert run_search(replace(run.context, sources=sources)) == Outcome(4, 0, 0, False)
