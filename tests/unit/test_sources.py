@@ -299,7 +299,7 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
         json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]})
     )
     assert report_run(run).is_file()
-    with pytest.raises(UserError, match="s.py, line 1: RuntimeError: the report runs"):
+    with pytest.raises(UserError, match=r"s\.py, line 1: RuntimeError: the report runs"):
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
 
 
