@@ -31,7 +31,7 @@ from softseg_dist.numerics.statistics import (
 )
 from softseg_dist.record.changes import differences
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTable, ScoreTables, on_test, soft_scores, undefined_cases
+from softseg_dist.report.scores import ScoreTable, ScoreTables, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import summarise
 
 # Fields of a data set that say whose images they are; others say what is read of them.
@@ -260,7 +260,7 @@ def compare(
 
 
 def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: str | None) -> Objective:
-    measured = [set(map(str, on_test(run.results)["metric"].unique())) for run in runs]
+    measured = [set(map(str, run.results["metric"].unique())) for run in runs]
     common = ", ".join(name for name in OBJECTIVES if name in measured[0] & measured[1]) or "none is in both"
     of_a, of_b = (run.study["objective"] for run in runs)
     if metric is None and of_a != of_b:
@@ -277,8 +277,8 @@ def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: s
 
 
 def _scored(run: RunData, called: str, objective: Objective) -> _Scored:
-    test = on_test(run.results)
-    return _Scored(called, run, soft_scores(test, objective.metric), undefined_cases(test, objective.metric))
+    test = run.results
+    return _Scored(called, run, soft_scores(test, objective.metric), undefined(soft_rows(test, objective.metric)))
 
 
 def _party(run: _Scored) -> Party:
@@ -291,7 +291,7 @@ def _party(run: _Scored) -> Party:
         num_tested=len(tested(data)),
         planned=len(data.candidates) * len(data.splits),
         finished=len(data.finished),
-        spacing_mm=tuple((data.run.get("data") or {}).get("spacing_mm") or ()),
+        spacing_mm=data.spacing_mm,
     )
 
 

@@ -108,7 +108,7 @@ def summary_json(run: Path) -> dict[str, Any]:
         "interactions_answer": interactions_answer(summary),
         "group_answer": group_answer(summary),
         "holdout_answer": holdout_answer(summary),
-        "caveats": caveats(summary, _spacing(data)),
+        "caveats": caveats(summary, data.spacing_mm),
         **plain(summary),
         "run": plain(dict(data.run)),
     }
@@ -220,7 +220,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
             answer=answer(summary),
             answers=others,
             metric=METRICS[summary.objective],
-            caveats=caveats(summary, _spacing(data)),
+            caveats=caveats(summary, data.spacing_mm),
             shown=shown(summary),
             few=len(shown(summary)) < len(summary.ranking),
             most=MOST,
@@ -250,7 +250,3 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
             if note and comparison.candidate not in notes.setdefault(note, []):
                 notes[note].append(comparison.candidate)
     return notes
-
-
-def _spacing(data: RunData) -> tuple[float, ...]:
-    return tuple((data.run.get("data") or {}).get("spacing_mm") or ())

@@ -27,7 +27,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.report.look import INK, new_figure
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import on_test, soft_rows
+from softseg_dist.report.scores import soft_rows
 from softseg_dist.report.tables import Summary
 from softseg_dist.training.evaluation import mean_reference
 from softseg_dist.training.inference import predict_sample
@@ -129,7 +129,7 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
 
 def _ranked_cases(run: RunData, summary: Summary) -> pd.DataFrame:
     """The winner's test cases with columns split, case, value, the best first."""
-    rows = soft_rows(on_test(run.results), summary.objective)
+    rows = soft_rows(run.results, summary.objective)
     rows = rows[rows["candidate"] == summary.winner.name]
     means = rows.groupby(["split", "case"], observed=True)["value"].mean().dropna().reset_index()
     return means.sort_values(["value", "case", "split"], ascending=OBJECTIVES[summary.objective].sign < 0)

@@ -11,7 +11,15 @@ import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, crossed_test
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_scores, split_means, undefined_cases
+from softseg_dist.report.scores import (
+    ScoreTables,
+    mean_of,
+    scores_at_rule,
+    soft_rows,
+    soft_scores,
+    split_means,
+    undefined,
+)
 from softseg_dist.training.task import FitResult
 
 BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside the objective
@@ -91,7 +99,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
         "by_reference": {name: soft_scores(test, metric, reference=name) for name in references},
         "by_class": {name: soft_scores(test, metric, only_class=name) for name in classes} if len(classes) > 1 else {},
     }
-    undefined = undefined_cases(test, metric)
+    counts = undefined(soft_rows(test, metric))
     standings = []
     for candidate in run.candidates:
         name = candidate.name
@@ -113,8 +121,8 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
                 num_scores=whole.num_pairs,
                 **{part: {k: mean_of(s.of(name)) for k, s in group.items()} for part, group in tables.items()},
                 thresholds=_mean_thresholds([fit for fit in fits if fit.candidate == name]),
-                undefined=undefined.get(name, (0, 0))[0],
-                values=undefined.get(name, (0, 0))[1],
+                undefined=counts.get(name, (0, 0))[0],
+                values=counts.get(name, (0, 0))[1],
             )
         )
     return standings

@@ -57,9 +57,9 @@ class Trial:
 class RunData:
     """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of `judging.results`.
 
-    `results` and `fits` are those of the candidates, on test subjects; tuning has its own. `ensemble` has what the fits of winner
-    and control predict together, if that was measured. `holdout` has the rows about held-out subjects, None until they were
-    opened; `holdout_record` names them and their openings, None if no subject is held out.
+    `results` has rows about test subjects alone. `results` and `fits` are those of the candidates; tuning has its own.
+    `ensemble` has what the fits of winner and control predict together, if that was measured. `holdout` has the rows about
+    held-out subjects, None until they were opened; `holdout_record` names them and their openings, None if there are none.
     """
 
     folder: Path
@@ -74,6 +74,11 @@ class RunData:
     ensemble: pd.DataFrame | None = None
     holdout: pd.DataFrame | None = None
     holdout_record: HoldoutRecord | None = None
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size of the prepared grid; () if the run did not record it."""
+        return tuple((self.run.get("data") or {}).get("spacing_mm") or ())
 
     @property
     def finished(self) -> tuple[FitResult, ...]:

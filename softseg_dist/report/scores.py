@@ -39,11 +39,6 @@ class ScoreTables:
         return self.of(candidate) - self.of(reference)
 
 
-def on_test(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows that a report speaks about: what was measured on test subjects."""
-    return results[results["subset"] == "test"]
-
-
 def soft_rows(test: pd.DataFrame, *metrics: str, reference: str = "mean") -> pd.DataFrame:
     """The rows of metrics without a threshold."""
     return test[test["metric"].isin(metrics) & (test["reference"] == reference) & test["threshold"].isna()]
@@ -83,11 +78,6 @@ def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list
     table = means.unstack("threshold").reindex(columns=list(CURVE))
     curves = dict(zip(table.index.astype(str), table.to_numpy(np.float64).tolist(), strict=True))
     return {name: curves[name] for name in candidates if name in curves}
-
-
-def undefined_cases(test: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
-    """Per candidate: how many values (case, class, split) of a soft metric are NaN, and how many there are."""
-    return undefined(soft_rows(test, metric))
 
 
 def undefined(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:

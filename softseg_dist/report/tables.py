@@ -24,7 +24,7 @@ from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.run_folder import RecordedCandidate, RunData
-from softseg_dist.report.scores import dice_curves, on_test, soft_scores
+from softseg_dist.report.scores import dice_curves, soft_scores
 from softseg_dist.report.search_tables import Searched, searched_of
 
 
@@ -98,7 +98,7 @@ class Summary:
 
 def summarise(run: RunData) -> Summary:
     """Compute the summary of a run, finished or not; with fits missing, comparisons use the pairs that both sides have."""
-    test = on_test(run.results)
+    test = run.results
     objective = OBJECTIVES[run.study["objective"]]
     scores = soft_scores(test, objective.metric)
     control: str = run.study.get("control") or ""

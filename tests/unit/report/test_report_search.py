@@ -17,7 +17,7 @@ from softseg_dist.report.findings import caveats, effects_answer, group_answer, 
 from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.page import outer_json, write_outer_page
 from softseg_dist.report.run_folder import load_outer, load_run
-from softseg_dist.report.scores import on_test, soft_scores
+from softseg_dist.report.scores import soft_scores
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.words import number
 
@@ -155,7 +155,7 @@ def test_who_is_not_distinguishable_from_the_best_follows_from_holm(tmp_path: Pa
     folder = write_run(tmp_path)
     run = load_run(folder)
     summary = summarise(run)
-    scores = soft_scores(on_test(run.results), "dice_dml")
+    scores = soft_scores(run.results, "dice_dml")
     others = [standing.name for standing in summary.ranking[1:]]
     adjusted = holm([crossed_test(scores.difference(name, summary.winner.name)).p for name in others])
     expected = tuple(name for name, p in zip(others, adjusted, strict=True) if p >= 0.05)
