@@ -5,8 +5,8 @@
 #
 # --wheels FOLDER   use the packages in FOLDER/*.whl, for a machine without network. Where torch, numpy, scipy, pyarrow and
 #                   pytest are installed, these are enough (with the Python version of that machine):
-#                     pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER \
-#                       monai nibabel pydantic pydantic-core annotated-types typing-inspection typing-extensions
+#                     pip download --only-binary=:all: --python-version 3.12 --dest FOLDER pydantic
+#                     pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER monai nibabel
 # --seconds N       the time for all parts together (default: 480). A part gets its own limit, or what is left of this.
 # --dry-run         run the same parts without a GPU: GPU tests are skipped, the benchmark and the whole fit run at tiny sizes
 #
@@ -27,6 +27,7 @@ while (($#)); do
   esac
 done
 python=$(command -v "${PYTHON:-python3}") || { echo "no such program: ${PYTHON:-python3}" >&2; exit 2; }
+[[ $python == /* ]] || python=$PWD/$python
 [[ -z $wheels ]] || wheels=$(cd "$wheels" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 scratch=$(mktemp -d)
@@ -48,7 +49,7 @@ end=$((SECONDS + seconds))
 
 # part NAME SECONDS COMMAND...: run a command for so long at most; print its result and the last lines of what it prints
 part() {
-  local name=$1 limit=$2 left=$((end - SECONDS)) began=$SECONDS log="$scratch/log" status verdict shown=2
+  local name=$1 limit=$2 left=$((end - SECONDS)) began=$SECONDS log="$scratch/log" status verdict shown=3
   shift 2
   if ((left <= 0)); then
     failed=1

@@ -25,10 +25,8 @@ def main(arguments: list[str]) -> int:
         return 1
     import torch
 
-    if (found := tuple(map(int, torch.__version__.split(".")[:2]))) < OLDEST_TORCH:
-        print(
-            f"torch {torch.__version__} is too old: {'.'.join(map(str, OLDEST_TORCH))} or newer is needed, got {found}"
-        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        print(f"torch {torch.__version__} is too old: {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
         return 1
     if not torch.cuda.is_available():
         print("no CUDA device")
