@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
+CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 SECTION = re.compile(r"\[(.+)\]")
+REMOVED = re.compile(r"^### Removed$(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def listed() -> dict[str, list[str]]:
@@ -20,11 +22,17 @@ def listed() -> dict[str, list[str]]:
     return sections
 
 
+def removed(changelog: str) -> set[str]:
+    """The features that a changelog names in backticks under "Removed"."""
+    return {name for text in REMOVED.findall(changelog) for name in re.findall(r"`([^`\n]+)`", text)}
+
+
 def listed_files() -> dict[str, bool]:
-    """The listed files, and whether every run leaves them: a description that begins with "if" names a condition."""
+    """Listed files that were not removed. True: every run leaves them; a description that begins with "if" names a condition."""
     lines = [line.partition("  ") for line in LIST.read_text().splitlines()]
     descriptions = {name: text for name, _, text in lines}
-    return {name: not descriptions[name].startswith("if ") for name in listed()["files"]}
+    names = [name for name in listed()["files"] if name not in removed(CHANGELOG.read_text())]
+    return {name: not descriptions[name].startswith("if ") for name in names}
 
 
 def pattern_of(name: str) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer
-from features import LIST, SECTION, listed
+from features import CHANGELOG, LIST, SECTION, listed, removed
 
 import softseg_dist
 from softseg_dist import Frozen
@@ -26,14 +26,7 @@ from softseg_dist.numerics.labels import FUSIONS, check_fusion
 from softseg_dist.numerics.metrics import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-CHANGELOG = ROOT / "CHANGELOG.md"
 PACKAGE = Path(softseg_dist.__file__).parent
-REMOVED = re.compile(r"^### Removed$(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
-
-
-def removed(changelog: str) -> set[str]:
-    """The features that a changelog names in backticks under "Removed"."""
-    return {name for text in REMOVED.findall(changelog) for name in re.findall(r"`([^`\n]+)`", text)}
 
 
 def commands() -> Iterator[str]:
