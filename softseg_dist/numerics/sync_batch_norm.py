@@ -78,19 +78,21 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (x, weight, mean, variance, total), grad = ctx.saved_tensors, grad_outputs[0]
-        sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        of_x, sums = torch.zeros_like(x), torch.zeros(2, x.shape[1], dtype=torch.float64)
         if len(x):
-            fixed = weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-            sums = torch.stack(torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)[1:]).double()
+            fixed = weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            of_x, *by_parameters = torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)
+            sums = torch.stack(by_parameters).double()
         own = (None, None) if weight is None else sums.to(weight.dtype).unbind()
         totals = sums.clone()  # of float64 weights `own` are views
         distributed.all_reduce(totals, group=ctx.group)
         by_normal, by_one = totals / total
-        # weight / sd * (dy - mean dy - xhat mean(dy xhat)), as a line in x and dy
+        # weight / sd * (dy - mean dy - xhat mean(dy xhat)): the kernel gave the first term, and a line in x is left
         inverse = 1 / (variance.double() + ctx.eps).sqrt()
         scale = inverse if weight is None else weight.double() * inverse
         slope = -scale * by_normal * inverse
         offset = -scale * by_one - slope * mean.double()
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        slope, offset, scale = (line.to(mean.dtype).view(shape) for line in (slope, offset, scale))
-        return torch.addcmul(offset, x, slope).addcmul_(grad, scale).to(x.dtype), *own, None, None
+        # Batch norm of mean 0 and variance 1 is that line, in one pass for bfloat16, too, for which addcmul would copy.
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        line = functional.batch_norm(x, zero, one, slope.to(mean.dtype), offset.to(mean.dtype), eps=0.0)
+        return of_x.add_(line), *own, None, None
