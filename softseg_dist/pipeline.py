@@ -192,8 +192,8 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
 def backend_of(options: RunOptions) -> Backend:
     """Where the fits run. Raises UserError if the options exclude each other, or this Ray is not supported."""
     if options.local:
-        several = {"--workers-per-fit": options.workers_per_fit, "--max-concurrent": options.max_concurrent}
-        asked: dict[str, object] = {"--address": options.address, "--fits-per-gpu": options.fits_per_gpu, **several}
+        names = ("address", "workers_per_fit", "fits_per_gpu", "max_concurrent")
+        asked = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
         if excluded := [name for name, value in asked.items() if value not in (None, 1, "1")]:
             raise UserError(f"--local runs one fit at a time in this process: leave out {' and '.join(excluded)}")
     if options.in_process:
@@ -216,8 +216,7 @@ def make_folder(folder: Path) -> None:
 
 def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not, or of a nested study; returns its page, which is on this machine."""
-    copy = WorkingCopy(run)
-    copy.pull(*REPORTED)
+    copy = _pulled(run)
     outer = load_outer(copy.folder)
     page = _page(copy, *_ranked(copy)) if outer is None else write_outer_page(outer, copy.folder)
     copy.push("report")
@@ -226,16 +225,14 @@ def report_run(run: str | Path) -> Path:
 
 def numbers_of(run: str | Path) -> dict[str, Any]:
     """The numbers of the report of a run folder, or of a nested study, for machines."""
-    copy = WorkingCopy(run)
-    copy.pull(*REPORTED)
-    outer = load_outer(copy.folder)
-    return summary_json(copy.folder) if outer is None else outer_json(outer)
+    folder = _pulled(run).folder
+    outer = load_outer(folder)
+    return summary_json(folder) if outer is None else outer_json(outer)
 
 
 def csv_of(run: str | Path) -> list[Path]:
     """Write the tables of the report of a run folder as CSV files beside its page; returns their paths on this machine."""
-    copy = WorkingCopy(run)
-    copy.pull(*REPORTED)
+    copy = _pulled(run)
     written = write_csv(copy.folder)
     copy.push("report")
     return written
@@ -243,9 +240,7 @@ def csv_of(run: str | Path) -> list[Path]:
 
 def latex_of(run: str | Path) -> str:
     """Ranking and tests of a run folder, as LaTeX tables."""
-    copy = WorkingCopy(run)
-    copy.pull(*REPORTED)
-    return summary_latex(copy.folder)
+    return summary_latex(_pulled(run).folder)
 
 
 def compare_runs(
@@ -259,9 +254,14 @@ def compare_runs(
 
 
 def _loaded(run: str | Path) -> RunData:
+    return load_run(_pulled(run).folder)
+
+
+def _pulled(run: str | Path) -> WorkingCopy:
+    """A run folder with all that a report is made of."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
-    return load_run(copy.folder)
+    return copy
 
 
 def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progress: Progress) -> Path:
@@ -270,8 +270,7 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     That of the winner is `model` in the run folder, that of another candidate `model-<name>`.
     Raises UserError if the run has no such candidate, or its store is not to be had any more.
     """
-    copy = WorkingCopy(run)
-    copy.pull(*REPORTED)
+    copy = _pulled(run)
     loaded, ledger = load_run(copy.folder), Ledger(run)
     winner = summarise(loaded).winner.name
     if sources := ledger.sources():

@@ -276,7 +276,7 @@ def test_a_local_run_takes_less_than_half_the_processor_time_of_one_through_ray(
     )
     assert softseg("prepare", study, cwd=tmp_path).returncode == 0
     local_s = processor_s(tmp_path, study, "--out", "local", "--local")
-    ray_s = processor_s(tmp_path, study, "--out", "ray", "--max-concurrent", 1)
+    ray_s = processor_s(tmp_path, study, "--out", "ray")
     print(f"\nprocessor time: {local_s:.1f} s local, {ray_s:.1f} s through Ray")
     assert local_s < ray_s / 2
 
