@@ -1,7 +1,7 @@
 """softseg_dist: cross-validated studies of soft-label segmentation training on Ray.
 
 The public names of a study file. They are resolved when first used (PEP 562), so that importing the package loads no torch,
-ray or mlflow and the command line answers at once.
+ray or mlflow and the command matrix answers at once.
 """
 
 from __future__ import annotations
@@ -27,18 +27,8 @@ PUBLIC = {
     "softseg_dist.data.preprocess": ("Preprocess",),
     "softseg_dist.data.splits": ("KFold", "MonteCarlo", "Split", "Splits"),
     "softseg_dist.numerics.activations": ("Activation", "NormReLU", "Sigmoid", "Softmax"),
-    "softseg_dist.numerics.augmentation": (
-        "Affine",
-        "BiasField",
-        "Blur",
-        "Contrast",
-        "Elastic",
-        "Flip",
-        "Gamma",
-        "LowResolution",
-        "Mixup",
-        "Noise",
-    ),
+    "softseg_dist.numerics.augmentation": ("Mixup",),
+    "softseg_dist.numerics.intensity": ("BiasField", "Blur", "Contrast", "Gamma", "LowResolution", "Noise"),
     "softseg_dist.numerics.losses": (
         "BCE",
         "L1",
@@ -61,14 +51,15 @@ PUBLIC = {
     "softseg_dist.numerics.patches": ("Patch",),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
     "softseg_dist.numerics.smoothing": ("SVLS", "GeoLS", "Smoothing", "UniformSmoothing"),
+    "softseg_dist.numerics.spatial": ("Affine", "Elastic", "Flip"),
     "softseg_dist.numerics.transforms": (
+        "AffineMap",
         "Augmentation",
         "Frame",
         "Intensity",
         "Invertible",
         "Pairing",
         "Spatial",
-        "Straight",
     ),
     "softseg_dist.pipeline": ("RunOptions",),
     "softseg_dist.prediction": ("Predictor",),

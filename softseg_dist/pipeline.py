@@ -41,7 +41,7 @@ from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
-from softseg_dist.training.preflight import check_recipes, check_uncertainty
+from softseg_dist.training.preflight import preflight
 from softseg_dist.training.task import cases_path
 
 PACKAGES = (
@@ -131,11 +131,12 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
 
 def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
     """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
+    if options.debug and options.in_process:
+        file = file.as_sent()
     study, splits = file.study, file.study.make_splits(prepared.sites)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
-    check_recipes(recipes, prepared.store, splits[0])
-    check_uncertainty(recipes, study.uncertainty, prepared.store)
+    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():

@@ -192,7 +192,7 @@ def _source(
             "--samples is the number of predictions for --uncertainty of one model: leave it out, or give both without --ensemble"
         )
     if ensemble:
-        return MapSource(model, card.study, members=weights_of_fits(folder, card), unsure=uncertainty)
+        return MapSource(model, card.study, members=weights_of_fits(folder, card), with_entropy=uncertainty)
     return MapSource(model, card.study, method=method_of(card, model, samples) if uncertainty else None)
 
 

@@ -20,7 +20,6 @@ from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
-from softseg_dist.numerics.augmentation import Augmentation
 from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several, one_rater_only
 from softseg_dist.numerics.losses import Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
@@ -28,6 +27,7 @@ from softseg_dist.numerics.networks import Network, UNet
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
+from softseg_dist.numerics.transforms import Augmentation
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RAY_UNITS = 10_000  # of a GPU or CPU: Ray rounds shares to one of them

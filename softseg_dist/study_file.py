@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import linecache
+import pickle
 import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
@@ -65,6 +66,15 @@ class StudyFile:
         sources = Sources(mains.pop() if mains else "", texts)
         load_sources(sources)
         return cls(name, sources, _restarted(study, name))
+
+    def as_sent(self) -> StudyFile:
+        """The study as a worker gets it: its texts are pickled and run in new modules, and it comes back from its own JSON.
+
+        Raises UserError if that fails.
+        """
+        sources: Sources = pickle.loads(pickle.dumps(self.sources))
+        load_sources(sources, anew=True)
+        return replace(self, sources=sources, study=_restarted(self.study, self.path))
 
 
 def load_study(path: str | Path) -> StudyFile:

@@ -13,7 +13,7 @@ import pandas as pd
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging import results
-from softseg_dist.judging.rows import Row
+from softseg_dist.judging.rows import Measurement
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.training.inference import ensemble_maps
 
@@ -73,7 +73,7 @@ def _rows(context: RunContext, candidate: str, cases: dict[tuple[str, str], list
         sample = store.sample(case.index)
         spread = Spread.of(ensemble_maps(model, weights, sample, context.device))
         measured = uncertainty_rows(METHOD, spread, sample.raters, store.classes)
-        measured += [Row(name, "mean", None, MEMBERS, float(len(weights))) for name in store.classes]
+        measured += [Measurement(name, "mean", None, MEMBERS, float(len(weights))) for name in store.classes]
         rows += results.rows_of_case(measured, context.study.name, candidate, -1, "test", sample)
     return rows
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import pickle
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -28,8 +27,7 @@ from types import FrameType
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
-from softseg_dist.sources import Sources
-from softseg_dist.study_file import describe, load_sources
+from softseg_dist.study_file import describe
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
 
@@ -39,7 +37,7 @@ class TimeLimitExceeded(BaseException):
 
 @dataclass(frozen=True)
 class LocalBackend:
-    """Fits in this process. `debug`: the study's code is loaded again, from a pickle, as in a worker, and tracebacks are shown."""
+    """Fits in this process. `debug`: the traceback of a fit that raises is shown, as it is in any case under a debugger."""
 
     debug: bool = False
 
@@ -49,8 +47,6 @@ class LocalBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`."""
-        if self.debug:
-            context = _as_sent(context)
         with signals(session):
             for number in map(str, count()):
                 if (task := session.next_fit(number)) is None:
@@ -88,14 +84,6 @@ class LocalBackend:
             if self.debug or _in_debugger():
                 context.progress.note(traceback.format_exc())
             raise LostJob(describe(error) if isinstance(error, Exception) else f"it ended with {error!r}") from error
-
-
-def _as_sent(context: RunContext) -> RunContext:
-    """The context with the study's code as a worker has it: its texts are pickled, and run in new modules."""
-    sources: Sources | None = pickle.loads(pickle.dumps(context.sources))
-    if sources is not None:
-        load_sources(sources, anew=True)
-    return replace(context, sources=sources)
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softseg_dist.data.preprocess import Sample
-from softseg_dist.judging.rows import Row as Measured
+from softseg_dist.judging.rows import Measurement
 from softseg_dist.places import replace_file
 
-if TYPE_CHECKING:  # a fit writes no data frame, and machines that only train need not have pandas
+if TYPE_CHECKING:  # a fit writes no data frame, so that machines that only train need no pandas
     import pandas as pd
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -21,13 +21,13 @@ SCHEMA = pa.schema(
     [
         ("study", _NAME),
         ("candidate", _NAME),
-        ("split", pa.int32()),  # -1 for what several fits predict together
+        ("split", pa.int32()),  # -1 for an ensemble of several fits
         ("subset", _NAME),  # validation or test; holdout, in a table of its own
         ("subject", _NAME),
         ("case", _NAME),
         ("class", _NAME),
         ("reference", _NAME),  # "mean" of the raters, each by name, all as "raters", "truth" where it is known
-        ("threshold", pa.float64()),  # null for what is measured on the soft map
+        ("threshold", pa.float64()),  # null for metrics of the soft map
         ("metric", _NAME),
         ("value", pa.float64()),
     ]
@@ -38,9 +38,9 @@ Row = dict[str, Any]
 
 
 def rows_of_case(
-    measured: Iterable[Measured], study: str, candidate: str, split: int, subset: str, sample: Sample
+    measured: Iterable[Measurement], study: str, candidate: str, split: int, subset: str, sample: Sample
 ) -> list[Row]:
-    """Rows of the results table from what was measured on one case."""
+    """Rows of the results table from the measurements of one case."""
     head = {
         "study": study,
         "candidate": candidate,

@@ -1,6 +1,6 @@
-"""Where the items of a case lie in space, so that its slices can be measured as the volume that they are.
+"""The measurements of one case, as lines of the results table, and the grid that its slices form in space.
 
-Legend: N items (slices in 2D, 1 in 3D), *S axes of an item.
+Maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S axes of an item; n voxels of one class.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of a case.
+    """The grid of a case, with which the slices of a 2D case are measured as one volume.
 
-    In 2D the slices make a volume: surfaces and lesions go through it, and the distance of two slices is the volume of
-    a voxel over its area. Slices that were left out (slices="labelled") count as empty, as no rater labelled them: the
-    others keep their distances, and nothing reaches across the gap. A single slice has no next one: it stays a plane.
+    Surfaces and lesions extend over slices; the distance of two slices is the volume of a voxel over its area. Slices that
+    were left out (slices="labelled") count as empty, as no rater labelled them: the others keep their distances, and no
+    lesion crosses the gap. A single slice remains a plane.
 
     Args:
         spacing_mm: size of a voxel along each axis of an item, in mm.
         voxel_mm3: volume of a voxel (in 2D with the distance of the slices), in mm3.
-        slices: in 2D the place of each item along the slice axis, rising; None in 3D.
+        slices: in 2D the index of each item along the slice axis, increasing; None in 3D.
     """
 
     spacing_mm: tuple[float, ...]
@@ -50,12 +50,12 @@ class Grid:
 
     @property
     def is_stack(self) -> bool:
-        """Whether the items are several slices of one volume."""
+        """True if the items are several slices of one volume."""
         return self.slices is not None and len(self.slices) > 1
 
     @property
     def volume_spacing_mm(self) -> tuple[float, ...]:
-        """The spacing of `volume`: of *S, and before it the distance of the slices if there are several."""
+        """The spacing of `volume`: the distance of the slices, if there are several, then the spacing of *S."""
         if not self.is_stack:
             return self.spacing_mm
         return (self.voxel_mm3 / math.prod(self.spacing_mm), *self.spacing_mm)
@@ -73,7 +73,7 @@ class Grid:
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest box that holds all of `mask` [*S]; of no voxel if it is empty."""
+    """The smallest box around `mask` [*S]; without a voxel if it is empty."""
     found = ndimage.find_objects(mask.view(np.uint8))
     return found[0] if found else (slice(0, 0),) * mask.ndim
 
@@ -81,8 +81,8 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
 NOT_RATERS = ("mean", "truth")
 
 
-class Row(NamedTuple):
-    """One line of the results table, as far as the numbers know it. `threshold` is None for soft metrics."""
+class Measurement(NamedTuple):
+    """One value measured on one case. `threshold` is None for soft metrics."""
 
     class_name: str
     reference: str
@@ -98,13 +98,13 @@ def case_rows(
     thresholds: Sequence[float],
     curve: Sequence[float],
     grid: Grid,
-) -> list[Row]:
-    """Everything that is recorded of one case.
+) -> list[Measurement]:
+    """All measurements of one case.
 
     Against every reference: soft metrics and, at each of `thresholds`, overlap and volume error of the mask. Against
     "mean" also Dice at every threshold of `curve` (a threshold that is in both appears once), surfaces and lesions at each
-    of `thresholds`, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", where there
-    are two or more: how they agree with each other, and the prediction with their disagreement.
+    of `thresholds`, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", if there
+    are two or more: their agreement with each other, and that of the prediction with their disagreement.
 
     Args:
         prediction: [N K *S] in [0, 1].
@@ -112,10 +112,10 @@ def case_rows(
         classes: K names.
         thresholds: those that the fit chose (see `judging.thresholds`).
         curve: thresholds of the curve of Dice.
-        grid: where the items lie.
+        grid: the grid of the case.
     """
     chosen = sorted(set(thresholds))
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for name, reference in references.items():
         extra = [tau for tau in curve if tau not in chosen] if name == "mean" else []
         rows += _overlap_rows(prediction, name, reference, classes, chosen, extra, grid.voxel_mm3)
@@ -133,7 +133,7 @@ def case_rows(
                 ("raters", None, "ged2", ged2(p, masks)),
                 ("raters", None, "entropy_disagreement_correlation", entropy_disagreement_correlation(*values)),
             ]
-        rows += [Row(class_name, *line) for line in measured]
+        rows += [Measurement(class_name, *line) for line in measured]
     return rows
 
 
@@ -145,7 +145,7 @@ def _overlap_rows(
     chosen: Sequence[float],
     extra: Sequence[float],
     voxel_mm3: float,
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Soft metrics, and overlap and volume at the `chosen` thresholds; at `extra` ones only Dice."""
     soft, hard = soft_metrics(prediction, reference, voxel_mm3), {}
     if chosen or extra:
@@ -153,15 +153,15 @@ def _overlap_rows(
         hard = hard_scores(counts) | {"volume_error": mask_volume_error(counts, reference)}
     for k, class_name in enumerate(classes):
         for metric, values in soft.items():
-            yield Row(class_name, name, None, metric, float(values[k]))
+            yield Measurement(class_name, name, None, metric, float(values[k]))
         for metric, scores in hard.items():
             at = [*chosen, *extra] if metric == "dice" else chosen
             for tau, value in zip(at, scores[k], strict=False):
-                yield Row(class_name, name, tau, metric, float(value))
+                yield Measurement(class_name, name, tau, metric, float(value))
 
 
 def _shapes(p: Map, y: Map, thresholds: Sequence[float], grid: Grid) -> Iterator[tuple[float | None, str, float]]:
-    """Surfaces and lesions of {p > tau} and {y >= 0.5}, [N *S], at each threshold (rising), within what they cover."""
+    """Surfaces and lesions of {p > tau} and {y >= 0.5}, [N *S], at each of the increasing thresholds, in their bounding box."""
     if not thresholds:
         return
     soft, true = grid.volume(p), grid.volume(y) >= 0.5

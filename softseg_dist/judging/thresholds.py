@@ -1,4 +1,4 @@
-"""Where to cut a soft prediction: three rules, chosen on validation cases only.
+"""Thresholds for a soft prediction: three rules, applied to validation cases only.
 
 `fixed` is 0.5. `grid` is the threshold of `CURVE` with the best mean Dice. `dice_optimal` follows from the
 predictions alone, as if they were calibrated. Maps are [N K *S]: N items, K classes, *S space.
@@ -34,8 +34,8 @@ def choose_thresholds(predictions: Sequence[Map], references: Sequence[Map]) -> 
 def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> float:
     """The threshold of `CURVE` with the highest mean Dice over cases and classes; among ties the nearest to 0.5.
 
-    Pairs of case and class whose Dice is NaN at some threshold are left out, so that all thresholds are judged on
-    the same pairs. 0.5 if none is left.
+    Pairs of case and class whose Dice is NaN at any threshold are left out, so that all thresholds are compared on the same
+    pairs. 0.5 if none is left.
     """
     curves = np.concatenate([dice_curve(p, y, CURVE) for p, y in zip(predictions, references, strict=True)])
     curves = curves[~np.isnan(curves).any(axis=1)]
@@ -57,9 +57,9 @@ def dice_optimal_threshold(predictions: Sequence[Map]) -> float:
 
 
 def optimal_dice(probability: npt.NDArray[np.floating]) -> float:
-    """D* = sup over sets s of 2 sum s m / (sum s + sum m), for a map m of any shape; reached by {m > D*/2}.
+    """D* = sup over sets s of 2 sum s m / (sum s + sum m), for a map m of any shape; attained by {m > D*/2}.
 
-    Found by the fixed point D <- D({m > D/2}) from D = 1, which rises to D* after its first step. NaN for a map of
+    Found by the fixed-point iteration D <- D({m > D/2}) from D = 1, which increases to D* after its first step. NaN for a map of
     zeros. Source: Lipton et al. 2014 (doi 10.1007/978-3-662-44851-9_15); Nordstroem et al. 2023.
 
     >>> import numpy as np

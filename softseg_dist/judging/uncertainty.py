@@ -1,12 +1,12 @@
-"""How sure a prediction is: what several soft maps of one case tell together, voxel by voxel and object by object.
+"""Uncertainty of a prediction: the statistics of several soft maps of one case, per voxel and per object.
 
-Legend: T samples (soft maps of one case), N items, R raters, K classes, *S space (2 or 3 axes). Samples come from one model that
-is asked T times (see `sampling`), or from T models. Sums run in float64. Structure-wise measures cut samples at 0.5.
+Legend: T samples (soft maps of one case), N items, R raters, K classes, *S space (2 or 3 axes). Samples come from T runs of one
+model (see `numerics.sampling`), or from T models. Sums run in float64. Measures of objects threshold samples at 0.5.
 
 Rows of the results table, `<method>` being "mc_dropout", "tta" or "ensemble". Against "mean", the raters' mean:
-`<method>_entropy`, `_expected_entropy`, `_mutual_information`, `_variance` (means over the neighbourhood that `ece` looks at, of
-the mean map), `_volume_cv`, `_pairwise_dice`, `_samples_iou`, and of the mean map as a prediction `_dice_dml`, `_brier`, `_ece`.
-Against "raters", where a case has two or more: `_disagreement_correlation`, `_ged2`.
+`<method>_entropy`, `_expected_entropy`, `_mutual_information`, `_variance` (means over the neighbourhood that `ece` uses, of the
+mean map), `_volume_cv`, `_pairwise_dice`, `_samples_iou`, and of the mean map as a prediction `_dice_dml`, `_brier`, `_ece`.
+Against "raters", if a case has two or more: `_disagreement_correlation`, `_ged2`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import entr
 
-from softseg_dist.judging.rows import Row
+from softseg_dist.judging.rows import Measurement
 from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece, neighbourhood
 from softseg_dist.numerics.raters import energy_distance, entropy_disagreement_correlation, pairwise_dice
 
-CUT = 0.5  # a sample is an object where it is above this, as with the fixed threshold
+CUT = 0.5  # a sample's object is where it is above this, as with the fixed threshold
 Bits = npt.NDArray[np.uint8]  # [.. K bytes]: masks, eight voxels in a byte
 
 
 def entropy(soft_map: Map) -> npt.NDArray[np.float64]:
-    """Entropy of a coin, voxel by voxel and in bits: -p log2 p - (1 - p) log2 (1 - p), in [0, 1].
+    """Binary entropy per voxel in bits: -p log2 p - (1 - p) log2 (1 - p), in [0, 1].
 
-    1 at p = 1/2, where nothing is known; 0 at p = 0 and 1. Of the raters' mean it is how much they disagree.
+    1 at p = 1/2, 0 at p = 0 and 1. That of the raters' mean measures their disagreement.
 
     >>> entropy(np.array([0.0, 0.5, 0.75, 1.0])).round(4)
     array([0.    , 1.    , 0.8113, 0.    ])
@@ -40,7 +40,7 @@ def entropy(soft_map: Map) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """What is kept of T soft maps [N K *S] of one case: as much memory as a few of them, however many there are.
+    """Statistics of T soft maps [N K *S] of one case, in the memory of a few maps for any T.
 
     `mean`, `expected_entropy` (the mean of the samples' entropies, in bits) and `mean_square` are [N K *S] float64; `volumes`
     [T K] are sums over voxels; `masks` [T K bytes] are the samples cut at 0.5.
@@ -54,7 +54,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Iterable[Map]) -> Spread:
-        """Of soft maps [N K *S] in [0, 1], which are looked at one after the other; at least one."""
+        """The statistics of soft maps [N K *S] in [0, 1], taken one after the other; at least one."""
         sums: npt.NDArray[np.float64] | None = None
         volumes, masks = [], []
         for sample in samples:
@@ -69,19 +69,20 @@ class Spread:
 
     @property
     def num_samples(self) -> int:
-        """T. Whatever compares samples with each other is NaN if there is but one."""
+        """T. Every comparison of samples with each other is NaN if there is only one."""
         return len(self.volumes)
 
     @property
     def entropy(self) -> npt.NDArray[np.float64]:
-        """Predictive entropy [N K *S] in bits: that of the mean. All that is unsure, in data and model."""
+        """Predictive entropy [N K *S] in bits: that of the mean. Total uncertainty, of data and model."""
         return entropy(self.mean)
 
     @property
     def mutual_information(self) -> npt.NDArray[np.float64]:
-        """Entropy of the mean less the mean entropy [N K *S], in bits: 0 where all samples agree, 1 where they are 0 and 1 evenly.
+        """Entropy of the mean minus the mean entropy [N K *S], in bits: 0 where samples agree, 1 where half are 0 and half 1.
 
-        What more training data could remove, if samples are draws of the weights. Source: Houlsby et al. 2011, arXiv 1112.5745.
+        The uncertainty that more training data could remove, if samples are draws of the weights.
+        Source: Houlsby et al. 2011, arXiv 1112.5745.
         """
         return self._of_several(np.maximum(self.entropy - self.expected_entropy, 0))
 
@@ -102,15 +103,12 @@ class Spread:
 
     @property
     def pairwise_dice(self) -> PerClass:
-        """Mean Dice of all pairs of samples per class [K]: 1 if all are one object.
-
-        Pairs of empty samples are left out; NaN if there is no other.
-        """
+        """Mean Dice of the pairs of samples per class [K], without pairs of empty ones: 1 if all are equal; NaN without a pair."""
         return np.array([pairwise_dice(_unpacked(of_class)) for of_class in np.moveaxis(self.masks, 1, 0)])
 
     @property
     def samples_iou(self) -> PerClass:
-        """Voxels that are in every sample over voxels that are in any, per class [K]; NaN if there are none."""
+        """Voxels in every sample over voxels in any sample, per class [K]; NaN if all are empty."""
         everywhere, anywhere = (
             np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64)
             for of in (np.bitwise_and, np.bitwise_or)
@@ -128,12 +126,12 @@ class Spread:
         return values if self.num_samples > 1 else np.full_like(values, np.nan)
 
 
-def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str]) -> list[Row]:
-    """Everything that is recorded of one case's samples: the rows that the top of this file lists.
+def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str]) -> list[Measurement]:
+    """All measurements of one case's samples, as listed at the top of this file.
 
     Args:
-        method: what their names begin with.
-        spread: of the samples.
+        method: the prefix of the metrics' names.
+        spread: the statistics of the samples.
         raters: [N R K *S] in [0, 1].
         classes: K names.
     """
@@ -161,7 +159,7 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
             "ged2": spread.ged2(raters),
         }
     return [
-        Row(class_name, name, None, f"{method}_{metric}", float(values[k]))
+        Measurement(class_name, name, None, f"{method}_{metric}", float(values[k]))
         for name, measured in (("mean", against_mean), ("raters", against_raters))
         for k, class_name in enumerate(classes)
         for metric, values in measured.items()
@@ -169,7 +167,7 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
 
 
 def _inside(soft_map: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> PerClass:
-    """Mean over the voxels of `mask` per class [K]; NaN if it has none."""
+    """Mean over the voxels of `mask` per class [K]; NaN if it is empty."""
     space = (0, *range(2, mask.ndim))
     return _ratio(np.where(mask, soft_map, 0).sum(axis=space), mask.sum(axis=space, dtype=np.float64))
 
@@ -180,7 +178,7 @@ def _packed(mask: npt.NDArray[np.bool_]) -> Bits:
 
 
 def _unpacked(masks: Bits) -> npt.NDArray[np.bool_]:
-    """Masks [T bytes] as [T n], without stretches that are empty in all of them."""
+    """Masks [T bytes] as [T n], without bytes that are empty in all of them."""
     return np.unpackbits(masks[:, masks.any(axis=0)], axis=1).view(np.bool_)
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, distributed, nn
 
 from softseg_dist.frozen import Frozen
 
-SMALLEST_SHARE = 1e-4  # a class that fills less of the images than this starts as if it filled this much
-NORMRELU_BIAS = 0.1  # above 0, or the output would start dead: 0 everywhere, without gradient
+SMALLEST_SHARE = 1e-4  # a class with a smaller share of the voxels starts as if it had this one
+NORMRELU_BIAS = 0.1  # above 0: otherwise the output would start dead, 0 everywhere and without gradient
 MOMENTUM = 0.1  # weight of the newest maximum in the running one, as in torch's batch norm
 
 
 class Activation(Frozen, ABC):
-    """What turns logits into a prediction. Called directly, or built into a module when it has state."""
+    """A function from logits to a prediction: called directly, or built as a module, which may have state."""
 
     @abstractmethod
     def __call__(self, logits: Tensor) -> Tensor:
@@ -28,14 +28,14 @@ class Activation(Frozen, ABC):
 
     @abstractmethod
     def initial_bias(self, mean_label: Tensor) -> Tensor:
-        """The bias [num_logits] of the last layer to start from, given each class's mean training label [K] in [0, 1].
+        """The initial bias [num_logits] of the last layer, given each class's mean training label [K] in [0, 1].
 
-        With it, different activations start from comparable predictions, so that a short training compares more than
-        their initialisations.
+        It makes different activations start from comparable predictions, so that a short training does not just compare
+        initialisations.
         """
 
     def num_logits(self, classes: int) -> int:
-        """How many channels the network must give for `classes` classes."""
+        """The number of channels that the network must return for `classes` classes."""
         return classes
 
     def build(self, classes: int) -> nn.Module:
@@ -74,9 +74,9 @@ class Sigmoid(Activation):
 
 
 class Softmax(Activation):
-    """p_k = exp(x_k) / sum_j exp(x_j) over background and classes; the background comes first and is not in the output.
+    """p_k = exp(x_k) / sum_j exp(x_j) over background and classes; logit 0 is the background, which is not in the output.
 
-    Classes exclude each other: at every voxel the predictions of all classes add up to at most 1.
+    Classes are mutually exclusive: at every voxel the predictions of all classes add up to at most 1.
     """
 
     short: ClassVar[str] = "softmax"
@@ -86,7 +86,7 @@ class Softmax(Activation):
         return torch.softmax(logits, dim=1)[:, 1:]
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
-        """The log share of background and of every class [K+1]; softmax of it gives the shares back.
+        """The log share of background and of every class [K+1]; its softmax is the shares.
 
         >>> Softmax().initial_bias(torch.tensor([0.2, 0.1])).softmax(0)
         tensor([0.7000, 0.2000, 0.1000])
@@ -96,24 +96,24 @@ class Softmax(Activation):
         return torch.log(shares / shares.sum())
 
     def num_logits(self, classes: int) -> int:
-        """One more than `classes`: the background has its own logit."""
+        """`classes` + 1: the background has a logit of its own."""
         return classes + 1
 
 
 class NormReLU(Activation):
     """p = r / M with r = max(x, 0) and M a maximum of r; p = 0 where M = 0. The final activation of SoftSeg.
 
-    `over` says what M runs over.
-    "sample": the space of one sample and class. Depends on nothing else, but forces a peak of 1 on every image, an
-      empty one too, as soon as one logit is positive.
+    `over` is what M is taken over.
+    "sample": the space of one sample and class. Independent of the batch, but every image with a positive logit gets a
+      peak of 1, an empty one too.
     "batch": the whole tensor on this worker, as in ivadomed. The result depends on batch size and number of workers; at
       inference give it the items of exactly one case.
     "global": the whole tensor over all workers of torch.distributed; equal to "batch" on one worker and at inference.
-    "running": in training as "global"; at inference an exponential average of the M seen in training, stored with the
-      weights. Predictions above 1 are cut to 1.
+    "running": in training as "global"; at inference an exponential average of the M of training, stored with the
+      weights. Predictions above 1 are clipped to 1.
 
-    All logits <= 0 gives 0 everywhere and no gradient: the sample is dead (see `dead_samples`). The gradient flows
-    through M too, shared evenly among voxels that tie for the maximum.
+    If all logits are <= 0 the prediction is 0 everywhere, without gradient: the sample is dead (see `dead_samples`). The
+    gradient also flows through M, shared evenly among voxels that tie for the maximum.
 
     Source: Gros et al., Med Image Anal 71 (2021) 102038, doi 10.1016/j.media.2021.102038. The variants are ours.
 
@@ -126,12 +126,12 @@ class NormReLU(Activation):
     over: Literal["sample", "batch", "global", "running"] = "sample"
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The prediction [B K *S] in [0, 1] of `logits` [B K *S]; "global" and "running" wait for all workers."""
+        """The prediction [B K *S] in [0, 1] of `logits` [B K *S]; "global" and "running" synchronise all workers."""
         rectified = torch.relu(logits)
         return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
-        """Slightly above 0 for every class [K], whatever its mean label: alive at the start."""
+        """Slightly above 0 for every class [K], independent of its mean label: not dead at the start."""
         return torch.full_like(mean_label, NORMRELU_BIAS)
 
     def build(self, classes: int) -> nn.Module:
@@ -155,7 +155,7 @@ def _divide(rectified: Tensor, maximum: Tensor) -> Tensor:
 
 
 class _NormReLUModule(nn.Module):
-    """NormReLU that at inference reduces nothing over workers, which then see different cases."""
+    """NormReLU without a reduction over workers at inference, where they see different cases."""
 
     maximum: Tensor
 
@@ -170,14 +170,14 @@ class _NormReLUModule(nn.Module):
         if self.training:
             maximum, newest = _MaximumOfAllWorkers.apply(rectified)
             if self.activation.over == "running":
-                self._remember(newest.to(self.maximum.dtype))
+                self._update(newest.to(self.maximum.dtype))
             return _divide(rectified, maximum)
         if self.activation.over == "running":
             return _divide(rectified, self.maximum.to(rectified.dtype)).clamp(max=1)
         return _divide(rectified, rectified.amax())
 
     @torch.no_grad()
-    def _remember(self, newest: Tensor) -> None:
+    def _update(self, newest: Tensor) -> None:
         averaged = torch.lerp(self.maximum, newest, MOMENTUM)
         self.maximum.copy_(torch.where(self.maximum > 0, averaged, newest))  # the first one is taken as it is
 
@@ -185,9 +185,9 @@ class _NormReLUModule(nn.Module):
 class _MaximumOfAllWorkers(torch.autograd.Function):
     """max over all workers, with the gradient of one `amax` over the tensors of all workers put together.
 
-    Gives it once per sample [B 1 ...], and once without a gradient. Every worker's loss depends on M, so its owner needs the
-    sum of all gradients; ties share it. That sum is taken sample by sample in float64, so that it does not matter which worker
-    has which sample. A worker may have no sample.
+    Returns it once per sample [B 1 ...], and once without a gradient. Every worker's loss depends on M, so the worker with the
+    maximum needs the sum of all gradients; ties share it. That sum is taken per sample in float64, so that it does not depend
+    on which worker has which sample. A worker may have no sample.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ class _MaximumOfAllWorkers(torch.autograd.Function):
 
 
 def dead_samples(prediction: Tensor) -> Tensor:
-    """How many samples of `prediction` [B K *S] are 0 at every voxel of every class: a count on the tensor's device.
+    """The number of samples of `prediction` [B K *S] that are 0 at every voxel of every class, on the tensor's device.
 
     >>> int(dead_samples(torch.tensor([[[0.0, 0.0]], [[0.0, 0.1]]])))
     1

@@ -1,6 +1,9 @@
-"""Mixup: each sample becomes a mixture of itself and another training item.
+"""Augmentation of a batch: one spatial transform, shared by image and label, then the intensity of the image, then mixup.
 
-Legend: B batch, C image channels, K classes, *S space.
+Random parameters are drawn first, on the CPU, and applied afterwards, on any device, which then waits for nothing.
+
+Legend: B batch, N items of a case, C image channels, K classes, *S space (2 or 3 axes). The augmentation of a sample depends on
+its seed only: not on its batch, the worker or the order.
 """
 
 from __future__ import annotations
@@ -14,19 +17,18 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from softseg_dist.numerics.intensity import BiasField, Blur, Contrast, Gamma, LowResolution, Noise
 from softseg_dist.numerics.labels import LabelMode, harden
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.spatial import Affine, Elastic, Flip
+from softseg_dist.numerics.spatial import Flip
 from softseg_dist.numerics.transforms import (
+    AffineMap,
     Augmentation,
     Frame,
     Intensity,
     Invertible,
     Pairing,
     Spatial,
-    Straight,
-    in_a_row,
+    compose,
     per_sample,
 )
 
@@ -34,9 +36,9 @@ from softseg_dist.numerics.transforms import (
 class Mixup(Pairing):
     """x = l x1 + (1 - l) x2 and y = l y1 + (1 - l) y2, with l ~ Beta(alpha, alpha) per sample, voxel by voxel.
 
-    Small `alpha` leaves most samples nearly unmixed (l near 0 or 1), 1 makes all mixtures equally likely, large `alpha`
-    makes halves. Mixed after the label mode has rounded, so that targets are soft, whatever the mode: a study that
-    compares label modes compares something else with it. A split with one item mixes it with itself: nothing changes.
+    Small `alpha` leaves most samples nearly unmixed (l near 0 or 1), 1 makes all l equally likely, large `alpha` brings l
+    near 1/2. Samples are mixed after the label mode has rounded, so that targets are soft in every mode: with mixup a study
+    does not compare label modes alone. A split with one item mixes it with itself: nothing changes.
 
     Source: Zhang, Cisse, Dauphin, Lopez-Paz, mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412.
     """
@@ -46,50 +48,22 @@ class Mixup(Pairing):
 
     @property
     def idle(self) -> bool:
-        """True if `alpha` is 0, for which nothing is mixed."""
+        """True if `alpha` is 0: nothing is mixed."""
         return self.alpha == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
-        """The sample's own share l, a scalar in [0, 1]."""
-        seed = torch.randint(2**63 - 1, (), generator=generator).item()  # torch's own Beta takes no generator
+        """The weight l of the sample itself, a scalar in [0, 1]."""
+        seed = torch.randint(2**63 - 1, (), generator=generator).item()  # torch's Beta takes no generator
         return torch.tensor(np.random.default_rng(int(seed)).beta(self.alpha, self.alpha), dtype=torch.float32)
 
     def mix(self, maps: Tensor, partners: Tensor, parameters: Tensor) -> Tensor:
-        """The mixture; where both are equal it is exactly what they are."""
+        """The mixture; exact where both are equal."""
         return partners + per_sample(parameters, maps) * (maps - partners)
 
 
-__all__ = [
-    "Affine",
-    "Augmentation",
-    "BiasField",
-    "Blur",
-    "Contrast",
-    "Elastic",
-    "Flip",
-    "Frame",
-    "Gamma",
-    "Intensity",
-    "Invertible",
-    "LowResolution",
-    "Mixup",
-    "Noise",
-    "Pairing",
-    "Spatial",
-    "apply",
-    "augment",
-    "augment_case",
-    "draw_all",
-    "draw_pairs",
-    "join",
-    "mix",
-    "moves",
-    "pairs",
-]
-
 Step = tuple[Spatial, Tensor]  # a transform and the parameters of all samples
 Drawn = Sequence[tuple[Augmentation, Tensor]]
-"""Transforms, in their order, and what was drawn for each: the parameters of all samples, stacked [B ...]."""
+"""Transforms in their order, each with the random parameters of all samples, stacked [B ...]."""
 
 
 def augment(
@@ -102,13 +76,13 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """The augmented image [B C *S] and the final target [B K *S].
 
-    It is `apply` of what `draw_all` draws.
+    It is `apply` with the parameters that `draw_all` draws.
 
     Args:
         image: prepared images.
-        target: what `labels.prepare_target` gave, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
+        target: the output of `labels.prepare_target`, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
         transforms: those of a recipe; may be empty. A `Pairing` is left to `mix`.
-        seeds: one per sample, of this sample in this epoch.
+        seeds: one for each sample in this epoch.
         mode: the label mode.
         spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
 
@@ -123,7 +97,7 @@ def augment(
 
 
 def draw_all(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
-    """Those of `transforms` that change samples one by one, with the parameters of all samples, on the frame's device.
+    """The `transforms` that act on single samples, with the parameters of all samples, on the frame's device.
 
     Raises UserError if a transform needs an axis that the images lack.
     """
@@ -132,19 +106,18 @@ def draw_all(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Fr
 
 
 def draw_pairs(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
-    """Those of `transforms` that join samples with partners, as `draw_all` gives the others."""
+    """The `transforms` that join samples with partners, with their parameters as in `draw_all`."""
     active = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Pairing) and not t.idle]
     return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
 
 
 def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: Frame) -> tuple[Tensor, Tensor]:
-    """The augmented image [B C *S] and the final target [B K *S], by what `draw_all` has drawn for them.
+    """The augmented image [B C *S] and the final target [B K *S], given the parameters that `draw_all` has drawn.
 
-    All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity
-    transforms follow, in their order. Outside its field of view an image goes on as at its border, and a label is
-    0. What happens to the target depends on `mode` (see `labels`): "soft" is never rounded, and bit-exact unless
-    something interpolates; "hard" is rounded here, once, last; "nearest" takes the nearest voxel; "hard_each" is
-    resampled and rounded transform by transform.
+    All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity transforms
+    follow, in their order. Outside its field of view an image has its border values, and a label is 0. The target depends on
+    `mode` (see `labels`): "soft" is never rounded, and bit-exact unless something interpolates; "hard" is rounded here, once,
+    last; "nearest" takes the nearest voxel; "hard_each" is resampled and rounded transform by transform.
     """
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
@@ -156,12 +129,12 @@ def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: F
 
 
 def moves(transforms: Sequence[Augmentation]) -> bool:
-    """Whether `transforms` do more to space than mirror it, and so show what lies around a sample."""
+    """True if any spatial transform does more than mirror: then values from around a sample move into it."""
     return any(isinstance(t, Spatial) and not isinstance(t, Flip) and not t.idle for t in transforms)
 
 
 def pairs(transforms: Sequence[Augmentation]) -> bool:
-    """Whether `transforms` join samples with partners, which must then be augmented too."""
+    """True if any of `transforms` joins samples with partners, which must then be augmented, too."""
     return any(isinstance(transform, Pairing) and not transform.idle for transform in transforms)
 
 
@@ -177,8 +150,8 @@ def mix(
     """Samples joined with their partners by every `Pairing` of `transforms`, in order; targets are soft then.
 
     Args:
-        image, target: what `augment` gave for the samples, [B C *S] and [B K *S].
-        partner_image, partner_target: what it gave for their partners, each with its own seed and spacing.
+        image, target: the output of `augment` for the samples, [B C *S] and [B K *S].
+        partner_image, partner_target: its output for their partners, each with its own seed and spacing.
         transforms, seeds, spacing_mm: as in `augment`, of the samples.
     """
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
@@ -188,7 +161,7 @@ def mix(
 def join(
     image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn
 ) -> tuple[Tensor, Tensor]:
-    """`mix`, by what `draw_pairs` has drawn."""
+    """`mix`, given the parameters that `draw_pairs` has drawn."""
     for transform, parameters in drawn:
         assert isinstance(transform, Pairing), transform
         image = transform.mix(image, partner_image, parameters)
@@ -199,16 +172,16 @@ def join(
 def augment_case(
     image: Tensor, transforms: Sequence[Augmentation], seed: int, spacing_mm: Sequence[float]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A case [N C *S] as another acquisition might show it, and what takes maps [N K *S] of that back to the case's own grid.
+    """A transformed case [N C *S], and the function that maps its predictions [N K *S] back to the grid of the case.
 
-    One draw for all items: a head is tilted once, not slice by slice. The way back is a mirror, bit-exact, where
-    transforms of space only flip; else linear interpolation with the inverse map. A voxel that was moved out of the field
-    of view was not seen, and gets the value of the nearest one that was.
+    All items share one draw, as all slices of a head have one pose. If spatial transforms only flip, the inverse is a mirror,
+    bit-exact; otherwise it interpolates linearly with the inverse map. A voxel that was moved out of the field of view gets the
+    value of the nearest one within it.
 
     Args:
         image: a prepared case.
         transforms: `Invertible` and `Intensity` ones.
-        seed: of the draw.
+        seed: of the random parameters.
         spacing_mm: distance of voxels along each axis of *S.
 
     Raises:
@@ -221,15 +194,15 @@ def augment_case(
     ]
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Invertible)]
     if steps:
-        image = _mover(steps, frame)(image, "bilinear", "border")
+        image = _move(steps, frame)(image, "bilinear", "border")
     for transform, parameters in drawn:
         if isinstance(transform, Intensity):
             image = transform.change(image, parameters, frame)
-    return image, _unmover(steps, frame)
+    return image, _move_back(steps, frame)
 
 
 def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:
-    """The parameters of all samples [B ...]. Each transform has its own seed, so that none shifts another's draws."""
+    """The parameters of all samples [B ...]. Each transform has its own seed, so that none changes the draws of another."""
     generator = torch.Generator()
     name = type(transform).__name__
     draws = [transform.draw(generator.manual_seed(seed_of(seed, index, name)), frame) for seed in seeds]
@@ -239,42 +212,45 @@ def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Fram
 def _moved(
     image: Tensor, target: Tensor, steps: Sequence[Step], mode: LabelMode, frame: Frame
 ) -> tuple[Tensor, Tensor]:
-    """Image and label after all `steps`, both by the one map that the steps compose into."""
-    move = _mover(steps, frame)
+    """Image and label after all `steps`, both by the one map that the steps are composed into."""
+    move = _move(steps, frame)
     if mode == "hard_each":
         for step in steps:
-            target = harden(_mover([step], frame)(target, "bilinear", "zeros"))
+            target = harden(_move([step], frame)(target, "bilinear", "zeros"))
     elif mode == "nearest":
         target = move(target, "nearest", "zeros")
     else:
-        # The weights of an interpolation add up to 1 only up to rounding, which must not lift a label above 1.
+        # The weights of an interpolation add up to 1 only up to rounding, which must not raise a label above 1.
         target = move(target, "bilinear", "zeros").clamp(0, 1)
     return move(image, "bilinear", "border"), target
 
 
-def _mover(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
-    """What gives maps [B C *S] after all `steps`, interpolated once, or not at all if the steps only mirror."""
+def _move(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
+    """A function that applies all `steps` to maps [B C *S]: one interpolation, or none if all steps mirror."""
     mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
     if len(mirrors) == len(steps):
         return lambda maps, mode, padding: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
-    positions, line = frame.positions, None  # and what straight transforms in a row still do to them
+    positions, matrix = (
+        frame.positions,
+        None,
+    )  # the matrix composes affine maps that are still to be applied to the positions
     for transform, parameters in reversed(steps):  # from the output back to the input
-        if isinstance(transform, Straight):
-            more = transform.line(parameters, frame)
-            line = more if line is None else in_a_row(line, more)
+        if isinstance(transform, AffineMap):
+            more = transform.matrix(parameters, frame)
+            matrix = more if matrix is None else compose(matrix, more)
         else:
-            here = positions if line is None else frame.straight(positions, line)
-            positions, line = transform.move(here, parameters, frame), None
-    grid = frame.grid(positions, line)
+            here = positions if matrix is None else frame.affine(positions, matrix)
+            positions, matrix = transform.move(here, parameters, frame), None
+    grid = frame.grid(positions, matrix)
     return lambda maps, mode, padding: frame.look_up(maps, grid, mode, padding)
 
 
-def _unmover(steps: Sequence[tuple[Invertible, Tensor]], frame: Frame) -> Callable[[Tensor], Tensor]:
-    """What undoes `_mover` on soft maps [B K *S]."""
+def _move_back(steps: Sequence[tuple[Invertible, Tensor]], frame: Frame) -> Callable[[Tensor], Tensor]:
+    """The inverse of `_move`, for soft maps [B K *S]."""
     mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
     if len(mirrors) == len(steps):
         return lambda maps: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
     positions = frame.positions
     for transform, parameters in steps:  # from the input on to the output
-        positions = transform.unmove(positions, parameters, frame)
+        positions = transform.move_back(positions, parameters, frame)
     return lambda maps: frame.sample(maps, positions).clamp(0, 1)

@@ -1,6 +1,8 @@
-"""Transforms of each voxel's value: noise, gamma, contrast. They change the image only.
+"""Intensity transforms: noise, gamma, contrast, bias field, blur and low resolution. They change the image only.
 
-Legend: B batch, C image channels, *S space (2 or 3 axes).
+Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes, T terms of a polynomial, n voxels along an axis,
+taps = 2 reach + 1. Blur and low resolution are weighted sums over neighbours, axis by axis, with weights for each sample.
+These sums are taken neighbour by neighbour in a fixed order, so that a sample's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ class Noise(Intensity):
 
 
 class Gamma(Intensity):
-    """u -> u^g, with u the image scaled to [0, 1] by its own extremes per sample and channel, then scaled back.
+    """u -> u^g, with u the image scaled to [0, 1] by its minimum and maximum per sample and channel, then scaled back.
 
-    ln g is uniform between the logarithms of `range`, per sample. A constant image stays as it is.
+    ln g is uniform between the logarithms of `range`, per sample. A constant image does not change.
     """
 
     short: ClassVar[str] = "gamma"
@@ -59,7 +61,7 @@ class Gamma(Intensity):
         return log_uniform(self.range, generator)
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] with changed contrast and the same extremes."""
+        """`image` [B C *S] with the same minimum and maximum."""
         space = tuple(range(2, image.ndim))
         low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
         span = high - low
@@ -68,10 +70,10 @@ class Gamma(Intensity):
 
 
 class Contrast(Intensity):
-    """v -> m + f (v - m), with m the mean of the image per sample and channel: its spread becomes f times as large.
+    """v -> m + f (v - m), with m the mean of the image per sample and channel: its standard deviation is multiplied by f.
 
-    ln f is uniform between the logarithms of `range`, per sample. The mean stays, and so does a constant image, both up to
-    rounding. About the mean, and not about 0, since the zero of a normalised image means nothing.
+    ln f is uniform between the logarithms of `range`, per sample. The mean does not change, nor does a constant image, both
+    up to rounding. The centre is the mean, not 0, as the zero of a normalised image is arbitrary.
     """
 
     short: ClassVar[str] = "contrast"
@@ -87,8 +89,8 @@ class Contrast(Intensity):
         return log_uniform(self.range, generator)
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] with a spread f times as large about the same mean."""
-        # Summed in double precision, a mean does not depend on how the batch was cut up for summing.
+        """`image` [B C *S] with f times the standard deviation and the same mean."""
+        # A sum in double precision does not depend on how torch splits the batch.
         mean = image.mean(tuple(range(2, image.ndim)), keepdim=True, dtype=torch.float64).to(image.dtype)
         return mean + per_sample(parameters, image) * (image - mean)
 
@@ -98,11 +100,12 @@ class BiasField(Intensity):
 
     ln b = a P(x) / max |P|, with P a polynomial of all terms of degree 1 to `order` in positions x that run from -1 to 1
     along each axis; its coefficients are standard normal and a is uniform in [0, ln `strength`], per sample. So b lies in
-    [1 / strength, strength] and reaches exp(a) or exp(-a) somewhere.
+    [1 / strength, strength] and reaches exp(a) or exp(-a) somewhere. A receive coil has such a field: the same tissue is
+    brighter near it.
 
-    A field multiplies signal, whose zero a normalised image has lost: `low`, the minimum of the image per sample and
-    channel, stands for it, as air and cortical bone give next to none. Where a crop holds neither, b acts less than
-    it says; what is darkest stays as it is, and so does a constant image.
+    A field multiplies signal, whose zero is lost in a normalised image: `low`, the minimum of the image per sample and
+    channel, replaces it, as air and cortical bone give next to no signal. In a crop without them the effect of b is
+    smaller. The darkest voxel does not change, nor does a constant image.
 
     Source: polynomials for ln b as in Van Leemput et al., IEEE TMI 18 (1999) 885, doi 10.1109/42.811268.
     """
@@ -117,12 +120,12 @@ class BiasField(Intensity):
         return self.strength == 1
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
-        """The largest |ln b|, then the coefficients, up to a common factor [1 + T]."""
+        """The largest |ln b|, then the coefficients up to a common factor: [1 + T]."""
         largest = torch.rand(1, generator=generator) * math.log(self.strength)
         return torch.cat([largest, torch.randn(len(self._terms(frame)), generator=generator)])
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] under the field."""
+        """`image` [B C *S], multiplied by the field above its minimum."""
         low = image.amin(tuple(range(2, image.ndim)), keepdim=True)
         return low + (image - low) * self.field(parameters, frame)
 
@@ -137,18 +140,18 @@ class BiasField(Intensity):
         return (polynomial * (largest / torch.where(peak > 0, peak, 1))).exp()[:, None]
 
     def _terms(self, frame: Frame) -> list[tuple[int, ...]]:
-        """The power of each coordinate in each term."""
+        """The exponent of each coordinate in each term."""
         powers = itertools.product(range(self.order + 1), repeat=len(frame.size))
         return [term for term in powers if 1 <= sum(term) <= self.order]
 
 
-TRUNCATE = 4.0  # sigmas after which a Gaussian is cut off; beyond lies 6e-5 of it
+TRUNCATE = 4.0  # sigmas at which a Gaussian is truncated; 6e-5 of it lies beyond
 
 
 class Blur(Intensity):
     """Convolves with a Gaussian whose sigma is uniform in [0, `sigma_mm`] per sample, the same in mm along all axes.
 
-    An image goes on outside its field of view as at its border. A constant image stays as it is, up to rounding.
+    Outside its field of view an image has its border values. A constant image does not change, up to rounding.
     """
 
     short: ClassVar[str] = "blur"
@@ -172,13 +175,12 @@ class Blur(Intensity):
 
 
 class LowResolution(Intensity):
-    """Down-samples to voxels f times as large and back to the grid it came from: the image as a coarser scan would show it.
+    """Downsamples to voxels f times as large and upsamples to the original grid: the image as a coarser scan shows it.
 
     ln f is uniform between the logarithms of `range`, per sample; f is the same along all `axes` (None: every axis; (2,) in
-    3D: thicker slices only). Along n voxels ceil(n / f) larger ones are laid, which fill the field of view, so that none is
-    larger than f. Each takes the mean over its extent; between their centres the way back is linear, and constant
-    beyond the outermost. No value leaves the range of the image, and a constant image stays as it is, both up to
-    rounding.
+    3D: thicker slices only). ceil(n / f) coarse voxels fill the field of view along n voxels, so that none is larger than f.
+    Each is the mean over its extent; upsampling is linear between their centres and constant beyond the outermost. No value
+    leaves the range of the image, and a constant image does not change, both up to rounding.
     """
 
     short: ClassVar[str] = "lowres"
@@ -189,7 +191,7 @@ class LowResolution(Intensity):
     @classmethod
     def _down(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] < 1:
-            raise ValueError(f"range of LowResolution must begin at 1 or above, as it only down-samples, got {value}")
+            raise ValueError(f"range of LowResolution must begin at 1 or above, as it only downsamples, got {value}")
         return value
 
     @property
@@ -226,19 +228,19 @@ def _weighted_sum(image: Tensor, axis: int, weights: Tensor) -> Tensor:
 def _gaussian(sigma: Tensor, reach: int) -> Tensor:
     """Gaussians of `sigma` [B] in voxels, sampled at voxel centres, of sum 1 [B 1 taps]."""
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
-    # Below 1/100 of a voxel nothing is left beside the centre, as for a sigma of 0.
+    # Below 1/100 of a voxel only the centre has a weight, as for a sigma of 0.
     weights = (-0.5 * (offset / sigma.clamp_min(0.01)[:, None]) ** 2).exp()
     return (weights / weights.sum(1, keepdim=True))[:, None]
 
 
 def _coarse(factor: Tensor, n: int, reach: int) -> Tensor:
-    """The weights of n voxels in their low-resolution versions, one `factor` [B] per sample [B n taps]."""
+    """The weights of the neighbours of n voxels at low resolution [B n taps], for one `factor` [B] per sample."""
     count = (n / factor - 1e-6).ceil()[:, None, None]
     width = n / count
     voxel = torch.arange(n, device=factor.device)[:, None]
     neighbour = voxel + torch.arange(-reach, reach + 1, device=factor.device)
-    where = ((voxel + 0.5) / width - 0.5).clamp_min(0).minimum(count - 1)  # counted in coarse voxels
-    left = where.floor()
+    position = ((voxel + 0.5) / width - 0.5).clamp_min(0).minimum(count - 1)  # in coarse voxels
+    left = position.floor()
     right = (left + 1).minimum(count - 1)
 
     def share(coarse: Tensor) -> Tensor:
@@ -246,4 +248,4 @@ def _coarse(factor: Tensor, n: int, reach: int) -> Tensor:
         overlap = (neighbour + 1).minimum((coarse + 1) * width) - neighbour.maximum(coarse * width)
         return overlap.clamp_min(0) / width
 
-    return share(left) + (where - left) * (share(right) - share(left))
+    return share(left) + (position - left) * (share(right) - share(left))

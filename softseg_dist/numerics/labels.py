@@ -1,6 +1,17 @@
-"""STAPLE: the hidden true mask and how good each rater is, estimated together from their masks alone.
+"""Label modes and rater fusion: from the masks of several raters to the target of a training sample; STAPLE among them.
 
-Legend: R raters, *S space (any number of axes), M distinct columns of decisions. `decisions` are [R *S] in [0, 1].
+Legend: R raters, N items, K classes, *S space (STAPLE: any number of axes), V voxels, M distinct columns of decisions.
+Targets are float and stay soft unless the label mode says otherwise:
+
+    "soft"       fused, never rounded; bit-exact where nothing is interpolated
+    "hard"       fused, rounded once, last, after augmentation (what ivadomed does today)
+    "hard_each"  every rater rounded, their mean floored, rounded again after each step of the augmentation (what
+                 ivadomed did at the time of the preprint, arXiv 2011.09041; it shrinks small objects); STAPLE's
+                 posterior, which is hardly ever exactly 1, is rounded instead of floored
+    "nearest"    masks resampled by nearest neighbour, fused, rounded, augmented by nearest neighbour (most toolboxes)
+
+STAPLE estimates the hidden true mask and the quality of each rater together, from the masks alone. Its `decisions` are
+[R *S] in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,17 +28,17 @@ from softseg_dist.numerics.seeds import seed_of
 
 START = 0.99  # sensitivity and specificity of every rater before the first step
 MARGIN = 3  # voxels by which the bounding box of the raters' union is dilated along every axis
-TOLERANCE = 1e-6  # it has converged when no sensitivity or specificity moves by more
-MOST_STEPS = 500
+TOLERANCE = 1e-6  # converged when no sensitivity or specificity changes by more
+MAX_STEPS = 500
 SMALLEST_RATE = 1e-6  # sensitivities and specificities stay this far from 0 and 1, so that logarithms are finite
 
 
 @dataclass(frozen=True, eq=False)
 class Consensus:
-    """What STAPLE estimates of one class of one case.
+    """STAPLE's estimate for one class of one case.
 
     `posterior` [*S] in [0, 1]: the probability W that a voxel is truly labelled; `sensitivity` P and `specificity` Q
-    [R], one per rater; `steps` of EM that were done, `MOST_STEPS` if it has not converged, 0 if there was nothing to
+    [R], one per rater; `steps`: how many EM took, `MAX_STEPS` if it has not converged, 0 if there was nothing to
     estimate.
     """
 
@@ -43,20 +54,20 @@ def staple(decisions: Tensor) -> Consensus:
         W_i = a_i / (a_i + b_i),  a_i = pi prod_j P_j^D_ij (1-P_j)^(1-D_ij),  b_i = (1-pi) prod_j Q_j^(1-D_ij) (1-Q_j)^D_ij
         P_j = sum W D_j / sum W,  Q_j = sum (1-W)(1-D_j) / sum (1-W),
 
-    in turns from P = Q = 0.99, with pi = mean D, in log space. Sums run over the bounding box of what any rater
-    labelled, dilated by 3 voxels; outside it W is 0. A rater with P + Q <= 1, no better than chance, has no say in
-    that step: so truth and its complement cannot change roles. Raters who agree everywhere, one rater alone and empty
-    masks included, leave nothing to estimate: W is what they say, P = Q = 1.
+    alternating from P = Q = 0.99, with pi = mean D, in log space. Sums run over the bounding box of all voxels that any
+    rater labelled, dilated by 3 voxels; outside it W is 0. A rater with P + Q <= 1, no better than chance, is left out of
+    that step, so that truth and its complement cannot be exchanged. If all raters agree everywhere (a single rater and
+    empty masks included) nothing is left to estimate: W is their mask, P = Q = 1.
 
     A soft decision enters as an exponent (soft STAPLE): D = 0.3 is 0.3 of a vote for and 0.7 of one against. The formula
     for P maximises the expected sum W (D ln P + (1-D) ln(1-P)) for any D in [0, 1], and that for Q likewise, so the same
-    steps climb the same likelihood [derived]; it leaves out what would normalise it over continuous D.
+    steps increase the same likelihood [derived]; its normalisation over continuous D is left out.
 
     Args:
         decisions: label values in [0, 1]; any number of raters and axes.
 
-    Source: Warfield, Zou, Wells, IEEE TMI 23(7), 2004 (doi 10.1109/TMI.2004.828354). Box, guard and the exponents that
-    are no integers are ours.
+    Source: Warfield, Zou, Wells, IEEE TMI 23(7), 2004 (doi 10.1109/TMI.2004.828354). Box, guard and
+    non-integer exponents are ours.
 
     >>> import torch
     >>> masks = torch.zeros(3, 10)
@@ -70,14 +81,14 @@ def staple(decisions: Tensor) -> Consensus:
     posterior = decisions.new_zeros(decisions.shape[1:])
     box = _dilated_box(decisions)
     inside = decisions[(slice(None), *box)]
-    columns, counts, where = _distinct(inside.flatten(1))
+    columns, counts, column_of = _distinct(inside.flatten(1))
     odds, sensitivity, specificity, steps = _maximise(columns, counts)
-    posterior[box] = odds.sigmoid().to(decisions.dtype)[where].reshape(inside.shape[1:])
+    posterior[box] = odds.sigmoid().to(decisions.dtype)[column_of].reshape(inside.shape[1:])
     return Consensus(posterior, sensitivity.to(decisions.dtype), specificity.to(decisions.dtype), steps)
 
 
 def _dilated_box(decisions: Tensor) -> tuple[slice, ...]:
-    """The slices of space that hold every voxel that some rater labelled, and `MARGIN` voxels around them."""
+    """The bounding box of the voxels that any rater labelled, dilated by `MARGIN` voxels."""
     union = (decisions > 0).any(dim=0)
     box = []
     for axis in range(union.ndim):
@@ -88,10 +99,10 @@ def _dilated_box(decisions: Tensor) -> tuple[slice, ...]:
 
 
 def _distinct(decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns [R M] in float64, how many voxels have each [M], and which one each voxel of `decisions` [R V] has [V].
+    """Columns [R M] in float64, the number of voxels with each [M], and the column of each voxel of `decisions` [R V]: [V].
 
-    Voxels that all raters decided with 0 or 1 are grouped by the pattern of their decisions, of which there are at most
-    2^R; each of the others, few unless masks are soft everywhere, is a column of its own.
+    Voxels whose decisions are all 0 or 1 are grouped by their pattern, of which there are at most 2^R. Each of the others,
+    few unless masks are soft everywhere, is a column of its own.
     """
     code = torch.zeros(decisions.shape[1], dtype=torch.int64, device=decisions.device)
     soft = torch.zeros_like(code, dtype=torch.bool)
@@ -101,24 +112,24 @@ def _distinct(decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     patterns, place, counts = code[~soft].unique(return_inverse=True, return_counts=True)
     bits = (patterns >> torch.arange(len(decisions), device=code.device)[:, None]) & 1
     columns = torch.cat([bits.double(), decisions[:, soft].double()], dim=1)
-    where = code
-    where[~soft] = place
-    where[soft] = torch.arange(len(patterns), columns.shape[1], device=code.device)
-    return columns, torch.cat([counts.double(), counts.new_ones(columns.shape[1] - len(patterns)).double()]), where
+    column_of = code
+    column_of[~soft] = place
+    column_of[soft] = torch.arange(len(patterns), columns.shape[1], device=code.device)
+    return columns, torch.cat([counts.double(), counts.new_ones(columns.shape[1] - len(patterns)).double()]), column_of
 
 
 def _maximise(columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The log odds [M] of every column, sensitivities [R] and specificities [R] at convergence, and the steps it took."""
+    """Log odds [M] of every column, sensitivities [R] and specificities [R] at convergence, and the number of steps."""
     prior = (columns @ counts).mean() / counts.sum()
     sensitivity = specificity = columns.new_full((len(columns),), START)
-    moved, steps = torch.inf, 0
-    while moved >= TOLERANCE and steps < MOST_STEPS:
+    change, steps = torch.inf, 0
+    while change >= TOLERANCE and steps < MAX_STEPS:
         odds = _log_odds(columns, prior, sensitivity, specificity)
         truly, falsely = counts * odds.sigmoid(), counts * (-odds).sigmoid()
         before = torch.stack([sensitivity, specificity])
         sensitivity = _rate(columns @ truly / truly.sum())
         specificity = _rate(1 - columns @ falsely / falsely.sum())
-        moved, steps = float((torch.stack([sensitivity, specificity]) - before).abs().max()), steps + 1
+        change, steps = float((torch.stack([sensitivity, specificity]) - before).abs().max()), steps + 1
     return _log_odds(columns, prior, sensitivity, specificity), sensitivity, specificity, steps
 
 
@@ -141,7 +152,7 @@ FUSIONS = ("mean", "majority", *STAPLE_FUSIONS, "random_rater")  # and "rater:<n
 
 
 def check_fusion(value: str) -> str:
-    """`value` itself if it names a way to fuse raters. Raises ValueError if not.
+    """Return `value` if it is a fusion of raters. Raises ValueError otherwise.
 
     >>> check_fusion("rater:expert2")
     'rater:expert2'
@@ -153,12 +164,12 @@ def check_fusion(value: str) -> str:
 
 
 def needs_several(fusion: str) -> bool:
-    """Whether `fusion` says nothing if every case has one rater alone: its target would be that rater's mask, unfused."""
+    """True if `fusion` is meaningless where every case has a single rater: its target would be that rater's mask, unfused."""
     return fusion in (*STAPLE_FUSIONS, "random_rater")
 
 
 def one_rater_only(fusion: str) -> str:
-    """What to tell people whose data has one rater where `fusion` needs several.
+    """The message for data with one rater per case, where `fusion` needs several.
 
     >>> one_rater_only("staple")
     "fusion 'staple' needs several raters, but no case has more than one; use fusion='mean', which is then that rater's mask"
@@ -170,20 +181,20 @@ def one_rater_only(fusion: str) -> str:
 
 
 def needs_whole_case(fusion: str) -> bool:
-    """Whether a target fused by `fusion` depends on all items of a case, so that it is made once for all of them."""
+    """True if a target fused by `fusion` depends on all items of a case, so that it is computed once for all of them."""
     return fusion in STAPLE_FUSIONS
 
 
 def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | None = None, axis: int = 0) -> Tensor:
-    """One map out of the raters' maps: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
+    """Fuse the raters' maps into one: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
 
     Args:
         raters: label values in [0, 1], one entry per name of `rater_names` along `axis`.
-        fusion: "mean"; "majority" (mean >= 0.5); "staple" (posterior >= 0.5 of STAPLE over the rounded masks: what
-            majority is to mean); "soft_staple" (the posterior over the masks as they are), both class by class and over
-            all that is in `raters`: give them the whole case; "random_rater" (the one that `draw` picks, the same for
-            all that is in `raters`: all classes, and all N items); "rater:<name>". Of one rater alone "mean",
-            "soft_staple" and "random_rater" are his mask, "majority" and "staple" his mask rounded.
+        fusion: "mean"; "majority" (mean >= 0.5); "staple" (STAPLE's posterior of the rounded masks, >= 0.5);
+            "soft_staple" (STAPLE's posterior of the masks as they are); "random_rater" (the one that `draw` picks, the
+            same for all classes and items of `raters`); "rater:<name>". STAPLE runs class by class over everything in
+            `raters`, so pass the whole case. For a single rater "mean", "soft_staple" and "random_rater" are the mask,
+            "majority" and "staple" the mask rounded.
         rater_names: names of the raters of this case, in the order of `raters`.
         draw: any integer, for "random_rater" only: the seed of this sample in this epoch.
 
@@ -210,7 +221,7 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
 
 
 def rater_of(draw: int, num_raters: int) -> int:
-    """Whom "random_rater" takes of so many raters, given the seed of the sample in this epoch."""
+    """The index of the rater that "random_rater" picks, given the seed of the sample in this epoch."""
     return seed_of("rater", draw) % num_raters
 
 
@@ -237,15 +248,14 @@ def prepare_target(
 ) -> Tensor:
     """The target before augmentation: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
 
-    "soft" and "hard" are the fused map, unrounded (`augment` rounds "hard", once, last). "hard_each" rounds every
-    rater and floors their fusion, or rounds it if it is STAPLE's. "nearest" fuses the masks that were resampled by
-    nearest neighbour, and rounds.
+    The top of this file lists the label modes. `augment` rounds "hard", once, last.
 
     Args:
         raters: label values in [0, 1] after linear or area-weighted resampling, float.
         nearest: the raters' masks resampled by nearest neighbour, 0 or 1, of the shape of `raters`; None if nothing was
-            resampled, which makes them `raters` >= 0.5.
-        mode, fusion, rater_names, draw, axis: see the module and `fuse`.
+            resampled, then they are `raters` >= 0.5.
+        mode: one of `LABEL_MODES`.
+        fusion, rater_names, draw, axis: as in `fuse`.
 
     Raises:
         UserError: if `fusion` names a rater that this case does not have.

@@ -1,37 +1,54 @@
-"""Losses: a prediction and a target become a number to minimise. The activation is never inside.
+"""Losses: a prediction and a target become a number to minimise. The activation is never part of a loss.
 
-Legend: B batch, K classes, *S space (2 or 3 axes), M numbers to average. `prediction` and `target` are [B K *S] in
-[0, 1]. Every loss follows from means over the samples of a batch, most from the mean of one value per sample. So a
-batch may be split over workers: they add up their samples' numbers, and the loss of the total is the loss of the
-whole batch, with its gradients. None waits for the device. Use float32 or float64.
+Legend: B batch, K classes, *S space (2 or 3 axes), M numbers to average. `prediction` p and `target` y are [B K *S] in
+[0, 1]; |.| of a map is its L1 norm. TP = sum p y, FP = sum p (1-y), FN = sum (1-p) y. Random raters: the target of a voxel
+is 1 in a share m of the draws, else 0; a loss elicits the prediction with the smallest expected loss.
+
+Every loss follows from means over the samples of a batch, most from the mean of one value per sample. So a batch may be
+split over workers: they add up their samples' numbers, and the loss of the total, with its gradients, is the loss of the
+whole batch. No loss waits for the device. Use float32 or float64.
+
+Voxel-wise losses (AdaptiveWing, BCE, Focal, Brier, L1, Huber) are the mean of a distance between p and y. Overlap losses
+(the Dice family) are ratios of sums over the space of a sample and class. A ratio with the product p y has its minimum on a
+soft target at a binary map, not at p = y. The forms with |p - y| in its place are equal to it on hard targets and have
+their minimum at p = y on soft ones.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
+from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
 
 class Loss(Frozen, ABC):
-    """A number to minimise. A subclass gives `per_sample`, and the loss is its mean; plain torch, no `.item()`.
+    """A number to minimise. A subclass implements `per_sample`, and the loss is its mean; plain torch, no `.item()`.
 
-    One whose sums run over all samples of a batch, such as `BatchDice`, gives `averaged`, `num_averaged` and
-    `of_averages`, too: then it is the same for any number of workers.
+    A loss whose sums run over all samples of a batch, such as `BatchDice`, also gives `averaged`, `num_averaged` and
+    `of_averages`: then its value is the same for any number of workers. Every `per_sample` and `averaged`, those of a
+    subclass too, raises UserError if the shapes of prediction and target differ: broadcasting would hide the mistake.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in {"per_sample", "averaged"} & vars(cls).keys():
+            setattr(cls, name, _of_equal_shapes(vars(cls)[name]))
 
     @abstractmethod
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of each sample of `prediction` and `target` [B K *S] in [0, 1], whatever the others are."""
+        """The loss [B] of each sample of `prediction` and `target` [B K *S] in [0, 1], independent of the others."""
 
     def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Numbers [B M] of each sample, whatever the others are; the loss follows from their means over the batch."""
+        """M numbers [B M] of each sample, independent of the others; their means over the batch give the loss."""
         return self.per_sample(prediction, target).unsqueeze(1)
 
     def num_averaged(self, classes: int) -> int:
@@ -39,20 +56,38 @@ class Loss(Frozen, ABC):
         return 1
 
     def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches, given the means [... M] of what is `averaged`, for `classes` classes."""
+        """The loss [...] of batches, given the means [... M] of what `averaged` returns, for `classes` classes."""
         return averages[..., 0]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of the batch, a scalar."""
-        assert prediction.shape == target.shape, f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)}"
         return self.of_averages(self.averaged(prediction, target).mean(dim=0), prediction.shape[1])
+
+
+Method = Callable[[Loss, Tensor, Tensor], Tensor]
+
+
+def _of_equal_shapes(method: Method) -> Method:
+    """`method`, which refuses a prediction and a target of different shapes. Shapes are known without waiting for a device."""
+
+    @wraps(method)
+    def checked(self: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+        if prediction.shape != target.shape:
+            raise UserError(
+                f"{type(self).__name__} needs a prediction of the target's shape {tuple(target.shape)}, got "
+                f"{tuple(prediction.shape)}: the network must return one tensor [B logits *S] in training, too "
+                "(without deep supervision)"
+            )
+        return method(self, prediction, target)
+
+    return checked
 
 
 class Sum(Loss):
     """sum_i w_i L_i: several losses at once, the first weight for the first term.
 
-    Its minimum on soft targets is at p = y if that of every term is; else the terms pull against each other, and the
-    weights say who wins. They need not add up to 1. A single term of weight 1 is that term.
+    Its minimum on soft targets is at p = y if that of every term is; otherwise it is a compromise that depends on the
+    weights. Weights need not add up to 1. A single term of weight 1 equals that term.
 
     Raises ValueError if there are not as many weights as terms.
 
@@ -77,7 +112,7 @@ class Sum(Loss):
         return self._weighted([term.per_sample(prediction, target) for term in self.terms])
 
     def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """What all terms average, one after the other [B M]."""
+        """The numbers of all terms, concatenated [B M]."""
         return torch.cat([term.averaged(prediction, target) for term in self.terms], dim=1)
 
     def num_averaged(self, classes: int) -> int:
@@ -93,7 +128,7 @@ class Sum(Loss):
         return torch.stack([w * loss for w, loss in zip(self.weights, losses, strict=True)]).sum(dim=0)
 
 
-SMALLEST_PROBABILITY = 1e-7  # a logarithm is cut here: no voxel costs more than 16.1
+SMALLEST_PROBABILITY = 1e-7  # logarithms are clipped here: no voxel costs more than 16.1
 
 
 class AdaptiveWing(Loss):
@@ -101,9 +136,9 @@ class AdaptiveWing(Loss):
 
         d = |y - p|;  L = omega ln(1 + (d/epsilon)^(alpha-y)) if d < theta, else A d - C,
 
-    with A and C such that value and slope are continuous at theta; the mean over voxels and classes. 0 if and only
-    if p = y. The largest value, at (p, y) = (0, 1), is 10.26 for the defaults. It does not elicit the mean of
-    random raters: for a vote share of 0.25 its minimiser is 0.138, and at 0.509 it jumps from 0.44 to 0.97.
+    averaged over voxels and classes. A and C make value and slope continuous at theta. 0 if and only if p = y. The
+    largest value, at (p, y) = (0, 1), is 10.26 for the defaults. It does not elicit the mean of random raters: for
+    m = 0.25 its minimiser is 0.138, and at m = 0.509 the minimiser jumps from 0.44 to 0.97.
 
     Source: Wang, Bo, Fuxin, Adaptive Wing Loss, ICCV 2019; omega = 14, and 8 for MS lesions, as in Gros et al. 2021
     (doi 10.1016/j.media.2021.102038).
@@ -123,8 +158,8 @@ class AdaptiveWing(Loss):
         """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         distance = (target - prediction).abs()
         exponent = self.alpha - target
-        # A d - C is the curve at theta plus the slope A beyond it. Cutting d at theta instead of choosing between two
-        # formulas computes one logarithm and leaves no unchosen branch to put NaN into the gradient.
+        # A d - C is the curve at theta plus the slope A beyond it. Clipping d at theta, instead of torch.where on two
+        # formulas, computes one logarithm and has no unused branch that could put NaN into the gradient.
         curve = self.omega * (distance.clamp(max=self.theta) / self.epsilon).pow(exponent).log1p()
         at_theta = (exponent * math.log(self.theta / self.epsilon)).exp()
         slope = self.omega * exponent * at_theta / ((1 + at_theta) * self.theta)
@@ -135,7 +170,7 @@ class BCE(Loss):
     """-(y ln p + (1-y) ln(1-p)), the mean over voxels and classes. Elicits the mean of random raters.
 
     0 for a perfect prediction of a hard target; for a soft target the perfect prediction costs the entropy of y.
-    Logarithms are cut at 1e-7: p = 0 at y = 1 costs 16.1, without gradient instead of an infinite one.
+    Logarithms are clipped at 1e-7: p = 0 at y = 1 costs 16.1 and has gradient 0, not an infinite one.
 
     >>> import torch
     >>> BCE()(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
@@ -150,12 +185,12 @@ class BCE(Loss):
 
 
 class Focal(Loss):
-    """-|y-p|^gamma (y ln p + (1-y) ln(1-p)), the mean over voxels and classes: `BCE` that cares less for easy voxels.
+    """-|y-p|^gamma (y ln p + (1-y) ln(1-p)), the mean over voxels and classes: `BCE` with less weight on easy voxels.
 
-    For hard y it is the focal loss -(1-p)^gamma ln p, or -p^gamma ln(1-p) at y = 0; with |y-p| in place of 1-p it is 0
-    if and only if p = y for soft y, too, where `BCE` costs the entropy of y. `gamma` = 1 is the mildest, more forgets
-    more of what is nearly right. It does not elicit the mean of random raters but a value nearer to 1/2: 0.399 for
-    m = 0.25 and gamma = 2. Logarithms are cut as in `BCE`.
+    For hard y it is the focal loss -(1-p)^gamma ln p, or -p^gamma ln(1-p) at y = 0. With |y-p| in place of 1-p it is 0
+    if and only if p = y, also for soft y, where `BCE` costs the entropy of y. A larger `gamma` (at least 1) takes more
+    weight from voxels that are nearly right. It does not elicit the mean of random raters but a value nearer to 1/2:
+    0.399 for m = 0.25 and gamma = 2. Logarithms are clipped as in `BCE`.
 
     Source: Lin et al., Focal Loss, ICCV 2017 (doi 10.1109/ICCV.2017.324); |y-p| for soft y: Li et al., Generalized
     Focal Loss, NeurIPS 2020 (arXiv 2006.04388), where it is called quality focal loss.
@@ -175,7 +210,7 @@ class Focal(Loss):
 
 
 def _cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-    """-(y ln p + (1-y) ln(1-p)) of every voxel [B K *S], its logarithms cut."""
+    """-(y ln p + (1-y) ln(1-p)) of every voxel [B K *S], its logarithms clipped."""
     log_p = prediction.clamp_min(SMALLEST_PROBABILITY).log()
     log_q = (1 - prediction).clamp_min(SMALLEST_PROBABILITY).log()
     return -(target * log_p + (1 - target) * log_q)
@@ -201,8 +236,8 @@ class Brier(Loss):
 class L1(Loss):
     """|p - y|, the mean over voxels and classes. 0 if and only if p = y.
 
-    Its slope is the same near and far: a small error on many voxels pulls as much as a large one on few. Elicits the
-    median of random raters, which is a binary map: 0 for m < 1/2, 1 for m > 1/2. No gradient at p = y.
+    Its slope does not depend on the error: a small error on many voxels has as much gradient as a large one on few.
+    Elicits the median of random raters, which is a binary map: 0 for m < 1/2, 1 for m > 1/2. No gradient at p = y.
 
     >>> import torch
     >>> L1()(torch.full((1, 1, 2, 2), 0.2), torch.ones(1, 1, 2, 2))
@@ -219,8 +254,8 @@ class L1(Loss):
 class Huber(Loss):
     """d^2 / 2 if d = |p - y| <= delta, else delta (d - delta/2), the mean over voxels and classes. 0 if and only if p = y.
 
-    `delta` is where an error stops to pull harder: 1 is half of `Brier`, a small one is delta times `L1`, nearly. Elicits
-    neither mean nor median of random raters: delta m / (1-m) for m <= 1/2 and delta <= 1/2.
+    Beyond `delta` the slope is constant: 1 is half of `Brier`, a small one is nearly delta times `L1`. Elicits neither
+    mean nor median of random raters but delta m / (1-m), for m <= 1/2 and delta <= 1/2.
 
     Source: Huber, Annals of Mathematical Statistics 35 (1964), doi 10.1214/aoms/1177703732.
 
@@ -239,8 +274,8 @@ class Huber(Loss):
         return (near * (distance - near / 2)).flatten(1).mean(dim=1)
 
 
-SMALLEST_SUM = 1e-7  # a denominator of less than this has nothing in it
-SMALLEST_ERROR = 1e-7  # a power of less than this is a straight line: its slope at 0 would be infinite
+SMALLEST_SUM = 1e-7  # a smaller denominator counts as empty
+SMALLEST_ERROR = 1e-7  # below this a power is replaced by a line: its slope at 0 would be infinite
 
 
 class Dice(Loss):
@@ -248,7 +283,7 @@ class Dice(Loss):
 
     0 for a perfect prediction of a hard target, and when both are empty; 1 at no overlap (nearly, if s > 0).
     Mis-specified on soft targets: with y = 0.5 everywhere, p = 0.5 costs 0.5 and p = 1 costs 0.333. Use
-    `DiceSemimetric` there. `smooth` is s, in voxels: what an empty target teaches comes from it alone.
+    `DiceSemimetric` there. `smooth` is s, in voxels; an empty target has a gradient only through it.
 
     Source: Milletari, Navab, Ahmadi, 3DV 2016 (doi 10.1109/3DV.2016.79), with a linear denominator.
 
@@ -271,8 +306,8 @@ class DiceSemimetric(Loss):
     """1 - (|p| + |y| - |p-y| + s) / (|p| + |y| + s), per sample and class, then averaged: Dice for soft targets.
 
     |.| are L1 norms. 0 if and only if p = y, soft or hard, both empty included; 1 at no overlap (nearly, if s > 0).
-    Equals `Dice` of the same `smooth` when y is hard. With s = 0, the published form, an empty target costs 1 whatever
-    p > 0 is, without gradient: where many samples are empty choose `smooth` > 0, in voxels.
+    Equals `Dice` of the same `smooth` when y is hard. With s = 0, the published form, an empty target costs 1 for any
+    p > 0, without gradient: where many samples are empty choose `smooth` > 0, in voxels.
 
     Source: Wang et al., Dice Semimetric Losses, MICCAI 2023 (arXiv 2303.16296), DML_1.
 
@@ -315,11 +350,11 @@ class JaccardMetric(Loss):
 class Tversky(Loss):
     """1 - (TP + s) / (TP + alpha FP + beta FN + s), per sample and class, then averaged over classes.
 
-    `alpha` is what a false voxel costs and `beta` what a missed one does: with 1/2 each it is `Dice` of twice the
-    `smooth`, with 1 each the soft IoU loss; by default a miss weighs more. 0 for a perfect prediction of a hard target, and
-    when both are empty; 1 at no overlap (nearly, if s > 0). Mis-specified on soft targets, like `Dice`: with y = 0.5
-    everywhere, p = 0.5 costs 0.5 and p = 1 costs 0.231. Use `TverskySemimetric` there. `smooth` is s, in voxels: what an
-    empty target teaches comes from it alone.
+    `alpha` weighs false positives, `beta` false negatives, which by default weigh more. With 1/2 each it is `Dice` of twice
+    the `smooth`, with 1 each the soft IoU loss. 0 for a perfect prediction of a hard target, and when both are empty; 1 at
+    no overlap (nearly, if s > 0). Mis-specified on soft targets, like `Dice`: with y = 0.5 everywhere, p = 0.5 costs 0.5
+    and p = 1 costs 0.231. Use `TverskySemimetric` there. `smooth` is s, in voxels; an empty target has a gradient only
+    through it.
 
     Source: Salehi, Erdogmus, Gholipour, MLMI 2017 (doi 10.1007/978-3-319-67389-9_44).
 
@@ -367,10 +402,10 @@ class TverskySemimetric(Loss):
 class FocalTversky(Loss):
     """T^(1/gamma) with T the loss of `Tversky`, per sample and class, then averaged over classes.
 
-    `gamma` = 1 is `Tversky`. A larger one steepens the end near a perfect prediction, so that an object that is nearly
-    right is still worth improving; a smaller one flattens it and leaves the gradient to objects that are wrong. 0 where
-    `Tversky` is, 1 at no overlap (nearly, if s > 0), and mis-specified on soft targets where it is. Below T = 1e-7 the power
-    is a straight line, as its slope at 0 would be infinite. `alpha`, `beta` and `smooth` as in `Tversky`.
+    `gamma` = 1 is `Tversky`. A larger one raises the slope near a perfect prediction, so that an object that is nearly
+    right still has a gradient; a smaller one lowers it and leaves the gradient to objects that are wrong. 0 where `Tversky`
+    is, 1 at no overlap (nearly, if s > 0), and mis-specified on soft targets as `Tversky` is. Below T = 1e-7 a line
+    replaces the power, whose slope at 0 would be infinite. `alpha`, `beta` and `smooth` as in `Tversky`.
 
     Source: Abraham, Khan, ISBI 2019 (doi 10.1109/ISBI.2019.8759329), where alpha weighs the missed voxels.
 
@@ -392,10 +427,10 @@ class FocalTversky(Loss):
 
 
 class GeneralizedDice(Loss):
-    """1 - (2 sum_k w_k sum p y + s) / (sum_k w_k (sum p + sum y) + s), w_k = (V / V_k)^2, per sample: small classes count, too.
+    """1 - (2 sum_k w_k sum p y + s) / (sum_k w_k (sum p + sum y) + s), w_k = (V / V_k)^2, per sample: small classes count as much.
 
-    V_k is the volume sum y of class k in the sample, at least one voxel, and V that of the smallest class which the
-    sample has, so that its weight is 1; a class which it does not have weighs 1, too. With one class it is `Dice`.
+    V_k is the volume sum y of class k in the sample, at least one voxel. V is that of the smallest class in the sample,
+    whose weight is therefore 1; an absent class has weight 1, too. With one class it is `Dice`.
     0 for a perfect prediction of a hard target, and when all is empty; 1 at no overlap (nearly, if s > 0).
     Mis-specified on soft targets, like `Dice`. `smooth` is s, in voxels of the smallest class.
 
@@ -422,11 +457,11 @@ class GeneralizedDice(Loss):
 class BatchDice(Loss):
     """1 - (2 P + s) / (Q + s), P and Q the means over the batch of sum p y and sum p + sum y, per class, then averaged.
 
-    `Dice` of all samples laid side by side: a sample without foreground, or with little, weighs as much as its voxels, where
-    in `Dice` it weighs as much as any other. `smooth` is s, in voxels per sample, so that a batch of equal samples costs
-    what `Dice` costs. 0 for a perfect prediction of a hard target, and when the batch is empty; 1 at no overlap (nearly, if
-    s > 0). Mis-specified on soft targets, like `Dice`. What a sample costs depends on its batch: the means run over
-    the samples of all workers, and `Optim.batch_size` is part of the loss.
+    `Dice` of all samples of the batch as one image: a sample with little or no foreground counts by its voxels, while in
+    `Dice` every sample counts the same. `smooth` is s, in voxels per sample, so that a batch of equal samples costs what
+    `Dice` costs. 0 for a perfect prediction of a hard target, and when the batch is empty; 1 at no overlap (nearly, if
+    s > 0). Mis-specified on soft targets, like `Dice`. The loss of a sample depends on its batch: the means run over the
+    samples of all workers, and `Optim.batch_size` is part of the loss.
 
     Source: the option `batch_dice` of nnU-Net (Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z).
 
@@ -471,6 +506,6 @@ def _tversky(prediction: Tensor, target: Tensor, alpha: float, beta: float, smoo
 
 
 def _ratio(mismatch: Tensor, whole: Tensor, smooth: float) -> Tensor:
-    """sum mismatch / (sum whole + s) per sample and class [B K], of voxels [B K *S]; 0 where nothing is in it."""
+    """sum mismatch / (sum whole + s) per sample and class [B K], of voxels [B K *S]; 0 where both sums are 0."""
     both = whole.flatten(2).sum(dim=2) + smooth
     return mismatch.flatten(2).sum(dim=2) / both.clamp_min(SMALLEST_SUM)

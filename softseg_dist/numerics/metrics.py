@@ -1,6 +1,11 @@
-"""Are predictions right as often as they say? Reliability tables against soft references.
+"""Metrics of a prediction against a reference: soft overlap and errors, thresholded overlap, volume, calibration.
 
-Maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S space; n are the voxels that count, of one class.
+A case's maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S space; T thresholds; n voxels of one class. Every
+metric is taken over the whole case and per class, so results are arrays [K]. Sums run in float64. "Empty" means that a map
+sums to 0.
+
+Where prediction and reference are both empty the overlap and volume ratios are undefined: NaN, to be left out of means and
+counted.
 """
 
 from __future__ import annotations
@@ -15,14 +20,14 @@ import numpy.typing as npt
 Values = npt.NDArray[np.floating]
 
 NUM_BINS = 10
-NEIGHBOURHOOD_RADIUS = 3  # voxels, along every spatial axis: a rim of background around each object
+NEIGHBOURHOOD_RADIUS = 3  # voxels along every spatial axis: the background around each object that counts
 
 
 class Reliability(NamedTuple):
     """A reliability table: per bin [10] the number of voxels, the sum of p and the sum of y over them.
 
-    Sums, not means, so that the tables of several cases add up to the table of all. In bin b, b/10 <= p < (b+1)/10; the
-    last one holds p = 1, too. A calibrated map has equal sums in every bin.
+    Sums, not means, so that the tables of several cases add up to the table of all. Bin b holds b/10 <= p < (b+1)/10, the
+    last one p = 1, too. A calibrated map has equal sums of p and y in every bin.
     """
 
     voxels: npt.NDArray[np.float64]
@@ -47,7 +52,7 @@ def reliability(prediction: Values, reference: Values) -> Reliability:
 def neighbourhood(prediction: Values, reference: Values) -> npt.NDArray[np.bool_]:
     """Voxels [N K *S] that lie within 3 voxels, along every spatial axis, of the union {p >= 0.5 or y > 0}.
 
-    The easy background far away would hide everything. Items do not reach into one another.
+    The easy background far away would dominate every mean. The neighbourhood does not cross from one item to the next.
     """
     mask = (prediction >= 0.5) | (reference > 0)
     for axis in range(2, mask.ndim):
@@ -68,9 +73,9 @@ HARD_METRICS = ("dice", "iou", "precision", "recall", "specificity")
 
 @dataclass(frozen=True)
 class Objective:
-    """A soft metric by which an epoch is chosen and a search is led. `sign` is -1 where less of the metric is better.
+    """A soft metric that chooses the best epoch and guides the search. `sign` is -1 where a lower metric is better.
 
-    Calling it gives the signed metric: higher is better for every objective.
+    A call returns the signed metric: higher is better for every objective.
     """
 
     metric: str
@@ -114,21 +119,21 @@ def mae(prediction: Map, reference: Map) -> PerClass:
 def brier(prediction: Map, reference: Map) -> PerClass:
     """Brier score per class [K]: mean (p - y)^2, a proper score: 0 is perfect.
 
-    For binary raters y_r its mean over the raters is mean (p - y)^2 + mean y (1 - y), with y the mean of the raters:
-    the second part is their disagreement, which no prediction can remove. Source: Brier 1950.
+    For binary raters y_r its mean over the raters is mean (p - y)^2 + mean y (1 - y), with y the mean of the raters: the
+    second term is their disagreement, a lower bound for any prediction. Source: Brier 1950.
     """
     return mse(prediction, reference)
 
 
 def volume_mm3(soft_map: Map, voxel_mm3: float) -> PerClass:
-    """Volume of a soft map per class [K], in mm3: partial volumes count with their share."""
+    """Volume of a soft map per class [K], in mm3: a voxel counts by its value."""
     return _sum(soft_map) * voxel_mm3
 
 
 def volume_error(prediction: Map, reference: Map) -> PerClass:
     """Relative error of the soft volume per class [K]: (V_pred - V_true) / V_true; positive is too large.
 
-    NaN where the reference is empty, as there is nothing to be relative to.
+    NaN where the reference is empty.
     """
     true = _sum(reference)
     return _ratio(_sum(prediction) - true, true)
@@ -147,9 +152,8 @@ def volume_difference_mm3(prediction: Map, reference: Map, voxel_mm3: float) -> 
 def ece(prediction: Map, reference: Map) -> PerClass:
     """Expected calibration error per class [K] against a soft reference: sum over bins of (n_b / n) |mean p - mean y|.
 
-    10 equal-width bins of p; empty bins are skipped. Only voxels count that lie within 3 voxels, along every
-    spatial axis, of the union {p >= 0.5 or y > 0}: the easy background far away would hide everything. No such
-    voxel: NaN. Source: Naeini et al. 2015 (doi 10.1609/aaai.v29i1.9602), with soft y.
+    10 equal-width bins of p; empty bins are skipped. Only voxels of the `neighbourhood` count; NaN without one.
+    Source: Naeini et al. 2015 (doi 10.1609/aaai.v29i1.9602), with soft y.
     """
     near = neighbourhood(prediction, reference)
     masks = ((k, near[:, k]) for k in range(prediction.shape[1]))
@@ -181,22 +185,13 @@ def soft_metrics(prediction: Map, reference: Map, voxel_mm3: float) -> dict[str,
     }
 
 
-def hard_metrics(prediction: Map, reference: Map, threshold: float) -> dict[str, PerClass]:
-    """Overlap of {prediction > threshold} with {reference >= 0.5}: Dice, IoU, precision, recall, specificity, each [K].
-
-    Both empty: NaN. Only one of them empty: Dice, IoU, precision and recall are 0, so that predicting nothing is never
-    rewarded by being left out. Specificity is NaN where the reference covers everything.
-    """
-    return {name: values[:, 0] for name, values in hard_scores(confusion(prediction, reference, (threshold,))).items()}
-
-
 def dice_curve(prediction: Map, reference: Map, thresholds: Sequence[float]) -> npt.NDArray[np.float64]:
     """Dice of {prediction > tau} with {reference >= 0.5} per class and threshold: [K T]. NaN where both are empty."""
     return hard_scores(confusion(prediction, reference, thresholds))["dice"]
 
 
 class Confusion(NamedTuple):
-    """Numbers of voxels per class and threshold, each [K T] in float64."""
+    """True and false positives and negatives in voxels, per class and threshold, each [K T] in float64."""
 
     tp: npt.NDArray[np.float64]
     fp: npt.NDArray[np.float64]
@@ -215,7 +210,7 @@ def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> C
     tp, fp, positives = [], [], []
     for k in range(prediction.shape[1]):
         p, y = prediction[:, k].ravel(), reference[:, k].ravel() >= 0.5
-        above = np.flatnonzero(p > taus[0])  # the rest is background at every threshold
+        above = np.flatnonzero(p > taus[0])  # the others are background at every threshold
         level = np.searchsorted(taus, p[above], side="left") - 1  # the highest threshold that the voxel exceeds
         counts = np.bincount(2 * level + y[above], minlength=2 * len(taus)).reshape(-1, 2)
         exceeding = counts[::-1].cumsum(axis=0)[::-1][order]
@@ -228,9 +223,13 @@ def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> C
 
 
 def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
-    """`HARD_METRICS` from counts, each [K T]; see `hard_metrics`."""
+    """Overlap of {prediction > tau} with {reference >= 0.5}: Dice, IoU, precision, recall and specificity, each [K T].
+
+    Both empty: NaN. Only one of them empty: Dice, IoU, precision and recall are 0, so that an empty prediction is not left
+    out of means, which would reward it. Specificity is NaN where the reference covers everything.
+    """
     nothing = c.tp + c.fp + c.fn == 0
-    known = np.where(nothing, np.nan, 1.0)  # a 0/0 below is 0 where one of the two maps holds something
+    known = np.where(nothing, np.nan, 1.0)  # a 0/0 below is 0 where one of the two maps is not empty
     return {
         "dice": known * 2 * c.tp / np.maximum(2 * c.tp + c.fp + c.fn, 1),
         "iou": known * c.tp / np.maximum(c.tp + c.fp + c.fn, 1),
@@ -243,16 +242,16 @@ def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
 def mask_volume_error(c: Confusion, reference: Map) -> npt.NDArray[np.float64]:
     """Relative error of the volume of {prediction > tau} against that of the soft reference, per class and threshold [K T].
 
-    NaN where the reference is empty. A threshold that is best for overlap is biased in volume by construction.
+    NaN where the reference is empty. The best threshold for overlap is biased in volume by construction.
     """
     true = _sum(reference)[:, None]
     return _ratio(c.tp + c.fp - true, true)
 
 
 def objective_score(name: str, prediction: Map, reference: Map, voxel_mm3: float) -> float:
-    """One case's signed objective, higher is better: the mean over the classes that have a value; NaN if none has.
+    """The signed objective of one case, higher is better: the mean over classes with a value; NaN if none has one.
 
-    `name` is a key of `OBJECTIVES`. Cheap enough to be computed on all validation cases after every epoch.
+    `name` is a key of `OBJECTIVES`. It is cheap enough for all validation cases after every epoch.
     """
     values = OBJECTIVES[name](prediction, reference, voxel_mm3)
     known = values[~np.isnan(values)]

@@ -23,15 +23,20 @@ Filters = tuple[Annotated[int, Field(ge=2)], ...]
 
 
 class Network(Frozen, ABC):
-    """A recipe for a module; the module itself is built where it is trained."""
+    """The description of a network, which is built where it is trained. A subclass implements `build`; the rest has defaults."""
 
     @abstractmethod
     def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
         """A new module: images [B in_channels *S] to logits [B out_channels *S], with `dim` axes in *S (2 or 3)."""
 
-    @abstractmethod
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
-        """The bias [out_channels] that is added last to the logits of `module`, which `build` made."""
+    def last_bias(self, module: nn.Module, num_logits: int) -> nn.Parameter | None:
+        """The bias [num_logits] that the last layer of `module`, which `build` made, adds to the logits; None without one.
+
+        Training starts with it at `Activation.initial_bias`. The last layer is the convolution or linear layer with
+        `num_logits` output channels that `module.modules()` gives last. Override this where that is another layer.
+        """
+        layers = [layer for layer in module.modules() if _num_outputs(layer) == num_logits]
+        return layers[-1].bias if layers else None  # type: ignore[return-value]  # torch declares what modules hold as Tensor | Module
 
 
 class UNet(Network):
@@ -40,7 +45,7 @@ class UNet(Network):
     `filters` gives the channels of every level, finest first, so its length is the depth. `norm` is "batch" or
     "instance" (with learned scale and offset; convolutions before it have no bias, which it would remove).
     `dropout` is the share of values set to 0. `upsample`: "interp" is a 1x1 convolution and linear interpolation,
-    "deconv" a strided transposed convolution. Sizes need not be even: up-sampled maps are padded by replication.
+    "deconv" a strided transposed convolution. Sizes need not be even: upsampled maps are padded by replication.
 
     Source: Ronneberger et al., MICCAI 2015, doi 10.1007/978-3-319-24574-4_28; blocks of MONAI's BasicUNet.
     """
@@ -58,18 +63,12 @@ class UNet(Network):
         """
         return _UNetModule(self, in_channels, out_channels, dim)
 
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
-        """The bias [out_channels] of the final 1x1 convolution of `module`."""
-        assert isinstance(module, _UNetModule)
-        assert isinstance(module.last.bias, nn.Parameter)
-        return module.last.bias
-
 
 class _UNetModule(nn.Module):
     """MONAI's BasicUNet with any depth of at least 2 and any filters."""
 
     def __init__(self, config: UNet, in_channels: int, out_channels: int, dim: int) -> None:
-        # Importing monai takes seconds, and a study file that only names a network should not pay them.
+        # Importing monai takes seconds, which a study file that only names a network need not wait for.
         from monai.networks.layers.factories import Conv
         from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 
@@ -98,7 +97,7 @@ class _UNetModule(nn.Module):
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         shrink = 2 ** len(self.down)
-        # A single voxel at the coarsest level has no variance to normalise by.
+        # A single voxel at the coarsest level has no variance for the normalisation.
         if min(size) < shrink or max(size) < 2 * shrink:
             raise UserError(
                 f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
@@ -106,33 +105,42 @@ class _UNetModule(nn.Module):
             )
 
 
-def lean(module: nn.Module) -> None:
-    """Let MONAI's up-sampling blocks inside `module` cost no more than they must; parameters and their names stay.
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
-    Theirs pad, and so copy, also where nothing is missing, and ask for types in a way that a compiler cannot follow, which would
-    cut the network to pieces.
+
+def _num_outputs(layer: nn.Module) -> int | None:
+    """The output channels of a convolution or linear layer; None for any other module."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.out_channels
+    return layer.out_features if isinstance(layer, nn.Linear) else None
+
+
+def replace_upsampling(module: nn.Module) -> None:
+    """Replace MONAI's `UpCat` blocks inside `module` by faster ones; parameters and their names stay.
+
+    MONAI's blocks pad, and so copy, where nothing is missing. Their type checks also break a compiled network into parts.
     """
-    if (blocks := sys.modules.get("monai.networks.nets.basic_unet")) is None:  # then nothing inside is of it
+    if (blocks := sys.modules.get("monai.networks.nets.basic_unet")) is None:  # then `module` has no such block
         return
     for name, child in module.named_children():
         if type(child) is blocks.UpCat:
-            setattr(module, name, _UpCat(child))
+            setattr(module, name, _UpsampleAndConcatenate(child))
         else:
-            lean(child)
+            replace_upsampling(child)
 
 
-class _UpCat(nn.Module):
-    """Up-samples a coarse map, joins the finer one `beside` it, if there is one, and convolves both."""
+class _UpsampleAndConcatenate(nn.Module):
+    """Upsamples a coarse map, concatenates it with the finer one of the `skip` connection, if any, and convolves both."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.upsample, self.convs = block.upsample, block.convs
         self.train(block.training)
 
-    def forward(self, x: Tensor, beside: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         x = self.upsample(x)
-        if beside is not None:
-            missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, beside.shape[axis] - x.shape[axis])]
-            x = torch.cat([beside, pad(x, missing, "replicate") if any(missing) else x], dim=1)
-        joined: Tensor = self.convs(x)
-        return joined
+        if skip is not None:
+            missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, skip.shape[axis] - x.shape[axis])]
+            x = torch.cat([skip, pad(x, missing, "replicate") if any(missing) else x], dim=1)
+        y: Tensor = self.convs(x)
+        return y

@@ -1,6 +1,6 @@
-"""Patches: training on parts of an item that does not fit whole, and the logits of the whole from parts that overlap.
+"""Patches: training on parts of an item that does not fit whole, and logits of the whole item from overlapping parts.
 
-Legend: N items, C image channels, L logits, *S space (2 or 3 axes). Places and sizes are in voxels.
+Legend: N items, C image channels, L logits, *S space (2 or 3 axes). Positions and sizes are in voxels.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
-MARGIN = 1 / 4  # of a patch, on each side: room for a square turned by any angle, a cube by 20 degrees about any axis
-VOXELS_AT_ONCE = 2**20  # of patches at inference, one of 96 x 96 x 96 or 16 of 256 x 256: bounds memory
+MARGIN = 1 / 4  # of a patch, on each side: enough to rotate a square by any angle, a cube by 20 degrees about any axis
+VOXELS_AT_ONCE = 2**20  # in patches at inference, one of 96 x 96 x 96 or 16 of 256 x 256: bounds memory
 
 Index = tuple[EllipsisType | slice, ...]
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of an item, from `start` to before `stop`; it may reach over the border of the image."""
+    """A part of an item, from `start` to before `stop`; it may extend beyond the border of the image."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -44,7 +44,7 @@ class Window:
         return Window(start, tuple(last + more for last, more in zip(self.stop, margin, strict=True)))
 
     def of(self, maps: NDArray[Any], outside: Literal["edge", "constant"]) -> NDArray[Any]:
-        """`maps` [... *S] within the window; beyond the border as at the border ("edge") or 0 ("constant"), as in `augment`."""
+        """`maps` [... *S] within the window; outside the image the border values ("edge") or 0 ("constant"), as in `augment`."""
         ends = list(zip(self.start, self.stop, maps.shape[-len(self.start) :], strict=True))
         inside: Index = (..., *(slice(max(0, first), min(last, whole)) for first, last, whole in ends))
         part = maps[inside]
@@ -57,23 +57,22 @@ class Window:
 class Patch(Frozen):
     """Train on patches of `size` voxels and predict from overlapping ones, where volumes or large slices do not fit whole.
 
-    Training: an epoch takes `per_item` patches of each item, each with a place and an augmentation of its own. A share
-    `foreground` of them is centred, as far as the image's border allows, on a voxel that some rater has labelled, of a class drawn
-    from those that the item has; the others lie anywhere, as do all of an item without labels. Augmentation that turns or bends
-    reads a quarter of a patch more on each side, which is cut off afterwards, so that corners show what is there; shares of the
-    field of view (`Affine.shift`) are shares of what is read. What comes later (smoothing, mixup) sees the patch alone.
+    Training: an epoch takes `per_item` patches of each item, each with its own position and augmentation. A share `foreground`
+    of them is centred, as far as the image's border allows, on a voxel that any rater has labelled, of a class drawn from those in
+    the item. The others have uniform positions, as have all patches of an item without labels. If augmentation rotates, scales or
+    bends, a quarter of a patch more is read on each side and cropped afterwards, so that corners hold image values; shares of
+    the field of view (`Affine.shift`) refer to what is read. Later steps (smoothing, mixup) see the patch only.
 
-    Inference: patches cover every item, neighbours overlap by a share `overlap` of the patch along each axis (0: side by side), and
-    their logits are averaged with Gaussian weights (sd 1/8 of the patch), as a network knows least about a patch's border. The
-    activation then sees the logits of the whole case, as it does without patches: NormReLU's maximum runs over the case. In
-    training it runs over patches, and NormReLU(over="sample") lifts each to a peak of 1, an empty one too; "running" does not.
-    Monte Carlo dropout drops anew in each patch. Images to train on have room for a patch; a smaller one to predict goes on as at
-    its border.
+    Inference: patches cover every item, neighbours overlap by a share `overlap` of the patch along each axis, and their logits are
+    averaged with Gaussian weights (sd 1/8 of the patch), as predictions are worst at a patch's border. The activation then gets
+    the logits of the whole case, as without patches: NormReLU's maximum runs over the case. In training it runs over patches, and
+    NormReLU(over="sample") gives each a peak of 1, an empty one too; "running" does not. Monte Carlo dropout draws anew in each
+    patch. Training images must be at least as large as a patch; a smaller image is padded with its border values to be predicted.
 
     For volumes ivadomed's code takes UNet(norm="instance") and Optim(lr=5e-5).
 
     Source: nnU-Net, Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z, whose code has the same defaults of
-    `foreground` and `overlap`; the average over overlapping patches is MONAI's.
+    `foreground` and `overlap`. MONAI averages the overlapping patches.
     """
 
     short: ClassVar[str] = "patch"
@@ -84,11 +83,11 @@ class Patch(Frozen):
 
     @property
     def margin(self) -> tuple[int, ...]:
-        """How much further than the patch augmentation must see."""
+        """The voxels that augmentation needs beyond the patch on each side."""
         return tuple(math.ceil(n * MARGIN) for n in self.size)
 
     def check(self, size: Sequence[int]) -> None:
-        """Raises UserError if training items of `size` have no room for a patch."""
+        """Raises UserError if training items of `size` are smaller than a patch."""
         if any(n > whole for n, whole in zip(self.size, size, strict=True)):
             raise UserError(
                 f"a patch of {_by(self.size)} voxels does not fit in images of {_by(size)}: give Patch a smaller size, "
@@ -96,9 +95,9 @@ class Patch(Frozen):
             )
 
     def draw(self, generator: torch.Generator, size: Sequence[int], labelled: Sequence[NDArray[np.integer]]) -> Window:
-        """Where a patch lies in an item of `size`, whose labelled voxels of each class are given as flat indices.
+        """A random patch of an item of `size`, whose labelled voxels of each class are given as flat indices.
 
-        Raises UserError if it has no room there.
+        Raises UserError if the item is smaller than a patch.
         """
         self.check(size)
         free = [whole - n for n, whole in zip(self.size, size, strict=True)]
@@ -113,17 +112,17 @@ class Patch(Frozen):
         return Window(tuple(start), tuple(first + n for first, n in zip(start, self.size, strict=True)))
 
     def middle(self, maps: Tensor) -> Tensor:
-        """The patch in the middle of `maps` [B C *S], which were read with a margin or without."""
+        """The patch at the centre of `maps` [B C *S], which were read with or without a margin."""
         firsts = [(whole - n) // 2 for whole, n in zip(maps.shape[2:], self.size, strict=True)]
         inside: Index = (..., *(slice(first, first + n) for first, n in zip(firsts, self.size, strict=True)))
         return maps[inside].contiguous()
 
     def stitch(self, network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        """The logits [N L *S] of whole items [N C *S], by a `network` that sees one patch of them at a time.
+        """The logits [N L *S] of whole items [N C *S], by a `network` that gets batches of their patches.
 
-        Memory for activations is that of `VOXELS_AT_ONCE`, however large the items are.
+        The memory for activations is that of `VOXELS_AT_ONCE`, independent of the size of the items.
         """
-        # Importing monai takes seconds, and a study file that only names a patch should not pay them.
+        # Importing monai takes seconds, which a study file that only names a patch need not wait for.
         from monai.inferers.utils import sliding_window_inference
 
         at_once = max(1, VOXELS_AT_ONCE // math.prod(self.size))

@@ -1,7 +1,7 @@
-"""Does a measurement repeat? Agreement of the sessions of one person: ICC, within-subject variation, Bland-Altman.
+"""Repeatability of a measurement over the sessions of one person: ICC, within-subject variation, Bland-Altman.
 
-Measurements are a table [subjects sessions], NaN where there was no session. Every answer is defined: where a value
-cannot be had it is NaN and `note` says why.
+Measurements are a table [subjects sessions], NaN where there was no session. Every function returns a result: where a value is
+undefined it is NaN and `note` says why.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from softseg_dist.numerics.statistics import LEVEL, NAN
 
 Table = npt.NDArray[np.float64]  # [subjects sessions], NaN where there was none
 
-LIMITS = 1.96  # standard deviations: between the limits of agreement lie 95 % of normal differences
+LIMITS = 1.96  # standard deviations: 95 % of normal differences lie between the limits of agreement
 ROUNDING = 1e-12  # of float64, relative
 NO_ERROR = "the sessions of a subject do not vary about the model: without an error there is no interval"
-NOTHING_REPEATED = "no subject has two sessions: there is nothing to repeat"
+NOTHING_REPEATED = "no subject has two sessions: no measurement was repeated"
 
 
 @dataclass(frozen=True)
 class Icc:
-    """The answer of `icc`: `form` is "ICC(2,1)" or "ICC(1,1)"; `low` and `high` bound the 95 % interval of `value`."""
+    """The result of `icc`: `form` is "ICC(2,1)" or "ICC(1,1)"; `low` and `high` bound the 95 % interval of `value`."""
 
     value: float
     form: str
@@ -38,7 +38,7 @@ class Icc:
 
 @dataclass(frozen=True)
 class WithinSubject:
-    """The answer of `coefficient_of_variation`: a share, so .02 is 2 %; `num_subjects` have two sessions or more."""
+    """The result of `coefficient_of_variation`: a ratio, so .02 is 2 %; `num_subjects` have two sessions or more."""
 
     value: float
     num_subjects: int = 0
@@ -47,7 +47,7 @@ class WithinSubject:
 
 @dataclass(frozen=True)
 class BlandAltman:
-    """The answer of `bland_altman`: mean difference, the limits of agreement, and the number of pairs."""
+    """The result of `bland_altman`: mean difference, the limits of agreement, and the number of pairs."""
 
     bias: float
     low: float = NAN
@@ -59,10 +59,10 @@ class BlandAltman:
 def icc(table: Table) -> Icc:
     """Intraclass correlation of single measurements: the share of the variance that lies between subjects.
 
-    1: sessions agree exactly; 0: two sessions of one subject are as far apart as those of two subjects (estimates can be
-    below 0). If every subject has every session it is ICC(2,1), absolute agreement under two-way random effects: a session
-    that measures too much lowers it. Else ICC(1,1) of the one-way model, with n0 = (N - sum n_i^2 / N) / (a - 1) sessions
-    per subject, which asks nothing of the order of sessions; its interval is given only if all have equally many.
+    1: sessions agree exactly; 0: two sessions of one subject differ as much as those of two subjects (estimates can be
+    below 0). If every subject has every session it is ICC(2,1), absolute agreement under two-way random effects: a bias of
+    one session lowers it. Otherwise it is ICC(1,1) of the one-way model, with n0 = (N - sum n_i^2 / N) / (a - 1) sessions per
+    subject, which does not depend on the order of sessions; its interval needs equal numbers of sessions.
 
     Args:
         table: [subjects sessions], NaN where there was no session.
@@ -98,7 +98,7 @@ def _two_way(x: Table) -> tuple[float, float, float, str]:
     sessions = n * float((columns**2).sum()) / (k - 1)
     error = float(((centred - rows[:, None] - columns) ** 2).sum()) / ((n - 1) * (k - 1))
     total = between + (k - 1) * error + k * (sessions - error) / n
-    if total <= ROUNDING * error:  # two subjects with two sessions can do that
+    if total <= ROUNDING * error:  # possible for two subjects with two sessions
         return NAN, NAN, NAN, "neither subjects nor sessions differ on average: the share has no denominator"
     value = (between - error) / total
     if error <= ROUNDING * max(between, sessions):
@@ -136,8 +136,8 @@ def coefficient_of_variation(table: Table) -> WithinSubject:
     """Within-subject coefficient of variation: sqrt(sum (n_i - 1) (s_i / m_i)^2 / sum (n_i - 1)).
 
     s_i, m_i: standard deviation and mean of the n_i sessions of subject i; 0 if sessions agree exactly. With two sessions
-    each, (s/m)^2 = 2 (x1 - x2)^2 / (x1 + x2)^2. Subjects with one session say nothing and are left out, as are those whose
-    mean is not above 0, with a note.
+    each, (s/m)^2 = 2 (x1 - x2)^2 / (x1 + x2)^2. Subjects with one session are left out, as are those whose mean is not
+    above 0, with a note.
 
     Args:
         table: [subjects sessions] of positive measurements, NaN where there was no session.
@@ -163,10 +163,10 @@ def coefficient_of_variation(table: Table) -> WithinSubject:
 
 
 def bland_altman(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> BlandAltman:
-    """Bias and limits of agreement of paired measurements: mean and mean -+ 1.96 sd of `first` less `second`.
+    """Bias and limits of agreement of paired measurements: mean and mean -+ 1.96 sd of `first` minus `second`.
 
     Args:
-        first, second: [n], one pair per place; a pair with a NaN is left out.
+        first, second: [n], paired by index; a pair with a NaN is left out.
 
     Returns NaN and a note without a pair; with a single one the limits are NaN.
     Source: Bland and Altman 1986 (doi 10.1016/S0140-6736(86)90837-8).

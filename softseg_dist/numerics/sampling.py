@@ -1,4 +1,4 @@
-"""Where several soft maps of a case come from if there is one model: ask it with some values dropped, or about a changed image.
+"""Several soft maps of a case from one model, to measure its uncertainty: by Monte Carlo dropout or test-time augmentation.
 
 Legend: N items, C image channels, K classes, *S space (2 or 3 axes).
 """
@@ -20,30 +20,30 @@ from softseg_dist.numerics.seeds import seeded
 from softseg_dist.numerics.transforms import Augmentation, Intensity, Invertible
 
 Predict = Callable[[Tensor], Tensor]
-"""From the image of a case [N C *S] to its soft map [N K *S], by one model, as at inference."""
+"""The inference of one model: the image of a case [N C *S] to its soft map [N K *S]."""
 
 
 class Uncertainty(Frozen, ABC):
-    """A way to draw `samples` soft maps of a case from a model, which `uncertainty` then compares. Called once per sample.
+    """A method that draws `samples` soft maps of a case from a model, which `judging.uncertainty` compares; a call draws one.
 
-    `short` is what the names of its rows in the results table begin with.
+    `short` is the prefix of its rows in the results table.
     """
 
     samples: Annotated[int, Field(ge=2)]
 
     @abstractmethod
     def check(self, model: nn.Module) -> None:
-        """Raises UserError, before anything is trained, if no two samples of `model` would ever differ."""
+        """Raises UserError, before training, if all samples of `model` would be equal."""
 
     @abstractmethod
     def __call__(
         self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
     ) -> Tensor:
-        """One soft map [N K *S] of `image` [N C *S]; `predict` asks `model`. The same for the same `seed`."""
+        """One soft map [N K *S] of `image` [N C *S]; `predict` runs `model`. The same for the same `seed`."""
 
 
 class MCDropout(Uncertainty):
-    """Monte Carlo dropout: dropout stays active at inference, everything else is as ever. About the weights (epistemic).
+    """Monte Carlo dropout: dropout stays active at inference. Measures uncertainty about the weights (epistemic).
 
     Source: Gal and Ghahramani, ICML 2016, arXiv 1506.02142.
     """
@@ -52,16 +52,16 @@ class MCDropout(Uncertainty):
     samples: Annotated[int, Field(ge=2)] = 20
 
     def check(self, model: nn.Module) -> None:
-        """Raises UserError if `model` drops nothing."""
+        """Raises UserError if `model` has no dropout."""
         if not drops(model):
             raise UserError(
-                f"{self} asks a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)"
+                f"{self} needs a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)"
             )
 
     def __call__(
         self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
     ) -> Tensor:
-        """The soft map [N K *S] of `image` [N C *S] with what `seed` drops."""
+        """The soft map [N K *S] of `image` [N C *S] with the dropout that `seed` draws."""
         layers = _dropout(model)
         try:
             for layer in layers:
@@ -74,7 +74,7 @@ class MCDropout(Uncertainty):
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether `model` has dropout that drops anything."""
+    """True if `model` has dropout with a probability above 0."""
     return bool(_dropout(model))
 
 
@@ -83,15 +83,15 @@ def _dropout(model: nn.Module) -> list[nn.Module]:
 
 
 def can_be_undone(transform: Augmentation) -> bool:
-    """Whether a map of the changed image can be put back in its place: nothing was moved, or the way back is known."""
+    """True if a prediction on the transformed image can be mapped back: nothing was moved, or the inverse is known."""
     return isinstance(transform, Invertible | Intensity)
 
 
 class TTA(Uncertainty):
-    """Test-time augmentation: the soft map of the image as changed by `transforms`, put back in its place (see `augment_case`).
+    """Test-time augmentation: the soft map of the image after `transforms`, mapped back to the image (see `augment_case`).
 
-    About the image (aleatoric): would another pose or contrast have given another answer? `transforms` are those of training;
-    of the spatial ones those whose way back is known: `Flip` and `Affine`.
+    Measures uncertainty about the image (aleatoric): how the prediction changes with pose and contrast. Take the `transforms` of
+    training; spatial ones need a known inverse: `Flip` and `Affine`.
 
     Source: Wang et al., Neurocomputing 338 (2019), doi 10.1016/j.neucom.2019.01.103.
     """
@@ -106,16 +106,16 @@ class TTA(Uncertainty):
         for transform in value:
             if not can_be_undone(transform):
                 raise ValueError(
-                    f"TTA cannot put back what {transform} has moved: take Flip, Affine, or intensity transforms"
+                    f"TTA cannot undo {transform}, which has no known inverse: use Flip, Affine, or intensity transforms"
                 )
         return value
 
     def check(self, model: nn.Module) -> None:
-        """Every model will do."""
+        """Accepts every model."""
 
     def __call__(
         self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
     ) -> Tensor:
-        """The soft map [N K *S] of `image` [N C *S] as `seed` changes it."""
+        """The soft map [N K *S] of `image` [N C *S], transformed as `seed` draws it."""
         changed, undo = augment_case(image, self.transforms, seed, spacing_mm)
         return undo(predict(changed))

@@ -1,7 +1,7 @@
-"""Label smoothing: the last thing that happens to a target before the loss sees it.
+"""Label smoothing: the last change of a target before the loss.
 
-Legend: B batch, C image channels, K classes, *S space (2 or 3 axes). Targets are [B K *S] in [0, 1], one map per class
-and no map for the background. What happens to a sample depends on that sample alone. An axis of one voxel is no axis: a
+Legend: B batch, C image channels, K classes, *S space (2 or 3 axes), M maps. Targets are [B K *S] in [0, 1], one map per class
+and none for the background. The result for a sample depends on that sample alone. An axis of one voxel does not count: a
 volume of one slice is smoothed as the slice is.
 """
 
@@ -21,12 +21,12 @@ from torch.nn.functional import max_pool2d, max_pool3d, pad
 
 from softseg_dist.frozen import Frozen
 
-STEP_COST = 1e-5  # of GeoLS: what a step of 1 mm costs where the image does not change; GeodisTK's
-ROUNDS = 4  # of GeoLS: scans in every direction; the authors' number
+STEP_COST = 1e-5  # of GeoLS: the cost of a step of 1 mm where the image does not change; GeodisTK's
+ROUNDS = 4  # of GeoLS: number of scans in every direction; the authors' number
 
 
 class Smoothing(Frozen, ABC):
-    """A change of the target that makes it less certain. Applied after fusion, augmentation and rounding."""
+    """Makes a target less certain. Applied after fusion, augmentation and rounding."""
 
     @abstractmethod
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
@@ -34,10 +34,10 @@ class Smoothing(Frozen, ABC):
 
 
 class UniformSmoothing(Smoothing):
-    """y (1 - epsilon) + epsilon / 2: every voxel is a little unsure, wherever it lies.
+    """y (1 - epsilon) + epsilon / 2: every voxel is made equally less certain.
 
-    The published (1 - epsilon) y + epsilon / (number of classes) with two of them in every map, the class and what is
-    not the class. An empty target becomes epsilon / 2 everywhere, a full one 1 - epsilon / 2.
+    The published (1 - epsilon) y + epsilon / (number of classes), with two classes in every map: the class and its
+    complement. An empty target becomes epsilon / 2 everywhere, a full one 1 - epsilon / 2.
 
     Source: Szegedy et al., CVPR 2016 (doi 10.1109/CVPR.2016.308), section 7.
 
@@ -50,17 +50,17 @@ class UniformSmoothing(Smoothing):
     epsilon: float = Field(0.1, ge=0, le=1)
 
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """The smoothed `target`; the image does not matter."""
+        """The smoothed `target`, which does not depend on the image."""
         return target * (1 - self.epsilon) + self.epsilon / 2
 
 
 class SVLS(Smoothing):
-    """Spatially varying label smoothing: unsure at boundaries only. y * w over the 3x3 (3x3x3) neighbourhood, with
+    """Spatially varying label smoothing: less certain at boundaries only. y * w over the 3x3 (3x3x3) neighbourhood, with
 
         w(0) = 1/2,  w(o) proportional to exp(-|o|^2 / 2 sigma^2) for the others, which add up to 1/2.
 
-    |o| is in voxels. Beyond its field of view a target goes on as at its border, so an empty or a full one stays as it
-    is. Sums over space are kept where no object touches the border.
+    |o| is in voxels. Outside its field of view a target has its border values, so an empty or a full one does not change.
+    Sums over space are preserved where no object touches the border.
 
     Source: Islam, Glocker, IPMI 2021 (arXiv 2104.05788); border as in the authors' code.
 
@@ -74,8 +74,8 @@ class SVLS(Smoothing):
     sigma: PositiveFloat = 1.0
 
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """The smoothed `target`; the image does not matter."""
-        beside = math.exp(-0.5 / self.sigma**2)  # of the weight in the middle
+        """The smoothed `target`, which does not depend on the image."""
+        beside = math.exp(-0.5 / self.sigma**2)  # the weight of a neighbour over that of the centre
         axes = [axis for axis in range(2, target.ndim) if target.shape[axis] > 1]
         middle = (1 + 2 * beside) ** -len(axes)
         if middle == 1:
@@ -83,34 +83,34 @@ class SVLS(Smoothing):
         gaussian = target
         for axis in axes:
             gaussian = (gaussian + beside * _both_sides(gaussian, axis)) / (1 + 2 * beside)
-        # Sums of shifted maps, as a convolution's rounding may depend on the other samples of the batch.
+        # Sums of shifted maps, as the rounding of a convolution may depend on the other samples of the batch.
         others = (gaussian - middle * target) / (1 - middle)
         return ((target + others) / 2).clamp(0, 1)
 
 
 def _both_sides(maps: Tensor, axis: int) -> Tensor:
-    """The sum of each voxel's two neighbours along `axis`; at the border the voxel itself stands for the missing one."""
+    """The sum of each voxel's two neighbours along `axis`; at the border the voxel itself replaces the missing one."""
     place = torch.arange(maps.shape[axis], device=maps.device)
     before, after = (place - 1).clamp_min(0), (place + 1).clamp_max(len(place) - 1)
     return maps.index_select(axis, before) + maps.index_select(axis, after)
 
 
 class GeoLS(Smoothing):
-    """Geodesic label smoothing: unsure where the image gives no reason to be sure.
+    """Geodesic label smoothing: less certain where no edge of the image separates a voxel from the class.
 
         (1 - alpha) y + alpha g,   g = (e - min e) / (1 - min e),   e = exp(-d / mean d)
 
-    d is the geodesic distance of a voxel from the skeleton of the class: the shortest path through the image, whose
-    steps cost their length in mm times the intensity difference (+ 1e-5). Minimum and mean are over the sample's voxels,
-    per class; of several channels each gives a g, and their mean counts. Where nothing reaches 0.5 there is no skeleton,
-    and where everything does all of it is: such a class, empty or full for example, stays as it is.
+    d is the geodesic distance of a voxel from the skeleton of the class: the shortest path through the image, whose steps
+    cost their length in mm times the intensity difference (+ 1e-5). Minimum and mean are over the sample's voxels, per
+    class; g is the mean over channels. Without a voxel of at least 0.5 there is no skeleton, and if all are, all are
+    skeleton: in both cases the class does not change.
 
-    Source: Adiga Vasudeva, Dolz, Lombaert, GeoLS, MIDL 2023 (openreview mTIP1bkmR0q), of which MELBA 2025:007 is the
-    journal version. The text of the latter was not at hand: formula, seeds, cost of a step and four rounds of scans are
-    those of the authors' code for the former (adigasu/GeoLS, with GeodisTK). What is ours: d and g are computed in every
-    batch, from the image that the network sees, not once per case; scans go plane by plane (as in Asad et al., FastGeodis,
-    JOSS 2022, doi 10.21105/joss.04532), the same minima in another order; the skeleton is the morphological one of
-    {y >= 0.5}, not a thinned one; y may be soft; there is no map of the background; and the two cases that stay.
+    Source: Adiga Vasudeva, Dolz, Lombaert, GeoLS, MIDL 2023 (openreview mTIP1bkmR0q); journal version MELBA 2025:007, whose
+    text was not available to us. Formula, seeds, cost of a step and four rounds of scans are those of the authors' code for
+    the former (adigasu/GeoLS, with GeodisTK). Differences: d and g are computed in every batch, from the image that the
+    network sees, not once per case; scans go plane by plane (as in Asad et al., FastGeodis, JOSS 2022, doi
+    10.21105/joss.04532), the same minima in another order; the skeleton is the morphological one of {y >= 0.5}, not a
+    thinned one; y may be soft; there is no map of the background; and the two cases that do not change.
 
     >>> import torch
     >>> image = torch.tensor([0.0, 0, 0, 0, 5]).expand(1, 1, 1, 5)
@@ -131,16 +131,16 @@ class GeoLS(Smoothing):
         mean = distance.mean(space, keepdim=True)
         near = torch.exp(-distance / mean)
         low = near.amin(space, keepdim=True)
-        says = mean.isfinite() & (mean > 0)
-        geodesic = torch.where(says, (near - low) / (1 - low), target[:, None]).mean(dim=1)
+        has_skeleton = mean.isfinite() & (mean > 0)
+        geodesic = torch.where(has_skeleton, (near - low) / (1 - low), target[:, None]).mean(dim=1)
         return ((1 - self.alpha) * target + self.alpha * geodesic).clamp(0, 1)
 
 
 def _geodesic_distance(seeds: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-    """How far every voxel of `image` [M *S] is from the voxels of `seeds` [M *S] that are 1; infinite without any."""
+    """The distance of every voxel of `image` [M *S] from the nearest 1 in `seeds` [M *S]; infinite without one."""
     axes = image.ndim - 1
     distance = pad(torch.where(seeds > 0, 0.0, torch.inf).to(image.dtype), (1, 1) * axes, value=torch.inf)
-    image = pad(image, (1, 1) * axes)  # its rim is never reached
+    image = pad(image, (1, 1) * axes)  # the padding is never reached
     for _ in range(ROUNDS):
         for axis in range(axes):
             for backwards in (False, True):
@@ -149,7 +149,7 @@ def _geodesic_distance(seeds: Tensor, image: Tensor, spacing_mm: Sequence[float]
 
 
 def _scan(distance: Tensor, image: Tensor, axis: int, backwards: bool, spacing_mm: Sequence[float]) -> None:
-    """Let every plane across `axis` of space be reached from the one before it; changes `distance` in place, not its rim."""
+    """Update the distances of every plane across `axis` from the plane before it, in place; the padding does not change."""
     planes, values = distance.movedim(axis + 1, 0), image.movedim(axis + 1, 0)
     beside = [spacing for index, spacing in enumerate(spacing_mm) if index != axis]
     shifts = list(product((-1, 0, 1), repeat=len(beside)))
@@ -163,16 +163,16 @@ def _scan(distance: Tensor, image: Tensor, axis: int, backwards: bool, spacing_m
 
 
 def _inner(padded: Tensor, shift: Sequence[int] | None = None) -> Tensor:
-    """A view of `padded` [M ...] without its rim of one voxel along every axis but the first, or so much to the side of it."""
+    """A view of `padded` [M ...] without its padding of one voxel along every axis but the first, moved by `shift` voxels."""
     shift = shift or [0] * (padded.ndim - 1)
     return padded[(slice(None), *(slice(1 + s, n - 1 + s) for s, n in zip(shift, padded.shape[1:], strict=True)))]
 
 
 def _skeleton(masks: Tensor) -> Tensor:
-    """The morphological skeleton of `masks` [M *S], 0 or 1: what opening takes away from each erosion.
+    """The morphological skeleton of `masks` [M *S], 0 or 1: the voxels that opening removes from each erosion.
 
-    Squares (cubes) of 3 voxels; what lies outside the field of view is unknown and erodes nothing. A full mask is its
-    own skeleton. Source: Lantuejoul 1978; Serra, Image Analysis and Mathematical Morphology, 1982, chapter XI.
+    The structuring element is a square (cube) of 3 voxels; erosion does not start at the border of the field of view. A
+    full mask is its own skeleton. Source: Lantuejoul 1978; Serra, Image Analysis and Mathematical Morphology, 1982, chapter XI.
     """
     skeleton = torch.zeros_like(masks)
     while True:

@@ -1,7 +1,7 @@
-"""Spatial transforms: affine, flip, elastic. All act in mm, so that voxels need not be cubes.
+"""Spatial transforms: affine, flip, elastic. All act in mm, so that voxels need not be isotropic.
 
-Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Axes are those of a canonical image: 0
-is left to right, 1 back to front, 2 bottom to top.
+Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Axes are those of a canonical (RAS) image: 0 is
+left to right, 1 posterior to anterior, 2 inferior to superior.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Axes, Frame, Spatial, Straight
+from softseg_dist.numerics.transforms import AffineMap, Axes, Frame, Spatial
 
 MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
 
 
-class Affine(Straight):
-    """Rotation, scaling and shift about the image's centre: x' = R S x + t in mm, so that a rotation keeps shapes.
+class Affine(AffineMap):
+    """Rotation, scaling and shift about the image's centre: x' = R S x + t in mm, so that a rotation preserves shapes.
 
     The angle is uniform in +-`degrees`; in 3D about an axis of uniformly random direction. Every axis has its own
     scale, uniform in 1 +- `scale`, and its own shift, uniform in +- `shift` times the field of view along it.
@@ -35,7 +35,7 @@ class Affine(Straight):
 
     @property
     def idle(self) -> bool:
-        """True if angle, scale and shift are all fixed at nothing."""
+        """True if the ranges of angle, scale and shift are all 0."""
         return self.degrees == self.scale == self.shift == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
@@ -44,13 +44,13 @@ class Affine(Straight):
         uniform = torch.rand(1 + 2 * dim, generator=generator) * 2 - 1
         return uniform if dim == 2 else torch.cat([uniform, torch.randn(3, generator=generator)])
 
-    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+    def matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
         """x = S^-1 R^T (x' - t)."""
         rotation, scale, shift = self._parts(parameters, frame)
         matrix = rotation.mT / scale[:, :, None]
         return torch.cat([matrix, -matrix @ shift[:, :, None]], dim=-1)
 
-    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
+    def inverse_matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
         """x' = R S x + t."""
         rotation, scale, shift = self._parts(parameters, frame)
         return torch.cat([rotation * scale[:, None, :], shift[:, :, None]], dim=-1)
@@ -79,7 +79,7 @@ def _rotation_3d(angle: Tensor, direction: Tensor) -> Tensor:
     return identity + angle.sin()[:, None, None] * K + (1 - angle.cos())[:, None, None] * (K @ K)
 
 
-class Flip(Straight):
+class Flip(AffineMap):
     """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
 
     Axis 0, left to right, is the one along which anatomy is nearly symmetric.
@@ -101,13 +101,13 @@ class Flip(Straight):
         signs[list(self.axes)] = 1.0 - 2.0 * (torch.rand(len(self.axes), generator=generator) < self.p)
         return signs
 
-    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+    def matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
         """x = +-x' along every axis."""
         return torch.nn.functional.pad(torch.diag_embed(parameters), (0, 1))
 
-    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
-        """The mirror image of a mirror image."""
-        return self.line(parameters, frame)
+    def inverse_matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """A mirror is its own inverse."""
+        return self.matrix(parameters, frame)
 
     def mirror(self, maps: Tensor, parameters: Tensor) -> Tensor:
         """`maps` [B C *S] mirrored by reversing indices: the values of `move`, without interpolation."""
@@ -118,10 +118,10 @@ class Flip(Straight):
 
 
 class Elastic(Spatial):
-    """A smooth random displacement: a cubic B-spline over control points `spacing_mm` apart, which move at random.
+    """A smooth random displacement: a cubic B-spline over control points `spacing_mm` apart, with random displacements.
 
     `std_mm` is the root mean square of the displacement along every axis, in mm. Ratios std_mm / spacing_mm above
-    1/4 are refused: space would fold over itself.
+    1/4 are refused: the map would fold.
 
     Source: free-form deformation, Rueckert et al., IEEE TMI 18 (1999), doi 10.1109/42.796284.
     """
@@ -147,7 +147,7 @@ class Elastic(Spatial):
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The displacement of the control points in mm [D controls..]."""
         controls = [self._intervals(n, step) + 3 for n, step in zip(frame.size, frame.spacing_mm, strict=True)]
-        # A spline averages its control points, which costs amplitude along each of the D axes.
+        # A spline averages its control points, which reduces the amplitude along each of the D axes.
         scale = self.std_mm * MEAN_SQUARE_WEIGHT ** (-len(frame.size) / 2)
         return torch.randn(len(frame.size), *controls, generator=generator) * scale
 
@@ -156,7 +156,9 @@ class Elastic(Spatial):
         field = parameters
         for n, step in zip(frame.size, frame.spacing_mm, strict=True):
             weights = frame.keep((self, n, step, field.dtype), partial(self._weights, n, step, field.dtype))
-            field = torch.tensordot(field, weights, dims=([2], [1]))  # takes the first axis of space away, adds it last
+            field = torch.tensordot(
+                field, weights, dims=([2], [1])
+            )  # contracts the first axis of space, appends the new one
         if positions is not frame.positions:
             field = frame.sample(field, positions)
         return (positions.movedim(-1, 1) + field).movedim(1, -1)

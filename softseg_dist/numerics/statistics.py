@@ -1,8 +1,8 @@
 """Is one candidate better than another? Tests and intervals for paired differences of cross-validated scores.
 
 Differences are a table [a b]: subject i in split j, NaN where subject i is not in the test set of split j. The
-primary test is `crossed_test`; the others are reported beside it. Every answer is defined: where a p-value cannot
-be had it is NaN and `note` says why.
+primary test is `crossed_test`; the others are reported beside it. Every test returns a result: where a p-value is undefined
+it is NaN and `note` says why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALL_EQUAL = "all differences are equal: there is no variance to test against"
 
 @dataclass(frozen=True)
 class CrossedTest:
-    """The answer of `crossed_test`. `low` and `high` bound the 95 % interval of `mean`; variances are per component."""
+    """The result of `crossed_test`. `low` and `high` bound the 95 % interval of `mean`; variances are per component."""
 
     mean: float
     low: float = NAN
@@ -43,7 +43,7 @@ class CrossedTest:
 
 @dataclass(frozen=True)
 class SplitTest:
-    """The answer of a test on one mean difference per split. `statistic` is W of Wilcoxon or t."""
+    """The result of a test on one mean difference per split. `statistic` is W of Wilcoxon or t."""
 
     mean: float
     statistic: float = NAN
@@ -54,7 +54,7 @@ class SplitTest:
 
 @dataclass(frozen=True)
 class SubjectTest:
-    """The answer of `subject_test`. `low` and `high` bound the 95 % interval of `mean`."""
+    """The result of `subject_test`. `low` and `high` bound the 95 % interval of `mean`."""
 
     mean: float
     low: float = NAN
@@ -68,7 +68,7 @@ class SubjectTest:
 
 @dataclass(frozen=True)
 class BootstrapInterval:
-    """The answer of `paired_bootstrap`: percentile interval of the mean difference."""
+    """The result of `paired_bootstrap`: percentile interval of the mean difference."""
 
     mean: float
     low: float = NAN
@@ -82,12 +82,12 @@ def crossed_test(differences: Table) -> CrossedTest:
 
     Variance components by Henderson's method 1, negative ones set to 0. With S, F, E the components of subject,
     split (fit) and error, var(mean) = S k3/N + F k4/N + E/N, where k3 = sum n_i^2/N and k4 = sum m_j^2/N; degrees
-    of freedom by Satterthwaite over the two levels, the error shared half and half. It speaks about new subjects
-    and new training runs.
+    of freedom by Satterthwaite over the two levels, with half of the error in each. It generalises to new subjects and new
+    training runs.
 
-    Components that the design cannot tell apart are merged: the error into the subjects if each was tested once
+    Components that the design cannot separate are merged: the error into the subjects if each was tested once
     (k-fold), into the splits if each tested one subject, everything into the subjects if both hold: then it is the
-    plain one-sample t-test.
+    one-sample t-test.
 
     Args:
         differences: [a b], NaN where subject i was not tested in split j.
@@ -119,7 +119,7 @@ def crossed_test(differences: Table) -> CrossedTest:
 
 
 class _Design(NamedTuple):
-    """Which subject was tested in which split, and what the moment equations need of it."""
+    """Which subject was tested in which split, and the quantities of it in the moment equations."""
 
     tested: npt.NDArray[np.bool_]
     a: int  # subjects
@@ -171,10 +171,10 @@ def _constant(d: npt.NDArray[np.float64]) -> bool:
 
 
 def _components(x: Table, design: _Design) -> tuple[float, float, float]:
-    """Variance components of subject, split and error. `x` [a b]: differences less their mean, 0 where not tested.
+    """Variance components of subject, split and error. `x` [a b]: differences minus their mean, 0 where not tested.
 
-    The equations are singular exactly if each subject was tested once, or each split tested one subject (with at
-    least two of each): those come first. Centring makes Tm = 0 and changes nothing else.
+    The equations are singular exactly if each subject was tested once, or each split tested one subject (with at least two of
+    each): these cases come first. Centring makes Tm = 0 and changes nothing else.
     """
     a, b, num, k3, k4 = design.a, design.b, design.num, design.k3, design.k4
     n_i, m_j = design.tested.sum(axis=1), design.tested.sum(axis=0)
@@ -242,9 +242,9 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
 def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
     """One-sample t-test over subjects, two-sided: t = mean d / sqrt(var d / a), df = a - 1.
 
-    For candidates that were not tested in the same splits: what is left is one difference of means per subject. It speaks
-    about new subjects and these training runs: the variation between runs is not in it, so it rejects too often, as every
-    test over subject means does. Never primary where `crossed_test` can be had.
+    For candidates that were not tested in the same splits, which leaves one difference of means per subject. It generalises to
+    new subjects, not to new training runs: without the variation between runs it rejects too often, as every test over subject
+    means does. Never primary where `crossed_test` is defined.
 
     Args:
         differences: [a], one mean difference per subject; NaN is left out.
@@ -284,8 +284,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def paired_bootstrap(differences: Table, seed: int, draws: int = 2000) -> BootstrapInterval:
     """95 % percentile interval of the mean difference; each draw resamples the subjects and, separately, the splits.
 
-    A check of the interval of `crossed_test`; somewhat wide, as the error is resampled twice. Draws that hold no
-    pair are left out. Source: Owen 2007, The pigeonhole bootstrap (doi 10.1214/07-AOAS122).
+    A check of the interval of `crossed_test`; somewhat wide, as the error is resampled twice. Draws without a pair are left
+    out. Source: Owen 2007, The pigeonhole bootstrap (doi 10.1214/07-AOAS122).
 
     Args:
         differences: [a b], NaN where subject i was not tested in split j.
@@ -300,7 +300,7 @@ def paired_bootstrap(differences: Table, seed: int, draws: int = 2000) -> Bootst
     if a == 1 or b == 1:
         return BootstrapInterval(mean, note="fewer than two subjects or splits: nothing to resample")
     generator = np.random.default_rng(seed)
-    subjects = generator.multinomial(a, np.full(a, 1 / a), draws).astype(np.float64)  # how often each was drawn
+    subjects = generator.multinomial(a, np.full(a, 1 / a), draws).astype(np.float64)  # the count of each subject
     splits = generator.multinomial(b, np.full(b, 1 / b), draws).astype(np.float64)
     counts = np.einsum("db,db->d", subjects @ (~np.isnan(d)).astype(np.float64), splits)
     means = np.einsum("db,db->d", subjects @ x, splits)[counts > 0] / counts[counts > 0]

@@ -1,6 +1,10 @@
-"""How far the surfaces of two masks are apart, in mm: MONAI's edges and distances, wrapped once.
+"""Surfaces and lesions: the distance between the surfaces of two masks, and the lesions that one finds of the other.
 
-The surface of a mask is made of its voxels that touch the background, or the end of the image, with a face.
+Legend: *S space (2 or 3 axes), L lesions. The surface of a mask is made of its voxels that share a face with the background,
+or with the end of the image. Edges and surface distances are MONAI's.
+
+A lesion is a connected component of voxels that touch by faces, edges or corners: 26 neighbours in a volume, 8 in a plane.
+It counts as found if at least 3 of its voxels, or all of a smaller one, lie in the other mask.
 """
 
 from __future__ import annotations
@@ -15,12 +19,12 @@ from scipy import ndimage
 Mask = npt.NDArray[np.bool_]  # [*S], 2 or 3 axes
 
 TOLERANCE_MM = 1.0
-MOSTLY_SURFACE = 0.05  # share of the voxels from which a distance transform is faster than a tree of points
+MOSTLY_SURFACE = 0.05  # share of surface voxels from which a distance transform is faster than a k-d tree
 SURFACE_METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
 
 
 def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> dict[str, float]:
-    """Distances between the surfaces of two masks [*S]; NaN, all of them, where a mask is empty: it has no surface.
+    """Distances between the surfaces of two masks [*S]; all are NaN if a mask is empty, as it has no surface.
 
     With d(a, B) the distance of the surface voxel a of one mask to the nearest one of the other:
     `hd95_mm` is the larger of the two directed 95th percentiles of d, `asd_mm` the mean of d over the surface voxels of
@@ -36,7 +40,7 @@ def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[floa
     """
     if not (prediction.any() and reference.any()):
         return dict.fromkeys(SURFACE_METRICS, float("nan"))
-    # Importing monai takes seconds, and reading the names of metrics should not pay them.
+    # Importing monai takes seconds, which code that only reads the names of metrics need not wait for.
     from monai.metrics.utils import get_mask_edges
 
     predicted, true = get_mask_edges(prediction, reference, crop=False)
@@ -50,11 +54,11 @@ def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[floa
 
 
 def _distances_mm(surface: Mask, other: Mask, spacing_mm: Sequence[float]) -> npt.NDArray[np.float32]:
-    """From each voxel of `surface` to the nearest one of `other`.
+    """The distance from each voxel of `surface` to the nearest one of `other`.
 
-    MONAI asks a tree of points, which takes minutes for a volume full of noise; a distance transform does not mind. It is built
-    by the next float after a coordinate: after 0 that is denormal, and a fit, whose process takes those for 0, would die of it.
-    So all voxels are counted from 1.
+    MONAI uses a k-d tree, which takes minutes for a volume full of noise; a distance transform takes the same time for all. The
+    tree is built with the next float after a coordinate. After 0 that is denormal, and crashes a fit, whose process flushes
+    denormals to 0. So voxel coordinates start at 1.
     """
     from monai.metrics.utils import get_surface_distance
 
@@ -77,21 +81,22 @@ class Components(NamedTuple):
 
 
 def components(mask: Mask) -> Components:
-    """The components of `mask`; labelled once, they can be compared with those of many others."""
+    """The components of `mask`, to be compared with those of any number of other masks."""
     labels, number = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
     return Components(mask, labels, np.bincount(labels[mask], minlength=number + 1)[1:])
 
 
 def lesion_metrics(prediction: Components, reference: Components) -> dict[str, float]:
-    """How many lesions were found, and how many of the predicted ones are none.
+    """How many lesions were found, and how many of the predicted ones are false.
 
-    `lesions_true` and `lesions_found` count components of the reference, in all and by their size (fewer than 20, 20 to
-    100, more than 100 voxels); `lesions_predicted` and `lesions_false` those of the prediction, false if the reference
-    does not hit them by the same rule. `lesion_sensitivity` is found / true, NaN without a true lesion; `lesion_fdr`, the
-    false discovery rate, is false / predicted, NaN without a predicted one. One prediction may find several lesions.
+    `lesions_true` and `lesions_found` count components of the reference, in total and by size (fewer than 20, 20 to 100,
+    more than 100 voxels). `lesions_predicted` and `lesions_false` count those of the prediction; one is false if the
+    reference does not find it by the same rule. `lesion_sensitivity` is found / true, NaN without a true lesion;
+    `lesion_fdr`, the false discovery rate, is false / predicted, NaN without a predicted one. One predicted component may
+    find several lesions.
     """
-    found = _hit(reference, prediction)
-    false = int(np.count_nonzero(~_hit(prediction, reference)))
+    found = _found(reference, prediction)
+    false = int(np.count_nonzero(~_found(prediction, reference)))
     counts = {
         "lesions_true": len(found),
         "lesions_found": int(np.count_nonzero(found)),
@@ -109,11 +114,11 @@ def lesion_metrics(prediction: Components, reference: Components) -> dict[str, f
     }
 
 
-def _hit(lesions: Components, other: Components) -> npt.NDArray[np.bool_]:
-    """Which of `lesions` [L] the mask of `other` hits."""
+def _found(lesions: Components, other: Components) -> npt.NDArray[np.bool_]:
+    """Which of `lesions` the mask of `other` finds [L]."""
     common = np.bincount(lesions.labels[lesions.mask & other.mask], minlength=len(lesions.sizes) + 1)[1:]
-    hit: npt.NDArray[np.bool_] = common >= np.minimum(ENOUGH_VOXELS, lesions.sizes)
-    return hit
+    found: npt.NDArray[np.bool_] = common >= np.minimum(ENOUGH_VOXELS, lesions.sizes)
+    return found
 
 
 def _share(part: int, whole: int) -> float:

@@ -1,4 +1,4 @@
-"""What an augmentation is: random numbers drawn for one sample in one place, applied to a whole batch in another.
+"""Base classes of augmentation: `draw` draws random parameters for one sample, a second method applies them to a batch.
 
 Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Positions are in mm from the image's centre.
 """
@@ -44,7 +44,7 @@ def log_uniform(ends: tuple[float, float], generator: torch.Generator) -> Tensor
 
 
 def per_sample(values: Tensor, maps: Tensor) -> Tensor:
-    """One value per sample [B], shaped to go with `maps` [B C *S] and of their type."""
+    """One value per sample [B], reshaped to broadcast with `maps` [B C *S], in their type."""
     return values.reshape(-1, *[1] * (maps.ndim - 1)).to(maps.dtype)
 
 
@@ -62,7 +62,7 @@ class Frame:
         return {}
 
     def keep(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, moved to the device and made once: while a batch is augmented nothing comes from the host."""
+        """The tensor that `make` returns, on the device, made once: augmenting a batch copies nothing from the host."""
         if name not in self._kept:
             self._kept[name] = make().to(self.device)
         return self._kept[name]
@@ -78,12 +78,12 @@ class Frame:
 
     @cached_property
     def positions(self) -> Tensor:
-        """The position [1 *S D] of every voxel centre in mm from the image's centre; in memory each coordinate lies by itself."""
+        """The position [1 *S D] of every voxel centre in mm from the image's centre; each coordinate is contiguous in memory."""
         return torch.stack(torch.broadcast_tensors(*self._axes))[None].movedim(1, -1)
 
     @cached_property
     def _axes(self) -> list[Tensor]:
-        """The coordinate along each axis, of a shape that goes with *S."""
+        """The coordinate along each axis, of a shape that broadcasts with *S."""
         dim = len(self.size)
         return [
             ((torch.arange(n, device=self.device) - (n - 1) / 2) * step).view(
@@ -92,14 +92,16 @@ class Frame:
             for axis, (n, step) in enumerate(zip(self.size, self.spacing_mm, strict=True))
         ]
 
-    def straight(self, positions: Tensor, line: Tensor) -> Tensor:
-        """The positions M x + t [B *S D] of `positions` x [B or 1, *S, D], with `line` [M t] [B or 1, D, D+1].
+    def affine(self, positions: Tensor, matrix: Tensor) -> Tensor:
+        """The positions M x + t [B *S D] of `positions` x [B or 1, *S, D], with `matrix` [M t] [B or 1, D, D+1].
 
         Sums are taken coordinate by coordinate in a fixed order, so that a sample's result does not depend on its batch.
         """
-        own = positions is self.positions  # whose coordinates change along one axis each: small products do
+        own = (
+            positions is self.positions
+        )  # each of its coordinates varies along one axis only: smaller products suffice
         coordinates = self._axes if own else [x[:, None] for x in positions.unbind(-1)]
-        slopes, start = line[..., :-1], line[..., -1].reshape(*line.shape[:2], *[1] * len(self.size))
+        slopes, start = matrix[..., :-1], matrix[..., -1].reshape(*matrix.shape[:2], *[1] * len(self.size))
         moved = start
         for axis, x in enumerate(coordinates):
             moved = moved + slopes[..., axis].reshape(start.shape) * x
@@ -111,23 +113,23 @@ class Frame:
             rule = f"axes must lie in 0 to {len(self.size) - 1} for these images"
             raise UserError(f"{owner}'s {rule}, got {max(axes)}: leave it out")
 
-    def grid(self, positions: Tensor, line: Tensor | None = None) -> Tensor:
-        """`positions` [B *S D], or what `line` makes of them, as torch's grid_sample wants them.
+    def grid(self, positions: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """`positions` [B *S D], transformed by `matrix` if given, in the convention of torch's grid_sample.
 
-        It counts from -1 to 1 between outer edges, and its last axis names the axes of space backwards.
+        There -1 and 1 are the outer edges, and the last axis has the axes of space in reverse order.
         """
         per_mm = 2 / self.constant(self.extent_mm, positions)
-        if line is None:
+        if matrix is None:
             return (positions * per_mm).flip(-1)
-        return self.straight(positions, (line * per_mm[:, None]).flip(-2))
+        return self.affine(positions, (matrix * per_mm[:, None]).flip(-2))
 
     def look_up(self, maps: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
-        """The values of `maps` [B C *S] where `grid` says; `mode` and `padding` as in torch's grid_sample."""
+        """The values of `maps` [B C *S] at `grid`; `mode` and `padding` as in torch's grid_sample."""
         grid = grid.to(maps.dtype).expand(len(maps), *grid.shape[1:])
         return grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
 
     def sample(self, maps: Tensor, positions: Tensor) -> Tensor:
-        """The values of `maps` [B C *S] at `positions` [B *S D], by linear interpolation; outside as at the border."""
+        """The values of `maps` [B C *S] at `positions` [B *S D], linearly interpolated; border values outside."""
         return self.look_up(maps, self.grid(positions), "bilinear", "border")
 
 
@@ -137,7 +139,7 @@ class Augmentation(Frozen, ABC):
     @property
     @abstractmethod
     def idle(self) -> bool:
-        """True if these settings change nothing, whatever is drawn; such a transform is left out."""
+        """True if these settings never change anything; such a transform is left out."""
 
     @abstractmethod
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
@@ -145,7 +147,7 @@ class Augmentation(Frozen, ABC):
 
 
 class Spatial(Augmentation):
-    """A transform of space: where does the value of each output voxel come from?"""
+    """A spatial transform: it maps each output position to the input position that its value comes from."""
 
     @abstractmethod
     def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
@@ -156,41 +158,41 @@ class Spatial(Augmentation):
 
 
 class Invertible(Spatial):
-    """A transform of space whose way back is known, so that what was found in a changed image can be put in its place."""
+    """A spatial transform with a known inverse, so that a prediction on a transformed image can be mapped back."""
 
     @abstractmethod
-    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+    def move_back(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """The output positions of input `positions`: the inverse of `move`."""
 
 
-class Straight(Invertible):
-    """A transform of space that keeps lines straight: x = M x' + t. Several in a row are one."""
+class AffineMap(Invertible):
+    """An affine spatial transform: x = M x' + t. Several in a row are composed into one."""
 
     @abstractmethod
-    def line(self, parameters: Tensor, frame: Frame) -> Tensor:
+    def matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
         """[M t] [B D D+1]: the input position x of an output position x', both in mm from the image's centre."""
 
     @abstractmethod
-    def line_back(self, parameters: Tensor, frame: Frame) -> Tensor:
-        """The same of the inverse."""
+    def inverse_matrix(self, parameters: Tensor, frame: Frame) -> Tensor:
+        """The matrix of the inverse."""
 
     def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """M x' + t for output `positions` x'."""
-        return frame.straight(positions, self.line(parameters, frame))
+        return frame.affine(positions, self.matrix(parameters, frame))
 
-    def unmove(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
+    def move_back(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
         """M^-1 (x - t) for input `positions` x."""
-        return frame.straight(positions, self.line_back(parameters, frame))
+        return frame.affine(positions, self.inverse_matrix(parameters, frame))
 
 
-def in_a_row(first: Tensor, second: Tensor) -> Tensor:
-    """The line [B D D+1] that is `second` after `first`: M2 (M1 x + t1) + t2."""
-    line = second[..., :-1] @ first
-    return torch.cat([line[..., :-1], line[..., -1:] + second[..., -1:]], dim=-1)
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix [B D D+1] of `second` after `first`: M2 (M1 x + t1) + t2."""
+    matrix = second[..., :-1] @ first
+    return torch.cat([matrix[..., :-1], matrix[..., -1:] + second[..., -1:]], dim=-1)
 
 
 class Intensity(Augmentation):
-    """A change of image values; labels are not concerned."""
+    """A transform of image values; labels do not change."""
 
     @abstractmethod
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
@@ -198,7 +200,7 @@ class Intensity(Augmentation):
 
 
 class Pairing(Augmentation):
-    """Joins each sample with its partner, another training item, once both are augmented; image and label alike."""
+    """Joins each sample with a partner, another training item, after both are augmented; image and label in the same way."""
 
     @abstractmethod
     def mix(self, maps: Tensor, partners: Tensor, parameters: Tensor) -> Tensor:

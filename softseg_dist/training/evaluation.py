@@ -1,6 +1,6 @@
-"""What a trained model is worth on the validation and test subjects of its split, as one score and as rows of the results table.
+"""Evaluation of a trained model on the validation and test subjects of its split: one score, and rows of the results table.
 
-Held-out subjects are measured in the same way, when their time has come.
+Held-out subjects are measured in the same way after the search. Legend: N items, K classes, *S space.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Subset = Literal["validation", "test", "holdout"]
 class Evaluation:
     """The objective, in its own unit, on both subsets (None: undefined on every case), and the thresholds from validation.
 
-    `scores` are all objectives of the study on validation, without what is undefined.
+    `scores` are all objectives of the study on validation, without undefined ones.
     """
 
     score: float | None
@@ -41,13 +41,13 @@ class Evaluation:
 
 
 def mean_reference(sample: Sample) -> np.ndarray:
-    """The mean of the raters, soft [N K *S]: what every candidate is measured against, whatever it was trained on."""
+    """The mean of the raters, soft [N K *S]: the reference for every candidate, independent of its training target."""
     mean: np.ndarray = sample.raters.mean(axis=1)
     return mean
 
 
 def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) -> float:
-    """The signed objective on validation, higher is better: mean over subjects of their cases' scores; NaN if undefined on all."""
+    """The signed objective on validation, higher is better: mean over subjects of their cases' mean; NaN if all are NaN."""
     scored = [
         (case, objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3))
         for case, sample, prediction in _predict(model, store, task.split.validation, worker)
@@ -85,7 +85,7 @@ def measure(
     thresholds: dict[str, float],
     worker: Worker,
 ) -> list[Row]:
-    """The rows of the results table of all cases of `subjects`, who are the fit's `subset`, at thresholds chosen before."""
+    """The rows of the results table of all cases of `subjects`, the `subset` of the fit, at thresholds chosen before."""
     measured = [
         (
             case,
@@ -98,7 +98,7 @@ def measure(
 
 
 def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
-    """The rows of all workers' cases, in the store's order whoever measured them."""
+    """The rows of all workers' cases, in the order of the store."""
     return [row for _, rows in sorted(worker.gather(parts), key=lambda part: part[0]) for row in rows]
 
 
@@ -127,7 +127,7 @@ def _rows(
 def _uncertainty_rows(
     model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str
 ) -> list[Row]:
-    """What the study asks about the spread of several predictions of a case. What is drawn follows from split and case alone."""
+    """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
     seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
     measured = []
     for method in task.uncertainty:

@@ -1,4 +1,7 @@
-"""From a model and a prepared case to its soft map, or to several."""
+"""Inference: the soft map of a prepared case, or several of them, by one model or by all fits of its candidate.
+
+Legend: N items (slices in 2D, 1 in 3D), K classes, *S space.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ from torch import Tensor
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
 from softseg_dist.judging.uncertainty import Spread
-from softseg_dist.numerics.augmentation import Augmentation
 from softseg_dist.numerics.sampling import TTA, MCDropout, Uncertainty, can_be_undone, drops
 from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.training.model import Model, load_weights
 from softseg_dist.training.saved_model import ModelCard
 from softseg_dist.training.task import FitResult, weights_path
 
-ITEMS_AT_ONCE = 16  # of those that go whole; bounds memory; the result does not depend on it
+ITEMS_AT_ONCE = 16  # whole items in a batch; bounds memory; the result does not depend on it
 
 
 @torch.inference_mode()
 def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndarray:
     """Soft map [N K *S] float32 of all items of one case.
 
-    The activation sees all items of the case at once, so that a maximum that runs over "the batch" runs over the case, whatever
-    else is predicted beside it. A model of patches gives the logits of an item patch by patch (see `Patch`).
+    The activation gets all items of the case at once: a maximum over "the batch" is one over the case, independent of other cases.
+    A model with patches computes the logits of an item patch by patch (see `Patch`).
     """
     model.eval()
     return _on_cpu(_soft_map(model, _image(sample, device)))
@@ -40,7 +43,7 @@ def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndar
 def sample_maps(
     model: Model, sample: Sample, method: Uncertainty, seed: int, device: str = "cpu"
 ) -> Iterator[np.ndarray]:
-    """The soft maps [N K *S] float32 that `method` draws of one case, one after the other; the same for the same `seed`."""
+    """The soft maps [N K *S] float32 that `method` draws of one case, one by one; the same for the same `seed`."""
     model.eval()
     image, predict = _image(sample, device), partial(_soft_map, model)
     for number in range(method.samples):
@@ -48,7 +51,7 @@ def sample_maps(
 
 
 def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device: str = "cpu") -> Iterator[np.ndarray]:
-    """The soft maps [N K *S] float32 of one case by each of several weights of `model`, which are read one after the other."""
+    """The soft maps [N K *S] float32 of one case, one for each weights file of `members`; each is loaded into `model`."""
     for weights in members:
         load_weights(model, weights)
         yield predict_sample(model, sample, device)
@@ -74,15 +77,16 @@ AUGMENTATION: TypeAdapter[Augmentation] = TypeAdapter(Augmentation)
 
 @dataclass(frozen=True)
 class MapSource:
-    """Where the soft map of a sample comes from: the mean of `members`, the weights of an ensemble, or else the model.
+    """Predicts the soft map of a sample: the mean over the weights files of an ensemble, `members`, or that of the model.
 
-    With the map comes the entropy of the mean of the members, if `unsure`, or of the mean of what `method` draws, if there is one.
+    The second result is an entropy, for an ensemble `with_entropy` that of the mean, with a `method` that of the mean of its
+    samples; otherwise None.
     """
 
     model: Model
     study: str
     members: Sequence[Path] = ()
-    unsure: bool = False
+    with_entropy: bool = False
     method: Uncertainty | None = None
 
     def __call__(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
@@ -90,7 +94,7 @@ class MapSource:
         device = next(self.model.parameters()).device.type
         if self.members:
             spread = Spread.of(ensemble_maps(self.model, self.members, sample, device))
-            return spread.mean.astype(np.float32), spread.entropy.astype(np.float32) if self.unsure else None
+            return spread.mean.astype(np.float32), spread.entropy.astype(np.float32) if self.with_entropy else None
         soft = predict_sample(self.model, sample, device)
         if self.method is None:
             return soft, None
@@ -99,7 +103,10 @@ class MapSource:
 
 
 def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
-    """The weights of all finished fits of a model's candidate, in the run folder around the model."""
+    """The weights of all finished fits of a model's candidate, in the run folder that contains the model.
+
+    Raises UserError if there are fewer than two, or one is missing.
+    """
     fits = folder.parent / "fits" / card.candidate
     try:
         results = [FitResult.model_validate_json(p.read_bytes()) for p in fits.glob("*.json") if p.stem.isdecimal()]
@@ -117,27 +124,27 @@ def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
 
 
 def method_of(card: ModelCard, model: Model, samples: int | None) -> Uncertainty:
-    """How to draw several maps from one model: by dropout if it has any, else by what can be undone of its own augmentation.
+    """The uncertainty method for one model: dropout if it has any, else the invertible part of its augmentation.
 
     Raises UserError if it has neither.
     """
-    asked = {} if samples is None else {"samples": samples}
+    settings = {} if samples is None else {"samples": samples}
     if drops(model):
-        return MCDropout(**asked)
-    if augment := _undoable(card):
-        return TTA(transforms=augment, **asked)
+        return MCDropout(**settings)
+    if augment := _invertible(card):
+        return TTA(transforms=augment, **settings)
     raise UserError(
         "--uncertainty: this model has no dropout, and was trained without an augmentation that can be undone, so it gives "
-        "one answer only; ask all fits of its run folder with --ensemble"
+        "one prediction only; use all fits of its run folder with --ensemble"
     )
 
 
-def _undoable(card: ModelCard) -> tuple[Augmentation, ...]:
+def _invertible(card: ModelCard) -> tuple[Augmentation, ...]:
     found = []
-    for about in card.recipe.get("augment", ()):
+    for description in card.recipe.get("augment", ()):
         try:
-            transform = AUGMENTATION.validate_python(about)
-        except ValidationError:  # a class of the study file, which is run for a network only
+            transform = AUGMENTATION.validate_python(description)
+        except ValidationError:  # a class of the study file, which is executed for a network only
             continue
         if can_be_undone(transform) and not transform.idle:
             found.append(transform)

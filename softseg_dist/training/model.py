@@ -1,6 +1,7 @@
-"""A network with its final activation, and how its weights go to disk and back (safetensors: no pickle).
+"""A network with its final activation, and how its weights and a fit's checkpoint go to disk and back.
 
-safetensors is imported where it is used: what only trains, as a benchmark on a bare machine does, runs without it.
+Weights are safetensors files: no pickle. safetensors is imported where it is used, so that code that only trains, as a benchmark on
+a bare machine, runs without it. A checkpoint is written whole and read back only by the same fit.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import Activation
-from softseg_dist.numerics.networks import Network, lean
+from softseg_dist.numerics.networks import Network, replace_upsampling
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.places import replace_file
@@ -31,8 +33,8 @@ PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
 class Model(nn.Module):
     """Images [B C *S] -> prediction [B K *S] in [0, 1]; `logits` stops before the activation.
 
-    With a `patch` it is trained on patches, and whole items are not for `forward` but for `inference`. `precision` is that of the
-    network's arithmetic; weights, logits and prediction are float32.
+    With a `patch` it is trained on patches; `inference` predicts whole items, not `forward`. `precision` is that of the network's
+    arithmetic; weights, logits and prediction are float32.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Model(nn.Module):
         super().__init__()
         self.patch = patch
         self.precision: Precision = "float32"
-        self.network = network.build(channels, activation.num_logits(classes), dim)
-        lean(self.network)
+        self.num_logits = activation.num_logits(classes)
+        self.network = network.build(channels, self.num_logits, dim)
+        replace_upsampling(self.network)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
@@ -56,12 +59,12 @@ class Model(nn.Module):
 
     @classmethod
     def of(cls, recipe: Recipe, channels: int, classes: int, dim: int) -> Self:
-        """The model of a recipe, with weights from torch's global generator."""
+        """The model of a recipe, with weights drawn from torch's global generator."""
         return cls(recipe.network, recipe.activation, channels, classes, dim, recipe.patch)
 
     @classmethod
     def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, dim: int) -> Self:
-        """The model of a recipe in JSON, of which nothing else is read: its loss may be of a study file that is not at hand.
+        """The model of a recipe in JSON; other fields are not read, so that a loss of an unknown study file does not matter.
 
         Raises pydantic.ValidationError if network, activation or patch are unknown.
         """
@@ -70,18 +73,28 @@ class Model(nn.Module):
         return cls(network, activation, channels, classes, dim, PATCH.validate_python(recipe.get("patch")))
 
     def on(self, device: str) -> Self:
-        """The model on `device`, where float32 is exact: torch lets a GPU round it to 10 bits in convolutions (TF32)."""
+        """The model on `device`, with exact float32: by default torch lets a GPU round it to 10 bits in convolutions (TF32)."""
         if device.startswith("cuda"):
             torch.backends.cudnn.allow_tf32 = False
         return self.to(device)
 
     def logits(self, image: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """[B C *S] -> [B num_logits *S]; `network` is the model's own in another form, as when it is compiled."""
+        """[B C *S] -> [B num_logits *S]; `network` replaces the model's own, as by its compiled form.
+
+        Raises UserError if the network returns anything else. Shapes are known without waiting for a device.
+        """
         network = self.network if network is None else network
         with torch.autocast(
             image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
         ):
-            logits: Tensor = network(image.contiguous(memory_format=self.layout))
+            logits = network(image.contiguous(memory_format=self.layout))
+        shape, is_tensor = (len(image), self.num_logits, *image.shape[2:]), isinstance(logits, Tensor)
+        if not is_tensor or logits.shape != shape or not logits.is_floating_point():
+            got = f"{logits.dtype} {tuple(logits.shape)}" if is_tensor else f"a {type(logits).__name__}"
+            raise UserError(
+                f"the network must return one float tensor of logits {shape} in {'training' if self.training else 'evaluation'}, "
+                f"got {got}; of several outputs, as with deep supervision, return the finest"
+            )
         return logits.to(image.dtype)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -111,20 +124,23 @@ def _keep_plain_layout(network: nn.Module) -> None:
 
 
 def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:
-    """A fresh model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
+    """A new model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
 
-    The last bias starts where the activation gives the mean training label, or every sigmoid arm would spend its first hundreds
-    of steps on the faint background alone (docs/training.md, "Fairness of a comparison").
+    The last bias starts where the activation gives the mean training label. Otherwise a model with a sigmoid would spend its
+    first hundreds of steps on learning that most voxels are background (docs/training.md, "Fairness of a
+    comparison"). A network without a last bias keeps its own start.
     """
     with seeded(seed):
         model = Model.of(recipe, channels, classes, dim)
-    with torch.no_grad():
-        recipe.network.last_bias(model.network).copy_(recipe.activation.initial_bias(mean_label))
+    initial = recipe.activation.initial_bias(mean_label)
+    if (bias := recipe.network.last_bias(model.network, len(initial))) is not None:
+        with torch.no_grad():
+            bias.copy_(initial)
     return model
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write all parameters and buffers, those of a layer with two names under both; the file appears whole or not at all."""
+    """Write all parameters and buffers; a layer with two names is stored twice. The file appears whole or not at all."""
     from safetensors.torch import save_file
 
     layout = torch.contiguous_format
@@ -146,16 +162,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
-    """Replace the fit's checkpoint; a crash in the middle leaves the former one."""
+    """Replace the fit's checkpoint; after a crash in between the previous one is still there."""
     marked = {"identity": task.identity, **state}
     replace_file(checkpoint_path(task.folder), lambda partial: torch.save(marked, partial))
 
 
 def load_checkpoint(task: FitTask) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` was given; None if there is nothing to go on from.
+    """The state that `save_checkpoint` wrote; None if there is none to resume from.
 
-    A checkpoint of another task (the recipe was changed) or one that cannot be read is no checkpoint: starting again gives the
-    same result, only later.
+    A checkpoint of another task (the recipe has changed), or one that cannot be read, is ignored: a restart gives the same
+    result, later.
     """
     path = checkpoint_path(task.folder)
     if not path.exists():

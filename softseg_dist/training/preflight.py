@@ -1,41 +1,191 @@
-"""Can these recipes be trained on this store at all, and asked how sure they are? Raters, and one item through everything."""
+"""Preflight: can these recipes be trained on this store, and can their uncertainty be measured?
+
+`preflight` runs before the first fit. It tries every recipe on two training items, in training and in evaluation, in a child
+process: a network may crash in compiled code or run out of memory, which ends its process. Every failure becomes one sentence that
+names the candidate. The child is a new interpreter that does not import the main module, so that notebooks, tests and scripts
+without `if __name__ == "__main__"` can start it. It reads its task from standard input and writes reports to standard output, one
+JSON list per line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.labels import needs_several, one_rater_only
+from softseg_dist.numerics.losses import Loss
 from softseg_dist.numerics.sampling import Uncertainty
+from softseg_dist.sources import Sources
 from softseg_dist.study import Recipe
+from softseg_dist.study_file import load_sources
 from softseg_dist.training.batches import Batches, cases_of
 from softseg_dist.training.inference import sample_maps
 from softseg_dist.training.model import Model
 
+RECIPES: TypeAdapter[dict[str, Recipe]] = TypeAdapter(dict[str, Recipe])
+METHODS: TypeAdapter[tuple[Uncertainty, ...]] = TypeAdapter(tuple[Uncertainty, ...])
+CHILD = "from softseg_dist.training.preflight import run_child; run_child()"
+OUT_OF_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  # in messages of torch
+ROUNDING = 1e-6  # a prediction may leave [0, 1] by this much
 
-def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split) -> None:
-    """Raises UserError that names the candidate and the cause if a recipe lacks raters or fails on its first training item."""
-    first = next(c for c in cases_of(store, split.train) if store.cases[c].num_items)
+
+def preflight(
+    recipes: Mapping[str, Recipe],
+    methods: Sequence[Uncertainty],
+    store: Store,
+    split: Split,
+    sources: Sources | None,
+) -> None:
+    """Try `recipes` and uncertainty `methods` on the first training items of `split`, in a child process.
+
+    `sources` define the classes of the study file; None if it has none.
+    Raises UserError that names the candidate and the cause if a recipe cannot be trained or a method cannot be used with it.
+    """
+    in_json = RECIPES.dump_json(dict(recipes)), METHODS.dump_json(tuple(methods))
+    task = pickle.dumps((sources, store, split, *in_json))
+    path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" is the working directory
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONBREAKPOINT": "0"}
+    # -P: a module in the working directory must not shadow another one.
+    child = subprocess.run([sys.executable, "-P", "-c", CHILD], input=task, capture_output=True, env=environment)
+    reports = [json.loads(line) for line in child.stdout.splitlines()]
+    kind, text = reports[-1] if reports else ("", "")
+    if kind == "refused":
+        raise UserError(text)
+    if kind == "unknown class":  # such as one of an installed package that only this process has imported
+        check_recipes(recipes, store, split)
+        check_uncertainty(recipes, methods, store)
+    elif kind != "done":
+        output = child.stderr.decode(errors="replace")
+        if kind != "candidate" and child.returncode > 0:
+            raise RuntimeError(f"the process that tries the recipes failed:\n{output}")
+        raise UserError(_death(text, child.returncode, output))
+
+
+def _death(candidate: str, code: int, output: str) -> str:
+    """Why the child ended without a result, from its exit code (minus the signal) and its output."""
+    subject = f"candidate {candidate}" if candidate else "the recipes"
+    if code == -signal.SIGKILL:
+        return (
+            f"{subject}: the process that tried two training items was killed (SIGKILL), probably because memory ran out; "
+            "free some, or use a smaller crop, patch or network"
+        )
+    end = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"{subject}: the process that tried two training items {end}, in compiled code or by a call that ends the process; "
+        "use another network or loss, or another version of the package that it comes from; last output: "
+        f"{' '.join(output.split()[-40:]) or 'none'}"
+    )
+
+
+def run_child() -> None:
+    """The child process: do the task of `preflight` on standard input."""
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # output of the study file's classes goes to standard error
+
+    def report(kind: str, text: str = "") -> None:
+        reports.write(json.dumps([kind, text]) + "\n")
+
+    sources, store, split, *in_json = pickle.load(sys.stdin.buffer)
+    try:
+        if sources is not None:
+            load_sources(sources)
+        recipes, methods = RECIPES.validate_json(in_json[0]), METHODS.validate_json(in_json[1])
+        check_recipes(recipes, store, split, lambda name: report("candidate", name))
+        check_uncertainty(recipes, methods, store, lambda name: report("candidate", name))
+    except ValidationError:
+        report("unknown class")
+    except UserError as error:
+        report("refused", str(error))
+    else:
+        report("done")
+    reports.flush()
+    os._exit(0)  # threads of the study file must not keep the process alive
+
+
+def _ignore(candidate: str) -> None:
+    """The default of `on_candidate`."""
+
+
+def check_recipes(
+    recipes: Mapping[str, Recipe], store: Store, split: Split, on_candidate: Callable[[str], None] = _ignore
+) -> None:
+    """Try every recipe on two training items, in this process; `on_candidate` gets the name of each before it is tried.
+
+    Raises UserError that names the candidate and the cause if a recipe lacks raters or cannot be trained.
+    """
     for name, recipe in recipes.items():
         _check_raters(name, recipe.fusion, store)
-        try:
-            _try(recipe, store, first)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            seen = "" if recipe.patch is None else f"patches of size {recipe.patch.size} from "
-            raise UserError(
-                f"candidate {name} cannot be trained on {seen}images of size {store.size}: {cause:.300}"
-            ) from error
+    trial = _Trial(store, split)
+    for name, recipe in recipes.items():
+        on_candidate(name)
+        patches = "" if recipe.patch is None else f"patches of size {recipe.patch.size} from "
+        with _as_user_error(name, f" cannot be trained on {patches}images of size {store.size}"):
+            trial.run(recipe)
+
+
+def check_uncertainty(
+    recipes: Mapping[str, Recipe],
+    methods: Sequence[Uncertainty],
+    store: Store,
+    on_candidate: Callable[[str], None] = _ignore,
+) -> None:
+    """Draw a sample of one item with every method and recipe, in this process; `on_candidate` as in `check_recipes`.
+
+    Raises UserError that names the candidate and the cause if a method cannot be used with its network or on these images.
+    """
+    if not methods:
+        return
+    sample = store.sample(next(case.index for case in store.cases if case.num_items))
+    for name, recipe in recipes.items():
+        on_candidate(name)
+        with _as_user_error(name):
+            model = Model.of(recipe, store.channels, len(store.classes), store.dim)
+        check_methods(name, model, methods)
+        for method in methods:
+            with _as_user_error(name, f": {method}"):
+                next(sample_maps(model, replace(sample, image=sample.image[:1]), method, seed=0))
+
+
+def check_methods(candidate: str, model: nn.Module, methods: Sequence[Uncertainty]) -> None:
+    """Raises UserError that names the candidate if all samples of its model would be equal."""
+    for method in methods:
+        with _as_user_error(candidate):
+            method.check(model)
+
+
+@contextmanager
+def _as_user_error(candidate: str, what: str = "") -> Iterator[None]:
+    """Turns every exception into a UserError of one sentence, which blames the candidate, a missing package or memory."""
+    try:
+        yield
+    except Exception as error:  # classes of a study file may raise anything
+        cause = " ".join((str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").split())
+        if isinstance(error, ImportError):
+            text = f" needs a package that is missing ({cause:.200}): install it on every machine that runs fits"
+        elif isinstance(error, MemoryError) or any(words in cause for words in OUT_OF_MEMORY):
+            text = f": memory ran out ({cause:.200}): free some, or use a smaller crop, patch or network"
+        else:
+            text = f"{what}: {cause:.400}"
+        raise UserError(f"candidate {candidate}{text}") from error
 
 
 def _check_raters(name: str, fusion: str, store: Store) -> None:
-    """A case may have fewer raters than others; what a fusion names must be in each, and one that fuses needs several in some."""
+    """A rater that `fusion` names must be in every case; a fusion of several raters needs several in at least one case."""
     if needs_several(fusion) and all(len(case.rater_names) == 1 for case in store.cases):
         raise UserError(f"candidate {name}: {one_rater_only(fusion)}")
     kind, _, rater = fusion.partition(":")
@@ -47,43 +197,100 @@ def _check_raters(name: str, fusion: str, store: Store) -> None:
             )
 
 
-def check_uncertainty(recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store) -> None:
-    """Raises UserError that names the candidate and the cause if a method cannot be used with its network or on these images."""
-    if not methods:
+class _Trial:
+    """Runs recipes on two training items of a store, as a fit does. A network that recipes share runs once."""
+
+    def __init__(self, store: Store, split: Split) -> None:
+        items = [(case, i) for case in cases_of(store, split.train) for i in range(store.cases[case].num_items)]
+        self.store, self.items = store, (items[0], items[min(1, len(items) - 1)])
+        self._logits: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def run(self, recipe: Recipe) -> None:
+        """Computes batch, logits, prediction, loss and gradient in training, and the prediction in evaluation. Raises any error."""
+        batches = Batches(self.store, recipe, self.items, seed=0)
+        image, target = batches.batch(epoch=0, members=[0, 1], device="cpu")
+        _check_finite(image, "the augmented image")
+        _check_finite(target, "the target")
+        trained, evaluated = self._logits_of(recipe, image)
+        activation = recipe.activation.build(len(self.store.classes))
+        logits = trained.clone().requires_grad_()
+        prediction = activation.train()(logits)
+        _check_prediction(prediction, target, "in training")
+        loss = _loss(recipe.loss, prediction, target)
+        _check_finite(torch.autograd.grad(loss, logits)[0], f"the gradient of {recipe.loss} behind {recipe.activation}")
+        with torch.no_grad():
+            _check_prediction(activation.eval()(evaluated), target[:1], "in evaluation")
+
+    def _logits_of(self, recipe: Recipe, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the images in training, and of the first one in evaluation, by the recipe's network."""
+        classes = len(self.store.classes)
+        num_logits = recipe.activation.num_logits(classes)
+        key = canonical_json([recipe.network.model_dump(mode="json"), num_logits, image.shape])
+        if key not in self._logits:
+            model = Model.of(recipe, self.store.channels, classes, self.store.dim)
+            trained = model.train().logits(image)
+            _check_finite(trained, "the network's output in training")
+            trained.square().mean().backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    _check_finite(parameter.grad, f"the gradient of {name}")
+            with torch.no_grad():
+                evaluated = model.eval().logits(image[:1])
+                _check_finite(evaluated, "the network's output in evaluation")
+                _check_last_bias(recipe.network.last_bias(model.network, num_logits), model, image[:1], evaluated)
+            self._logits[key] = trained.detach(), evaluated
+        return self._logits[key]
+
+
+def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: Tensor) -> None:
+    """Raises ValueError if `bias` is not added last to the `logits` of `image` [1 C *S]: then it changes them in another way."""
+    if bias is None:
         return
-    first = next(case.index for case in store.cases if case.num_items)
-    sample = store.sample(first)
-    for name, recipe in recipes.items():
-        model = Model.of(recipe, store.channels, len(store.classes), store.dim)
-        check_methods(name, model, methods)
-        for method in methods:
-            try:
-                next(sample_maps(model, replace(sample, image=sample.image[:1]), method, seed=0))
-            except UserError as error:
-                raise UserError(f"candidate {name}: {method}: {error}") from error
+    if bias.shape != (logits.shape[1],):
+        raise ValueError(
+            f"last_bias must return one value for each of {logits.shape[1]} logits, got {tuple(bias.shape)}"
+        )
+    shift = torch.arange(1.0, 1 + len(bias)).reshape(-1, *[1] * (logits.ndim - 2))
+    bias.add_(shift.flatten())
+    moved = model.logits(image) - logits
+    if moved.any() and not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * (1 + logits.abs().max().item())):
+        raise ValueError(
+            "last_bias of the network returns a bias that is not added last to its logits: override last_bias in its class to "
+            "return that one, or None"
+        )
 
 
-def check_methods(candidate: str, model: nn.Module, methods: Sequence[Uncertainty]) -> None:
-    """Raises UserError that names the candidate if no two samples of its model would ever differ."""
-    for method in methods:
-        try:
-            method.check(model)
-        except UserError as error:
-            raise UserError(f"candidate {candidate}: {error}") from error
+def _check_prediction(prediction: object, target: Tensor, mode: str) -> None:
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"the prediction {mode} must be one tensor, got a {type(prediction).__name__}")
+    if prediction.shape != target.shape or prediction.dtype != target.dtype:
+        raise ValueError(
+            f"the prediction {mode} must be {target.dtype} of the target's shape {tuple(target.shape)}, got "
+            f"{prediction.dtype} {tuple(prediction.shape)}"
+        )
+    _check_finite(prediction, f"the prediction {mode}")
+    low, high = prediction.min().item(), prediction.max().item()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(f"the prediction {mode} must lie in [0, 1], got [{low:g}, {high:g}]")
 
 
-def _try(recipe: Recipe, store: Store, case: int) -> None:
-    batches = Batches(store, recipe, ((case, 0),), seed=0)
-    image, target = batches.batch(epoch=0, members=[0], device="cpu")
-    model = Model.of(recipe, store.channels, len(store.classes), store.dim)
-    prediction = model.eval()(image)  # eval: batch norm has no variance over one item of one voxel
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")
-    loss = recipe.loss
+def _check_finite(values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{what} is not finite")
+
+
+def _loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """The loss of two samples, a scalar, whose parts have the shapes that training relies on."""
     of_sample = loss.per_sample(prediction, target)
-    if not isinstance(of_sample, torch.Tensor) or of_sample.shape != (1,):
+    if not isinstance(of_sample, Tensor) or of_sample.shape != (2,):
         raise ValueError(f"per_sample of {loss} must return a tensor of one loss per sample, got {of_sample!r:.80}")
-    averaged, count = loss.averaged(prediction, target), loss.num_averaged(len(store.classes))
-    if averaged.shape != (1, count):
-        raise ValueError(f"{loss} must average {count} numbers of each sample, got shape {tuple(averaged.shape)}")
-    loss(prediction, target).backward()
+    averaged, count = loss.averaged(prediction, target), loss.num_averaged(prediction.shape[1])
+    if averaged.shape != (2, count):
+        raise ValueError(
+            f"{loss} must average {count} numbers of each sample, got {tuple(averaged.shape)} for 2 samples"
+        )
+    total = loss(prediction, target)
+    if total.shape != ():
+        raise ValueError(f"of_averages of {loss} must return a scalar for one batch, got {tuple(total.shape)}")
+    _check_finite(total, f"{loss}")
+    return total

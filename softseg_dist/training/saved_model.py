@@ -1,6 +1,6 @@
-"""A trained model as a folder: `model.safetensors`, the weights, and `model.json`, the card: all that is needed to predict.
+"""A trained model as a folder: `model.safetensors`, the weights, and `model.json`, the card: all that prediction needs.
 
-No pickle. The card is written last and carries the SHA-256 of the weights, so that a pair that does not belong together is seen.
+No pickle. The card is written last and holds the SHA-256 of the weights, so that a mismatched pair is detected.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from softseg_dist.places import replace_file
 from softseg_dist.sources import Sources
 from softseg_dist.training.model import Model, load_weights
 
-FORMAT: Final = 1  # raised when an older version could not read a card, or would misread it
+FORMAT: Final = 1  # incremented when an older version could not read a card, or would misread it
 CARD, WEIGHTS = "model.json", "model.safetensors"
 INTENDED_USE = "Research use only; not a medical device. The licence of the training data may restrict it further."
 OF_A_STUDY_FILE = re.compile(r'"type":"[^"\\]*:')  # "s009_mine:MyNetwork", in canonical JSON; ours have no colon
 
 
 class ModelCard(Frozen):
-    """What a model is, what it takes and gives, and where it comes from.
+    """The description of a model: its recipe, input, output and origin.
 
-    `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps it gives, in order; `channels`
-    and `size` (voxels of an item) what it was trained on, after `preprocess`. `thresholds` maps each rule to the value chosen on
-    validation. `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this
-    model: it was trained on all `num_subjects` that the study did not hold out. `study_source` has the texts of the study
-    file and its helper modules. `created` is an ISO date. `weights_sha256` is filled in by `save_model`.
+    `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps of its output, in order;
+    `channels` and `size` (voxels of an item) those of its training items, after `preprocess`. `thresholds` maps each rule to
+    the value chosen on validation. `validation_score` and `test_score` are the means of `objective` over the splits of the
+    study, not of this model: it was trained on all `num_subjects` that the study did not hold out. `study_source` has the
+    texts of the study file and its helper modules. `created` is an ISO date. `save_model` sets `weights_sha256`.
     """
 
     format: Literal[1] = FORMAT
@@ -68,7 +68,7 @@ class ModelCard(Frozen):
 
     @property
     def needs_study_file(self) -> bool:
-        """True if network or activation are classes of the study file: its sources must be run before `read_model`."""
+        """True if network or activation are classes of the study file, whose sources must be loaded before `read_model`."""
         parts = [self.recipe.get("network"), self.recipe.get("activation")]
         return OF_A_STUDY_FILE.search(canonical_json(parts)) is not None
 
@@ -76,7 +76,7 @@ class ModelCard(Frozen):
 def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
     """Write `folder`: a copy of the weights file that `save_weights` made, then the card.
 
-    A crash in between leaves a pair that `read_model` refuses, never one that predicts with the wrong weights.
+    `read_model` refuses the pair that a crash in between leaves, so that no prediction uses the wrong weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
@@ -86,13 +86,13 @@ def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a model folder; runs nothing of the study file.
+    """The card of a model folder; executes nothing of the study file.
 
-    Raises UserError if the folder holds no model, or if the card is torn or of another format.
+    Raises UserError if the folder holds no model, or if the card is damaged or of another format.
     """
     path = folder / CARD
     try:
-        about = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no model: there is no {CARD}; give a model folder, or a run folder with model/ in it"
@@ -100,22 +100,22 @@ def read_card(folder: Path) -> ModelCard:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:
-        raise _broken(path, "it is not JSON (torn?)") from None
-    if not isinstance(about, dict) or "format" not in about:
+        raise _broken(path, "it is not JSON (cut off?)") from None
+    if not isinstance(content, dict) or "format" not in content:
         raise _broken(path, "it is not the card of a model")
-    if about["format"] != FORMAT:
+    if content["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {about['format']!r}, this version reads {FORMAT}; use the version that wrote it"
+            f"{path} has format {content['format']!r}, this version reads {FORMAT}; use the version that wrote it"
         )
     try:
-        return ModelCard.model_validate(about)
+        return ModelCard.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise _broken(path, f"{'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from error
 
 
 def read_model(folder: Path, card: ModelCard) -> Model:
-    """The model of a folder, ready to predict on the CPU. Where `card.needs_study_file`, the study file has been run before.
+    """The model of a folder, in evaluation mode on the CPU. If `card.needs_study_file`, load the study file first.
 
     Raises UserError if the weights are missing or not those of the card, or do not fit its recipe.
     """
@@ -123,7 +123,7 @@ def read_model(folder: Path, card: ModelCard) -> Model:
     if not path.is_file():
         raise UserError(f"{folder} holds no model: there is no {WEIGHTS}; copy the whole folder, or train it again")
     if _sha256(path) != card.weights_sha256:
-        raise _broken(path, f"it is not the file that {CARD} was written for (torn, or replaced?)")
+        raise _broken(path, f"it is not the file that {CARD} was written for (cut off, or replaced?)")
     try:
         model = Model.of_json(card.recipe, card.channels, len(card.classes), card.dim)
     except ValidationError as error:

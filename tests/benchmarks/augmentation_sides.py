@@ -113,7 +113,7 @@ def serve(job: Job, turns: Turns, batch: Callable[[], T]) -> None:
         turns.wait()
         for _ in range(job.batches):
             batch()
-        turns.tell(BATCH * job.batches)
+        turns.report(BATCH * job.batches)
 
 
 def collate(samples: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -108,17 +108,17 @@ def cost(folder: Path, scale: Scale, say: Say) -> Measured:
     tasks = [work.task(folder / "cost", index, **compiled) for index in range(3)]
     plain = work.task(folder / "cost", len(tasks), **compiled | {"compile": "off"})
     times = [*_in_a_process(tasks[:2], scale.device), *_in_a_process([tasks[2], plain], scale.device)]
-    told = {
+    labels = {
         "first_s": "compiled for the first time",
         "next_s": "the next fit of that process",
         "next_process_s": "the first fit of another process",
         "plain_s": "the next fit of that process, not compiled",
     }
     say(f"\n{work.title}: seconds until a fit has made its first step")
-    for name, seconds in zip(told.values(), times, strict=True):
+    for name, seconds in zip(labels.values(), times, strict=True):
         say(f"{name:<46}{seconds:>10.1f}")
-    return dict(zip(told, times, strict=True)), [
-        Headline(key=key, what=f"seconds until a fit's first step: {name}", unit="s") for key, name in told.items()
+    return dict(zip(labels, times, strict=True)), [
+        Headline(key=key, what=f"seconds until a fit's first step: {name}", unit="s") for key, name in labels.items()
     ]
 
 
@@ -137,11 +137,13 @@ def _forget_caches() -> None:
 def _judge(figures: dict[str, float], headlines: Sequence[Headline]) -> None:
     for headline in headlines:
         if (met := headline.met(value := figures[headline.key])) is not None:
-            print(f"{headline.what}: {headline.told(value)}, target {headline.target}: {'met' if met else 'not met'}")
+            print(
+                f"{headline.what}: {headline.formatted(value)}, target {headline.target}: {'met' if met else 'not met'}"
+            )
 
 
 def _keep_quiet(line: str) -> None:
-    """Figures of a tiny size on a CPU are nothing that anybody should see."""
+    """Do not print the figures of a tiny size on a CPU: they mean nothing."""
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def main(tune: bool) -> None:
         "candidates", CANDIDATES, lambda count, place: engine(count, FEW, place) | ended(count, FEW, 6, place)
     )
     figures |= grow("splits", SPLITS, lambda count, place: engine(FEW, count, place) | ended(FEW, count, 6, place))
-    figures |= grow("fits", FITS, told)
+    figures |= grow("fits", FITS, tracked)
     figures |= grow("cases", CASES, lambda count, place: stored(count, place) | ended(FEW, FEW, count // 4, place))
     figures |= grow("voxels", [side**3 for side in SIDES], measured)
     if tune:
@@ -146,8 +146,8 @@ def result_of(task: FitTask) -> FitResult:
     return FitResult(**known, score=0.5, test_score=0.5, epochs=1)
 
 
-def told(fits: int, place: Path) -> Stages:
-    """What MLflow takes to hear of so many fits, in the order in which a study tells it."""
+def tracked(fits: int, place: Path) -> Stages:
+    """The time that MLflow takes to record so many fits, in the order in which a study logs them."""
     stages, server = Stages(), connect(default_uri(place), place, "growth")
     of_recipe, numbers = parameters(json_of(Recipe())), [["score", 0.5, 0, 0], ["test_score", 0.5, 0, 0]]
     with Clock(stages, "MLflow, SQLite"):

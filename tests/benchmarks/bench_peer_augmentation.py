@@ -51,8 +51,8 @@ def main(peer: bool, envs: Path, rounds: int) -> None:
     peers = {"monai": monai} | ({"torchio": torchio} if peer else {})
     pythons = {"torchio": environment(envs, "torchio")} if peer else {}
     here = Path(sys.executable)
-    told = ", ".join(f"{name} {version(pythons.get(name, here), name)}" for name in peers)
-    print(f"{f'16 slices of 96 x 96; {told}':<52}{'ms':>8}{'memory MB':>11}{'ratio':>8}")
+    versions = ", ".join(f"{name} {version(pythons.get(name, here), name)}" for name in peers)
+    print(f"{f'16 slices of 96 x 96; {versions}':<52}{'ms':>8}{'memory MB':>11}{'ratio':>8}")
     figures: dict[str, float] = {}
     for work, elastic in WORK.items():
         sides = {

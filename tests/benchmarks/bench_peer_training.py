@@ -69,16 +69,16 @@ def compare(job: Job, name: str, rounds: int) -> dict[str, float]:
     sides = {way: Side(work, of.model_dump_json(), threads=job.threads) for way, (work, of) in ways.items()}
     take_turns(sides, rounds)
     best = max(side.per_s for way, side in sides.items() if way.startswith("monai"))
-    told: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for way, side in sides.items():
         words, key = f"{way}, {name} widths, {job.threads} threads", way.replace(", ", "_").replace(" ", "_")
         print(
             f"{words:<52}{side.per_s:>8.1f}{side.per_processor_s:>11.1f}{side.memory_mb:>11.0f}{side.per_s / best:>8.2f}",
             flush=True,
         )
-        told |= {f"{key}_{name}_{job.threads}_per_s": side.per_s, f"{key}_{name}_{job.threads}_mb": side.memory_mb}
-        told[f"{key}_{name}_{job.threads}_per_processor_s"] = side.per_processor_s
-    return told | {f"ratio_{name}_{job.threads}": sides["ours"].per_s / best}
+        figures |= {f"{key}_{name}_{job.threads}_per_s": side.per_s, f"{key}_{name}_{job.threads}_mb": side.memory_mb}
+        figures[f"{key}_{name}_{job.threads}_per_processor_s"] = side.per_processor_s
+    return figures | {f"ratio_{name}_{job.threads}": sides["ours"].per_s / best}
 
 
 if __name__ == "__main__":

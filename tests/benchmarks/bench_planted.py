@@ -22,7 +22,7 @@ from record import Headline, record
 from softseg_dist import Brier, MonteCarlo, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.statistics import CrossedTest, crossed_test
-from softseg_dist.report.scores import on_test, soft_scores
+from softseg_dist.report.scores import soft_scores
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, cases_path
 
@@ -72,8 +72,8 @@ def main(null_studies: int) -> None:
         rejected = sum(p < LEVEL for p in p_values)
         print(f"null studies: {rejected} of {null_studies} rejected at the 5 % level", flush=True)
         print("their p-values: " + ", ".join(f"{p:.2f}" for p in sorted(p_values)))
-        told = ", ".join(missed) or "none"
-        print(f"planted answers that did not come back: {told}" if splits == 15 else "too few splits to judge by")
+        listed = ", ".join(missed) or "none"
+        print(f"planted answers that did not come back: {listed}" if splits == 15 else "too few splits to judge by")
         figures |= {"null_studies": null_studies, "null_rejected": rejected}
         record("planted", figures, HEADLINES, short=null_studies < LONG)
 
@@ -102,7 +102,8 @@ def compare(
         ]  # fmt: skip
         results = list(pool.map(fit, tasks))
         assert all(result.state == "finished" for result in results), [r.reason for r in results if r.reason]
-        test = on_test(pd.concat([pd.read_parquet(cases_path(task.folder)) for task in tasks], ignore_index=True))
+        rows = pd.concat([pd.read_parquet(cases_path(task.folder)) for task in tasks], ignore_index=True)
+        test = rows[rows["subset"] == "test"]
     first, second = candidates
     found = {}
     for metric in metrics:

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _hippocampus() -> Study:
-    """Of s003 fewer people and epochs."""
+    """Of s003 fewer subjects and epochs."""
     study = load_study(HIPPOCAMPUS).study
     recipe = study.candidates["soft"]
     recipe = recipe.replace(optim=recipe.optim.replace(epochs=12, patience=None))
@@ -79,8 +79,8 @@ def _hippocampus() -> Study:
 def _scores(study: Study, split: int, folder: Path, root: str | None) -> tuple[float, float]:
     """On validation, in float32 and in bfloat16; both are evaluated in float32."""
     cases = study.data.cases(None if root is None else Path(root))
-    people = sorted({case.subject for case in cases})[: study.subjects]
-    cases = [case for case in cases if case.subject in people]
+    subjects = sorted({case.subject for case in cases})[: study.subjects]
+    cases = [case for case in cases if case.subject in subjects]
     splits = study.make_splits({case.subject: case.site for case in cases})
     store = build_store(folder, cases, study.data, study.preprocess)
 

@@ -165,7 +165,7 @@ def _large(folder: Path, repeats: int) -> dict[str, float]:
     mask[80:140, 70:150, 50:90] = 1
     write_volume(folder / "image.nii.gz", image, geometry)
     write_volume(folder / "mask.nii.gz", mask, geometry)
-    for number in range(NUM_LARGE):  # their names tell them apart
+    for number in range(NUM_LARGE):  # their names distinguish them
         anat = Path(f"sub-{number}") / "anat"
         for source, target in (("image", anat), ("mask", Path("derivatives") / "labels" / anat)):
             (folder / "large" / target).mkdir(parents=True)

@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         study = ROOT / "studies" / "s001_quickstart.py"
-        lines = Path(folder) / "lines.json"  # a file: a pipe that nobody reads fills up and stops the study
+        lines = Path(folder) / "lines.json"  # a file: a pipe that is not read fills up and stops the study
         with lines.open("w") as stdout:
             run = subprocess.Popen([*SOFTSEG, "run", str(study), "--json"], cwd=folder, stdout=stdout)
             peak_bytes = _peak_memory(run)

@@ -2,7 +2,7 @@
 
 Run:     python tests/benchmarks/bench_racing.py --runs 100 --seeds 10    (without: a short run, 2 and 1)
 Targets: simulated, at most 40 % of the fits of 60 candidates x 15 splits and 55 % of 20 x 10, with the winner of the full grid, or
-         one that cannot be told from it, in 98 of 100 runs; really trained on a phantom and on the hippocampus, 20 candidates x 10
+         one not distinguishable from it, in 98 of 100 runs; really trained on a phantom and on the hippocampus, 20 candidates x 10
          splits, the same or as good in 9 of 10 seeds
 
 All scores of a grid are made first, and the searcher then meets them one by one, as a study with one fit at a time would. The

@@ -25,7 +25,7 @@ LONG = 1000  # studies
 HEADLINES = (
     Headline(
         key="size_crossed_least",
-        what="share of equal candidates that the primary test tells apart at the 5 % level: least of 8 settings",
+        what="share of equal candidates that the primary test distinguishes at the 5 % level: least of 8 settings",
         at_least=0.03,
     ),
     Headline(key="size_crossed_most", what="the same share: most of 8 settings", at_most=0.075),

@@ -133,7 +133,7 @@ class Lane:
 def images_per_s(lanes: Sequence[Lane], num_images: int, least_s: float, repeats: int) -> float:
     """Of all `lanes` at once, with `num_images` in each one's epoch: the median of `repeats`, each `least_s` long or more."""
     for lane in lanes:
-        lane.train(WARM_EPOCHS).result()  # one after the other: nobody captures while another one allocates
+        lane.train(WARM_EPOCHS).result()  # one after the other: no fit captures while another one allocates
     epochs = math.ceil(max(1.0, least_s / _seconds(lanes, 1)))
     return statistics.median(len(lanes) * epochs * num_images / _seconds(lanes, epochs) for _ in range(repeats))
 

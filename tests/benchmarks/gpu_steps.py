@@ -47,7 +47,7 @@ class Steps:
         self.failed = 0
 
     def measure(self) -> None:
-        """All rows, which are told as they come."""
+        """All rows, each printed when it is measured."""
         self.say(f"\n{self.title}\n{COLUMNS}")
         self._eager("eager", "eager float32", tuned=False)
         self._eager("tuned", "eager, TF32, cudnn.benchmark", tuned=True)

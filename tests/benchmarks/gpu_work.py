@@ -39,9 +39,6 @@ class MonaiBasicUNet(Network):
 
         return BasicUNet(spatial_dims=dim, in_channels=in_channels, out_channels=out_channels, features=self.features)
 
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
-        return module.final_conv.bias
-
 
 @dataclass(frozen=True)
 class Work:

@@ -69,14 +69,6 @@ class PlannedNetwork(Network):
         network = get_network_from_plans(*named, in_channels, out_channels, deep_supervision=False)
         return _named_once(network)
 
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
-        """That of its finest output."""
-        layers = module.get_submodule("decoder.seg_layers")
-        assert isinstance(layers, nn.ModuleList)
-        bias = layers[-1].bias
-        assert isinstance(bias, nn.Parameter)
-        return bias
-
 
 def _named_once(network: nn.Module) -> nn.Module:
     """The network without the second names that nnU-Net gives its layers, which computing does not use and files cannot hold."""
@@ -135,7 +127,7 @@ def nnunet(job_json: str, turns: Turns) -> None:
         turns.wait()
         for _ in range(job.batches):
             trainer.train_step(next(trainer.dataloader_train))
-        turns.tell(voxels * job.batches)
+        turns.report(voxels * job.batches)
 
 
 def ours(job_json: str, turns: Turns) -> None:
@@ -154,7 +146,7 @@ def ours(job_json: str, turns: Turns) -> None:
     )
 
     def report(_: dict[str, float]) -> None:
-        turns.tell(len(cases) * torch.Size(size).numel())
+        turns.report(len(cases) * torch.Size(size).numel())
         turns.wait()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -173,10 +173,10 @@ def watch(start: Callable[[], psutil.Popen]) -> Watched:
 
 
 class Turns:
-    """A side's own end: what it tells goes to the bench, what it prints does not."""
+    """A side's own end: its reports go to the benchmark, and what it prints does not."""
 
     def __init__(self) -> None:
-        self._told: TextIO = os.fdopen(os.dup(1), "w")
+        self._reports: TextIO = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._started = 0.0, 0.0
 
@@ -186,12 +186,12 @@ class Turns:
             raise SystemExit
         self._started = time.perf_counter(), _processor_s()
 
-    def tell(self, items: int) -> None:
+    def report(self, items: int) -> None:
         """What was done since then."""
         seconds, processor_s = time.perf_counter() - self._started[0], _processor_s() - self._started[1]
         turn = {"items": items, "seconds": seconds, "processor_s": processor_s, "memory_mb": _memory_mb()}
-        self._told.write(json.dumps(turn) + "\n")
-        self._told.flush()
+        self._reports.write(json.dumps(turn) + "\n")
+        self._reports.flush()
 
 
 def _processor_s() -> float:

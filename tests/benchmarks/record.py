@@ -22,7 +22,7 @@ OUT, RESULTS = HERE / "out", HERE / "results"
 
 
 class Headline(BaseModel, frozen=True):
-    """A figure that people are told: its key, what it is, its unit, and its target, if it has one."""
+    """A figure of the tables: its key, what it is, its unit, and its target, if it has one."""
 
     key: str
     what: str
@@ -36,10 +36,10 @@ class Headline(BaseModel, frozen=True):
             return None
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
-    def told(self, value: float) -> str:
+    def formatted(self, value: float) -> str:
         """The value with three digits and its unit.
 
-        >>> Headline(key="x", what="", unit="s").told(20.5004)
+        >>> Headline(key="x", what="", unit="s").formatted(20.5004)
         '20.5 s'
         """
         number = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -49,7 +49,7 @@ class Headline(BaseModel, frozen=True):
     def target(self) -> str:
         """In words; empty without one."""
         ends = (("at least", self.at_least), ("at most", self.at_most))
-        return ", ".join(f"{words} {self.told(end)}" for words, end in ends if end is not None)
+        return ", ".join(f"{words} {self.formatted(end)}" for words, end in ends if end is not None)
 
 
 class Machine(BaseModel, frozen=True):
@@ -132,7 +132,7 @@ def this_machine() -> Machine:
 
 
 def _processor() -> str:
-    """Its model, where the system tells it."""
+    """The model of the processor, where the system has it."""
     about = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", about.read_text(), re.MULTILINE) if about.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

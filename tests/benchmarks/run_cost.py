@@ -1,6 +1,6 @@
 """What a run of `softseg` costs: wall time and processor time, of all of its processes, stage by stage. Used by `bench_study.py`.
 
-Stages are told apart by the lines of `--json`, so a checkout of any commit can be measured. Processor time is that of every process
+The lines of `--json` delimit the stages, so a checkout of any commit can be measured. Processor time is that of every process
 whose environment carries the run's mark (Ray's and the fits' are no children of ours for long), looked at every `SAMPLE_S`: what a
 process uses between its last sample and its end is missed, at most that long.
 """

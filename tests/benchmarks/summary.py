@@ -41,7 +41,7 @@ def table(results: Sequence[Result]) -> str:
         for headline in result.headlines:
             value = result.figures[headline.key]
             verdict = "short run" if result.short and headline.target else VERDICTS[headline.met(value)]
-            rows.append((result.name, headline.what, headline.told(value), headline.target, verdict, result.date))
+            rows.append((result.name, headline.what, headline.formatted(value), headline.target, verdict, result.date))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows)
 
@@ -75,7 +75,7 @@ def markdown(results: Sequence[Result]) -> str:
 def _measured(headline: Headline, result: Result) -> tuple[str, str]:
     """The value, and the target with a mark if it is missed."""
     value = result.figures[headline.key]
-    return headline.told(value), headline.target + ("; **missed**" if headline.met(value) is False else "")
+    return headline.formatted(value), headline.target + ("; **missed**" if headline.met(value) is False else "")
 
 
 def _named(results: Sequence[Result]) -> str:
@@ -88,8 +88,8 @@ def _named(results: Sequence[Result]) -> str:
 
 def _versions(machines: Sequence[Machine]) -> str:
     found = (("torch", {m.torch for m in machines}), ("Python", {m.python for m in machines}))
-    told = [f"{name} {' and '.join(sorted(filter(None, versions)))}" for name, versions in found if any(versions)]
-    return "".join(f"{part}, " for part in told)
+    named = [f"{name} {' and '.join(sorted(filter(None, versions)))}" for name, versions in found if any(versions)]
+    return "".join(f"{part}, " for part in named)
 
 
 def _keep(names: Sequence[str]) -> None:

@@ -75,7 +75,7 @@ def ours(job_json: str, turns: Turns) -> None:
     num_items = len(job.slices())
 
     def report(_: dict[str, float]) -> None:
-        turns.tell(num_items)
+        turns.report(num_items)
         turns.wait()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -127,4 +127,4 @@ def monai(job_json: str, turns: Turns) -> None:
             loss.backward()
             optimizer.step()
             epoch_loss += loss.item()
-        turns.tell(len(dataset))
+        turns.report(len(dataset))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softseg_dist.numerics.augmentation import Frame
+from softseg_dist.numerics.transforms import Frame
 
 SPACES = {(17, 24): (0.5, 0.7), (9, 12, 7): (1.0, 0.8, 3.0)}  # size: spacing in mm
 

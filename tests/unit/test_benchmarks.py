@@ -69,8 +69,8 @@ def test_a_short_run_is_not_judged() -> None:
 
 
 def test_every_machine_has_a_table_of_its_own() -> None:
-    told = markdown([result(), result(Machine(processor="CPU", cores=16, gpu="a GPU", memory_gb=128))])
-    assert [line for line in told.splitlines() if line.endswith(":")] == [
+    shown = markdown([result(), result(Machine(processor="CPU", cores=16, gpu="a GPU", memory_gb=128))])
+    assert [line for line in shown.splitlines() if line.endswith(":")] == [
         "CPU, 2 cores, no GPU; 2026-11-25:",
         "CPU, 16 cores, 128 GB, a GPU; 2026-11-25:",
     ]

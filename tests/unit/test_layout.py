@@ -28,7 +28,7 @@ LAYERS = {
     "judging": {"places", "data", "numerics"},
     "study": {"errors", "frozen", "numerics", "data"},
     "study_file": {"errors", "frozen", "sources", "study"},
-    "training": {"errors", "frozen", "sources", "places", "numerics", "data", "judging", "study"},
+    "training": {"errors", "frozen", "sources", "places", "numerics", "data", "judging", "study", "study_file"},
     "record": {"errors", "frozen", "sources", "places", "locks", "words", "data", "study", "training"},
     "search": {"errors", "numerics", "data", "study", "study_file", "training", "record"},
     "tracking": {"errors", "frozen", "study", "study_file", "training", "record"},

@@ -252,8 +252,7 @@ def test_an_image_that_is_too_small_for_the_network_is_named(tmp_path: Path) -> 
 
 def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> None:
     text = "from torch import nn\nfrom softseg_dist import Network\n\n\nclass Pointwise(Network):\n"
-    text += "    def build(self, i, o, dim):\n        return nn.Conv2d(i, o, 1)\n\n"
-    text += "    def last_bias(self, module):\n        return module.bias\n"
+    text += "    def build(self, i, o, dim):\n        return nn.Conv2d(i, o, 1)\n"
     recipe = {"network": {"type": "s000_pointwise:Pointwise"}, "activation": {"type": "Sigmoid"}}
     card = card_of(WHOLE).replace(recipe=recipe, study_source=Sources("s000_pointwise.py", {"s000_pointwise.py": text}))
     weights = torch.nn.Module()
@@ -344,7 +343,7 @@ def test_one_model_tells_what_it_is_unsure_of_and_predicts_the_same(tmp_path: Pa
 
 def test_a_model_that_has_one_answer_only_says_so(tmp_path: Path) -> None:
     model, out, images = random_model(tmp_path / "model", WHOLE), tmp_path / "out", [[scan(tmp_path / "a.nii")]]
-    assert "ask all fits of its run folder with --ensemble" in refused(model, images, out, uncertainty=True)
+    assert "use all fits of its run folder with --ensemble" in refused(model, images, out, uncertainty=True)
     assert "--samples is the number of predictions for --uncertainty" in refused(model, images, out, samples=3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from softseg_dist import Recipe
 from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
-from softseg_dist.study_file import load_sources, load_study
+from softseg_dist.study_file import check_restart, load_sources, load_study
 
 MINE = '''
 import torch
@@ -91,7 +92,7 @@ LOADS_ITSELF = """
 import linecache
 from concurrent.futures import ThreadPoolExecutor
 from softseg_dist.sources import Sources
-from softseg_dist.study_file import load_sources
+from softseg_dist.study_file import check_restart, load_sources
 text = "".join(linecache.getlines("s009_again.py"))
 OTHER = ThreadPoolExecutor(1).submit(lambda: load_sources(Sources("s009_again.py", {"s009_again.py": text})).LAST)
 LAST = 1
@@ -100,3 +101,36 @@ LAST = 1
 
 def test_a_thread_that_needs_a_study_file_waits_until_another_has_loaded_it() -> None:
     assert load_sources(Sources("s009_again.py", {"s009_again.py": LOADS_ITSELF})).OTHER.result(timeout=60) == 1
+
+
+def test_a_study_as_sent_runs_its_code_anew_as_a_worker_does(tmp_path: Path) -> None:
+    """So an object that the study file changes while it is loaded and used does not hide what only a worker meets."""
+    path = tmp_path / "s999_sent.py"
+    path.write_text(SENT)
+    loaded = load_study(path)
+    loss = loaded.study.candidates["a"].loss
+    type(loss).calls.append(1)  # type: ignore[attr-defined]
+    sent = loaded.as_sent()
+    again = sent.study.candidates["a"].loss
+    assert (sent.sources, sent.study.fingerprint) == (loaded.sources, loaded.study.fingerprint)
+    assert type(again) is not type(loss)
+    assert type(again).calls == []  # type: ignore[attr-defined]
+    assert sent.study.search is not None
+    assert isinstance(sent.study.search.propose(None).loss, type(again))
+    check_restart(sent.study.search.propose(None), "its proposal")
+    assert inspect.getsourcefile(type(again)) == str(path)  # for breakpoints
+
+
+SENT = """
+from typing import ClassVar
+from softseg_dist import Brier, MonteCarlo, Phantom, Recipe, Search, Study
+
+class Counting(Brier):
+    calls: ClassVar[list] = []
+
+def propose(trial):
+    return Recipe(loss=Counting())
+
+STUDY = Study(name="sent", question="?", data=Phantom(subjects=6), splits=MonteCarlo(count=2),
+              candidates={"a": Recipe(loss=Counting())}, search=Search(propose, trials=1))
+"""

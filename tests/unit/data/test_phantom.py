@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softseg_dist.data.cases import CaseData, DataSet
+from softseg_dist.data.cases import CaseData
 from softseg_dist.data.phantom import Body, Column, Ellipsoid, Phantom, PhantomCase, Wobble, partial_volume
 from softseg_dist.errors import UserError
 
@@ -149,8 +149,3 @@ def test_size_must_fit_the_dimension() -> None:
     assert Phantom(dim=3, size=(32, 40, 24)).grid == (32, 40, 24)
     with pytest.raises(ValueError, match="size needs 3 numbers"):
         Phantom(dim=3, size=(32, 32))
-
-
-def test_a_phantom_survives_json_as_a_data_set() -> None:
-    phantom = Phantom(shape="lesions", dim=3)
-    assert DataSet.model_validate(phantom.model_dump(mode="json")) == phantom

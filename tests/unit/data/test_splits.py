@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_classes import assert_covered
 
 from softseg_dist.data.splits import KFold, MonteCarlo, Split, Splits
 from softseg_dist.errors import UserError
@@ -14,6 +15,10 @@ from softseg_dist.errors import UserError
 PEOPLE = {f"p{i:02d}": "AAB"[i % 3] for i in range(30)}
 RULES = [MonteCarlo(count=4), KFold(folds=5), KFold(folds=3, validation=0.4)]
 people = st.dictionaries(st.text(min_size=1, max_size=6), st.sampled_from(["A", "B", ""]), min_size=6, max_size=40)
+
+
+def test_the_suite_runs_over_every_public_rule() -> None:
+    assert_covered(Splits, RULES)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

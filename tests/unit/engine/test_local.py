@@ -185,18 +185,6 @@ def test_a_study_is_tuned_and_raced_and_goes_on_the_same_way(tmp_path: Path) -> 
     assert run.starts == []
 
 
-COUNTED = "import sys\nsys.modules['sys'].softseg_runs = getattr(sys, 'softseg_runs', 0) + 1\n"
-
-
-@pytest.mark.parametrize("debug", [False, True])
-def test_debug_runs_the_code_of_a_study_anew_as_a_worker_does(tmp_path: Path, debug: bool) -> None:
-    sources = Sources("counted.py", {"counted.py": COUNTED})
-    load_sources(sources)
-    runs, run = sys.softseg_runs, Run(tmp_path, study_of("a", splits=2), debug=debug)  # type: ignore[attr-defined]
-    run_search(replace(run.context, sources=sources))
-    assert sys.softseg_runs == runs + debug  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("option", "named"),
     [

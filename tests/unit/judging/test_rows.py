@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.judging.rows import Grid, Row, case_rows
-from softseg_dist.numerics.metrics import ece, hard_metrics, volume_mm3
+from softseg_dist.judging.rows import Grid, Measurement, case_rows
+from softseg_dist.numerics.metrics import confusion, ece, hard_scores, volume_mm3
 from softseg_dist.numerics.raters import ged2
 from softseg_dist.numerics.structures import SURFACE_METRICS
 
@@ -31,7 +31,7 @@ def random_case(seed: int, raters: int = 2) -> tuple[np.ndarray, dict[str, np.nd
     return prediction, {"mean": masks.mean(axis=0)} | each
 
 
-def rows_of(prediction: np.ndarray, references: dict[str, np.ndarray], grid: Grid | None = None) -> list[Row]:
+def rows_of(prediction: np.ndarray, references: dict[str, np.ndarray], grid: Grid | None = None) -> list[Measurement]:
     return case_rows(prediction, references, ("GM", "WM"), (0.5, 0.392), (0.25, 0.5), grid or stack(0, 1, 2))
 
 
@@ -51,8 +51,14 @@ def test_rows_hold_every_metric_once():
 def test_rows_say_what_the_metrics_say():
     prediction, references = random_case(2)
     found = {row[:4]: row.value for row in rows_of(prediction, references)}
-    assert found["WM", "rater1", 0.392, "iou"] == hard_metrics(prediction, references["rater1"], 0.392)["iou"][1]
-    assert found["GM", "mean", 0.25, "dice"] == hard_metrics(prediction, references["mean"], 0.25)["dice"][0]
+    assert (
+        found["WM", "rater1", 0.392, "iou"]
+        == hard_scores(confusion(prediction, references["rater1"], [0.392]))["iou"][1, 0]
+    )
+    assert (
+        found["GM", "mean", 0.25, "dice"]
+        == hard_scores(confusion(prediction, references["mean"], [0.25]))["dice"][0, 0]
+    )
     assert found["WM", "mean", None, "volume_pred_mm3"] == volume_mm3(prediction, VOXEL_MM3)[1]
     masks = np.stack([references["rater0"], references["rater1"]])[:, :, 1] >= 0.5
     assert found["WM", "raters", None, "ged2"] == ged2(prediction[:, 1], masks)

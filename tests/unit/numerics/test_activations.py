@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_classes import assert_covered
 from torch import Tensor, distributed
 
 from softseg_dist.numerics.activations import Activation, NormReLU, Sigmoid, Softmax, dead_samples
@@ -26,6 +27,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------- all activations
+
+
+def test_the_suite_runs_over_every_public_activation() -> None:
+    assert_covered(Activation, ACTIVATIONS)
 
 
 @every_activation

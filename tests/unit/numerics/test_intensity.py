@@ -11,7 +11,8 @@ from augmentation_samples import SPACES, every_space, frame_of, uniform
 from scipy.ndimage import gaussian_filter
 from torch.nn.functional import avg_pool2d, interpolate
 
-from softseg_dist.numerics.augmentation import BiasField, Blur, Contrast, Gamma, LowResolution, Noise, augment
+from softseg_dist import BiasField, Blur, Contrast, Gamma, LowResolution, Noise
+from softseg_dist.numerics.augmentation import augment
 
 # ---------------------------------------------------------------- Noise, Gamma, Contrast
 

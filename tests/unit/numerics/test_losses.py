@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_classes import assert_covered
 from torch import Tensor
 
+from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.losses import (
     BCE,
@@ -75,6 +77,10 @@ def of_one_voxel(loss: Loss, prediction: float, target: float) -> float:
 
 
 # ---------------------------------------------------------------- all losses
+
+
+def test_the_suite_runs_over_every_public_loss() -> None:
+    assert_covered(Loss, LOSSES)
 
 
 @every_loss
@@ -199,8 +205,43 @@ def test_loss_comes_back_from_json(loss: Loss) -> None:
 
 @every_loss
 def test_prediction_and_target_of_different_shapes_are_refused(loss: Loss) -> None:
-    with pytest.raises(AssertionError, match=r"prediction \(1, 1, 4\)"):
-        loss(torch.zeros(1, 1, 4), torch.zeros(1, 1, 1))
+    message = r"target's shape \(1, 1, 1\), got \(1, 1, 4\)"
+    for compute in (loss, loss.per_sample, loss.averaged):
+        with pytest.raises(UserError, match=message):
+            compute(torch.zeros(1, 1, 4), torch.zeros(1, 1, 1))
+
+
+class AveragesTwo(Loss):
+    """A loss of a study file whose own methods would broadcast."""
+
+    def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.averaged(prediction, target).sum(dim=1)
+
+    def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
+        difference = (prediction - target).flatten(1)
+        return torch.stack([difference.abs().mean(1), difference.square().mean(1)], dim=1)
+
+    def num_averaged(self, classes: int) -> int:
+        return 2
+
+    def of_averages(self, averages: Tensor, classes: int) -> Tensor:
+        return averages.sum(dim=-1)
+
+
+class AveragesTwice(AveragesTwo):
+    """A subclass of it, which calls the method that it replaces."""
+
+    def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().averaged(prediction, target)
+
+
+@pytest.mark.parametrize("loss", [AveragesTwo(), AveragesTwice()], ids=str)
+def test_a_loss_of_a_study_file_cannot_skip_the_check_of_shapes(loss: Loss) -> None:
+    prediction, target = uniform(2, 3, 1, 4, 4), uniform(2, 1, 4, 4)  # as deep supervision gives: it would broadcast
+    for compute in (loss, loss.per_sample, loss.averaged, Sum(terms=(loss,), weights=(1,)).averaged):
+        with pytest.raises(UserError, match=r"shape \(2, 1, 4, 4\), got \(2, 3, 1, 4, 4\).*deep supervision"):
+            compute(prediction, target)
+    assert loss(target, target) == 0
 
 
 # ---------------------------------------------------------------- Adaptive Wing

@@ -16,7 +16,7 @@ from softseg_dist.numerics.metrics import (
     dice_dml,
     dice_soft,
     ece,
-    hard_metrics,
+    hard_scores,
     mae,
     mask_volume_error,
     mse,
@@ -29,6 +29,12 @@ from softseg_dist.numerics.metrics import (
 
 PROPERTY = settings(max_examples=25, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def hard_metrics(prediction: np.ndarray, reference: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    """The scores at one threshold, each [K]."""
+    scores = hard_scores(confusion(prediction, reference, (threshold,)))
+    return {name: values[:, 0] for name, values in scores.items()}
 
 
 def one_class(*values: float) -> np.ndarray:

@@ -9,12 +9,11 @@ from augmentation_samples import frame_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softseg_dist import Affine, Bids, Flip, Mixup, Noise, Preprocess, Recipe
+from softseg_dist import Affine, Bids, Flip, Mixup, Noise, Pairing, Preprocess, Recipe
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
-from softseg_dist.numerics.augmentation import Pairing
 from softseg_dist.numerics.labels import LABEL_MODES, LabelMode
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.preflight import check_recipes

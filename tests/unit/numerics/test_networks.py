@@ -6,11 +6,16 @@ import itertools
 
 import pytest
 import torch
-from monai.networks.nets import BasicUNet
+from monai.networks.nets import BasicUNet, DynUNet
+from public_classes import assert_covered
 from pydantic import ValidationError
+from torch import nn
 
+from softseg_dist import Recipe
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.networks import Network, UNet, lean
+from softseg_dist.numerics.networks import Network, UNet, replace_upsampling
+from softseg_dist.numerics.seeds import seeded
+from softseg_dist.training.model import build_model
 
 NETWORKS: list[Network] = [
     UNet(filters=(4, 8)),
@@ -19,6 +24,10 @@ NETWORKS: list[Network] = [
     UNet(filters=(3, 6, 12), upsample="deconv", dropout=0.2),
 ]
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=repr)
+
+
+def test_the_suite_runs_over_every_public_network() -> None:
+    assert_covered(Network, NETWORKS)
 
 
 @every_network
@@ -42,12 +51,68 @@ def test_equal_seeds_give_equal_weights(network: Network) -> None:
 
 @every_network
 def test_last_bias_is_added_to_the_logits(network: Network) -> None:
-    module = network.build(1, 2, 2).eval()
-    image = torch.randn(1, 1, 8, 8)
-    before = module(image)
+    assert_last_bias_is_added(network, dim=2)
+
+
+def assert_last_bias_is_added(network: Network, dim: int) -> None:
+    module, image, shift = network.build(1, 2, dim).eval(), torch.randn(1, 1, *(32,) * dim), torch.tensor([1.0, -2.0])
+    bias = network.last_bias(module, num_logits=2)
+    assert bias is not None
     with torch.no_grad():
-        network.last_bias(module).add_(torch.tensor([1.0, -2.0]))
-    torch.testing.assert_close(module(image) - before, torch.tensor([1.0, -2.0])[:, None, None].expand(1, 2, 8, 8))
+        before = module(image)
+        bias.add_(shift)
+        moved = (module(image) - before).movedim(1, -1)
+    torch.testing.assert_close(moved, shift.expand_as(moved), rtol=0, atol=1e-5)
+
+
+class Layers(Network):
+    """A network of a study file that gives `build` alone: `kind` says which."""
+
+    kind: str
+
+    def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
+        """A new one."""
+        convolution = nn.Conv2d if dim == 2 else nn.Conv3d
+        strides, filters = (1, 2, 2), (2, 4, 4)
+        match self.kind:
+            case "sequential":
+                return nn.Sequential(
+                    convolution(in_channels, 2, 3, padding=1), nn.ReLU(), convolution(2, out_channels, 1)
+                )
+            case "hidden layer as wide as the logits":
+                return nn.Sequential(convolution(in_channels, 2, 1), convolution(2, out_channels, 1), nn.Identity())
+            case "layer of other width registered last":
+                return nn.ModuleDict({"last": convolution(8, out_channels, 1), "first": convolution(in_channels, 8, 1)})
+            case "no bias":
+                return nn.Sequential(convolution(in_channels, 2, 1), convolution(2, out_channels, 1, bias=False))
+            case "no layer":
+                return nn.Sequential(nn.AvgPool2d(3, 1, padding=1))
+            case "BasicUNet":
+                return BasicUNet(dim, in_channels, out_channels, features=(2, 2, 2, 2, 2, 2))
+        assert self.kind == "DynUNet"
+        return DynUNet(dim, in_channels, out_channels, (3,) * 3, strides, (2,) * 2, filters)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("kind", ["sequential", "hidden layer as wide as the logits", "BasicUNet", "DynUNet"])
+def test_a_network_that_gives_build_alone_has_its_last_bias_found(kind: str, dim: int) -> None:
+    assert_last_bias_is_added(Layers(kind=kind), dim)
+
+
+def test_the_last_bias_is_that_of_a_layer_as_wide_as_the_logits() -> None:
+    network = Layers(kind="layer of other width registered last")
+    module = network.build(1, 3, 2)
+    assert network.last_bias(module, num_logits=3) is module.get_submodule("last").bias
+
+
+@pytest.mark.parametrize("kind", ["no bias", "no layer"])
+def test_a_network_whose_last_layer_has_no_bias_is_trained_as_it_is_built(kind: str) -> None:
+    network = Layers(kind=kind)
+    assert network.last_bias(network.build(2, 2, 2), num_logits=2) is None
+    model = build_model(Recipe(network=network), 1, 1, 2, seed=3, mean_label=torch.tensor([0.1]))
+    with seeded(3):
+        expected = network.build(1, 1, 2).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.network.state_dict().items())
 
 
 @every_network
@@ -83,12 +148,14 @@ def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (32, 40, 35)])
-def test_monais_own_network_computes_the_same_when_it_is_lean_and_a_compiler_follows(size: tuple[int, ...]) -> None:
+def test_monais_own_network_computes_the_same_with_faster_upsampling_and_a_compiler_follows(
+    size: tuple[int, ...],
+) -> None:
     module = BasicUNet(len(size), 1, 2, features=(2, 2, 4, 4, 4, 2))
     image, names = torch.randn(2, 1, *size), list(module.state_dict())
     expected = module(image)
     gradients = torch.autograd.grad(expected.sum(), list(module.parameters()))
-    lean(module)
+    replace_upsampling(module)
     assert list(module.state_dict()) == names
     assert torch.equal(module(image), expected)
     found = torch.autograd.grad(module(image).sum(), list(module.parameters()))

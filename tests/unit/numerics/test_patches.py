@@ -39,8 +39,9 @@ from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.augmentation import Augmentation, moves
+from softseg_dist.numerics.augmentation import moves
 from softseg_dist.numerics.patches import Window
+from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.record.changes import study_changes
 from softseg_dist.record.ledger import json_of
 from softseg_dist.training import targets

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from public_classes import assert_covered
 from pydantic import ValidationError
 from torch import distributed, nn
 
@@ -35,8 +36,9 @@ from softseg_dist import (
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.judging.uncertainty import Spread
-from softseg_dist.numerics.augmentation import Frame, augment_case
+from softseg_dist.numerics.augmentation import augment_case
 from softseg_dist.numerics.sampling import Uncertainty
+from softseg_dist.numerics.transforms import Frame
 from softseg_dist.record.changes import study_changes
 from softseg_dist.record.ledger import json_of
 from softseg_dist.training.data_parallel import WorkerGroup
@@ -72,6 +74,10 @@ def model_of(recipe: Recipe = RECIPE) -> Model:
 
 def samples(model: Model, task: FitTask, method: Uncertainty, seed: int = 0) -> list[np.ndarray]:
     return list(sample_maps(model, Store.open(task.store).sample(0), method, seed))
+
+
+def test_the_suite_runs_over_every_public_method() -> None:
+    assert_covered(Uncertainty, METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -121,7 +127,7 @@ def test_a_network_without_dropout_is_refused_before_it_is_trained(
     task: FitTask, network: UNet, tmp_path: Path
 ) -> None:
     recipes, store = {"with": RECIPE, "without": RECIPE.replace(network=network)}, Store.open(task.store)
-    message = r"candidate without: MCDropout\(samples=3\) asks a network with dropout, and this one has none"
+    message = r"candidate without: MCDropout\(samples=3\) needs a network with dropout, and this one has none"
     with pytest.raises(UserError, match=message):
         check_uncertainty(recipes, METHODS, store)
     check_uncertainty(recipes, METHODS[1:], store)
@@ -135,7 +141,7 @@ def test_an_axis_that_images_lack_is_refused_before_anything_is_trained(task: Fi
 
 
 def test_what_cannot_be_put_back_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"TTA cannot put back what Elastic\(\) has moved"):
+    with pytest.raises(ValidationError, match=r"TTA cannot undo Elastic\(\)"):
         TTA(transforms=(Flip(), Elastic()))
     with pytest.raises(ValidationError, match="at least 1 item"):
         TTA(transforms=())
@@ -175,7 +181,7 @@ def test_an_affine_map_and_its_way_back_meet(seed: int, dim: int) -> None:
     frame = Frame(1, SIZES[dim], SPACINGS[dim], torch.device("cpu"))
     parameters = transform.draw(torch.Generator().manual_seed(seed), frame)[None]
     there = transform.move(frame.positions, parameters, frame)
-    assert torch.allclose(transform.unmove(there, parameters, frame), frame.positions, atol=1e-4)
+    assert torch.allclose(transform.move_back(there, parameters, frame), frame.positions, atol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [2, 3])

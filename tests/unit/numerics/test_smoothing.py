@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from public_classes import assert_covered
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -33,6 +34,10 @@ def scene(*size: int, classes: int = 2, samples: int = 3, seed: int = 0) -> tupl
     target[-1] *= 0.8
     noise = torch.randn(samples, 2, *size, generator=generator)
     return target, target[:, :1] + 0.3 * noise
+
+
+def test_the_suite_runs_over_every_public_smoothing() -> None:
+    assert_covered(Smoothing, SMOOTHINGS)
 
 
 @every_smoothing

@@ -10,8 +10,10 @@ from augmentation_samples import SPACES, ball, every_space, frame_of, uniform
 from pydantic import ValidationError
 from torch import Tensor
 
-from softseg_dist.numerics.augmentation import Affine, Elastic, Flip, Frame, Spatial, apply, augment, draw_all
+from softseg_dist import Affine, Elastic, Flip, Spatial
+from softseg_dist.numerics.augmentation import apply, augment, draw_all
 from softseg_dist.numerics.labels import LabelMode
+from softseg_dist.numerics.transforms import Frame
 
 
 def moved(transform: Spatial, frame: Frame, seeds: range) -> Tensor:

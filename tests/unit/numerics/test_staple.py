@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softseg_dist.numerics.labels import MARGIN, MOST_STEPS, START, TOLERANCE, Consensus, fuse, harden, staple
+from softseg_dist.numerics.labels import MARGIN, MAX_STEPS, START, TOLERANCE, Consensus, fuse, harden, staple
 
 SENSITIVITY, SPECIFICITY, PREVALENCE, VOXELS = (0.9, 0.8, 0.95), (0.98, 0.95, 0.90), 0.2, 20_000
 
@@ -29,7 +29,7 @@ def plain_posterior(decisions: Tensor) -> Tensor:
     d = decisions.double()
     p = q = torch.full((len(d), 1), START, dtype=torch.float64)
     prior = d.mean()
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         before = torch.cat([p, q])
         a = prior * (p**d * (1 - p) ** (1 - d)).prod(0)
         b = (1 - prior) * (q ** (1 - d) * (1 - q) ** d).prod(0)
@@ -53,7 +53,7 @@ def assert_same(one: Consensus, other: Consensus, raters: Sequence[int]) -> None
 def test_planted_sensitivities_and_specificities_come_back(seed: int) -> None:
     truth, masks = planted(seed)
     found = staple(masks)
-    assert 0 < found.steps < MOST_STEPS
+    assert 0 < found.steps < MAX_STEPS
     torch.testing.assert_close(found.sensitivity, torch.tensor(SENSITIVITY), atol=0.02, rtol=0)
     torch.testing.assert_close(found.specificity, torch.tensor(SPECIFICITY), atol=0.02, rtol=0)
     wrong = (harden(found.posterior) != truth).float().mean()

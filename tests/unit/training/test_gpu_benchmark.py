@@ -45,7 +45,7 @@ def test_the_last_bias_of_monais_network_is_added_to_its_logits() -> None:
     image = torch.zeros(1, 1, 32, 32)
     with torch.no_grad():
         before = module(image)
-        MonaiBasicUNet().last_bias(module).add_(torch.tensor([1.0, 2.0]))
+        MonaiBasicUNet().last_bias(module, num_logits=2).add_(torch.tensor([1.0, 2.0]))
         assert torch.allclose(module(image) - before, torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), atol=1e-5)
 
 

@@ -27,9 +27,6 @@ class HalfDice(Dice):
 class OneConvolution(Network):
     def build(self, in_channels, out_channels, dim):
         return (nn.Conv2d if dim == 2 else nn.Conv3d)(in_channels, out_channels, 3, padding=1)
-
-    def last_bias(self, module):
-        return module.bias
 """
 
 

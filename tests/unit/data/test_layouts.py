@@ -1,0 +1,97 @@
+"""One suite over all data sets: what preparation relies on, whatever the layout of the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from public_classes import assert_covered
+
+from softseg_dist.data.cases import DataSet
+from softseg_dist.data.layouts import Bids
+from softseg_dist.data.phantom import Phantom
+
+BIDS = {"label-GM": "label-GM_mask", "two raters": "label-GM_desc-{rater}_mask"}
+DATA_SETS: list[DataSet] = [
+    *(Bids("set", image="T2w", labels={"GM": part}, person="sub-(.)") for part in BIDS.values()),
+    Bids("set", image=("T1w", "T2w"), labels={"GM": "label-GM_mask", "edge": "dseg:2"}),
+    Phantom(subjects=4, raters=2, size=(16, 16), num_slices=2),
+    Phantom(subjects=3, shape="lesions", dim=3, size=(24, 24, 24)),
+]
+every_data_set = pytest.mark.parametrize("data", DATA_SETS, ids=str)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BIDS-like folder that all the `Bids` above can read: three sessions of two people, two contrasts, two raters."""
+    folder, rng = tmp_path_factory.mktemp("root"), np.random.default_rng(0)
+    for subject in ("sub-a1", "sub-a2", "sub-b1"):
+        masks = {f"label-GM{rater}_mask": rng.integers(0, 2, (6, 5, 4)) for rater in ("", "_desc-x", "_desc-y")}
+        labels = masks | {"dseg": rng.integers(0, 3, (6, 5, 4))}
+        images = {contrast: rng.integers(0, 99, (6, 5, 4)) for contrast in ("T1w", "T2w")}
+        files = {f"set/{subject}/anat/{subject}_{name}": voxels for name, voxels in images.items()}
+        files |= {f"set/derivatives/d/{subject}/anat/{subject}_{name}": voxels for name, voxels in labels.items()}
+        for name, voxels in files.items():
+            path = folder / f"{name}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels.astype(np.uint8), np.diag([0.5, 0.5, 2, 1])), path)
+    return folder
+
+
+def test_the_suite_runs_over_every_public_data_set() -> None:
+    assert_covered(DataSet, DATA_SETS)
+
+
+@every_data_set
+def test_data_set_comes_back_from_json(data: DataSet) -> None:
+    again = DataSet.model_validate_json(data.model_dump_json())
+    assert again == data
+    assert again.classes == data.classes
+
+
+@every_data_set
+def test_cases_are_sorted_by_a_name_that_is_unique(data: DataSet, root: Path) -> None:
+    cases = data.cases(root)
+    names = [case.name for case in cases]
+    assert names == sorted(set(names))
+    assert len(names) >= 3
+    assert all(case.subject for case in cases)
+
+
+@every_data_set
+def test_voxels_have_the_shapes_and_ranges_that_preparation_relies_on(data: DataSet, root: Path) -> None:
+    for case in data.cases(root):
+        voxels = case.load()
+        shape = voxels.image.shape[1:]
+        assert voxels.raters.shape == (len(case.rater_names), len(data.classes), *shape)
+        assert voxels.image.dtype == voxels.raters.dtype == np.float32
+        assert np.isfinite(voxels.image).all()
+        labels = [voxels.raters] if voxels.truth is None else [voxels.raters, voxels.truth]
+        assert all(0 <= label.min() <= label.max() <= 1 for label in labels)
+        assert voxels.raters.any()
+        assert abs(np.linalg.det(voxels.affine[:3, :3])) > 0
+
+
+@every_data_set
+def test_raters_that_are_known_beforehand_are_those_of_the_cases(data: DataSet, root: Path) -> None:
+    found = {name for case in data.cases(root) for name in case.rater_names}
+    assert data.rater_names is None or set(data.rater_names) == found
+
+
+@every_data_set
+def test_the_same_cases_are_found_and_read_again(data: DataSet, root: Path) -> None:
+    for case, again in zip(data.cases(root), data.scan(root), strict=True):
+        assert (case.name, case.subject, case.site) == (again.name, again.subject, again.site)
+        assert case.sources() == again.sources() != ()
+        one, other = case.load(), again.load()
+        assert np.array_equal(one.image, other.image)
+        assert np.array_equal(one.raters, other.raters)
+
+
+@every_data_set
+def test_cases_differ_in_their_sources_and_voxels(data: DataSet, root: Path) -> None:
+    cases = data.cases(root)
+    assert len({case.sources() for case in cases}) == len(cases)
+    assert len({case.load().image.tobytes() for case in cases}) == len(cases)
