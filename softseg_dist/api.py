@@ -97,8 +97,8 @@ def run(
         data_root: folder that holds the study's data set.
         out: folder for runs, or its URI; the run folder is OUT/<study name>. None: "runs".
         local: run in this process, one fit at a time, without Ray; breakpoints work.
-        debug: 2 splits, 2 epochs, few subjects, under the name <study name>-debug, as a test; in this process, unless `options`
-            ask for Ray.
+        debug: 2 splits, 2 epochs, few subjects and no final model, as a test under the name <study name>-debug; in this
+            process, unless `options` ask for Ray.
         options: further settings, such as `RunOptions(stores=..., address=...)`; the arguments above come before its fields.
 
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
@@ -109,7 +109,7 @@ def run(
     given: dict[str, Any] = {} if data_root is None else {"data_root": Path(data_root)}
     given |= {} if out is None else {"out": out}
     given |= {"local": True} if local else {}
-    given |= {"debug": True} if debug else {}
+    given |= {"debug": True, "final_model": False} if debug else {}
     chosen = replace(options or RunOptions(command="softseg_dist.run"), **given)
     ended = run_file(open_study(study, debug), chosen, lambda: progress_for(sys.stdout, live=not chosen.in_process))
     return Run(ended.folder, ended.outcome)

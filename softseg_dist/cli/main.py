@@ -83,12 +83,14 @@ def _common(
 
 
 @app.command()
-def demo(out: Out = "runs", stores: Stores = "stores", debug: Debug = False, as_json: AsJson = False) -> None:
+def demo(
+    out: Out = "runs", stores: Stores = "stores", local: Local = False, debug: Debug = False, as_json: AsJson = False
+) -> None:
     """Run the quickstart study on simulated images, which needs no data: about 2 minutes on 2 cores."""
     path = Path(softseg_dist.__file__).with_name("demo.py")
     if not as_json:
         typer.echo(f"Study    {path}\n         copy it to start your own")
-    run(path, out=out, stores=stores, debug=debug, as_json=as_json)
+    run(path, out=out, stores=stores, local=local, debug=debug, as_json=as_json)
 
 
 @app.command()

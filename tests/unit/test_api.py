@@ -168,16 +168,17 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "mlflow", "optuna"):
-            raise ImportError(f"{name} is blocked")
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Blocked())
 """
 
 
-def without_engines(code: str, *arguments: object) -> str:
-    """What `code` prints in a Python that can import neither Ray, MLflow nor Optuna."""
-    command = [sys.executable, "-c", BLOCKED + textwrap.dedent(code), *map(str, arguments)]
+def without(blocked: str, code: str, *arguments: object) -> str:
+    """What `code` prints in a Python that cannot import the `blocked` packages."""
+    program = BLOCKED.format(blocked=blocked.split()) + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -189,10 +190,19 @@ def test_predicting_imports_no_ray_mlflow_or_optuna(tmp_path: Path) -> None:
         import nibabel, softseg_dist
         print(softseg_dist.load_model(sys.argv[1]).predict(nibabel.load(sys.argv[2])).shape)
     """
-    assert without_engines(ours, folder, path).strip() == str(SHAPE)
+    assert without("ray mlflow optuna", ours, folder, path).strip() == str(SHAPE)
     command = "from softseg_dist.cli.main import main; main()"
-    printed = without_engines(command, "predict", folder, path, "--out", tmp_path / "out")
+    printed = without("ray mlflow optuna", command, "predict", folder, path, "--out", tmp_path / "out")
     assert Path(printed.strip()) == tmp_path / "out" / "image_label-GM_softseg.nii.gz"
+
+
+def test_loading_a_run_imports_no_ray_or_mlflow(folder: Path) -> None:
+    ours = """
+        import softseg_dist
+        run = softseg_dist.load(sys.argv[1])
+        print(len(run.results) > len(run.ranking) > 0, run.answer != "")
+    """
+    assert without("ray mlflow", ours, folder).strip() == "True True"
 
 
 def test_the_demonstration_is_the_quickstart_study() -> None:
