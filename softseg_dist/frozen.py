@@ -180,9 +180,7 @@ class Frozen(BaseModel):
         for child in known:
             if isinstance(child, type) and issubclass(child, cls):
                 return child.model_validate(fields)
-        raise ValueError(
-            f"{cls.__name__} of type {data['type']!r} is unknown: load the study file that defines it first"
-        )
+        raise ValueError(f"{cls.__name__} of type {data['type']!r} is unknown: load the study file that defines it first")
 
     @model_serializer(mode="plain")
     def _tagged(self) -> dict[str, Any]:

@@ -57,9 +57,7 @@ def hold(path: Path, of: str = "", wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         if not is_locked_here(file, math.inf if wait else GLANCE_S):
-            raise UserError(
-                f"{of or path.parent}: in use by {_owner(file)}; wait for it to end, or give another --out"
-            ) from None
+            raise UserError(f"{of or path.parent}: in use by {_owner(file)}; wait for it to end, or give another --out") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

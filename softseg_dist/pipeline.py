@@ -26,14 +26,7 @@ from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL
 from softseg_dist.report.comparison import RunComparison, compare
-from softseg_dist.report.page import (
-    outer_json,
-    summary_json,
-    summary_latex,
-    write_csv,
-    write_outer_page,
-    write_page,
-)
+from softseg_dist.report.page import outer_json, summary_json, summary_latex, write_csv, write_outer_page, write_page
 from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
@@ -44,19 +37,7 @@ from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, witho
 from softseg_dist.training.preflight import preflight
 from softseg_dist.training.task import cases_path
 
-PACKAGES = (
-    "softseg_dist",
-    "ray",
-    "torch",
-    "monai",
-    "optuna",
-    "mlflow",
-    "nibabel",
-    "pyarrow",
-    "numpy",
-    "scipy",
-    "pydantic",
-)
+PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
 
 REPORTED = (
     "study.json",
@@ -245,10 +226,7 @@ def latex_of(run: str | Path) -> str:
 
 
 def compare_runs(
-    run_a: str | Path,
-    run_b: str | Path,
-    candidates: tuple[str | None, str | None] = (None, None),
-    metric: str | None = None,
+    run_a: str | Path, run_b: str | Path, candidates: tuple[str | None, str | None] = (None, None), metric: str | None = None
 ) -> RunComparison:
     """In what two run folders differ, and by how much their scores do; see `report.comparison.compare`."""
     return compare((_loaded(run_a), _loaded(run_b)), (str(run_a), str(run_b)), candidates, metric)
@@ -331,10 +309,7 @@ def _collect(copy: WorkingCopy) -> bool:
     ]
     if not ended:
         return False
-    merge_tables(
-        [cases_path(copy.folder / "fits" / key) for key in sorted(ended)],
-        copy.folder / "results.parquet",
-    )
+    merge_tables([cases_path(copy.folder / "fits" / key) for key in sorted(ended)], copy.folder / "results.parquet")
     copy.push("results.parquet")
     return True
 

@@ -83,15 +83,11 @@ def _channels(image: Any, affine: Affine4 | None) -> list[Volume]:
     else:
         found = [image] if is_image(image) else list(image)
         if not found or not all(map(is_image, found)):
-            raise UserError(
-                f"predict takes nibabel images or a numpy array with its affine, got {type(image).__name__}"
-            )
+            raise UserError(f"predict takes nibabel images or a numpy array with its affine, got {type(image).__name__}")
     return [volume_of(channel, affine, f"channel {number} of the image") for number, channel in enumerate(found)]
 
 
-def load_model(
-    path: str | Path, candidate: str | None = None, *, device: str = "auto", trust: bool = False
-) -> Predictor:
+def load_model(path: str | Path, candidate: str | None = None, *, device: str = "auto", trust: bool = False) -> Predictor:
     """The model in a model folder, or in a run folder that has one.
 
     Args:
@@ -169,9 +165,7 @@ def predict_images(
         case.check_headers()
     source = _source(_load(folder, card, trust).on(_device(device)), folder, card, ensemble, uncertainty, samples)
     _make(out)
-    return (
-        _predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True)
-    )
+    return (_predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True))
 
 
 def _folder(model: Path, candidate: str | None) -> Path:
@@ -184,9 +178,7 @@ def _folder(model: Path, candidate: str | None) -> Path:
     raise UserError(f"{model} holds no model of {candidate}: softseg refit {model} --candidate {candidate} trains it")
 
 
-def _source(
-    model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None
-) -> MapSource:
+def _source(model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None) -> MapSource:
     if samples is not None and (ensemble or not uncertainty):
         raise UserError(
             "--samples is the number of predictions for --uncertainty of one model: leave it out, or give both without --ensemble"
@@ -199,9 +191,7 @@ def _source(
 def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
     if card.needs_study_file:
         if card.study_source is None:
-            raise UserError(
-                f"{folder}: its network is defined in the study file of {card.study}, which it does not carry"
-            )
+            raise UserError(f"{folder}: its network is defined in the study file of {card.study}, which it does not carry")
         if not trust:
             raise UserError(
                 f"{folder}: its network is defined in {', '.join(card.study_source.texts)}, whose code must be executed to "
@@ -213,29 +203,21 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
 
 def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
     for paths in images:
-        _check_channels(
-            card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz"
-        )
+        _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz")
     masks = _center_masks(card.preprocess, [paths[0] for paths in images], center_masks)
     return [ImageCase(_stem(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
 
 
 def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:
     if found != card.channels:
-        takes = (
-            f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training"
-        )
+        takes = f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training"
         raise UserError(f"{takes}, got {found}{detail}")
 
 
-def _center_masks(
-    preprocess: Preprocess, images: Sequence[Path], center_masks: Sequence[Path]
-) -> Sequence[MaskFile | None]:
+def _center_masks(preprocess: Preprocess, images: Sequence[Path], center_masks: Sequence[Path]) -> Sequence[MaskFile | None]:
     if not preprocess.mask_parts:
         if center_masks:
-            raise UserError(
-                f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}"
-            )
+            raise UserError(f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}")
         return [None] * len(images)
     (part,) = preprocess.mask_parts
     if len(center_masks) != len(images):
@@ -283,9 +265,7 @@ def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
             taken.add(path.resolve())
 
 
-def _predict(
-    source: MapSource, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None
-) -> Prediction:
+def _predict(source: MapSource, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None) -> Prediction:
     try:
         sample = preprocess.apply(case)
         soft_maps, unsure = source(sample)
@@ -304,9 +284,7 @@ def _predict(
         text = str(error)
         return Prediction(case.images[0], error=text if str(case.images[0]) in text else f"{case.images[0]}: {text}")
     except torch.OutOfMemoryError:
-        return Prediction(
-            case.images[0], error=f"{case.images[0]}: the memory of the GPU is too small for it; use --device cpu"
-        )
+        return Prediction(case.images[0], error=f"{case.images[0]}: the memory of the GPU is too small for it; use --device cpu")
     return replace(output, covered=_covered(sample.placement))
 
 

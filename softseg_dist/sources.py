@@ -59,9 +59,7 @@ class Sources:
                 texts[file] = "" if bare else _text_of(folder / file)
                 waiting += _imported_files(folder, file, texts[file])
         if root is None and (clash := [file for file in texts if file != name and module_name(file) == path.stem]):
-            raise UserError(
-                f"{path} and {clash[0]} beside it have one name, and one imports the other; rename one of them"
-            )
+            raise UserError(f"{path} and {clash[0]} beside it have one name, and one imports the other; rename one of them")
         return cls(name if root is None else "", texts)
 
     @property
@@ -76,9 +74,7 @@ class Sources:
         """
         modules = self.modules
         waiting = [(other, AT_IMPORT) for other in modules if AT_IMPORT in self._definitions(other).definitions]
-        waiting += list(self._resolve(module, (name.partition(".")[0],))) or list(
-            self._resolve_in(module, (), frozenset())
-        )
+        waiting += list(self._resolve(module, (name.partition(".")[0],))) or list(self._resolve_in(module, (), frozenset()))
         found: dict[Key, Definition] = {}
         while waiting:
             module, name = waiting.pop()
@@ -254,9 +250,7 @@ def _parsed(text: str, file: str) -> _Module:
         for name, part in _bound(statement):
             statements.setdefault(name, []).append(part)
     own = {name for name, parts in statements.items() if not isinstance(parts[0], ast.Import | ast.ImportFrom)}
-    for (
-        statement
-    ) in kept:  # one that changes a definition belongs to it; one that changes another module counts for all
+    for statement in kept:  # one that changes a definition belongs to it; one that changes another module counts for all
         if (touched := _touched(statement)) is not None:
             for name in touched & own or {AT_IMPORT}:
                 statements.setdefault(name, []).append(statement)

@@ -252,29 +252,19 @@ class Study(Frozen):
         if not self.candidates and self.search is None:
             raise ValueError("a study needs candidates=..., search=..., or both")
         if self.tune_each is not None and not self.candidates:
-            raise ValueError(
-                "tune_each tunes the candidates of the study file, and there are none: a search tunes its own"
-            )
+            raise ValueError("tune_each tunes the candidates of the study file, and there are none: a search tunes its own")
         if self.second_objective == self.objective:
             raise ValueError(f"second_objective must differ from the objective, got {self.objective!r} for both")
         for name, recipe in self.candidates.items():
             if not NAME.fullmatch(name):
-                raise ValueError(
-                    f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}"
-                )
+                raise ValueError(f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
             self.check_recipe(name, recipe)
         if self.control is not None and self.control not in self.candidates:
-            raise ValueError(
-                f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}"
-            )
+            raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
         if self.nested is not None and self.holdout is not None:
-            raise ValueError(
-                "nested holds out the test subjects of its outer splits: give holdout=... or nested=..., not both"
-            )
+            raise ValueError("nested holds out the test subjects of its outer splits: give holdout=... or nested=..., not both")
         if self.nested is not None and WINNER in self.candidates:
-            raise ValueError(
-                f"no candidate of a nested study may be named {WINNER!r}: its results are reported under that name"
-            )
+            raise ValueError(f"no candidate of a nested study may be named {WINNER!r}: its results are reported under that name")
         return self
 
     @property
@@ -318,9 +308,7 @@ class Study(Frozen):
 
     def debug(self) -> Study:
         """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""
-        recipes = {
-            n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()
-        }
+        recipes = {n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()}
         search = self.search and self.search.replace(trials=min(2, self.search.trials))
         tune = self.tune_each and self.tune_each.replace(trials=2, splits=1)
         few = self.DEBUG_SUBJECTS + (4 if self.nested else 1 if self.holdout else 0)  # as many are left for the splits
@@ -349,10 +337,7 @@ def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:
     """
     named = {field: _levels(field, values) for field, values in factors.items()}
     cells = itertools.product(*named.values())
-    return {
-        "-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True)))
-        for cell in cells
-    }
+    return {"-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True))) for cell in cells}
 
 
 def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:

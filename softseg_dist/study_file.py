@@ -60,9 +60,7 @@ class StudyFile:
                     raise UserError(f"{name}: it uses two files that are both named {file}; rename one of them")
             mains |= {found.study} - {""} if found else set()
         if len(mains) > 1:
-            raise UserError(
-                f"{name}: it uses classes of several study files, {', '.join(sorted(mains))}; put them in a helper"
-            )
+            raise UserError(f"{name}: it uses classes of several study files, {', '.join(sorted(mains))}; put them in a helper")
         sources = Sources(mains.pop() if mains else "", texts)
         load_sources(sources)
         return cls(name, sources, _restarted(study, name))
@@ -206,9 +204,7 @@ class _Texts(MetaPathFinder, Loader):
     def __init__(self) -> None:
         self.known: dict[str, _Text] = {}
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """As the import system asks for it."""
         if name not in self.known:
             return None

@@ -46,8 +46,6 @@ STUDY = Study(
     preprocess=Preprocess(dim=2, spacing_mm=(0.5, 0.5), crop=(96, 96), center="seg-manual"),
     splits=MonteCarlo(count=6),
     objective="dice_dml",
-    candidates=factorial(
-        BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())
-    ),
+    candidates=factorial(BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())),
     control="hard-sigmoid-dice",
 )

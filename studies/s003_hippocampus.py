@@ -15,19 +15,7 @@ DATA holds hippocampus_msd: 120 T1-weighted crops at 1 mm with anterior and post
 gives each voxel its true share of tissue; the hard arm rounds that share, the soft arm keeps it.
 """
 
-from softseg_dist import (
-    Affine,
-    Bids,
-    DiceSemimetric,
-    MonteCarlo,
-    Optim,
-    Preprocess,
-    Recipe,
-    Sigmoid,
-    Study,
-    UNet,
-    factorial,
-)
+from softseg_dist import Affine, Bids, DiceSemimetric, MonteCarlo, Optim, Preprocess, Recipe, Sigmoid, Study, UNet, factorial
 
 BASE = Recipe(
     network=UNet(filters=(8, 16, 32), norm="instance"),
@@ -41,9 +29,7 @@ STUDY = Study(
     name="s003_hippocampus",
     question="Do true partial volumes, instead of rounded ones, make a better 3D segmentation of the hippocampus at 2 mm?",
     data=Bids(
-        "hippocampus_msd",
-        image="T1w",
-        labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"},
+        "hippocampus_msd", image="T1w", labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"}
     ),
     preprocess=Preprocess(dim=3, spacing_mm=(2, 2, 2), crop=(24, 32, 24), label_resampling="area"),
     splits=MonteCarlo(count=10),

@@ -17,19 +17,7 @@ interpolates a mask; "soft" never rounds. The control is "hard": soft less hard 
 what repeated rounding costs. The report's table of lesions by size shows who pays.
 """
 
-from softseg_dist import (
-    Affine,
-    DiceSemimetric,
-    MonteCarlo,
-    Optim,
-    Phantom,
-    Preprocess,
-    Recipe,
-    Sigmoid,
-    Study,
-    UNet,
-    factorial,
-)
+from softseg_dist import Affine, DiceSemimetric, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Sigmoid, Study, UNet, factorial
 
 BASE = Recipe(
     network=UNet(filters=(8, 16, 32)),

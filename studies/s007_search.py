@@ -47,9 +47,7 @@ BASE = Recipe(
 
 def propose(trial):
     """Activation, then the losses that go with it and what belongs to each; one augmentation beside the affine one."""
-    activation = {"sigmoid": Sigmoid(), "normrelu": NormReLU()}[
-        trial.suggest_categorical("activation", ["sigmoid", "normrelu"])
-    ]
+    activation = {"sigmoid": Sigmoid(), "normrelu": NormReLU()}[trial.suggest_categorical("activation", ["sigmoid", "normrelu"])]
     kind = trial.suggest_categorical("loss", ["wing", "dml", "bce", "brier"])
     if kind == "wing":
         loss = AdaptiveWing(omega=trial.suggest_float("omega", 4, 20))

@@ -125,9 +125,7 @@ def _is_busy(title: str) -> bool:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Drain this machine's Ray node before the cloud takes the machine back."
-    )
+    parser = argparse.ArgumentParser(description="Drain this machine's Ray node before the cloud takes the machine back.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cloud", choices=sorted(NOTICES), help="whose notices to watch for")
     what.add_argument("--now", type=float, metavar="SECONDS", help="drain now; wait so long for what still runs")

@@ -20,18 +20,12 @@ COLUMNS = ("candidate", "A", "B", "B minus A", "95 % interval", "p", "p (Holm)",
 
 
 def compare(
-    run_a: Annotated[
-        str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001", show_default=False)
-    ],
+    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001", show_default=False)],
     run_b: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_B", help="Another run folder; or the same one, with two candidates", show_default=False
-        ),
+        str, typer.Argument(metavar="RUN_B", help="Another run folder; or the same one, with two candidates", show_default=False)
     ],
     candidate_a: Annotated[
-        str | None,
-        typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners", show_default=False),
+        str | None, typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners", show_default=False)
     ] = None,
     candidate_b: Annotated[
         str | None, typer.Option(help="Candidate of RUN_B; a name given once applies to both runs", show_default=False)

@@ -83,9 +83,7 @@ def _common(
 
 
 @app.command()
-def demo(
-    out: Out = "runs", stores: Stores = "stores", local: Local = False, debug: Debug = False, as_json: AsJson = False
-) -> None:
+def demo(out: Out = "runs", stores: Stores = "stores", local: Local = False, debug: Debug = False, as_json: AsJson = False) -> None:
     """Run the quickstart study on simulated images, which needs no data: about 2 minutes on 2 cores."""
     path = Path(softseg_dist.__file__).with_name("demo.py")
     if not as_json:
@@ -102,17 +100,13 @@ def run(
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Fits at a time; default: as many as the machine can hold")
     ] = None,
-    workers_per_fit: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share every batch of a fit")
-    ] = None,
+    workers_per_fit: Annotated[int | None, typer.Option(min=1, help="Processes that share every batch of a fit")] = None,
     gpus_per_fit: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs of each worker; 0.25: four share one; default: 1 if there is any"),
+        float | None, typer.Option(min=0, help="GPUs of each worker; 0.25: four share one; default: 1 if there is any")
     ] = None,
     fits_per_gpu: FitsPerGpu = None,
     tracking_uri: Annotated[
-        str | None,
-        typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False),
+        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False)
     ] = None,
     address: Address = None,
     max_wait: MaxWait = None,
@@ -231,9 +225,7 @@ def plan(
     seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="Duration of one fit")] = None,
     run: Annotated[
         str | None,
-        typer.Option(
-            help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"
-        ),
+        typer.Option(help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -293,9 +285,7 @@ app.command()(submit)
 
 def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:
     """Print how a run ended and where its files are, as JSON if `plain` is given; exit with its code."""
-    end = (
-        Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
-    )
+    end = Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
     if plain is not None:
         typer.echo(json.dumps({"end": end.name.lower(), **plain, **vars(outcome)}))
     else:
@@ -306,9 +296,7 @@ def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callabl
 
 def _say_outer(nested: Nested) -> None:
     record = nested.record
-    typer.echo(
-        f"Numbers  {nested.folder}/outer.json and outer.parquet: {len(record.outer)} of {record.planned} outer splits"
-    )
+    typer.echo(f"Numbers  {nested.folder}/outer.json and outer.parquet: {len(record.outer)} of {record.planned} outer splits")
     for run in nested.runs:
         if run.report is not None:
             typer.echo(f"Report   {run.report}")
@@ -324,9 +312,7 @@ def _say_where(finished: Finished) -> None:
     typer.echo(f"Numbers  {_installed('softseg')} report {finished.folder} --json")
     if finished.model is not None:
         model = finished.model
-        typer.echo(
-            f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps"
-        )
+        typer.echo(f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps")
 
 
 def _installed(command: str) -> str:
@@ -356,9 +342,7 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
     tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""
     at_most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
-    console.print(
-        f"{plan.study}: {candidates}, each on {plan.splits} splits{tuning}{nested}: {at_most}{plan.fits} fits"
-    )
+    console.print(f"{plan.study}: {candidates}, each on {plan.splits} splits{tuning}{nested}: {at_most}{plan.fits} fits")
     if not plan.seconds_per_fit:
         console.print(f"The duration of a fit is not known yet: softseg run {study} --debug")
         run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")
@@ -378,9 +362,7 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
         amounts = (f"{value:.2f}" for value in (offer.hours, offer.on_demand_usd, offer.spot_usd))
         table.add_row(machine.name, f"{machine.provider} {machine.region}", gpus, str(offer.places), *amounts)
     console.print(table if offers else "No machine of the price list can hold one fit: see the study's resources.")
-    console.print(
-        "Places: fits at a time. Several machines divide the hours, not the costs; the speed of machines differs."
-    )
+    console.print("Places: fits at a time. Several machines divide the hours, not the costs; the speed of machines differs.")
     console.print(f"Prices of {prices.written}, indicative; see {'; '.join(prices.pages.values())}")
 
 

@@ -21,22 +21,16 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-ModelArg = Annotated[
-    Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)
-]
+ModelArg = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)]
 Images = Annotated[
     list[str],
-    typer.Argument(
-        metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False
-    ),
+    typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)]
 CenterMasks = Annotated[
     list[Path] | None,
     typer.Option(
-        "--center-mask",
-        help="Mask that centres the crop, if the model needs one: once per image, in order",
-        show_default=False,
+        "--center-mask", help="Mask that centres the crop, if the model needs one: once per image, in order", show_default=False
     ),
 ]
 Binary = Annotated[
@@ -47,33 +41,24 @@ Binary = Annotated[
         show_default=False,
     ),
 ]
-OfRun = Annotated[
-    str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner", show_default=False)
-]
-Ensemble = Annotated[
-    bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")
-]
+OfRun = Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner", show_default=False)]
+Ensemble = Annotated[bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")]
 Uncertainty = Annotated[
     bool,
     typer.Option(
-        "--uncertainty",
-        help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation",
+        "--uncertainty", help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation"
     ),
 ]
 Samples = Annotated[
     int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty", show_default=False)
 ]
 OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")
-]
+Trust = Annotated[bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")]
 
 
 def refit(
     run: RunArg,
-    candidate: Annotated[
-        str | None, typer.Option(help="Candidate to train; default: the winner", show_default=False)
-    ] = None,
+    candidate: Annotated[str | None, typer.Option(help="Candidate to train; default: the winner", show_default=False)] = None,
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker", show_default=False)] = None,
     address: Address = None,
     max_wait: MaxWait = None,

@@ -18,21 +18,15 @@ def submit(
         str | None, typer.Option("--data-root", help="Folder of the head with the data set", show_default=False)
     ] = None,
     out: Annotated[str, typer.Option("--out", help="Folder of the head for runs, or a URI")] = "~/runs",
-    stores: Annotated[
-        str, typer.Option("--stores", help="Folder of the head for prepared data, or a URI")
-    ] = "~/stores",
+    stores: Annotated[str, typer.Option("--stores", help="Folder of the head for prepared data, or a URI")] = "~/stores",
     workers_per_fit: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="As of run", show_default=False)] = None,
     fits_per_gpu: FitsPerGpu = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
     max_wait: MaxWait = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server that the head can reach", show_default=False)
-    ] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server that the head can reach", show_default=False)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="As of run")] = False,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Submit, print how to follow and stop the job, and end")
-    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, print how to follow and stop the job, and end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
 ) -> None:
     """Run a study on a cluster, from a machine outside it. Paths without a scheme are paths of the cluster's head.

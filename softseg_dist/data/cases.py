@@ -271,9 +271,7 @@ def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
     """The label that the voxels of a file say."""
     if mask.value is not None:
         if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
-            raise UserError(
-                f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}"
-            )
+            raise UserError(f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}")
         return (values == mask.value).astype(np.float32)
     low, high = float(values.min()), float(values.max())
     if low < -ROUNDING or high > 1 + ROUNDING:
@@ -287,6 +285,4 @@ def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
 
 def _check_grid(geometry: Geometry, path: Path, reference: Geometry, reference_path: Path) -> None:
     if difference := reference.difference(geometry):
-        raise UserError(
-            f"{path} is on another grid than {reference_path}: {difference}; resample it to the image first"
-        )
+        raise UserError(f"{path} is on another grid than {reference_path}: {difference}; resample it to the image first")

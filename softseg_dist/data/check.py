@@ -69,9 +69,7 @@ def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
     return [*problems, *_between(seen), *_people(cases)]
 
 
-def samples_without_errors(
-    cases: Sequence[Case], preprocess: Preprocess, problems: Sequence[Problem]
-) -> Iterator[Sample]:
+def samples_without_errors(cases: Sequence[Case], preprocess: Preprocess, problems: Sequence[Problem]) -> Iterator[Sample]:
     """The samples of the cases that `check_cases` found no error in; for the montage."""
     bad = {problem.case for problem in problems if problem.level == "error"}
     return (preprocess.apply(case) for case in cases if case.name not in bad)

@@ -49,9 +49,7 @@ class FileDigests:
             self._known = unsealed(self._path.read_bytes())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._is_new:
             with suppress(OSError):
                 Place.at(self._path).write(sealed(self._known).encode())

@@ -96,17 +96,12 @@ class Bids(DataSet):
         images = _names(root, root.glob("sub-*"))
         if not (anchors := [name for name in images if name.has_contrast(self.contrasts[0])]):
             others = sorted({name.stem.rsplit("_", 1)[-1] for name in images})
-            raise UserError(
-                f"no image sub-*_{self.contrasts[0]}.nii.gz in {root}; there are {listed(others) or 'no images'}"
-            )
+            raise UserError(f"no image sub-*_{self.contrasts[0]}.nii.gz in {root}; there are {listed(others) or 'no images'}")
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
         masks = [name for folder in below for name in _names(folder, folder.glob("sub-*"))]
         sites = _sites(root, self.site)
         images_in, masks_in = _by_folder(images), _by_folder(masks)
-        cases = [
-            self._case(root, anchor, images_in[anchor.folder], masks_in.get(anchor.folder, ()), sites)
-            for anchor in anchors
-        ]
+        cases = [self._case(root, anchor, images_in[anchor.folder], masks_in.get(anchor.folder, ()), sites) for anchor in anchors]
         self._check_parts(root, cases, masks)
         _check_names(cases)
         return tuple(sorted(cases, key=lambda case: case.name))
@@ -145,9 +140,7 @@ class Bids(DataSet):
                 problems.append(f"case {name}: rater {rater} has no mask of {', '.join(lacking)}")
         participant = anchor.folder.split("/")[0]
         ordered = {rater: labels[rater] for rater in sorted(labels)}
-        return LabelledCase(
-            name, channels, self._person(participant), sites.get(participant, ""), ordered, problems, own.only
-        )
+        return LabelledCase(name, channels, self._person(participant), sites.get(participant, ""), ordered, problems, own.only)
 
     def _person(self, participant: str) -> str:
         if self.person is None:

@@ -31,11 +31,7 @@ from softseg_dist.errors import UserError
 Vector3 = tuple[float, float, float]
 
 TRUTH_POINTS = (8, 8, 4)  # sample points per voxel and axis for the exact partial volume (volumes are right to 0.5 %)
-RATER_POINTS = (
-    4,
-    4,
-    2,
-)  # where fewer points are enough: a rater's mask asks only whether the partial volume reaches 1/2
+RATER_POINTS = (4, 4, 2)  # where fewer points are enough: a rater's mask asks only whether the partial volume reaches 1/2
 FAR = 3.0  # half axes: no rater draws an ellipsoid that large
 
 
@@ -51,9 +47,7 @@ class Wobble:
     @classmethod
     def draw(cls, generator: np.random.Generator, bias_mm: float, sd_mm: float, num_waves: int = 6) -> Wobble:
         """Waves of about two periods around the body."""
-        return cls(
-            bias_mm, sd_mm, generator.normal(0, 2.0, (num_waves, 3)), generator.uniform(0, 2 * math.pi, num_waves)
-        )
+        return cls(bias_mm, sd_mm, generator.normal(0, 2.0, (num_waves, 3)), generator.uniform(0, 2 * math.pi, num_waves))
 
     def __call__(self, directions: Float64) -> Float64:
         """[P 3] -> [P]"""
@@ -108,8 +102,7 @@ class Column:
         z = points[:, 2]
         scale = 1 + self.taper * z / self.height_mm
         u, v = (
-            (points[:, axis] - self.center_mm[axis] - self.drift[axis] * z) / (self.half_axes_mm[axis] * scale)
-            for axis in (0, 1)
+            (points[:, axis] - self.center_mm[axis] - self.drift[axis] * z) / (self.half_axes_mm[axis] * scale) for axis in (0, 1)
         )
         distance = np.hypot(u, v)
         turn = (u + 1j * v) / np.maximum(distance, 1e-9)  # e^(i t), so that its k-th power holds cos(k t) and sin(k t)

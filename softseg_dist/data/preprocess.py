@@ -191,9 +191,7 @@ class Preprocess(Frozen):
             whole[c][window] = values
         return items
 
-    def _labels(
-        self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Voxel]
-    ) -> NDArray[Voxel]:
+    def _labels(self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Voxel]) -> NDArray[Voxel]:
         """[... X Y Z] -> [N ... *S], padded by 0."""
         items, whole, window = self._blank(volume.shape[:-3], axes, kind)
         for index in np.ndindex(volume.shape[:-3]):

@@ -127,8 +127,6 @@ class _WithoutStudies(pickle.Pickler):
 
     def reducer_override(self, thing: object) -> Any:
         """Called for each object; leaves it to pickle if it is none of those."""
-        if isinstance(thing, type | FunctionType) and (
-            thing.__module__ == "__main__" or thing.__module__ in TEXT_MODULES
-        ):
+        if isinstance(thing, type | FunctionType) and (thing.__module__ == "__main__" or thing.__module__ in TEXT_MODULES):
             raise pickle.PicklingError(thing.__qualname__)
         return NotImplemented

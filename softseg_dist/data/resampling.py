@@ -75,15 +75,11 @@ class Axis:
 
     def centers(self) -> Float64:
         """Where the resampled voxels lie in the old grid, as old indices [num_resampled]."""
-        return (np.arange(self.num_resampled, dtype=np.float64) - (self.num_resampled - 1) / 2) * self.step + (
-            self.num_in - 1
-        ) / 2
+        return (np.arange(self.num_resampled, dtype=np.float64) - (self.num_resampled - 1) / 2) * self.step + (self.num_in - 1) / 2
 
     def centers_back(self) -> Float64:
         """Where the old voxels lie in the resampled grid, as resampled indices [num_in]."""
-        return (np.arange(self.num_in, dtype=np.float64) - (self.num_in - 1) / 2) / self.step + (
-            self.num_resampled - 1
-        ) / 2
+        return (np.arange(self.num_in, dtype=np.float64) - (self.num_in - 1) / 2) / self.step + (self.num_resampled - 1) / 2
 
 
 def linear_weights(centers: Float64, num_in: int) -> Float64:
@@ -128,9 +124,7 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
             volume = volume.take(nearest_indices(centers[slice(*axis.kept)], axis.num_in), number)
         return volume.astype(np.float32)
     matrices = [None if not axis.is_resampled else _weights(axis, method) for axis in axes]
-    cropped = volume[
-        (..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))
-    ]
+    cropped = volume[(..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))]
     if all(m is None for m in matrices):
         return np.ascontiguousarray(cropped, dtype=np.float32)
     kept = tuple(axis.kept[1] - axis.kept[0] for axis in axes)

@@ -115,9 +115,7 @@ class KFold(Splits):
         """See `Splits.make`."""
         needed = max(self.folds, 3)
         if len(subjects) < needed:
-            raise UserError(
-                f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}"
-            )
+            raise UserError(f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
         order = _spread(subjects, f"{seed}/kfold")
         splits = []
         for index in range(min(self.count or self.folds, self.folds)):
@@ -125,9 +123,7 @@ class KFold(Splits):
             others = order[:begin] + order[end:]
             num_validation = min(max(1, round(self.validation * len(others))), len(others) - 1)
             if num_validation < 1:
-                raise UserError(
-                    f"{self}: fold {index} leaves {len(others)} of {len(subjects)} subjects; use more folds"
-                )
+                raise UserError(f"{self}: fold {index} leaves {len(others)} of {len(subjects)} subjects; use more folds")
             again = _spread({s: subjects[s] for s in others}, f"{seed}/kfold/{index}")
             validation, train = _cut(again, num_validation)
             splits.append(Split(index=index, train=train, validation=validation, test=tuple(sorted(order[begin:end]))))
@@ -150,9 +146,7 @@ def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str
         return ()
     if isinstance(holdout, tuple):
         if unknown := sorted(set(holdout) - subjects.keys()):
-            raise UserError(
-                f"holdout names {', '.join(unknown)}, but the subjects are {listed(sorted(subjects)) or 'none'}"
-            )
+            raise UserError(f"holdout names {', '.join(unknown)}, but the subjects are {listed(sorted(subjects)) or 'none'}")
         return tuple(sorted(set(holdout)))
     return _cut(_spread(subjects, f"{seed}/holdout"), max(1, round(holdout * len(subjects))))[0]
 

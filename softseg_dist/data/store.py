@@ -39,9 +39,7 @@ from softseg_dist.words import dimensions
 
 KEY = b"softseg"
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32()}
-SCHEMA = pa.schema(
-    [pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()]
-)
+SCHEMA = pa.schema([pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()])
 MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arrow columnar format, IPC file format)
 
 
@@ -159,14 +157,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         try:
             batch, metadata = stream.read_next_batch_with_custom_metadata()
             record = CaseRecord(batch, unsealed(metadata[KEY]))
-        except (
-            StopIteration,
-            pa.ArrowException,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # its end, or a damaged place
+        except (StopIteration, pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # its end, or a damaged place
             return
         yield record
 
@@ -241,9 +232,7 @@ def build_store(
                 Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
                 for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
             ]
-            usable = [
-                each for each in left if not each.stat().st_size or _is_compatible(each, about)
-            ]  # an empty one is litter
+            usable = [each for each in left if not each.stat().st_size or _is_compatible(each, about)]  # an empty one is litter
             _build(draft, path, parts, usable, spread, progress)
     except BrokenPipeError:  # who listened to `progress` has gone
         raise
@@ -284,9 +273,7 @@ class Store:
     def __init__(self, path: Path, source: pa.MemoryMappedFile, reader: pa.RecordBatchFileReader) -> None:
         about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again"
-            )
+            raise UserError(f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again")
         self.path = path
         self.fingerprint: str = about["fingerprint"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
@@ -379,29 +366,16 @@ def _origins(cases: Sequence[Case], preprocess: Preprocess, sha256: Digest) -> l
     """What determines each case, apart from the preprocessing."""
     with ThreadPoolExecutor(num_processors()) as threads:  # reading and hashing hold no interpreter lock
         lines = threads.map(lambda case: case.sources(preprocess.mask_parts, sha256), cases)
-        return [
-            [case.name, case.subject, case.site, case.rater_names, sources]
-            for case, sources in zip(cases, lines, strict=True)
-        ]
+        return [[case.name, case.subject, case.site, case.rater_names, sources] for case, sources in zip(cases, lines, strict=True)]
 
 
 def _fingerprint(origins: list[list[Any]], data: DataSet, preprocess: Preprocess) -> str:
-    content = {
-        "format": FORMAT,
-        "classes": data.classes,
-        "cases": origins,
-        "preprocess": preprocess.model_dump(mode="json"),
-    }
+    content = {"format": FORMAT, "classes": data.classes, "cases": origins, "preprocess": preprocess.model_dump(mode="json")}
     return digest(canonical_json(content), 16)
 
 
 def _build(
-    draft: Draft,
-    path: Path,
-    parts: Sequence[Part],
-    left: Sequence[Path],
-    spread: PartMap,
-    progress: ProgressCallback | None,
+    draft: Draft, path: Path, parts: Sequence[Part], left: Sequence[Path], spread: PartMap, progress: ProgressCallback | None
 ) -> None:
     """Write the store `path` by way of `draft`. The leftovers `left` are used, and removed if they will not be needed again."""
     about, found = parts[0].about, {part.identity for part in parts}
@@ -432,9 +406,7 @@ def _is_compatible(path: Path, about: dict[str, Any]) -> bool:
         other, _ = read_records(path)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # empty yet, damaged, or no store
         return False
-    return canonical_json([other.get(key) for key in PREPARATION]) == canonical_json(
-        [about[key] for key in PREPARATION]
-    )
+    return canonical_json([other.get(key) for key in PREPARATION]) == canonical_json([about[key] for key in PREPARATION])
 
 
 def _records(

@@ -33,15 +33,7 @@ DTYPES = {2: "u1", 256: "i1", 512: "u2", 4: "i2", 768: "u4", 8: "i4", 1280: "u8"
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 MAGIC = {348: b"n+1", 540: b"n+2"}
 QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
-PLACE = (
-    "pixdim",
-    *QFORM,
-    "sform_code",
-    "srow_x",
-    "srow_y",
-    "srow_z",
-    "xyzt_units",
-)  # header fields: where a volume lies
+PLACE = ("pixdim", *QFORM, "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units")  # header fields: where a volume lies
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +130,7 @@ def image_of(maps: NDArray[np.float32], geometry: Geometry, like: Any) -> Any:
     return _image_like(stored, like.header) if isinstance(like.header, nib.Nifti1Header) else _image(stored, geometry)
 
 
-def write_volume(
-    path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geometry: Geometry, like: Path | None = None
-) -> None:
+def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geometry: Geometry, like: Path | None = None) -> None:
     """Write `data` [X Y Z] (canonical; float32 or uint8) as NIfTI in the orientation and grid of `geometry`; atomic.
 
     `like` is a file on that grid: its qform and sform, their codes and its units are copied to the last bit, so that
@@ -166,9 +156,7 @@ def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
     image = nib.Nifti1Image(stored, geometry.affine)
     image.set_sform(geometry.affine, code=1)
     image.set_qform(geometry.affine, code=1, strip_shears=True)
-    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(
-        geometry.spacing_mm
-    ):
+    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(geometry.spacing_mm):
         image.header["qform_code"] = 0  # a qform cannot hold shears
     return image
 
@@ -200,9 +188,7 @@ def _read_header(path: Path) -> _Header:
     shape = _shape(raw, path)
     dtype = _dtype(raw, path)
     if math.prod(shape) > MAX_VOXELS:
-        raise UserError(
-            f"{path} declares {dimensions(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}"
-        )
+        raise UserError(f"{path} declares {dimensions(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
     offset = float(raw["vox_offset"])
     if not (math.isfinite(offset) and len(raw.binaryblock) <= offset <= MAX_SKIP):
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
@@ -210,9 +196,7 @@ def _read_header(path: Path) -> _Header:
     header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)
     on_disk, needed = path.stat().st_size, int(offset) + header.num_bytes
     if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
-        raise UserError(
-            f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}"
-        )
+        raise UserError(f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}")
     return header
 
 
@@ -231,9 +215,7 @@ def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
 def _dtype(raw: nib.Nifti1Header, path: Path) -> np.dtype[np.generic]:
     code = int(raw["datatype"])
     if code not in DTYPES:
-        raise UserError(
-            f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}"
-        )
+        raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
     return np.dtype(raw.endianness + DTYPES[code])
 
 
@@ -245,9 +227,7 @@ def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:
     if math.isnan(intercept):
         intercept = 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise UserError(
-            f"the scaling of voxels must be finite, got slope {slope:g} and intercept {intercept:g} in {path}"
-        )
+        raise UserError(f"the scaling of voxels must be finite, got slope {slope:g} and intercept {intercept:g} in {path}")
     return slope, intercept
 
 

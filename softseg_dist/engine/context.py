@@ -46,14 +46,10 @@ def check_ray() -> None:
     """Raise UserError if the installed Ray is not the tested one, or if this is a job that another softseg_dist submitted."""
     installed, wanted = version("ray"), ".".join(map(str, RAY))
     if tuple(installed.split(".")[:2]) != tuple(map(str, RAY)):
-        raise UserError(
-            f'Ray {installed} is not supported: pip install "ray[default,tune,train]=={wanted}.*", or run with --local'
-        )
+        raise UserError(f'Ray {installed} is not supported: pip install "ray[default,tune,train]=={wanted}.*", or run with --local')
     submitter, ours = os.environ.get(SUBMITTED_BY), version("softseg_dist")
     if submitter not in (None, ours):
-        raise UserError(
-            f"submitted by softseg_dist {submitter}, but the cluster has {ours}; install one version in both places"
-        )
+        raise UserError(f"submitted by softseg_dist {submitter}, but the cluster has {ours}; install one version in both places")
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,5 @@ class RunContext:
         weights = weights_path(self.fit_folder(result))
         if not weights.exists():
             folder = weights.parent
-            raise UserError(
-                f"{weights}: the weights of a finished fit are gone; remove its folder and {folder}.json, run again"
-            )
+            raise UserError(f"{weights}: the weights of a finished fit are gone; remove its folder and {folder}.json, run again")
         return weights

@@ -41,9 +41,7 @@ def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> Non
         if len(weights := of_subject.get(case.subject, [])) > 1
     }
     if not cases:
-        context.progress.note(
-            "no subject is tested in two splits, so there is no ensemble to measure; MonteCarlo splits do that"
-        )
+        context.progress.note("no subject is tested in two splits, so there is no ensemble to measure; MonteCarlo splits do that")
         return
     if _held(copy.folder / TABLE) == {key: len(weights) for key, weights in cases.items()}:
         return

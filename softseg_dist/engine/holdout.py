@@ -67,9 +67,7 @@ def _record(context: RunContext, record: HoldoutRecord, winner: str, fits: Seque
         last = record.opened[-1]
         if last.replace(at=opening.at) == opening:
             return
-        context.progress.note(
-            f"the held-out subjects were open before, last at {last.at} for {last.winner}: its record says so"
-        )
+        context.progress.note(f"the held-out subjects were open before, last at {last.at} for {last.winner}: its record says so")
     context.ledger.write_holdout(record.replace(opened=(*record.opened, opening)))
 
 

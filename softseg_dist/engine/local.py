@@ -114,6 +114,4 @@ def time_limit(limit_s: float | None, stacks: Path) -> Iterator[None]:
 def _in_debugger() -> bool:
     """Does a debugger trace this process?"""
     monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
-    return sys.gettrace() is not None or (
-        monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
-    )
+    return sys.gettrace() is not None or (monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None)

@@ -77,9 +77,7 @@ class Offer:
     spot_usd: float
 
 
-def plan_study(
-    study: Study, data_root: Path | None, seconds_per_fit: float | None = None, run: str | None = None
-) -> Plan:
+def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | None = None, run: str | None = None) -> Plan:
     """How many fits a study has; how long they take, as given, or as measured in the run folder `run`.
 
     Only the names of the data set are read. Raises UserError if there is no data set, no finished fit in `run`, or both a
@@ -150,9 +148,7 @@ def _mean_seconds(study: Study, splits: Sequence[Split], trials: int, tuning: in
     samples = sample_proposals(study)
     recipes += [(PROPOSED, recipe, trials / len(samples)) for recipe in samples.values()]
     subjects = sum(len(split.train) for split in splits) / len(splits)
-    total = sum(
-        weight * subjects * recipe.optim.epochs * rates.get(name, rates[PROPOSED]) for name, recipe, weight in recipes
-    )
+    total = sum(weight * subjects * recipe.optim.epochs * rates.get(name, rates[PROPOSED]) for name, recipe, weight in recipes)
     return total / sum(weight for _, _, weight in recipes)
 
 
@@ -166,7 +162,5 @@ def _seconds_per_subject_epoch(ledger: Ledger) -> Mapping[str, float]:
                 seconds, work = spent.get(name, (0.0, 0))
                 spent[name] = (seconds + result.duration_s, work + result.epochs * subjects[result.split])
     if not spent:
-        raise UserError(
-            f"{ledger.folder}: no fit has finished there; name the folder of a run, or give --seconds-per-fit"
-        )
+        raise UserError(f"{ledger.folder}: no fit has finished there; name the folder of a run, or give --seconds-per-fit")
     return {name: seconds / work for name, (seconds, work) in spent.items()}

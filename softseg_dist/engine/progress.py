@@ -155,9 +155,7 @@ class JsonLines(Progress):
     @override
     def finished(self, result: FitResult) -> None:
         super().finished(result)
-        shown = {
-            name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")
-        }
+        shown = {name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")}
         self._emit("fit", fit=result.key, done=self.num_done, total=self.total, **shown)
 
     @override
@@ -177,9 +175,7 @@ class LiveTable(Progress):
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__()
-        self._live = Live(
-            console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False
-        )
+        self._live = Live(console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False)
 
     @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
@@ -208,9 +204,7 @@ class LiveTable(Progress):
         lines: list[RenderableType] = [table]
         if hidden > 0:
             lines.append(Text(f"and {hidden} more candidates", style="dim"))
-        lines += [
-            Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())
-        ]
+        lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
         left = self.remaining_s()
         lines.append(Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else "")))
         return Group(*lines)

@@ -100,9 +100,7 @@ def fits_at_once(resources: Resources) -> int:
     return wanted if grows() else min(places, wanted)
 
 
-def wait_for_room(
-    resources: Resources, max_wait_s: float | None, note: Callable[[str], None], stopped: Callable[[], bool]
-) -> None:
+def wait_for_room(resources: Resources, max_wait_s: float | None, note: Callable[[str], None], stopped: Callable[[], bool]) -> None:
     """Return when there is room for one fit, or `stopped`; a growing cluster is asked for machines.
 
     `max_wait_s`: None waits `GROWING_WAIT_S` where machines can be added, else not at all. `note` gets one line about the wait.

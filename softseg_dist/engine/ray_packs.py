@@ -245,9 +245,7 @@ def with_size(resources: Resources, task: FitTask, sources: Sources | None, note
         note(f"--fits-per-gpu auto: one, as nothing could be measured: {cause_in(str(error)) or type(error).__name__}")
         return resources.replace(fits_per_gpu=1)
     best = best_size(rates)
-    figures = ", ".join(
-        f"{rate.size}: {rate.steps_per_s:.0f} steps/s, {rate.memory:.0%} of the memory" for rate in rates
-    )
+    figures = ", ".join(f"{rate.size}: {rate.steps_per_s:.0f} steps/s, {rate.memory:.0%} of the memory" for rate in rates)
     note(f"--fits-per-gpu auto: {best} (fits at once: {figures})")
     return resources.replace(fits_per_gpu=best)
 

@@ -78,9 +78,7 @@ def _nodes_for_fits() -> list[Mapping[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def _ask(
-    nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]
-) -> dict[str, str]:
+def _ask(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> dict[str, str]:
     """The answer of each node, by its address and the start of its id: several may share a machine."""
     asking: dict[str, tuple[str, Any]] = {}
     for node, given in zip(nodes, arguments, strict=True):

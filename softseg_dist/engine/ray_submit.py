@@ -62,15 +62,7 @@ def submit(sources: Sources, address: str, folders: Mapping[str, str | None], fl
     the cluster does not answer or refuses the token.
     """
     arguments = [text for option, path in folders.items() if path for text in (option, _lasting(option, path))]
-    command = [
-        "softseg",
-        "run",
-        shlex.quote(sources.study),
-        "--address",
-        "auto",
-        *arguments,
-        *map(shlex.quote, flags),
-    ]
+    command = ["softseg", "run", shlex.quote(sources.study), "--address", "auto", *arguments, *map(shlex.quote, flags)]
     with tempfile.TemporaryDirectory() as folder, _as_user_error(address):
         for file, text in sources.texts.items():
             (Place.at(folder) / file).write(text.encode())
@@ -130,9 +122,7 @@ def _exit_code(job: Job, info: Any) -> int:
     if info.driver_exit_code in EXIT_CODES:
         return int(info.driver_exit_code)
     if info.driver_exit_code == NOT_FOUND:
-        raise UserError(
-            "the cluster's head has no softseg command; install softseg_dist there (see cluster/Dockerfile)"
-        )
+        raise UserError("the cluster's head has no softseg command; install softseg_dist there (see cluster/Dockerfile)")
     reason = " ".join((info.message or "Ray gives no reason").split())
     raise UserError(f"job {job.id} ended before its study did, submitting it again goes on: {reason}")
 

@@ -86,11 +86,7 @@ class RayBackend:
 
 
 def train_on_workers(
-    context: RunContext,
-    task: FitTask,
-    alone_s: float = math.inf,
-    address: str | None = None,
-    max_wait_s: float | None = None,
+    context: RunContext, task: FitTask, alone_s: float = math.inf, address: str | None = None, max_wait_s: float | None = None
 ) -> FitResult:
     """Run a fit on as many workers as there is room for, but no more than a batch has items; it resumes from its checkpoint.
 

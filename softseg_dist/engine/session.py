@@ -70,9 +70,7 @@ def run_search(context: RunContext) -> Outcome:
 class Session:
     """The running fits, by an id of the backend's. Searcher, tracker and display get every event of theirs."""
 
-    def __init__(
-        self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile
-    ) -> None:
+    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
         self.searcher, self.tracker, self.progress, self._stop_file = searcher, tracker, progress, stop_file
         self.error: UserError | None = None
         self.interrupted = False

@@ -129,12 +129,7 @@ def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
 
 
 def run_fit(
-    message: Mapping[str, Any],
-    fit: Fit,
-    sources: Sources | None,
-    worker: Worker,
-    report: Report,
-    limit: TimeLimit = time_limit,
+    message: Mapping[str, Any], fit: Fit, sources: Sources | None, worker: Worker, report: Report, limit: TimeLimit = time_limit
 ) -> dict[str, str]:
     """Run the fit of a `message_of`; returns {"ending": JSON of `Ending`}. Each of several workers calls this.
 
@@ -192,10 +187,7 @@ def _watched(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> FitRe
 
 
 def run_until_done(
-    run_job: Callable[[dict[str, str], Report], Mapping[str, str]],
-    task: FitTask,
-    stop_file: str,
-    note: Callable[[str], None],
+    run_job: Callable[[dict[str, str], Report], Mapping[str, str]], task: FitTask, stop_file: str, note: Callable[[str], None]
 ) -> FitResult:
     """Run one fit that is not part of the search, again if it is lost; `note` gets four lines about its epochs.
 
@@ -207,9 +199,7 @@ def run_until_done(
     def report(news: Mapping[str, str]) -> None:
         metrics = json.loads(news["epoch"])
         if metrics["epoch"] % max(1, epochs // 4) == 0:
-            note(
-                f"{task.candidate} on all subjects: epoch {metrics['epoch']:g} of {epochs}, loss {metrics['loss']:.4g}"
-            )
+            note(f"{task.candidate} on all subjects: epoch {metrics['epoch']:g} of {epochs}, loss {metrics['loss']:.4g}")
 
     for attempt in range(MAX_ATTEMPTS):
         try:

@@ -37,9 +37,7 @@ SCHEMA = pa.schema(
 Row = dict[str, Any]
 
 
-def rows_of_case(
-    measured: Iterable[Measurement], study: str, candidate: str, split: int, subset: str, sample: Sample
-) -> list[Row]:
+def rows_of_case(measured: Iterable[Measurement], study: str, candidate: str, split: int, subset: str, sample: Sample) -> list[Row]:
     """Rows of the results table from the measurements of one case."""
     head = {
         "study": study,
@@ -50,14 +48,7 @@ def rows_of_case(
         "case": sample.name,
     }
     return [
-        head
-        | {
-            "class": r.class_name,
-            "reference": r.reference,
-            "threshold": r.threshold,
-            "metric": r.metric,
-            "value": r.value,
-        }
+        head | {"class": r.class_name, "reference": r.reference, "threshold": r.threshold, "metric": r.metric, "value": r.value}
         for r in measured
     ]
 

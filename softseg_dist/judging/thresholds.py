@@ -24,11 +24,7 @@ def choose_thresholds(predictions: Sequence[Map], references: Sequence[Map]) -> 
         predictions: one map [N K *S] in [0, 1] per validation case.
         references: the mean of the raters for the same cases [N K *S].
     """
-    return {
-        "fixed": FIXED,
-        "grid": grid_threshold(predictions, references),
-        "dice_optimal": dice_optimal_threshold(predictions),
-    }
+    return {"fixed": FIXED, "grid": grid_threshold(predictions, references), "dice_optimal": dice_optimal_threshold(predictions)}
 
 
 def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> float:

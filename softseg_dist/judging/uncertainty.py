@@ -110,8 +110,7 @@ class Spread:
     def samples_iou(self) -> PerClass:
         """Voxels in every sample over voxels in any sample, per class [K]; NaN if all are empty."""
         everywhere, anywhere = (
-            np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64)
-            for of in (np.bitwise_and, np.bitwise_or)
+            np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64) for of in (np.bitwise_and, np.bitwise_or)
         )
         return self._of_several(_ratio(everywhere, anywhere))
 

@@ -158,9 +158,7 @@ def mix(
     return join(image, target, partner_image, partner_target, draw_pairs(transforms, seeds, frame))
 
 
-def join(
-    image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn
-) -> tuple[Tensor, Tensor]:
+def join(image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
     """`mix`, given the parameters that `draw_pairs` has drawn."""
     for transform, parameters in drawn:
         assert isinstance(transform, Pairing), transform
@@ -209,9 +207,7 @@ def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Fram
     return torch.stack(draws).to(frame.device)
 
 
-def _moved(
-    image: Tensor, target: Tensor, steps: Sequence[Step], mode: LabelMode, frame: Frame
-) -> tuple[Tensor, Tensor]:
+def _moved(image: Tensor, target: Tensor, steps: Sequence[Step], mode: LabelMode, frame: Frame) -> tuple[Tensor, Tensor]:
     """Image and label after all `steps`, both by the one map that the steps are composed into."""
     move = _move(steps, frame)
     if mode == "hard_each":
@@ -230,10 +226,7 @@ def _move(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], T
     mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
     if len(mirrors) == len(steps):
         return lambda maps, mode, padding: reduce(lambda m, step: step[0].mirror(m, step[1]), mirrors, maps)
-    positions, matrix = (
-        frame.positions,
-        None,
-    )  # the matrix composes affine maps that are still to be applied to the positions
+    positions, matrix = (frame.positions, None)  # the matrix composes affine maps that are still to be applied to the positions
     for transform, parameters in reversed(steps):  # from the output back to the input
         if isinstance(transform, AffineMap):
             more = transform.matrix(parameters, frame)

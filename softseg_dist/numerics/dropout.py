@@ -40,9 +40,7 @@ class CountedDropout(nn.Module):
 
     seed: Tensor
 
-    def __init__(
-        self, dropout: nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, number: int, seed: Tensor
-    ) -> None:
+    def __init__(self, dropout: nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, number: int, seed: Tensor) -> None:
         super().__init__()
         self.dropout = dropout
         self.key = _signed(WEYL * (number + 1))

@@ -175,8 +175,7 @@ def one_rater_only(fusion: str) -> str:
     "fusion 'staple' needs several raters, but no case has more than one; use fusion='mean', which is then that rater's mask"
     """
     return (
-        f"fusion {fusion!r} needs several raters, but no case has more than one; "
-        "use fusion='mean', which is then that rater's mask"
+        f"fusion {fusion!r} needs several raters, but no case has more than one; use fusion='mean', which is then that rater's mask"
     )
 
 

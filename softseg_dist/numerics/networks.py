@@ -80,9 +80,7 @@ class _UNetModule(nn.Module):
         levels = list(pairwise(filters))
         self.first = TwoConv(dim, in_channels, filters[0], **blocks)
         self.down = nn.ModuleList(Down(dim, fine, coarse, **blocks) for fine, coarse in levels)
-        self.up = nn.ModuleList(
-            UpCat(dim, coarse, fine, fine, **blocks, upsample=upsample) for fine, coarse in reversed(levels)
-        )
+        self.up = nn.ModuleList(UpCat(dim, coarse, fine, fine, **blocks, upsample=upsample) for fine, coarse in reversed(levels))
         self.last = Conv["conv", dim](filters[0], out_channels, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:

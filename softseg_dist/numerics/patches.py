@@ -127,14 +127,7 @@ class Patch(Frozen):
 
         at_once = max(1, VOXELS_AT_ONCE // math.prod(self.size))
         logits: Tensor = sliding_window_inference(
-            image,
-            self.size,
-            at_once,
-            network,
-            self.overlap,
-            mode="gaussian",
-            sigma_scale=1 / 8,
-            padding_mode="replicate",
+            image, self.size, at_once, network, self.overlap, mode="gaussian", sigma_scale=1 / 8, padding_mode="replicate"
         )
         return logits
 

@@ -36,9 +36,7 @@ class Uncertainty(Frozen, ABC):
         """Raises UserError, before training, if all samples of `model` would be equal."""
 
     @abstractmethod
-    def __call__(
-        self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
         """One soft map [N K *S] of `image` [N C *S]; `predict` runs `model`. The same for the same `seed`."""
 
 
@@ -54,13 +52,9 @@ class MCDropout(Uncertainty):
     def check(self, model: nn.Module) -> None:
         """Raises UserError if `model` has no dropout."""
         if not drops(model):
-            raise UserError(
-                f"{self} needs a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)"
-            )
+            raise UserError(f"{self} needs a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)")
 
-    def __call__(
-        self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
         """The soft map [N K *S] of `image` [N C *S] with the dropout that `seed` draws."""
         layers = _dropout(model)
         try:
@@ -113,9 +107,7 @@ class TTA(Uncertainty):
     def check(self, model: nn.Module) -> None:
         """Accepts every model."""
 
-    def __call__(
-        self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
         """The soft map [N K *S] of `image` [N C *S], transformed as `seed` draws it."""
         changed, undo = augment_case(image, self.transforms, seed, spacing_mm)
         return undo(predict(changed))

@@ -156,9 +156,7 @@ class Elastic(Spatial):
         field = parameters
         for n, step in zip(frame.size, frame.spacing_mm, strict=True):
             weights = frame.keep((self, n, step, field.dtype), partial(self._weights, n, step, field.dtype))
-            field = torch.tensordot(
-                field, weights, dims=([2], [1])
-            )  # contracts the first axis of space, appends the new one
+            field = torch.tensordot(field, weights, dims=([2], [1]))  # contracts the first axis of space, appends the new one
         if positions is not frame.positions:
             field = frame.sample(field, positions)
         return (positions.movedim(-1, 1) + field).movedim(1, -1)

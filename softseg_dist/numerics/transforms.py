@@ -86,9 +86,7 @@ class Frame:
         """The coordinate along each axis, of a shape that broadcasts with *S."""
         dim = len(self.size)
         return [
-            ((torch.arange(n, device=self.device) - (n - 1) / 2) * step).view(
-                *[-1 if a == axis else 1 for a in range(dim)]
-            )
+            ((torch.arange(n, device=self.device) - (n - 1) / 2) * step).view(*[-1 if a == axis else 1 for a in range(dim)])
             for axis, (n, step) in enumerate(zip(self.size, self.spacing_mm, strict=True))
         ]
 
@@ -97,9 +95,7 @@ class Frame:
 
         Sums are taken coordinate by coordinate in a fixed order, so that a sample's result does not depend on its batch.
         """
-        own = (
-            positions is self.positions
-        )  # each of its coordinates varies along one axis only: smaller products suffice
+        own = positions is self.positions  # each of its coordinates varies along one axis only: smaller products suffice
         coordinates = self._axes if own else [x[:, None] for x in positions.unbind(-1)]
         slopes, start = matrix[..., :-1], matrix[..., -1].reshape(*matrix.shape[:2], *[1] * len(self.size))
         moved = start

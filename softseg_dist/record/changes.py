@@ -45,11 +45,7 @@ def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 def study_changes(
-    old: Json,
-    new: Json,
-    old_splits: Sequence[Json],
-    new_splits: Sequence[Json],
-    sources: tuple[Sources, Sources] | None = None,
+    old: Json, new: Json, old_splits: Sequence[Json], new_splits: Sequence[Json], sources: tuple[Sources, Sources] | None = None
 ) -> Changes:
     """Compare two studies and their splits, all as JSON. `sources` has the texts of both, to show the code that has changed.
 
@@ -138,6 +134,4 @@ def _split_changes(old: Sequence[Json], new: Sequence[Json]) -> str:
 
 
 def _sample(subjects: Sequence[str]) -> str:
-    return (
-        "none" if not subjects else f"{len(subjects)} ({', '.join(subjects[:3])}{', ...' if len(subjects) > 3 else ''})"
-    )
+    return "none" if not subjects else f"{len(subjects)} ({', '.join(subjects[:3])}{', ...' if len(subjects) > 3 else ''})"

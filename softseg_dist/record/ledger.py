@@ -143,9 +143,7 @@ class Ledger:
                 if moved := holdout_change(known.subjects if known else (), held_out):
                     refused.append(moved)
                 if code.get("numerics") != softseg_dist.NUMERICS:
-                    refused.append(
-                        f"numerics of softseg_dist: {code.get('numerics', 'unknown')} -> {softseg_dist.NUMERICS}"
-                    )
+                    refused.append(f"numerics of softseg_dist: {code.get('numerics', 'unknown')} -> {softseg_dist.NUMERICS}")
             stored = (self._read("store.json") or {}).get("fingerprint")
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
@@ -204,12 +202,7 @@ class Ledger:
                     continue
                 result = _parsed(FitResult, self._read(f"fits/{name}/{file}", torn={}))
                 if result is None or (result.candidate, result.split) != (name, int(stem)):
-                    log.warning(
-                        "%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again",
-                        self.folder,
-                        name,
-                        file,
-                    )
+                    log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
                     continue
                 found[name, result.split] = result
         return found
@@ -250,9 +243,7 @@ class Ledger:
         for file, name in recorded[-1]["files"].items():
             text = (self.place / f"sources/{name}.py").read()
             if text is None or digest(text) != name:
-                raise UserError(
-                    f"{self.folder}/sources/{name}.py: {file} as it was run is missing or changed; restore it"
-                )
+                raise UserError(f"{self.folder}/sources/{name}.py: {file} as it was run is missing or changed; restore it")
             texts[file] = text.decode()
         return Sources(recorded[-1]["study"], texts)
 

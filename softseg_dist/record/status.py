@@ -87,9 +87,7 @@ def status_of(run: str) -> RunStatus:
         if not isinstance(study, dict) or not isinstance(splits, list):
             raise UserError(f"{run}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
         if study.get("nested"):
-            raise UserError(
-                f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one"
-            )
+            raise UserError(f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one")
         running = _running(place, files, ended, study, readers)
     records = {record["name"]: record for record in map(read.get, known) if record}
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
@@ -192,11 +190,7 @@ def _running(
         if parts[0] == "fits" and len(parts) == 4:
             written[f"{parts[1]}/{parts[2]}"] = max(written.get(f"{parts[1]}/{parts[2]}", 0.0), entry.modified_s)
     checkpoint_s = study.get("resources", {}).get("checkpoint_every_s", 0.0)
-    left = {
-        key: at
-        for key, at in written.items()
-        if f"fits/{key}.json" not in ended and f"fits/{key}/result.json" not in files
-    }
+    left = {key: at for key, at in written.items() if f"fits/{key}.json" not in ended and f"fits/{key}/result.json" not in files}
     quiet = {key: max(0.0, time.time() - at) for key, at in left.items()}
     keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
     histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)

@@ -80,9 +80,7 @@ def raters_of(test: pd.DataFrame, fits: Iterable[FitResult], candidates: Sequenc
     if len(names) < 2:
         return None
     dice = {rater: scores_at_rule(test, fits, "dice", RULE, reference=rater) for rater in names}
-    ged2, disagreement = (
-        soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation")
-    )
+    ged2, disagreement = (soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation"))
     rows = {
         name: AgainstRaters(
             name,

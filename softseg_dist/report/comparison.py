@@ -264,9 +264,7 @@ def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: s
     common = ", ".join(name for name in OBJECTIVES if name in measured[0] & measured[1]) or "none is in both"
     of_a, of_b = (run.study["objective"] for run in runs)
     if metric is None and of_a != of_b:
-        raise UserError(
-            f"the objective is {of_a} in {called[0]} and {of_b} in {called[1]}; choose with --metric: {common}"
-        )
+        raise UserError(f"the objective is {of_a} in {called[0]} and {of_b} in {called[1]}; choose with --metric: {common}")
     name = metric or of_a
     if name not in OBJECTIVES:
         raise UserError(f"--metric must be one of {common}, got {name!r}")
@@ -330,9 +328,7 @@ def _other_trials(a: RunData, b: RunData) -> tuple[str, ...]:
     """A search counts its candidates: equal names mean nothing unless the recipes are equal."""
     of_b = {candidate.name: candidate for candidate in b.candidates}
     return tuple(
-        c.name
-        for c in a.candidates
-        if (other := of_b.get(c.name)) and (c.proposed or other.proposed) and c.recipe != other.recipe
+        c.name for c in a.candidates if (other := of_b.get(c.name)) and (c.proposed or other.proposed) and c.recipe != other.recipe
     )
 
 

@@ -42,9 +42,7 @@ def answer(comparison: RunComparison) -> str:
     if unsure := len(said["not shown"]) - len(equal):
         shown.append(f"no difference was shown for {unsure} of {len(contrasts)}")
     if equal:
-        shown.append(
-            f"all scores are the same for {listed([called(c) for c in equal])} ({len(equal)} of {len(contrasts)})"
-        )
+        shown.append(f"all scores are the same for {listed([called(c) for c in equal])} ({len(equal)} of {len(contrasts)})")
     return f"On {metric_of(comparison)}: {'; '.join(shown)}."
 
 
@@ -128,13 +126,9 @@ def _data(comparison: RunComparison) -> list[str]:
             "from the preparation."
         )
     if "data" in fields and comparison.pairing.subjects:
-        found.append(
-            "The data sets are read in different ways: images or labels of one subject may not be the same in both."
-        )
+        found.append("The data sets are read in different ways: images or labels of one subject may not be the same in both.")
     if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
-        found.append(
-            "The prepared data differ although both studies describe them alike: images or labels have changed."
-        )
+        found.append("The prepared data differ although both studies describe them alike: images or labels have changed.")
     return found
 
 

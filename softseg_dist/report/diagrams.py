@@ -94,9 +94,7 @@ def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
             for y, (lesions, rate) in enumerate(zip(found, rates, strict=True)):
                 colour = QUIET if lesions.name == summary.reference else BETTER
                 axis.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
-                axis.plot(
-                    rate.share, y, "s" if lesions.name == summary.reference else "o", color=colour, markersize=4.5
-                )
+                axis.plot(rate.share, y, "s" if lesions.name == summary.reference else "o", color=colour, markersize=4.5)
             axis.set(xlim=(-0.03, 1.03), ylim=(len(found) - 0.5, -0.5))
             axis.set_xticks(*TICKS)
             axis.set_title(title, fontsize=8, color=QUIET if rates is not panels[-1][1] else WORSE)
@@ -133,9 +131,7 @@ def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:
     rest = [point for point in pareto.points if not point.front]
     with new_figure(7, 4.2) as figure:
         axis = figure.subplots()
-        axis.plot(
-            [p.first for p in rest], [p.second for p in rest], "o", color=QUIET, markerfacecolor="white", markersize=5
-        )
+        axis.plot([p.first for p in rest], [p.second for p in rest], "o", color=QUIET, markerfacecolor="white", markersize=5)
         axis.plot([p.first for p in front], [p.second for p in front], "o-", color=BETTER, markersize=6, linewidth=1)
         for point in (p for p in pareto.points if p.name == summary.reference):
             axis.plot(point.first, point.second, "s", color=INK, markerfacecolor="none", markersize=10)

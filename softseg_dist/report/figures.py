@@ -136,15 +136,7 @@ def curve_figure(summary: Summary) -> Figure:
                 tau = standings[name].thresholds.get(rule)
                 if tau is not None:
                     height = np.interp(tau, summary.curve_thresholds, curve)
-                    axis.plot(
-                        tau,
-                        height,
-                        marker,
-                        color=colours[name],
-                        markersize=6,
-                        markeredgecolor="white",
-                        markeredgewidth=0.6,
-                    )
+                    axis.plot(tau, height, marker, color=colours[name], markersize=6, markeredgecolor="white", markeredgewidth=0.6)
         for marker, label in MARKS.values():
             axis.plot([], [], marker, color=INK, markersize=5, linestyle="none", label=label)
         axis.axvline(0.5, color=QUIET, linewidth=0.8, linestyle=":")

@@ -77,10 +77,7 @@ def interactions_answer(summary: Summary) -> str:
         return ""
     if not shown:
         smallest = min(i.p_holm for i in tested)
-        return (
-            f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); "
-            "small ones may exist."
-        )
+        return f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); small ones may exist."
     parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_QUOTED]]
     more = f"; {count(len(shown) - MOST_QUOTED, 'more interaction')} in the table" if len(shown) > MOST_QUOTED else ""
     return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
@@ -161,11 +158,7 @@ def _sample(comparison: Comparison) -> str:
 
 
 def _without_control(summary: Summary) -> str:
-    why = (
-        "The study names no control"
-        if summary.control is None
-        else f"The control {summary.control} has no finished fit"
-    )
+    why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
     tied = [c.candidate for c in summary.comparisons if _verdict(c, summary) == "not shown"]
     rest = (
         f"{len(tied)} of the {len(summary.comparisons)} others were not shown to differ from it"
@@ -187,9 +180,7 @@ def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
     """Limits of the evidence on the page, the most serious first. `spacing_mm` is that of the prepared grid."""
     found = [*_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
     grid = f" ({dimensions(spacing_mm)} mm)" if spacing_mm else ""
-    found.append(
-        f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images."
-    )
+    found.append(f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images.")
     return found
 
 
@@ -264,9 +255,7 @@ def _training(summary: Summary) -> list[str]:
     dead = [t for t in summary.training if t.dead_share is not None and t.dead_share > ALPHA]
     if dead:
         parts = ", ".join(f"{t.name} {percent(t.dead_share)}" for t in dead)
-        found.append(
-            f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}."
-        )
+        found.append(f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}.")
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
         found.append(
@@ -286,9 +275,7 @@ def _data(summary: Summary) -> list[str]:
     found = []
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
-        found.append(
-            f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets."
-        )
+        found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")
     if len(summary.splits) < 6:
         found.append(
             f"With {count(len(summary.splits), 'split')} Wilcoxon's test cannot reach p < 0.05 "
@@ -302,9 +289,7 @@ def _data(summary: Summary) -> list[str]:
     undefined = sum(s.undefined for s in summary.ranking)
     if undefined:
         total = sum(s.values for s in summary.ranking)
-        found.append(
-            f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."
-        )
+        found.append(f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out.")
     return found
 
 

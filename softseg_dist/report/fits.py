@@ -148,9 +148,7 @@ def _tuned(candidate: RecordedCandidate, trials: Sequence[Trial], sign: int) -> 
     tried: list[Mapping[str, str]] = [flattened(trial.recipe) for trial in trials]
     chosen = flattened(candidate.recipe)
     fields = [f for f in chosen if len({recipe.get(f) for recipe in (chosen, *tried)}) > 1]
-    means = [
-        float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])
-    ]
+    means = [float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])]
     best, worst = (max(means, key=lambda m: s * m, default=NAN) for s in (sign, -sign))
     return Tuned(candidate.name, len(trials), {f: chosen[f] for f in fields}, best, worst)
 

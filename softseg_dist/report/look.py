@@ -73,9 +73,7 @@ def new_figure(width: float, height: float, layout: Layout = "constrained") -> I
 
 def panels(figure: Figure, count: int, columns: int, *, sharex: bool = False) -> list[Axes]:
     """`count` axes in rows of `columns`, which share their y axis; the rest of the last row stays empty."""
-    axes = list(
-        figure.subplots(math.ceil(count / columns) or 1, columns, sharex=sharex, sharey=True, squeeze=False).flat
-    )
+    axes = list(figure.subplots(math.ceil(count / columns) or 1, columns, sharex=sharex, sharey=True, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_axis_off()
     return axes[:count]

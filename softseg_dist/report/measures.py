@@ -15,14 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from softseg_dist.numerics.repeatability import (
-    BlandAltman,
-    Icc,
-    WithinSubject,
-    bland_altman,
-    coefficient_of_variation,
-    icc,
-)
+from softseg_dist.numerics.repeatability import BlandAltman, Icc, WithinSubject, bland_altman, coefficient_of_variation, icc
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN
 from softseg_dist.report.breakdown import Raters, Site, by_site, raters_of
@@ -197,16 +190,12 @@ def lesions_of(test: pd.DataFrame, fits: Iterable[FitResult], seed: int) -> dict
     pairs = {size: _counts(size) for size in SIZES} | {"false": ("lesions_false", "lesions_predicted")}
     wanted = dict.fromkeys(metric for pair in pairs.values() for metric in pair)
     tables = {metric: rows_at_rule(test, fits, metric, RULE) for metric in wanted}
-    counts = {
-        metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()
-    }
+    counts = {metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()}
     cases = tables["lesions_true"].groupby("candidate", observed=True)
     found = {}
     for name, part in cases:
         sums = {metric: series[name].sort_index().to_numpy(np.float64) for metric, series in counts.items()}
-        rates = {
-            key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()
-        }
+        rates = {key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()}
         false = rates.pop("false")
         num_cases = len(part[["split", "case"]].drop_duplicates())
         found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
@@ -228,9 +217,7 @@ def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed
     over, under = drawn @ counts, drawn @ totals
     low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     known = num > 1
-    return LesionRate(
-        int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN
-    )
+    return LesionRate(int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN)
 
 
 METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")

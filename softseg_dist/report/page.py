@@ -16,13 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from softseg_dist import words
-from softseg_dist.report.diagrams import (
-    agreement_figure,
-    lesion_figure,
-    pareto_figure,
-    rater_figure,
-    reliability_figure,
-)
+from softseg_dist.report.diagrams import agreement_figure, lesion_figure, pareto_figure, rater_figure, reliability_figure
 from softseg_dist.report.export import csv_tables, latex
 from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
 from softseg_dist.report.findings import (
@@ -70,9 +64,7 @@ def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()
     figures = _figures(summary, data, overlays)
     for name, (figure, _) in figures.items():
         (folder / f"{name}.png").write_bytes(png(figure))
-    pictures = {
-        name: Picture(data_uri(figure, vector=name != "overlays"), alt) for name, (figure, alt) in figures.items()
-    }
+    pictures = {name: Picture(data_uri(figure, vector=name != "overlays"), alt) for name, (figure, alt) in figures.items()}
     page = folder / "index.html"
     page.write_text(_render(summary, data, pictures), encoding="utf-8")
     return page
@@ -83,11 +75,7 @@ def write_outer_page(outer: OuterData, folder: Path) -> Path:
     table = outer_table(outer)
     page = folder / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
-    text = (
-        _environment()
-        .get_template("outer.html")
-        .render(o=table, answer=outer_answer(table), metric=METRICS[table.objective])
-    )
+    text = _environment().get_template("outer.html").render(o=table, answer=outer_answer(table), metric=METRICS[table.objective])
     page.write_text(text, encoding="utf-8")
     return page
 
@@ -155,10 +143,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
         rated = [n for n in names if n in measures.raters.candidates]
         found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
     if overlays:
-        found["overlays"] = (
-            overlay_figure(overlays),
-            "Image, soft truth, prediction and signed error of single test cases",
-        )
+        found["overlays"] = (overlay_figure(overlays), "Image, soft truth, prediction and signed error of single test cases")
     if (learning := learning_figure(summary, data.histories)) is not None:
         found["learning"] = learning, f"Learning curves: {title} on validation by epoch"
     return found
@@ -191,11 +176,7 @@ def _sections(summary: Summary, pictures: Mapping[str, Picture]) -> dict[str, st
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update({name: value for name, value in vars(words).items() if isfunction(value)})
     environment.filters["moment"] = words.moment

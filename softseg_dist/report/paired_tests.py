@@ -146,6 +146,4 @@ def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[
     """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
     dice = {rule: scores_at_rule(test, run.finished, "dice", rule) for rule in RULES}
     others = [(name, rule) for name in names for rule in RULES if rule != BASE]
-    return holm_corrected(
-        [RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name))) for name, rule in others]
-    )
+    return holm_corrected([RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name))) for name, rule in others])

@@ -114,11 +114,7 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
         recipe = next(c.recipe for c in run.candidates if c.name == summary.winner.name)
         model = Model.of_json(recipe, store.channels, len(store.classes), store.dim)
-    except (
-        UserError,
-        ValidationError,
-        OSError,
-    ):  # moved, out of reach, or a network of a study file that is not loaded
+    except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
     ranked = _ranked_cases(run, summary)
     if not all(_weights(run, summary, split).exists() for split in ranked["split"]):

@@ -11,15 +11,7 @@ import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, crossed_test
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import (
-    ScoreTables,
-    mean_of,
-    scores_at_rule,
-    soft_rows,
-    soft_scores,
-    split_means,
-    undefined,
-)
+from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_rows, soft_scores, split_means, undefined
 from softseg_dist.training.task import FitResult
 
 BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside the objective

@@ -104,9 +104,7 @@ def load_run(folder: Path) -> RunData:
     if not isinstance(study, dict) or not isinstance(splits, list):
         raise UserError(f"{folder}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
     if study.get("nested"):
-        raise UserError(
-            f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one"
-        )
+        raise UserError(f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one")
     records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
     tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
     paths = (path for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
@@ -202,9 +200,7 @@ def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -
         if (fit.candidate, fit.split) not in held:
             part = cases_path(_fit_folder(folder, fit))
             if not part.exists():
-                raise UserError(
-                    f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again"
-                )
+                raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
             parts.append(_tested(part))
     table = _compact(pd.concat(parts, ignore_index=True))
     return table[~table["candidate"].isin(tuple(left_out))]
@@ -238,9 +234,7 @@ SAID = {"data": "data", "preprocess": "preprocessing", "splits": "splits", "obje
 def origin_of(run: RunData) -> list[tuple[str, str]]:
     """What was run on what, as (what, value); what a run did not record is left out."""
     found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
-    found.append(
-        ("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name and the split")
-    )
+    found.append(("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name and the split"))
     found += [(words, _written(run.study[field])) for field, words in SAID.items() if run.study.get(field)]
     return found
 

@@ -50,9 +50,7 @@ def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_c
     return tables_of(rows if only_class is None else rows[rows["class"] == only_class], test)
 
 
-def rows_at_rule(
-    test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
-) -> pd.DataFrame:
+def rows_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean") -> pd.DataFrame:
     """The rows of a thresholded metric at the threshold that each fit chose on validation by `rule`."""
     chosen = {(fit.candidate, fit.split): fit.thresholds[rule] for fit in fits if rule in fit.thresholds}
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].notna()]
@@ -63,9 +61,7 @@ def rows_at_rule(
     return rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)]
 
 
-def scores_at_rule(
-    test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean"
-) -> ScoreTables:
+def scores_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean") -> ScoreTables:
     """Scores of a thresholded metric, at the threshold that each fit chose on validation by `rule`."""
     return tables_of(rows_at_rule(test, fits, metric, rule, reference), test)
 
@@ -97,10 +93,7 @@ def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> ScoreTables:
     if rows.empty:  # most studies lack some metrics, and pandas groups an empty table as slowly as a full one
         return ScoreTables(tuple(subjects), tuple(int(j) for j in splits), {})
     means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
-    at_row, at_column = (
-        pd.Index(subjects).get_indexer(pd.Index(means["subject"])),
-        pd.Index(splits).get_indexer(means["split"]),
-    )
+    at_row, at_column = (pd.Index(subjects).get_indexer(pd.Index(means["subject"])), pd.Index(splits).get_indexer(means["split"]))
     tables = {}
     for name, places in means.groupby("candidate").indices.items():
         tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)

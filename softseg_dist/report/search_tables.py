@@ -88,9 +88,7 @@ def searched_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, reference
     )
 
 
-def importances(
-    candidates: Sequence[RecordedCandidate], scores: ScoreTables, reference: str, sign: int
-) -> tuple[Importance, ...]:
+def importances(candidates: Sequence[RecordedCandidate], scores: ScoreTables, reference: str, sign: int) -> tuple[Importance, ...]:
     """One entry per parameter of the search, the most important first; () if fewer than `FEW` candidates have it."""
     values = {c.name: sign * level(scores, c.name, reference) for c in candidates if c.proposed}
     known = [c for c in candidates if c.proposed and not math.isnan(values[c.name])]

@@ -107,11 +107,7 @@ class OptunaStudy:
             self._optuna.tell(trial, list(values))
 
     def add(
-        self,
-        record: CandidateRecord,
-        values: Sequence[float] | None,
-        results: Mapping[int, FitResult],
-        raced_by: str = "",
+        self, record: CandidateRecord, values: Sequence[float] | None, results: Mapping[int, FitResult], raced_by: str = ""
     ) -> None:
         """Add a trial that ended in an earlier session, with the values that it had then."""
         assert record.number == self.asked, (record.number, self.asked)
@@ -159,9 +155,7 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
     try:
         recipe = study.search.propose(trial)
     except Exception as error:
-        raise UserError(
-            f"trial {number}: propose() raised {describe(error)}; parameters {_show(trial.params)}"
-        ) from error
+        raise UserError(f"trial {number}: propose() raised {describe(error)}; parameters {_show(trial.params)}") from error
     if not isinstance(recipe, Recipe):
         raise UserError(f"trial {number}: propose() must return a Recipe, got {type(recipe).__name__}")
     for name, distribution in trial.distributions.items():
@@ -200,9 +194,7 @@ def _sampler(study: Study, number: int) -> TPESampler:
     """
     assert study.search is not None
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # `group` may change; the lock file pins Optuna
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group` may change; the lock file pins Optuna
         return TPESampler(
             n_startup_trials=study.search.startup_trials,
             n_ei_candidates=24,

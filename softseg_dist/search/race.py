@@ -50,11 +50,7 @@ def p_worse(differences: npt.ArrayLike, rounding: float = ROUNDING) -> float:
 
 
 def raced_out(
-    race: Race,
-    num_splits: int,
-    signs: Sequence[int],
-    candidate: tuple[str, ScoresBySplit],
-    opponents: Mapping[str, ScoresBySplit],
+    race: Race, num_splits: int, signs: Sequence[int], candidate: tuple[str, ScoresBySplit], opponents: Mapping[str, ScoresBySplit]
 ) -> RaceRecord | None:
     """The record of the race that `candidate` has lost, against the opponent that beats it most clearly; None if it stays in.
 

@@ -16,15 +16,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
-from softseg_dist.search.candidate import (
-    CandidateState,
-    Origin,
-    fixed_record,
-    tuned,
-    tuning_name,
-    tuning_record,
-    with_rate,
-)
+from softseg_dist.search.candidate import CandidateState, Origin, fixed_record, tuned, tuning_name, tuning_record, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
 from softseg_dist.study import Race, Recipe, Study
@@ -250,9 +242,7 @@ class StudySearcher:
         fixed = _control_first(self.study)
         for number, (name, recipe) in enumerate(fixed):
             if self.study.search and PROPOSED.fullmatch(name):
-                raise UserError(
-                    f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name"
-                )
+                raise UserError(f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name")
             self._open_fixed(name, number, recipe)
         for number, (name, recipe) in enumerate(fixed):
             self._open_tuning(name, number, recipe)
@@ -353,6 +343,4 @@ def _raced_by(candidate: CandidateState) -> str:
 
 
 def _control_first(study: Study) -> list[tuple[str, Recipe]]:
-    return sorted(
-        study.candidates.items(), key=lambda item: item[0] != study.control
-    )  # stable: the others keep their order
+    return sorted(study.candidates.items(), key=lambda item: item[0] != study.control)  # stable: the others keep their order

@@ -29,9 +29,7 @@ from softseg_dist.training.saved_model import read_card  # noqa: E402
 
 CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # the pages show training runs, not language models
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the pages show training runs, not language models
 CLOSED = ("FINISHED", "FAILED")
 RUN_TAG, KEY_TAG, WEIGHTS_TAG = "softseg.run", "softseg.key", "softseg.weights_sha256"
 
@@ -47,9 +45,7 @@ class MlflowServer:
         self._client = MlflowClient(uri)
         self._folder = folder
         self._run = run
-        self._experiment = self._find_experiment(
-            study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-        )
+        self._experiment = self._find_experiment(study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None)
         self._ids: dict[str, str] = {}
         self._ended: set[str] = set()  # keys of runs that are closed for good
         self._find_runs()
@@ -76,11 +72,7 @@ class MlflowServer:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment],
-                f"tags.`{RUN_TAG}` = '{self._run}'",
-                ViewType.ACTIVE_ONLY,
-                max_results=1000,
-                page_token=token,
+                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
             )
             for run in page:
                 key = run.data.tags[KEY_TAG]
@@ -136,13 +128,9 @@ class MlflowServer:
         self._client.log_artifacts(run_id, str(folder), place)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
         tags = {WEIGHTS_TAG: card.weights_sha256, "softseg.candidate": card.candidate}
-        self._client.create_model_version(
-            name, source, run_id, tags, description=card.intended_use, await_creation_for=0
-        )
+        self._client.create_model_version(name, source, run_id, tags, description=card.intended_use, await_creation_for=0)
 
-    def _batch(
-        self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()
-    ) -> None:
+    def _batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
         for start in range(0, max(len(metrics), len(params), len(tags)), CHUNK):
             part = slice(start, start + CHUNK)
             self._client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])

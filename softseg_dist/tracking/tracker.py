@@ -174,9 +174,7 @@ class Tracker:
         self._thread.join(CLOSE_S)
         self._give_up.set()
         self._thread.join(CLOSE_S / 6)
-        notes = (
-            [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
-        )
+        notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
         waiting = len(self._spool.read())
         if waiting:
             notes.append(
@@ -199,14 +197,7 @@ class Tracker:
         self._records.put({**record, "ms": int(time.time() * 1000)})
 
     def _put_open(
-        self,
-        key: str,
-        name: str,
-        parent: str | None,
-        tags: dict[str, str],
-        params: dict[str, str],
-        *,
-        known: bool = False,
+        self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str], *, known: bool = False
     ) -> None:
         self._open[key] = None
         self._put(what="open", key=key, name=name, parent=parent, tags=tags, known=known)

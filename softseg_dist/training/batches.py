@@ -137,11 +137,7 @@ class Batches:
         """How much is read of every item."""
         if (patch := self.recipe.patch) is None:
             return self.store.size
-        return (
-            Window((0,) * len(patch.size), patch.size).grown(patch.margin).size
-            if moves(self.recipe.augment)
-            else patch.size
-        )
+        return Window((0,) * len(patch.size), patch.size).grown(patch.margin).size if moves(self.recipe.augment) else patch.size
 
     def augment_seed(self, epoch: int, member: int) -> int:
         """What is drawn to augment an item in this epoch follows from it."""

@@ -65,8 +65,7 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evalu
     references = [mean_reference(store.sample(case)) for case in on_validation]
     thresholds = choose_thresholds(list(on_validation.values()), references)
     rows = _in_order(
-        worker,
-        [(case, _rows(task, store, "validation", store.sample(case), p, thresholds)) for case, p in predicted],
+        worker, [(case, _rows(task, store, "validation", store.sample(case), p, thresholds)) for case, p in predicted]
     ) + measure(model, task, store, "test", task.split.test, thresholds, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
@@ -77,13 +76,7 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evalu
 
 
 def measure(
-    model: Model,
-    task: FitTask,
-    store: Store,
-    subset: Subset,
-    subjects: Sequence[str],
-    thresholds: dict[str, float],
-    worker: Worker,
+    model: Model, task: FitTask, store: Store, subset: Subset, subjects: Sequence[str], thresholds: dict[str, float], worker: Worker
 ) -> list[Row]:
     """The rows of the results table of all cases of `subjects`, the `subset` of the fit, at thresholds chosen before."""
     measured = [
@@ -102,9 +95,7 @@ def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
     return [row for _, rows in sorted(worker.gather(parts), key=lambda part: part[0]) for row in rows]
 
 
-def _predict(
-    model: Model, store: Store, subjects: Sequence[str], worker: Worker
-) -> Iterator[tuple[int, Sample, np.ndarray]]:
+def _predict(model: Model, store: Store, subjects: Sequence[str], worker: Worker) -> Iterator[tuple[int, Sample, np.ndarray]]:
     """This worker's cases of `subjects`: index, sample, prediction."""
     for case in worker.part_of(cases_of(store, subjects)):
         sample = store.sample(case)
@@ -124,9 +115,7 @@ def _rows(
     return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
 
 
-def _uncertainty_rows(
-    model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str
-) -> list[Row]:
+def _uncertainty_rows(model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str) -> list[Row]:
     """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
     seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
     measured = []
@@ -140,12 +129,7 @@ def _score(rows: list[Row], objective: str, subset: Subset) -> float | None:
     metric = OBJECTIVES[objective].metric
     subjects: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        if (
-            row["subset"] == subset
-            and row["reference"] == "mean"
-            and row["metric"] == metric
-            and row["threshold"] is None
-        ):
+        if row["subset"] == subset and row["reference"] == "mean" and row["metric"] == metric and row["threshold"] is None:
             subjects.setdefault(row["subject"], {}).setdefault(row["case"], []).append(row["value"])
     score = _mean([_mean([_mean(classes) for classes in cases.values()]) for cases in subjects.values()])
     return None if np.isnan(score) else score

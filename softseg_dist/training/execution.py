@@ -49,9 +49,7 @@ def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int
     """
     if not device.startswith("cuda"):
         return _on_cpu(optim)
-    execution = Execution(
-        precision=_best_on_cuda() if optim.precision == "auto" else optim.precision, compiled=True, graph=True
-    )
+    execution = Execution(precision=_best_on_cuda() if optim.precision == "auto" else optim.precision, compiled=True, graph=True)
     if num_workers > 1:
         why = "several workers share each batch and exchange gradients in every step"
         execution = execution.without("graph", why)
@@ -59,9 +57,7 @@ def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int
     if optim.compile == "off":
         return execution.replace(compiled=False)
     if optim.compile == "auto" and num_steps < COMPILE_STEPS:
-        return execution.without(
-            "compiled", f"a fit of fewer than {COMPILE_STEPS} steps ends before it pays; compile='on' does it"
-        )
+        return execution.without("compiled", f"a fit of fewer than {COMPILE_STEPS} steps ends before it pays; compile='on' does it")
     return execution
 
 

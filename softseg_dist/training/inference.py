@@ -40,9 +40,7 @@ def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndar
 
 
 @torch.inference_mode()
-def sample_maps(
-    model: Model, sample: Sample, method: Uncertainty, seed: int, device: str = "cpu"
-) -> Iterator[np.ndarray]:
+def sample_maps(model: Model, sample: Sample, method: Uncertainty, seed: int, device: str = "cpu") -> Iterator[np.ndarray]:
     """The soft maps [N K *S] float32 that `method` draws of one case, one by one; the same for the same `seed`."""
     model.eval()
     image, predict = _image(sample, device), partial(_soft_map, model)
@@ -117,9 +115,7 @@ def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
     missing = [str(path) for path in members if not path.is_file()]
     if missing or len(members) < 2:
         found = f"{missing[0]} is missing" if missing else f"{fits} has {len(members)}"
-        raise UserError(
-            f"--ensemble needs the weights of two or more finished fits, but {found}; give a whole run folder"
-        )
+        raise UserError(f"--ensemble needs the weights of two or more finished fits, but {found}; give a whole run folder")
     return members
 
 

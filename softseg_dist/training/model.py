@@ -38,13 +38,7 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Network,
-        activation: Activation,
-        channels: int,
-        classes: int,
-        dim: int,
-        patch: Patch | None = None,
+        self, network: Network, activation: Activation, channels: int, classes: int, dim: int, patch: Patch | None = None
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -84,9 +78,7 @@ class Model(nn.Module):
         Raises UserError if the network returns anything else. Shapes are known without waiting for a device.
         """
         network = self.network if network is None else network
-        with torch.autocast(
-            image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
-        ):
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False):
             logits = network(image.contiguous(memory_format=self.layout))
         shape, is_tensor = (len(image), self.num_logits, *image.shape[2:]), isinstance(logits, Tensor)
         if not is_tensor or logits.shape != shape or not logits.is_floating_point():

@@ -45,11 +45,7 @@ ROUNDING = 1e-6  # a prediction may leave [0, 1] by this much
 
 
 def preflight(
-    recipes: Mapping[str, Recipe],
-    methods: Sequence[Uncertainty],
-    store: Store,
-    split: Split,
-    sources: Sources | None,
+    recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store, split: Split, sources: Sources | None
 ) -> None:
     """Try `recipes` and uncertainty `methods` on the first training items of `split`, in a child process.
 
@@ -121,9 +117,7 @@ def _ignore(candidate: str) -> None:
     """The default of `on_candidate`."""
 
 
-def check_recipes(
-    recipes: Mapping[str, Recipe], store: Store, split: Split, on_candidate: Callable[[str], None] = _ignore
-) -> None:
+def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split, on_candidate: Callable[[str], None] = _ignore) -> None:
     """Try every recipe on two training items, in this process; `on_candidate` gets the name of each before it is tried.
 
     Raises UserError that names the candidate and the cause if a recipe lacks raters or cannot be trained.
@@ -139,10 +133,7 @@ def check_recipes(
 
 
 def check_uncertainty(
-    recipes: Mapping[str, Recipe],
-    methods: Sequence[Uncertainty],
-    store: Store,
-    on_candidate: Callable[[str], None] = _ignore,
+    recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store, on_candidate: Callable[[str], None] = _ignore
 ) -> None:
     """Draw a sample of one item with every method and recipe, in this process; `on_candidate` as in `check_recipes`.
 
@@ -247,9 +238,7 @@ def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: T
     if bias is None:
         return
     if bias.shape != (logits.shape[1],):
-        raise ValueError(
-            f"last_bias must return one value for each of {logits.shape[1]} logits, got {tuple(bias.shape)}"
-        )
+        raise ValueError(f"last_bias must return one value for each of {logits.shape[1]} logits, got {tuple(bias.shape)}")
     shift = torch.arange(1.0, 1 + len(bias)).reshape(-1, *[1] * (logits.ndim - 2))
     bias.add_(shift.flatten())
     moved = model.logits(image) - logits
@@ -286,9 +275,7 @@ def _loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"per_sample of {loss} must return a tensor of one loss per sample, got {of_sample!r:.80}")
     averaged, count = loss.averaged(prediction, target), loss.num_averaged(prediction.shape[1])
     if averaged.shape != (2, count):
-        raise ValueError(
-            f"{loss} must average {count} numbers of each sample, got {tuple(averaged.shape)} for 2 samples"
-        )
+        raise ValueError(f"{loss} must average {count} numbers of each sample, got {tuple(averaged.shape)} for 2 samples")
     total = loss(prediction, target)
     if total.shape != ():
         raise ValueError(f"of_averages of {loss} must return a scalar for one batch, got {tuple(total.shape)}")

@@ -104,9 +104,7 @@ def read_card(folder: Path) -> ModelCard:
     if not isinstance(content, dict) or "format" not in content:
         raise _broken(path, "it is not the card of a model")
     if content["format"] != FORMAT:
-        raise UserError(
-            f"{path} has format {content['format']!r}, this version reads {FORMAT}; use the version that wrote it"
-        )
+        raise UserError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; use the version that wrote it")
     try:
         return ModelCard.model_validate(content)
     except ValidationError as error:

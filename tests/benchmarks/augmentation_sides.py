@@ -86,15 +86,12 @@ def torchio(job_json: str, turns: Turns) -> None:
     )
     if job.elastic:
         points = math.ceil((SIZE - 1) * SPACING_MM / CONTROL_MM) + 3
-        bend = tio.RandomElasticDeformation(
-            (points, points, 5), (2 * BEND_MM, 2 * BEND_MM, 0), locked_borders=1, **names
-        )
+        bend = tio.RandomElasticDeformation((points, points, 5), (2 * BEND_MM, 2 * BEND_MM, 0), locked_borders=1, **names)
         move = tio.Compose([move, bend])
     grid = torch.diag(torch.tensor([SPACING_MM, SPACING_MM, 1.0, 1.0])).numpy()
     subjects = [
         tio.Subject(
-            image=tio.ScalarImage(tensor=image[..., None], affine=grid),
-            label=tio.LabelMap(tensor=label[..., None], affine=grid),
+            image=tio.ScalarImage(tensor=image[..., None], affine=grid), label=tio.LabelMap(tensor=label[..., None], affine=grid)
         )
         for image, label in zip(*slices(), strict=True)
     ]

@@ -37,9 +37,7 @@ def main(kills: int, seed: int) -> None:
             num = kills // 2 if workers == 1 else kills - kills // 2
             figures = besiege(Path(folder), address, workers, list(islice(cycle(kinds), num)), seed + workers)
             rows.append((f"{workers} worker{'s' * (workers > 1)} per fit", figures))
-    print(
-        f"{'':<20}{'kills':>7}{'lost':>7}{'repeated':>10}{'went on':>9}{'different':>11}{'reserved':>10}{'studies':>9}"
-    )
+    print(f"{'':<20}{'kills':>7}{'lost':>7}{'repeated':>10}{'went on':>9}{'different':>11}{'reserved':>10}{'studies':>9}")
     for name, of in rows:
         print(
             f"{name:<20}{of.kills:>7}{of.lost:>7}{of.repeated:>10}{of.continued:>9}{of.different:>11}{of.reserved:>10}{of.studies:>9}"
@@ -50,9 +48,7 @@ def main(kills: int, seed: int) -> None:
         for kind in sorted({kind for kind, _ in of.resume_s}):
             seconds = [s for k, s in of.resume_s if k == kind]
             median, worst = statistics.median(seconds), max(seconds)
-            print(
-                f"{name}, {kind} killed {len(seconds)} times: trains again after {median:.1f} s (median), {worst:.1f} s (most)"
-            )
+            print(f"{name}, {kind} killed {len(seconds)} times: trains again after {median:.1f} s (median), {worst:.1f} s (most)")
             figures |= {f"{kind}_{workers}_median_s": median, f"{kind}_{workers}_most_s": worst}
     figures |= {key: sum(getattr(of, key) for _, of in rows) for key in (headline.key for headline in HEADLINES)}
     record("faults", figures, HEADLINES, short=kills < LONG)

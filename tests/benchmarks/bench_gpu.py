@@ -72,9 +72,7 @@ def dice(folder: Path, scale: Scale, say: Say) -> Measured:
     usual = scale.comparison.tasks(folder, precision="float32", compile="off")
     ours = scale.comparison.tasks(folder, precision="bfloat16", compile="off")
     scores: list[tuple[float, float]] = []
-    say(
-        f"\n{scale.comparison.epochs} epochs of a phantom study\n{'split':<8}{'float32':>10}{'bfloat16':>10}{'difference':>12}"
-    )
+    say(f"\n{scale.comparison.epochs} epochs of a phantom study\n{'split':<8}{'float32':>10}{'bfloat16':>10}{'difference':>12}")
     for task, other in zip(usual, ours, strict=True):
         with cudnn.flags(enabled=True, allow_tf32=False):
             eager = EagerFit(task, scale.device)
@@ -137,9 +135,7 @@ def _forget_caches() -> None:
 def _judge(figures: dict[str, float], headlines: Sequence[Headline]) -> None:
     for headline in headlines:
         if (met := headline.met(value := figures[headline.key])) is not None:
-            print(
-                f"{headline.what}: {headline.formatted(value)}, target {headline.target}: {'met' if met else 'not met'}"
-            )
+            print(f"{headline.what}: {headline.formatted(value)}, target {headline.target}: {'met' if met else 'not met'}")
 
 
 def _keep_quiet(line: str) -> None:

@@ -74,18 +74,14 @@ Stages = dict[str, float]
 def main(tune: bool) -> None:
     """Measure, and print a table for everything that grows."""
     figures: dict[str, float] = {}
-    figures |= grow(
-        "candidates", CANDIDATES, lambda count, place: engine(count, FEW, place) | ended(count, FEW, 6, place)
-    )
+    figures |= grow("candidates", CANDIDATES, lambda count, place: engine(count, FEW, place) | ended(count, FEW, 6, place))
     figures |= grow("splits", SPLITS, lambda count, place: engine(FEW, count, place) | ended(FEW, count, 6, place))
     figures |= grow("fits", FITS, tracked)
     figures |= grow("cases", CASES, lambda count, place: stored(count, place) | ended(FEW, FEW, count // 4, place))
     figures |= grow("voxels", [side**3 for side in SIDES], measured)
     if tune:
         os.environ.update(ENVIRONMENT)
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
-        )
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         figures |= grow("candidates", TUNED, lambda count, place: tuned(count, place))
         ray.shutdown()
@@ -153,9 +149,7 @@ def tracked(fits: int, place: Path) -> Stages:
     with Clock(stages, "MLflow, SQLite"):
         for number in range(fits):
             key = {"key": f"c/{number:03d}", "ms": 0}
-            server.apply(
-                key | {"what": "open", "name": key["key"], "parent": None, "tags": {"softseg.split": str(number)}}
-            )
+            server.apply(key | {"what": "open", "name": key["key"], "parent": None, "tags": {"softseg.split": str(number)}})
             server.apply(key | {"what": "log", "metrics": numbers, "params": of_recipe, "tags": {}})
             server.apply(key | {"what": "close", "status": "FINISHED"})
     return stages
@@ -165,12 +159,7 @@ def ended(candidates: int, splits: int, tested: int, place: Path) -> Stages:
     """What is done when all fits have ended: their rows are collected, and reported."""
     stages, proposed = Stages(), [f"trial-{number:04d}" for number in range(candidates - len(CELLS))]
     folder = write_run(
-        place / "ended",
-        proposed=proposed,
-        num_splits=splits,
-        num_tested=tested,
-        num_subjects=4 * tested,
-        collected=False,
+        place / "ended", proposed=proposed, num_splits=splits, num_tested=tested, num_subjects=4 * tested, collected=False
     )
     parts = sorted(folder.glob("fits/*/*/cases.parquet"))
     for part in parts:

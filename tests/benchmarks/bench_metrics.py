@@ -34,10 +34,7 @@ WORDS = {
 }
 HEADLINES = (
     Headline(
-        key="large_s",
-        what="all metrics of one case of 160 x 192 x 160, 3 classes, 4 raters, one thread",
-        unit="s",
-        at_most=5,
+        key="large_s", what="all metrics of one case of 160 x 192 x 160, 3 classes, 4 raters, one thread", unit="s", at_most=5
     ),
     Headline(key="large_mib", what="memory to measure it, beside 338 MiB of maps", unit="MiB"),
     Headline(key="quickstart_s", what="all metrics of a quickstart case", unit="s", at_most=0.02),
@@ -74,9 +71,7 @@ def main() -> None:
 
 def large_case(generator: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """A prediction [1 3 *S], and the mean and the masks of raters who draw every edge within about a voxel of each other."""
-    depth = np.stack(
-        [_ellipsoid((70, 96, 80), (40, 55, 40)), _ellipsoid((100, 70, 60), (14, 25, 12)), _many(generator)]
-    )
+    depth = np.stack([_ellipsoid((70, 96, 80), (40, 55, 40)), _ellipsoid((100, 70, 60), (14, 25, 12)), _many(generator)])
 
     def shifted(by: float) -> np.ndarray:
         wave = generator.standard_normal((3, *(n // 16 for n in SHAPE)))

@@ -31,10 +31,7 @@ TARGET_S = 20.0
 NUM_FITS, NUM_SPLITS = 200, 10
 HEADLINES = (
     Headline(
-        key="total_s",
-        what="200 fits that do nothing, with the start of Ray and the end of MLflow",
-        unit="s",
-        at_most=TARGET_S,
+        key="total_s", what="200 fits that do nothing, with the start of Ray and the end of MLflow", unit="s", at_most=TARGET_S
     ),
     Headline(key="per_fit_s", what="of that, each fit", unit="s"),
 )
@@ -43,9 +40,7 @@ HEADLINES = (
 def no_fit(task: FitTask, worker: Worker) -> FitResult:
     """End at once, after one report."""
     worker.report({"epoch": 1.0, "loss": 0.5})
-    return FitResult(
-        candidate=task.candidate, split=task.split.index, state="finished", score=0.5, test_score=0.5, epochs=1
-    )
+    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=0.5, test_score=0.5, epochs=1)
 
 
 def main(num_fits: int) -> None:
@@ -93,9 +88,7 @@ def main(num_fits: int) -> None:
     total = sum(parts.values())
     for name, seconds in parts.items():
         print(f"{name:12} {seconds:7.2f} s")
-    print(
-        f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits"
-    )
+    print(f"{'total':12} {total:7.2f} s   {total / outcome.finished:.3f} s per fit   target {TARGET_S:.0f} s for 200 fits")
     named = {name.replace(" ", "_").lower() + "_s": seconds for name, seconds in parts.items()}
     figures = {"fits": outcome.finished, "total_s": total, "per_fit_s": parts["fits run"] / outcome.finished, **named}
     record("overhead", figures, HEADLINES, short=num_fits < NUM_FITS)

@@ -62,12 +62,7 @@ HEADLINES = (
         what="the same two workers, against two fits of one worker each at the same time",
         unit="of their volumes per second",
     ),
-    Headline(
-        key="lane_further_fit_s",
-        what="a further fit of two workers on a lane that is up (median)",
-        unit="s",
-        at_most=0.5,
-    ),
+    Headline(key="lane_further_fit_s", what="a further fit of two workers on a lane that is up (median)", unit="s", at_most=0.5),
 )
 
 
@@ -87,9 +82,7 @@ def main() -> None:
             print(f"{'the same, against those two fits':<56}{two / apart:>8.2f}", flush=True)
         for nodes in NODES:
             with ray_of(nodes, cpus=2 if nodes == 1 else 1):
-                total, first, further = study_s(
-                    Path(folder) / f"nodes-{nodes}", Resources(max_concurrent=max(2, nodes))
-                )
+                total, first, further = study_s(Path(folder) / f"nodes-{nodes}", Resources(max_concurrent=max(2, nodes)))
                 figures |= {f"nodes_{nodes}_total_s": total, f"nodes_{nodes}_per_fit_s": further}
                 name = f"{NUM_FITS} fits that do nothing on {nodes} node{'s' * (nodes > 1)}: in all, each [s]"
                 print(f"{name:<56}{total:>8.1f}{further:>8.3f}")

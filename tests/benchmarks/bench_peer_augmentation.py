@@ -34,14 +34,10 @@ HEADLINES = (
         at_least=20,
     ),
     Headline(
-        key="affine_elastic_against_monai",
-        what="affine and elastic augmentation of them against MONAI's",
-        unit="times as fast",
+        key="affine_elastic_against_monai", what="affine and elastic augmentation of them against MONAI's", unit="times as fast"
     ),
     Headline(
-        key="affine_elastic_against_torchio",
-        what="affine and elastic augmentation of them against TorchIO's",
-        unit="times as fast",
+        key="affine_elastic_against_torchio", what="affine and elastic augmentation of them against TorchIO's", unit="times as fast"
     ),
 )
 

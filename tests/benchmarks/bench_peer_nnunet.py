@@ -91,9 +91,7 @@ def train(folder: Path, root: Path, python: Path, cpus: int, rounds: int, batche
     job = Job(folder=str(folder), data_root=str(root), batches=batches, threads=cpus)
     in_float32 = job.replace(optim=job.optim.replace(precision="float32"))
     ways = {"nnunet": (nnunet, job), "ours": (ours, job), "ours_float32": (ours, in_float32)}
-    sides = {
-        name: Side(work, of.model_dump_json(), python, cpus, variables(folder)) for name, (work, of) in ways.items()
-    }
+    sides = {name: Side(work, of.model_dump_json(), python, cpus, variables(folder)) for name, (work, of) in ways.items()}
     take_turns(sides, rounds)
     planned = plans(folder)
     size, batch = planned["patch_size"], planned["batch_size"]

@@ -36,9 +36,7 @@ HEADLINES = (
     ),
     Headline(key="planted_volume_error_abs_p", what="the same gain in absolute volume error: p", at_most=PLANTED_LEVEL),
     Headline(
-        key="null_rejected",
-        what="of 40 really trained studies of two equal candidates, rejected at the 5 % level",
-        at_most=5,
+        key="null_rejected", what="of 40 really trained studies of two equal candidates, rejected at the 5 % level", at_most=5
     ),
 )
 BASE = Recipe(network=UNet(filters=(4, 8, 16)), loss=Brier(), optim=Optim(lr=2e-2, epochs=20, batch_size=8))

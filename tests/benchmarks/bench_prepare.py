@@ -115,9 +115,7 @@ class Preparing:
 
     def digests(self) -> set[str]:
         """Of the store files."""
-        return {
-            subprocess.check_output(["sha256sum", path], text=True).split()[0] for path in self.stores.glob("*.arrow")
-        }
+        return {subprocess.check_output(["sha256sum", path], text=True).split()[0] for path in self.stores.glob("*.arrow")}
 
 
 def main(repeats: int) -> None:

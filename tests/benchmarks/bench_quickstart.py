@@ -39,12 +39,7 @@ def main() -> None:
         quickstart_s = time.monotonic() - started
         end = json.loads(lines.read_text().splitlines()[-1])
     assert end["end"] == "done", end
-    figures = {
-        "help_s": help_s,
-        "quickstart_s": quickstart_s,
-        "quickstart_peak_gb": peak_bytes / 1e9,
-        "fits": end["finished"],
-    }
+    figures = {"help_s": help_s, "quickstart_s": quickstart_s, "quickstart_peak_gb": peak_bytes / 1e9, "fits": end["finished"]}
     print(f"{'what':<42}{'measured':>12}{'target':>12}")
     print(f"{'softseg --help, median of 5 [s]':<42}{help_s:>12.2f}{'0.5':>12}")
     print(f"{'quickstart, ' + str(end['finished']) + ' fits [s]':<42}{quickstart_s:>12.0f}{'300':>12}")

@@ -59,9 +59,7 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a ledger that need
 SIMULATED = ((60, 15), (20, 10))  # candidates, splits
 LOSSES, RATES, SPLITS = (DiceSemimetric(), Brier(), BCE(), AdaptiveWing()), (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), 10
 HIPPOCAMPUS = Bids(
-    "hippocampus_msd",
-    image="T1w",
-    labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"},
+    "hippocampus_msd", image="T1w", labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"}
 )
 LONG_RUNS, LONG_SEEDS = 100, 10
 HEADLINES = (

@@ -57,9 +57,7 @@ def main(candidates: int, splits: int) -> None:
         summarise(run)
         seconds["numbers"] = time.perf_counter() - before
         before = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "softseg_dist.cli.main", "report", name], check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([sys.executable, "-m", "softseg_dist.cli.main", "report", name], check=True, stdout=subprocess.DEVNULL)
         seconds["softseg report"] = time.perf_counter() - before
         size_mb = (folder / "report" / "index.html").stat().st_size / 1e6
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

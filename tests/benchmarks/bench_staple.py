@@ -18,12 +18,7 @@ from softseg_dist.numerics.labels import staple
 
 RATERS, SIZE, SLIPS = 7, 200, 0.01
 HEADLINES = (
-    Headline(
-        key="all_s",
-        what="STAPLE of 7 raters, 200 x 200 x 200 voxels, soft everywhere, one thread",
-        unit="s",
-        at_most=10,
-    ),
+    Headline(key="all_s", what="STAPLE of 7 raters, 200 x 200 x 200 voxels, soft everywhere, one thread", unit="s", at_most=10),
     Headline(key="all_peak_gb", what="STAPLE of them: memory of the whole process", unit="GB", at_most=3),
 )
 UNIT = 2**30 if sys.platform == "darwin" else 2**20  # of ru_maxrss, in GB
@@ -33,11 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = {}
     print(f"{'7 raters, 200 x 200 x 200 voxels':<52}{'s':>8}{'steps':>8}{'peak GB':>9}")
-    for name, softness in (
-        ("masks", "none"),
-        ("masks, soft at their borders", "border"),
-        ("soft in every voxel", "all"),
-    ):
+    for name, softness in (("masks", "none"), ("masks, soft at their borders", "border"), ("soft in every voxel", "all")):
         decisions = _raters(softness)
         started = time.process_time()
         found = staple(decisions)

@@ -43,10 +43,7 @@ WORKS = {
 STAGES = ("read and augment", "network", "loss", "backward", "optimizer", "step")  # the step: all but the first
 Times = dict[str, list[float]]
 HEADLINES = (
-    *(
-        Headline(key=f"{work}_1_step_ratio", what=f"step / plain torch, channels last: {work}", at_most=1.05)
-        for work in WORKS
-    ),
+    *(Headline(key=f"{work}_1_step_ratio", what=f"step / plain torch, channels last: {work}", at_most=1.05) for work in WORKS),
     *(
         Headline(key=f"{work}_1_bfloat16_ratio", what=f"step in bfloat16 / plain float32 torch: {work}", at_most=0.8)
         for work in WORKS
@@ -97,9 +94,7 @@ def measured(work: str, threads: int, task: FitTask, seconds: float) -> dict[str
     while time.monotonic() < until or len(found["plain"]["step"]) < 4:
         for way, step in ways.items():
             step(found[way])
-    medians = {
-        way: {stage: statistics.median(times[1:] or times) for stage, times in of.items()} for way, of in found.items()
-    }
+    medians = {way: {stage: statistics.median(times[1:] or times) for stage, times in of.items()} for way, of in found.items()}
     batch = WORKS[work][2]
     print(f"\n{work}: filters {WORKS[work][0]}, {batch} of {WORKS[work][1]}, {threads} thread(s); ms per step")
     print(f"{'':<24}{'step':>10}{'bfloat16':>10}{'plain':>10}{'NCHW':>10}")

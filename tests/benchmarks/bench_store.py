@@ -21,10 +21,7 @@ from softseg_dist.data.store import Store, build_store
 SUBJECTS, BATCH, REPEATS = 40, 16, 200
 HEADLINES = (
     Headline(
-        key="allocated_per_batch",
-        what="memory allocated to read a batch from the store",
-        unit="times the batch",
-        at_most=1.1,
+        key="allocated_per_batch", what="memory allocated to read a batch from the store", unit="times the batch", at_most=1.1
     ),
 )
 
@@ -35,8 +32,7 @@ def main() -> None:
         store = Store.open(build_store(Path(folder), data.cases(None), data, preprocess))
         generator = np.random.default_rng(0)
         picks = [
-            list(zip(generator.integers(0, SUBJECTS, BATCH), generator.integers(0, 8, BATCH), strict=True))
-            for _ in range(REPEATS)
+            list(zip(generator.integers(0, SUBJECTS, BATCH), generator.integers(0, 8, BATCH), strict=True)) for _ in range(REPEATS)
         ]
 
         def by_view(items: list[tuple[int, int]]) -> np.ndarray:
@@ -55,9 +51,7 @@ def main() -> None:
     record("store", figures, HEADLINES)
 
 
-def _measure(
-    read: Callable[[list[tuple[int, int]]], np.ndarray], picks: list[list[tuple[int, int]]]
-) -> tuple[int, float]:
+def _measure(read: Callable[[list[tuple[int, int]]], np.ndarray], picks: list[list[tuple[int, int]]]) -> tuple[int, float]:
     """Bytes allocated at most while a batch is read, and seconds per batch."""
     read(picks[0])
     started = time.perf_counter()

@@ -47,31 +47,23 @@ STUDY = Study(
 RACES = {"race": "", "every fit": ", race=None"}  # all trials are drawn at random, so both have the same
 AT_A_TIME = (1, 2, 4)
 HEADLINES = (
-    Headline(
-        key="race_cpu_share", what="processor time of 12 candidates x 6 small splits with a race, of that without"
-    ),
+    Headline(key="race_cpu_share", what="processor time of 12 candidates x 6 small splits with a race, of that without"),
     Headline(
         key="at_a_time_2_speed_up",
         what="2 equal fits at a time on 2 cores, against 1",
         unit="times the fits per hour",
         at_least=1.8,
     ),
-    Headline(
-        key="at_a_time_2_cpu_ratio", what="processor time of each of them, against one alone", unit="times", at_most=1.1
-    ),
+    Headline(key="at_a_time_2_cpu_ratio", what="processor time of each of them, against one alone", unit="times", at_most=1.1),
 )
 BEFORE = (
     *(
-        Headline(
-            key=f"{name}_{key}_ratio", what=f"{what} of {name} before the work on speed, of that now", unit="times"
-        )
+        Headline(key=f"{name}_{key}_ratio", what=f"{what} of {name} before the work on speed, of that now", unit="times")
         for name in STUDIES
         for key, what in (("cpu_h", "processor time"), ("wall_s", "wall time"))
     ),
     *(
-        Headline(
-            key=f"{name}_score_difference", what=f"mean test score of {name} before and now: difference", at_most=SAME
-        )
+        Headline(key=f"{name}_score_difference", what=f"mean test score of {name} before and now: difference", at_most=SAME)
         for name in STUDIES
     ),
 )
@@ -149,9 +141,7 @@ def concurrency(folder: Path) -> dict[str, float]:
     print(f"\n{'equal fits at a time':<28}{'fits/hour':>12}{'CPU s/fit':>12}{'speed-up':>10}")
     for at_a_time in AT_A_TIME:
         file.write_text(SMALL.format(search="", splits=NUM_EQUAL + at_a_time, epochs=15))
-        room = {
-            "RAY_OVERRIDE_RESOURCES": f'{{"CPU": {at_a_time}}}'
-        }  # Ray starts no more than it believes to have cores
+        room = {"RAY_OVERRIDE_RESOURCES": f'{{"CPU": {at_a_time}}}'}  # Ray starts no more than it believes to have cores
         cost = cost_of(file, folder / str(at_a_time), "--max-concurrent", str(at_a_time), **room)
         (start_s, before_s), (end_s, after_s) = cost.ends[at_a_time - 1], cost.ends[-1]
         per_hour, each_s = 3600 * NUM_EQUAL / (end_s - start_s), (after_s - before_s) / NUM_EQUAL

@@ -9,19 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from softseg_dist import (
-    AdaptiveWing,
-    Affine,
-    Elastic,
-    MonteCarlo,
-    Network,
-    NormReLU,
-    Optim,
-    Phantom,
-    Preprocess,
-    Recipe,
-    UNet,
-)
+from softseg_dist import AdaptiveWing, Affine, Elastic, MonteCarlo, Network, NormReLU, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.networks import Filters
@@ -67,9 +55,7 @@ class Work:
     def task(self, folder: Path, index: int = 0, **speed: Any) -> FitTask:
         """Fit number `index` on all cases; the store is in `folder`. `speed` are fields of `Optim`."""
         augment = (Affine(),) if len(self.size) == 3 else (Affine(), Elastic())
-        optim = Optim(
-            epochs=10_000, batch_size=self.batch_size, patience=None, **speed
-        )  # it is never trained to its end
+        optim = Optim(epochs=10_000, batch_size=self.batch_size, patience=None, **speed)  # it is never trained to its end
         data = Phantom(subjects=self.cases, dim=len(self.size), size=self.size, num_slices=self.slices, raters=1)
         everybody = tuple(case.subject for case in data.cases(None))
         recipe = _recipe(self.network, augment, optim)
@@ -136,10 +122,7 @@ TINY = Scale(
     device="cpu",
     works=tuple(work.tiny() for work in WORKS),
     comparison=Comparison(subjects=6, splits=1, filters=(4, 8), epochs=1),
-    ways={
-        "float32": {"precision": "float32", "compile": "off"},
-        "bfloat16": {"precision": "bfloat16", "compile": "off"},
-    },
+    ways={"float32": {"precision": "float32", "compile": "off"}, "bfloat16": {"precision": "bfloat16", "compile": "off"}},
     at_once=(1, 2),
     least_s=0.0,
     repeats=1,

@@ -14,22 +14,7 @@ import torch
 from peers import Turns
 from torch import nn
 
-from softseg_dist import (
-    BCE,
-    Affine,
-    Bids,
-    Contrast,
-    Dice,
-    Flip,
-    Gamma,
-    Network,
-    Noise,
-    Optim,
-    Preprocess,
-    Recipe,
-    Softmax,
-    Sum,
-)
+from softseg_dist import BCE, Affine, Bids, Contrast, Dice, Flip, Gamma, Network, Noise, Optim, Preprocess, Recipe, Softmax, Sum
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.frozen import Frozen
@@ -38,9 +23,7 @@ from softseg_dist.training.task import FitTask, Worker
 
 DATASET, NUMBER, CONFIGURATION = "Dataset004_Hippocampus", "4", "3d_fullres"
 DATA = Bids(
-    "hippocampus_msd",
-    image="T1w",
-    labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"},
+    "hippocampus_msd", image="T1w", labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"}
 )
 
 

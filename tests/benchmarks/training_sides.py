@@ -109,11 +109,7 @@ def monai(job_json: str, turns: Turns) -> None:
     )
     dataset = CacheDataset(job.slices(), transform, progress=False)
     loader = DataLoader(
-        dataset,
-        batch_size=job.optim.batch_size,
-        shuffle=True,
-        num_workers=job.workers,
-        persistent_workers=job.workers > 0,
+        dataset, batch_size=job.optim.batch_size, shuffle=True, num_workers=job.workers, persistent_workers=job.workers > 0
     )
     model = BasicUNet(len(shift), 1, 1, features=job.features)
     loss_function, optimizer = DiceLoss(sigmoid=True), torch.optim.Adam(model.parameters(), job.optim.lr)

@@ -21,9 +21,7 @@ class FewPackages(PathFinder):
     hidden: ClassVar[set[str]] = set()
 
     @classmethod
-    def find_spec(
-        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if path is None and fullname in cls.hidden:
             return None
         return super().find_spec(fullname, path, target)

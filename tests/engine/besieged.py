@@ -28,10 +28,7 @@ from softseg_dist.training.task import FitResult, FitTask, Worker
 
 NUM_EPOCHS, NUM_SPLITS = 30, 3
 BASE = Recipe(
-    network=UNet(filters=(4, 8)),
-    augment=(Affine(degrees=20),),
-    optim=Optim(epochs=NUM_EPOCHS, batch_size=8),
-    loss=Dice(),
+    network=UNet(filters=(4, 8)), augment=(Affine(degrees=20),), optim=Optim(epochs=NUM_EPOCHS, batch_size=8), loss=Dice()
 )
 STUDY = Study(
     name="besieged",

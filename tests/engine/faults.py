@@ -64,8 +64,7 @@ def lasting_ray() -> Iterator[str]:
     os.environ.update(ENVIRONMENT)
     os.environ["PYTHONPATH"] = str(HERE)  # of drivers and of Ray's workers
     cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": NUM_CPUS, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+        initialize_head=True, head_node_args={"num_cpus": NUM_CPUS, "include_dashboard": False, "object_store_memory": 100 * 2**20}
     )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:

@@ -45,9 +45,7 @@ STEPS = 20
 # Of 13 items one is left for the last batch: some workers have none of it.
 OPTIM = Optim(lr=1e-3, epochs=5, batch_size=6, precision="float32")
 # Instance norm exchanges nothing between workers, which makes a test of many losses cheap.
-BASE = Recipe(
-    network=UNet(filters=(4, 8), norm="instance"), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM
-)
+BASE = Recipe(network=UNet(filters=(4, 8), norm="instance"), augment=(Affine(degrees=20, scale=0.1, shift=0.03),), optim=OPTIM)
 Job = Callable[[FitTask, Worker], Any]
 
 
@@ -66,9 +64,7 @@ class Unused(UNet):
 # How to make a component that has no defaults, or variants that are computed in another way.
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "Sum": (Sum(terms=(BatchDice(), Dice()), weights=(0.3, 1.0)), Sum(terms=(BCE(), Dice()), weights=(1, 2))),
-    "NormReLU": tuple(
-        NormReLU(over=over) for over in ("sample", "global", "running")
-    ),  # over "batch" depends on workers
+    "NormReLU": tuple(NormReLU(over=over) for over in ("sample", "global", "running")),  # over "batch" depends on workers
     "UNet": (
         UNet(filters=(4, 8)),
         UNet(filters=(4, 8), dropout=0.2),

@@ -35,10 +35,7 @@ def propose(trial: Any) -> Recipe:
 
 
 def make_study(
-    candidates: tuple[str, ...] = ("a", "b"),
-    trials: int = 0,
-    num_splits: int = NUM_SPLITS,
-    tune_each: TuneEach | None = None,
+    candidates: tuple[str, ...] = ("a", "b"), trials: int = 0, num_splits: int = NUM_SPLITS, tune_each: TuneEach | None = None
 ) -> Study:
     return Study(
         name="scripted",
@@ -80,17 +77,10 @@ def _scripted(task: FitTask, worker: Worker) -> FitResult:
         _pause(worker, script.get("sleep_s", 0.0))
         if epoch == 2 and (task.attempt == 0 or script.get("always")):
             _go_wrong(script.get(task.key, ""))
-    known = {
-        "candidate": task.candidate,
-        "split": task.split.index,
-        "attempt": task.attempt,
-        "process": str(os.getpid()),
-    }
+    known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt, "process": str(os.getpid())}
     if script.get(task.key) == "nan":
         return FitResult(**known, state="failed", reason="loss is nan in epoch 2")
-    return FitResult(
-        **known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5}
-    )
+    return FitResult(**known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5})
 
 
 def _pause(worker: Worker, seconds: float) -> None:

@@ -43,11 +43,7 @@ def test_all_parts_of_the_first_minutes_on_a_gpu_run_without_one(tmp_path: Path)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/bare.py "$@"\n')
     python.chmod(0o755)
-    environment = os.environ | {
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTHON": str(python),
-        "OUT": str(tmp_path / "out"),
-    }
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
     command = [ROOT / "tests/gpu/first_minutes.sh", "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

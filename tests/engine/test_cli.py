@@ -66,9 +66,7 @@ def write(folder: Path, text: str, epochs: int = 2) -> Path:
 def table(run: Path) -> pd.DataFrame:
     keys = ["candidate", "split", "subset", "case", "class", "reference", "threshold", "metric"]
     rows = pd.read_parquet(run / "results.parquet")
-    return rows.astype({name: str for name in keys if name not in ("split", "threshold")}).sort_values(
-        keys, ignore_index=True
-    )
+    return rows.astype({name: str for name in keys if name not in ("split", "threshold")}).sort_values(keys, ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +119,7 @@ finally:
 
 
 def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(done: Path, tmp_path: Path) -> None:
-    text = STUDY.replace("        return 0.5", "        stop_once()\n        return 0.5").replace(
-        "class Halved", STOP_ONCE
-    )
+    text = STUDY.replace("        return 0.5", "        stop_once()\n        return 0.5").replace("class Halved", STOP_ONCE)
     command = [sys.executable, "-c", WITHOUT_RAY, "run", str(write(tmp_path, text)), "--local"]
     script = "p 'six times seven is', 6 * 7\ncontinue\n"
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, input=script, timeout=300)
@@ -132,16 +128,7 @@ def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(d
     pd.testing.assert_frame_equal(table(tmp_path / "runs" / "tiny"), table(done), check_exact=True)
     left = [{path.relative_to(run) for path in run.glob("fits/*/*/*")} for run in (done, tmp_path / "runs" / "tiny")]
     assert left[0] == left[1]
-    refitted = [
-        sys.executable,
-        "-c",
-        WITHOUT_RAY,
-        "refit",
-        str(tmp_path / "runs/tiny"),
-        "--candidate",
-        "soft",
-        "--local",
-    ]
+    refitted = [sys.executable, "-c", WITHOUT_RAY, "refit", str(tmp_path / "runs/tiny"), "--candidate", "soft", "--local"]
     again = subprocess.run(refitted, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
 
@@ -242,10 +229,7 @@ def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
         (("subjects=6, size", "subjects=2, size"), "at least 3 subjects"),
         (('control="hard"', 'control="harder"'), "control 'harder' is not a candidate"),
         (("UNet(filters=(4, 8))", "UNet(filters=(4, 8, 16, 32, 64, 128, 256))"), "cannot be trained on images of size"),
-        (
-            ("Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)", 'Phantom(subjects=6, colour="red")'),
-            "Phantom.colour",
-        ),
+        (("Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)", 'Phantom(subjects=6, colour="red")'), "Phantom.colour"),
         (
             (
                 "Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)",
@@ -257,9 +241,7 @@ def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
     ],
     ids=["too few subjects", "control", "network too deep", "unknown field", "missing folder", "propose"],
 )
-def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(
-    tmp_path: Path, edit: tuple[str, str], message: str
-) -> None:
+def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(tmp_path: Path, edit: tuple[str, str], message: str) -> None:
     assert edit[0] in STUDY
     ran = softseg("run", write(tmp_path, STUDY.replace(*edit)), cwd=tmp_path)
     assert ran.returncode == 2, ran.stdout + ran.stderr
@@ -271,9 +253,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(
 @pytest.mark.timed
 def test_a_local_run_takes_less_than_half_the_processor_time_of_one_through_ray(tmp_path: Path) -> None:
     """Of a two-fit study with report and model; Ray's own processes are counted while they live, as they end by a signal."""
-    study = write(
-        tmp_path, STUDY.replace(", search=Search(propose, trials=2)", "").replace('("hard", "soft")', '("hard",)')
-    )
+    study = write(tmp_path, STUDY.replace(", search=Search(propose, trials=2)", "").replace('("hard", "soft")', '("hard",)'))
     assert softseg("prepare", study, cwd=tmp_path).returncode == 0
     local_s = processor_s(tmp_path, study, "--out", "local", "--local")
     ray_s = processor_s(tmp_path, study, "--out", "ray")

@@ -112,9 +112,7 @@ def test_a_submitted_study_runs_to_its_report(raylets: Raylets, tmp_path: Path) 
     study = study_file(tmp_path)
     command = ["submit", study, "--address", raylets.dashboard, "--debug"]
     assert "set RAY_AUTH_MODE=token" in refusal(softseg(*command, cwd=tmp_path, env=WITHOUT_TOKEN))
-    assert "an absolute path of the head, or a URI" in refusal(
-        softseg(*command, "--out", "r", cwd=tmp_path, env=WITH_TOKEN)
-    )
+    assert "an absolute path of the head, or a URI" in refusal(softseg(*command, "--out", "r", cwd=tmp_path, env=WITH_TOKEN))
     folders = ["--out", tmp_path / "runs", "--stores", tmp_path / "stores"]
     done = softseg(*command, *folders, "--json", cwd=tmp_path, env=WITH_TOKEN)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -159,9 +157,7 @@ def test_a_cluster_without_workers_grows_for_a_study_and_shrinks_after_it(tmp_pa
     cluster = Raylets("grow")
     process = driver(tmp_path, address=cluster.address, together=2)
     out = told(process)
-    assert (
-        "waiting up to 600 s for machines: one fit needs 1 CPUs on one machine, but the most that one has is 0" in out
-    )
+    assert "waiting up to 600 s for machines: one fit needs 1 CPUs on one machine, but the most that one has is 0" in out
     assert json.loads(out.splitlines()[-1])["finished"] == 6
     assert len(processes(tmp_path)) == 2, "a fit that waits for its place makes the cluster grow"
     cluster.order("alone")

@@ -44,13 +44,7 @@ class Point(Network):
 
 
 def softseg(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "softseg_dist.cli.main",
-        *map(str, args),
-    ]  # as the command: cwd is not on its path
+    command = [sys.executable, "-P", "-m", "softseg_dist.cli.main", *map(str, args)]  # as the command: cwd is not on its path
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
@@ -89,9 +83,7 @@ def test_helper_modules_travel_and_an_edit_is_refused_or_runs_beside(tmp_path: P
     beside = softseg("run", write(tmp_path, "beside", WEIGHTS.replace("3.0", "300.0")), "--debug", cwd=tmp_path)
     assert beside.returncode == 0, beside.stderr
     assert losses(run) == before
-    assert losses(tmp_path / "runs/beside-debug")[0] > 50 * before[0], (
-        "every worker has computed with the helper of its study"
-    )
+    assert losses(tmp_path / "runs/beside-debug")[0] > 50 * before[0], "every worker has computed with the helper of its study"
 
     (tmp_path / "elsewhere").mkdir()
     image = tmp_path / "elsewhere/new.nii.gz"

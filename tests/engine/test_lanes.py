@@ -69,9 +69,7 @@ def test_two_lanes_start_at_once_and_do_not_wait_for_each_other(tmp_path: Path) 
     assert len({line.split()[0] for file in tmp_path.glob("fits/*/*/starts") for line in file.open()}) == 2
 
 
-def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs_on_all(
-    shared_ray: None, tmp_path: Path
-) -> None:
+def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs_on_all(shared_ray: None, tmp_path: Path) -> None:
     def fit(task: FitTask, worker: Worker) -> FitResult:
         if task.attempt == 0 and worker.num_workers == 1:
             os.kill(os.getpid(), signal.SIGKILL)

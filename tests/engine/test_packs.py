@@ -136,9 +136,7 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
     assert [end.blameless for end in ends] == [False] * SIZE
 
 
-def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(
-    shared_ray: None, tmp_path: Path
-) -> None:
+def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(shared_ray: None, tmp_path: Path) -> None:
     with packs(linger, SIZE, LIMIT_S) as manager, ThreadPoolExecutor(SIZE) as trials:
         late: list[Any] = []
 
@@ -155,9 +153,7 @@ def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(
         assert (tmp_path / "late" / "stack.txt").read_text() == ""
 
 
-def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(
-    shared_ray: None, tmp_path: Path
-) -> None:
+def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(shared_ray: None, tmp_path: Path) -> None:
     config = {"folder": str(tmp_path)}
     with packs(linger, SIZE, LIMIT_S) as manager:
 
@@ -171,9 +167,7 @@ def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(
         assert (tmp_path / "stopped").exists()
 
 
-def test_without_a_gpu_every_fit_has_a_process_and_the_user_is_told(
-    shared_ray: None, tasks: dict[str, FitTask]
-) -> None:
+def test_without_a_gpu_every_fit_has_a_process_and_the_user_is_told(shared_ray: None, tasks: dict[str, FitTask]) -> None:
     notes: list[str] = []
     resources = Resources(fits_per_gpu="auto", cpus_per_fit=2)
     assert with_size(resources, tasks["plain"], None, notes.append) == Resources(cpus_per_fit=2)
@@ -223,8 +217,6 @@ if __name__ == "__main__":
         log_to_driver=False,
     )  # fmt: skip
     resources = Resources(fits_per_gpu=SIZE, time_limit_s=5)
-    outcome = run(
-        Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=json.loads(sys.argv[2]), resources=resources
-    )
+    outcome = run(Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=json.loads(sys.argv[2]), resources=resources)
     print(json.dumps(vars(outcome)), flush=True)
     ray.shutdown()

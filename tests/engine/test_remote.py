@@ -46,9 +46,7 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
     assert local.returncode == 0, local.stderr
 
     command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json", *SHARED]
-    driver = subprocess.Popen(
-        command, cwd=tmp_path, env=first, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    driver = subprocess.Popen(command, cwd=tmp_path, env=first, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 200
     while not (ended := [n for n in Place.at(RUN).walk() if n.endswith(("/000.json", "/001.json"))]):
         assert driver.poll() is None, driver.communicate()

@@ -162,10 +162,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path):
     assert len(ended) < 12
     second = driver(tmp_path, trials=2)
     out, err = second.communicate(timeout=240)
-    assert (json.loads(out.splitlines()[-1]), err) == (
-        {"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False},
-        "",
-    )
+    assert (json.loads(out.splitlines()[-1]), err) == ({"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False}, "")
     assert {key: count for key, count in starts(tmp_path).items() if key in ended} == dict.fromkeys(ended, 1)
 
     for (name, split), result in Ledger(tmp_path).results().items():

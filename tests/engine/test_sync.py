@@ -61,10 +61,7 @@ def test_what_waited_for_a_server_arrives_when_it_is_there(tmp_path: Path) -> No
     assert spool.read_bytes() == waited
     moved = (tmp_path / "first").rename(tmp_path / "elsewhere")  # the report is found all the same
     with server(port, tmp_path / "server") as uri:
-        assert sync(moved) == (
-            0,
-            {"tracking_uri": uri, "sent": waited.count(b"\n"), "waiting": 0, "notes": []},
-        )
+        assert sync(moved) == (0, {"tracking_uri": uri, "sent": waited.count(b"\n"), "waiting": 0, "notes": []})
         runs = runs_of(uri)
         assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(
             ("study", "a", "a/000", "a/001", "a/002"), "FINISHED"

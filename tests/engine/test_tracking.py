@@ -277,14 +277,7 @@ def test_parameters_are_flat_and_named_as_in_the_study_file():
 
 def test_logs_of_one_run_are_joined_but_not_past_its_end():
     def log(key: str, step: int) -> dict[str, Any]:
-        return {
-            "what": "log",
-            "key": key,
-            "metrics": [["loss", 1.0, 0, step]],
-            "params": {},
-            "tags": {},
-            "known": False,
-        }
+        return {"what": "log", "key": key, "metrics": [["loss", 1.0, 0, step]], "params": {}, "tags": {}, "known": False}
 
     end = {"what": "close", "key": "a", "status": "FINISHED"}
     joined = coalesced([log("a", 1), log("b", 1), log("a", 2), end, log("a", 3)])

@@ -22,10 +22,7 @@ from softseg_dist.training.gpu.resident import Resident, Streamed
 from softseg_dist.training.stepper import FitProgress
 from softseg_dist.training.task import FitTask, Worker
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 CUDA = "cuda"
 NETWORK = UNet(filters=(4, 8), upsample="deconv")  # the gradient of an interpolation adds in no fixed order
 PLAIN = device_fits.PLAIN.replace(network=NETWORK)
@@ -195,9 +192,7 @@ def test_what_is_resident_is_shared_and_what_does_not_fit_is_sent(
     tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (device_stepper(tasks[2], CUDA, graph=True) for _ in range(2))
-    sources = [
-        stepper.device_batches.source for stepper in (one, two) if isinstance(stepper.device_batches, DeviceBatches)
-    ]
+    sources = [stepper.device_batches.source for stepper in (one, two) if isinstance(stepper.device_batches, DeviceBatches)]
     assert all(isinstance(source, Resident) and source.images.is_cuda for source in sources)
     assert len({source.images.data_ptr() for source in sources if isinstance(source, Resident)}) == 1
     monkeypatch.setattr(resident, "SHARE", 0.0)

@@ -19,10 +19,7 @@ from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker, history_path
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 DEVICE = "cuda"
 STEPS_PER_EPOCH = 4
 RECIPE = Recipe(

@@ -9,10 +9,7 @@ import torch
 from many_fits import fit_at_once, largest_difference, make_tasks
 from torch.backends import cudnn
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 NUM_FITS, NUM_SEEDS, AT_ONCE = 24, 6, 4
 
 

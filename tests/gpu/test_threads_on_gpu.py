@@ -15,10 +15,7 @@ from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Worker, cases_path
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 NUM_FITS = 4
 OPTIM = Optim(batch_size=8, lr=1e-3, precision="float32", compile="off")
 
@@ -41,9 +38,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[FitTask]:
     ]  # fmt: skip
 
 
-def test_fits_that_drop_and_sample_side_by_side_measure_what_they_measure_alone(
-    tasks: list[FitTask], tmp_path: Path
-) -> None:
+def test_fits_that_drop_and_sample_side_by_side_measure_what_they_measure_alone(tasks: list[FitTask], tmp_path: Path) -> None:
     def run(task: FitTask, folder: Path) -> FitResult:
         with torch.cuda.stream(torch.cuda.Stream()):
             return fit(task.replace(folder=str(folder)), Worker(device="cuda"))

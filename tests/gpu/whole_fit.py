@@ -18,19 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the package need not be in
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bare_machine import do_without_safetensors
 
-from softseg_dist import (
-    AdaptiveWing,
-    Affine,
-    Elastic,
-    MonteCarlo,
-    Noise,
-    NormReLU,
-    Optim,
-    Phantom,
-    Preprocess,
-    Recipe,
-    UNet,
-)
+from softseg_dist import AdaptiveWing, Affine, Elastic, MonteCarlo, Noise, NormReLU, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, Worker

@@ -49,11 +49,7 @@ def finished(task: FitTask, score: float | None = None, second: float | None = N
     if task.second_objective is not None and second is not None:
         scores[task.second_objective] = second
     return FitResult(
-        candidate=task.candidate,
-        split=task.split.index,
-        state="finished",
-        score=scores[task.objective],
-        scores=scores,
+        candidate=task.candidate, split=task.split.index, state="finished", score=scores[task.objective], scores=scores
     )
 
 

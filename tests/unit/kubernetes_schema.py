@@ -21,12 +21,7 @@ PULL: Schema = {"enum": ["Always", "IfNotPresent", "Never"]}
 
 def fields(_required: str = "", **properties: Schema) -> Schema:
     """An object with these fields and no others; `_required` names those that must be there."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": _required.split(),
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": properties, "required": _required.split(), "additionalProperties": False}
 
 
 def many(item: Schema) -> Schema:
@@ -37,11 +32,7 @@ SELECTOR = fields(matchLabels=STRINGS)
 RESOURCES = fields("requests limits", requests=QUANTITIES, limits=QUANTITIES)
 SECRET_KEY = fields("secretKeyRef", secretKeyRef=fields("name key", name=NAME, key=STRING))
 ENVIRONMENT = many(fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY))
-LOCKED = fields(
-    allowPrivilegeEscalation=TRUTH,
-    readOnlyRootFilesystem=TRUTH,
-    capabilities=fields("drop", drop=many(STRING)),
-)
+LOCKED = fields(allowPrivilegeEscalation=TRUTH, readOnlyRootFilesystem=TRUTH, capabilities=fields("drop", drop=many(STRING)))
 CONTAINER = fields(
     "name image imagePullPolicy resources securityContext",
     name=NAME,
@@ -57,10 +48,7 @@ CONTAINER = fields(
     readinessProbe=fields(httpGet=fields("path port", path=STRING, port=PORT), periodSeconds=COUNT),
 )
 VOLUME = fields(
-    "name",
-    name=NAME,
-    emptyDir=fields(medium={"enum": ["", "Memory"]}, sizeLimit=QUANTITY),
-    configMap=fields("name", name=NAME),
+    "name", name=NAME, emptyDir=fields(medium={"enum": ["", "Memory"]}, sizeLimit=QUANTITY), configMap=fields("name", name=NAME)
 )
 POD_SECURITY = fields(
     "runAsNonRoot runAsUser",
@@ -116,12 +104,7 @@ NETWORK_POLICY = fields(
     policyTypes=many({"enum": ["Ingress", "Egress"]}),
     ingress=many(fields(**{"from": many(PEER)})),
 )
-HEAD_GROUP = fields(
-    "rayStartParams template",
-    serviceType={"enum": ["ClusterIP"]},
-    rayStartParams=STRINGS,
-    template=POD_TEMPLATE,
-)
+HEAD_GROUP = fields("rayStartParams template", serviceType={"enum": ["ClusterIP"]}, rayStartParams=STRINGS, template=POD_TEMPLATE)
 WORKER_GROUP = fields(
     "groupName minReplicas maxReplicas rayStartParams template",
     groupName=NAME,
@@ -164,9 +147,7 @@ RAY_JOB = fields(
 KINDS: dict[str, Schema] = {
     "Namespace": _kind("Namespace", "v1", namespaced=False),
     "ServiceAccount": fields(
-        "apiVersion kind metadata",
-        **_kind("ServiceAccount", "v1")["properties"],
-        automountServiceAccountToken=TRUTH,
+        "apiVersion kind metadata", **_kind("ServiceAccount", "v1")["properties"], automountServiceAccountToken=TRUTH
     ),
     "Service": _kind("Service", "v1", spec=SERVICE),
     "NetworkPolicy": _kind("NetworkPolicy", "networking.k8s.io/v1", spec=NETWORK_POLICY),

@@ -20,11 +20,7 @@ TO_RATERS = ("disagreement_correlation", "ged2")
 
 
 def measured_rows(
-    measured: Sequence[str],
-    thresholds: Mapping[str, float],
-    raters: Sequence[str],
-    true_mm3: float,
-    generator: np.random.Generator,
+    measured: Sequence[str], thresholds: Mapping[str, float], raters: Sequence[str], true_mm3: float, generator: np.random.Generator
 ) -> list[Measured]:
     """The rows of one case and class: those of the `measured` kinds."""
     rows: list[Measured] = []

@@ -16,12 +16,7 @@ from softseg_dist.report.pictures import Overlay
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
 
-CELLS = [
-    f"{label}-{act}-{loss}"
-    for label in ("hard", "soft")
-    for act in ("sigmoid", "normrelu")
-    for loss in ("dice", "wing")
-]
+CELLS = [f"{label}-{act}-{loss}" for label in ("hard", "soft") for act in ("sigmoid", "normrelu") for loss in ("dice", "wing")]
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
 GAIN = {"soft": 0.02, "normrelu": 0.006, "wing": -0.004}  # planted main effects on the objective
 RATERS = ("rater1", "rater2")
@@ -84,15 +79,8 @@ def write_run(
     level = {s: generator.normal(0, 0.04) for s in subjects}
     tables = []
     for number, name in enumerate([*candidates, *proposed]):
-        gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (
-            generator.normal(0.04, 0.01) if name in proposed else 0
-        )
-        record = {
-            "type": "CandidateRecord",
-            "name": name,
-            "number": number,
-            "recipe": recipe(CELLS[-1]) | {"fusion": name},
-        }
+        gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (generator.normal(0.04, 0.01) if name in proposed else 0)
+        record = {"type": "CandidateRecord", "name": name, "number": number, "recipe": recipe(CELLS[-1]) | {"fusion": name}}
         fixed = {"origin": "fixed", "recipe": recipe(name)} if name in candidates else {"origin": "proposed"}
         _write(folder / "fits" / name / "candidate.json", record | fixed)
         of_subject = {s: generator.normal(0, 0.008) for s in subjects}
@@ -120,11 +108,7 @@ def write_run(
 
 def _split(generator: np.random.Generator, subjects: list[str], index: int, num_tested: int) -> dict[str, object]:
     order = [str(s) for s in generator.permutation(subjects)]
-    parts = {
-        "test": order[:num_tested],
-        "validation": order[num_tested : 2 * num_tested],
-        "train": order[2 * num_tested :],
-    }
+    parts = {"test": order[:num_tested], "validation": order[num_tested : 2 * num_tested], "train": order[2 * num_tested :]}
     return {"type": "Split", "index": index, **parts}
 
 
@@ -138,9 +122,7 @@ def _write_fit(
 ) -> None:
     fit = {"type": "FitResult", "candidate": name, "split": split}
     if bad:
-        _write(
-            folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"}
-        )
+        _write(folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"})
         return
     best = int(generator.integers(38, 61))
     measured = {
@@ -158,11 +140,7 @@ def _write_fit(
     _write(folder / "fits" / name / f"{split:03d}.json", fit | measured)
     noise = generator.normal(0, 0.01, 60)
     history = [
-        {
-            "epoch": e + 1,
-            "loss": float(0.6 * np.exp(-e / 15) + 0.1),
-            "dice_dml": float(0.85 - 0.6 * np.exp(-e / 9) + noise[e]),
-        }
+        {"epoch": e + 1, "loss": float(0.6 * np.exp(-e / 15) + 0.1), "dice_dml": float(0.85 - 0.6 * np.exp(-e / 9) + noise[e])}
         for e in range(60)
     ]
     path = folder / "fits" / name / f"{split:03d}" / "history.jsonl"
@@ -227,9 +205,7 @@ def _with_measures(
     return pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True).astype({"split": np.int32})
 
 
-def _run(
-    num_subjects: int, classes: Sequence[str], raters: Sequence[str], subjects: Sequence[str]
-) -> dict[str, object]:
+def _run(num_subjects: int, classes: Sequence[str], raters: Sequence[str], subjects: Sequence[str]) -> dict[str, object]:
     return {
         "versions": {"softseg_dist": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "monai": "1.6.0"},
         "machine": {"cpus": 2, "memory_gb": 8, "python": "3.11.7", "system": "Linux"},

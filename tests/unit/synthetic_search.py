@@ -58,9 +58,7 @@ def tune(folder: Path, candidate: str, rates: dict[float, float], chosen: float)
     pd.concat([table, *parts], ignore_index=True).to_parquet(folder / "results.parquet")
 
 
-def hold_out(
-    folder: Path, winner: str, control: str | None, gain: float, opened: int = 1, num_subjects: int = 8
-) -> None:
+def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened: int = 1, num_subjects: int = 8) -> None:
     """Hold out subjects, and open them `opened` times: there the winner is better than the control by `gain`."""
     generator = np.random.default_rng(1)
     names = [f"9{i:02d}" for i in range(num_subjects)]

@@ -72,9 +72,7 @@ def test_a_link_leads_to_a_file_and_a_heading_that_exist(link: Link) -> None:
     target = (link.page.parent / parts.path).resolve() if parts.path else link.page
     assert target.exists(), f"{link.target} leads to no file"
     assert target.is_relative_to(ROOT), f"{link.target} leads out of the repository"
-    assert not parts.fragment or parts.fragment in anchors(target), (
-        f"{target.name} has no heading for #{parts.fragment}"
-    )
+    assert not parts.fragment or parts.fragment in anchors(target), f"{target.name} has no heading for #{parts.fragment}"
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if path != Path(__file__)], ids=name_of)

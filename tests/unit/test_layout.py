@@ -65,17 +65,7 @@ LAYERS = {
         "engine",
         "report",
     },
-    "nested": {
-        "frozen",
-        "places",
-        "judging",
-        "study",
-        "study_file",
-        "record",
-        "engine",
-        "report",
-        "pipeline",
-    },
+    "nested": {"frozen", "places", "judging", "study", "study_file", "record", "engine", "report", "pipeline"},
     "api": {"study", "study_file", "record", "engine", "report", "prediction", "pipeline", "nested"},
     "demo": set(softseg_dist.__all__),
     "cli": {
@@ -119,9 +109,7 @@ def imported(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return (
-        names | {str(node.module) for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
-    )
+    return names | {str(node.module) for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -135,11 +123,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_heavy_package_is_imported_by_its_owners_only(package: str) -> None:
-    users = {
-        str(p.relative_to(PACKAGE))
-        for p in FILES
-        if any(n == package or n.startswith(package + ".") for n in imported(p))
-    }
+    users = {str(p.relative_to(PACKAGE)) for p in FILES if any(n == package or n.startswith(package + ".") for n in imported(p))}
     assert not [user for user in users if not user.startswith(OWNERS[package])]
 
 
@@ -157,9 +141,7 @@ def test_no_function_takes_more_than_six_arguments(path: Path) -> None:
         "prediction.py": {"predict_images"},
         "training/evaluation.py": {"measure"},
     }.get(str(path.relative_to(PACKAGE)), set())
-    functions = [
-        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     too_many = {f.name for f in functions if len(_arguments(f)) > MOST_ARGUMENTS}
     assert too_many == excused
 

@@ -131,9 +131,7 @@ def test_a_file_system_without_locks_is_refused_in_one_line_with_what_to_do(
     answer: Callable[[int], None], tmp_path: Path, number: int
 ) -> None:
     answer(number)
-    refused = (
-        rf"^{tmp_path}.*does not support locks \({os.strerror(number)}\); give a folder on a local disk or a bucket URI"
-    )
+    refused = rf"^{tmp_path}.*does not support locks \({os.strerror(number)}\); give a folder on a local disk or a bucket URI"
     for wait in (False, True):
         with pytest.raises(UserError, match=refused), hold(tmp_path / ".lock", wait=wait):
             pass
@@ -147,9 +145,7 @@ def test_a_file_system_without_locks_is_refused_in_one_line_with_what_to_do(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EBADF])
-def test_a_lock_that_cannot_be_looked_at_is_not_called_free(
-    answer: Callable[[int], None], tmp_path: Path, number: int
-) -> None:
+def test_a_lock_that_cannot_be_looked_at_is_not_called_free(answer: Callable[[int], None], tmp_path: Path, number: int) -> None:
     path = tmp_path / ".lock"
     with hold(path):
         pass

@@ -51,9 +51,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: tuple
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
 
 
-def test_the_wheel_answers_and_shows_its_demonstration_without_the_repository(
-    built: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_wheel_answers_and_shows_its_demonstration_without_the_repository(built: tuple[Path, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         archive.extractall(tmp_path / "site")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

@@ -40,9 +40,7 @@ def scan(path: Path, orientation: str = "RAS", seed: int = 0, affine: np.ndarray
     """An int16 file with a scale; the same voxels at the same place in space, in whatever order they are stored."""
     voxels = np.random.default_rng(seed).integers(0, 1000, SHAPE, dtype=np.int16)
     canonical = nib.Nifti1Image(voxels, affine)
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
-    )
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation))
     stored = canonical.as_reoriented(turn)
     stored.header.set_slope_inter(0.25, -20)
     stored.set_qform(stored.affine, code=1)
@@ -163,9 +161,7 @@ def test_one_value_of_an_integer_map_centres_the_crop_as_in_training(tmp_path: P
     model = random_model(tmp_path / "model", preprocess)
     values = np.ones(SHAPE, dtype=np.uint8)
     values[9:11, 3:5] = 2
-    (done,) = predicted(
-        model, [scan(tmp_path / "image.nii")], tmp_path, center_masks=[write(tmp_path / "map.nii", values)]
-    )
+    (done,) = predicted(model, [scan(tmp_path / "image.nii")], tmp_path, center_masks=[write(tmp_path / "map.nii", values)])
     assert np.argwhere(read(done.maps["GM"]).any(axis=2)).min(axis=0).tolist() == [8, 2]
 
 
@@ -322,10 +318,7 @@ def test_an_ensemble_without_its_fits_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "recipe",
-    [
-        RECIPE.replace(network=UNet(filters=(2, 4), dropout=0.3)),
-        RECIPE.replace(augment=(Elastic(), Flip(), Affine(degrees=15))),
-    ],
+    [RECIPE.replace(network=UNet(filters=(2, 4), dropout=0.3)), RECIPE.replace(augment=(Elastic(), Flip(), Affine(degrees=15)))],
     ids=["dropout", "augmentation"],
 )
 def test_one_model_tells_what_it_is_unsure_of_and_predicts_the_same(tmp_path: Path, recipe: Recipe) -> None:

@@ -20,19 +20,9 @@ STUB = Path(softseg_dist.__file__).with_suffix(".pyi")
 def stub() -> str:
     """What type checkers and editors read of the package."""
     lines = ['"""The public names, for type checkers. Written from the table in `__init__.py`: do not edit."""', ""]
-    lines += [
-        f"from {module} import {name} as {name}" for module, names in softseg_dist.PUBLIC.items() for name in names
-    ]
+    lines += [f"from {module} import {name} as {name}" for module, names in softseg_dist.PUBLIC.items() for name in names]
     return "\n".join(
-        [
-            *lines,
-            "",
-            "PUBLIC: dict[str, tuple[str, ...]]",
-            "__version__: str",
-            "NUMERICS: int",
-            "__all__: list[str]",
-            "",
-        ]
+        [*lines, "", "PUBLIC: dict[str, tuple[str, ...]]", "__version__: str", "NUMERICS: int", "__all__: list[str]", ""]
     )
 
 
@@ -64,11 +54,7 @@ def test_a_suite_without_a_public_class_fails(base: type, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 def test_every_base_class_has_a_suite_that_asks_for_all_of_its_public_classes(base: type) -> None:
-    suites = [
-        p.name
-        for p in Path(__file__).parent.rglob("test_*.py")
-        if f" assert_covered({base.__name__}, " in p.read_text()
-    ]
+    suites = [p.name for p in Path(__file__).parent.rglob("test_*.py") if f" assert_covered({base.__name__}, " in p.read_text()]
     assert len(suites) == 1
 
 

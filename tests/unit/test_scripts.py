@@ -107,9 +107,7 @@ def test_a_mistake_in_the_arguments_runs_nothing(tmp_path: Path, arguments: tupl
 
 def test_versions_are_tried_at_both_ends_of_what_the_package_allows() -> None:
     environment = os.environ | {"PYTHON": sys.executable}
-    listed = subprocess.run(
-        [TESTS / "versions.sh", "--list"], env=environment, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run([TESTS / "versions.sh", "--list"], env=environment, capture_output=True, text=True, check=True)
     needs = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]["dependencies"]
     torch, ray = (next(need for need in needs if re.match(rf"{name}\b", need)) for name in ("torch", "ray"))
     oldest, newest = ([Requirement(word) for word in line.split()] for line in listed.stdout.splitlines())

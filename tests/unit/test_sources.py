@@ -174,9 +174,7 @@ def test_a_class_defined_anew_after_its_module_was_loaded_keeps_the_code_that_it
 def test_a_helper_with_the_name_of_an_installed_module_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, **{"import functools": "import functools, scipy"})
     (tmp_path / "scipy.py").write_text("raise RuntimeError('my notes')")
-    with pytest.raises(
-        UserError, match=r"s009_mine.py imports 'scipy', which is scipy.py beside the study and an installed"
-    ):
+    with pytest.raises(UserError, match=r"s009_mine.py imports 'scipy', which is scipy.py beside the study and an installed"):
         load_study(path)
     (tmp_path / "scipy.py").rename(tmp_path / "numpy.py")
     assert "numpy.py" not in load_study(path).sources.texts, "a file that is not imported is nobody's helper"
@@ -295,9 +293,7 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
     run, text = write_run(tmp_path / "run"), "raise RuntimeError('the report runs the code of a study')"
     (run / "sources").mkdir()
     (run / f"sources/{digest(text)}.py").write_text(text)
-    (run / "code.json").write_text(
-        json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]})
-    )
+    (run / "code.json").write_text(json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]}))
     assert report_run(run).is_file()
     with pytest.raises(UserError, match=r"s\.py, line 1: RuntimeError: the report runs"):
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
@@ -306,9 +302,7 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
 def test_other_numerics_of_the_package_are_another_study(tmp_path: Path) -> None:
     file = load(tmp_path)
     opened(tmp_path / "run", file)
-    (tmp_path / "run/code.json").write_text(
-        (tmp_path / "run/code.json").read_text().replace('"numerics": 1', '"numerics": 0')
-    )
+    (tmp_path / "run/code.json").write_text((tmp_path / "run/code.json").read_text().replace('"numerics": 1', '"numerics": 0'))
     with pytest.raises(UserError, match="numerics of softseg_dist: 0 -> 1"):
         opened(tmp_path / "run", file)
 
@@ -329,9 +323,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(json.dumps(str(error)))
 """
-IN_A_FILE = (
-    "from scaling import FACTOR\nfrom softseg_dist import Brier\n\n\nclass Mine(Brier):\n    factor: float = FACTOR\n"
-)
+IN_A_FILE = "from scaling import FACTOR\nfrom softseg_dist import Brier\n\n\nclass Mine(Brier):\n    factor: float = FACTOR\n"
 
 
 def told_by_a_script(
@@ -341,10 +333,7 @@ def told_by_a_script(
     write(folder)
     (folder / "mine.py").write_text(IN_A_FILE)
     (folder / "script.py").write_text(text)
-    command = [
-        sys.executable,
-        *(["-c", text] if notebook else [str(folder / "script.py")]),
-    ]  # neither -c nor a cell has a file
+    command = [sys.executable, *(["-c", text] if notebook else [str(folder / "script.py")])]  # neither -c nor a cell has a file
     return json.loads(subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout)
 
 
@@ -353,18 +342,13 @@ def test_a_study_built_in_python_brings_the_modules_of_what_it_reaches(tmp_path:
     imported = told_by_a_script(tmp_path, setup="from mine import Mine", loss="Mine(factor=2)", notebook=True)
     assert imported[:2] == ["", ["mine.py", "scaling.py"]]
     own = "class Mine(Brier):\n    factor: float = 1.0\n"
-    assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=False)[:2] == [
-        "script.py",
-        ["script.py"],
-    ]
+    assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=False)[:2] == ["script.py", ["script.py"]]
     message = "study s: candidates.a.loss: Mine has no source file; put it in a file, and import it from there"
     assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=True) == message
 
 
 def test_a_study_built_in_python_is_run_by_the_text_of_its_modules_as_it_is_now(tmp_path: Path) -> None:
-    edit = (
-        f"import mine, pathlib\npathlib.Path(mine.__file__).write_text({IN_A_FILE.replace('= FACTOR', '= -FACTOR')!r})"
-    )
+    edit = f"import mine, pathlib\npathlib.Path(mine.__file__).write_text({IN_A_FILE.replace('= FACTOR', '= -FACTOR')!r})"
     edited = told_by_a_script(tmp_path, setup=edit, definitions="loss = mine.Mine()", loss="loss", notebook=True)
     fresh = told_by_a_script(tmp_path, setup="import mine", loss="mine.Mine()", notebook=True)
     assert edited[1] == fresh[1]

@@ -30,9 +30,7 @@ from softseg_dist import (
     factorial,
 )
 
-BASE = Recipe(
-    network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60)
-)
+BASE = Recipe(network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60))
 
 
 def study(**changes: object) -> Study:
@@ -168,10 +166,7 @@ def test_resources_are_positive() -> None:
 @pytest.mark.parametrize("fits_per_gpu", [4, "auto"])
 @pytest.mark.parametrize(
     ("other", "message"),
-    [
-        ({"gpus_per_fit": 0.25}, "--fits-per-gpu.*--gpus-per-fit"),
-        ({"workers_per_fit": 2}, "--fits-per-gpu.*--workers-per-fit"),
-    ],
+    [({"gpus_per_fit": 0.25}, "--fits-per-gpu.*--gpus-per-fit"), ({"workers_per_fit": 2}, "--fits-per-gpu.*--workers-per-fit")],
 )
 def test_fits_that_share_a_gpu_in_one_process_exclude_other_ways_to_use_it(
     fits_per_gpu: int | str, other: dict[str, float], message: str

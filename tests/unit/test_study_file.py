@@ -69,15 +69,10 @@ def test_editing_a_loss_or_propose_changes_the_fingerprint(tmp_path: Path) -> No
         ("import softseg_dist\nsoftseg_dist.NoSuchLoss()", r"line 2: AttributeError.*NoSuchLoss"),
         ("import no_such_package", "line 1: ModuleNotFoundError"),
         ("x = 1", r"sets STUDY = Study\(\.\.\.\); found NoneType"),
-        (
-            "from softseg_dist import Optim\n\nOptim(lr=-1)",
-            r"line 3: Optim\.lr: Input should be greater than 0, got -1",
-        ),
+        ("from softseg_dist import Optim\n\nOptim(lr=-1)", r"line 3: Optim\.lr: Input should be greater than 0, got -1"),
     ],
 )
-def test_a_study_file_with_an_error_is_one_line_with_file_line_and_cause(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_study_file_with_an_error_is_one_line_with_file_line_and_cause(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         load_study(write(tmp_path, text))
     assert "\n" not in str(raised.value)

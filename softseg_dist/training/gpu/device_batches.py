@@ -26,9 +26,7 @@ class DeviceBatches:
         spacing_mm = store.sample(batches.items[0][0]).spacing_mm
         sizes = batches.read_size, store.size if patch is None else patch.size
         self.frame = Frame(store.channels, sizes[0], spacing_mm, device)
-        self.draw_frame, self.pair_frame = (
-            Frame(store.channels, size, spacing_mm, torch.device("cpu")) for size in sizes
-        )
+        self.draw_frame, self.pair_frame = (Frame(store.channels, size, spacing_mm, torch.device("cpu")) for size in sizes)
         self.in_pairs = pairs(batches.recipe.augment)
         self.changing = draw_all(batches.recipe.augment, [0], self.draw_frame)
         self.joining = draw_pairs(batches.recipe.augment, [0], self.pair_frame)

@@ -31,9 +31,7 @@ class PackedTensors:
             end = first + math.prod(shape) * dtype.itemsize
             ends[name] = first, end
         self.memory = torch.zeros(end, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.of = {
-            name: self.memory[slice(*ends[name])].view(dtype).view(shape) for name, (shape, dtype) in fields.items()
-        }
+        self.of = {name: self.memory[slice(*ends[name])].view(dtype).view(shape) for name, (shape, dtype) in fields.items()}
 
 
 class Feed:

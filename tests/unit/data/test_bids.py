@@ -33,13 +33,7 @@ def simple(root: Path, mask: str = "sub-01_T2w_label-GM_mask", **fields: Any) ->
 
 
 @pytest.mark.parametrize(
-    "mask",
-    [
-        "sub-01_T2w_label-GM_mask",
-        "sub-01_label-GM_T2w_mask",
-        "label-GM_sub-01_T2w_mask",
-        "sub-01_label-GM_mask",
-    ],
+    "mask", ["sub-01_T2w_label-GM_mask", "sub-01_label-GM_T2w_mask", "label-GM_sub-01_T2w_mask", "sub-01_label-GM_mask"]
 )
 def test_a_mask_is_found_by_the_words_of_its_name_in_any_order(tmp_path: Path, mask: str) -> None:
     (case,) = simple(tmp_path, mask).cases(tmp_path)
@@ -50,9 +44,7 @@ def test_a_mask_is_found_by_the_words_of_its_name_in_any_order(tmp_path: Path, m
     assert data.truth is None
 
 
-@pytest.mark.parametrize(
-    "mask", ["sub-01_T2w_label-GM_desc-x_mask", "sub-01_T1w_label-GM_mask", "sub-02_T2w_label-GM_mask"]
-)
+@pytest.mark.parametrize("mask", ["sub-01_T2w_label-GM_desc-x_mask", "sub-01_T1w_label-GM_mask", "sub-02_T2w_label-GM_mask"])
 def test_a_mask_with_other_words_does_not_belong(tmp_path: Path, mask: str) -> None:
     with pytest.raises(UserError, match="no mask"):
         simple(tmp_path, mask).cases(tmp_path)
@@ -280,9 +272,7 @@ def test_gray_matter_challenge(real_data: Path) -> None:
     assert len(cases) == 8
     assert len({case.subject for case in cases}) == 6
     assert {case.site for case in cases} == {"CEITEC", "NWU", "UCL", "Milan", "Juntendo", "Philips"}
-    assert (
-        sum(int(case.load().raters.any(axis=(0, 1, 2, 3)).sum()) for case in cases) == 144
-    )  # slices, as its README says
+    assert sum(int(case.load().raters.any(axis=(0, 1, 2, 3)).sum()) for case in cases) == 144  # slices, as its README says
 
 
 @pytest.mark.data

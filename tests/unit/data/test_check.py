@@ -96,13 +96,7 @@ def test_raters_that_hardly_overlap_are_told() -> None:
 
 
 def test_what_is_unlike_the_other_cases_is_told() -> None:
-    cases = [
-        Made("a"),
-        Made("b"),
-        Made("c"),
-        Made("flipped", spacing_mm=(-1, 1, 1)),
-        Made("thick", spacing_mm=(1, 1, 4)),
-    ]
+    cases = [Made("a"), Made("b"), Made("c"), Made("flipped", spacing_mm=(-1, 1, 1)), Made("thick", spacing_mm=(1, 1, 4))]
     found = rules(cases)
     assert found["flipped", "orientation"].detail.startswith("LAS, while 4 of 5 cases are RAS")
     assert found["thick", "resolution"].detail == "1 x 1 x 4 mm, the median is 1 x 1 x 1 mm"

@@ -104,9 +104,7 @@ def test_the_label_stays_off_the_border_in_plane(phantom: Phantom) -> None:
         assert not label[:, [0, -1]].any()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"noise": 0.2}, {"bias_field": 0.0}, {"disagreement_mm": 0.4}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"noise": 0.2}, {"bias_field": 0.0}, {"disagreement_mm": 0.4}], ids=str)
 def test_each_field_changes_the_voxels_and_the_sources(changes: dict[str, Any]) -> None:
     one = Phantom(size=(24, 24), num_slices=2)
     other = one.replace(**changes)

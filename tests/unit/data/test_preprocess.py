@@ -86,14 +86,11 @@ def test_area_resampling_keeps_the_labelled_volume(values: Float32, spacing_in: 
 @settings(max_examples=30, deadline=None)
 def test_a_constant_stays_exactly_constant_inside(method: Method, value: float, num: int, spacing_in: float) -> None:
     axis = Axis.whole(2 * num, spacing_in, 2 * spacing_in)  # whole new voxels: nothing lies outside
-    assert np.array_equal(
-        resample(np.full(2 * num, value, np.float32), [axis], method), np.full(num, value, np.float32)
-    )
+    assert np.array_equal(resample(np.full(2 * num, value, np.float32), [axis], method), np.full(num, value, np.float32))
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
-    [("linear", [(1 + 0) / 2, (0 + 1) / 2, (1 + 1) / 2]), ("area", [0.5, 0.5, 1]), ("nearest", [0, 1, 1])],
+    ("method", "expected"), [("linear", [(1 + 0) / 2, (0 + 1) / 2, (1 + 1) / 2]), ("area", [0.5, 0.5, 1]), ("nearest", [0, 1, 1])]
 )
 def test_halving_the_resolution_of_a_line(method: Method, expected: list[float]) -> None:
     values = np.array([1, 0, 0, 1, 1, 1], dtype=np.float32)
@@ -130,9 +127,7 @@ def test_a_spacing_that_is_equal_but_for_rounding_is_not_resampled() -> None:
 
 @given(num=st.integers(1, 30), size=st.integers(1, 40), share=st.floats(0, 1), values=st.data())
 @settings(max_examples=80, deadline=None)
-def test_cropping_and_going_back_is_exact_inside_and_zero_outside(
-    num: int, size: int, share: float, values: st.DataObject
-) -> None:
+def test_cropping_and_going_back_is_exact_inside_and_zero_outside(num: int, size: int, share: float, values: st.DataObject) -> None:
     line = values.draw(hnp.arrays(np.float32, num, elements=unit))
     axis = Axis.whole(num, 1.0).window(size, share * (num - 1))
     begin, end = axis.kept
@@ -166,9 +161,7 @@ def test_resampled_labels_are_soft_and_nearest_is_binary(method: str) -> None:
     assert set(np.unique(sample.nearest)) == {0, 1}
     assert sample.voxel_mm3 == pytest.approx(1.1**3)
     volume = case.data.raters.sum() * 0.7 * 0.7 * 1.0
-    assert sample.raters.sum(dtype=float) * sample.voxel_mm3 == pytest.approx(
-        volume, rel=1e-6 if method == "area" else 0.05
-    )
+    assert sample.raters.sum(dtype=float) * sample.voxel_mm3 == pytest.approx(volume, rel=1e-6 if method == "area" else 0.05)
 
 
 def test_items_of_2d_are_axial_slices_resampled_in_plane_only() -> None:

@@ -56,9 +56,7 @@ def test_nothing_interpolates_so_the_target_is_bit_exact(
     assert np.array_equal(mean_reference(ready.store.sample(0))[:, 0], target[:, 0].numpy())
 
 
-@pytest.mark.parametrize(
-    "preprocess", [Preprocess(dim=2, spacing_mm=(0.7, 0.6)), Preprocess(dim=3, spacing_mm=(1, 1, 1))]
-)
+@pytest.mark.parametrize("preprocess", [Preprocess(dim=2, spacing_mm=(0.7, 0.6)), Preprocess(dim=3, spacing_mm=(1, 1, 1))])
 @pytest.mark.parametrize("label_resampling", ["linear", "area"])
 @given(labels=soft_labels(1))
 @settings(max_examples=5)
@@ -76,9 +74,7 @@ def test_resampled_and_augmented_it_stays_in_0_to_1_and_soft(
 
 @given(labels=soft_labels(3))
 @settings(max_examples=5)
-def test_hard_is_the_soft_target_rounded_once_and_last(
-    tmp_path_factory: pytest.TempPathFactory, labels: list[np.ndarray]
-) -> None:
+def test_hard_is_the_soft_target_rounded_once_and_last(tmp_path_factory: pytest.TempPathFactory, labels: list[np.ndarray]) -> None:
     folder = tmp_path_factory.mktemp("soft")
     data, prepared = data_set(folder, labels, np.diag([0.5, 0.5, 1.0, 1.0])), Preprocess(dim=2, spacing_mm=(0.7, 0.6))
     pair = [batches(folder, data, prepared, Recipe(label=mode, augment=MOVES)) for mode in ("soft", "hard")]

@@ -80,9 +80,7 @@ def mapped_ranges(path: Path) -> list[range]:
     return [range(*(int(address, 16) for address in line[0].split("-"))) for line in lines]
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/maps").exists(), reason="addresses of mapped files are read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="addresses of mapped files are read from Linux's /proc")
 def test_arrays_are_views_of_the_mapped_file(built: Path) -> None:
     sample = Store.open(built).sample(1)
     for array in (sample.image, sample.raters, sample.nearest, sample.truth):

@@ -57,9 +57,7 @@ def test_canonical_order_is_that_of_nibabel_and_leads_back(tmp_path: Path, axes:
         assert np.allclose(back.affine, affine, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64", "uint64"]
-)
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64", "uint64"])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_every_allowed_number_type_is_read(tmp_path: Path, dtype: str, kind: type) -> None:
     volume = read_volume(save(tmp_path / "a.nii.gz", ramp(dtype=dtype), np.eye(4), kind))
@@ -186,9 +184,7 @@ def test_a_gzip_bomb_is_not_inflated_beyond_what_its_header_declares(tmp_path: P
         (DIM, "<h", (0,)),
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(
-    tmp_path: Path, position: int, layout: str, values: tuple[float, ...]
-) -> None:
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, position: int, layout: str, values: tuple[float, ...]) -> None:
     refused(patched(save(tmp_path / "a.nii.gz", ramp()), position, layout, *values))
 
 
@@ -249,9 +245,7 @@ def test_a_map_lies_where_its_image_lies_to_the_last_bit(
 
 @given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), max_size=12), st.booleans())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_header_gives_a_volume_or_a_user_error(
-    tmp_path: Path, changes: list[tuple[int, int]], compressed: bool
-) -> None:
+def test_any_header_gives_a_volume_or_a_user_error(tmp_path: Path, changes: list[tuple[int, int]], compressed: bool) -> None:
     raw = bytearray(nib.Nifti1Image(ramp(), AFFINE).to_bytes())
     for position, value in changes:
         raw[position] = value

@@ -67,18 +67,14 @@ def codes(here: Path) -> dict[str, int]:
     return found
 
 
-def test_the_limit_that_runs_out_first_leaves_the_stacks_whichever_was_set_first(
-    codes: dict[str, int], here: Path
-) -> None:
+def test_the_limit_that_runs_out_first_leaves_the_stacks_whichever_was_set_first(codes: dict[str, int], here: Path) -> None:
     assert codes["at_once"] != 0
     left = {path.name: bool(path.read_text()) for path in (here / "at_once").iterdir()}
     assert left == {"a": False, "b": True, "c": False}
     assert "in wait" in (here / "at_once/b").read_text()
 
 
-def test_a_limit_that_is_released_does_not_end_the_process_and_leaves_nothing(
-    codes: dict[str, int], here: Path
-) -> None:
+def test_a_limit_that_is_released_does_not_end_the_process_and_leaves_nothing(codes: dict[str, int], here: Path) -> None:
     assert codes["released"] == 0
     assert list((here / "released").iterdir()) == []
 

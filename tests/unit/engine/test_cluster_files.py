@@ -76,9 +76,7 @@ PODS = dict(pods())
 def images() -> Iterator[tuple[str, str]]:
     """Every image that a file names, with the file."""
     for path in FILES:
-        for found in re.findall(
-            r"(?:image: |^FROM |docker (?:build|push) .*?)([\w./-]+:[\w.-]+)", path.read_text(), re.M
-        ):
+        for found in re.findall(r"(?:image: |^FROM |docker (?:build|push) .*?)([\w./-]+:[\w.-]+)", path.read_text(), re.M):
             yield name_of(path), found
 
 
@@ -108,9 +106,7 @@ def test_the_head_is_on_demand_without_work_and_workers_are_spot_from_zero(cloud
 
 def test_machines_on_aws_have_roles_one_group_and_imdsv2_only() -> None:
     config = launcher("aws")
-    profiles = {
-        name: n["node_config"]["IamInstanceProfile"]["Name"] for name, n in config["available_node_types"].items()
-    }
+    profiles = {name: n["node_config"]["IamInstanceProfile"]["Name"] for name, n in config["available_node_types"].items()}
     assert profiles.pop("head") == "softseg-head"
     assert set(profiles.values()) == {"softseg-worker"}
     for node in config["available_node_types"].values():
@@ -163,9 +159,7 @@ def test_prepare_fills_in_every_blank(cloud: str) -> None:
 # ---- Kubernetes: kuberay/, mlflow/kubernetes.yaml
 
 
-@pytest.mark.parametrize(
-    ("path", "document"), MANIFESTS, ids=lambda v: name_of(v) if isinstance(v, Path) else v["kind"]
-)
+@pytest.mark.parametrize(("path", "document"), MANIFESTS, ids=lambda v: name_of(v) if isinstance(v, Path) else v["kind"])
 def test_a_manifest_fits_its_schema(path: Path, document: dict[str, Any]) -> None:
     jsonschema.validate(document, KINDS[document["kind"]])
 
@@ -249,11 +243,7 @@ def test_image_tags_are_the_pinned_versions() -> None:
     assert {file for file, _ in found} >= {"Dockerfile", "aws/cluster.yaml", "gcp/cluster.yaml", "kuberay/rayjob.yaml"}
     for file, image in found:
         name, tag = image.rsplit("/", 1)[-1].split(":")
-        expected = {
-            "ray": f"{LOCK['ray']}-py311-gpu",
-            "softseg": LOCK["ray"],
-            "softseg-mlflow": LOCK["mlflow"],
-        }
+        expected = {"ray": f"{LOCK['ray']}-py311-gpu", "softseg": LOCK["ray"], "softseg-mlflow": LOCK["mlflow"]}
         assert tag == expected.get(name, tag), f"{file}: {image}"
         assert re.match(r"\d+\.\d+", tag) or name == "python", f"{file}: {image} is not a version"
         assert "ray-ml" not in image
@@ -321,11 +311,7 @@ def test_nodes_have_the_settings_of_every_process(path: Path) -> None:
 
 def test_the_readme_names_every_file_and_only_files_that_exist() -> None:
     text = (CLUSTER / "README.md").read_text()
-    named = set(
-        re.findall(r"`(?:cluster/)?((?:[a-z]+/)?[\w.-]+\.(?:yaml|sh|json|py|sbatch)|(?:[a-z]+/)?Dockerfile)`", text)
-    )
+    named = set(re.findall(r"`(?:cluster/)?((?:[a-z]+/)?[\w.-]+\.(?:yaml|sh|json|py|sbatch)|(?:[a-z]+/)?Dockerfile)`", text))
     ours = {name_of(path) for path in FILES} - {"README.md"}
     assert ours <= named
-    assert {
-        name for name in named - ours if not (ROOT / name).exists() and not (ROOT / "tests/unit" / name).exists()
-    } == set()
+    assert {name for name in named - ours if not (ROOT / name).exists() and not (ROOT / "tests/unit" / name).exists()} == set()

@@ -134,11 +134,7 @@ def test_ray_takes_the_words_of_the_job(slurm: Path) -> None:
 
 @pytest.mark.parametrize(("role", "head"), [("head", True), ("worker", False)])
 def test_a_node_of_your_own_starts_with_the_token(bench: Path, role: str, head: bool) -> None:
-    stand_in(
-        bench,
-        "ray",
-        'assert os.environ["RAY_AUTH_MODE"] == "token" and open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()\n',
-    )
+    stand_in(bench, "ray", 'assert os.environ["RAY_AUTH_MODE"] == "token" and open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()\n')
     (bench / ".ray").mkdir()
     (bench / ".ray/auth_token").write_text("t" * 32)
     command = ["bash", str(CLUSTER / "onprem/start-node.sh"), role, "10.0.0.5"]

@@ -54,9 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
             ledger.write_result(result)
         else:
             late = result
-    made = RunContext(
-        study, splits, Prepared(str(path)), ledger, WorkingCopy(folder), Resources(), LocalBackend(), Progress()
-    )
+    made = RunContext(study, splits, Prepared(str(path)), ledger, WorkingCopy(folder), Resources(), LocalBackend(), Progress())
     measured(made)
     first = pd.read_parquet(folder / TABLE)
     (folder / TABLE).rename(folder / "first.parquet")
@@ -69,9 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
 def splits_by_subject(made: RunContext, table: str) -> dict[str, list[int]]:
     """The splits that a table may know of and that test each subject at least twice together."""
     known = made.ledger.splits()[: NUM_SPLITS - 1 if table == "first.parquet" else NUM_SPLITS]
-    by_subject = {
-        case.subject: [s.index for s in known if case.subject in s.test] for case in made.prepared.store.cases
-    }
+    by_subject = {case.subject: [s.index for s in known if case.subject in s.test] for case in made.prepared.store.cases}
     return {subject: splits for subject, splits in by_subject.items() if len(splits) > 1}
 
 

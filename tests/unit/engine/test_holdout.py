@@ -51,12 +51,7 @@ STUDY = Study(
 )
 
 
-@given(
-    subjects=people,
-    holdout=SHARES,
-    seed=st.integers(0, 2**32),
-    rule=st.sampled_from([MonteCarlo(count=3), KFold(folds=3)]),
-)
+@given(subjects=people, holdout=SHARES, seed=st.integers(0, 2**32), rule=st.sampled_from([MonteCarlo(count=3), KFold(folds=3)]))
 @settings(max_examples=50)
 def test_no_split_has_a_held_out_subject_and_each_has_all_others(
     subjects: dict[str, str], holdout: float, seed: int, rule: MonteCarlo | KFold
@@ -158,9 +153,7 @@ def open_study(folder: Path, study: Study, subjects: int = 8) -> tuple[str, ...]
     ],
     ids=["others", "nobody", "more data"],
 )  # fmt: skip
-def test_another_holdout_is_refused_with_the_difference(
-    tmp_path: Path, change: Study, subjects: int, message: str
-) -> None:
+def test_another_holdout_is_refused_with_the_difference(tmp_path: Path, change: Study, subjects: int, message: str) -> None:
     open_study(tmp_path, STUDY)
     before = (tmp_path / "holdout.json").read_bytes()
     with pytest.raises(UserError, match=message) as refused:
@@ -226,9 +219,7 @@ def run(trained: tuple[Path, Path], tmp_path: Path) -> RunContext:
 
 def context_of(folder: str, prepared: Prepared) -> RunContext:
     ledger, copy = Ledger(folder), WorkingCopy(folder)
-    return RunContext(
-        STUDY, ledger.splits(), prepared, ledger, copy, Resources(), LocalBackend(), PlainLines(io.StringIO())
-    )
+    return RunContext(STUDY, ledger.splits(), prepared, ledger, copy, Resources(), LocalBackend(), PlainLines(io.StringIO()))
 
 
 COMPLETE = Outcome(finished=6, failed=0, unfinished=0, interrupted=False)
@@ -244,15 +235,11 @@ def rows(run: RunContext) -> pd.DataFrame:
     return pd.read_parquet(run.copy.folder / "holdout.parquet")
 
 
-def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_by_all_their_fits(
-    run: RunContext,
-) -> None:
+def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_by_all_their_fits(run: RunContext) -> None:
     opened(run)
     table, record = rows(run), run.ledger.holdout()
     assert record is not None
-    cells = table.groupby(["candidate", "split"], observed=True)["subject"].agg(
-        lambda of_fit: tuple(sorted(set(of_fit)))
-    )
+    cells = table.groupby(["candidate", "split"], observed=True)["subject"].agg(lambda of_fit: tuple(sorted(set(of_fit))))
     assert cells.to_dict() == {(name, split): record.subjects for name in ("hard", "soft") for split in (0, 1)}
     assert set(table["subset"]) == {"holdout"}
     for (name, split), result in run.ledger.results().items():
@@ -282,9 +269,7 @@ def test_held_out_subjects_are_measured_as_test_subjects_are(run: RunContext) ->
 
 def test_running_again_opens_nothing(run: RunContext) -> None:
     opened(run)
-    before = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.copy.folder.rglob("fits/*/*/holdout.parquet")
-    }
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.copy.folder.rglob("fits/*/*/holdout.parquet")}
     record = (run.copy.folder / "holdout.json").read_bytes()
     assert opened(run) == ""
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
@@ -308,9 +293,7 @@ def test_another_winner_is_measured_too_and_the_record_says_that_it_was_not_the_
     before = rows(run)
     assert "were open before" in opened(run, winner="nearest")
     after, record = rows(run), run.ledger.holdout()
-    pd.testing.assert_frame_equal(
-        after[after["candidate"] != "nearest"].reset_index(drop=True).astype(str), before.astype(str)
-    )
+    pd.testing.assert_frame_equal(after[after["candidate"] != "nearest"].reset_index(drop=True).astype(str), before.astype(str))
     assert set(after["candidate"]) == {"hard", "soft", "nearest"}
     assert record is not None
     assert [(opening.winner, len(opening.fits)) for opening in record.opened] == [("soft", 4), ("nearest", 4)]
@@ -323,11 +306,7 @@ def test_a_control_that_wins_is_measured_once(run: RunContext) -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "told"),
-    [
-        (Outcome(6, 0, 1, False), ""),
-        (Outcome(6, 0, 0, True), ""),
-        (Outcome(6, 1, 0, False), "stay closed: 1 fits were given up"),
-    ],
+    [(Outcome(6, 0, 1, False), ""), (Outcome(6, 0, 0, True), ""), (Outcome(6, 1, 0, False), "stay closed: 1 fits were given up")],
     ids=["unfinished", "interrupted", "given up"],
 )
 def test_nothing_is_opened_while_a_fit_is_missing(run: RunContext, outcome: Outcome, told: str) -> None:

@@ -39,9 +39,7 @@ def propose(trial: Any) -> Recipe:
 
 def study_of(*candidates: str, splits: int = 3, **more: Any) -> Study:
     names = dict.fromkeys(candidates, BASE)
-    return Study(
-        name="s", question="?", data=Phantom(subjects=10), splits=MonteCarlo(count=splits), candidates=names, **more
-    )
+    return Study(name="s", question="?", data=Phantom(subjects=10), splits=MonteCarlo(count=splits), candidates=names, **more)
 
 
 class Run:
@@ -85,9 +83,7 @@ def test_accidents_are_recorded_as_through_ray_and_the_fits_run_again(tmp_path: 
     run.faults |= {"a/000": breaks, "a/001": hangs, "a/002": lambda worker: sys.exit(3)}
     assert run.search() == Outcome(3, 0, 0, False)
     assert run.starts == ["a/000", "a/000", "a/001", "a/001", "a/002", "a/002"]
-    assert {key: result.attempt for key, result in Ledger(tmp_path).results().items()} == {
-        ("a", j): 1 for j in range(3)
-    }
+    assert {key: result.attempt for key, result in Ledger(tmp_path).results().items()} == {("a", j): 1 for j in range(3)}
     text = run.lines.getvalue()
     assert "a/000: ValueError: the fit broke (see " in text
     assert "a/001: took longer than its time limit of 0.3 s (see " in text
@@ -98,9 +94,7 @@ def test_accidents_are_recorded_as_through_ray_and_the_fits_run_again(tmp_path: 
 
 def test_a_fit_that_breaks_twice_is_given_up_with_its_traceback_and_tried_again_next_time(tmp_path: Path) -> None:
     run = Run(tmp_path, study_of("a"))
-    broken = replace(
-        run.context, fit=lambda task, worker: breaks(worker) if task.split.index else run.fit(task, worker)
-    )
+    broken = replace(run.context, fit=lambda task, worker: breaks(worker) if task.split.index else run.fit(task, worker))
     assert run_search(broken) == Outcome(1, 2, 0, False)
     assert "in breaks\n" in (tmp_path / "fits/a/001/error.txt").read_text()
     assert ("a", 1) not in Ledger(tmp_path).results()

@@ -86,9 +86,7 @@ def test_trials_of_a_learning_rate_take_as_long_as_their_candidate(tmp_path: Pat
     run = finished_run(tmp_path / "run", whole, splits, {"hard": 10.0, "soft": 30.0})
     searched = whole.replace(search=Search(propose, trials=2))
     assert plan_study(whole, None, run=run).seconds_per_fit == pytest.approx((10 + 30) / 2)
-    assert plan_study(searched, None, run=run).seconds_per_fit == pytest.approx(
-        (3 * 10 + 3 * 30 + 2 * 20 * 40 / 10) / (3 + 3 + 2)
-    )
+    assert plan_study(searched, None, run=run).seconds_per_fit == pytest.approx((3 * 10 + 3 * 30 + 2 * 20 * 40 / 10) / (3 + 3 + 2))
 
 
 def test_time_grows_with_epochs_and_training_subjects(tmp_path: Path) -> None:
@@ -104,9 +102,7 @@ def test_a_candidate_that_has_not_run_is_taken_for_an_average_one_of_its_own_epo
     splits = study().splits.make({f"{i}": "" for i in range(10)}, 0)
     run = finished_run(tmp_path / "run", study(), splits, {"hard": 10.0, "soft": 30.0})
     searched = plan_study(study(search=Search(propose, trials=2)), None, run=run)
-    assert searched.seconds_per_fit == pytest.approx(
-        (10 + 30 + 2 * 20 * 40 / 10) / 4
-    )  # proposals train 40 epochs, not 10
+    assert searched.seconds_per_fit == pytest.approx((10 + 30 + 2 * 20 * 40 / 10) / 4)  # proposals train 40 epochs, not 10
 
 
 def test_a_run_without_finished_fits_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -172,9 +168,7 @@ def test_the_price_list_of_the_repository_is_one_dated_with_pages_and_cheaper_sp
         ({"machine": []}, r"machine: Extra inputs"),
     ],
 )
-def test_a_bad_price_list_is_one_line_with_file_and_field(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
+def test_a_bad_price_list_is_one_line_with_file_and_field(tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = tmp_path / "prices.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(PRICES.read_text()) | json.loads(json.dumps(change))))
     with pytest.raises(UserError, match=rf"prices\.yaml: not a price list: Prices\.{message}") as raised:
@@ -193,9 +187,7 @@ def test_what_is_no_yaml_or_not_there_is_said(tmp_path: Path) -> None:
 S001 = str(Path(__file__).parents[3] / "studies/s001_quickstart.py")
 
 
-def test_the_command_says_what_to_do_when_the_time_is_not_known(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_command_says_what_to_do_when_the_time_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     said = CliRunner().invoke(app, ["plan", S001])
     assert said.exit_code == 0
@@ -204,9 +196,7 @@ def test_the_command_says_what_to_do_when_the_time_is_not_known(
     assert "USD" not in said.output
 
 
-def test_the_command_shows_every_machine_and_says_the_same_as_json(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_command_shows_every_machine_and_says_the_same_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["plan", S001, "--seconds-per-fit", "3600", "--prices", str(PRICES)]
     shown = CliRunner().invoke(app, words).output

@@ -66,9 +66,7 @@ def full(path: Path) -> None:
     path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
 
 
-def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(
-    session: Session, tmp_path: Path
-) -> None:
+def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(session: Session, tmp_path: Path) -> None:
     for fit_id in ("one", "two", "three"):
         assert session.next_fit(fit_id) is not None
     session.ended_as("one", result(0))

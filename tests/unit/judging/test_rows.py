@@ -43,22 +43,14 @@ def test_rows_hold_every_metric_once():
     assert len(set(keys)) == len(keys) == 2 * (against_each + on_shape + calibration + 3)
     assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
     assert {row.threshold for row in rows if row.metric in ("iou", "hd95_mm", "lesion_fdr")} == {0.392, 0.5}
-    assert {row.reference for row in rows if row.metric in ("hd95_mm", "lesions_true", "reliability_voxels")} == {
-        "mean"
-    }
+    assert {row.reference for row in rows if row.metric in ("hd95_mm", "lesions_true", "reliability_voxels")} == {"mean"}
 
 
 def test_rows_say_what_the_metrics_say():
     prediction, references = random_case(2)
     found = {row[:4]: row.value for row in rows_of(prediction, references)}
-    assert (
-        found["WM", "rater1", 0.392, "iou"]
-        == hard_scores(confusion(prediction, references["rater1"], [0.392]))["iou"][1, 0]
-    )
-    assert (
-        found["GM", "mean", 0.25, "dice"]
-        == hard_scores(confusion(prediction, references["mean"], [0.25]))["dice"][0, 0]
-    )
+    assert found["WM", "rater1", 0.392, "iou"] == hard_scores(confusion(prediction, references["rater1"], [0.392]))["iou"][1, 0]
+    assert found["GM", "mean", 0.25, "dice"] == hard_scores(confusion(prediction, references["mean"], [0.25]))["dice"][0, 0]
     assert found["WM", "mean", None, "volume_pred_mm3"] == volume_mm3(prediction, VOXEL_MM3)[1]
     masks = np.stack([references["rater0"], references["rater1"]])[:, :, 1] >= 0.5
     assert found["WM", "raters", None, "ged2"] == ged2(prediction[:, 1], masks)

@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.judging.thresholds import (
-    CURVE,
-    choose_thresholds,
-    dice_optimal_threshold,
-    grid_threshold,
-    optimal_dice,
-)
+from softseg_dist.judging.thresholds import CURVE, choose_thresholds, dice_optimal_threshold, grid_threshold, optimal_dice
 
 RAMP = np.arange(11) / 10
 

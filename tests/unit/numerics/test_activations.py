@@ -35,13 +35,9 @@ def test_the_suite_runs_over_every_public_activation() -> None:
 
 @every_activation
 @pytest.mark.parametrize("space", [(5, 6), (3, 4, 5)])
-@given(
-    seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1e-20, 1.0, 1e20]), offset=st.sampled_from([-9.0, 0.0, 9.0])
-)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1e-20, 1.0, 1e20]), offset=st.sampled_from([-9.0, 0.0, 9.0]))
 @settings(max_examples=10, deadline=None)
-def test_prediction_lies_in_0_to_1(
-    activation: Activation, space: tuple[int, ...], seed: int, scale: float, offset: float
-) -> None:
+def test_prediction_lies_in_0_to_1(activation: Activation, space: tuple[int, ...], seed: int, scale: float, offset: float) -> None:
     logits = (normal(2, activation.num_logits(3), *space, seed=seed) * scale + offset).float()
     for training in (True, False):
         prediction = activation.build(3).train(training)(logits)

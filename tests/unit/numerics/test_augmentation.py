@@ -72,9 +72,7 @@ def named(chain: Chain) -> str:
 
 
 every_chain = pytest.mark.parametrize("chain", CHAINS, ids=named)
-every_spatial_chain = pytest.mark.parametrize(
-    "chain", [c for c in CHAINS if all(isinstance(t, Spatial) for t in c)], ids=named
-)
+every_spatial_chain = pytest.mark.parametrize("chain", [c for c in CHAINS if all(isinstance(t, Spatial) for t in c)], ids=named)
 every_intensity = pytest.mark.parametrize(
     "transform", [c[0] for c in CHAINS if len(c) == 1 and isinstance(c[0], Intensity)], ids=lambda t: t.short
 )
@@ -86,9 +84,7 @@ def through(
 ) -> tuple[Tensor, Tensor]:
     """Image and target after the whole chain; the partner of a sample has values of its own, by the sample's seed."""
     image, target = augment(image, target, chain, seeds, mode, spacing_mm)
-    partners = [
-        torch.stack([uniform(*maps.shape[1:], seed=seed % 997) for seed in seeds]).to(maps) for maps in (image, target)
-    ]
+    partners = [torch.stack([uniform(*maps.shape[1:], seed=seed % 997) for seed in seeds]).to(maps) for maps in (image, target)]
     return mix(image, target, *partners, chain, seeds, spacing_mm)
 
 
@@ -180,9 +176,7 @@ def test_intensity_transforms_leave_the_soft_label_bit_exact(transform: Intensit
 def test_the_zero_of_the_image_means_nothing(transform: Intensity, size: tuple[int, ...]) -> None:
     """A z-score moves it, so what comes out must move along and not otherwise change."""
     image = uniform(4, 2, *size).double()
-    out, moved = (
-        augment(maps, image[:, :1], (transform,), range(4), "soft", SPACES[size])[0] for maps in (image, image - 7)
-    )
+    out, moved = (augment(maps, image[:, :1], (transform,), range(4), "soft", SPACES[size])[0] for maps in (image, image - 7))
     torch.testing.assert_close(moved, out - 7, rtol=0, atol=1e-6)
     assert not torch.equal(out, image)
 
@@ -190,9 +184,7 @@ def test_the_zero_of_the_image_means_nothing(transform: Intensity, size: tuple[i
 @every_chain
 @every_space
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
-def test_constant_images_and_empty_and_full_targets_give_finite_numbers(
-    chain: Chain, size: tuple[int, ...], value: float
-) -> None:
+def test_constant_images_and_empty_and_full_targets_give_finite_numbers(chain: Chain, size: tuple[int, ...], value: float) -> None:
     target = torch.stack([torch.zeros(3, *size), torch.ones(3, *size)])
     for mode in MODES:
         image, out = through(chain, torch.full((2, 1, *size), value), target, range(2), mode, SPACES[size])
@@ -267,9 +259,7 @@ def test_image_and_label_share_one_field(chain: Chain, size: tuple[int, ...]) ->
 def test_nearest_and_hard_follow_the_same_field_as_soft(chain: Chain) -> None:
     frame = frame_of((40, 40), (1.0, 1.0))
     target = harden(ball(frame, radius_mm=12, border_mm=1)).expand(6, 1, 40, 40)
-    soft, *others = (
-        augment(target, target, chain, range(6), mode, (1, 1))[1] for mode in ("soft", "hard", "nearest", "hard_each")
-    )
+    soft, *others = (augment(target, target, chain, range(6), mode, (1, 1))[1] for mode in ("soft", "hard", "nearest", "hard_each"))
     for other in others:
         assert (other - soft).abs().mean() < 0.05 < soft.mean()
 
@@ -328,7 +318,5 @@ def test_impossible_settings_are_refused_with_rule_and_value(
 @pytest.mark.parametrize("transform", [Flip(axes=(2,)), LowResolution(axes=(0, 2))])
 def test_an_axis_that_the_images_lack_is_refused(transform: Augmentation) -> None:
     image = uniform(1, 1, 8, 8)
-    with pytest.raises(
-        UserError, match=f"{type(transform).__name__}'s axes must lie in 0 to 1 for these images, got 2"
-    ):
+    with pytest.raises(UserError, match=f"{type(transform).__name__}'s axes must lie in 0 to 1 for these images, got 2"):
         augment(image, image, (transform,), [0], "soft", (1, 1))

@@ -28,9 +28,7 @@ def test_known_fusions_pass_unchanged(value: str) -> None:
     assert check_fusion(value) == value
 
 
-@pytest.mark.parametrize(
-    "value", ["", "Mean", "STAPLE", "rater", "rater:", "rater: ", "random_rater:ann", "staple:ann"]
-)
+@pytest.mark.parametrize("value", ["", "Mean", "STAPLE", "rater", "rater:", "rater: ", "random_rater:ann", "staple:ann"])
 def test_unknown_fusion_is_refused_and_the_message_names_what_there_is(value: str) -> None:
     with pytest.raises(ValueError, match=r'mean, majority, staple, soft_staple, random_rater or "rater:<name>", got'):
         check_fusion(value)
@@ -38,11 +36,7 @@ def test_unknown_fusion_is_refused_and_the_message_names_what_there_is(value: st
 
 @pytest.mark.parametrize(
     ("fusion", "expected"),
-    [
-        ("mean", [1.4 / 3, 1.2 / 3, 2.7 / 3, 0.9 / 3]),
-        ("majority", [0.0, 0, 1, 0]),
-        ("rater:bob", [0.6, 0.9, 1.0, 0.4]),
-    ],
+    [("mean", [1.4 / 3, 1.2 / 3, 2.7 / 3, 0.9 / 3]), ("majority", [0.0, 0, 1, 0]), ("rater:bob", [0.6, 0.9, 1.0, 0.4])],
 )
 def test_fusion_has_the_values_of_its_definition(fusion: str, expected: list[float]) -> None:
     torch.testing.assert_close(fuse(RATERS, fusion, NAMES), torch.tensor([expected]))

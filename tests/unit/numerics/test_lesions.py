@@ -33,9 +33,7 @@ def test_a_gap_of_one_voxel_makes_two_lesions():
     assert components(line(2, 5)).sizes.tolist() == [2, 5]
 
 
-@pytest.mark.parametrize(
-    ("size", "overlap", "found"), [(1, 1, 1), (2, 1, 0), (2, 2, 1), (3, 2, 0), (9, 2, 0), (9, 3, 1)]
-)
+@pytest.mark.parametrize(("size", "overlap", "found"), [(1, 1, 1), (2, 1, 0), (2, 2, 1), (3, 2, 0), (9, 2, 0), (9, 3, 1)])
 def test_a_lesion_is_found_by_three_voxels_or_by_all_of_a_smaller_one(size: int, overlap: int, found: int):
     reference, prediction = line(size, rows=2), np.zeros((2, size + 1), dtype=bool)
     prediction[0, :overlap] = True
@@ -56,11 +54,7 @@ def test_found_lesions_are_counted_by_the_size_of_the_true_lesion():
     prediction[0, 6:36] = False  # the middle one is missed
     prediction[0, 40:] = False  # of the last one 3 voxels are left
     found = measured(prediction, reference)
-    assert {name: found[f"lesions_found_{name}"] for name in ("lt20", "20to100", "gt100")} == {
-        "lt20": 1,
-        "20to100": 0,
-        "gt100": 1,
-    }
+    assert {name: found[f"lesions_found_{name}"] for name in ("lt20", "20to100", "gt100")} == {"lt20": 1, "20to100": 0, "gt100": 1}
     assert (found["lesions_true"], found["lesions_found"]) == (3, 2)
     assert found["lesion_sensitivity"] == 2 / 3
 

@@ -126,9 +126,7 @@ def test_loss_is_zero_only_for_a_perfect_prediction_of_a_soft_target(loss: Loss)
 
 @pytest.mark.parametrize("loss", [*EXACT, BCE()], ids=str)
 @pytest.mark.parametrize("softness", [0.0, 0.3, 1.0])
-def test_no_prediction_costs_less_than_the_target_where_a_loss_is_right_for_soft_ones(
-    loss: Loss, softness: float
-) -> None:
+def test_no_prediction_costs_less_than_the_target_where_a_loss_is_right_for_soft_ones(loss: Loss, softness: float) -> None:
     for seed in range(5):
         target = torch.lerp(uniform(2, 2, 3, 3, seed=seed).round(), uniform(2, 2, 3, 3, seed=seed), softness)
         predictions = [uniform(2, 2, 3, 3, seed=seed + 9), target.round(), 1 - target, 0.9 * target, target.sqrt()]
@@ -186,9 +184,7 @@ def test_loss_of_a_slice_is_that_of_a_volume_of_one_slice(loss: Loss) -> None:
 @every_loss
 def test_single_precision_is_enough(loss: Loss) -> None:
     prediction, target = uniform(3, 2, 16, 16), uniform(3, 2, 16, 16, seed=1)
-    torch.testing.assert_close(
-        loss(prediction.float(), target.float()).double(), loss(prediction, target), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(loss(prediction.float(), target.float()).double(), loss(prediction, target), rtol=1e-5, atol=0)
 
 
 @every_loss
@@ -262,9 +258,7 @@ def test_a_loss_of_a_study_file_cannot_skip_the_check_of_shapes(loss: Loss) -> N
         (0.51, 0, 14, 3.046449),
     ],
 )
-def test_adaptive_wing_has_the_published_values(
-    prediction: float, target: float, omega: float, expected: float
-) -> None:
+def test_adaptive_wing_has_the_published_values(prediction: float, target: float, omega: float, expected: float) -> None:
     assert of_one_voxel(AdaptiveWing(omega=omega), prediction, target) == pytest.approx(expected, abs=5e-7)
 
 
@@ -319,9 +313,7 @@ def test_l1_huber_and_focal_have_values_of_their_formulas() -> None:
 def elicited(loss: Loss, share: float) -> float:
     """The prediction that minimises the expected loss of a voxel that the share `share` of raters calls foreground."""
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64).reshape(-1, 1, 1)
-    risk = share * loss.per_sample(grid, torch.ones_like(grid)) + (1 - share) * loss.per_sample(
-        grid, torch.zeros_like(grid)
-    )
+    risk = share * loss.per_sample(grid, torch.ones_like(grid)) + (1 - share) * loss.per_sample(grid, torch.zeros_like(grid))
     return grid.flatten()[risk.argmin()].item()
 
 

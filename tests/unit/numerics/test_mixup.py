@@ -55,9 +55,7 @@ def test_a_mixture_lies_between_what_it_is_made_of(first: float, second: float, 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
 def test_shares_have_the_moments_of_a_beta_distribution(alpha: float) -> None:
-    draws = [
-        Mixup(alpha=alpha).draw(torch.Generator().manual_seed(seed), frame_of((4, 4), (1, 1))) for seed in range(2000)
-    ]
+    draws = [Mixup(alpha=alpha).draw(torch.Generator().manual_seed(seed), frame_of((4, 4), (1, 1))) for seed in range(2000)]
     shares = torch.stack(draws)
     assert shares.mean().item() == pytest.approx(1 / 2, abs=0.03)
     assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)

@@ -76,9 +76,7 @@ class Layers(Network):
         strides, filters = (1, 2, 2), (2, 4, 4)
         match self.kind:
             case "sequential":
-                return nn.Sequential(
-                    convolution(in_channels, 2, 3, padding=1), nn.ReLU(), convolution(2, out_channels, 1)
-                )
+                return nn.Sequential(convolution(in_channels, 2, 3, padding=1), nn.ReLU(), convolution(2, out_channels, 1))
             case "hidden layer as wide as the logits":
                 return nn.Sequential(convolution(in_channels, 2, 1), convolution(2, out_channels, 1), nn.Identity())
             case "layer of other width registered last":
@@ -148,9 +146,7 @@ def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (32, 40, 35)])
-def test_monais_own_network_computes_the_same_with_faster_upsampling_and_a_compiler_follows(
-    size: tuple[int, ...],
-) -> None:
+def test_monais_own_network_computes_the_same_with_faster_upsampling_and_a_compiler_follows(size: tuple[int, ...]) -> None:
     module = BasicUNet(len(size), 1, 2, features=(2, 2, 4, 4, 4, 2))
     image, names = torch.randn(2, 1, *size), list(module.state_dict())
     expected = module(image)

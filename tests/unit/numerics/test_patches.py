@@ -127,9 +127,7 @@ def test_patches_of_an_item_without_labels_lie_anywhere() -> None:
     assert {window.start for window in windows} == {(x, y) for x in range(4) for y in range(3)}
 
 
-def test_so_many_voxels_that_not_all_are_remembered_still_lie_everywhere(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_many_voxels_that_not_all_are_remembered_still_lie_everywhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     few, tissue = labelled_voxels(store, 0, 0)
     assert few.tolist() == [int(np.ravel_multi_index((2, 12, z), SHAPE)) for z in (5, 6)]
     assert len(tissue) == np.prod(SHAPE)
@@ -284,9 +282,7 @@ def test_uncertainty_asks_about_patches_too(store: Store) -> None:
     assert np.array_equal(other, next(sample_maps(patched, sample, tta, seed=0)))
 
 
-def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_whole_images(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_whole_images(store: Store, tmp_path: Path) -> None:
     recipe = RECIPE.replace(patch=PATCH)
     card = card_of(Preprocess(dim=3), recipe)
     model = Model.of(recipe, 1, 1, 3).eval()
@@ -301,9 +297,7 @@ def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_
 def test_images_without_room_for_a_patch_are_refused_before_the_first_fit(store: Store) -> None:
     split = Split(index=0, train=tuple(case.subject for case in store.cases))
     recipe = Recipe(network=UNet(filters=(2, 4)), patch=Patch(size=(8, 16, 8)))
-    message = (
-        "candidate c cannot be trained .* a patch of 8 x 16 x 8 voxels does not fit in images of 18 x 15 x 13: give"
-    )
+    message = "candidate c cannot be trained .* a patch of 8 x 16 x 8 voxels does not fit in images of 18 x 15 x 13: give"
     with pytest.raises(UserError, match=message):
         check_recipes({"c": recipe}, store, split)
     check_recipes({"c": recipe.replace(patch=Patch(size=(8, 15, 8)))}, store, split)
@@ -317,9 +311,7 @@ def study(recipe: Recipe) -> Study:
 def test_a_patch_has_the_axes_of_its_images(size: tuple[int, ...]) -> None:
     with pytest.raises(ValidationError):
         Patch(size=size)
-    with pytest.raises(
-        ValidationError, match=r"candidate a: a patch needs 2 numbers for dim=2 of Preprocess, got \(96"
-    ):
+    with pytest.raises(ValidationError, match=r"candidate a: a patch needs 2 numbers for dim=2 of Preprocess, got \(96"):
         study(Recipe(patch=Patch()))
 
 
@@ -358,9 +350,5 @@ def test_a_fit_on_patches_goes_on_exactly_where_it_was_stopped(task: FitTask, tm
         fit(parts, Worker(stop=stop_after(4)))
     resumed = fit(parts)
     assert resumed.resumed_epoch is not None
-    assert (resumed.score, resumed.test_score, resumed.thresholds) == (
-        result.score,
-        result.test_score,
-        result.thresholds,
-    )
+    assert (resumed.score, resumed.test_score, resumed.thresholds) == (result.score, result.test_score, result.thresholds)
     assert weights_path(straight.folder).read_bytes() == weights_path(parts.folder).read_bytes()

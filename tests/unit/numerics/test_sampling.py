@@ -123,9 +123,7 @@ def test_a_worker_among_several_draws_what_one_alone_draws(task: FitTask) -> Non
 
 
 @pytest.mark.parametrize("network", [UNet(filters=(4, 8)), UNet(filters=(4, 8), dropout=0)], ids=str)
-def test_a_network_without_dropout_is_refused_before_it_is_trained(
-    task: FitTask, network: UNet, tmp_path: Path
-) -> None:
+def test_a_network_without_dropout_is_refused_before_it_is_trained(task: FitTask, network: UNet, tmp_path: Path) -> None:
     recipes, store = {"with": RECIPE, "without": RECIPE.replace(network=network)}, Store.open(task.store)
     message = r"candidate without: MCDropout\(samples=3\) needs a network with dropout, and this one has none"
     with pytest.raises(UserError, match=message):
@@ -188,9 +186,7 @@ def test_an_affine_map_and_its_way_back_meet(seed: int, dim: int) -> None:
 def test_a_pose_is_put_back_where_it_came_from(dim: int) -> None:
     frame = Frame(1, SIZES[dim], SPACINGS[dim], torch.device("cpu"))
     places = frame.positions / torch.tensor(frame.extent_mm)  # [1 *S D], from -1/2 to 1/2
-    slope = (places @ torch.arange(1.0, dim + 1) / 10 + 0.5).expand(
-        2, 1, *frame.size
-    )  # what linear interpolation keeps
+    slope = (places @ torch.arange(1.0, dim + 1) / 10 + 0.5).expand(2, 1, *frame.size)  # what linear interpolation keeps
     transforms = (Flip(p=1), Affine(degrees=15, scale=0.1, shift=0.05), Flip(axes=(1,), p=1))
     moved, undo = augment_case(slope, transforms, seed=3, spacing_mm=SPACINGS[dim])
     middle = (places.abs() < 0.25).all(-1).expand(2, 1, *frame.size)  # what was seen all the time

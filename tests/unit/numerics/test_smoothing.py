@@ -10,14 +10,7 @@ from torch import Tensor
 
 from softseg_dist import SVLS, GeoLS, Recipe, Smoothing, UniformSmoothing, factorial
 
-SMOOTHINGS: list[Smoothing] = [
-    UniformSmoothing(),
-    UniformSmoothing(epsilon=0.4),
-    SVLS(),
-    SVLS(sigma=3),
-    GeoLS(),
-    GeoLS(alpha=1),
-]
+SMOOTHINGS: list[Smoothing] = [UniformSmoothing(), UniformSmoothing(epsilon=0.4), SVLS(), SVLS(sigma=3), GeoLS(), GeoLS(alpha=1)]
 every_smoothing = pytest.mark.parametrize("smoothing", SMOOTHINGS, ids=str)
 SPACING_MM = (0.5, 0.7, 2.0)
 
@@ -28,9 +21,7 @@ def scene(*size: int, classes: int = 2, samples: int = 3, seed: int = 0) -> tupl
     target = torch.zeros(samples, classes, *size)
     for sample in range(samples):
         for k in range(classes):
-            target[
-                (sample, k, *(slice(n // 4 + k, max(n // 4 + k + 1, n - 2 - sample)) if n > 1 else 0 for n in size))
-            ] = 1
+            target[(sample, k, *(slice(n // 4 + k, max(n // 4 + k + 1, n - 2 - sample)) if n > 1 else 0 for n in size))] = 1
     target[-1] *= 0.8
     noise = torch.randn(samples, 2, *size, generator=generator)
     return target, target[:, :1] + 0.3 * noise
@@ -121,9 +112,7 @@ def test_svls_keeps_the_sum_of_what_lies_inside_the_field_of_view(size: tuple[in
 
 
 @pytest.mark.parametrize(("size", "corner_steps"), [((5, 5), 2), ((5, 5, 5), 3)])
-def test_svls_of_a_single_voxel_is_its_filter_with_a_half_in_the_middle(
-    size: tuple[int, ...], corner_steps: int
-) -> None:
+def test_svls_of_a_single_voxel_is_its_filter_with_a_half_in_the_middle(size: tuple[int, ...], corner_steps: int) -> None:
     target = torch.zeros(1, 1, *size)
     middle = (0, 0, *[2] * len(size))
     target[middle] = 1
@@ -150,9 +139,7 @@ def test_geols_has_the_values_of_its_formula_on_a_line() -> None:
     image = torch.tensor([0.0, 0, 0, 1, 3]).reshape(1, 1, 1, 5)
     target = torch.tensor([1.0, 1, 1, 0, 0]).reshape(1, 1, 1, 5)
     step = 2 * 1e-5  # 2 mm
-    distance = torch.tensor(
-        [step, 0, step, 2 * 1 + 2 * step, 2 * 1 + 2 * 2 + 3 * step]
-    )  # from the middle of the object
+    distance = torch.tensor([step, 0, step, 2 * 1 + 2 * step, 2 * 1 + 2 * 2 + 3 * step])  # from the middle of the object
     near = torch.exp(-distance / distance.mean())
     geodesic = (near - near.min()) / (1 - near.min())
     smooth = GeoLS(alpha=0.4)(target, image, (2.0, 2.0))
@@ -169,15 +156,10 @@ def test_geols_of_several_channels_is_the_mean_over_them() -> None:
 def test_smoothings_name_their_cells_in_a_factorial() -> None:
     cells = factorial(Recipe(), label=("hard", "soft"), smoothing=(None, UniformSmoothing(), SVLS(), GeoLS()))
     assert list(cells)[:4] == ["hard-none", "hard-ls", "hard-svls", "hard-geols"]
-    assert list(factorial(Recipe(), smoothing=(GeoLS(alpha=0.1), GeoLS(alpha=0.3)))) == [
-        "geols_alpha0.1",
-        "geols_alpha0.3",
-    ]
+    assert list(factorial(Recipe(), smoothing=(GeoLS(alpha=0.1), GeoLS(alpha=0.3)))) == ["geols_alpha0.1", "geols_alpha0.3"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"), [(UniformSmoothing, {"epsilon": 1.1}), (SVLS, {"sigma": 0}), (GeoLS, {"alpha": -0.1})]
-)
+@pytest.mark.parametrize(("kind", "fields"), [(UniformSmoothing, {"epsilon": 1.1}), (SVLS, {"sigma": 0}), (GeoLS, {"alpha": -0.1})])
 def test_settings_that_leave_0_to_1_are_refused(kind: type[Smoothing], fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         kind(**fields)

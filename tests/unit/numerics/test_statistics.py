@@ -11,14 +11,7 @@ from scipy import stats
 from simulated_studies import SETTINGS, Setting, simulate
 from statsmodels.regression.mixed_linear_model import MixedLM
 
-from softseg_dist.numerics.statistics import (
-    corrected_t_test,
-    crossed_test,
-    holm,
-    paired_bootstrap,
-    subject_test,
-    wilcoxon_test,
-)
+from softseg_dist.numerics.statistics import corrected_t_test, crossed_test, holm, paired_bootstrap, subject_test, wilcoxon_test
 
 NAN = float("nan")
 PROPERTY = settings(max_examples=30, deadline=None)
@@ -33,13 +26,7 @@ def henderson(table: np.ndarray) -> tuple[float, float]:
     t0, ts, tf, tm = (x**2).sum(), (x.sum(1) ** 2 / n).sum(), (x.sum(0) ** 2 / m).sum(), num * mean**2
     k1, k2 = (mask / n[:, None]).sum(), (mask / m).sum()
     k3, k4 = (n**2).sum() / num, (m**2).sum() / num
-    left = np.array(
-        [
-            [num - k3, k1 - k4, len(n) - 1],
-            [k2 - k3, num - k4, len(m) - 1],
-            [num - k3, num - k4, num - 1],
-        ]
-    )
+    left = np.array([[num - k3, k1 - k4, len(n) - 1], [k2 - k3, num - k4, len(m) - 1], [num - k3, num - k4, num - 1]])
     s, f, e = np.maximum(np.linalg.solve(left, [ts - tm, tf - tm, t0 - tm]), 0)
     return mean, s * k3 / num + f * k4 / num + e / num
 

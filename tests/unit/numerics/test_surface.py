@@ -19,11 +19,7 @@ def cube(start: tuple[int, ...], size: int = 6, shape: tuple[int, ...] = (16, 16
 
 
 def test_equal_masks_have_no_distance():
-    assert surface_metrics(cube((4, 4, 4)), cube((4, 4, 4)), SPACING_MM) == {
-        "hd95_mm": 0.0,
-        "asd_mm": 0.0,
-        "surface_dice_1mm": 1.0,
-    }
+    assert surface_metrics(cube((4, 4, 4)), cube((4, 4, 4)), SPACING_MM) == {"hd95_mm": 0.0, "asd_mm": 0.0, "surface_dice_1mm": 1.0}
 
 
 @pytest.mark.parametrize("axis", range(3))

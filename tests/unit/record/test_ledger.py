@@ -13,19 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softseg_dist import (
-    Dice,
-    DiceSemimetric,
-    MonteCarlo,
-    Optim,
-    Phantom,
-    Race,
-    Recipe,
-    Resources,
-    Search,
-    Study,
-    TuneEach,
-)
+from softseg_dist import Dice, DiceSemimetric, MonteCarlo, Optim, Phantom, Race, Recipe, Resources, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
@@ -175,9 +163,7 @@ CHANGES = {
     "candidates.dice.optim.lr: 0.001 -> 0.01": STUDY.replace(
         candidates={**STUDY.candidates, "dice": BASE.replace(optim=Optim(lr=0.01, epochs=2))}
     ),
-    "candidates.dml.loss: DiceSemimetric -> Dice": STUDY.replace(
-        candidates={**STUDY.candidates, "dml": BASE.replace(loss=Dice())}
-    ),
+    "candidates.dml.loss: DiceSemimetric -> Dice": STUDY.replace(candidates={**STUDY.candidates, "dml": BASE.replace(loss=Dice())}),
     "candidates.dml: Recipe -> none": STUDY.replace(candidates={"dice": BASE}),
     "search.trials: 4 -> 3": STUDY.replace(search=Search(propose, trials=3)),
     "search.startup_trials: 10 -> 2": STUDY.replace(search=Search(propose, trials=4, startup_trials=2)),
@@ -231,9 +217,7 @@ with hold(Path(sys.argv[1])): print(input())"""
         second = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
         assert second.returncode != 0
         assert f"in use by process {os.getpid()} on " in second.stderr
-    third = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, input="mine\n", check=True
-    )
+    third = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, input="mine\n", check=True)
     assert third.stdout == "mine\n"
 
 

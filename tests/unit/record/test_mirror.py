@@ -143,9 +143,7 @@ def test_a_real_fit_that_moves_to_another_node_ends_as_one_that_stayed(remote: s
     store = build_store(tmp_path / "stores", data.cases(None), data, preprocess)
     recipe = Recipe(network=UNet(filters=(4, 8)), optim=Optim(lr=5e-3, epochs=3, batch_size=8))
     split = MonteCarlo(count=1).make({case.subject: case.site for case in data.cases(None)}, 0)[0]
-    real = task(
-        remote, recipe=recipe, split=split, store=str(store), store_fingerprint=store.stem, checkpoint_every_s=0.0
-    )
+    real = task(remote, recipe=recipe, split=split, store=str(store), store_fingerprint=store.stem, checkpoint_every_s=0.0)
     stayed = fit(real.replace(folder=str(tmp_path / "stayed")), Worker())
 
     counts, sent = itertools.count(1), []
@@ -185,9 +183,7 @@ def test_a_full_disk_of_the_node_is_a_users_error_and_not_a_death(tmp_path: Path
     assert not (tmp_path / "fit/error.txt").exists()
 
 
-def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_fit(
-    remote: str, tmp_path: Path
-) -> None:
+def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_fit(remote: str, tmp_path: Path) -> None:
     dead = tmp_path / f"softseg-fit-{os.getuid()}-dead"
     dead.mkdir()
     code = f"import os; from pathlib import Path; from softseg_dist.locks import hold; path = Path({str(dead / '.lock')!r})\n"

@@ -182,10 +182,7 @@ def test_equal_names_in_other_data_sets_are_other_people(first: Path, second: Pa
         assert c.paired_by == "nothing"
         assert np.isnan([c.test.p, c.p_holm]).all()
         assert c.test.mean == c.b.mean - c.a.mean
-    assert (
-        "Bids(gm_challenge), B about Bids(elsewhere): subjects of the same name are other people"
-        in pairing_sentence(found)
-    )
+    assert "Bids(gm_challenge), B about Bids(elsewhere): subjects of the same name are other people" in pairing_sentence(found)
     assert answer(found).startswith("Nothing could be tested")
 
 

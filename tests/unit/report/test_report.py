@@ -71,9 +71,7 @@ def test_comparisons_are_the_tests_of_the_paired_differences(run: RunData, summa
     rows = run.results[(run.results["metric"] == "dice_dml") & (run.results["reference"] == "mean")]
     scores = rows.pivot_table(index="subject", columns="split", values="value", aggfunc="mean", observed=True)
     tables = {
-        name: part.pivot_table(index="subject", columns="split", values="value", observed=True)
-        .reindex_like(scores)
-        .to_numpy()
+        name: part.pivot_table(index="subject", columns="split", values="value", observed=True).reindex_like(scores).to_numpy()
         for name, part in rows.groupby("candidate", observed=True)
     }
     for comparison in summary.comparisons:
@@ -130,9 +128,7 @@ def test_answer_says_so_when_nothing_can_be_tested(tmp_path: Path):
     assert effects_answer(summary) == ""
 
 
-@pytest.mark.parametrize(
-    ("gain", "words"), [(0.1, "is better than"), (-0.1, "is worse than"), (0.0, "not shown to differ")]
-)
+@pytest.mark.parametrize(("gain", "words"), [(0.1, "is better than"), (-0.1, "is worse than"), (0.0, "not shown to differ")])
 def test_answer_for_one_candidate_and_its_control(tmp_path: Path, gain: float, words: str):
     folder = write_run(tmp_path, candidates=[CONTROL, "hard-sigmoid-wing"], num_splits=4)
     rows = pd.read_parquet(folder / "results.parquet")
@@ -358,10 +354,7 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
         recipes = {"a": {"augment": one}, "b": {"augment": other}}
         return varying_fields([RecordedCandidate(name, recipe, False, {}, {}) for name, recipe in recipes.items()])
 
-    assert fields([turn], [turn | {"degrees": 20.0}]) == {
-        "a": {"augment.0.degrees": "10"},
-        "b": {"augment.0.degrees": "20"},
-    }
+    assert fields([turn], [turn | {"degrees": 20.0}]) == {"a": {"augment.0.degrees": "10"}, "b": {"augment.0.degrees": "20"}}
     assert fields([turn, flip], []) == {"a": {"augment": "Affine, Flip"}, "b": {"augment": "none"}}
 
 

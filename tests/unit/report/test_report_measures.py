@@ -80,9 +80,7 @@ def test_repeatability_is_that_of_subjects_with_two_cases(summary: Summary, tmp_
     repeated = summary.measures.repeatability
     assert set(repeated) == {"", *NAMES}
     (reference,), (control,) = repeated[""], repeated[CONTROL]
-    assert (
-        reference.icc.value > control.icc.value > 0.9
-    )  # the reference varies by 5 mm³ between sessions, and by no noise
+    assert reference.icc.value > control.icc.value > 0.9  # the reference varies by 5 mm³ between sessions, and by no noise
     assert (control.icc.num_subjects, control.icc.num_sessions) == (summary.num_tested, 2 * summary.num_tested)
     assert 0 < reference.variation.value < control.variation.value
     single = write_run(tmp_path, candidates=NAMES[:1], measured=("volume",), num_splits=2)
@@ -132,9 +130,7 @@ def test_the_scores_of_sites_add_up_to_all_scores(run: RunData, summary: Summary
     mean = sum(site.one * site.num_scores for site in sites) / summary.winner.num_scores
     assert mean == pytest.approx(summary.winner.mean)
     difference = sum(site.crossed.mean * site.crossed.num_pairs for site in sites) / summary.winner.num_scores
-    assert difference == pytest.approx(
-        next(c.crossed.mean for c in summary.comparisons if c.candidate == summary.winner.name)
-    )
+    assert difference == pytest.approx(next(c.crossed.mean for c in summary.comparisons if c.candidate == summary.winner.name))
     one_site = dict(run.run["data"]) | {"site_of": dict.fromkeys(run.run["data"]["site_of"], "A")}
     assert summarise(replace(run, run={"data": one_site})).measures.sites == ()
 
@@ -189,16 +185,10 @@ def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
 
 
 def test_an_ensemble_over_splits_is_read_from_its_own_table(tmp_path: Path):
-    rows = pd.read_parquet(
-        write_run(tmp_path, candidates=NAMES[:2], measured=("uncertainty",), num_splits=2) / "results.parquet"
-    )
+    rows = pd.read_parquet(write_run(tmp_path, candidates=NAMES[:2], measured=("uncertainty",), num_splits=2) / "results.parquet")
     tta = rows[rows["metric"].str.startswith("tta_") & (rows["split"] == 0)]
     ensemble = tta.assign(split=-1, metric=tta["metric"].str.replace("tta", "ensemble"))
-    members = (
-        ensemble.groupby(["candidate", "subject"])
-        .head(1)
-        .assign(metric="ensemble_members", reference="mean", value=2.0)
-    )
+    members = ensemble.groupby(["candidate", "subject"]).head(1).assign(metric="ensemble_members", reference="mean", value=2.0)
     pd.concat([ensemble, members]).to_parquet(tmp_path / "ensemble.parquet")
     measured = summarise(load_run(tmp_path)).measures.uncertainty
     assert list(measured) == ["mc_dropout", "tta", "ensemble"]

@@ -199,12 +199,7 @@ def test_an_interaction_is_found_and_said(tmp_path: Path):
     summary = summary_of(folder)
     found = {(i.factor, i.other): i for i in summary.interactions}
     planted = found["activation", "label"]
-    assert (planted.level, planted.base, planted.other_level, planted.other_base) == (
-        "NormReLU",
-        "Sigmoid",
-        "soft",
-        "hard",
-    )
+    assert (planted.level, planted.base, planted.other_level, planted.other_base) == ("NormReLU", "Sigmoid", "soft", "hard")
     assert planted.crossed.low < 0.04 < planted.crossed.high
     assert planted.p_holm < 0.01
     assert found["loss", "label"].p_holm > 0.05
@@ -263,7 +258,5 @@ def test_a_nested_study_without_a_control_compares_nothing(tmp_path: Path):
 def test_a_note_of_the_ledger_is_read_with_care(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
     path = folder / "fits" / CELLS[1] / "candidate.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"note": "every learning rate that was tried has failed"})
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "every learning rate that was tried has failed"}))
     assert f"{CELLS[1]}: every learning rate that was tried has failed." in caveats(summary_of(folder))

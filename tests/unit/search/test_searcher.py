@@ -23,9 +23,7 @@ def propose(trial):
     return BASE.replace(loss=Dice())
 
 
-def make_study(
-    candidates: dict[str, Recipe] | None = None, control: str | None = None, search: Search | None = None
-) -> Study:
+def make_study(candidates: dict[str, Recipe] | None = None, control: str | None = None, search: Search | None = None) -> Study:
     return Study(
         name="s",
         question="?",
@@ -216,10 +214,7 @@ def made_for_each(trial):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (
-            made_for_each,
-            r"trial 0: propose\(\) gave a recipe that cannot be recorded: loss is made_for_each.<locals>.Own, which",
-        ),
+        (made_for_each, r"trial 0: propose\(\) gave a recipe that cannot be recorded: loss is made_for_each.<locals>.Own, which"),
         (broken, r"trial 0: propose\(\) raised ZeroDivisionError: division by zero; parameters lr=0\.\d+"),
         (nothing, r"trial 0: propose\(\) must return a Recipe, got NoneType"),
         (objects, r"trial 0: parameter 'sizes' has the choice \(1, 2\), which cannot be stored"),

@@ -114,11 +114,7 @@ def test_a_candidate_whose_rates_have_all_failed_keeps_its_own_and_says_so(tmp_p
     assert rates(search)["dice"] == BASE.optim.lr
     assert {task.recipe.optim.lr for task in tasks if task.candidate == "dice"} == {BASE.optim.lr}
     note = Ledger(tmp_path).candidates()["dice"].note
-    assert (
-        note
-        == search.candidates["dice"].note
-        == "every learning rate that was tried has failed: it keeps its own, 0.003"
-    )
+    assert note == search.candidates["dice"].note == "every learning rate that was tried has failed: it keeps its own, 0.003"
 
 
 def test_a_trial_that_was_given_up_has_lost_and_is_not_tried_again_once_the_choice_is_made(tmp_path):

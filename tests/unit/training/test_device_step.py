@@ -9,17 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_fits import (
-    PATCHES,
-    PLAIN,
-    RECIPES,
-    batches_of,
-    device_stepper,
-    host_stepper,
-    model_of,
-    task_of,
-    train,
-)
+from device_fits import PATCHES, PLAIN, RECIPES, batches_of, device_stepper, host_stepper, model_of, task_of, train
 
 from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
 from softseg_dist.training.fit import RunningFit, fit
@@ -44,9 +34,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, FitTask]:
 @pytest.mark.parametrize("patch", [False, True], ids=["whole", "patches"])
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dim", [2, 3])
-def test_batches_are_those_of_the_host_bit_for_bit(
-    tasks: dict[int, FitTask], dim: int, name: str, patch: bool, sent: bool
-) -> None:
+def test_batches_are_those_of_the_host_bit_for_bit(tasks: dict[int, FitTask], dim: int, name: str, patch: bool, sent: bool) -> None:
     recipe = RECIPES[name].replace(patch=PATCHES[dim] if patch else None)
     batches = batches_of(tasks[dim].replace(recipe=recipe))
     made, notes = device_batches(batches, CPU)
@@ -178,9 +166,7 @@ class NanLoss(Loss):
 def test_a_loss_that_is_not_finite_is_told_with_its_step_and_cause(tasks: dict[int, FitTask]) -> None:
     stepper = device_stepper(tasks[2].replace(recipe=PLAIN.replace(loss=NanLoss())))
     last = stepper.batches.steps_per_epoch
-    with pytest.raises(
-        Diverged, match=rf"loss is nan in epoch 1, step {last}: NanLoss\(\) is not finite for finite pred"
-    ):
+    with pytest.raises(Diverged, match=rf"loss is nan in epoch 1, step {last}: NanLoss\(\) is not finite for finite pred"):
         stepper.advance(FitProgress())
 
 
@@ -245,9 +231,7 @@ def test_what_cannot_be_used_is_noted_once_and_costs_no_digit(tasks: dict[int, F
     assert hopeful.execution.notes[0].startswith("graph: not used, ")
 
 
-def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
-    tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nand a page of text")
 

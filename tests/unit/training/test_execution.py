@@ -12,9 +12,7 @@ from softseg_dist.training.execution import COMPILE_STEPS, Execution, choose_exe
 
 
 @pytest.mark.parametrize(("has_it", "best"), [(True, "bfloat16"), (False, "float32")])
-def test_a_cpu_trains_in_bfloat16_if_it_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, has_it: bool, best: str
-) -> None:
+def test_a_cpu_trains_in_bfloat16_if_it_computes_in_it(monkeypatch: pytest.MonkeyPatch, has_it: bool, best: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_it}, raising=False)
     assert choose_execution(Optim(), "cpu", 1, 10**6).name == best
     assert choose_execution(Optim(precision="float32"), "cpu", 1, 10**6).name == "float32"

@@ -34,15 +34,7 @@ from softseg_dist.training.batches import Batches
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import build_model, load_checkpoint
-from softseg_dist.training.task import (
-    FitTask,
-    Interrupted,
-    Worker,
-    cases_path,
-    checkpoint_path,
-    history_path,
-    weights_path,
-)
+from softseg_dist.training.task import FitTask, Interrupted, Worker, cases_path, checkpoint_path, history_path, weights_path
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 RECIPE = Recipe(
@@ -86,9 +78,7 @@ def test_learning_curve_is_the_golden_one(task: FitTask, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
-    task: FitTask, tmp_path: Path, steps: int
-) -> None:
+def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(task: FitTask, tmp_path: Path, steps: int) -> None:
     whole, parts = task.replace(folder=str(tmp_path / "whole")), task.replace(folder=str(tmp_path / "parts"))
     straight = fit(whole)
     with pytest.raises(Interrupted):
@@ -98,11 +88,7 @@ def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     assert history(Path(whole.folder)) == history(Path(parts.folder))
     left, right = load_file(weights_path(whole.folder)), load_file(weights_path(parts.folder))
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert (resumed.score, resumed.test_score, resumed.thresholds) == (
-        straight.score,
-        straight.test_score,
-        straight.thresholds,
-    )
+    assert (resumed.score, resumed.test_score, resumed.thresholds) == (straight.score, straight.test_score, straight.thresholds)
 
 
 def test_a_fit_of_everybody_has_weights_at_its_end_only_also_if_it_was_stopped(task: FitTask, tmp_path: Path) -> None:
@@ -233,9 +219,7 @@ def test_every_candidate_sees_the_same_weights_batches_and_fields(task: FitTask,
     other_recipe = RECIPE.replace(loss=Dice(), activation=Sigmoid(), label="hard")
     two = RunningFit(task.replace(folder=_folder(tmp_path / "b"), candidate="d", recipe=other_recipe), Worker())
     weights = [
-        (a, b)
-        for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True)
-        if "bias" not in name
+        (a, b) for (name, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True) if "bias" not in name
     ]
     assert weights
     assert all(torch.equal(a, b) for a, b in weights)
@@ -253,9 +237,7 @@ def test_every_epoch_sees_every_item_once_and_never_another_subject(task: FitTas
     assert {store.cases[case].subject for case, _ in batches.items} == set(task.split.train)
 
 
-def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(
-    task: FitTask, tmp_path: Path
-) -> None:
+def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(task: FitTask, tmp_path: Path) -> None:
     result = fit(task.replace(folder=str(tmp_path)))
     rows = pq.read_table(cases_path(tmp_path)).to_pandas()
     assert set(rows[rows.subset == "validation"].subject) == set(task.split.validation)

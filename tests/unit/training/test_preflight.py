@@ -139,17 +139,11 @@ def in_child(prepared: tuple[Store, Split], *recipes: Recipe) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (
-            "raises",
-            r"candidate c1 cannot be trained on images of size \(16, 16\): ArithmeticError: the layers do not add",
-        ),
+        ("raises", r"candidate c1 cannot be trained on images of size \(16, 16\): ArithmeticError: the layers do not add"),
         ("aborts", r"candidate c1: the process that tried .* crashed \(SIGABRT\), .* last output: .*dnnl::error"),
         ("is killed", r"candidate c1: .* was killed \(SIGKILL\), probably because memory ran out"),
         ("exits", r"candidate c1: .* ended with exit code 3"),
-        (
-            "missing package",
-            r"candidate c1 needs a package that is missing .*'package_that_is_not_installed'.*install it",
-        ),
+        ("missing package", r"candidate c1 needs a package that is missing .*'package_that_is_not_installed'.*install it"),
     ],
 )
 def test_a_network_that_fails_gives_one_sentence_that_names_candidate_and_cause(
@@ -197,14 +191,8 @@ def test_a_script_without_a_guard_can_start_it(prepared: tuple[Store, Split], tm
     [
         ("list", r"one float tensor of logits \(2, 1, 16, 16\) in training, got a list; of several outputs"),
         ("tuple", r"in training, got a tuple"),
-        (
-            "stacked in training",
-            r"in training, got torch.float32 \(2, 2, 1, 16, 16\).*deep supervision, return the finest",
-        ),
-        (
-            "deep supervision",
-            r"in training, got torch.float32 \(2, 3, 1, 16, 16\).*deep supervision, return the finest",
-        ),
+        ("stacked in training", r"in training, got torch.float32 \(2, 2, 1, 16, 16\).*deep supervision, return the finest"),
+        ("deep supervision", r"in training, got torch.float32 \(2, 3, 1, 16, 16\).*deep supervision, return the finest"),
         ("integers", r"in training, got torch.int64 \(2, 1, 16, 16\)"),
         ("half the size in training", r"in training, got torch.float32 \(2, 1, 16, 8\)"),
         ("infinite in training", r"the network's output in training is not finite"),
@@ -219,9 +207,7 @@ def test_a_network_whose_training_goes_wrong_is_refused(prepared: tuple[Store, S
 
 def test_a_last_bias_that_does_not_move_the_logits_is_refused(prepared: tuple[Store, Split]) -> None:
     network = load_sources(SOURCES).RegisteredBackwards()
-    assert "last_bias of the network returns a bias that is not added last" in refused(
-        prepared, Recipe(network=network)
-    )
+    assert "last_bias of the network returns a bias that is not added last" in refused(prepared, Recipe(network=network))
 
 
 def test_networks_that_recipes_share_are_built_once(prepared: tuple[Store, Split]) -> None:
@@ -302,16 +288,11 @@ class Rooted(Loss):
     ("activation", "cause"),
     [
         (Shifted(), "the prediction in evaluation must lie in [0, 1], got [1."),
-        (
-            Cut(),
-            "the prediction in training must be torch.float32 of the target's shape (2, 1, 16, 16), got torch.float32 (2, 0,",
-        ),
+        (Cut(), "the prediction in training must be torch.float32 of the target's shape (2, 1, 16, 16), got torch.float32 (2, 0,"),
     ],
     ids=str,
 )
-def test_a_prediction_that_is_none_is_refused(
-    prepared: tuple[Store, Split], activation: Activation, cause: str
-) -> None:
+def test_a_prediction_that_is_none_is_refused(prepared: tuple[Store, Split], activation: Activation, cause: str) -> None:
     assert cause in refused(prepared, OURS.replace(activation=activation))
 
 

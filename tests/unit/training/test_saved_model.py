@@ -115,9 +115,7 @@ def card_of_study(text: str, network: str, loss: str) -> ModelCard:
     """A card whose recipe names classes of the study file `mine`."""
     sources = Sources("mine.py", {"mine.py": text})
     module = load_sources(sources)
-    recipe = RECIPE.replace(
-        **{field: getattr(module, name)() for field, name in (("network", network), ("loss", loss)) if name}
-    )
+    recipe = RECIPE.replace(**{field: getattr(module, name)() for field, name in (("network", network), ("loss", loss)) if name})
     return card_of(Preprocess(), recipe, study_source=sources)
 
 

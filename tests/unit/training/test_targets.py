@@ -10,20 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softseg_dist import (
-    SVLS,
-    Affine,
-    Bids,
-    Brier,
-    GeoLS,
-    Mixup,
-    MonteCarlo,
-    Phantom,
-    Preprocess,
-    Recipe,
-    UNet,
-    UniformSmoothing,
-)
+from softseg_dist import SVLS, Affine, Bids, Brier, GeoLS, Mixup, MonteCarlo, Phantom, Preprocess, Recipe, UNet, UniformSmoothing
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
@@ -50,16 +37,12 @@ def store_of_raters(folder: Path, raters_of: Sequence[str]) -> Store:
     generator, geometry = np.random.default_rng(0), Geometry(SHAPE, np.eye(4))
     for number, names in enumerate(raters_of, start=1):
         write_volume(
-            folder / f"set/sub-{number}/anat/sub-{number}_T2w.nii.gz",
-            generator.normal(size=SHAPE).astype(np.float32),
-            geometry,
+            folder / f"set/sub-{number}/anat/sub-{number}_T2w.nii.gz", generator.normal(size=SHAPE).astype(np.float32), geometry
         )
         truth = np.zeros(SHAPE, dtype=np.float32)
         truth[3:8, 2:7] = 1
         for name in names:
-            path = (
-                folder / f"set/derivatives/labels/sub-{number}/anat/sub-{number}_T2w_label-GM_desc-{name}_mask.nii.gz"
-            )
+            path = folder / f"set/derivatives/labels/sub-{number}/anat/sub-{number}_T2w_label-GM_desc-{name}_mask.nii.gz"
             write_volume(path, np.where(generator.random(SHAPE) < 0.1, 1 - truth, truth), geometry)
     data = Bids("set", image="T2w", labels={"GM": "label-GM_desc-{rater}_mask"})
     return Store.open(build_store(folder / "stores", data.cases(folder), data, Preprocess(dim=2)))
@@ -179,7 +162,5 @@ def test_a_rater_who_is_named_but_did_not_draw_every_case_is_refused(tmp_path: P
 @pytest.mark.parametrize("fusion", ["staple", "soft_staple", "random_rater"])
 def test_one_rater_per_case_is_refused_where_several_are_fused(tmp_path: Path, fusion: str) -> None:
     alone = store_of_raters(tmp_path, ["a", "b", "a"])
-    with pytest.raises(
-        UserError, match=f"candidate c: fusion '{fusion}' needs several raters, but no case has more than one"
-    ):
+    with pytest.raises(UserError, match=f"candidate c: fusion '{fusion}' needs several raters, but no case has more than one"):
         check_recipes({"c": Recipe(fusion=fusion)}, alone, split_of(alone))
