@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,7 +35,7 @@ from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
-from softseg_dist.training.preflight import preflight
+from softseg_dist.training.preflight import preflight, start_child
 from softseg_dist.training.task import cases_path
 
 PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
@@ -106,18 +107,25 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
     backend_of(options)  # its refusals come before the data are read
-    prepared = prepare(file.study, options.data_root, options.stores, progress.note)
-    return run_prepared(file, prepared, Place.at(options.out) / file.study.name, options, progress)
+    with start_child() as child:  # it imports while the data are prepared
+        try:
+            prepared = prepare(file.study, options.data_root, options.stores, progress.note)
+        except BaseException:
+            child.kill()
+            raise
+        return run_prepared(file, prepared, Place.at(options.out) / file.study.name, options, progress, child)
 
 
-def run_prepared(file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress) -> Finished:
-    """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`."""
+def run_prepared(
+    file: StudyFile, prepared: Prepared, run: Place, options: RunOptions, progress: Progress, child: Popen[bytes] | None = None
+) -> Finished:
+    """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`. `child` is that of `preflight`."""
     if options.debug and options.in_process:
         file = file.as_sent()
     study, splits = file.study, file.study.make_splits(prepared.sites)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
-    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources)
+    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources, child)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():

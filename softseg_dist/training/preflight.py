@@ -44,21 +44,40 @@ OUT_OF_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  #
 ROUNDING = 1e-6  # a prediction may leave [0, 1] by this much
 
 
+def start_child() -> subprocess.Popen[bytes]:
+    """Start the child process of `preflight`: its imports take seconds, which can pass while data are prepared.
+
+    Without a task it ends when its standard input is closed.
+    """
+    path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" is the working directory
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONBREAKPOINT": "0"}
+    # -P: a module in the working directory must not shadow another one.
+    command, pipe = [sys.executable, "-P", "-c", CHILD], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+
+
 def preflight(
-    recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store, split: Split, sources: Sources | None
+    recipes: Mapping[str, Recipe],
+    methods: Sequence[Uncertainty],
+    store: Store,
+    split: Split,
+    sources: Sources | None,
+    child: subprocess.Popen[bytes] | None = None,
 ) -> None:
     """Try `recipes` and uncertainty `methods` on the first training items of `split`, in a child process.
 
-    `sources` define the classes of the study file; None if it has none.
+    `sources` define the classes of the study file; None if it has none. `child` is from `start_child`; None starts one.
     Raises UserError that names the candidate and the cause if a recipe cannot be trained or a method cannot be used with it.
     """
     in_json = RECIPES.dump_json(dict(recipes)), METHODS.dump_json(tuple(methods))
     task = pickle.dumps((sources, store, split, *in_json))
-    path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" is the working directory
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONBREAKPOINT": "0"}
-    # -P: a module in the working directory must not shadow another one.
-    child = subprocess.run([sys.executable, "-P", "-c", CHILD], input=task, capture_output=True, env=environment)
-    reports = [json.loads(line) for line in child.stdout.splitlines()]
+    with child or start_child() as process:
+        try:
+            output, errors = process.communicate(task)
+        except BaseException:  # such as Ctrl-C
+            process.kill()
+            raise
+    reports = [json.loads(line) for line in output.splitlines()]
     kind, text = reports[-1] if reports else ("", "")
     if kind == "refused":
         raise UserError(text)
@@ -66,10 +85,10 @@ def preflight(
         check_recipes(recipes, store, split)
         check_uncertainty(recipes, methods, store)
     elif kind != "done":
-        output = child.stderr.decode(errors="replace")
-        if kind != "candidate" and child.returncode > 0:
-            raise RuntimeError(f"the process that tries the recipes failed:\n{output}")
-        raise UserError(_death(text, child.returncode, output))
+        messages = errors.decode(errors="replace")
+        if kind != "candidate" and process.returncode > 0:
+            raise RuntimeError(f"the process that tries the recipes failed:\n{messages}")
+        raise UserError(_death(text, process.returncode, messages))
 
 
 def _death(candidate: str, code: int, output: str) -> str:

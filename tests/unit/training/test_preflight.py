@@ -32,7 +32,7 @@ from softseg_dist.data.store import Store, build_store
 from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
-from softseg_dist.training.preflight import check_recipes, preflight
+from softseg_dist.training.preflight import check_recipes, preflight, start_child
 
 SOURCE = """
 import os, signal, sys
@@ -158,7 +158,14 @@ def test_a_network_that_fails_gives_one_sentence_that_names_candidate_and_cause(
 def test_uncertainty_is_tried_there_too(prepared: tuple[Store, Split]) -> None:
     recipes = {"mine": with_network("prints")}
     with pytest.raises(UserError, match=r"candidate mine: MCDropout\(\) needs a network with dropout"):
-        preflight(recipes, (MCDropout(),), *prepared, SOURCES)
+        preflight(recipes, (MCDropout(),), *prepared, SOURCES, start_child())
+
+
+def test_a_child_that_gets_no_task_ends() -> None:
+    child = start_child()
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(timeout=120) != 0
 
 
 def test_a_class_that_only_this_process_knows_is_tried_here(prepared: tuple[Store, Split]) -> None:
