@@ -58,7 +58,6 @@ def optimal_dice(probability: npt.NDArray[np.floating]) -> float:
     Found by the fixed-point iteration D <- D({m > D/2}) from D = 1, which increases to D* after its first step. NaN for a map of
     zeros. Source: Lipton et al. 2014 (doi 10.1007/978-3-662-44851-9_15); Nordstroem et al. 2023.
 
-    >>> import numpy as np
     >>> round(optimal_dice(np.arange(11) / 10), 3)
     0.784
     """

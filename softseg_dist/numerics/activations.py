@@ -1,7 +1,6 @@
 """Final activations: logits become a prediction in [0, 1]; they are never part of a loss.
 
-Legend: B batch, K classes, *S space (2 or 3 axes). `logits` [B num_logits *S] are unbounded,
-a `prediction` [B K *S] is not.
+Legend: B batch, K classes, *S space (2 or 3 axes). `logits` [B num_logits *S] are unbounded, a `prediction` [B K *S] is not.
 """
 
 from __future__ import annotations

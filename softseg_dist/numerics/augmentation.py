@@ -23,6 +23,7 @@ from softseg_dist.numerics.spatial import Flip
 from softseg_dist.numerics.transforms import (
     AffineMap,
     Augmentation,
+    Fields,
     Frame,
     Intensity,
     Invertible,
@@ -44,12 +45,8 @@ class Mixup(Pairing):
     """
 
     short: ClassVar[str] = "mixup"
+    inert: ClassVar[Fields] = {"alpha": 0}
     alpha: NonNegativeFloat = 0.2
-
-    @property
-    def idle(self) -> bool:
-        """True if `alpha` is 0: nothing is mixed."""
-        return self.alpha == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The weight l of the sample itself, a scalar in [0, 1]."""

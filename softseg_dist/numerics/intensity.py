@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Axes, Frame, Intensity, Range, log_uniform, per_sample
+from softseg_dist.numerics.transforms import Axes, Fields, Frame, Intensity, Range, log_uniform, per_sample
 
 
 class Noise(Intensity):
@@ -25,12 +25,8 @@ class Noise(Intensity):
     """
 
     short: ClassVar[str] = "noise"
+    inert: ClassVar[Fields] = {"std": 0}
     std: float = Field(0.1, ge=0)
-
-    @property
-    def idle(self) -> bool:
-        """True if the noise is 0."""
-        return self.std == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The noise itself [C *S]."""
@@ -49,12 +45,8 @@ class Gamma(Intensity):
     """
 
     short: ClassVar[str] = "gamma"
+    inert: ClassVar[Fields] = {"range": (1, 1)}
     range: Range = (0.7, 1.5)
-
-    @property
-    def idle(self) -> bool:
-        """True if g is always 1."""
-        return self.range == (1, 1)
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The exponent g, a scalar."""
@@ -77,12 +69,8 @@ class Contrast(Intensity):
     """
 
     short: ClassVar[str] = "contrast"
+    inert: ClassVar[Fields] = {"range": (1, 1)}
     range: Range = (0.75, 1.25)
-
-    @property
-    def idle(self) -> bool:
-        """True if f is always 1."""
-        return self.range == (1, 1)
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The factor f, a scalar."""
@@ -98,10 +86,9 @@ class Contrast(Intensity):
 class BiasField(Intensity):
     """v -> low + b (v - low): multiplies the signal above the darkest voxel by a smooth field b, the same for all channels.
 
-    ln b = a P(x) / max |P|, with P a polynomial of all terms of degree 1 to `order` in positions x that run from -1 to 1
-    along each axis; its coefficients are standard normal and a is uniform in [0, ln `strength`], per sample. So b lies in
-    [1 / strength, strength] and reaches exp(a) or exp(-a) somewhere. A receive coil has such a field: the same tissue is
-    brighter near it.
+    ln b = a P(x) / max |P|, with P a polynomial of all terms of degree 1 to `order` in positions x that run from -1 to 1 along each
+    axis; its coefficients are standard normal and a is uniform in [0, ln `strength`], per sample. So b lies in [1 / strength,
+    strength] and reaches exp(a) or exp(-a) somewhere. A receive coil has such a field: the same tissue is brighter near it.
 
     A field multiplies signal, whose zero is lost in a normalised image: `low`, the minimum of the image per sample and
     channel, replaces it, as air and cortical bone give next to no signal. In a crop without them the effect of b is
@@ -111,13 +98,9 @@ class BiasField(Intensity):
     """
 
     short: ClassVar[str] = "bias"
+    inert: ClassVar[Fields] = {"strength": 1}
     order: int = Field(3, ge=1, le=5)
     strength: float = Field(1.5, ge=1)
-
-    @property
-    def idle(self) -> bool:
-        """True if the field is 1 everywhere."""
-        return self.strength == 1
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The largest |ln b|, then the coefficients up to a common factor: [1 + T]."""
@@ -155,12 +138,8 @@ class Blur(Intensity):
     """
 
     short: ClassVar[str] = "blur"
+    inert: ClassVar[Fields] = {"sigma_mm": 0}
     sigma_mm: NonNegativeFloat = 1.0
-
-    @property
-    def idle(self) -> bool:
-        """True if sigma is always 0."""
-        return self.sigma_mm == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """Sigma in mm, a scalar."""

@@ -37,9 +37,8 @@ SMALLEST_RATE = 1e-6  # sensitivities and specificities stay this far from 0 and
 class Consensus:
     """STAPLE's estimate for one class of one case.
 
-    `posterior` [*S] in [0, 1]: the probability W that a voxel is truly labelled; `sensitivity` P and `specificity` Q
-    [R], one per rater; `steps`: how many EM took, `MAX_STEPS` if it has not converged, 0 if there was nothing to
-    estimate.
+    `posterior` [*S] in [0, 1]: the probability W that a voxel is truly labelled; `sensitivity` P and `specificity` Q [R], one per
+    rater; `steps`: how many EM took, `MAX_STEPS` if it has not converged, 0 if there was nothing to estimate.
     """
 
     posterior: Tensor
@@ -66,10 +65,8 @@ def staple(decisions: Tensor) -> Consensus:
     Args:
         decisions: label values in [0, 1]; any number of raters and axes.
 
-    Source: Warfield, Zou, Wells, IEEE TMI 23(7), 2004 (doi 10.1109/TMI.2004.828354). Box, guard and
-    non-integer exponents are ours.
+    Source: Warfield, Zou, Wells, IEEE TMI 23(7), 2004 (doi 10.1109/TMI.2004.828354). Box, guard and non-integer exponents are ours.
 
-    >>> import torch
     >>> masks = torch.zeros(3, 10)
     >>> masks[0, 2:6] = masks[1, 2:6] = masks[2, 3:7] = 1
     >>> staple(masks).posterior.round().int().tolist()
@@ -189,18 +186,16 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
 
     Args:
         raters: label values in [0, 1], one entry per name of `rater_names` along `axis`.
-        fusion: "mean"; "majority" (mean >= 0.5); "staple" (STAPLE's posterior of the rounded masks, >= 0.5);
-            "soft_staple" (STAPLE's posterior of the masks as they are); "random_rater" (the one that `draw` picks, the
-            same for all classes and items of `raters`); "rater:<name>". STAPLE runs class by class over everything in
-            `raters`, so pass the whole case. For a single rater "mean", "soft_staple" and "random_rater" are the mask,
-            "majority" and "staple" the mask rounded.
+        fusion: "mean"; "majority" (mean >= 0.5); "staple" (STAPLE's posterior of the rounded masks, >= 0.5); "soft_staple"
+            (STAPLE's posterior of the masks as they are); "random_rater" (the one that `draw` picks, the same for all classes and
+            items of `raters`); "rater:<name>". STAPLE runs class by class over everything in `raters`, so pass the whole case. For
+            a single rater "mean", "soft_staple" and "random_rater" are the mask, "majority" and "staple" the mask rounded.
         rater_names: names of the raters of this case, in the order of `raters`.
         draw: any integer, for "random_rater" only: the seed of this sample in this epoch.
 
     Raises:
         UserError: if `fusion` names a rater that this case does not have.
 
-    >>> import torch
     >>> fuse(torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]]), "mean", ("a", "b"))
     tensor([[0.5000, 1.0000]])
     """
@@ -271,7 +266,6 @@ def prepare_target(
 def harden(target: Tensor) -> Tensor:
     """1 where `target` >= 0.5, else 0, in its own dtype.
 
-    >>> import torch
     >>> harden(torch.tensor([0.49, 0.5]))
     tensor([0., 1.])
     """

@@ -91,7 +91,6 @@ class Sum(Loss):
 
     Raises ValueError if there are not as many weights as terms.
 
-    >>> import torch
     >>> from softseg_dist import BCE, Dice
     >>> Sum(terms=(Dice(smooth=0), BCE()), weights=(1, 0.5))(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
     tensor(0.6799)
@@ -143,7 +142,6 @@ class AdaptiveWing(Loss):
     Source: Wang, Bo, Fuxin, Adaptive Wing Loss, ICCV 2019; omega = 14, and 8 for MS lesions, as in Gros et al. 2021
     (doi 10.1016/j.media.2021.102038).
 
-    >>> import torch
     >>> AdaptiveWing()(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
     tensor(10.2594)
     """
@@ -172,7 +170,6 @@ class BCE(Loss):
     0 for a perfect prediction of a hard target; for a soft target the perfect prediction costs the entropy of y.
     Logarithms are clipped at 1e-7: p = 0 at y = 1 costs 16.1 and has gradient 0, not an infinite one.
 
-    >>> import torch
     >>> BCE()(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
     tensor(0.6931)
     """
@@ -195,7 +192,6 @@ class Focal(Loss):
     Source: Lin et al., Focal Loss, ICCV 2017 (doi 10.1109/ICCV.2017.324); |y-p| for soft y: Li et al., Generalized
     Focal Loss, NeurIPS 2020 (arXiv 2006.04388), where it is called quality focal loss.
 
-    >>> import torch
     >>> Focal()(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
     tensor(0.1733)
     """
@@ -221,7 +217,6 @@ class Brier(Loss):
 
     Source: Brier, Monthly Weather Review 78 (1950), doi 10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
 
-    >>> import torch
     >>> Brier()(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
     tensor(0.2500)
     """
@@ -239,7 +234,6 @@ class L1(Loss):
     Its slope does not depend on the error: a small error on many voxels has as much gradient as a large one on few.
     Elicits the median of random raters, which is a binary map: 0 for m < 1/2, 1 for m > 1/2. No gradient at p = y.
 
-    >>> import torch
     >>> L1()(torch.full((1, 1, 2, 2), 0.2), torch.ones(1, 1, 2, 2))
     tensor(0.8000)
     """
@@ -259,7 +253,6 @@ class Huber(Loss):
 
     Source: Huber, Annals of Mathematical Statistics 35 (1964), doi 10.1214/aoms/1177703732.
 
-    >>> import torch
     >>> Huber(delta=0.5)(torch.full((1, 1, 2, 2), 0.2), torch.ones(1, 1, 2, 2))
     tensor(0.2750)
     """
@@ -287,7 +280,6 @@ class Dice(Loss):
 
     Source: Milletari, Navab, Ahmadi, 3DV 2016 (doi 10.1109/3DV.2016.79), with a linear denominator.
 
-    >>> import torch
     >>> Dice(smooth=0)(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.3, 0.5, 1.0, 0.1]]]))
     tensor(0.3086)
     """
@@ -311,7 +303,6 @@ class DiceSemimetric(Loss):
 
     Source: Wang et al., Dice Semimetric Losses, MICCAI 2023 (arXiv 2303.16296), DML_1.
 
-    >>> import torch
     >>> DiceSemimetric()(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.3, 0.5, 1.0, 0.1]]]))
     tensor(0.0857)
     """
@@ -333,7 +324,6 @@ class JaccardMetric(Loss):
 
     Source: Wang, Ning, Blaschko, Jaccard Metric Losses, NeurIPS 2023 (arXiv 2302.05666).
 
-    >>> import torch
     >>> JaccardMetric()(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.3, 0.5, 1.0, 0.1]]]))
     tensor(0.1579)
     """
@@ -350,15 +340,13 @@ class JaccardMetric(Loss):
 class Tversky(Loss):
     """1 - (TP + s) / (TP + alpha FP + beta FN + s), per sample and class, then averaged over classes.
 
-    `alpha` weighs false positives, `beta` false negatives, which by default weigh more. With 1/2 each it is `Dice` of twice
-    the `smooth`, with 1 each the soft IoU loss. 0 for a perfect prediction of a hard target, and when both are empty; 1 at
-    no overlap (nearly, if s > 0). Mis-specified on soft targets, like `Dice`: with y = 0.5 everywhere, p = 0.5 costs 0.5
-    and p = 1 costs 0.231. Use `TverskySemimetric` there. `smooth` is s, in voxels; an empty target has a gradient only
-    through it.
+    `alpha` weighs false positives, `beta` false negatives, which by default weigh more. With 1/2 each it is `Dice` of twice the
+    `smooth`, with 1 each the soft IoU loss. 0 for a perfect prediction of a hard target, and when both are empty; 1 at no overlap
+    (nearly, if s > 0). Mis-specified on soft targets, like `Dice`: with y = 0.5 everywhere, p = 0.5 costs 0.5 and p = 1 costs
+    0.231. Use `TverskySemimetric` there. `smooth` is s, in voxels; an empty target has a gradient only through it.
 
     Source: Salehi, Erdogmus, Gholipour, MLMI 2017 (doi 10.1007/978-3-319-67389-9_44).
 
-    >>> import torch
     >>> Tversky(smooth=0)(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]))
     tensor(0.5213)
     """
@@ -382,7 +370,6 @@ class TverskySemimetric(Loss):
 
     Source: the compatible Tversky loss of Wang et al., Dice Semimetric Losses, MICCAI 2023 (arXiv 2303.16296).
 
-    >>> import torch
     >>> TverskySemimetric()(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.3, 0.5, 1.0, 0.1]]]))
     tensor(0.1160)
     """
@@ -409,7 +396,6 @@ class FocalTversky(Loss):
 
     Source: Abraham, Khan, ISBI 2019 (doi 10.1109/ISBI.2019.8759329), where alpha weighs the missed voxels.
 
-    >>> import torch
     >>> FocalTversky(smooth=0)(torch.tensor([[[0.2, 0.5, 0.9, 0.0]]]), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]))
     tensor(0.6135)
     """
@@ -437,7 +423,6 @@ class GeneralizedDice(Loss):
     Source: Sudre et al., DLMIA 2017 (doi 10.1007/978-3-319-67558-9_28), w_k = 1 / V_k^2: the same ratio for s = 0. There is
     no background class here.
 
-    >>> import torch
     >>> GeneralizedDice(smooth=0)(torch.tensor([[[1.0, 0, 0], [0, 1, 0]]]), torch.tensor([[[1.0, 0, 0], [0, 1, 1]]]))
     tensor(0.0909)
     """
@@ -465,7 +450,6 @@ class BatchDice(Loss):
 
     Source: the option `batch_dice` of nnU-Net (Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z).
 
-    >>> import torch
     >>> target = torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]])
     >>> BatchDice(smooth=0)(torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]]), target)
     tensor(0.2000)

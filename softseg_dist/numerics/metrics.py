@@ -1,11 +1,9 @@
 """Metrics of a prediction against a reference: soft overlap and errors, thresholded overlap, volume, calibration.
 
-A case's maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S space; T thresholds; n voxels of one class. Every
-metric is taken over the whole case and per class, so results are arrays [K]. Sums run in float64. "Empty" means that a map
-sums to 0.
+A case's maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S space; T thresholds; n voxels of one class. Every metric
+is taken over the whole case and per class, so results are arrays [K]. Sums run in float64. "Empty" means that a map sums to 0.
 
-Where prediction and reference are both empty the overlap and volume ratios are undefined: NaN, to be left out of means and
-counted.
+Where prediction and reference are both empty the overlap and volume ratios are undefined: NaN, to be left out of means and counted.
 """
 
 from __future__ import annotations
@@ -202,8 +200,7 @@ class Confusion(NamedTuple):
 def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> Confusion:
     """Counts of {prediction > tau} against {reference >= 0.5} for all `thresholds` at once: one pass over the voxels.
 
-    A voxel exactly at the threshold is background: then {m > D/2} is the Dice-optimal set (Lipton et al. 2014,
-    Theorem 1).
+    A voxel exactly at the threshold is background: then {m > D/2} is the Dice-optimal set (Lipton et al. 2014, Theorem 1).
     """
     taus = np.sort(np.asarray(thresholds, dtype=prediction.dtype))
     order = np.argsort(np.argsort(np.asarray(thresholds)))

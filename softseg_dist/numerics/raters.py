@@ -32,7 +32,6 @@ def ged2(prediction: Values, raters: Masks) -> float:
 
     tau = .1, .3, .5, .7, .9.
 
-    >>> import numpy as np
     >>> ged2(np.array([1.0, 0.0]), np.array([[True, False], [False, False]]))  # 2 * .5 - 0 - .5
     0.5
     """

@@ -70,7 +70,6 @@ def icc(table: Table) -> Icc:
     Returns NaN and a note if there are fewer than two subjects, none with two sessions, or all values are equal.
     Source: Shrout and Fleiss 1979 (doi 10.1037/0033-2909.86.2.420); n0: Donner 1986, International Statistical Review 54.
 
-    >>> import numpy as np
     >>> round(icc(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])).value, 4)  # (8 - 0) / (8 + 0 + 2 (1.5 - 0) / 3)
     0.8889
     """
@@ -144,7 +143,6 @@ def coefficient_of_variation(table: Table) -> WithinSubject:
 
     Source: Hyslop and White 2009 (doi 10.3155/1047-3289.59.9.1032), its root mean square for duplicates.
 
-    >>> import numpy as np
     >>> round(coefficient_of_variation(np.array([[9.0, 11.0], [20.0, 20.0]])).value, 4)  # sqrt((2 / 10^2 + 0) / 2)
     0.1
     """
@@ -171,7 +169,6 @@ def bland_altman(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]
     Returns NaN and a note without a pair; with a single one the limits are NaN.
     Source: Bland and Altman 1986 (doi 10.1016/S0140-6736(86)90837-8).
 
-    >>> import numpy as np
     >>> bland_altman(np.array([3.0, 5.0]), np.array([2.0, 5.0])).bias
     0.5
     """

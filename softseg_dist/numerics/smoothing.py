@@ -41,7 +41,6 @@ class UniformSmoothing(Smoothing):
 
     Source: Szegedy et al., CVPR 2016 (doi 10.1109/CVPR.2016.308), section 7.
 
-    >>> import torch
     >>> UniformSmoothing(epsilon=0.2)(torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 1, 2), (1, 1))
     tensor([[[[0.1000, 0.9000]]]])
     """
@@ -64,7 +63,6 @@ class SVLS(Smoothing):
 
     Source: Islam, Glocker, IPMI 2021 (arXiv 2104.05788); border as in the authors' code.
 
-    >>> import torch
     >>> line = torch.tensor([0.0, 0, 1, 1]).expand(1, 1, 1, 4)
     >>> SVLS()(line, line, (1, 1))
     tensor([[[[0.0000, 0.2500, 0.7500, 1.0000]]]])
@@ -112,7 +110,6 @@ class GeoLS(Smoothing):
     10.21105/joss.04532), the same minima in another order; the skeleton is the morphological one of {y >= 0.5}, not a
     thinned one; y may be soft; there is no map of the background; and the two cases that do not change.
 
-    >>> import torch
     >>> image = torch.tensor([0.0, 0, 0, 0, 5]).expand(1, 1, 1, 5)
     >>> GeoLS(alpha=0.2)(torch.tensor([1.0, 1, 1, 0, 0]).expand(1, 1, 1, 5), image, (1, 1))
     tensor([[[[1.0000, 1.0000, 1.0000, 0.2000, 0.0000]]]])

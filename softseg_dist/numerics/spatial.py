@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import AffineMap, Axes, Frame, Spatial
+from softseg_dist.numerics.transforms import AffineMap, Axes, Fields, Frame, Spatial
 
 MEAN_SQUARE_WEIGHT = 151 / 315  # integral of the squared cubic B-spline
 
@@ -29,14 +29,10 @@ class Affine(AffineMap):
     """
 
     short: ClassVar[str] = "affine"
+    inert: ClassVar[Fields] = {"degrees": 0, "scale": 0, "shift": 0}
     degrees: float = Field(20.0, ge=0, le=180)
     scale: float = Field(0.1, ge=0, lt=1)
     shift: float = Field(0.03, ge=0, le=1)
-
-    @property
-    def idle(self) -> bool:
-        """True if the ranges of angle, scale and shift are all 0."""
-        return self.degrees == self.scale == self.shift == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """Angle, scales and shifts [1 + 2D] uniform in [-1, 1]; in 3D then the normal deviates [3] of the axis."""
@@ -127,6 +123,7 @@ class Elastic(Spatial):
     """
 
     short: ClassVar[str] = "elastic"
+    inert: ClassVar[Fields] = {"std_mm": 0}
     spacing_mm: PositiveFloat = 8.0
     std_mm: NonNegativeFloat = 1.0
 
@@ -138,11 +135,6 @@ class Elastic(Spatial):
                 f"spacing_mm={self.spacing_mm:g}"
             )
         return self
-
-    @property
-    def idle(self) -> bool:
-        """True if nothing is displaced."""
-        return self.std_mm == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
         """The displacement of the control points in mm [D controls..]."""

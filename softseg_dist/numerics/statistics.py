@@ -80,14 +80,12 @@ class BootstrapInterval:
 def crossed_test(differences: Table) -> CrossedTest:
     """Two-sided t-test of mean difference 0 under d_ij = mu + subject_i + split_j + error_ij, both effects random.
 
-    Variance components by Henderson's method 1, negative ones set to 0. With S, F, E the components of subject,
-    split (fit) and error, var(mean) = S k3/N + F k4/N + E/N, where k3 = sum n_i^2/N and k4 = sum m_j^2/N; degrees
-    of freedom by Satterthwaite over the two levels, with half of the error in each. It generalises to new subjects and new
-    training runs.
+    Variance components by Henderson's method 1, negative ones set to 0. With S, F, E the components of subject, split (fit) and
+    error, var(mean) = S k3/N + F k4/N + E/N, where k3 = sum n_i^2/N and k4 = sum m_j^2/N; degrees of freedom by Satterthwaite over
+    the two levels, with half of the error in each. It generalises to new subjects and new training runs.
 
-    Components that the design cannot separate are merged: the error into the subjects if each was tested once
-    (k-fold), into the splits if each tested one subject, everything into the subjects if both hold: then it is the
-    one-sample t-test.
+    Components that the design cannot separate are merged: the error into the subjects if each was tested once (k-fold), into the
+    splits if each tested one subject, everything into the subjects if both hold: then it is the one-sample t-test.
 
     Args:
         differences: [a b], NaN where subject i was not tested in split j.
@@ -95,7 +93,6 @@ def crossed_test(differences: Table) -> CrossedTest:
     Returns p = NaN and a note if there are fewer than two subjects or splits, or if all differences are equal.
     Source: Henderson 1953 (doi 10.2307/3001853); Satterthwaite 1946 (doi 10.2307/3002019).
 
-    >>> import numpy as np
     >>> table = np.array([[0.1, 0.2, np.nan], [0.3, np.nan, 0.2], [np.nan, 0.1, 0.1]])
     >>> round(crossed_test(table).p, 3)
     0.035
@@ -224,7 +221,6 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
 
     Source: Nadeau and Bengio 2003 (doi 10.1023/A:1024068626366).
 
-    >>> import numpy as np
     >>> result = corrected_t_test(np.array([0.02, 0.03, 0.01, 0.025, 0.015]), 1 / 3)
     >>> round(result.statistic, 6), round(result.p, 6)
     (3.464102, 0.025721)
@@ -249,7 +245,6 @@ def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
     Args:
         differences: [a], one mean difference per subject; NaN is left out.
 
-    >>> import numpy as np
     >>> result = subject_test(np.array([0.02, 0.03, 0.01, 0.025, 0.015]))
     >>> round(result.t, 6), result.df
     (5.656854, 4.0)

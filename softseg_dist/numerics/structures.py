@@ -26,10 +26,9 @@ SURFACE_METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
 def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Distances between the surfaces of two masks [*S]; all are NaN if a mask is empty, as it has no surface.
 
-    With d(a, B) the distance of the surface voxel a of one mask to the nearest one of the other:
-    `hd95_mm` is the larger of the two directed 95th percentiles of d, `asd_mm` the mean of d over the surface voxels of
-    both (average symmetric surface distance), `surface_dice_1mm` the share of those with d <= 1 mm, in [0, 1]. Equal
-    masks: 0, 0, 1.
+    With d(a, B) the distance of the surface voxel a of one mask to the nearest one of the other: `hd95_mm` is the larger of the two
+    directed 95th percentiles of d, `asd_mm` the mean of d over the surface voxels of both (average symmetric surface distance),
+    `surface_dice_1mm` the share of those with d <= 1 mm, in [0, 1]. Equal masks: 0, 0, 1.
 
     Args:
         prediction, reference: masks on one grid.
@@ -89,11 +88,10 @@ def components(mask: Mask) -> Components:
 def lesion_metrics(prediction: Components, reference: Components) -> dict[str, float]:
     """How many lesions were found, and how many of the predicted ones are false.
 
-    `lesions_true` and `lesions_found` count components of the reference, in total and by size (fewer than 20, 20 to 100,
-    more than 100 voxels). `lesions_predicted` and `lesions_false` count those of the prediction; one is false if the
-    reference does not find it by the same rule. `lesion_sensitivity` is found / true, NaN without a true lesion;
-    `lesion_fdr`, the false discovery rate, is false / predicted, NaN without a predicted one. One predicted component may
-    find several lesions.
+    `lesions_true` and `lesions_found` count components of the reference, in total and by size (fewer than 20, 20 to 100, more than
+    100 voxels). `lesions_predicted` and `lesions_false` count those of the prediction; one is false if the reference does not find
+    it by the same rule. `lesion_sensitivity` is found / true, NaN without a true lesion; `lesion_fdr`, the false discovery rate, is
+    false / predicted, NaN without a predicted one. One predicted component may find several lesions.
     """
     found = _found(reference, prediction)
     false = int(np.count_nonzero(~_found(prediction, reference)))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, Field, PositiveFloat
@@ -35,6 +35,7 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 Axes = Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], AfterValidator(_distinct)]
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
+Fields = Mapping[str, Any]  # values by the names of fields
 
 
 def log_uniform(ends: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -132,10 +133,12 @@ class Frame:
 class Augmentation(Frozen, ABC):
     """A random change of training samples. Subclass `Spatial` (image and label), `Intensity` (image) or `Pairing` (both)."""
 
+    inert: ClassVar[Fields] = {}  # values of fields with which it never changes anything
+
     @property
-    @abstractmethod
     def idle(self) -> bool:
         """True if these settings never change anything; such a transform is left out."""
+        return bool(self.inert) and all(getattr(self, name) == value for name, value in self.inert.items())
 
     @abstractmethod
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
