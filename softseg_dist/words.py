@@ -8,6 +8,7 @@ from datetime import datetime
 
 ALPHA = 0.05
 MINUS = "\u2212"
+SHOWN = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}  # by `verdict`
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

@@ -12,7 +12,7 @@ from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
 from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_scores
 from softseg_dist.training.task import FitResult
 
-RULE = "grid"
+RULE = "grid"  # the threshold that each fit chose on validation
 NO_RATER = ("mean", "truth", "raters")  # references that are not one of the raters
 
 

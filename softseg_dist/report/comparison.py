@@ -55,16 +55,11 @@ def pairing_of(a: RunData, b: RunData) -> RunPairing:
     """What can be paired of two runs, whatever their candidates are."""
     if obstacle := _other_people(a.study["data"], b.study["data"]):
         return RunPairing((), (), obstacle)
-    subjects = tuple(sorted(tested(a) & tested(b)))
+    subjects = tuple(sorted(a.tested & b.tested))
     if not subjects:
         return RunPairing((), (), "no subject was tested in both")
     splits = _equal_splits(a, b)
     return RunPairing(splits, subjects, "" if len(splits) >= ENOUGH else _few_splits(a, b, len(splits)))
-
-
-def tested(run: RunData) -> set[str]:
-    """All subjects of the test sets."""
-    return {subject for split in run.splits for subject in split.test}
 
 
 def _equal_splits(a: RunData, b: RunData) -> tuple[tuple[int, int], ...]:
@@ -82,27 +77,17 @@ def _people(split: Split) -> tuple[frozenset[str], ...]:
 def _other_people(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     if all(a.get(field) == b.get(field) for field in WHOSE):
         return ""
-    return f"A is about {_data_set(a)}, B about {_data_set(b)}: subjects of the same name are other people"
-
-
-def _data_set(data: Mapping[str, Any]) -> str:
-    fields = ", ".join(str(data[field]) for field in WHOSE[1:] if data.get(field) is not None)
-    return f"{data['type']}({fields})"
+    fields = [", ".join(str(data[field]) for field in WHOSE[1:] if data.get(field) is not None) for data in (a, b)]
+    sets = f"A is about {a['type']}({fields[0]}), B about {b['type']}({fields[1]})"
+    return f"{sets}: subjects of the same name are other people"
 
 
 def _few_splits(a: RunData, b: RunData, num_equal: int) -> str:
-    everyone_a, everyone_b = ({s for split in run.splits for s in _everyone(split)} for run in (a, b))
-    people = (
-        ""
-        if everyone_a == everyone_b
-        else f"; {len(everyone_a)} people took part in A, {len(everyone_b)} in B, {len(everyone_a & everyone_b)} in both"
-    )
+    people, both = "", len(a.subjects & b.subjects)
+    if a.subjects != b.subjects:
+        people = f"; {len(a.subjects)} people took part in A, {len(b.subjects)} in B, {both} in both"
     which = "only one split" if num_equal else "no split"
     return f"{which} of A has the same people in training, validation and test as one of B{people}"
-
-
-def _everyone(split: Split) -> tuple[str, ...]:
-    return (*split.train, *split.validation, *split.test)
 
 
 # Fields of a study that change no result, or are compared elsewhere.
@@ -194,11 +179,9 @@ class _Scored:
     scores: ScoreTables
     undefined: Mapping[str, tuple[int, int]]
 
-    def names(self) -> list[str]:
-        return [candidate.name for candidate in self.data.candidates]
-
-    def recipe(self, name: str) -> Mapping[str, Any]:
-        return next(candidate.recipe for candidate in self.data.candidates if candidate.name == name)
+    @property
+    def recipes(self) -> dict[str, Mapping[str, Any]]:
+        return {candidate.name: candidate.recipe for candidate in self.data.candidates}
 
     def table(self, name: str, subjects: Sequence[str], splits: Sequence[int]) -> ScoreTable:
         """Scores [subject x split] in the order asked, NaN where there is none."""
@@ -253,8 +236,8 @@ def compare(
         same_seeds=_seeds(runs[0]) == _seeds(runs[1]) and all(i == j for i, j in pairing.splits),
         pairing=pairing,
         contrasts=tuple(replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)),
-        only_a=tuple(name for name in a.names() if name not in b.names()),
-        only_b=tuple(name for name in b.names() if name not in a.names()),
+        only_a=tuple(name for name in a.recipes if name not in b.recipes),
+        only_b=tuple(name for name in b.recipes if name not in a.recipes),
         other_trials=other,
     )
 
@@ -286,7 +269,7 @@ def _party(run: _Scored) -> Party:
         study=data.study["name"],
         objective=data.study["objective"],
         num_splits=len(data.splits),
-        num_tested=len(tested(data)),
+        num_tested=len(data.tested),
         planned=len(data.candidates) * len(data.splits),
         finished=len(data.finished),
         spacing_mm=data.spacing_mm,
@@ -299,13 +282,13 @@ def _named(both: Both, candidates: tuple[str | None, str | None]) -> dict[tuple[
     if both[0].data.folder.resolve() == both[1].data.folder.resolve() and name_a == name_b:
         raise UserError(
             f"{both[0].called}: compared with itself; name two of its candidates with --candidate-a and --candidate-b: "
-            f"{', '.join(both[0].names())}"
+            f"{', '.join(both[0].recipes)}"
         )
     if name_a is None or name_b is None:
         return {}
     for name, run in ((name_a, both[0]), (name_b, both[1])):
-        if name not in run.names():
-            raise UserError(f"{run.called}: has no candidate {name!r}; there are {', '.join(run.names())}")
+        if name not in run.recipes:
+            raise UserError(f"{run.called}: has no candidate {name!r}; there are {', '.join(run.recipes)}")
         if name not in run.scores.tables:
             raise UserError(f"{run.called}: no fit of {name} has finished, so there is nothing to compare")
     return {(name_a, name_b): False}
@@ -313,7 +296,7 @@ def _named(both: Both, candidates: tuple[str | None, str | None]) -> dict[tuple[
 
 def _matched(both: Both, pairing: RunPairing, left_out: Sequence[str]) -> dict[tuple[str, str], bool]:
     """Candidates of the same name with scores in both runs, and the winners: {(name in A, in B): are they the winners?}."""
-    common = [name for name in both[0].names() if all(name in run.scores.tables for run in both)]
+    common = [name for name in both[0].recipes if all(name in run.scores.tables for run in both)]
     pairs = {(name, name): False for name in common if name not in left_out}
     if not pairs and not pairing.subjects:
         raise UserError(
@@ -336,7 +319,7 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     (a, name_a), (b, name_b) = zip(both, pair, strict=True)
     splits_a, splits_b = [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
     table = b.table(name_b, pairing.subjects, splits_b) - a.table(name_a, pairing.subjects, splits_a)
-    recipes = a.recipe(name_a), b.recipe(name_b)
+    recipes = a.recipes[name_a], b.recipes[name_b]
     contrast = CandidateContrast(
         a=a.side(name_a),
         b=b.side(name_b),
@@ -347,17 +330,14 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     )
     means = np.array([column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()])
     if len(means) >= ENOUGH:
-        corrected = corrected_t_test(means, _test_to_train(a.data, splits_a))
+        ratio = float(np.mean([len(s.test) / len(s.train) for s in a.data.splits if s.index in splits_a]))
+        corrected = corrected_t_test(means, ratio)
         return replace(contrast, wilcoxon=wilcoxon_test(means), corrected=corrected)
     over_subjects = subject_test(b.subject_means(name_b, pairing.subjects) - a.subject_means(name_a, pairing.subjects))
     if over_subjects.num_subjects:  # missing fits, too, may leave less than two splits
         return replace(contrast, paired_by="subject", test=over_subjects)
     apart = SubjectTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)
     return replace(contrast, paired_by="nothing", test=apart)
-
-
-def _test_to_train(run: RunData, splits: Sequence[int]) -> float:
-    return float(np.mean([len(s.test) / len(s.train) for s in run.splits if s.index in splits]))
 
 
 def _study_changes(a: RunData, b: RunData) -> Changed:

@@ -12,7 +12,7 @@ from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
 from softseg_dist.report.comparison import ENOUGH, CandidateContrast, RunComparison
 from softseg_dist.report.paired_tests import effect_in_words
 from softseg_dist.report.tables import plain
-from softseg_dist.words import count, dimensions, listed, metric_title, number, verdict
+from softseg_dist.words import SHOWN, count, dimensions, listed, metric_title, number, verdict
 
 
 def comparison_json(comparison: RunComparison) -> dict[str, Any]:
@@ -97,9 +97,8 @@ def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
         return f"{b} has the same scores as {a} on {metric_of(comparison)}; {sample(contrast)}."
     if math.isnan(test.p):
         return f"{b} differs from {a} by {number(test.mean, signed=True)} in {metric_of(comparison)}; not tested: {test.note}."
-    shown = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}
     return (
-        f"{b} {shown[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)} "
+        f"{b} {SHOWN[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)} "
         f"(difference {effect_in_words(test, contrast.p_holm, 'Holm-corrected p')}; {sample(contrast)})."
     )
 

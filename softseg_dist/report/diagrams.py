@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from softseg_dist.report.breakdown import Raters
 from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, WORSE, new_figure, panels
 from softseg_dist.report.measures import SIZES, Agreement, LesionRate, ReliabilityTable
-from softseg_dist.report.search_tables import Pareto, Point
+from softseg_dist.report.search_tables import Pareto
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, number
 
@@ -135,14 +135,11 @@ def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:
         axis.plot([p.first for p in front], [p.second for p in front], "o-", color=BETTER, markersize=6, linewidth=1)
         for point in (p for p in pareto.points if p.name == summary.reference):
             axis.plot(point.first, point.second, "s", color=INK, markerfacecolor="none", markersize=10)
-        for point in _named(pareto, summary.reference):
-            axis.annotate(point.name, (point.first, point.second), (4, 5), textcoords="offset points", fontsize=7.5)
+        for i, point in enumerate(pareto.points):
+            if (point.front and i < MOST_LABELLED) or point.name == summary.reference:
+                axis.annotate(point.name, (point.first, point.second), (4, 5), textcoords="offset points", fontsize=7.5)
         axis.set_xlabel(f"{summary.objective_title} ({direction(summary.sign)})")
         axis.set_ylabel(f"{pareto.title} ({direction(pareto.sign)})")
         axis.margins(0.12)
         axis.grid()
     return figure
-
-
-def _named(pareto: Pareto, reference: str) -> list[Point]:
-    return [p for i, p in enumerate(pareto.points) if (p.front and i < MOST_LABELLED) or p.name == reference]

@@ -68,8 +68,7 @@ class Factorial:
 
     def difference(self, scores: ScoreTables, cell: Cell, place: int, level: str, base: str) -> ScoreTable:
         """`level` minus `base` at `place`, in the cell that is `cell` otherwise."""
-        one, other = ((*cell[:place], value, *cell[place + 1 :]) for value in (level, base))
-        return scores.difference(self.cells[one], self.cells[other])
+        return scores.difference(self.cells[_at(cell, place, level)], self.cells[_at(cell, place, base)])
 
 
 def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -> Factorial | None:

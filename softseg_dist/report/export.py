@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
-from softseg_dist.report.ranking import RULES, Standing
+from softseg_dist.report.ranking import RULES
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.words import interval, number, p_value
 
@@ -35,9 +35,21 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "training": summary.training,
         "splits": summary.splits,
         "recipes": [{"name": name} | fields for name, fields in summary.varying.items()],
-        "threshold_curves": list(_curves(summary)),
-        "reliability": list(_bins(summary)),
-        "volumes": list(_pairs(summary)),
+        "threshold_curves": _long(
+            ({"name": name}, {"threshold": summary.curve_thresholds, "dice": dice}) for name, dice in summary.curves.items()
+        ),
+        "reliability": _long(
+            ({"name": t.name}, {"edge": t.edges, "voxels": t.voxels, "predicted": t.predicted, "observed": t.observed})
+            for t in measures.reliability.values()
+        ),
+        "volumes": _long(
+            (
+                {"name": one.name, "class": one.class_name},
+                {"subject": one.subjects, "true_mm3": one.true_mm3, "predicted_mm3": one.predicted_mm3},
+            )
+            for of_classes in measures.agreements.values()
+            for one in of_classes
+        ),
         "repeatability": [one for of_classes in measures.repeatability.values() for one in of_classes],
         "lesions": list(measures.lesions.values()),
         "surfaces": list(measures.surfaces.values()),
@@ -60,7 +72,10 @@ def latex(summary: Summary) -> str:
     cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in RULES]
     ranking = _tabular(
         ["", "candidate", title, "95 % interval", "sd", *cuts],
-        [_ranked(standing) for standing in summary.ranking],
+        [
+            [str(s.rank or "–"), s.name, number(s.mean), interval(s.low, s.high), number(s.sd), *(number(s.dice[r]) for r in RULES)]
+            for s in summary.ranking
+        ],
         f"Candidates by {title} on test: mean, 95 % interval of the crossed random-effects model, sd of the means of the "
         f"splits, and Dice at three thresholds. {n}.",
         "ranking",
@@ -77,36 +92,14 @@ def latex(summary: Summary) -> str:
     return f"{ranking}\n{tests}"
 
 
-def _ranked(s: Standing) -> list[str]:
-    score = number(s.mean), interval(s.low, s.high), number(s.sd)
-    return [str(s.rank or "–"), s.name, *score, *(number(s.dice[rule]) for rule in RULES)]
-
-
 def _tested(c: Comparison) -> list[str]:
     size = number(c.crossed.mean, signed=True), interval(c.crossed.low, c.crossed.high, signed=True)
     return [c.candidate, *size, *map(p_value, (c.crossed.p, c.p_holm, c.wilcoxon.p)), str(c.crossed.num_pairs)]
 
 
-def _curves(summary: Summary) -> Iterator[dict[str, Any]]:
-    for name, dice in summary.curves.items():
-        pairs = zip(summary.curve_thresholds, dice, strict=True)
-        yield from ({"name": name, "threshold": tau, "dice": value} for tau, value in pairs)
-
-
-def _bins(summary: Summary) -> Iterator[dict[str, Any]]:
-    for name, table in summary.measures.reliability.items():
-        columns = zip(table.edges, table.voxels, table.predicted, table.observed, strict=True)
-        names = ("edge", "voxels", "predicted", "observed")
-        yield from ({"name": name} | dict(zip(names, row, strict=True)) for row in columns)
-
-
-def _pairs(summary: Summary) -> Iterator[dict[str, Any]]:
-    for of_classes in summary.measures.agreements.values():
-        for one in of_classes:
-            about = {"name": one.name, "class": one.class_name}
-            columns = zip(one.subjects, one.true_mm3, one.predicted_mm3, strict=True)
-            names = ("subject", "true_mm3", "predicted_mm3")
-            yield from (about | dict(zip(names, row, strict=True)) for row in columns)
+def _long(parts: Iterable[tuple[dict[str, str], dict[str, Sequence[Any]]]]) -> list[dict[str, Any]]:
+    """A row per entry of the columns of each part, which all begin with what the part is about."""
+    return [about | dict(zip(columns, row, strict=True)) for about, columns in parts for row in zip(*columns.values(), strict=True)]
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from softseg_dist.report.effects import Effect
-from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, WORSE, colours_of, new_figure, panels
+from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, WORSE, new_figure, panels
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, interval, number, p_value, verdict
@@ -123,7 +124,8 @@ def _pairs(axis: Axes, label: str, reference: Mapping[int, float], candidate: Ma
 def curve_figure(summary: Summary) -> Figure:
     """Mean Dice on test against the threshold; on each curve a mark at each rule's mean threshold."""
     names = [name for name in shown(summary) if name in summary.curves]
-    colours = colours_of(names, summary.reference)
+    colours = dict(zip((name for name in names if name != summary.reference), itertools.cycle(COLOURS), strict=False))
+    colours[summary.reference] = QUIET
     standings = {s.name: s for s in summary.ranking}
     with new_figure(8.6, max(3.4, 0.2 * len(names) + 1.2)) as figure:
         axis = figure.subplots()
@@ -148,17 +150,15 @@ def curve_figure(summary: Summary) -> Figure:
 
 def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.DataFrame]) -> Figure | None:
     """Small multiples of the objective on validation by epoch, one thin line per split; None without any history."""
-    by_name: dict[str, list[pd.DataFrame]] = {}
-    for (name, _), history in histories.items():
-        if summary.objective in history and name in shown(summary):
-            by_name.setdefault(name, []).append(history)
-    names = [name for name in shown(summary) if name in by_name]
+    known = {key: history for key, history in histories.items() if summary.objective in history}
+    fitted = {name for name, _ in known}
+    names = [name for name in shown(summary) if name in fitted]
     if not names:
         return None
     columns = min(4, len(names))
     with new_figure(2.3 * columns, 1.65 * math.ceil(len(names) / columns) + 0.3) as figure:
         for axis, name in zip(panels(figure, len(names), columns, sharex=True), names, strict=True):
-            for history in by_name[name]:
+            for history in [history for (candidate, _), history in known.items() if candidate == name]:
                 axis.plot(history["epoch"], history[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
             axis.set_title(name, fontsize=8, color=INK)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from softseg_dist.numerics.statistics import CrossedTest
 from softseg_dist.report.effects import Effect, Interaction
 from softseg_dist.report.paired_tests import Comparison, effect_in_words
+from softseg_dist.report.ranking import Standing
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import (
     ALPHA,
+    SHOWN,
     count,
     dimensions,
     interval_clause,
@@ -131,10 +134,9 @@ def _against_control(summary: Summary) -> str:
     better = [c for c in summary.comparisons if _verdict(c, summary) == "better"]
     num_worse = sum(_verdict(c, summary) == "worse" for c in summary.comparisons)
     best = (better or summary.comparisons)[0]
-    control, found = f"the control {summary.reference} on {_metric(summary)}", f"{size_of(best)}; {_sample(best)}"
+    control, found = f"the control {summary.reference} on {_metric(summary)}", f"{size_of(best)}; {_sample(best.crossed)}"
     if len(summary.comparisons) == 1:
-        shown = {"better": "is better than", "worse": "is worse than", "not shown": "was not shown to differ from"}
-        return f"{best.candidate} {shown[_verdict(best, summary)]} {control} (difference {found})."
+        return f"{best.candidate} {SHOWN[_verdict(best, summary)]} {control} (difference {found})."
     if better:
         share = f"{len(better)} of the {len(summary.comparisons)} other candidates"
         verb = "are" if len(better) > 1 else "is"
@@ -152,12 +154,12 @@ def _metric(summary: Summary) -> str:
     return metric_title(summary.objective_title, summary.sign)
 
 
-def _sample(comparison: Comparison) -> str:
-    test = comparison.crossed
-    return f"{count(test.num_subjects, 'tested subject')}, {count(test.num_splits, 'split')}"
+def _sample(scored: CrossedTest | Standing) -> str:
+    return f"{count(scored.num_subjects, 'tested subject')}, {count(scored.num_splits, 'split')}"
 
 
 def _without_control(summary: Summary) -> str:
+    best = summary.winner
     why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
     tied = [c.candidate for c in summary.comparisons if _verdict(c, summary) == "not shown"]
     rest = (
@@ -165,10 +167,9 @@ def _without_control(summary: Summary) -> str:
         if tied
         else "all others were shown to be worse"
     )
-    sample = f"{count(summary.winner.num_subjects, 'tested subject')}, {count(summary.winner.num_splits, 'split')}"
     return (
-        f"{why}, so candidates are only ranked: {summary.winner.name} has the best mean {summary.objective_title} "
-        f"({number(summary.winner.mean)}, {interval_clause(summary.winner.low, summary.winner.high)}; {sample}); {rest}."
+        f"{why}, so candidates are only ranked: {best.name} has the best mean {summary.objective_title} "
+        f"({number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)}); {rest}."
     )
 
 
@@ -200,8 +201,7 @@ def _completeness(summary: Summary) -> list[str]:
             f"Given up after a few splits, as worse than the best on these: {len(raced)} of {len(summary.ranking)} candidates "
             f"({count(saved, 'fit')} saved). They are ranked and tested on the splits that they have."
         )
-    unscored = [s.name for s in summary.ranking if s.rank is None]
-    if unscored:
+    if unscored := [s.name for s in summary.ranking if s.rank is None]:
         found.append(f"Without any score, and so left out of all comparisons: {', '.join(unscored)}.")
     return found
 
@@ -244,18 +244,16 @@ def _selection(summary: Summary) -> list[str]:
 
 def _training(summary: Summary) -> list[str]:
     found = []
-    slow = [t for t in summary.training if t.not_converged]
-    if slow:
-        parts = ", ".join(f"{t.name} {t.not_converged} of {t.finished}" for t in slow[:6])
-        more = f" and {count(len(slow) - 6, 'more candidate')}" if len(slow) > 6 else ""
+    if slow := [t for t in summary.training if t.not_converged]:
+        parts = listed([f"{t.name} {t.not_converged} of {t.finished}" for t in slow], 6)
         found.append(
-            "Not converged (best epoch in the last 5 % of the budget, so that more epochs might have changed the result): "
-            f"{parts}{more}."
+            f"Not converged (best epoch in the last 5 % of the budget, so that more epochs might have changed the result): {parts}."
         )
-    dead = [t for t in summary.training if t.dead_share is not None and t.dead_share > ALPHA]
+    dead = [f"{t.name} {percent(t.dead_share)}" for t in summary.training if t.dead_share is not None and t.dead_share > ALPHA]
     if dead:
-        parts = ", ".join(f"{t.name} {percent(t.dead_share)}" for t in dead)
-        found.append(f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {parts}.")
+        found.append(
+            f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {', '.join(dead)}."
+        )
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
         found.append(

@@ -138,10 +138,8 @@ def compute_of(run: RunData) -> Compute:
 
 def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
     """One entry per tuned candidate, in the order of the study; trials without a finished fit have no score."""
-    by_name: dict[str, list[Trial]] = {}
-    for trial in run.trials:
-        by_name.setdefault(trial.candidate, []).append(trial)
-    return tuple(_tuned(c, by_name[c.name], sign) for c in run.candidates if c.name in by_name)
+    trials = ((c, [trial for trial in run.trials if trial.candidate == c.name]) for c in run.candidates)
+    return tuple(_tuned(candidate, of_one, sign) for candidate, of_one in trials if of_one)
 
 
 def _tuned(candidate: RecordedCandidate, trials: Sequence[Trial], sign: int) -> Tuned:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -42,20 +42,21 @@ LOOK = {"better": (BETTER, "o", BETTER), "worse": (WORSE, "s", WORSE), "not show
 
 def png(figure: Figure) -> bytes:
     """The figure at 160 dots per inch."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return _written(figure, "png", metadata={"Software": None}, dpi=160)
 
 
 def data_uri(figure: Figure, vector: bool = True) -> str:
     """The figure as the source of an <img>: SVG for lines and text, PNG for images."""
     if not vector:
         return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg", metadata={"Date": None})).decode()
+
+
+def _written(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        figure.savefig(buffer, format=kind, facecolor="white", **options)
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -77,9 +78,3 @@ def panels(figure: Figure, count: int, columns: int, *, sharex: bool = False) ->
     for axis in axes[count:]:
         axis.set_axis_off()
     return axes[:count]
-
-
-def colours_of(names: Iterable[str], reference: str) -> dict[str, str]:
-    """A colour per candidate, grey for the reference."""
-    others = [name for name in names if name != reference]
-    return {reference: QUIET} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}

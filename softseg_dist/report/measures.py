@@ -18,7 +18,7 @@ import pandas as pd
 from softseg_dist.numerics.repeatability import BlandAltman, Icc, WithinSubject, bland_altman, coefficient_of_variation, icc
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN
-from softseg_dist.report.breakdown import Raters, Site, by_site, raters_of
+from softseg_dist.report.breakdown import RULE, Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of, undefined
 from softseg_dist.training.task import FitResult
@@ -110,14 +110,15 @@ class Repeatability:
 def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
     """By candidate: one agreement for each class; {} if no volume was recorded."""
     means = _volumes(test, ["candidate", "class", "subject"])
-    found: dict[str, list[Agreement]] = {}
+    found: dict[str, tuple[Agreement, ...]] = {}
     for (name, class_name), part in means.groupby(["candidate", "class"], observed=True):
         subjects = part.index.get_level_values("subject").astype(str)
         true, predicted = (part[metric].to_numpy(np.float64) for metric in (TRUE, PREDICTED))
         pairs = tuple(true.tolist()), tuple(predicted.tolist())
         limits = bland_altman(predicted, true)
-        found.setdefault(str(name), []).append(Agreement(str(name), str(class_name), tuple(subjects), *pairs, limits))
-    return {name: tuple(of_classes) for name, of_classes in found.items()}
+        one = Agreement(str(name), str(class_name), tuple(subjects), *pairs, limits)
+        found[one.name] = (*found.get(one.name, ()), one)
+    return found
 
 
 def repeatability_of(test: pd.DataFrame) -> dict[str, tuple[Repeatability, ...]]:
@@ -153,7 +154,6 @@ def _sessions(volumes: pd.Series[float]) -> np.ndarray:
     return by_session.to_numpy(np.float64)
 
 
-RULE = "grid"  # the threshold that each fit chose on validation
 SIZES = {"lt20": "below 20 voxels", "20to100": "20 to 100 voxels", "gt100": "above 100 voxels", "": "all"}
 DRAWS = 1000
 
@@ -276,8 +276,7 @@ class UncertaintyMeans:
 def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[UncertaintyMeans, ...]]:
     """By method: one entry for every candidate it was measured for; {} if none was.
 
-    Args:
-        tables: rows on test. An ensemble over splits has a table of its own, in which its one split is -1.
+    `tables` have rows on test. An ensemble over splits has a table of its own, in which its one split is -1.
     """
     known = [(table, set(table["metric"].unique())) for table in tables if table is not None]
     found = {}

@@ -52,12 +52,9 @@ class Picture:
 
 
 def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()) -> Path:
-    """Write report/index.html and report/*.png into the run folder; returns the path of the page.
+    """Write report/index.html and report/*.png into the folder of a run, finished or not; returns the path of the page.
 
-    Args:
-        data: a run, finished or not.
-        summary: its numbers.
-        overlays: slices to look at, in the order shown: usually best, median and worst test case of the highest ranked.
+    `overlays` are slices to look at, in the order shown: usually best, median and worst test case of the highest ranked.
     """
     folder = data.folder / "report"
     folder.mkdir(exist_ok=True)

@@ -79,12 +79,8 @@ def comparisons_with(
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
-    Args:
-        ranked: names, from the highest ranked down.
-        reference: what they are compared with.
-        scores: of the objective.
-        ratio: test subjects over training subjects of a split.
-        study: JSON of the study; its name and seed are those of the bootstrap.
+    `scores` are of the objective, `ratio` is test over training subjects of a split; name and seed of the bootstrap are those
+    of the JSON of the `study`.
     """
     found = []
     for name in (name for name in ranked if name != reference):

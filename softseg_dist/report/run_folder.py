@@ -81,6 +81,16 @@ class RunData:
         return tuple((self.run.get("data") or {}).get("spacing_mm") or ())
 
     @property
+    def subjects(self) -> set[str]:
+        """All subjects of the splits."""
+        return {subject for split in self.splits for subject in (*split.train, *split.validation, *split.test)}
+
+    @property
+    def tested(self) -> set[str]:
+        """All subjects of the test sets."""
+        return {subject for split in self.splits for subject in split.test}
+
+    @property
     def finished(self) -> tuple[FitResult, ...]:
         """The fits that have a score."""
         return tuple(fit for fit in self.fits if fit.state == "finished")
@@ -114,7 +124,7 @@ def load_run(folder: Path) -> RunData:
     if not finished:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
-    histories = {(fit.candidate, fit.split): _history(_fit_folder(folder, fit)) for fit in fits}
+    histories = {(fit.candidate, fit.split): _history(folder / "fits" / fit.key) for fit in fits}
     return RunData(
         folder=folder,
         study=study,
@@ -124,7 +134,10 @@ def load_run(folder: Path) -> RunData:
         fits=fits,
         results=_results(folder, finished, tuning),
         histories={key: history for key, history in histories.items() if not history.empty},
-        trials=tuple(_trial(record, ended) for record in tuning.values()),
+        trials=tuple(
+            Trial(name, name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
+            for name, record in tuning.items()
+        ),
         ensemble=_table(folder / "ensemble.parquet"),
         holdout=_table(folder / "holdout.parquet"),
         holdout_record=_record(HoldoutRecord, folder / "holdout.json", "held-out subjects", "restore it"),
@@ -156,10 +169,6 @@ def _record(kind: type[RecordKind], path: Path, what: str, remedy: str) -> Recor
         raise UserError(f"{path}: not the record of {what} (cut off?); {remedy}") from None
 
 
-def _fit_folder(folder: Path, fit: FitResult) -> Path:
-    return folder / "fits" / fit.candidate / f"{fit.split:03d}"
-
-
 def _candidates(
     folder: Path, study: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], fits: tuple[FitResult, ...]
 ) -> tuple[RecordedCandidate, ...]:
@@ -180,25 +189,18 @@ def _candidates(
     )
 
 
-def _trial(record: Mapping[str, Any], ended: Iterable[FitResult]) -> Trial:
-    name = record["name"]
-    fits = tuple(fit for fit in ended if fit.candidate == name)
-    return Trial(name, name.rpartition("~")[0], record.get("recipe") or {}, fits)
-
-
 def _table(path: Path) -> pd.DataFrame | None:
     return _compact(pd.read_parquet(path)) if path.exists() else None
 
 
 def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -> pd.DataFrame:
     """The collected table, and the fits' own rows where it does not hold them: a run collects when it ends."""
-    path, parts = folder / "results.parquet", []
-    if path.exists():
-        parts.append(_tested(path))
-    held = set() if not parts else set(parts[0].groupby(["candidate", "split"], observed=True).groups)
+    path = folder / "results.parquet"
+    parts = [_tested(path)] if path.exists() else []
+    held = {key for part in parts for key in part.groupby(["candidate", "split"], observed=True).groups}
     for fit in finished:
         if (fit.candidate, fit.split) not in held:
-            part = cases_path(_fit_folder(folder, fit))
+            part = cases_path(folder / "fits" / fit.key)
             if not part.exists():
                 raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
             parts.append(_tested(part))

@@ -104,7 +104,9 @@ def importances(candidates: Sequence[RecordedCandidate], scores: ScoreTables, re
 def _importance(parameter: str, settings: Sequence[Any], values: npt.NDArray[np.float64]) -> Importance:
     ranks = stats.rankdata(values)
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in settings)
-    groups = _tertiles(settings) if numbers and len(set(settings)) > NUM_GROUPS else list(map(_text, settings))
+    groups = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in settings]
+    if numbers and len(set(settings)) > NUM_GROUPS:
+        groups = _tertiles(settings)
     parts = {group: ranks[[g == group for g in groups]] for group in dict.fromkeys(groups)}
     k, n = len(parts), len(ranks)
     if k < 2 or n <= k or np.ptp(values) == 0:
@@ -123,10 +125,6 @@ def _tertiles(settings: Sequence[float]) -> list[str]:
     third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers, side="left")
     ranges = {t: f"{numbers[third == t].min():.3g} to {numbers[third == t].max():.3g}" for t in set(third.tolist())}
     return [ranges[t] for t in third.tolist()]
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, metric: str, reference: str) -> Pareto:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
-from softseg_dist.report.run_folder import RecordedCandidate, RunData
+from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import dice_curves, soft_scores
 from softseg_dist.report.search_tables import Searched, searched_of
 
@@ -109,8 +109,9 @@ def summarise(run: RunData) -> Summary:
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]
     design = factorial_of(run.candidates, control)
-    training = tuple(training_of(run, candidate) for candidate in _in_order(run, ranking))
-    everyone = {subject for split in run.splits for subject in (*split.train, *split.validation, *split.test)}
+    by_name = {candidate.name: candidate for candidate in run.candidates}
+    training = tuple(training_of(run, by_name[standing.name]) for standing in ranking)
+    everyone = run.subjects
     ratio = float(np.mean([s.test / s.train for s in sizes]))
     return Summary(
         name=run.study["name"],
@@ -135,7 +136,7 @@ def summarise(run: RunData) -> Summary:
         searched=searched_of(run, test, scores, reference),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
         training=training,
-        failures={f"{fit.candidate}/{fit.split:03d}": fit.reason for fit in run.fits if fit.state == "failed"},
+        failures={fit.key: fit.reason for fit in run.fits if fit.state == "failed"},
         notes={candidate.name: candidate.note for candidate in run.candidates if candidate.note},
         compute=compute_of(run),
         curve_thresholds=CURVE,
@@ -145,11 +146,6 @@ def summarise(run: RunData) -> Summary:
         varying=varying_fields(run.candidates),
         learning_rates=learning_rates(run.candidates),
     )
-
-
-def _in_order(run: RunData, ranking: Sequence[Standing]) -> list[RecordedCandidate]:
-    by_name = {candidate.name: candidate for candidate in run.candidates}
-    return [by_name[standing.name] for standing in ranking]
 
 
 def plain(value: Any) -> Any:
