@@ -40,6 +40,10 @@ def test_csv_files_hold_every_number_of_the_ranking_and_the_tests(folder: Path, 
     assert set(tables) >= {"reliability", "volumes", "lesions", "surfaces", "sites", "raters", "uncertainty", "recipes"}
     assert len(tables["reliability"]) == 4 * 10
     assert len(tables["volumes"]) == 4 * summary.num_tested
+    assert list(tables["threshold_curves"]["dice"]) == pytest.approx([d for dice in summary.curves.values() for d in dice])
+    agreements = [one for of_classes in summary.measures.agreements.values() for one in of_classes]
+    assert list(tables["volumes"]["subject"].map("{:03d}".format)) == [subject for one in agreements for subject in one.subjects]
+    assert list(tables["volumes"]["true_mm3"]) == pytest.approx([volume for one in agreements for volume in one.true_mm3])
 
 
 def test_what_does_not_exist_is_an_empty_field(tmp_path: Path):
