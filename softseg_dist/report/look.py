@@ -16,8 +16,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Layout = Literal["constrained", "compressed"]
-
 INK, QUIET, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 BETTER, WORSE, UNSHOWN = "#0072B2", "#D55E00", "#7a7a7a"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -60,7 +58,7 @@ def _written(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 @contextmanager
-def new_figure(width: float, height: float, layout: Layout = "constrained") -> Iterator[Figure]:
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Iterator[Figure]:
     """An empty figure of `width` x `height` inches in our style.
 
     Its layout is solved once, when the block ends, and not again for every file that the figure is written to.

@@ -158,6 +158,7 @@ def test_without_common_splits_subjects_are_paired(first: Path, second: Path, nu
     assert (only.test.t, only.test.p) == pytest.approx((expected.statistic, expected.pvalue))
     assert (only.wilcoxon, only.corrected) == (None, None)
     assert said in pairing_sentence(found)
+    assert "took part" not in pairing_sentence(found), "the same people take part in both"
     assert any("ignores the variation between training runs" in text for text in caveats(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -219,6 +220,13 @@ def test_a_winner_of_a_search_comes_with_its_caveat(tmp_path: Path):
     assert len(shown(summary)) == MOST + 1
     assert CONTROL in shown(summary)
     assert len(summary.effects) == 3  # of the factorial that the study file holds
+
+
+def test_of_many_candidates_that_did_not_converge_some_are_named_and_all_counted(summary: Summary):
+    slow = replace(summary, training=tuple(replace(t, not_converged=2) for t in summary.training))
+    (text,) = (text for text in caveats(slow) if text.startswith("Not converged"))
+    names = [f"{t.name} 2 of 6" for t in summary.training]
+    assert text.endswith(f": {', '.join(names[:6])} and {len(names) - 6} more.")
 
 
 def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
