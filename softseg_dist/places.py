@@ -129,13 +129,13 @@ class Place:
     def pull(self, to: Path) -> None:
         """Copy the file to `to` on this machine, whole or not at all. Raises FileNotFoundError if it is not there."""
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file, self._named("read"), self._files.open_input_stream(self._root) as stream:
-                shutil.copyfileobj(stream, file, CHUNK_BYTES)
-            partial.replace(to)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            _replacing(to) as partial,
+            partial.open("wb") as file,
+            self._named("read"),
+            self._files.open_input_stream(self._root) as stream,
+        ):
+            shutil.copyfileobj(stream, file, CHUNK_BYTES)
 
     def push(self, source: Path) -> None:
         """Copy the file `source` of this machine here."""
@@ -182,15 +182,22 @@ def _with_patience(uri: str) -> str:
 def _write_durably(path: Path, content: bytes) -> None:
     """Write beside the place, force it to the disk, rename: after a crash the file is there whole, or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with _replacing(path) as partial, partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:  # writing, unlike opening, does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that becomes `path` at the end of the block; nothing is left behind if the block raises."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -209,16 +216,13 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises OSError with the errno ENOSPC or EDQUOT and the name of the file if the disk is full, whatever `write` makes of that.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(partial)
-        partial.replace(path)
+        with _replacing(path) as partial:
+            write(partial)
     except Exception as error:
         if (full := _full(error, path)) is not None:
             raise OSError(full, os.strerror(full), str(path)) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _full(error: Exception, path: Path) -> int | None:

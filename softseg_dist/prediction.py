@@ -24,7 +24,7 @@ import torch
 from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement, Preprocess
-from softseg_dist.data.volume import Volume, image_of, is_image, volume_of, write_volume
+from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
@@ -144,13 +144,11 @@ def predict_images(
         center_masks: one per image if the model's crop is centred on a mask, else none.
         binary: a rule of the card's thresholds, or a number: masks {map > threshold} are written too, as uint8
             `<stem>_label-<class>_mask.nii.gz`.
-        candidate: candidate of a run folder whose model is used; None: the winner.
         ensemble: the map is the mean over all finished fits of the model's candidate, from the run folder around it.
         uncertainty: the map's entropy in bits is written too, as float32 `<stem>_label-<class>_entropy.nii.gz`: of an ensemble
             that of its mean, else that of the mean of several maps by one model (see `method_of`).
         samples: number of maps; None: the default of the method.
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        trust: execute the study file that the model carries, if its network is defined there.
+        candidate, device, trust: see `load_model`.
 
     Raises UserError, before anything is written, if the model cannot be used, an argument or a header does not fit it, or
     two maps would have one name. A later error is the `error` of its image.
@@ -164,7 +162,10 @@ def predict_images(
     for case in cases:
         case.check_headers()
     source = _source(_load(folder, card, trust).on(_device(device)), folder, card, ensemble, uncertainty, samples)
-    _make(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror or error}; give another --out") from error
     return (_predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True))
 
 
@@ -205,7 +206,7 @@ def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequ
     for paths in images:
         _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz")
     masks = _center_masks(card.preprocess, [paths[0] for paths in images], center_masks)
-    return [ImageCase(_stem(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
+    return [ImageCase(stem_of(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
 
 
 def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:
@@ -244,12 +245,12 @@ def _threshold(card: ModelCard, binary: str) -> float:
 
 
 def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | None, uncertainty: bool) -> Prediction:
-    def files(kind: str, wanted: bool) -> dict[str, Path]:
-        names = {name: f"{case.name}_label-{NOT_IN_A_NAME.sub('-', name)}_{kind}.nii.gz" for name in card.classes}
-        return {name: out / file for name, file in names.items()} if wanted else {}
-
-    masks, entropies = files("mask", threshold is not None), files("entropy", uncertainty)
-    return Prediction(case.images[0], files("softseg", True), masks, entropies)
+    stems = {name: f"{case.name}_label-{NOT_IN_A_NAME.sub('-', name)}" for name in card.classes}
+    kinds = {"softseg": True, "mask": threshold is not None, "entropy": uncertainty}
+    maps, masks, entropies = (
+        {name: out / f"{stem}_{kind}.nii.gz" for name, stem in stems.items() if wanted} for kind, wanted in kinds.items()
+    )
+    return Prediction(case.images[0], maps, masks, entropies)
 
 
 def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
@@ -296,14 +297,3 @@ def _device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: there is no GPU that this torch can use; use device auto or cpu")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; give another --out") from error
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")

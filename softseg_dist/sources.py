@@ -56,7 +56,10 @@ class Sources:
             file = waiting.pop()
             if file not in texts:
                 bare = not (folder / file).exists()  # a package whose folder has no __init__.py
-                texts[file] = "" if bare else _text_of(folder / file)
+                try:
+                    texts[file] = "" if bare else (folder / file).read_text(encoding="utf-8")
+                except (UnicodeDecodeError, OSError) as error:
+                    raise UserError(f"{folder / file}: cannot be read as a Python file: {error}") from None
                 waiting += _imported_files(folder, file, texts[file])
         if root is None and (clash := [file for file in texts if file != name and module_name(file) == path.stem]):
             raise UserError(f"{path} and {clash[0]} beside it have one name, and one imports the other; rename one of them")
@@ -169,13 +172,6 @@ def module_name(file: str) -> str:
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a Python file: {error}") from None
-
-
 def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
     """The files of `folder` that the text of one of them imports, anywhere in it."""
     try:
@@ -245,7 +241,7 @@ def _parsed(text: str, file: str) -> _Module:
     except (SyntaxError, ValueError):  # in a helper whose import may fail
         return _Module({}, {}, ())
     statements: dict[str, list[ast.stmt]] = {}
-    kept = [statement for statement in tree.body if not _is_main_block(statement)]
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")]
     for statement in kept:
         for name, part in _bound(statement):
             statements.setdefault(name, []).append(part)
@@ -311,10 +307,6 @@ def _touched(statement: ast.stmt) -> set[str] | None:
         elif isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
             found.append(ast.Expr(node.value))
     return {chain[0] for node in found for chain in _uses(node)} if found else None
-
-
-def _is_main_block(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def _uses(statement: ast.AST) -> set[Chain]:

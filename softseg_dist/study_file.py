@@ -167,7 +167,8 @@ def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = F
             sys.modules.pop(name, None)
         try:
             if study:
-                _TEXTS.run(study)
+                module = sys.modules[study] = ModuleType(study)  # its name is not one that can be imported
+                _TEXTS.exec_module(module)
             else:
                 for name in files:
                     importlib.import_module(name)
@@ -210,11 +211,6 @@ class _Texts(MetaPathFinder, Loader):
             return None
         text = self.known[name]
         return spec_from_loader(name, self, origin=text.shown, is_package=text.file.endswith("__init__.py"))
-
-    def run(self, name: str) -> None:
-        """Run a study file, whose name in sys.modules is not one that can be imported."""
-        module = sys.modules[name] = ModuleType(name)
-        self.exec_module(module)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the text of a module."""

@@ -370,17 +370,12 @@ def main() -> None:
     """The command `softseg`."""
     try:
         app()
-    except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        if (message := no_room(error) or out_of_reach(error)) is None:
+    except (UserError, OSError) as error:
+        message = str(error) if isinstance(error, UserError) else no_room(error) or out_of_reach(error)
+        if message is None:
             raise
-        _fail(message)
-
-
-def _fail(message: str) -> NoReturn:
-    say("error", message)
-    sys.exit(2)
+        say("error", message)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

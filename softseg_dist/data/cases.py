@@ -195,11 +195,8 @@ class VolumeCase(ImageCase):
             if difference := self.volumes[0].geometry.difference(volume.geometry):
                 raise UserError(f"all channels and the mask of {name} must lie on one grid, got {difference}")
 
-    def load(self) -> CaseData:
-        """See `Case.load`: no raters, as of any `ImageCase`."""
-        image, geometry = np.stack([volume.data for volume in self.volumes]), self.volumes[0].geometry
-        raters = np.zeros((0, 0, *image.shape[1:]), dtype=np.float32)
-        return CaseData(image, raters, None, geometry.canonical_affine, geometry)
+    def _read_images(self) -> tuple[Float32, Geometry]:
+        return np.stack([volume.data for volume in self.volumes]), self.volumes[0].geometry
 
     def mask(self, part: str) -> Float32:
         """See `Case.mask`: the mask given, or its voxels of the value that `part` names after a colon."""

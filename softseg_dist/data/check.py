@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
 from softseg_dist.words import dimensions
@@ -34,14 +35,7 @@ class Problem:
     detail: str
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What is compared between cases."""
-
-    name: str
-    orientation: str
-    spacing_mm: tuple[float, float, float]
-    size: tuple[int, ...]
+Seen = tuple[str, Geometry, tuple[int, ...]]  # what is compared between cases: name, grid of the image, size of an item
 
 
 def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
@@ -51,7 +45,7 @@ def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
     the crop, raters that hardly overlap, an orientation or voxel size unlike the others', a person at two sites.
     """
     problems: list[Problem] = []
-    seen: list[_Seen] = []
+    seen: list[Seen] = []
     for case in cases:
         if lacks := case.missing():
             problems += [Problem(case.name, "error", "incomplete", sentence) for sentence in lacks]
@@ -64,8 +58,7 @@ def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
             continue
         problems += _labels(case, data)
         problems += _crop(case, data, sample)
-        geometry = data.geometry
-        seen.append(_Seen(case.name, geometry.orientation, geometry.spacing_mm, sample.image.shape[2:]))
+        seen.append((case.name, data.geometry, sample.image.shape[2:]))
     return [*problems, *_between(seen), *_people(cases)]
 
 
@@ -93,34 +86,30 @@ def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
     """How much of what is labelled lies outside the crop: compared by extent, so that interpolation does not count."""
     labelled = data.raters.max(axis=(0, 1), initial=0)
     total = float(labelled.sum(dtype=np.float64))
-    window = tuple(_window(axis.kept, axis.num_resampled, axis.num_in) for axis in sample.placement.axes)
+    axes = sample.placement.axes
+    window = tuple(slice(*(round(edge / axis.num_resampled * axis.num_in) for edge in axis.kept)) for axis in axes)
     inside = float(labelled[window].sum(dtype=np.float64))
     if total > 0 and (lost := 1 - inside / total) > LOST:
         yield Problem(case.name, "warning", "label outside the crop", f"{lost:.1%} of the labelled voxels are cut off")
 
 
-def _window(kept: tuple[int, int], num_resampled: int, num_in: int) -> slice:
-    begin, end = (round(edge / num_resampled * num_in) for edge in kept)
-    return slice(begin, end)
-
-
-def _between(seen: Sequence[_Seen]) -> Iterator[Problem]:
+def _between(seen: Sequence[Seen]) -> Iterator[Problem]:
     if not seen:
         return
-    usual, count = Counter(one.orientation for one in seen).most_common(1)[0]
-    for one in seen:
-        if one.orientation != usual:
-            detail = f"{one.orientation}, while {count} of {len(seen)} cases are {usual}; it is turned when read"
-            yield Problem(one.name, "warning", "orientation", detail)
-    median = np.median([one.spacing_mm for one in seen], axis=0)
-    for one in seen:
-        ratio = np.maximum(one.spacing_mm / median, median / one.spacing_mm)
+    usual, count = Counter(grid.orientation for _, grid, _ in seen).most_common(1)[0]
+    for name, grid, _ in seen:
+        if grid.orientation != usual:
+            detail = f"{grid.orientation}, while {count} of {len(seen)} cases are {usual}; it is turned when read"
+            yield Problem(name, "warning", "orientation", detail)
+    median = np.median([grid.spacing_mm for _, grid, _ in seen], axis=0)
+    for name, grid, _ in seen:
+        ratio = np.maximum(grid.spacing_mm / median, median / grid.spacing_mm)
         if ratio.max() > SPACING_OUTLIER:
-            detail = f"{dimensions(one.spacing_mm)} mm, the median is {dimensions(median.tolist())} mm"
-            yield Problem(one.name, "warning", "resolution", detail)
+            detail = f"{dimensions(grid.spacing_mm)} mm, the median is {dimensions(median.tolist())} mm"
+            yield Problem(name, "warning", "resolution", detail)
     sizes: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for one in seen:
-        sizes[one.size].append(one.name)
+    for name, _, size in seen:
+        sizes[size].append(name)
     if len(sizes) > 1:
         detail = "; ".join(f"{dimensions(size)}: {names[0]} and {len(names) - 1} more" for size, names in sizes.items())
         yield Problem("", "error", "sizes differ", f"{detail}; set crop=... of Preprocess")

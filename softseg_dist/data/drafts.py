@@ -35,10 +35,6 @@ class Draft:
         os.fsync(self.file.fileno())
         self.path.replace(path)
 
-    def discard(self) -> None:
-        """Remove what was written."""
-        remove_draft(self.path)
-
 
 @contextmanager
 def new_draft(folder: Path, name: str) -> Iterator[Draft]:
@@ -54,7 +50,7 @@ def new_draft(folder: Path, name: str) -> Iterator[Draft]:
             finally:
                 with suppress(FileNotFoundError):
                     if not draft.path.stat().st_size:
-                        draft.discard()
+                        remove_draft(draft.path)
     finally:
         unheld.unlink(missing_ok=True)
 

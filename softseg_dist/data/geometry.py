@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -98,16 +97,6 @@ class Geometry:
         if apart > SAME_GRID_TOLERANCE * min(self.spacing_mm):
             return f"affines put one corner {apart:.3g} mm apart (voxel {dimensions(self.spacing_mm)} mm)"
         return ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"shape": list(self.shape), "affine": self.affine.tolist()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Geometry:
-        """The inverse of `to_dict`."""
-        x, y, z = (int(n) for n in fields["shape"])
-        return cls((x, y, z), np.asarray(fields["affine"], dtype=np.float64).reshape(4, 4))
 
 
 def spacing_of(affine: Affine4) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from typing import Any, Self
 from pydantic import field_validator, model_validator
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile
+from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
@@ -103,7 +104,10 @@ class Bids(DataSet):
         images_in, masks_in = _by_folder(images), _by_folder(masks)
         cases = [self._case(root, anchor, images_in[anchor.folder], masks_in.get(anchor.folder, ()), sites) for anchor in anchors]
         self._check_parts(root, cases, masks)
-        _check_names(cases)
+        by_name: dict[str, LabelledCase] = {}
+        for case in cases:
+            if (other := by_name.setdefault(case.name, case)) is not case:
+                raise UserError(f"two images make the case {case.name}: {case.images[0]} and {other.images[0]}")
         return tuple(sorted(cases, key=lambda case: case.name))
 
     def _root(self, data_root: Path | None) -> Path:
@@ -153,7 +157,7 @@ class Bids(DataSet):
         """A part that no case has is a mistake of the study file, not of the data."""
         for label, part in self.labels.items():
             if not any(label in by_class for case in cases for by_class in case.labels.values()):
-                image_words = {word for case in cases for path in case.images for word in _stem(path).split("_")}
+                image_words = {word for case in cases for path in case.images for word in stem_of(path).split("_")}
                 parts = {"_".join(w for w in mask.stem.split("_") if w not in image_words) for mask in masks}
                 raise UserError(
                     f"class {label}: no mask in {root}/derivatives/{self.derivatives} has the part {part!r}; "
@@ -235,7 +239,7 @@ def _rater(rest: frozenset[str], words: Sequence[str]) -> str | None:
 def _names(root: Path, folders: Iterable[Path]) -> list[_Name]:
     paths = (path for folder in sorted(folders) for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES))
     return [
-        _Name(path, path.parent.relative_to(root).as_posix(), stem := _stem(path), _words(stem))
+        _Name(path, path.parent.relative_to(root).as_posix(), stem := stem_of(path), _words(stem))
         for path in paths
         if not path.name.startswith(".")
     ]
@@ -246,10 +250,6 @@ def _by_folder(names: Iterable[_Name]) -> dict[str, list[_Name]]:
     for name in names:
         grouped[name.folder].append(name)
     return grouped
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -267,11 +267,3 @@ def _sites(root: Path, column: str) -> dict[str, str]:
         return {}
     sites = {row[titles["participant_id"]]: (row[titles[column.lower()]] or "").strip() for row in rows}
     return {subject: "" if site.lower() in ("n/a", "nan") else site for subject, site in sites.items()}
-
-
-def _check_names(cases: Sequence[LabelledCase]) -> None:
-    seen: dict[str, LabelledCase] = {}
-    for case in cases:
-        if case.name in seen:
-            raise UserError(f"two images make the case {case.name}: {case.images[0]} and {seen[case.name].images[0]}")
-        seen[case.name] = case

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from softseg_dist.data.cases import Case, CaseData, DataSet
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Affine4, Float32, Float64, Geometry, Shape3
+from softseg_dist.data.geometry import Float32, Float64, Geometry, Shape3
 from softseg_dist.errors import UserError
 
 Vector3 = tuple[float, float, float]
@@ -55,13 +55,6 @@ class Wobble:
         return self.bias_mm + self.sd_mm * math.sqrt(2 / len(self.phases)) * waves
 
 
-class Body(Protocol):
-    """A shape in space."""
-
-    def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
-        """[P 3] -> [P]"""
-
-
 @dataclass(frozen=True, eq=False)
 class Ellipsoid:
     """A lesion."""
@@ -70,7 +63,7 @@ class Ellipsoid:
     half_axes_mm: Vector3
 
     def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
-        """See `Body.inside`. The direction of a wobble is that from the centre, plus the centre: lesions differ."""
+        """[P 3] -> [P]. The direction of a wobble is that from the centre, plus the centre: lesions differ."""
         scaled = (points - self.center_mm) / self.half_axes_mm
         distance = np.linalg.norm(scaled, axis=1)
         inside = distance < 1
@@ -98,7 +91,7 @@ class Column:
     sines: Float64  # b_0 (unused), b_1, ...
 
     def inside(self, points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
-        """See `Body.inside`."""
+        """[P 3] -> [P]"""
         z = points[:, 2]
         scale = 1 + self.taper * z / self.height_mm
         u, v = (
@@ -115,6 +108,9 @@ class Column:
             directions = np.stack([turn.real, turn.imag, 2 * z / self.height_mm], axis=1)
             radius += wobble(directions) / math.sqrt(math.prod(self.half_axes_mm))
         return distance < radius
+
+
+Body = Ellipsoid | Column
 
 
 def partial_volume(
@@ -262,7 +258,9 @@ class PhantomCase(Case):
             masks.append((share >= 0.5).astype(np.float32))
         around = partial_volume(surround, grid, phantom.spacing_mm, RATER_POINTS) if surround else None
         image = self._image(truth, around)
-        geometry = Geometry(grid, _affine(grid, phantom.spacing_mm))
+        affine = np.diag([*phantom.spacing_mm, 1.0])
+        affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(grid, phantom.spacing_mm, strict=True)]  # the middle at the origin
+        geometry = Geometry(grid, affine)
         return CaseData(image[None], np.stack(masks)[:, None], truth[None], geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
@@ -347,10 +345,3 @@ def _slow_field(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArr
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     terms = np.stack([x, y, z, x * y, x * x - 0.5, y * y - 0.5])
     return np.tensordot(generator.normal(0, 0.5, len(terms)), terms, 1)
-
-
-def _affine(grid: Shape3, spacing_mm: Vector3) -> Affine4:
-    """The middle of the grid at the origin."""
-    affine = np.diag([*spacing_mm, 1.0])
-    affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(grid, spacing_mm, strict=True)]
-    return affine

@@ -38,21 +38,16 @@ class Placement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "geometry": self.geometry.to_dict(),
-            "axes": [asdict(axis) for axis in self.axes],
-            "slices": None if self.slices is None else list(self.slices),
-        }
+        geometry = {"shape": self.geometry.shape, "affine": self.geometry.affine.tolist()}
+        return {"geometry": geometry, "axes": [asdict(axis) for axis in self.axes], "slices": self.slices}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Placement:
         """The inverse of `to_dict`."""
-        slices = fields["slices"]
-        return cls(
-            Geometry.from_dict(fields["geometry"]),
-            tuple(Axis(**axis) for axis in fields["axes"]),
-            None if slices is None else tuple(slices),
-        )
+        x, y, z = fields["geometry"]["shape"]
+        geometry = Geometry((x, y, z), np.asarray(fields["geometry"]["affine"], dtype=np.float64))
+        slices = None if fields["slices"] is None else tuple(fields["slices"])
+        return cls(geometry, tuple(Axis(**axis) for axis in fields["axes"]), slices)
 
 
 @dataclass(frozen=True, eq=False)

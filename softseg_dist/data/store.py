@@ -38,6 +38,7 @@ from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
 from softseg_dist.words import dimensions
 
 KEY = b"softseg"
+PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32()}
 SCHEMA = pa.schema([pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()])
 MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arrow columnar format, IPC file format)
@@ -57,22 +58,9 @@ class CaseRecord:
 
     def sample(self) -> Sample:
         """As read-only views of the file. Raises ValueError or ArrowException if the file is damaged there."""
-        image, raters, nearest, truth = (self._view(column) for column in COLUMNS)
-        assert image is not None, "every case is written with its image"
-        assert raters is not None, "every case is written with its raters"
-        return Sample(
-            name=self.about["name"],
-            subject=self.about["subject"],
-            site=self.about["site"],
-            rater_names=tuple(self.about["rater_names"]),
-            image=image,
-            raters=raters,
-            nearest=nearest,
-            truth=truth,
-            spacing_mm=tuple(self.about["spacing_mm"]),
-            voxel_mm3=self.about["voxel_mm3"],
-            placement=Placement.from_dict(self.about["placement"]),
-        )
+        fields = {name: self.about[name] for name in PLAIN} | {column: self._view(column) for column in COLUMNS}
+        fields |= {name: tuple(self.about[name]) for name in ("rater_names", "spacing_mm")}  # lists in JSON
+        return Sample(**fields, placement=Placement.from_dict(self.about["placement"]))
 
     def is_intact(self) -> bool:
         """Whether its numbers are those that were written; reads them all."""
@@ -92,7 +80,7 @@ class CaseRecord:
 
 def record_of(sample: Sample, identity: str) -> CaseRecord:
     """The record of a sample, which shares its memory; `identity` says what the sample was made from."""
-    arrays = {"image": sample.image, "raters": sample.raters, "nearest": sample.nearest, "truth": sample.truth}
+    arrays = {column: getattr(sample, column) for column in COLUMNS}
     num_items = len(sample.image)
     columns = []
     for column, array in arrays.items():
@@ -103,15 +91,9 @@ def record_of(sample: Sample, identity: str) -> CaseRecord:
         flat = np.ascontiguousarray(array).reshape(-1)
         offsets = np.arange(num_items + 1, dtype=np.int64) * (flat.size // num_items)
         columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat), type=kind))
-    about = {
-        "name": sample.name,
-        "subject": sample.subject,
-        "site": sample.site,
-        "rater_names": sample.rater_names,
+    about = {name: getattr(sample, name) for name in PLAIN} | {
         "num_items": num_items,
         "shapes": {column: None if array is None else array.shape for column, array in arrays.items()},
-        "spacing_mm": sample.spacing_mm,
-        "voxel_mm3": sample.voxel_mm3,
         "placement": sample.placement.to_dict(),
         "identity": identity,
         "digest": digest_of(sample),
@@ -270,7 +252,7 @@ class Store:
     file.
     """
 
-    def __init__(self, path: Path, source: pa.MemoryMappedFile, reader: pa.RecordBatchFileReader) -> None:
+    def __init__(self, path: Path, reader: pa.RecordBatchFileReader) -> None:
         about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
             raise UserError(f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again")
@@ -282,7 +264,6 @@ class Store:
         self.size: tuple[int, ...] = tuple(about["size"])
         self.data: dict[str, Any] = about["data"]
         self.preprocess = Preprocess.model_validate(about["preprocess"])
-        self._source = source
         self._reader = reader
         self._reading = threading.Lock()  # threads share the reader
         self._samples: dict[int, Sample] = {}
@@ -305,8 +286,7 @@ class Store:
         if not path.is_file():
             raise UserError(f"there is no store {path}; run `softseg prepare` first")
         try:
-            source = pa.memory_map(str(path))
-            store = cls(path, source, pa.ipc.open_file(source))
+            store = cls(path, pa.ipc.open_file(pa.memory_map(str(path))))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise

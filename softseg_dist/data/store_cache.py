@@ -24,9 +24,9 @@ def local_store(where: str | Path) -> Path:
         return place.path
     path = cached_path(place)
     with hold(path.with_suffix(".lock"), wait=True):
-        if _stamp(path) == _checked(path):
-            return path
-        return _fetch(place, path)
+        note = path.with_suffix(".checked")
+        is_checked = path.exists() and note.exists() and note.read_text() == _stamp(path)
+        return path if is_checked else _fetch(place, path)
 
 
 def shared_store(
@@ -68,17 +68,12 @@ def _fetch(place: Place, path: Path) -> Path:
         except UserError as error:
             path.unlink()
             damage = error
-            continue
-        path.with_suffix(".checked").write_text(_stamp(path))
-        return path
+        else:
+            path.with_suffix(".checked").write_text(_stamp(path))
+            return path
     raise UserError(f"the store {place} is damaged; delete it to prepare it again") from damage
 
 
 def _stamp(path: Path) -> str:
     """Size and time of a file: a copy that was checked is checked again only if they differ."""
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.exists() else "none"
-
-
-def _checked(path: Path) -> str:
-    note = path.with_suffix(".checked")
-    return note.read_text() if note.exists() else ""
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"

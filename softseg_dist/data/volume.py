@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-import secrets
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import SAME_GRID_TOLERANCE, Affine4, Geometry, Shape3, spacing_of, worst_corner_mm
 from softseg_dist.errors import UserError
+from softseg_dist.places import replace_file
 from softseg_dist.words import dimensions
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
@@ -115,6 +114,11 @@ def volume_of(image: Any, affine: Affine4 | None = None, name: str = "image") ->
     return _finite(geometry.to_canonical(values.reshape(x, y, z)), geometry, name)
 
 
+def stem_of(path: Path) -> str:
+    """The name of a NIfTI file without its suffix."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
 def is_image(thing: object) -> bool:
     """Whether `thing` is a nibabel image with a place in space."""
     return isinstance(thing, nib.spatialimages.SpatialImage)
@@ -140,16 +144,11 @@ def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geom
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
     stored = np.ascontiguousarray(geometry.from_canonical(data))
     image = _image(stored, geometry) if like is None else _image_like(stored, _raw_header(like))
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    draft = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image, draft)
-        draft.replace(path)
+        replace_file(path, lambda partial: nib.save(image, partial))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
@@ -186,13 +185,16 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
 def _read_header(path: Path) -> _Header:
     raw = _raw_header(path)
     shape = _shape(raw, path)
-    dtype = _dtype(raw, path)
+    code = int(raw["datatype"])
+    if code not in DTYPES:
+        raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
     if math.prod(shape) > MAX_VOXELS:
         raise UserError(f"{path} declares {dimensions(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
     offset = float(raw["vox_offset"])
     if not (math.isfinite(offset) and len(raw.binaryblock) <= offset <= MAX_SKIP):
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
     slope, intercept = _scaling(raw, path)
+    dtype = np.dtype(raw.endianness + DTYPES[code])
     header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)
     on_disk, needed = path.stat().st_size, int(offset) + header.num_bytes
     if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
@@ -210,13 +212,6 @@ def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
         raise UserError(f"images must have 3 dimensions, got {dimensions(used)} in {path}; split it into volumes")
     x, y, z = (*used, 1, 1)[:3]
     return x, y, z
-
-
-def _dtype(raw: nib.Nifti1Header, path: Path) -> np.dtype[np.generic]:
-    code = int(raw["datatype"])
-    if code not in DTYPES:
-        raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
-    return np.dtype(raw.endianness + DTYPES[code])
 
 
 def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:
