@@ -27,7 +27,8 @@ from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.spool import SPOOL
 from softseg_dist.report.comparison import RunComparison, compare
-from softseg_dist.report.page import outer_json, summary_json, summary_latex, write_csv, write_outer_page, write_page
+from softseg_dist.report.export import latex
+from softseg_dist.report.page import outer_json, summary_json, write_csv, write_outer_page, write_page
 from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import RunData, load_outer, load_run
 from softseg_dist.report.tables import Summary, summarise
@@ -230,7 +231,7 @@ def csv_of(run: str | Path) -> list[Path]:
 
 def latex_of(run: str | Path) -> str:
     """Ranking and tests of a run folder, as LaTeX tables."""
-    return summary_latex(_pulled(run).folder)
+    return latex(summarise(load_run(_pulled(run).folder)))
 
 
 def compare_runs(

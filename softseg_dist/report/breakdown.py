@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +73,8 @@ def by_site(scores: ScoreTables, site_of: Mapping[str, str], one: str, other: st
     return tuple(found)
 
 
-def raters_of(test: pd.DataFrame, fits: Iterable[FitResult], candidates: Sequence[str]) -> Raters | None:
+def raters_of(test: pd.DataFrame, fits: Sequence[FitResult], candidates: Sequence[str]) -> Raters | None:
     """None unless cases were measured against two raters or more."""
-    fits = tuple(fits)
     names = tuple(sorted(str(r) for r in test["reference"].unique() if r not in NO_RATER))
     if len(names) < 2:
         return None

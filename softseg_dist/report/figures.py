@@ -45,8 +45,7 @@ def forest_figure(summary: Summary) -> Figure:
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, title, entries, summary.sign)
             _forest_words(beside, entries, axis.get_ylim())
-        title = f"difference in {summary.objective_title} ({direction(summary.sign)}), with 95 % interval"
-        grid[-1, 0].set_xlabel(title)
+        grid[-1, 0].set_xlabel(f"difference in {summary.objective_title} ({direction(summary.sign)}), with 95 % interval")
     return figure
 
 

@@ -8,7 +8,7 @@ Intervals of pooled counts resample subjects. What no case has is left out: a me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,9 +184,8 @@ class Lesions:
     num_cases: int
 
 
-def lesions_of(test: pd.DataFrame, fits: Iterable[FitResult], seed: int) -> dict[str, Lesions]:
+def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult], seed: int) -> dict[str, Lesions]:
     """The pooled counts of every candidate that has them, by name; `seed` is that of the intervals."""
-    fits = tuple(fits)
     pairs = {size: _counts(size) for size in SIZES} | {"false": ("lesions_false", "lesions_predicted")}
     wanted = dict.fromkeys(metric for pair in pairs.values() for metric in pair)
     tables = {metric: rows_at_rule(test, fits, metric, RULE) for metric in wanted}
@@ -235,9 +234,8 @@ class Surfaces:
     values: int
 
 
-def surfaces_of(test: pd.DataFrame, fits: Iterable[FitResult]) -> dict[str, Surfaces]:
+def surfaces_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Surfaces]:
     """The means of every candidate that has them, by name."""
-    fits = tuple(fits)
     rows = {metric: rows_at_rule(test, fits, metric, RULE) for metric in METRICS}
     scores: dict[str, ScoreTables] = {metric: tables_of(part, test) for metric, part in rows.items()}
     counted = undefined(rows[METRICS[0]])

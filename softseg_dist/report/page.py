@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run: everything on it is inlined, so it can be mailed, archived and printed.
 
-`write_page` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json` and
-`summary_latex` give the same numbers for programs and for papers. `write_outer_page` and `outer_json` are those of a nested study.
+`write_page` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json`
+gives the same numbers for programs, `export.latex` for papers. `write_outer_page` and `outer_json` are those of a nested study.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from softseg_dist import words
 from softseg_dist.report.diagrams import agreement_figure, lesion_figure, pareto_figure, rater_figure, reliability_figure
-from softseg_dist.report.export import csv_tables, latex
+from softseg_dist.report.export import csv_tables
 from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
 from softseg_dist.report.findings import (
     METRICS,
@@ -109,11 +109,6 @@ def write_csv(run: Path) -> list[Path]:
     return [folder / f"{name}.csv" for name in tables]
 
 
-def summary_latex(run: Path) -> str:
-    """Ranking and tests as LaTeX tables. Raises UserError as `load_run`."""
-    return latex(summarise(load_run(run)))
-
-
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
     """Those that the run has data for, each with its text for readers who cannot see it."""
     title, measures, pareto = summary.objective_title, summary.measures, summary.searched.pareto
@@ -184,39 +179,36 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
     fields = list(dict.fromkeys(f for recipe in summary.varying.values() for f in recipe))
     others = (holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary))
     repeatability = summary.measures.repeatability
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            s=summary,
-            n=f"{words.count(summary.num_tested, 'tested subject')}, {words.count(len(summary.splits), 'split')}",
-            run=data.run,
-            info=data.run.get("data") or {},
-            sections=_sections(summary, pictures),
-            pictures=pictures,
-            folder=data.run.get("run") or data.folder,
-            answer=answer(summary),
-            answers=others,
-            metric=METRICS[summary.objective],
-            caveats=caveats(summary, data.spacing_mm),
-            shown=shown(summary),
-            few=len(shown(summary)) < len(summary.ranking),
-            most=MOST,
-            rules=RULES,
-            rule_names=RULE_NAMES,
-            to_best={rival.candidate: rival for rival in summary.rivals},
-            few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
-            repeated=[name for name in (REFERENCE, *shown(summary)) if name in repeatability],
-            repeatability_notes=sorted({o.icc.note for of in repeatability.values() for o in of if o.icc.note}),
-            sizes=SIZES,
-            methods=METHODS,
-            uncertainty_names=MEASURES,
-            recipe_fields=fields[:FEW_RECIPE_FIELDS],
-            recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
-            notes=_notes(summary),
-            left_out=left_out(summary),
-            origin=origin_of(data),
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        s=summary,
+        n=f"{words.count(summary.num_tested, 'tested subject')}, {words.count(len(summary.splits), 'split')}",
+        run=data.run,
+        info=data.run.get("data") or {},
+        sections=_sections(summary, pictures),
+        pictures=pictures,
+        folder=data.run.get("run") or data.folder,
+        answer=answer(summary),
+        answers=others,
+        metric=METRICS[summary.objective],
+        caveats=caveats(summary, data.spacing_mm),
+        shown=shown(summary),
+        few=len(shown(summary)) < len(summary.ranking),
+        most=MOST,
+        rules=RULES,
+        rule_names=RULE_NAMES,
+        to_best={rival.candidate: rival for rival in summary.rivals},
+        few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
+        repeated=[name for name in (REFERENCE, *shown(summary)) if name in repeatability],
+        repeatability_notes=sorted({o.icc.note for of in repeatability.values() for o in of if o.icc.note}),
+        sizes=SIZES,
+        methods=METHODS,
+        uncertainty_names=MEASURES,
+        recipe_fields=fields[:FEW_RECIPE_FIELDS],
+        recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
+        notes=_notes(summary),
+        left_out=left_out(summary),
+        origin=origin_of(data),
     )
 
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from softseg_dist.cli.main import app
 from softseg_dist.errors import UserError
-from softseg_dist.report.page import summary_latex, write_csv
+from softseg_dist.report.export import latex
+from softseg_dist.report.page import write_csv
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.words import p_value
@@ -53,8 +54,8 @@ def test_what_does_not_exist_is_an_empty_field(tmp_path: Path):
     assert "nan" not in (folder / "report" / "tests.csv").read_text().lower()
 
 
-def test_latex_needs_no_package_and_says_n(folder: Path, summary: Summary):
-    text = summary_latex(folder)
+def test_latex_needs_no_package_and_says_n(summary: Summary):
+    text = latex(summary)
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     assert "rule" not in text
@@ -69,13 +70,13 @@ def test_latex_needs_no_package_and_says_n(folder: Path, summary: Summary):
 
 def test_names_are_escaped_for_latex(tmp_path: Path):
     folder = write_run(tmp_path, candidates=["hard-sigmoid-dice"], proposed=["trial_1&2"], num_splits=2)
-    assert r"trial\_1\&2" in summary_latex(folder)
+    assert r"trial\_1\&2" in latex(summarise(load_run(folder)))
 
 
 def test_the_command_writes_csv_prints_latex_and_does_one_thing_at_a_time(folder: Path):
     written = CliRunner().invoke(app, ["report", str(folder), "--csv"]).output.split()
     assert str(folder / "report" / "ranking.csv") in written
     assert all(Path(path).is_file() for path in written)
-    assert CliRunner().invoke(app, ["report", str(folder), "--latex"]).output.strip() == summary_latex(folder).strip()
+    assert CliRunner().invoke(app, ["report", str(folder), "--latex"]).output.strip() == latex(summarise(load_run(folder))).strip()
     refused = CliRunner().invoke(app, ["report", str(folder), "--csv", "--json"])
     assert isinstance(refused.exception, UserError)
