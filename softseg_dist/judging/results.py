@@ -39,18 +39,8 @@ Row = dict[str, Any]
 
 def rows_of_case(measured: Iterable[Measurement], study: str, candidate: str, split: int, subset: str, sample: Sample) -> list[Row]:
     """Rows of the results table from the measurements of one case."""
-    head = {
-        "study": study,
-        "candidate": candidate,
-        "split": split,
-        "subset": subset,
-        "subject": sample.subject,
-        "case": sample.name,
-    }
-    return [
-        head | {"class": r.class_name, "reference": r.reference, "threshold": r.threshold, "metric": r.metric, "value": r.value}
-        for r in measured
-    ]
+    head = study, candidate, split, subset, sample.subject, sample.name
+    return [dict(zip(SCHEMA.names, (*head, *line), strict=True)) for line in measured]
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:

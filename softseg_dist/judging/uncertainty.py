@@ -23,6 +23,7 @@ from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece, n
 from softseg_dist.numerics.raters import energy_distance, entropy_disagreement_correlation, pairwise_dice
 
 CUT = 0.5  # a sample's object is where it is above this, as with the fixed threshold
+VOXEL_MEASURES = ("entropy", "expected_entropy", "mutual_information", "variance")
 Bits = npt.NDArray[np.uint8]  # [.. K bytes]: masks, eight voxels in a byte
 
 
@@ -138,10 +139,7 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
     near = neighbourhood(prediction, reference)
     masks = [near[:, k] for k in range(len(classes))]
     against_mean = {
-        "entropy": _inside(spread.entropy, near),
-        "expected_entropy": _inside(spread.expected_entropy, near),
-        "mutual_information": _inside(spread.mutual_information, near),
-        "variance": _inside(spread.variance, near),
+        **{name: _inside(getattr(spread, name), near) for name in VOXEL_MEASURES},
         "volume_cv": spread.volume_cv,
         "pairwise_dice": spread.pairwise_dice,
         "samples_iou": spread.samples_iou,

@@ -202,7 +202,9 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
     assert raters.shape[axis] == len(rater_names), f"{tuple(raters.shape)} along axis {axis} for raters {rater_names}"
     kind, _, name = check_fusion(fusion).partition(":")
     if kind == "rater":
-        return raters.select(axis, _index_of(name, rater_names))
+        if name not in rater_names:
+            raise UserError(f"fusion 'rater:{name}' names no rater of this case; its raters are {', '.join(rater_names)}")
+        return raters.select(axis, list(rater_names).index(name))
     if kind == "random_rater":
         assert draw is not None, "random_rater needs the seed of the sample"
         return raters.select(axis, rater_of(draw, len(rater_names)))
@@ -223,12 +225,6 @@ def _posterior(raters: Tensor, axis: int) -> Tensor:
     """STAPLE's posterior of every class, over all items together."""
     by_class = raters.movedim(axis, 0).unbind(axis + 1)
     return torch.stack([staple(decisions).posterior for decisions in by_class], dim=axis)
-
-
-def _index_of(name: str, rater_names: Sequence[str]) -> int:
-    if name not in rater_names:
-        raise UserError(f"fusion 'rater:{name}' names no rater of this case; its raters are {', '.join(rater_names)}")
-    return list(rater_names).index(name)
 
 
 def prepare_target(

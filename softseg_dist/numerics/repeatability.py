@@ -13,12 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from softseg_dist.numerics.statistics import LEVEL, NAN
-
-Table = npt.NDArray[np.float64]  # [subjects sessions], NaN where there was none
+from softseg_dist.numerics.statistics import LEVEL, NAN, ROUNDING, Table, constant
 
 LIMITS = 1.96  # standard deviations: 95 % of normal differences lie between the limits of agreement
-ROUNDING = 1e-12  # of float64, relative
 NO_ERROR = "the sessions of a subject do not vary about the model: without an error there is no interval"
 NOTHING_REPEATED = "no subject has two sessions: no measurement was repeated"
 
@@ -83,7 +80,7 @@ def icc(table: Table) -> Icc:
         return Icc(NAN, form, note="fewer than two subjects: the variation between subjects is unknown", **sizes)
     if x.size == len(kept):
         return Icc(NAN, form, note=NOTHING_REPEATED, **sizes)
-    if np.ptp(x) <= ROUNDING * np.abs(x).max():
+    if constant(x):
         return Icc(NAN, form, note="all measurements are equal: there is no variance to share", **sizes)
     value, low, high, note = _two_way(kept) if complete else _one_way(kept)
     return Icc(value, form, low, high, note=note, **sizes)

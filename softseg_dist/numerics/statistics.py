@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,26 +19,37 @@ from scipy import stats
 Table = npt.NDArray[np.float64]  # [a b], NaN where not tested
 NAN = float("nan")
 LEVEL = 0.95  # of all intervals
+ROUNDING = 1e-12  # of float64, relative
 ALL_EQUAL = "all differences are equal: there is no variance to test against"
 
 
 @dataclass(frozen=True)
-class CrossedTest:
-    """The result of `crossed_test`. `low` and `high` bound the 95 % interval of `mean`; variances are per component."""
-
+class _TTest:
     mean: float
     low: float = NAN
     high: float = NAN
     t: float = NAN
     df: float = NAN
     p: float = NAN
+    num_subjects: int = 0
+    note: str = ""
+
+    @classmethod
+    def of(cls, mean: float, error: float, df: float, **more: Any) -> Self:
+        """The two-sided test of a mean of 0, given its standard error."""
+        t, reach = mean / error, float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+        return cls(mean, mean - reach, mean + reach, t, df, float(2 * stats.t.sf(abs(t), df)), **more)
+
+
+@dataclass(frozen=True)
+class CrossedTest(_TTest):
+    """The result of `crossed_test`. `low` and `high` bound the 95 % interval of `mean`; variances are per component."""
+
     var_subject: float = NAN
     var_split: float = NAN
     var_error: float = NAN
-    num_subjects: int = 0
     num_splits: int = 0
     num_pairs: int = 0
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,17 +64,8 @@ class SplitTest:
 
 
 @dataclass(frozen=True)
-class SubjectTest:
+class SubjectTest(_TTest):
     """The result of `subject_test`. `low` and `high` bound the 95 % interval of `mean`."""
-
-    mean: float
-    low: float = NAN
-    high: float = NAN
-    t: float = NAN
-    df: float = NAN
-    p: float = NAN
-    num_subjects: int = 0
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,8 @@ def crossed_test(differences: Table) -> CrossedTest:
     by_subject = s * design.k3 / d.size + e / d.size / 2
     by_split = f * design.k4 / d.size + e / d.size / 2
     df = (by_subject + by_split) ** 2 / (by_subject**2 / (design.a - 1) + by_split**2 / (design.b - 1))
-    error = math.sqrt(by_subject + by_split)
-    t, reach = mean / error, float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
-    p = float(2 * stats.t.sf(abs(t), df))
-    return CrossedTest(mean, mean - reach, mean + reach, t, df, p, s, f, e, **sizes, note=design.merged)
+    variances = {"var_subject": s, "var_split": f, "var_error": e}
+    return CrossedTest.of(mean, math.sqrt(by_subject + by_split), df, **variances, **sizes, note=MERGED[design.once, design.alone])
 
 
 class _Design(NamedTuple):
@@ -124,32 +124,22 @@ class _Design(NamedTuple):
     num: int  # pairs
     k3: float
     k4: float
+    once: bool  # each subject was tested once
+    alone: bool  # each split tested one subject
 
     @classmethod
     def of(cls, tested: npt.NDArray[np.bool_]) -> _Design:
-        n_i, m_j, num = tested.sum(axis=1), tested.sum(axis=0), int(tested.sum())
-        k3, k4 = (float((counts**2).sum()) / max(num, 1) for counts in (n_i, m_j))
-        return cls(tested, len(n_i), len(m_j), num, k3, k4)
+        (a, b), num = tested.shape, int(tested.sum())
+        k3, k4 = (float((tested.sum(axis=axis) ** 2).sum()) / max(num, 1) for axis in (1, 0))
+        return cls(tested, a, b, num, k3, k4, num == a, num == b)
 
-    @property
-    def once(self) -> bool:
-        """Each subject was tested once."""
-        return self.num == self.a
 
-    @property
-    def alone(self) -> bool:
-        """Each split tested one subject."""
-        return self.num == self.b
-
-    @property
-    def merged(self) -> str:
-        if self.once and self.alone:
-            return "one subject per split and one split per subject: equal to the one-sample t-test"
-        if self.once:
-            return "each subject was tested once: the error is part of the variation between subjects"
-        if self.alone:
-            return "each split tested one subject: the error is part of the variation between splits"
-        return ""
+MERGED = {  # by `once` and `alone`
+    (True, True): "one subject per split and one split per subject: equal to the one-sample t-test",
+    (True, False): "each subject was tested once: the error is part of the variation between subjects",
+    (False, True): "each split tested one subject: the error is part of the variation between splits",
+    (False, False): "",
+}
 
 
 def _why_untestable(d: npt.NDArray[np.float64], design: _Design) -> str:
@@ -159,12 +149,12 @@ def _why_untestable(d: npt.NDArray[np.float64], design: _Design) -> str:
         return "only one subject: the variation between subjects is unknown"
     if design.b == 1:
         return "only one split: the variation between training runs is unknown"
-    return ALL_EQUAL if _constant(d) else ""
+    return ALL_EQUAL if constant(d) else ""
 
 
-def _constant(d: npt.NDArray[np.float64]) -> bool:
-    """Equal up to the rounding of float64."""
-    return bool(np.ptp(d) <= 1e-12 * np.abs(d).max())
+def constant(d: npt.NDArray[np.float64]) -> bool:
+    """True if all values are equal up to the rounding of float64."""
+    return bool(np.ptp(d) <= ROUNDING * np.abs(d).max())
 
 
 def _components(x: Table, design: _Design) -> tuple[float, float, float]:
@@ -229,7 +219,7 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
     mean = float(d.mean()) if d.size else NAN
     if d.size < 2:
         return SplitTest(mean, num_splits=d.size, note="fewer than two splits: the variation between splits is unknown")
-    if _constant(d):
+    if constant(d):
         return SplitTest(mean, num_splits=d.size, note=ALL_EQUAL)
     t = mean / math.sqrt((1 / d.size + test_to_train) * float(d.var(ddof=1)))
     return SplitTest(mean, t, float(2 * stats.t.sf(abs(t), d.size - 1)), d.size)
@@ -253,11 +243,9 @@ def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
     mean = float(d.mean()) if d.size else NAN
     if d.size < 2:
         return SubjectTest(mean, num_subjects=d.size, note="fewer than two subjects: the variation is unknown")
-    if _constant(d):
+    if constant(d):
         return SubjectTest(mean, num_subjects=d.size, note=ALL_EQUAL)
-    df, error = d.size - 1.0, math.sqrt(float(d.var(ddof=1)) / d.size)
-    t, reach = mean / error, float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
-    return SubjectTest(mean, mean - reach, mean + reach, t, df, float(2 * stats.t.sf(abs(t), df)), d.size)
+    return SubjectTest.of(mean, math.sqrt(float(d.var(ddof=1)) / d.size), d.size - 1.0, num_subjects=d.size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -115,7 +115,9 @@ class RunningFit:
 
     def run(self) -> None:
         """Train to the last epoch, or until the objective has not risen for `patience` epochs."""
-        while self.progress.epoch < self.optim.epochs and not self._out_of_patience():
+        now = self.progress
+        patience = math.inf if self.optim.patience is None else self.optim.patience
+        while now.epoch < self.optim.epochs and now.epoch - now.best_epoch < patience:
             self._train_epoch()
             self._close_epoch()
 
@@ -193,10 +195,6 @@ class RunningFit:
                 history.write(json.dumps(row) + "\n")
             self.worker.report({name: float(value) for name, value in row.items()})
 
-    def _out_of_patience(self) -> bool:
-        now = self.progress
-        return self.optim.patience is not None and now.epoch - now.best_epoch >= self.optim.patience
-
     def _checkpoint(self) -> None:
         self.progress.elapsed_s += time.monotonic() - self.started
         self.started = time.monotonic()
@@ -213,12 +211,9 @@ class RunningFit:
             self.stepper.load(state["optimizer"])
             self.progress = FitProgress(**state["progress"])
             self.resumed_epoch = self.progress.epoch
-        if self.worker.leads:
-            self._tidy()
-
-    def _tidy(self) -> None:
-        """Leave in the folder what belongs to the epochs that are done, and nothing of another fit."""
-        history = history_path(self.task.folder)
+        if not self.worker.leads:
+            return
+        history = history_path(self.task.folder)  # keeps the epochs that are done; nothing of another fit stays
         if self.resumed_epoch is None:
             for stale in (history, weights_path(self.task.folder), cases_path(self.task.folder)):
                 stale.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,21 +27,16 @@ MOST_BYTES = 2**31 - 1  # as large as they can be: no block goes back by itself
 @contextmanager
 def kept_heap() -> Iterator[None]:
     """Keep freed memory while the block runs, and return it at the end. After the first call large blocks are in the heap."""
-    libc = _libc()
-    if libc is None:
+    if platform.libc_ver()[0] != "glibc":
         yield
         return
+    libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_THRESHOLD, MOST_BYTES)
     libc.mallopt(TRIM_THRESHOLD, MOST_BYTES)
     try:
         yield
     finally:
         libc.malloc_trim(0)
-
-
-@lru_cache(maxsize=1)
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 class HostStepper(Stepper):

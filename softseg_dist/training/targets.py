@@ -49,15 +49,9 @@ def labelled_voxels(store: Store, case: int, item: int) -> tuple[NDArray[np.int3
 
     Whatever the fusion and the label mode: every candidate sees the same patches.
     """
-    found = map(np.flatnonzero, store.sample(case).raters[item].any(axis=0))
-    return tuple(_some(voxels).astype(np.int32) for voxels in found)
-
-
-def _some(voxels: NDArray[np.integer]) -> NDArray[np.integer]:
-    """A random choice, always the same; every n-th voxel would be in few planes."""
-    if len(voxels) <= MOST_VOXELS:
-        return voxels
-    return np.random.default_rng(0).choice(voxels, MOST_VOXELS, replace=False)
+    found = [np.flatnonzero(labelled).astype(np.int32) for labelled in store.sample(case).raters[item].any(axis=0)]
+    # A random choice, always the same, as every n-th voxel would be in few planes.
+    return tuple(v if len(v) <= MOST_VOXELS else np.random.default_rng(0).choice(v, MOST_VOXELS, replace=False) for v in found)
 
 
 def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tensor:

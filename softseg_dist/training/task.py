@@ -98,10 +98,6 @@ T = TypeVar("T")
 EpochReport = Callable[[dict[str, float]], None]
 
 
-def _ignore(metrics: dict[str, float]) -> None:
-    """The default report: none."""
-
-
 @dataclass(frozen=True)
 class Worker:
     """One process of a fit: its device, its rank among the others, where it reports, and how it is stopped.
@@ -113,7 +109,7 @@ class Worker:
     """
 
     device: str = "cpu"
-    report: EpochReport = field(default=_ignore)
+    report: EpochReport = field(default=lambda metrics: None)
     stop: Callable[[], bool] = field(default=lambda: False)
     saved: Callable[[], None] = field(default=lambda: None)
     rank: int = 0
@@ -155,31 +151,13 @@ class Interrupted(Exception):
     """The fit was stopped on request; its checkpoint is written and the next call resumes from there."""
 
 
-def history_path(folder: str | Path) -> Path:
-    """One JSON line per finished epoch."""
-    return Path(folder) / "history.jsonl"
+def _in_folder(name: str) -> Callable[[str | Path], Path]:
+    return lambda folder: Path(folder) / name
 
 
-def result_path(folder: str | Path) -> Path:
-    """The result of a fit that has ended, beside what it is the result of; makes a fit that is run again free."""
-    return Path(folder) / "result.json"
-
-
-def checkpoint_path(folder: str | Path) -> Path:
-    """The state of a fit that has not ended; removed when it has."""
-    return Path(folder) / "checkpoint.pt"
-
-
-def weights_path(folder: str | Path) -> Path:
-    """The weights of the best epoch."""
-    return Path(folder) / "best.safetensors"
-
-
-def cases_path(folder: str | Path) -> Path:
-    """The fit's rows of the results table."""
-    return Path(folder) / "cases.parquet"
-
-
-def holdout_path(folder: str | Path) -> Path:
-    """The fit's rows about held-out subjects; only the driver writes them, when the search is complete."""
-    return Path(folder) / "holdout.parquet"
+history_path = _in_folder("history.jsonl")  # one JSON line per finished epoch
+result_path = _in_folder("result.json")  # of a fit that has ended, beside its identity; makes a fit that is run again free
+checkpoint_path = _in_folder("checkpoint.pt")  # the state of a fit that has not ended; removed when it has
+weights_path = _in_folder("best.safetensors")  # of the best epoch
+cases_path = _in_folder("cases.parquet")  # the fit's rows of the results table
+holdout_path = _in_folder("holdout.parquet")  # its rows about held-out subjects; written by the driver when the search is complete

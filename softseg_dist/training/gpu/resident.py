@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,19 +29,6 @@ MOST_KEPT = 4  # tensors: images and targets of two stores, or images of one and
 
 _kept: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 _keeping = threading.Lock()
-
-
-class Source(Protocol):
-    """Gives a device the items of a batch."""
-
-    def fields(self, rows: int) -> Fields:
-        """Inputs of a batch of so many rows."""
-
-    def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
-        """Write the inputs of the items `members` as `epoch` sees them."""
-
-    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Images [R C *W] and targets [R K *W] on the device."""
 
 
 def source_of(batches: Batches, device: torch.device) -> tuple[Source, tuple[str, ...]]:
@@ -119,6 +105,10 @@ class Streamed:
     def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What has arrived."""
         return inputs["image"], inputs["target"]
+
+
+Source = Resident | Streamed
+"""Gives a device the items of a batch: `read` returns images [R C *W] and targets [R K *W] on it."""
 
 
 @dataclass(frozen=True)
