@@ -30,8 +30,8 @@ from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.export import latex
 from softseg_dist.report.page import outer_json, summary_json, write_csv, write_outer_page, write_page
 from softseg_dist.report.pictures import choose_overlays
-from softseg_dist.report.run_folder import RunData, load_outer, load_run
-from softseg_dist.report.tables import Summary, summarise
+from softseg_dist.report.run_folder import load_outer, load_run
+from softseg_dist.report.tables import summarise
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
@@ -139,18 +139,8 @@ def run_prepared(
         copy.push("mlflow_run", "run.json")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
-        context = RunContext(
-            study=study,
-            splits=splits,
-            prepared=prepared,
-            ledger=ledger,
-            copy=copy,
-            resources=resources,
-            backend=backend_of(options),
-            progress=progress,
-            tracker=tracker,
-            sources=file.sources,
-        )
+        backend = backend_of(options)
+        context = RunContext(study, splits, prepared, ledger, copy, resources, backend, progress, tracker, file.sources)
         return _run(context, tracker, options.final_model)
 
 
@@ -163,10 +153,12 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
             outcome = run_search(context)
             status = "KILLED" if outcome.interrupted else "FINISHED"
             if _collect(copy):
-                winner = _ranked(copy)[1].winner.name
+                winner = summarise(load_run(copy.folder)).winner.name
                 open_holdout(context, winner, outcome)
                 measure_ensembles(context, winner, outcome)
-                page = _publish(copy, tracker)
+                page = _page(copy)
+                for path in sorted(page.parent.iterdir()):
+                    tracker.artifact(path, "report")
                 if final_model and not (outcome.interrupted or outcome.unfinished):
                     model = make_model(context, winner, copy.folder / MODEL)
                     copy.push(MODEL)
@@ -209,7 +201,9 @@ def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not, or of a nested study; returns its page, which is on this machine."""
     copy = _pulled(run)
     outer = load_outer(copy.folder)
-    page = _page(copy, *_ranked(copy)) if outer is None else write_outer_page(outer, copy.folder)
+    if outer is None:
+        return _page(copy)
+    page = write_outer_page(outer, copy.folder)
     copy.push("report")
     return page
 
@@ -238,11 +232,8 @@ def compare_runs(
     run_a: str | Path, run_b: str | Path, candidates: tuple[str | None, str | None] = (None, None), metric: str | None = None
 ) -> RunComparison:
     """In what two run folders differ, and by how much their scores do; see `report.comparison.compare`."""
-    return compare((_loaded(run_a), _loaded(run_b)), (str(run_a), str(run_b)), candidates, metric)
-
-
-def _loaded(run: str | Path) -> RunData:
-    return load_run(_pulled(run).folder)
+    loaded = load_run(_pulled(run_a).folder), load_run(_pulled(run_b).folder)
+    return compare(loaded, (str(run_a), str(run_b)), candidates, metric)
 
 
 def _pulled(run: str | Path) -> WorkingCopy:
@@ -264,17 +255,9 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     if sources := ledger.sources():
         load_sources(sources)  # as the study was run, for its own classes
     study = Study.model_validate(loaded.study)
-    context = RunContext(
-        study=study,
-        splits=ledger.splits(),
-        prepared=Prepared(str(loaded.run["store"]), loaded.run["store_fingerprint"]),
-        ledger=ledger,
-        copy=copy,
-        resources=resources_of(study, options),
-        backend=backend_of(options),
-        progress=progress,
-        sources=sources,
-    )
+    prepared = Prepared(str(loaded.run["store"]), loaded.run["store_fingerprint"])
+    resources, backend = resources_of(study, options), backend_of(options)
+    context = RunContext(study, ledger.splits(), prepared, ledger, copy, resources, backend, progress, sources=sources)
     name = candidate or winner
     out = MODEL if name == winner else f"{MODEL}-{name}"
     model = make_model(context, name, copy.folder / out)
@@ -282,16 +265,14 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     return model
 
 
-def _ranked(copy: WorkingCopy) -> tuple[RunData, Summary]:
-    """The run as it is in its folder, and its numbers, the winner among them."""
+def _page(copy: WorkingCopy) -> Path:
+    """Write the report and send it to where the run is; returns its page, which is here."""
     run = load_run(copy.folder)
-    return run, summarise(run)
-
-
-def _page(copy: WorkingCopy, run: RunData, summary: Summary) -> Path:
-    """Write the report; returns its page."""
+    summary = summarise(run)
     copy.pull(f"fits/{summary.winner.name}/*/best.safetensors")
-    return write_page(run, summary, choose_overlays(run, summary))
+    page = write_page(run, summary, choose_overlays(run, summary))
+    copy.push("report")
+    return page
 
 
 def resources_of(study: Study, options: RunOptions) -> Resources:
@@ -321,15 +302,6 @@ def _collect(copy: WorkingCopy) -> bool:
     merge_tables([cases_path(copy.folder / "fits" / key) for key in sorted(ended)], copy.folder / "results.parquet")
     copy.push("results.parquet")
     return True
-
-
-def _publish(copy: WorkingCopy, tracker: Tracker) -> Path:
-    """Write the report, send it to where the run is and to MLflow; returns its page, which is here."""
-    page = _page(copy, *_ranked(copy))
-    copy.push("report")
-    for path in sorted(page.parent.iterdir()):
-        tracker.artifact(path, "report")
-    return page
 
 
 def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:

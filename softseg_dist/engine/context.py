@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from softseg_dist.data.cases import Case
 from softseg_dist.data.processes import over_processes
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
@@ -77,18 +76,15 @@ class Prepared:
 
 def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Callable[[str], None]) -> Prepared:
     """Build the study's store, or find it built; `note` gets lines about progress. Raises UserError on data that cannot be used."""
-    cases = _first_subjects(study.data.cases(data_root), study.subjects)
+    cases = study.data.cases(data_root)
+    kept = sorted({case.subject for case in cases})[: study.subjects]
+    cases = tuple(case for case in cases if case.subject in kept)
 
     def say(done: int, total: int, name: str) -> None:
         if done % max(1, total // 10) == 0:
             note(f"prepared {done} of {total} cases, the last one {name}")
 
     return Prepared(shared_store(stores, cases, study.data, study.preprocess, say, over_processes))
-
-
-def _first_subjects(cases: tuple[Case, ...], count: int | None) -> tuple[Case, ...]:
-    kept = sorted({case.subject for case in cases})[:count]
-    return tuple(case for case in cases if case.subject in kept)
 
 
 class Backend(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +43,10 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
     epochs = max(1, round(statistics.median(fit.best_epoch or 1 for fit in fits)))
     task = _task(context, candidate, recipe.replace(optim=recipe.optim.replace(epochs=epochs, patience=None)))
     card = _card(context, task, fits)
-    if _is_there(out, card):
-        return out
+    if (out / CARD).exists():
+        before = read_card(out)
+        if all(getattr(before, name) == getattr(card, name) for name in SAME):
+            return out
     context.progress.note(f"training {candidate} on all {card.num_subjects} subjects for {epochs} epochs")
     result = context.backend.train(context, task, _seconds_alone(context, task, fits))
     if result.state != "finished":
@@ -77,6 +79,7 @@ def _seconds_alone(context: RunContext, task: FitTask, fits: Sequence[FitResult]
 
 def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> ModelCard:
     study, store = context.study, context.prepared.store
+    test_scores = [fit.test_score for fit in fits if fit.test_score is not None]
     return ModelCard(
         study=study.name,
         question=study.question,
@@ -88,29 +91,13 @@ def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> Mode
         size=store.size,
         preprocess=store.preprocess,
         epochs=task.recipe.optim.epochs,
-        thresholds=_means([fit.thresholds for fit in fits]),
+        thresholds={rule: statistics.fmean(fit.thresholds[rule] for fit in fits) for rule in fits[0].thresholds},
         objective=study.objective,
         validation_score=statistics.fmean(fit.score for fit in fits if fit.score is not None),
-        test_score=_mean([fit.test_score for fit in fits]),
+        test_score=statistics.fmean(test_scores) if test_scores else None,
         num_subjects=len(task.split.train),
         store_fingerprint=store.fingerprint,
         study_source=context.sources,
         versions={"python": platform.python_version(), **{n: version(n) for n in ("softseg_dist", "torch", "monai")}},
         created=datetime.now(UTC).date().isoformat(),
     )
-
-
-def _is_there(out: Path, card: ModelCard) -> bool:
-    if not (out / CARD).exists():
-        return False
-    before = read_card(out)
-    return all(getattr(before, name) == getattr(card, name) for name in SAME)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _means(thresholds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {rule: statistics.fmean(of_fit[rule] for of_fit in thresholds) for rule in thresholds[0]}

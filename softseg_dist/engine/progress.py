@@ -128,7 +128,10 @@ class PlainLines(Progress):
         super().finished(result)
         left = self.remaining_s()
         eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
-        self.note(f"{self.num_done}/{self.total}  {result.key}  {outcome_of(result)}{eta}")
+        outcome = f"failed: {result.reason}"
+        if result.score is not None:
+            outcome = f"score {result.score:.4f}  ({duration(result.duration_s)})"
+        self.note(f"{self.num_done}/{self.total}  {result.key}  {outcome}{eta}")
 
     @override
     def note(self, text: str) -> None:
@@ -214,10 +217,3 @@ def describe(metrics: dict[str, float]) -> str:
     """`epoch 3  loss 0.1235  dice_dml 0.8123`."""
     numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch"]
     return "  ".join([f"epoch {metrics['epoch']:.0f}", *numbers] if "epoch" in metrics else numbers)
-
-
-def outcome_of(result: FitResult) -> str:
-    """`score 0.8123  (12 s)` or `failed: loss is nan in epoch 3`."""
-    if result.score is None:
-        return f"failed: {result.reason}"
-    return f"score {result.score:.4f}  ({duration(result.duration_s)})"

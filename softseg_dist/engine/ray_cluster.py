@@ -3,7 +3,7 @@
 softseg run STUDY --address auto        # on a machine of the cluster; --address HOST:PORT names the head
 
 A killed lane of workers leaves its placement group reserved, without the dashboard or with a second Ray on the machine. The driver
-removes the groups of its own job whose creator actors are dead (`Orphans`), between steps of Tune and at the end.
+removes the groups of its own job whose creator actors are dead (`free_orphans`), between steps of Tune and at the end.
 """
 
 from __future__ import annotations
@@ -23,15 +23,7 @@ from typing import Any
 
 import ray
 
-from softseg_dist.engine.ray_private import (
-    JobWithoutPaths,
-    ask_for_machines,
-    free_orphans,
-    grows,
-    holds_nothing,
-    no_worker_logs,
-    node_of_actor,
-)
+from softseg_dist.engine.ray_private import JobWithoutPaths, ask_for_machines, free_orphans, grows, no_worker_logs, node_of_actor
 from softseg_dist.errors import UserError
 from softseg_dist.study import Resources
 
@@ -218,19 +210,15 @@ def _reachable(address: str) -> str:
     answer = json.loads(said) if said.startswith('{"') else {"error": said.strip()}
     if "address" in answer:
         return str(answer["address"])
-    raise UserError(f"--address {address}: {_refusal(' '.join(answer['error'].split()))}")
-
-
-def _refusal(error: str) -> str:
-    """Why a connection failed and what to do, from Ray's words for it."""
+    error = " ".join(answer["error"].split())
     if "InvalidAuthToken" in error or "authentication" in error.lower():
-        return TOKEN_WANTED
-    if "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
-        return (
+        error = TOKEN_WANTED
+    elif "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
+        error = (
             "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "
             "cluster; from elsewhere use: softseg submit"
         )
-    return error
+    raise UserError(f"--address {address}: {error}")
 
 
 @contextmanager
@@ -247,27 +235,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-EVERY_S = 2.0
-
-
-class Orphans:
-    """Removes the placement groups that dead actors leave behind."""
-
-    def __init__(self) -> None:
-        self._next_s = 0.0
-
-    def sweep(self) -> None:
-        """Free the resources of this driver's dead actors, at most every `EVERY_S`."""
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + EVERY_S
-            free_orphans()
-
-
 def wait_until_free(within_s: float = 15.0) -> None:
     """Wait, removing orphans, until this driver's lanes reserve nothing any more, or for `within_s`."""
     until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        free_orphans()
-        if holds_nothing():
-            return
+    while free_orphans() and time.monotonic() < until:
         time.sleep(0.1)

@@ -311,7 +311,11 @@ def _train(task: FitTask, device: str, ready: threading.Barrier, measured_s: flo
         until_s = began_s + measured_s
         while time.monotonic() < until_s:
             steps += _advance(training)
-        return steps / (time.monotonic() - began_s), _memory_in_use(device)
+        steps_per_s = steps / (time.monotonic() - began_s)
+        if device == "cpu":
+            return steps_per_s, 0.0
+        free, total = torch.cuda.mem_get_info()
+        return steps_per_s, 1 - free / total
 
 
 def _advance(training: RunningFit) -> int:
@@ -323,10 +327,3 @@ def _advance(training: RunningFit) -> int:
     if now.step == training.batches.steps_per_epoch:
         now.epoch, now.step, now.losses, now.dead = (now.epoch + 1) % training.optim.epochs, 0, [], 0
     return done
-
-
-def _memory_in_use(device: str) -> float:
-    if device == "cpu":
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return 1 - free / total

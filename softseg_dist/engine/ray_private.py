@@ -90,27 +90,16 @@ def no_worker_logs() -> Iterator[None]:
 
 
 def free_orphans() -> int:
-    """Remove the placement groups of this driver whose creators have died; returns how many there were."""
-    removed = 0
-    for group in _reserved():
-        made_by_actor = group.creator_actor_id.strip(b"\xff")  # the driver's own groups have no such id
-        if group.creator_actor_dead and made_by_actor:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            removed += 1
-    return removed
-
-
-def holds_nothing() -> bool:
-    """Is no placement group of this driver left?"""
-    return not _reserved()
-
-
-def _reserved() -> list[Any]:
-    """The placement groups of this driver."""
+    """Remove the placement groups of this driver whose creators have died; returns how many groups it had, of living ones too."""
     job = ray.get_runtime_context().get_job_id()
     table = ray_state.state._connect_and_get_accessor().get_placement_group_table()
     groups = map(PlacementGroupTableData.FromString, table)
-    return [g for g in groups if g.state != REMOVED and not g.is_detached and g.creator_job_id.hex() == job]
+    reserved = [g for g in groups if g.state != REMOVED and not g.is_detached and g.creator_job_id.hex() == job]
+    for group in reserved:
+        made_by_actor = group.creator_actor_id.strip(b"\xff")  # the driver's own groups have no such id
+        if group.creator_actor_dead and made_by_actor:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return len(reserved)
 
 
 def lost_actor(text: str) -> str | None:

@@ -35,7 +35,10 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
             answers = _ask(nodes, probe, [(str(place), token, f"{token}.{number}") for number in range(len(nodes))])
         problems = {name: answer for name, answer in answers.items() if answer}
         if problems:
-            raise UserError(_refusal(purpose, folder, problems, len(nodes)))
+            raise UserError(
+                f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: {_shown(problems)}. "
+                "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
+            )
 
 
 def check_package() -> None:
@@ -112,13 +115,6 @@ def _token(place: Place) -> Iterator[str]:
         for name in place.names():  # with the files of a node that died
             if name.startswith(token):
                 (place / name).delete()
-
-
-def _refusal(purpose: str, folder: str | Path, problems: Mapping[str, str], num_nodes: int) -> str:
-    return (
-        f"{purpose} {folder}: {len(problems)} of {num_nodes} nodes of the cluster cannot use it: {_shown(problems)}. "
-        "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
-    )
 
 
 def _shown(problems: Mapping[str, str]) -> str:

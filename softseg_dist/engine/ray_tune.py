@@ -7,7 +7,7 @@ loggers, retries and signal handling are switched off.
 from __future__ import annotations
 
 import json
-import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,6 @@ from ray.tune.search import Searcher
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.ray_cluster import (
-    Orphans,
     bundle_of,
     fits_at_once,
     node_is_gone,
@@ -31,9 +30,9 @@ from softseg_dist.engine.ray_cluster import (
     wait_for_room,
     wait_until_free,
 )
-from softseg_dist.engine.ray_lanes import Lane, lane_of_process, run_alone
+from softseg_dist.engine.ray_lanes import Lane, Run, lane_of_process, run_alone
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released, with_size
-from softseg_dist.engine.ray_private import cause_in, lost_actor
+from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
 from softseg_dist.engine.ray_reach import check_package, check_reach
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
@@ -42,6 +41,7 @@ from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
 GROUP_PAYS_S = 60.0  # of one worker: a group takes 13 to 25 s to start, which a shorter fit does not win back
+SWEEP_S = 2.0  # between two looks for the resources of killed lanes
 LANE_HOLDER = {"node:__internal_head__": 0.001}  # a trial whose fit runs elsewhere must not hold what its workers need
 
 
@@ -81,39 +81,36 @@ class RayBackend:
             ledger.discard(".tune")
 
     def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
-        """As `Backend.train`, on all workers that there is room for."""
-        return train_on_workers(context, task, alone_s, self.address, self.max_wait_s)
+        """As `Backend.train`, on as many workers as there is room for, but no more than a batch has items.
+
+        Below `GROUP_PAYS_S` one worker runs the fit. A lost worker costs what was trained since the last checkpoint. Raises
+        UserError also if there is no room for one worker.
+        """
+        alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
+        run, note, place = _runner(context), context.progress.note, Place.at(task.folder)
+        with quiet(), ray_at(self.address):
+            wait_for_room(alone, self.max_wait_s, note, lambda: False)
+            bundle = bundle_of(alone)
+            num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
+            if num_workers == 1 or alone_s < GROUP_PAYS_S:
+                return run_until_done(partial(run_alone, run, bundle), task, str(place / ".stop"), note)
+            lane = Lane(run, num_workers, bundle, str(place / ".lane"))
+            try:
+                return run_until_done(lane.run, task, str(place / ".stop"), note)
+            finally:
+                lane.close()
+                wait_until_free()
+                (place / ".lane").delete()
 
 
-def train_on_workers(
-    context: RunContext, task: FitTask, alone_s: float = math.inf, address: str | None = None, max_wait_s: float | None = None
-) -> FitResult:
-    """Run a fit on as many workers as there is room for, but no more than a batch has items; it resumes from its checkpoint.
-
-    `alone_s` is the time that one worker would take; below `GROUP_PAYS_S` one worker runs the fit. A lost worker costs what was
-    trained since the last checkpoint. `address` and `max_wait_s` as in `RayBackend`. Raises UserError if there is no room for one
-    worker, or if the fit is lost repeatedly.
-    """
-    alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
-    fit, sources, note = context.fit, context.sources, context.progress.note
+def _runner(context: RunContext) -> Run:
+    """`run_fit` for the fits of a run, with what can be pickled of its context."""
+    fit, sources = context.fit, context.sources
 
     def run(message: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
         return run_fit(message, fit, sources, worker, report)
 
-    place = Place.at(task.folder)
-    with quiet(), ray_at(address):
-        wait_for_room(alone, max_wait_s, note, lambda: False)
-        bundle = bundle_of(alone)
-        num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
-        if num_workers == 1 or alone_s < GROUP_PAYS_S:
-            return run_until_done(partial(run_alone, run, bundle), task, str(place / ".stop"), note)
-        lane = Lane(run, num_workers, bundle, str(place / ".lane"))
-        try:
-            return run_until_done(lane.run, task, str(place / ".stop"), note)
-        finally:
-            lane.close()
-            wait_until_free()
-            (place / ".lane").delete()
+    return run
 
 
 def _tune(session: Session, context: RunContext) -> None:
@@ -151,18 +148,14 @@ def _trainable(
 
     A fit that was lost before runs in its trial's own process, where no other fit is lost with it.
     """
-    fit, sources, resources = context.fit, context.sources, context.resources  # the context itself cannot be pickled
+    run, resources, device = _runner(context), context.resources, "cuda" if "GPU" in bundle else "cpu"
     workers, size = resources.workers_per_fit, resources.fits_per_gpu
-    device = "cuda" if "GPU" in bundle else "cpu"
-
-    def run_here(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-        return run_fit(config, fit, sources, worker, report)
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         task = json.loads(config["task"])
         try:
             if workers > 1:
-                return dict(lane_of_process(run_here, workers, dict(bundle), lanes).run(config, tune.report))
+                return dict(lane_of_process(run, workers, dict(bundle), lanes).run(config, tune.report))
             if manager is not None and task["attempt"] == 0:
                 return dict(run_in_pack(manager, task["folder"], config, tune.report))
         except LostJob as lost:  # as a value: Train is starting the workers again, which this process must not leave
@@ -170,9 +163,9 @@ def _trainable(
             return {"ending": json.dumps(ending.model_dump(mode="json"))}
         if manager is not None:
             wait_until_released(manager, task["folder"])
-        return run_here(config, Worker(device=device), tune.report)
+        return dict(run(config, Worker(device=device), tune.report))
 
-    together = packs(run_here, size, resources.time_limit_s) if isinstance(size, int) and size > 1 else nullcontext()
+    together = packs(run, size, resources.time_limit_s) if isinstance(size, int) and size > 1 else nullcontext()
     with together as manager:
         yield softseg_fit
 
@@ -215,10 +208,12 @@ class _Sweeper(_Shared, tune.Callback):
     """Frees, between two steps of Tune, the resources of lanes that were killed."""
 
     def __init__(self) -> None:
-        self._orphans = Orphans()
+        self._next_s = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._orphans.sweep()
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + SWEEP_S
+            free_orphans()
 
 
 class _TuneSearcher(_Shared, Searcher):

@@ -75,7 +75,6 @@ class Session:
         self.error: UserError | None = None
         self.interrupted = False
         self._running: dict[str, FitTask] = {}
-        self._announced: set[str] = set()
         self._raced: set[str] = set()  # whose end by the race was reported
         self._noted: set[str] = set()
         self._engine_notes: set[str] = set()  # what a machine could not do, which is the same for many fits
@@ -88,7 +87,7 @@ class Session:
         done = [result for candidate in self.searcher.candidates.values() for result in candidate.results.values()]
         self.progress.start(self.searcher.num_planned, done)
         for name in self.searcher.candidates:
-            self._announce(name)
+            self._report_planned(name)
         self._raced |= {name for name, candidate in self.searcher.candidates.items() if candidate.raced}
         self._open |= {result.candidate for result in done if not self.searcher.candidates[result.candidate].ended}
         if self.tracker is not None:
@@ -116,7 +115,8 @@ class Session:
             return None
         self._running[fit_id] = task
         self._open.add(task.candidate)
-        self._announce(task.candidate)
+        if task.candidate not in self.progress.tallies:
+            self._report_planned(task.candidate)
         if self.tracker is not None:
             self.tracker.fit_started(task)
         return task
@@ -216,11 +216,6 @@ class Session:
         self.progress.gone(task.key)
         if self.tracker is not None and status is not None:
             self.tracker.fit_gone(task.key, status)
-
-    def _announce(self, name: str) -> None:
-        if name not in self._announced:
-            self._announced.add(name)
-            self._report_planned(name)
 
     def _report_planned(self, name: str) -> None:
         self.progress.planned(name, self.searcher.candidates[name].num_planned, self.searcher.num_planned)

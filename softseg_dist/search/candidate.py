@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 from softseg_dist.data.splits import Split
@@ -67,25 +68,29 @@ class CandidateState:
         """Its values on validation by split, where all objectives have one."""
         found = {}
         for split, result in sorted(self.results.items()):
-            values = self._values(result)
-            if None not in values:
-                found[split] = tuple(value for value in values if value is not None)
+            values = tuple(value for value in self._values(result) if value is not None)
+            if len(values) == len(self.objectives):
+                found[split] = values
         return found
 
     @property
     def means(self) -> tuple[float, ...] | None:
         """The mean over splits of each objective; None if a fit has failed, or an objective is undefined in all of them."""
-        columns = [
-            [value for value in column if value is not None]
-            for column in zip(*map(self._values, self.results.values()), strict=True)
-        ]
-        if self.failed or not all(columns):
+        columns = zip(*map(self._values, self.results.values()), strict=True)
+        known = [[value for value in column if value is not None] for column in columns]
+        if self.failed or not all(known):
             return None
-        return tuple(math.fsum(column) / len(column) for column in columns)
+        return tuple(map(fmean, known))
 
-    def drop(self) -> None:
-        """Emit nothing more."""
-        self.todo.clear()
+    @property
+    def values(self) -> tuple[float, ...] | None:
+        """What Optuna gets when it has ended: those of the race that it lost, else `means`; None if it failed."""
+        return self.means if self.raced is None or self.failed else self.raced.values
+
+    @property
+    def raced_by(self) -> str:
+        """Who won the race that it lost, or ""."""
+        return self.raced.incumbent if self.raced else ""
 
     def again(self, split: Split, attempt: int) -> None:
         """A fit that was emitted did not end: it runs again, before all others, unless it is not needed any more."""

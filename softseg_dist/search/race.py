@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -88,9 +89,5 @@ def look(sign: int, own: ScoresBySplit, best: ScoresBySplit | None) -> tuple[flo
     Its mean paired difference to the `best` that has run fully; while there is none, how far it has run, and then its mean.
     """
     if best is None:
-        return len(own), sign * _mean([values[0] for values in own.values()])
-    return sign * _mean([own[j][0] - best[j][0] for j in own.keys() & best.keys()]), 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+        return len(own), sign * fmean(values[0] for values in own.values())
+    return sign * fmean(own[j][0] - best[j][0] for j in own.keys() & best.keys()), 0.0

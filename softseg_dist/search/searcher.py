@@ -10,12 +10,11 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
+from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.search.candidate import CandidateState, Origin, fixed_record, tuned, tuning_name, tuning_record, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
@@ -28,22 +27,6 @@ PROPOSED = re.compile(r"trial-\d+")
 
 MakeTask = Callable[[str, Recipe, Split, int], FitTask]
 """(candidate, recipe, split, attempt) -> the task, with folder and resources."""
-
-
-class Recorded(NamedTuple):
-    """The ledger's records of earlier sessions, by candidate."""
-
-    candidates: dict[str, CandidateRecord]
-    results: dict[str, dict[int, FitResult]]
-    races: dict[str, RaceRecord]
-
-    @classmethod
-    def of(cls, ledger: Ledger) -> Self:
-        """Read it."""
-        results: dict[str, dict[int, FitResult]] = {}
-        for (name, split), result in ledger.results().items():
-            results.setdefault(name, {})[split] = result
-        return cls(ledger.candidates(), results, ledger.races())
 
 
 class StudySearcher:
@@ -75,7 +58,8 @@ class StudySearcher:
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
         self._optuna = OptunaStudy(study, ledger.working / OPTUNA_LOG) if study.search else None
-        self._past = Recorded.of(ledger)
+        self._fixed = dict(sorted(study.candidates.items(), key=lambda item: item[0] != study.control))  # the control first
+        self._records, self._results, self._races = ledger.candidates(), ledger.results(), ledger.races()
         self._replay()
 
     def next_fit(self) -> FitTask | None:
@@ -211,13 +195,13 @@ class StudySearcher:
     def _settle(self, candidate: CandidateState) -> None:
         """Apply what follows from the latest change of a candidate."""
         if candidate.closed:
-            candidate.drop()
+            candidate.todo.clear()
         if candidate.origin == "tuning":
             self._choose_rate(candidate.name.rpartition("~")[0])
         self._run_race()
         for other in self.candidates.values():
             if self._optuna and other.ended and self._optuna.is_open(other.name):
-                self._optuna.tell(other.name, _values(other), _raced_by(other))
+                self._optuna.tell(other.name, other.values, other.raced_by)
 
     def _run_race(self) -> None:
         """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
@@ -229,24 +213,22 @@ class StudySearcher:
         for candidate in self.candidates.values():
             if self._is_raced(candidate) and candidate.todo and not candidate.failed:
                 own = candidate.name, candidate.scores
-                record = raced_out(self._race, len(self.splits), self._signs, own, scores)
-                if record is not None:
-                    self.ledger.write_race(record)
-                    candidate.raced = record
-                    candidate.drop()
+                candidate.raced = raced_out(self._race, len(self.splits), self._signs, own, scores)
+                if candidate.raced is not None:
+                    self.ledger.write_race(candidate.raced)
+                    candidate.todo.clear()
 
     # From the ledger.
 
     def _replay(self) -> None:
         """Restore candidates and Optuna from the ledger."""
-        fixed = _control_first(self.study)
-        for number, (name, recipe) in enumerate(fixed):
+        for number, (name, recipe) in enumerate(self._fixed.items()):
             if self.study.search and PROPOSED.fullmatch(name):
                 raise UserError(f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name")
             self._open_fixed(name, number, recipe)
-        for number, (name, recipe) in enumerate(fixed):
+        for number, (name, recipe) in enumerate(self._fixed.items()):
             self._open_tuning(name, number, recipe)
-        proposed = {record.number: record for record in self._past.candidates.values() if record.origin == "proposed"}
+        proposed = {record.number: record for record in self._records.values() if record.origin == "proposed"}
         for number in range(max(proposed, default=-1) + 1):
             if number in proposed:
                 self._recall(proposed[number])
@@ -256,7 +238,7 @@ class StudySearcher:
 
     def _open_fixed(self, name: str, number: int, recipe: Recipe) -> None:
         """A candidate of the study file; one that is still to be tuned waits for its trials, and is recorded after them."""
-        tune, record = self.study.tune_each, self._past.candidates.get(name)
+        tune, record = self.study.tune_each, self._records.get(name)
         if tune is not None and record is not None:
             recipe = with_rate(recipe, record.recipe["optim"]["lr"])
         candidate = self._open(name, recipe, "fixed")
@@ -274,11 +256,11 @@ class StudySearcher:
         for trial, rate in enumerate(tune.rates):
             tried = with_rate(recipe, rate)
             record = tuning_record(name, number, tune, trial, tried)
-            if record.name not in self._past.candidates:
+            if record.name not in self._records:
                 self.ledger.write_candidate(record)
             candidate = self._open(record.name, tried, "tuning")
-            if name in self._past.candidates or candidate.closed:
-                candidate.drop()
+            if name in self._records or candidate.closed:
+                candidate.todo.clear()
         self._choose_rate(name)
 
     def _choose_rate(self, name: str) -> None:
@@ -289,8 +271,7 @@ class StudySearcher:
             return
         candidate.recipe, candidate.note = tuned(candidate.recipe, tune, trials, self._signs[0])
         candidate.tuning = ()
-        number = [other for other, _ in _control_first(self.study)].index(name)
-        self.ledger.write_candidate(fixed_record(name, number, candidate.recipe, candidate.note))
+        self.ledger.write_candidate(fixed_record(name, list(self._fixed).index(name), candidate.recipe, candidate.note))
 
     def _recall(self, record: CandidateRecord) -> None:
         """A proposed candidate of an earlier session: added with its values, or open again."""
@@ -305,8 +286,8 @@ class StudySearcher:
             self._propose(record)
             return
         assert self._optuna is not None
-        candidate.drop()
-        self._optuna.add(record, _values(candidate), candidate.results, _raced_by(candidate))
+        candidate.todo.clear()
+        self._optuna.add(record, candidate.values, candidate.results, candidate.raced_by)
 
     def _propose(self, known: CandidateRecord | None = None) -> CandidateState:
         """Open the next trial; a `known` one gets its recorded parameters back."""
@@ -321,26 +302,11 @@ class StudySearcher:
 
     def _open(self, name: str, recipe: Recipe, origin: Origin) -> CandidateState:
         """A candidate with the fits that earlier sessions left."""
-        results, race = self._past.results.get(name, {}), self._past.races.get(name)
+        results = {split: result for (candidate, split), result in self._results.items() if candidate == name}
+        race = self._races.get(name)
         splits, objectives = self.splits, self.study.objectives
         if origin == "tuning" and self.study.tune_each is not None:
             splits, objectives = splits[: self.study.tune_each.splits], objectives[:1]
         todo = deque((split, 0) for split in splits if split.index not in results and race is None)
-        candidate = CandidateState(name, recipe, origin, objectives, todo, results=results, raced=race)
-        self.candidates[name] = candidate
-        return candidate
-
-
-def _values(candidate: CandidateState) -> tuple[float, ...] | None:
-    """The values for Optuna of a candidate that has ended: None if it failed."""
-    if candidate.raced is None or candidate.failed:
-        return candidate.means
-    return candidate.raced.values
-
-
-def _raced_by(candidate: CandidateState) -> str:
-    return candidate.raced.incumbent if candidate.raced else ""
-
-
-def _control_first(study: Study) -> list[tuple[str, Recipe]]:
-    return sorted(study.candidates.items(), key=lambda item: item[0] != study.control)  # stable: the others keep their order
+        self.candidates[name] = CandidateState(name, recipe, origin, objectives, todo, results=results, raced=race)
+        return self.candidates[name]

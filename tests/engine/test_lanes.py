@@ -21,7 +21,7 @@ from scripted import BASE, NUM_SPLITS, context_of, make_study, run, splits_of, s
 from softseg_dist import Resources
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_tune import GROUP_PAYS_S, train_on_workers
+from softseg_dist.engine.ray_tune import GROUP_PAYS_S, RayBackend
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
@@ -82,7 +82,7 @@ def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs
     for alone_s, ended in ((GROUP_PAYS_S / 2, (1, 1)), (GROUP_PAYS_S, (2, 0))):
         lines, task = io.StringIO(), _refit_task(tmp_path / str(alone_s))
         context = context_of(tmp_path, make_study(("a",)), resources=Resources(), progress=PlainLines(lines), fit=fit)
-        result = train_on_workers(context, task, alone_s)
+        result = RayBackend().train(context, task, alone_s)
         assert (result.num_workers, result.attempt) == ended
         assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
         assert reserved(2) == 0
