@@ -123,6 +123,9 @@ def test_who_is_out_of_the_race_is_told_once_and_nothing_of_it_is_counted_as_mis
     assert told.getvalue().count("trial-000 is out of the race: dice_dml -1.0000 (p = ") == 1
     assert told.getvalue().count(") against a over 3 splits") == 1
     assert (raced.progress.total, raced.progress.tallies["trial-000"].splits) == (8, 3)
+    loser = raced.searcher.candidates["trial-000"]
+    assert loser.raced is not None
+    assert (loser.raced_by, loser.values) == ("a", loser.raced.values)
     again = session_of(study, tmp_path, PlainLines(told))
     assert again.ended
     assert again.outcome() == raced.outcome()
