@@ -83,7 +83,7 @@ def test_a_bucket_that_is_not_there_is_named(s3: dict[str, str]) -> None:
 
 def test_a_full_disk_is_named_and_leaves_the_former_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"former")
-    (tmp_path / f".a.json.{os.getpid()}").symlink_to("/dev/full")  # where the next content is written first
+    (tmp_path / f".{os.getpid()}.a.json").symlink_to("/dev/full")  # where the next content is written first
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a.json'"):
         Place.at(tmp_path / "a.json").write(b"next")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"former")]

@@ -63,7 +63,7 @@ def result(split: int) -> Ending:
 
 def full(path: Path) -> None:
     """Make writing `path` meet a full disk."""
-    path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
+    path.with_name(f".{os.getpid()}.{path.name}").symlink_to("/dev/full")
 
 
 def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(session: Session, tmp_path: Path) -> None:
