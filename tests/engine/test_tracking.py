@@ -255,7 +255,7 @@ def test_a_real_search_arrives_in_mlflow(shared_ray, tmp_path):
     study = make_study(("a",), trials=1)
     tracker = Tracker(None, tmp_path, study)
     faults = {"a/000": "nan", "trial-000/001": "raise"}
-    run(tmp_path, study, PlainLines(io.StringIO()), tracker, faults)
+    run(tmp_path, study, PlainLines(io.StringIO()), faults, tracker=tracker)
     assert tracker.close() == ()
     runs = runs_of(default_uri(tmp_path))
     assert {key: run.info.status for key, run in runs.items() if run.info.status != "FINISHED"} == {"a/000": "FAILED"}
