@@ -109,7 +109,7 @@ def test_variation_by_hand():
 def test_variation_that_cannot_be_had_is_nan_and_says_why():
     once, zero = coefficient_of_variation(np.array([[1.0, NAN]])), coefficient_of_variation(np.zeros((2, 2)))
     assert np.isnan([once.value, zero.value]).all()
-    assert "nothing to repeat" in once.note
+    assert "no measurement was repeated" in once.note
     assert zero.note.startswith("2 left out")
     some = coefficient_of_variation(np.array([[0.0, 0.0], [9.0, 11.0]]))
     assert (some.value, some.num_subjects) == (pytest.approx(np.sqrt(2) / 10), 1)
