@@ -332,7 +332,7 @@ def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:
     >>> list(factorial(Recipe(), label=("hard", "soft"), loss=(Dice(), BCE())))
     ['hard-dice', 'hard-bce', 'soft-dice', 'soft-bce']
 
-    Two values of one class are told apart by the fields in which they differ: `wing_omega8`, `wing_omega14`.
+    The names of two values of one class show the fields in which they differ: `wing_omega8`, `wing_omega14`.
     Raises ValueError if a factor is not a field of Recipe, or if two values of one factor are equal.
     """
     named = {field: _levels(field, values) for field, values in factors.items()}

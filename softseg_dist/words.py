@@ -1,4 +1,4 @@
-"""How values are written for people: numbers, intervals, p-values, times, sizes, lists and verdicts, alike on every page."""
+"""How values are written for people: numbers, intervals, p-values, times, sizes, lists and verdicts."""
 
 from __future__ import annotations
 

@@ -169,13 +169,13 @@ class ImageCase(Case):
             image = np.empty((len(self.images), *first.data.shape), dtype=np.float32)
             image[0] = first.data
             for c, path in enumerate(self.images[1:], start=1):
-                image[c] = self._read_alike(path, first.geometry)
+                image[c] = self._read_on_grid(path, first.geometry)
         return image, first.geometry
 
     def _read_mask(self, mask: MaskFile, what: str) -> Float32:
-        return _label(self._read_alike(mask.path, read_geometry(self.images[0])), mask, what)
+        return _label(self._read_on_grid(mask.path, read_geometry(self.images[0])), mask, what)
 
-    def _read_alike(self, path: Path, geometry: Geometry) -> Float32:
+    def _read_on_grid(self, path: Path, geometry: Geometry) -> Float32:
         """The voxels of a file that must lie on the grid of the image."""
         volume = read_volume(path)
         _check_grid(volume.geometry, path, geometry, self.images[0])
@@ -248,7 +248,7 @@ class LabelledCase(ImageCase):
         num_classes = max(map(len, self.labels.values()), default=0)
         raters = np.empty((len(self.labels), num_classes, *image.shape[1:]), dtype=np.float32)
         for path, labels in uses.items():
-            values = self._read_alike(path, geometry)
+            values = self._read_on_grid(path, geometry)
             for r, k, mask, what in labels:
                 raters[r, k] = _label(values, mask, what)
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)

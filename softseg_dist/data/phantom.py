@@ -308,7 +308,7 @@ def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[C
     drift = (float(generator.normal(0, 0.02)), float(generator.normal(0, 0.02)))
     taper = float(generator.uniform(-0.2, 0.2))
     size = generator.uniform(0.9, 1.1)
-    # Four horns (k = 4), wider than high (k = 2), thicker in front (sine of k = 1 and 3), no two alike.
+    # Four horns (k = 4), wider than high (k = 2), thicker in front (sine of k = 1 and 3), all different.
     cosines = size * (np.array([0.44, 0.0, 0.08, 0.0, -0.22, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     sines = size * (np.array([0.0, 0.03, 0.0, 0.04, 0.0, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     gray = Column(extent_mm[2], center, drift, (width, height), taper, cosines, sines)

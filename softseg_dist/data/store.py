@@ -181,7 +181,7 @@ def build_store(
 ) -> Path:
     """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
 
-    Cases that a store in `folder` has already, prepared alike from equal sources, are copied from it; so are those of an
+    Cases that a store in `folder` has already, prepared in the same way from equal sources, are copied from it; so are those of an
     unfinished one, so that an interrupted preparation goes on. `spread` prepares the rest: it calls a function on parts as
     `map` does, in any processes that see `folder`, and is closed when no more is wanted. The file does not depend on it.
     Each process has one case in memory at a time. `progress` is called with (cases done, cases in all, name) after each.

@@ -127,7 +127,7 @@ def _data(comparison: RunComparison) -> list[str]:
     if "data" in fields and comparison.pairing.subjects:
         found.append("The data sets are read in different ways: images or labels of one subject may not be the same in both.")
     if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
-        found.append("The prepared data differ although both studies describe them alike: images or labels have changed.")
+        found.append("The prepared data differ although both studies describe the same data: images or labels have changed.")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -72,3 +72,14 @@ def optuna_trials(search: StudySearcher) -> list[FrozenTrial]:
     assert search._optuna is not None
     found: list[FrozenTrial] = search._optuna._optuna.trials
     return found
+
+
+def interrupted(
+    folder: Path, study: Study, stops: Sequence[int], end: Callable[[FitTask], FitResult]
+) -> tuple[list[tuple[str, Recipe]], StudySearcher]:
+    """Run a study in sessions that end after so many fits, the last one at its end: all fits that ran, and the last searcher."""
+    ran = []
+    for num_fits in (*stops, 1000):
+        part = searcher(folder, study)
+        ran += [(task.key, task.recipe) for task in run(part, num_fits, end)]
+    return ran, part

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driven_search import failed, finished, optuna_trials, run, searcher
+from driven_search import failed, finished, interrupted, optuna_trials, run, searcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna import load_study
@@ -112,11 +112,7 @@ def test_optuna_is_told_the_mean_of_the_incumbent_and_the_difference(tmp_path):
 def test_a_race_that_is_resumed_decides_what_an_uninterrupted_one_decides(tmp_path_factory, stops):
     whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
     expected = [(task.key, task.recipe) for task in run(whole, end=end)]
-    folder = tmp_path_factory.mktemp("parts")
-    ran = []
-    for num_fits in (*stops, 1000):
-        part = searcher(folder, STUDY)
-        ran += [(task.key, task.recipe) for task in run(part, num_fits, end)]
+    ran, part = interrupted(tmp_path_factory.mktemp("parts"), STUDY, stops, end)
     assert ran == expected
     assert raced(part) == raced(whole)
     assert told(part) == told(whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from driven_search import failed, finished, run, searcher
+from driven_search import failed, finished, interrupted, run, searcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -76,11 +76,7 @@ def test_all_else_of_a_recipe_stays(tmp_path):
 def test_a_resumed_tuning_chooses_what_an_uninterrupted_one_chooses(tmp_path_factory, stops):
     whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
     expected = [(task.key, task.recipe) for task in run(whole, end=end)]
-    folder = tmp_path_factory.mktemp("parts")
-    ran = []
-    for num_fits in (*stops, 1000):
-        part = searcher(folder, STUDY)
-        ran += [(task.key, task.recipe) for task in run(part, num_fits, end)]
+    ran, part = interrupted(tmp_path_factory.mktemp("parts"), STUDY, stops, end)
     assert ran == expected
     assert rates(part) == rates(whole)
 
