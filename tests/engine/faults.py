@@ -74,8 +74,12 @@ def lasting_ray() -> Iterator[str]:
         cluster.shutdown()
 
 
-def undisturbed(folder: Path) -> dict[str, dict[str, Any]]:
-    """What every fit leaves that nobody disturbs, by its key: without Ray, in this process."""
+def undisturbed(folder: Path, address: str, workers: int) -> dict[str, dict[str, Any]]:
+    """What every fit leaves that nobody disturbs, by its key: of one worker without Ray, in this process."""
+    if workers > 1:  # their sums have other last digits than one worker's
+        folder.mkdir(parents=True)
+        subprocess.run(_session(folder, address, workers), check=True, stdout=subprocess.DEVNULL)
+        return _left_in(folder)
     store, splits = prepare(folder)
     left = {}
     for name, recipe in STUDY.candidates.items():
@@ -88,6 +92,17 @@ def undisturbed(folder: Path) -> dict[str, dict[str, Any]]:
     return left
 
 
+def _session(folder: Path, address: str, workers: int) -> list[str]:
+    return [sys.executable, str(HERE / "besieged.py"), str(folder), address, str(workers)]
+
+
+def _left_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What every fit of the study in `folder` has left, by its key."""
+    results = Ledger(folder / "run").results()
+    keys = {f"{name}/{split:03d}": result for (name, split), result in results.items()}
+    return {key: _left_by(folder / "run" / "fits" / key, result) for key, result in keys.items()}
+
+
 def _left_by(folder: str | Path, result: FitResult) -> dict[str, Any]:
     """What a fit leaves, without what its machine and its interruptions add."""
     same = result.replace(duration_s=0.0, peak_memory_mb=0.0, attempt=0, resumed_epoch=None, num_workers=1)
@@ -97,7 +112,7 @@ def _left_by(folder: str | Path, result: FitResult) -> dict[str, Any]:
 
 def besiege(folder: Path, address: str, workers: int, kinds: Sequence[Kind], seed: int) -> Figures:
     """Kill one process of every kind in `kinds`, in that order, over as many studies as that takes; none is left half done."""
-    expected = undisturbed(folder / "undisturbed")
+    expected = undisturbed(folder / f"undisturbed-{workers}", address, workers)
     left, chance, figures = list(kinds), random.Random(seed), Figures()
     while left:
         _Siege(folder / f"study-{workers}-{figures.studies:02d}", address, workers, chance, figures).run(left, expected)
@@ -131,7 +146,7 @@ class _Siege:
     def _start(self) -> None:
         self.figures.sessions += 1
         self.session_began = time.time()
-        command = [sys.executable, str(HERE / "besieged.py"), str(self.folder), self.address, str(self.workers)]
+        command = _session(self.folder, self.address, self.workers)
         with (self.folder / "driver.txt").open("w") as out:
             self.driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
@@ -200,9 +215,8 @@ class _Siege:
     def _count(self, expected: dict[str, dict[str, Any]]) -> None:
         now = {path: (path.stat().st_mtime_ns, path.read_text()) for path in self._ledger_files()}
         self.figures.lost += sum(now.get(path) != before for path, before in self.recorded.items())
-        for (name, split), result in Ledger(self.folder / "run").results().items():
-            folder = self.folder / "run" / "fits" / name / f"{split:03d}"
-            self.figures.different += _left_by(folder, result) != expected[f"{name}/{split:03d}"]
+        left = _left_in(self.folder)
+        self.figures.different += sum(left[key] != expected[key] for key in left)
         self._count_restarts()
         self.figures.reserved += reserved(NUM_CPUS)
 

@@ -38,7 +38,7 @@ class Point(Network):
     def build(self, in_channels, out_channels, dim):
         assert "One number for each voxel" in inspect.getsource(type(self))
         return nn.Conv2d(in_channels, out_channels, 1)
-    def last_bias(self, module):
+    def last_bias(self, module, num_logits):
         return module.bias
 '''
 

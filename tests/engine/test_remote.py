@@ -65,7 +65,8 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
     assert {name: (Place.at(RUN) / name).read() for name in ended} == kept, "what had finished did not run again"
 
     left = set(Place.at(RUN).walk())
-    assert {"study.json", "results.parquet", "run.json", "tiny.py", "report/index.html", "mlflow.db"} <= left
+    assert {"study.json", "results.parquet", "run.json", "code.json", "report/index.html", "mlflow.db"} <= left
+    assert study.read_bytes() in [(Place.at(RUN) / name).read() for name in left if name.startswith("sources/")]
     assert not [name for name in left if name.endswith((".pt", ".stop")) or ".tune" in name]
     assert len(Place.at(f"s3://{BUCKET}/stores").names()) == 1
     assert list((tmp_path / "second/cache/stores").glob("*.arrow"))

@@ -22,7 +22,7 @@ class Strided(Network):
         around = nn.Conv2d(self.channels, 16, 1, stride=2, bias=False)
         return nn.Sequential(first, around, nn.Upsample(scale_factor=2), nn.Conv2d(16, out_channels, 1))
 
-    def last_bias(self, module: nn.Module) -> nn.Parameter:
+    def last_bias(self, module: nn.Module, num_logits: int) -> nn.Parameter:
         assert isinstance(module, nn.Sequential)
         return module[-1].bias
 
