@@ -72,7 +72,7 @@ class RunOptions:
     max_concurrent: int | None = None
     workers_per_fit: int | None = None
     gpus_per_fit: float | None = None
-    fits_per_gpu: str | None = None
+    fits_per_gpu: int | None = None
     tracking_uri: str | None = None
     command: str = ""
     final_model: bool = True
@@ -177,7 +177,7 @@ def backend_of(options: RunOptions) -> Backend:
     if options.local:
         names = ("address", "workers_per_fit", "fits_per_gpu", "max_concurrent")
         asked = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
-        if excluded := [name for name, value in asked.items() if value not in (None, 1, "1")]:
+        if excluded := [name for name, value in asked.items() if value not in (None, 1)]:
             raise UserError(f"--local runs one fit at a time in this process: leave out {' and '.join(excluded)}")
     if options.in_process:
         from softseg_dist.engine.local import LocalBackend

@@ -144,13 +144,13 @@ class Resources(Frozen):
 
     `gpus_per_fit`: None is one GPU where there is any; 0.25 lets four fits share one; 0 keeps to the CPU. With several
     `workers_per_fit` every batch is divided among them, and CPUs and GPUs count for each worker. `fits_per_gpu`: how many
-    fits share one GPU as threads of one process, which is faster than processes; "auto" measures how many are fastest.
+    fits share one GPU as threads of one process, which is faster than processes.
     """
 
     workers_per_fit: PositiveInt = 1
     cpus_per_fit: PositiveInt = 1
     gpus_per_fit: float | None = Field(None, ge=0)
-    fits_per_gpu: PositiveInt | Literal["auto"] | None = None
+    fits_per_gpu: PositiveInt | None = None
     max_concurrent: PositiveInt | None = None
     checkpoint_every_s: float = Field(60.0, ge=0)
     time_limit_s: PositiveFloat | None = None
@@ -176,7 +176,7 @@ class Resources(Frozen):
         >>> Resources(fits_per_gpu=3).share_of_gpu  # rounded down to what Ray counts, so that three are not more than one
         0.3333
         """
-        if isinstance(self.fits_per_gpu, int):
+        if self.fits_per_gpu is not None:
             return math.floor(RAY_UNITS / self.fits_per_gpu) / RAY_UNITS
         return self.gpus_per_fit
 

@@ -22,23 +22,8 @@ MaxWait = Annotated[
         "--max-wait", min=0, help="Seconds to wait for a machine that can hold a fit; default: 600 on a cluster that grows"
     ),
 ]
-
-
-def _a_count_or_auto(text: str | None) -> str | None:
-    if text is None or text == "auto" or (text.isdecimal() and int(text) > 0):
-        return text
-    raise typer.BadParameter(f"a number from 1 on, or auto, got {text!r}")
-
-
 FitsPerGpu = Annotated[
-    str | None,
-    typer.Option(
-        "--fits-per-gpu",
-        metavar="K|auto",
-        callback=_a_count_or_auto,
-        help="Fits that share a GPU in one process; auto measures which number is fastest",
-        show_default=False,
-    ),
+    int | None, typer.Option("--fits-per-gpu", min=1, help="Fits that share a GPU in one process", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[

@@ -4,40 +4,28 @@ Processes that share a GPU gain nothing, as it serves one of them at a time; str
 with its share of the GPU, its folder and its row in the ledger, but the trial's process is only a client: it sends its job to the
 host of its GPU and passes the reports on. The driver owns the manager and the manager owns the hosts. So a host outlives each of
 its clients, and all hosts end with the driver, however it ends. `Host` and `HostManager` take any job.
-
-`--fits-per-gpu auto` measures the steps per second of 1, 2 and 4 fits of one GPU before the search, and takes the smallest number
-that no larger one exceeds by `GAIN`.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softseg_dist.engine.ray_cluster import bundle_of, places_for
 from softseg_dist.engine.ray_lanes import Run
 from softseg_dist.engine.ray_private import cause_in, id_of_actor
 from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.numerics.seeds import drawing
-from softseg_dist.places import Place
-from softseg_dist.sources import Sources
-from softseg_dist.study import Resources
-from softseg_dist.study_file import load_sources
-from softseg_dist.training.fit import RunningFit
-from softseg_dist.training.gpu.capture import keep_compiled
-from softseg_dist.training.task import FitTask, Worker
+from softseg_dist.training.task import Worker
 
 CPU = "cpu"  # stands for the GPU of a host without one
 TRIES = 3  # a host that dies before it has begun a job was dying already; another one will do
@@ -199,131 +187,3 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-SIZES = (1, 2, 4)
-GAIN = 1.05  # more fits must be so much faster to be worth their memory, and the loss of all of them if a host dies
-MOST_MEMORY = 0.9  # of a GPU's, of which a fit needs more when it validates
-WARM_STEPS, WARM_S, MEASURED_S = 20, 2.0, 4.0
-
-
-class Rate(NamedTuple):
-    """`steps_per_s` of so many fits together, and the share of the GPU's memory that is in use then."""
-
-    size: int
-    steps_per_s: float
-    memory: float
-
-
-def best_size(rates: Sequence[Rate]) -> int:
-    """The fastest size, of which each larger one must gain `GAIN` over the best smaller one, and leave some memory.
-
-    >>> best_size([Rate(1, 100, 0.1), Rate(2, 104, 0.2), Rate(4, 130, 0.4)])
-    4
-    """
-    best = rates[0]
-    for rate in rates[1:]:
-        if rate.memory <= MOST_MEMORY and rate.steps_per_s >= GAIN * best.steps_per_s:
-            best = rate
-    return best.size
-
-
-def with_size(resources: Resources, task: FitTask, sources: Sources | None, note: Callable[[str], None]) -> Resources:
-    """`resources` with the number of fits per GPU that is measured with fits like `task`; `note` gets the figures.
-
-    `sources` are those of the study.
-    """
-    bundle = bundle_of(resources)
-    if "GPU" not in bundle:
-        note("--fits-per-gpu auto: there is no GPU, so every fit has a process of its own")
-        return resources.replace(fits_per_gpu=None)
-    sizes = [size for size in SIZES if _has_room(size, resources)]
-    measuring = ray.remote(num_cpus=bundle["CPU"], num_gpus=1, max_calls=1)(_measure_in_worker)
-    try:
-        rates: list[Rate] = ray.get(measuring.remote(task.model_dump(mode="json"), sources, sizes))
-    except RayError as error:  # the fits' own errors will say more
-        note(f"--fits-per-gpu auto: one, as nothing could be measured: {cause_in(str(error)) or type(error).__name__}")
-        return resources.replace(fits_per_gpu=1)
-    best = best_size(rates)
-    figures = ", ".join(f"{rate.size}: {rate.steps_per_s:.0f} steps/s, {rate.memory:.0%} of the memory" for rate in rates)
-    note(f"--fits-per-gpu auto: {best} (fits at once: {figures})")
-    return resources.replace(fits_per_gpu=best)
-
-
-def measure(task: FitTask, sizes: Sequence[int], device: str, measured_s: float = MEASURED_S) -> list[Rate]:
-    """The rates of fits like `task`, run in threads of this process; of the sizes that the device has memory for."""
-    rates = []
-    for size in sizes:
-        try:
-            rates.append(_rate(task, size, device, measured_s))
-        except torch.OutOfMemoryError:
-            if not rates:
-                raise
-            break
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    return rates
-
-
-def _has_room(size: int, resources: Resources) -> bool:
-    return size == 1 or places_for({"CPU": float(resources.cpus_per_fit)}, resources) >= size
-
-
-def _measure_in_worker(task_json: object, sources: Sources | None, sizes: Sequence[int]) -> list[Rate]:
-    if sources is not None:
-        load_sources(sources)
-    task = FitTask.model_validate(task_json)
-    if Place.at(task.folder).path is not None:
-        keep_compiled(task.folder)  # the fits need what is compiled here
-    return measure(task, sizes, "cuda")
-
-
-def _rate(task: FitTask, size: int, device: str, measured_s: float) -> Rate:
-    ready = threading.Barrier(size)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(size) as threads:
-        tasks = [task.replace(folder=f"{folder}/{number}", checkpoint_every_s=1e9) for number in range(size)]
-        fits = [threads.submit(_train, task, device, ready, measured_s) for task in tasks]
-    errors = [error for fit in fits if (error := fit.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):  # the other threads waited for the failed one
-            raise error
-    found = [fit.result() for fit in fits]
-    return Rate(size, sum(rate for rate, _ in found), max(memory for _, memory in found))
-
-
-def _train(task: FitTask, device: str, ready: threading.Barrier, measured_s: float) -> tuple[float, float]:
-    """Steps per second of one fit after its first steps, which make what all others reuse, and the memory in use then."""
-    until_s = time.monotonic()
-    torch.set_num_threads(task.threads)
-    with torch.cuda.stream(torch.cuda.Stream()) if device != "cpu" else nullcontext():
-        try:
-            training = RunningFit(task, Worker(device=device, stop=lambda: time.monotonic() >= until_s))
-            training.model.train()
-            warm = 0
-            while warm < WARM_STEPS:
-                until_s = time.monotonic() + WARM_S
-                warm += _advance(training)
-            ready.wait()
-        except Exception:
-            ready.abort()
-            raise
-        steps, began_s = 0, time.monotonic()
-        until_s = began_s + measured_s
-        while time.monotonic() < until_s:
-            steps += _advance(training)
-        steps_per_s = steps / (time.monotonic() - began_s)
-        if device == "cpu":
-            return steps_per_s, 0.0
-        free, total = torch.cuda.mem_get_info()
-        return steps_per_s, 1 - free / total
-
-
-def _advance(training: RunningFit) -> int:
-    """Train on for some steps, from epoch to epoch; returns how many they were."""
-    now = training.progress
-    before = now.step
-    training.stepper.advance(now)
-    done = now.step - before
-    if now.step == training.batches.steps_per_epoch:
-        now.epoch, now.step, now.losses, now.dead = (now.epoch + 1) % training.optim.epochs, 0, [], 0
-    return done

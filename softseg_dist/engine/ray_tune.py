@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -31,13 +31,12 @@ from softseg_dist.engine.ray_cluster import (
     wait_until_free,
 )
 from softseg_dist.engine.ray_lanes import Lane, Run, lane_of_process, run_alone
-from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released, with_size
+from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
 from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
 from softseg_dist.engine.ray_reach import check_package, check_reach
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
 from softseg_dist.places import Place
-from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
 GROUP_PAYS_S = 60.0  # of one worker: a group takes 13 to 25 s to start, which a shorter fit does not win back
@@ -62,21 +61,17 @@ class RayBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
-        ledger, resources = context.ledger, context.resources
+        ledger = context.ledger
         try:
             with quiet(), ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
-                wait_for_room(resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
+                wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     check_package()
                     stores = context.prepared.uri.rpartition("/")[0]
                     check_reach({"--out": ledger.folder, "--stores": stores})
                 if session.interrupted:
                     return
-                if resources.fits_per_gpu == "auto":
-                    name, recipe = next(iter((context.study.candidates or sample_proposals(context.study)).items()))
-                    first = context.fit_task(name, recipe, context.splits[0])
-                    resources = with_size(resources, first, context.sources, context.progress.note)
-                _tune(session, replace(context, resources=resources))
+                _tune(session, context)
         finally:
             ledger.discard(".tune")
 
@@ -165,7 +160,7 @@ def _trainable(
             wait_until_released(manager, task["folder"])
         return dict(run(config, Worker(device=device), tune.report))
 
-    together = packs(run, size, resources.time_limit_s) if isinstance(size, int) and size > 1 else nullcontext()
+    together = packs(run, size, resources.time_limit_s) if size is not None and size > 1 else nullcontext()
     with together as manager:
         yield softseg_fit
 

@@ -27,7 +27,7 @@ from scripted import make_study, processes, run, starts
 from softseg_dist import Dice, MCDropout, NormReLU, Resources, UNet
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, wait_until_released, with_size
+from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, wait_until_released
 from softseg_dist.engine.worker import LostJob, Report, run_fit, time_limit
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
@@ -165,13 +165,6 @@ def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(s
             ray.get(client.remote(manager, "job", config, die))
         wait_until_released(manager, "job")
         assert (tmp_path / "stopped").exists()
-
-
-def test_without_a_gpu_every_fit_has_a_process_and_the_user_is_told(shared_ray: None, tasks: dict[str, FitTask]) -> None:
-    notes: list[str] = []
-    resources = Resources(fits_per_gpu="auto", cpus_per_fit=2)
-    assert with_size(resources, tasks["plain"], None, notes.append) == Resources(cpus_per_fit=2)
-    assert notes == ["--fits-per-gpu auto: there is no GPU, so every fit has a process of its own"]
 
 
 def driver(folder: Path, **faults: object) -> subprocess.Popen[str]:

@@ -184,7 +184,7 @@ def test_a_study_is_tuned_and_raced_and_goes_on_the_same_way(tmp_path: Path) -> 
     [
         ({"address": "auto"}, "--address"),
         ({"workers_per_fit": 2}, "--workers-per-fit"),
-        ({"fits_per_gpu": "auto", "max_concurrent": 3}, "--fits-per-gpu and --max-concurrent"),
+        ({"fits_per_gpu": 4, "max_concurrent": 3}, "--fits-per-gpu and --max-concurrent"),
     ],
 )
 def test_local_refuses_what_needs_ray(option: dict[str, Any], named: str) -> None:
@@ -197,7 +197,7 @@ def test_local_refuses_what_needs_ray(option: dict[str, Any], named: str) -> Non
     ("options", "here"),
     [
         ({}, True), ({"max_concurrent": 2, "workers_per_fit": 1}, True), ({"address": "auto"}, False),
-        ({"workers_per_fit": 2}, False), ({"fits_per_gpu": "1"}, False),
+        ({"workers_per_fit": 2}, False), ({"fits_per_gpu": 1}, False),
     ],
 )  # fmt: skip
 def test_debug_runs_here_unless_an_option_asks_for_ray(options: dict[str, Any], here: bool) -> None:

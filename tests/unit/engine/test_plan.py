@@ -128,8 +128,6 @@ def test_a_run_without_finished_fits_is_refused_with_its_name(tmp_path: Path) ->
         (GPU, Resources(fits_per_gpu=3), 3),
         (GPU, Resources(fits_per_gpu=16), 8),  # sixteen by the GPU, eight by the CPUs
         (GPU.replace(gpus=4, cpus=48), Resources(fits_per_gpu=6), 24),
-        (GPU, Resources(fits_per_gpu="auto"), 1),  # at least: how many pay is measured
-        (CPU, Resources(fits_per_gpu="auto"), 16),
         (CPU, Resources(fits_per_gpu=2), 0),
     ],
 )
