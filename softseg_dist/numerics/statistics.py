@@ -79,6 +79,16 @@ class BootstrapInterval:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class BlandAltman:
+    """The result of `bland_altman`: mean difference, the limits of agreement, and the number of pairs."""
+
+    bias: float
+    low: float
+    high: float
+    n: int
+
+
 def crossed_test(differences: Table) -> CrossedTest:
     """Two-sided t-test of mean difference 0 under d_ij = mu + subject_i + split_j + error_ij, both effects random.
 
@@ -289,3 +299,19 @@ def paired_bootstrap(differences: Table, seed: int, draws: int = 2000) -> Bootst
     means = np.einsum("db,db->d", subjects @ x, splits)[counts > 0] / counts[counts > 0]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return BootstrapInterval(mean, float(low), float(high), len(means))
+
+
+def bland_altman(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> BlandAltman:
+    """Bias and limits of agreement of paired measurements: mean and mean -+ 1.96 sd of `first` minus `second`.
+
+    Args:
+        first, second: [n], paired by index, n > 0; with a single pair the limits are NaN.
+
+    Source: Bland and Altman 1986 (doi 10.1016/S0140-6736(86)90837-8).
+
+    >>> bland_altman(np.array([3.0, 5.0]), np.array([2.0, 5.0])).bias
+    0.5
+    """
+    d = first - second
+    bias, reach = float(d.mean()), 1.96 * float(d.std(ddof=1)) if d.size > 1 else NAN
+    return BlandAltman(bias, bias - reach, bias + reach, d.size)

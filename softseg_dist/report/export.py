@@ -50,7 +50,6 @@ def csv_tables(summary: Summary) -> dict[str, str]:
             for of_classes in measures.agreements.values()
             for one in of_classes
         ),
-        "repeatability": [one for of_classes in measures.repeatability.values() for one in of_classes],
         "lesions": list(measures.lesions.values()),
         "surfaces": list(measures.surfaces.values()),
         "sites": measures.sites,

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from softseg_dist.numerics.repeatability import BlandAltman, Icc, WithinSubject, bland_altman, coefficient_of_variation, icc
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.statistics import LEVEL, NAN
+from softseg_dist.numerics.statistics import LEVEL, NAN, BlandAltman, bland_altman
 from softseg_dist.report.breakdown import RULE, Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of, undefined
@@ -75,7 +74,6 @@ def _pooled(name: str, rows: pd.DataFrame) -> ReliabilityTable:
 
 
 PREDICTED, TRUE = "volume_pred_mm3", "volume_true_mm3"
-REFERENCE = ""  # the name under which the reference's own repeatability stands
 
 
 @dataclass(frozen=True)
@@ -94,22 +92,11 @@ class Agreement:
     limits: BlandAltman
 
 
-@dataclass(frozen=True)
-class Repeatability:
-    """How the soft volumes of one candidate and class repeat over the cases of a subject; `name` is "" for the reference.
-
-    A case's volume is the mean over the splits that tested it. Only subjects with two cases or more count.
-    """
-
-    name: str
-    class_name: str
-    icc: Icc
-    variation: WithinSubject
-
-
 def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
     """By candidate: one agreement for each class; {} if no volume was recorded."""
-    means = _volumes(test, ["candidate", "class", "subject"])
+    rows = soft_rows(test, PREDICTED, TRUE)
+    means = rows.groupby(["candidate", "class", "subject", "metric"], observed=True)["value"].mean().unstack("metric")
+    means = means.reindex(columns=[PREDICTED, TRUE]).dropna()
     found: dict[str, tuple[Agreement, ...]] = {}
     for (name, class_name), part in means.groupby(["candidate", "class"], observed=True):
         subjects = part.index.get_level_values("subject").astype(str)
@@ -119,39 +106,6 @@ def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
         one = Agreement(str(name), str(class_name), tuple(subjects), *pairs, limits)
         found[one.name] = (*found.get(one.name, ()), one)
     return found
-
-
-def repeatability_of(test: pd.DataFrame) -> dict[str, tuple[Repeatability, ...]]:
-    """By candidate, and for the reference under "": one for each class; {} unless a subject has two cases or more."""
-    means = _volumes(test, ["candidate", "class", "subject", "case"])
-    num_cases = means.reset_index().groupby("subject", observed=True)["case"].nunique()
-    if not (num_cases > 1).any():
-        return {}
-    repeated = means[means.index.get_level_values("subject").isin(num_cases[num_cases > 1].index)]
-    of_reference = repeated.groupby(["class", "subject", "case"], observed=True)[TRUE].mean()
-    tables = {(REFERENCE, str(k)): _sessions(part) for k, part in of_reference.groupby("class", observed=True)}
-    by_candidate = repeated[PREDICTED].groupby(["candidate", "class"], observed=True)
-    tables |= {(str(name), str(k)): _sessions(part) for (name, k), part in by_candidate}
-    found: dict[str, tuple[Repeatability, ...]] = {}
-    for (name, k), table in tables.items():
-        one = Repeatability(name, k, icc(table), coefficient_of_variation(table))
-        found[name] = (*found.get(name, ()), one)
-    return found
-
-
-def _volumes(test: pd.DataFrame, unit: list[str]) -> pd.DataFrame:
-    """Mean true and predicted volume per unit; no row if either was not recorded."""
-    rows = soft_rows(test, PREDICTED, TRUE)
-    means = rows.groupby([*unit, "metric"], observed=True)["value"].mean().unstack("metric")
-    return means.reindex(columns=[PREDICTED, TRUE]).dropna()
-
-
-def _sessions(volumes: pd.Series[float]) -> np.ndarray:
-    """[subjects sessions] of volumes indexed by subject and case: the cases of a subject in the order of their names."""
-    ordered = volumes.sort_index().reset_index()
-    session = ordered.groupby("subject", observed=True).cumcount()
-    by_session = ordered.assign(session=session).pivot(index="subject", columns="session", values=ordered.columns[-1])
-    return by_session.to_numpy(np.float64)
 
 
 SIZES = {"lt20": "below 20 voxels", "20to100": "20 to 100 voxels", "gt100": "above 100 voxels", "": "all"}
@@ -304,7 +258,6 @@ class Measures:
 
     reliability: dict[str, ReliabilityTable]
     agreements: dict[str, tuple[Agreement, ...]]
-    repeatability: dict[str, tuple[Repeatability, ...]]
     lesions: dict[str, Lesions]
     surfaces: dict[str, Surfaces]
     sites: tuple[Site, ...]
@@ -318,7 +271,6 @@ def measures_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, winner: s
     return Measures(
         reliability=reliability_of(test),
         agreements=agreements_of(test),
-        repeatability=repeatability_of(test),
         lesions=lesions_of(test, run.finished, run.study.get("seed", 0)),
         surfaces=surfaces_of(test, run.finished),
         sites=by_site(scores, site_of, winner, reference) if site_of else (),

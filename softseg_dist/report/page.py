@@ -31,7 +31,7 @@ from softseg_dist.report.findings import (
 )
 from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
-from softseg_dist.report.measures import MEASURES, METHODS, REFERENCE, SIZES
+from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of
@@ -178,7 +178,6 @@ def _environment() -> Environment:
 def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) -> str:
     fields = list(dict.fromkeys(f for recipe in summary.varying.values() for f in recipe))
     others = (holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary))
-    repeatability = summary.measures.repeatability
     template = _environment().get_template("page.html")
     return template.render(
         s=summary,
@@ -199,8 +198,6 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
         rule_names=RULE_NAMES,
         to_best={rival.candidate: rival for rival in summary.rivals},
         few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
-        repeated=[name for name in (REFERENCE, *shown(summary)) if name in repeatability],
-        repeatability_notes=sorted({o.icc.note for of in repeatability.values() for o in of if o.icc.note}),
         sizes=SIZES,
         methods=METHODS,
         uncertainty_names=MEASURES,

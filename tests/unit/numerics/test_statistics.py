@@ -11,7 +11,15 @@ from scipy import stats
 from simulated_studies import SETTINGS, Setting, simulate
 from statsmodels.regression.mixed_linear_model import MixedLM
 
-from softseg_dist.numerics.statistics import corrected_t_test, crossed_test, holm, paired_bootstrap, subject_test, wilcoxon_test
+from softseg_dist.numerics.statistics import (
+    bland_altman,
+    corrected_t_test,
+    crossed_test,
+    holm,
+    paired_bootstrap,
+    subject_test,
+    wilcoxon_test,
+)
 
 NAN = float("nan")
 PROPERTY = settings(max_examples=30, deadline=None)
@@ -246,3 +254,15 @@ def test_bootstrap_is_reproducible_and_defined_for_small_tables():
     assert paired_bootstrap(table, seed=1) != paired_bootstrap(table, seed=2)
     assert "no pair" in paired_bootstrap(np.full((2, 2), NAN), seed=0).note
     assert "nothing to resample" in paired_bootstrap(np.array([[0.1, 0.2]]), seed=0).note
+
+
+def test_limits_of_agreement_by_hand():
+    found = bland_altman(np.array([3.0, 5.0, 7.0]), np.array([2.0, 5.0, 5.0]))
+    assert (found.bias, found.n) == ((1 + 0 + 2) / 3, 3)
+    assert (found.low, found.high) == pytest.approx((1 - 1.96 * 1.0, 1 + 1.96 * 1.0))  # sd of 1, 0, 2 is 1
+
+
+def test_one_pair_has_a_bias_and_no_limits():
+    one = bland_altman(np.array([3.0]), np.array([1.0]))
+    assert (one.bias, one.n) == (2.0, 1)
+    assert np.isnan([one.low, one.high]).all()

@@ -76,17 +76,6 @@ def test_a_subject_counts_once_in_volumes_however_often_it_was_tested(run: RunDa
     assert agreement.predicted_mm3[0] == pytest.approx(rows.loc[rows["subject"] == subject, "value"].mean())
 
 
-def test_repeatability_is_that_of_subjects_with_two_cases(summary: Summary, tmp_path: Path):
-    repeated = summary.measures.repeatability
-    assert set(repeated) == {"", *NAMES}
-    (reference,), (control,) = repeated[""], repeated[CONTROL]
-    assert reference.icc.value > control.icc.value > 0.9  # the reference varies by 5 mm³ between sessions, and by no noise
-    assert (control.icc.num_subjects, control.icc.num_sessions) == (summary.num_tested, 2 * summary.num_tested)
-    assert 0 < reference.variation.value < control.variation.value
-    single = write_run(tmp_path, candidates=NAMES[:1], measured=("volume",), num_splits=2)
-    assert summarise(load_run(single)).measures.repeatability == {}
-
-
 def test_thresholds_from_validation_are_tested_against_one_half(summary: Summary):
     rules = {(r.candidate, r.rule): r for r in summary.rules}
     assert set(rules) == {(name, rule) for name in NAMES for rule in ("grid", "dice_optimal")}
