@@ -31,7 +31,7 @@ from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.model import Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
 from softseg_dist.training.preflight import check_methods
-from softseg_dist.training.stepper import Clock, Diverged, FitProgress, Stepper, learning_rate
+from softseg_dist.training.stepper import Diverged, FitProgress, Stepper, learning_rate
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -104,13 +104,13 @@ class RunningFit:
         check_methods(task.candidate, self.model, task.uncertainty)
         self.progress = FitProgress()
         self.resumed_epoch: int | None = None
-        self.started, self.clock = time.monotonic(), Clock(task.checkpoint_every_s)
+        self.started = time.monotonic()
         state = worker.share(load_checkpoint(task) if worker.leads else None)
         wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
         execution = choose_execution(wanted, worker.device, worker.num_workers, self.batches.num_steps)
         self.model.precision = execution.precision
         kind = HostStepper if worker.device == "cpu" or worker.num_workers > 1 else DeviceStepper
-        self.stepper: Stepper = kind(task, self.batches, self.model, worker, execution, self.clock.due)
+        self.stepper: Stepper = kind(task, self.batches, self.model, worker, execution)
         self._go_on_from(state)
 
     def run(self) -> None:
@@ -197,8 +197,7 @@ class RunningFit:
 
     def _checkpoint(self) -> None:
         self.progress.elapsed_s += time.monotonic() - self.started
-        self.started = time.monotonic()
-        self.clock.restart()
+        self.started = self.stepper.saved_s = time.monotonic()
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
             kept = {"progress": vars(self.progress), "precision": self.stepper.execution.precision}

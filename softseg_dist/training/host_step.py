@@ -94,7 +94,7 @@ class HostStepper(Stepper):
         mine[0] = dead_samples(prediction.detach())
         if self.worker.leads:
             mine[1] = self.worker.stop()
-            mine[2] = self.due()
+            mine[2] = self.checkpoint_is_due()
         sums = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
         means = sums[3:].requires_grad_()
         loss = self.recipe.loss.of_averages(means, prediction.shape[1])

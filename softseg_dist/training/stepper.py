@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,42 +50,23 @@ class Request(NamedTuple):
     save: bool = False
 
 
-class Clock:
-    """Says when the next checkpoint is due, `every_s` after the last one."""
-
-    def __init__(self, every_s: float) -> None:
-        self.every_s = every_s
-        self.restart()
-
-    def restart(self) -> None:
-        """A checkpoint has been written."""
-        self.last_s = time.monotonic()
-
-    def due(self) -> bool:
-        """Is it time?"""
-        return time.monotonic() - self.last_s >= self.every_s
-
-
 class Stepper(ABC):
     """Trains a model, whose weights are right whenever `advance` has returned. `execution` is what it really uses.
 
-    `due` says, on the first worker, whether a checkpoint is due.
+    `saved_s` is the time of the last checkpoint (`time.monotonic`).
     """
 
     adam: torch.optim.Optimizer
 
-    def __init__(
-        self,
-        task: FitTask,
-        batches: Batches,
-        model: Model,
-        worker: Worker,
-        execution: Execution,
-        due: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, task: FitTask, batches: Batches, model: Model, worker: Worker, execution: Execution) -> None:
         self.task, self.recipe, self.optim, self.batches = task, task.recipe, task.recipe.optim, batches
-        self.model, self.worker, self.execution, self.due = model, worker, execution, due
+        self.model, self.worker, self.execution = model, worker, execution
+        self.saved_s = time.monotonic()
         self._begin()
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether the last checkpoint is `checkpoint_every_s` old; counts on the first worker."""
+        return time.monotonic() - self.saved_s >= self.task.checkpoint_every_s
 
     @abstractmethod
     def _begin(self) -> None:

@@ -15,10 +15,9 @@ from softseg_dist import SVLS, Dice, Loss, NormReLU, Optim, Patch, Recipe, UNet
 from softseg_dist.numerics.dropout import CountedDropout
 from softseg_dist.training.evaluation import validation_score
 from softseg_dist.training.execution import choose_execution
-from softseg_dist.training.gpu import resident
-from softseg_dist.training.gpu.device_batches import DeviceBatches
+from softseg_dist.training.gpu import device_batches
+from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, Streamed
 from softseg_dist.training.gpu.device_step import DeviceStepper
-from softseg_dist.training.gpu.resident import Resident, Streamed
 from softseg_dist.training.stepper import FitProgress
 from softseg_dist.training.task import FitTask, Worker
 
@@ -195,8 +194,8 @@ def test_what_is_resident_is_shared_and_what_does_not_fit_is_sent(
     sources = [stepper.device_batches.source for stepper in (one, two) if isinstance(stepper.device_batches, DeviceBatches)]
     assert all(isinstance(source, Resident) and source.images.is_cuda for source in sources)
     assert len({source.images.data_ptr() for source in sources if isinstance(source, Resident)}) == 1
-    monkeypatch.setattr(resident, "SHARE", 0.0)
-    resident._kept.clear()
+    monkeypatch.setattr(device_batches, "SHARE", 0.0)
+    device_batches._kept.clear()
     sent = device_stepper(tasks[2], CUDA, graph=True)
     assert isinstance(sent.device_batches, DeviceBatches)
     assert isinstance(sent.device_batches.source, Streamed)

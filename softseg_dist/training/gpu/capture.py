@@ -75,21 +75,19 @@ def _fastest_convolutions() -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Undo, in place, what the block does to weights, buffers and the optimizer's state, which begins with zeros."""
-    own = [*model.parameters(), *model.buffers()]
-    saved = [tensor.detach().clone() for tensor in own]
-    states = {p: {name: value.clone() for name, value in state.items()} for p, state in optimizer.state.items()}
+
+    def tensors() -> Iterator[Tensor]:
+        yield from (*model.parameters(), *model.buffers())
+        for state in optimizer.state.values():
+            yield from state.values()
+
+    saved = {tensor: tensor.detach().clone() for tensor in tensors()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(own, saved, strict=True):
-                tensor.copy_(value)
-            for parameter, state in optimizer.state.items():
-                for name, tensor in state.items():
-                    if parameter in states:
-                        tensor.copy_(states[parameter][name])
-                    else:
-                        tensor.zero_()
+            for tensor in tensors():
+                tensor.copy_(saved.get(tensor, torch.zeros_like(tensor)))
 
 
 class _Watch(TorchFunctionMode):

@@ -1,17 +1,42 @@
-"""The batches of `Batches`, made on a device: the host draws, the device gathers and augments, and neither waits for the other."""
+"""The batches of `Batches`, made on a device: the host draws, the device gathers and augments, and neither waits for the other.
+
+Training items before augmentation are in the device's own memory if all fit; else they are sent batch by batch.
+
+Legend: T targets of the store (one of every item, or one of every item and rater), R rows of a batch, C image channels, K classes,
+*S space, D its number of axes, *W what is read of an item.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from softseg_dist.data.store import Store
 from softseg_dist.numerics.augmentation import apply, draw_all, draw_pairs, join, pairs
+from softseg_dist.numerics.labels import rater_of
 from softseg_dist.numerics.transforms import Frame
+from softseg_dist.study import Recipe
 from softseg_dist.training.batches import Batches
-from softseg_dist.training.gpu.feed import Fields, Inputs
-from softseg_dist.training.gpu.resident import Source, source_of
+from softseg_dist.training.targets import item_target
+
+SHARE = 0.5  # of the memory that is free: the rest is for training, and for other fits on the device
+MOST_KEPT = 4  # tensors: images and targets of two stores, or images of one and targets of three kinds
+
+Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and type of tensors by their names."""
+
+Inputs = Mapping[str, Tensor]
+"""The tensors themselves, as the device reads them in a step."""
+
+_kept: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
+_keeping = threading.Lock()
 
 
 class DeviceBatches:
@@ -94,5 +119,161 @@ def device_batches(batches: Batches, device: torch.device) -> tuple[DeviceBatche
         return ReadyBatches(batches, device), (
             "augmentation: voxels differ in size from case to case, so batches are made outside of the step",
         )
-    source, notes = source_of(batches, device)
+    source, notes = _source_of(batches, device)
     return DeviceBatches(batches, source, device), notes
+
+
+class Resident:
+    """All items of the store in the device's memory: the host only says which ones, and from where on."""
+
+    def __init__(self, batches: Batches, images: Tensor, targets: Tensor) -> None:
+        self.batches, self.images, self.targets = batches, images, targets
+        cases = batches.store.cases
+        self.num_targets = _targets_per_item(batches.store, batches.recipe.fusion)
+        self.first_item = list(accumulate((case.num_items for case in cases), initial=0))
+        counts = (case.num_items * num for case, num in zip(cases, self.num_targets, strict=True))
+        self.first_target = list(accumulate(counts, initial=0))
+
+    def fields(self, rows: int) -> Fields:
+        """Rows of images and targets, and where patches start."""
+        chosen = {"item": ((rows,), torch.int64), "target": ((rows,), torch.int64)}
+        if self.batches.recipe.patch is None:
+            return chosen
+        return chosen | {"start": ((rows, self.batches.store.dim), torch.int64)}
+
+    def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
+        """Which items, which raters' targets, and which parts of them."""
+        items = [self.batches.items[member] for member in members]
+        into["item"].copy_(torch.tensor([self.first_item[case] + item for case, item in items]))
+        into["target"].copy_(torch.tensor([self._target_row(epoch, member) for member in members]))
+        if "start" in into:
+            windows = [self.batches.window(epoch, member) for member in members]
+            into["start"].copy_(torch.tensor([window.start for window in windows if window is not None]))
+
+    def _target_row(self, epoch: int, member: int) -> int:
+        case, item = self.batches.items[member]
+        num = self.num_targets[case]
+        return self.first_target[case] + item * num + rater_of(self.batches.rater_seed(epoch, member), num)
+
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The rows, or of patches the parts in their windows."""
+        if "start" not in inputs:
+            return self.images.index_select(0, inputs["item"]), self.targets.index_select(0, inputs["target"])
+        place, inside = _places(inputs["start"], self.images.shape[2:], self.batches.read_size)
+        image, target = _at(self.images, inputs["item"], place), _at(self.targets, inputs["target"], place)
+        return image, target.masked_fill(~inside, 0)
+
+
+class Streamed:
+    """Items are read from the store by the host, and sent."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def fields(self, rows: int) -> Fields:
+        """The images and targets themselves."""
+        store, size = self.batches.store, self.batches.read_size
+        return {
+            "image": ((rows, store.channels, *size), torch.float32),
+            "target": ((rows, len(store.classes), *size), torch.float32),
+        }
+
+    def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
+        """Read them."""
+        image, target = self.batches.read(epoch, members)
+        into["image"].copy_(image)
+        into["target"].copy_(target)
+
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What has arrived."""
+        return inputs["image"], inputs["target"]
+
+
+Source = Resident | Streamed
+"""Gives a device the items of a batch: `read` returns images [R C *W] and targets [R K *W] on it."""
+
+
+def _source_of(batches: Batches, device: torch.device) -> tuple[Source, tuple[str, ...]]:
+    """The best source that there is memory for, and a note if it is not the device's own."""
+    store, recipe = batches.store, batches.recipe
+    num_targets = _targets_per_item(store, recipe.fusion)
+    count = sum(case.num_items * num for case, num in zip(store.cases, num_targets, strict=True))
+    images = _keep(
+        ("images", store.fingerprint, str(device)),
+        (sum(case.num_items for case in store.cases), store.channels, *store.size),
+        device,
+        lambda maps: _fill_images(maps, store),
+    )
+    targets = _keep(
+        ("targets", store.fingerprint, recipe.label, recipe.fusion, str(device)),
+        (count, len(store.classes), *store.size),
+        device,
+        lambda maps: _fill_targets(maps, store, recipe),
+    )
+    if images is None or targets is None:
+        return Streamed(batches), ("images: they take too much of the device's memory, so every batch is sent there",)
+    return Resident(batches, images, targets), ()
+
+
+def _targets_per_item(store: Store, fusion: str) -> list[int]:
+    """Of each case: one if raters are fused the same way in every epoch, else one for each rater."""
+    return [len(case.rater_names) if fusion == "random_rater" else 1 for case in store.cases]
+
+
+def _fill_images(images: Tensor, store: Store) -> None:
+    for case, part in zip(store.cases, images.split([case.num_items for case in store.cases]), strict=True):
+        part.copy_(torch.from_numpy(np.array(store.sample(case.index).image)))
+
+
+def _fill_targets(targets: Tensor, store: Store, recipe: Recipe) -> None:
+    rows = iter(targets)
+    for case in store.cases:
+        drawn = recipe.fusion == "random_rater"
+        fusions = [f"rater:{name}" for name in case.rater_names] if drawn else [recipe.fusion]
+        recipes = [recipe.replace(fusion=fusion) for fusion in fusions]
+        for item in range(case.num_items):
+            for one in recipes:
+                next(rows).copy_(item_target(store, one, case.index, item, draw=0))
+
+
+def _places(start: Tensor, whole: Sequence[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Windows of `size` *W that begin at `start` [R D]: flat indices into *S [R 1 *W], the nearest ones for what lies outside of
+    it, and whether they lie inside [R 1 *W]."""
+    place, inside = start.new_zeros(()), start.new_ones((), dtype=torch.bool)
+    for axis, (n, width) in enumerate(zip(whole, size, strict=True)):
+        along = [-1 if axis == other else 1 for other in range(len(size))]
+        at = start[:, axis].reshape(-1, 1, *[1] * len(size)) + torch.arange(width, device=start.device).view(along)
+        place = place * n + at.clamp(0, n - 1)
+        inside = inside & (at >= 0) & (at < n)
+    return place, inside
+
+
+def _at(maps: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """The values [R C *W] of rows of `maps` [T C *S] at places [R 1 *W]."""
+    values = maps.flatten(2)[row[:, None], :, place.flatten(1)]  # [R, number of places, C]
+    return values.movedim(-1, 1).reshape(len(row), maps.shape[1], *place.shape[2:])
+
+
+def _keep(key: tuple[str, ...], shape: tuple[int, ...], device: torch.device, fill: Callable[[Tensor], None]) -> Tensor | None:
+    """Maps that `fill` fills in, kept for the fits that follow in this process; None if they take too much of the memory."""
+    num_bytes = math.prod(shape) * torch.float32.itemsize
+    with _keeping:
+        while key not in _kept and _kept and num_bytes > SHARE * _free_bytes(device):
+            _kept.popitem(last=False)  # what was used longest ago; a fit that uses it keeps it for itself
+        if key not in _kept:
+            if num_bytes > SHARE * _free_bytes(device):
+                return None
+            maps = torch.empty(shape, device=device)
+            fill(maps)
+            _kept[key] = maps
+        _kept.move_to_end(key)
+        while len(_kept) > MOST_KEPT:
+            _kept.popitem(last=False)
+        return _kept[key]
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

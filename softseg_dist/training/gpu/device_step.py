@@ -1,6 +1,6 @@
 """A fit on one device of its own: the host draws and launches, some steps ahead, and reads losses once per epoch.
 
-A step is one function of the device's memory. From the inputs that the host has sent (`feed`) it gathers and augments a batch,
+A step is one function of the device's memory. From the inputs that the host has sent (`Feed`) it gathers and augments a batch,
 learns from it and records how that went. As a graph (`capture`) it is launched with one call; otherwise it is launched operation by
 operation, with the same result.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,7 @@ from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.gpu.capture import Step, captured, compiled, obstacle, unchanged
-from softseg_dist.training.gpu.device_batches import device_batches
-from softseg_dist.training.gpu.feed import Feed, Fields, Inputs
+from softseg_dist.training.gpu.device_batches import Fields, Inputs, device_batches
 from softseg_dist.training.stepper import Diverged, FitProgress, Request, Stepper, cause, learning_rate
 
 OF_A_STEP: Fields = {
@@ -31,7 +30,60 @@ OF_A_STEP: Fields = {
     "row": ((1,), torch.int64),  # of the step, among those of the epoch
 }
 RECORDED = 6  # numbers of a step: loss, dead samples, lowest and highest logit, lowest and highest prediction
+AHEAD = 8  # steps that the host may be ahead; a fit that is stopped still does so many
+ALIGNMENT = 64  # bytes
+CPU = torch.device("cpu")
 SERIOUS = (UserError, torch.OutOfMemoryError)  # nothing that another way to run the step would change
+
+
+class PackedTensors:
+    """Tensors in one piece of memory: `of` has them by name, `memory` all their bytes."""
+
+    def __init__(self, fields: Fields, device: torch.device, *, pinned: bool = False) -> None:
+        ends, end = {}, 0
+        for name, (shape, dtype) in fields.items():
+            first = -(-end // ALIGNMENT) * ALIGNMENT
+            end = first + math.prod(shape) * dtype.itemsize
+            ends[name] = first, end
+        self.memory = torch.zeros(end, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.of = {name: self.memory[slice(*ends[name])].view(dtype).view(shape) for name, (shape, dtype) in fields.items()}
+
+
+class Feed:
+    """Inputs of each step on their way to a device, in one copy, some steps ahead: `inputs` are those of the step launched next.
+
+    The device reads them at the same address in every step, so that a graph can read them. On a CPU nothing is copied. Copies to a
+    CUDA device run on a stream of their own, while the device computes on the current one.
+    """
+
+    def __init__(self, fields: Fields, device: torch.device) -> None:
+        self._here = PackedTensors(fields, device)
+        self.inputs: Inputs = self._here.of
+        # Inputs in pinned memory, their copy on the device, and the events of its arrival and of its use.
+        self._slots = [
+            (PackedTensors(fields, CPU, pinned=True), torch.zeros_like(self._here.memory), torch.cuda.Event(), torch.cuda.Event())
+            for _ in range(AHEAD if device.type == "cuda" else 0)
+        ]
+        self._side = torch.cuda.Stream(device) if self._slots else None
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream())  # which makes the slots
+        self._sent = 0
+
+    def send(self, write: Callable[[dict[str, Tensor]], None]) -> None:
+        """Let `write` fill in the tensors of the next step; waits only if the host is too far ahead."""
+        if self._side is None:
+            write(self._here.of)
+            return
+        (host, copy, arrived, taken), current = self._slots[self._sent % AHEAD], torch.cuda.current_stream()
+        self._sent += 1
+        taken.synchronize()
+        write(host.of)
+        with torch.cuda.stream(self._side):
+            copy.copy_(host.memory, non_blocking=True)
+            arrived.record()
+        current.wait_event(arrived)
+        self._here.memory.copy_(copy)
+        taken.record(current)
 
 
 class DeviceStepper(Stepper):
@@ -72,7 +124,7 @@ class DeviceStepper(Stepper):
                 members = order[progress.step * size : (progress.step + 1) * size]
                 self._launch(progress.epoch, progress.step, members)
                 progress.step += 1
-                request = Request(self.worker.stop(), self.due())
+                request = Request(self.worker.stop(), self.checkpoint_is_due())
             recorded = self.records[first : progress.step].tolist()  # waits for the device
         for step, (loss, dead, *extremes) in enumerate(recorded, start=first):
             if not math.isfinite(loss):

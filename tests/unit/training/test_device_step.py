@@ -14,10 +14,8 @@ from device_fits import PATCHES, PLAIN, RECIPES, batches_of, device_stepper, hos
 from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
-from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, device_batches
-from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper
-from softseg_dist.training.gpu.feed import Feed, PackedTensors
-from softseg_dist.training.gpu.resident import Resident, Streamed
+from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, Resident, Streamed, device_batches
+from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper, Feed, PackedTensors
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.stepper import Diverged, FitProgress
 from softseg_dist.training.task import FitTask, Interrupted, Worker, history_path
