@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed
@@ -31,42 +30,35 @@ def sha256_of(path: Path) -> str:
     return _read(path)[1]
 
 
-class FileDigests:
+@contextmanager
+def remembered_sha256(folder: Path, now_ns: Callable[[], int] = time.time_ns) -> Iterator[Digest]:
     """`sha256_of`, for files that were read before without reading them; several threads may ask at once.
 
-    Used in a `with`, whose end writes down what is new; a folder that cannot be written only costs time.
-    `now_ns` is the clock, for tests.
+    At the end, what is new is written down; a folder that cannot be written only costs time. `now_ns` is the clock, for tests.
     """
+    memory = folder / NAME
+    known: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # none yet, or damaged
+        known = unsealed(memory.read_bytes())
 
-    def __init__(self, folder: Path, now_ns: Callable[[], int] = time.time_ns) -> None:
-        self._path = folder / NAME
-        self._now_ns = now_ns
-        self._known: dict[str, Any] = {}
-        self._is_new = False
-
-    def __enter__(self) -> Self:
-        with suppress(OSError, ValueError):  # none yet, or damaged
-            self._known = unsealed(self._path.read_bytes())
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._is_new:
-            with suppress(OSError):
-                Place.at(self._path).write(sealed(self._known).encode())
-
-    def __call__(self, path: Path) -> str:
-        """See `sha256_of`."""
+    def sha256(path: Path) -> str:
         key = str(path.absolute())
         with suppress(OSError):  # reading the file reports the error with its name
-            known = self._known.get(key)
-            if known is not None and known[:-1] == _stamp(path.stat()):
-                return str(known[-1])
-        read_ns = self._now_ns()
+            if key in known and known[key][:-1] == _stamp(path.stat()):
+                return str(known[key][-1])
+        read_ns = now_ns()
         stamp, digest = _read(path)
         if stamp is not None and max(stamp[1:3]) < read_ns - SETTLED_NS:
-            self._known[key] = [*stamp, digest]
-            self._is_new = True
+            new[key] = [*stamp, digest]
         return digest
+
+    try:
+        yield sha256
+    finally:
+        if new:
+            with suppress(OSError):
+                Place.at(memory).write(sealed(known | new).encode())
 
 
 def _read(path: Path) -> tuple[list[int] | None, str]:

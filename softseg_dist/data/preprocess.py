@@ -199,8 +199,7 @@ class Preprocess(Frozen):
         """Items [N ... *S] of 0; a view of them as [... X Y Z]; where that is not padding. So results are written in place."""
         x, y, z = (axis.size for axis in axes)
         items = np.zeros((z, *lead, x, y) if self.dim == 2 else (1, *lead, x, y, z), dtype=kind)
-        window = tuple(slice(axis.padding[0], axis.size - axis.padding[1]) for axis in axes)
-        return items, np.moveaxis(items, 0, -1) if self.dim == 2 else items[0], window
+        return items, np.moveaxis(items, 0, -1) if self.dim == 2 else items[0], tuple(axis.inside for axis in axes)
 
     def _normalized(self, channel: Float32, where: str) -> Float32:
         if self.normalize == "none":

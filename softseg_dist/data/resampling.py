@@ -68,10 +68,10 @@ class Axis:
         return max(self.start, 0), min(self.start + self.size, self.num_resampled)
 
     @property
-    def padding(self) -> tuple[int, int]:
-        """Voxels of the window before and after the resampled voxels."""
+    def inside(self) -> slice:
+        """The part of the window that is not padding."""
         begin, end = self.kept
-        return begin - self.start, self.start + self.size - end
+        return slice(begin - self.start, end - self.start)
 
     def centers(self) -> Float64:
         """Where the resampled voxels lie in the old grid, as old indices [num_resampled]."""
@@ -142,7 +142,7 @@ def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
     lead = cropped.shape[: cropped.ndim - len(axes)]
     matrices = [linear_weights(axis.centers_back(), axis.num_resampled) if axis.is_resampled else None for axis in axes]
     here = tuple(slice(*axis.kept) for axis in axes)
-    there = tuple(slice(axis.kept[0] - axis.start, axis.kept[1] - axis.start) for axis in axes)
+    there = tuple(axis.inside for axis in axes)
     result = np.empty((*lead, *(axis.num_in for axis in axes)), dtype=np.float32)
     for index in np.ndindex(lead):
         whole = np.zeros([axis.num_resampled for axis in axes], dtype=np.float32)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
-from softseg_dist.data.file_digests import Digest, FileDigests, sha256_of
+from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, one_by_one
 from softseg_dist.errors import UserError
@@ -193,7 +192,7 @@ def build_store(
     """
     if not cases:
         raise UserError(f"{data} has no case: there is nothing to prepare")
-    with FileDigests(folder) as sha256:
+    with remembered_sha256(folder) as sha256:
         origins = _origins(cases, preprocess, sha256)
     name = _fingerprint(origins, data, preprocess)
     path = folder / f"{name}.arrow"
@@ -264,16 +263,12 @@ class Store:
         self.size: tuple[int, ...] = tuple(about["size"])
         self.data: dict[str, Any] = about["data"]
         self.preprocess = Preprocess.model_validate(about["preprocess"])
-        self._reader = reader
-        self._reading = threading.Lock()  # threads share the reader
         self._samples: dict[int, Sample] = {}
-        self._about = [
-            unsealed(reader.get_batch_with_custom_metadata(index).custom_metadata[KEY])
-            for index in range(reader.num_record_batches)
-        ]
+        read = map(reader.get_batch_with_custom_metadata, range(reader.num_record_batches))
+        self._records = [CaseRecord(batch, unsealed(metadata[KEY])) for batch, metadata in read]
         self.cases: tuple[StoredCase, ...] = tuple(
             StoredCase(i, a["name"], a["subject"], a["site"], tuple(a["rater_names"]), a["num_items"])
-            for i, a in enumerate(self._about)
+            for i, a in enumerate(record.about for record in self._records)
         )
 
     @classmethod
@@ -304,26 +299,22 @@ class Store:
         Raises UserError if the file is damaged there.
         """
         if index not in self._samples:  # the views are checked once: training asks for a case again and again
-            with self._reading:
-                self._samples[index] = self._view(index)
+            try:
+                self._samples[index] = self._records[index].sample()
+            except (pa.ArrowException, ValueError) as error:
+                raise _damaged(self.path, error) from error
         return self._samples[index]
-
-    def _view(self, index: int) -> Sample:
-        try:
-            return CaseRecord(self._reader.get_batch(index), self._about[index]).sample()
-        except (pa.ArrowException, ValueError) as error:
-            raise _damaged(self.path, error) from error
 
     @cached_property
     def digest(self) -> str:
         """12 hexadecimal digits of the content, from the digest that each case got when it was written."""
-        return digest(canonical_json([self.fingerprint, [about["digest"] for about in self._about]]))
+        return digest(canonical_json([self.fingerprint, [record.about["digest"] for record in self._records]]))
 
     def verify(self) -> None:
         """Read everything and compare it with the digests of its cases. Raises UserError, naming the case, if they differ."""
-        for case, about in zip(self.cases, self._about, strict=True):
-            if digest_of(self._view(case.index)) != about["digest"]:
-                raise _damaged(self.path, ValueError(f"the numbers of {case.name} are not those that were written"))
+        for record in self._records:
+            if not record.is_intact():
+                raise _damaged(self.path, ValueError(f"the numbers of {record.about['name']} are not those that were written"))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -401,7 +392,11 @@ def _records(
         elif not record.is_intact():
             record = _only_record(prepare_part(part))
         first = first or record
-        _check_compatible(first, record)
+        if record.shape[1:] != first.shape[1:]:
+            got = " and ".join(f"{dimensions(each.shape[1:])} for {each.about['name']}" for each in (first, record))
+            raise _IncompatibleError(
+                f"all cases must have as many channels and one size, got {got}; if sizes differ, set crop=... of Preprocess"
+            )
         yield record
         part.path.unlink(missing_ok=True)
         if progress is not None:
@@ -411,17 +406,3 @@ def _records(
 def _only_record(path: Path) -> CaseRecord:
     (record,) = read_records(path)[1]
     return record
-
-
-def _check_compatible(first: CaseRecord, record: CaseRecord) -> None:
-    one, other = first.shape[2:], record.shape[2:]
-    names = first.about["name"], record.about["name"]
-    if one != other:
-        raise _IncompatibleError(
-            f"all cases must have one size, got {dimensions(one)} for {names[0]} and {dimensions(other)} for {names[1]}; "
-            "set crop=... of Preprocess"
-        )
-    if first.shape[1] != record.shape[1]:
-        raise _IncompatibleError(
-            f"all cases must have the same channels, got {first.shape[1]} for {names[0]} and {record.shape[1]} for {names[1]}"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softseg_dist.data.cases import Case, DataSet
-from softseg_dist.data.file_digests import FileDigests
+from softseg_dist.data.file_digests import remembered_sha256
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.processes import one_by_one
 from softseg_dist.data.store import PartMap, ProgressCallback, Store, build_store, fingerprint
@@ -42,7 +42,7 @@ def shared_store(
     if place.path is not None:  # absolute: workers have their own working directories
         return str(build_store(place.path, cases, data, preprocess, progress, spread))
     here = cached_path(place).parent
-    with FileDigests(here) as sha256:
+    with remembered_sha256(here) as sha256:
         place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
     if not place.is_file():
         path = build_store(here, cases, data, preprocess, progress, spread)

@@ -28,7 +28,7 @@ MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
 DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
 CHUNK = 2**24  # bytes inflated at a time
-DTYPES = {2: "u1", 256: "i1", 512: "u2", 4: "i2", 768: "u4", 8: "i4", 1280: "u8", 1024: "i8", 16: "f4", 64: "f8"}
+DATA_TYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # NIfTI codes of integers, float32 and float64
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 MAGIC = {348: b"n+1", 540: b"n+2"}
 QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
@@ -44,21 +44,6 @@ class Volume:
     geometry: Geometry
 
 
-@dataclass(frozen=True, eq=False)
-class _Header:
-    """What is needed to read the voxels, checked."""
-
-    geometry: Geometry
-    dtype: np.dtype[np.generic]
-    offset: int
-    slope: float
-    intercept: float
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.geometry.shape) * self.dtype.itemsize
-
-
 def read_geometry(path: Path) -> Geometry:
     """The grid of a file; reads the header only.
 
@@ -66,7 +51,7 @@ def read_geometry(path: Path) -> Geometry:
     more than `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or
     two affines that disagree.
     """
-    return _read_header(path).geometry
+    return _read_header(path)[1]
 
 
 def read_volume(path: Path) -> Volume:
@@ -74,14 +59,19 @@ def read_volume(path: Path) -> Volume:
 
     Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN or infinite.
     """
-    header = _read_header(path)
-    values = _read_voxels(path, header).reshape(header.geometry.shape, order="F")
+    raw, geometry = _read_header(path)
+    with _opened(path) as file:
+        _read_exactly(file, int(raw["vox_offset"]), path)
+        data = _read_exactly(file, _num_bytes(raw, geometry), path)
+        _read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
+    values: NDArray[Any] = np.frombuffer(data, raw.get_data_dtype()).reshape(geometry.shape, order="F")
+    slope, intercept = _scaling(raw, path)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
-        if (header.slope, header.intercept) != (1.0, 0.0):
+        if (slope, intercept) != (1.0, 0.0):
             values = values.astype(np.float64)
-            values *= header.slope
-            values += header.intercept
-    return _finite(header.geometry.to_canonical(values), header.geometry, path)
+            values *= slope
+            values += intercept
+    return _finite(geometry.to_canonical(values), geometry, path)
 
 
 def _finite(values: NDArray[Any], geometry: Geometry, name: object) -> Volume:
@@ -182,24 +172,27 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
     return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False)
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry]:
+    """A header that has been checked, and its grid."""
     raw = _raw_header(path)
     shape = _shape(raw, path)
-    code = int(raw["datatype"])
-    if code not in DTYPES:
+    if (code := int(raw["datatype"])) not in DATA_TYPES:
         raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
     if math.prod(shape) > MAX_VOXELS:
         raise UserError(f"{path} declares {dimensions(shape)} = {math.prod(shape):.3g} voxels; the limit is {MAX_VOXELS:.3g}")
     offset = float(raw["vox_offset"])
     if not (math.isfinite(offset) and len(raw.binaryblock) <= offset <= MAX_SKIP):
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
-    slope, intercept = _scaling(raw, path)
-    dtype = np.dtype(raw.endianness + DTYPES[code])
-    header = _Header(Geometry(shape, _affine(raw, shape, path)), dtype, int(offset), slope, intercept)
-    on_disk, needed = path.stat().st_size, int(offset) + header.num_bytes
+    _scaling(raw, path)
+    geometry = Geometry(shape, _affine(raw, shape, path))
+    on_disk, needed = path.stat().st_size, int(offset) + _num_bytes(raw, geometry)
     if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
         raise UserError(f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}")
-    return header
+    return raw, geometry
+
+
+def _num_bytes(raw: nib.Nifti1Header, geometry: Geometry) -> int:
+    return math.prod(geometry.shape) * int(raw.get_data_dtype().itemsize)
 
 
 def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
@@ -259,14 +252,6 @@ def _is_invertible(affine: Affine4) -> bool:
         return False
     spacing = np.array(spacing_of(affine))
     return bool(spacing.min() > 1e-6 and spacing.max() < 1e6 and abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-6)
-
-
-def _read_voxels(path: Path, header: _Header) -> NDArray[Any]:
-    with _opened(path) as file:
-        _read_exactly(file, header.offset, path)
-        data = _read_exactly(file, header.num_bytes, path)
-        _read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
-    return np.frombuffer(data, dtype=header.dtype)
 
 
 def _opened(path: Path) -> BinaryIO:

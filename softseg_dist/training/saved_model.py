@@ -5,7 +5,6 @@ No pickle. The card is written last and holds the SHA-256 of the weights, so tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import PositiveInt, ValidationError, model_validator
 
+from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
@@ -80,7 +80,7 @@ def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
-    sealed = card.replace(weights_sha256=_sha256(folder / WEIGHTS))
+    sealed = card.replace(weights_sha256=sha256_of(folder / WEIGHTS))
     text = json.dumps(sealed.model_dump(mode="json"), indent=1)
     replace_file(folder / CARD, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -120,7 +120,7 @@ def read_model(folder: Path, card: ModelCard) -> Model:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} holds no model: there is no {WEIGHTS}; copy the whole folder, or train it again")
-    if _sha256(path) != card.weights_sha256:
+    if sha256_of(path) != card.weights_sha256:
         raise _broken(path, f"it is not the file that {CARD} was written for (cut off, or replaced?)")
     try:
         model = Model.of_json(card.recipe, card.channels, len(card.classes), card.dim)
@@ -136,8 +136,3 @@ def read_model(folder: Path, card: ModelCard) -> Model:
 
 def _broken(path: Path, reason: str) -> UserError:
     return UserError(f"{path} cannot be used: {reason}; restore the folder from a copy, or train the model again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

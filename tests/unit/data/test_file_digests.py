@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softseg_dist.data.file_digests import NAME, FileDigests, sha256_of
+from softseg_dist.data.file_digests import NAME, remembered_sha256, sha256_of
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed
 
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def digest(folder: Path, source: Path, now_ns: Callable[[], int] = in_an_hour) -> str:
-    with FileDigests(folder, now_ns) as sha256:
+    with remembered_sha256(folder, now_ns) as sha256:
         return sha256(source)
 
 

@@ -159,7 +159,7 @@ def test_a_case_that_cannot_be_read_leaves_no_store(tmp_path: Path) -> None:
 
 def test_cases_of_several_sizes_are_refused_and_crop_is_named(tmp_path: Path) -> None:
     wide = DATA.replace(size=(32, 20))
-    with pytest.raises(UserError, match=r"24 x 20 for sub-001 and 32 x 20 for sub-002; set crop"):
+    with pytest.raises(UserError, match=r"1 x 24 x 20 for sub-001 and 1 x 32 x 20 for sub-002; if sizes differ, set crop"):
         build_store(tmp_path, (DATA.cases(None)[0], wide.cases(None)[1]), DATA, Preprocess())
     assert not list(tmp_path.iterdir())
 
