@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from softseg_dist.cli.options import AsJson
+from softseg_dist.cli.options import Json
 from softseg_dist.words import listed
 
 if TYPE_CHECKING:  # would import torch
@@ -20,20 +18,14 @@ COLUMNS = ("candidate", "A", "B", "B minus A", "95 % interval", "p", "p (Holm)",
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001", show_default=False)],
-    run_b: Annotated[
-        str, typer.Argument(metavar="RUN_B", help="Another run folder; or the same one, with two candidates", show_default=False)
-    ],
+    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001")],
+    run_b: Annotated[str, typer.Argument(metavar="RUN_B", help="Another run folder; or the same one, with two candidates")],
     candidate_a: Annotated[
-        str | None, typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners", show_default=False)
+        str | None, typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners")
     ] = None,
-    candidate_b: Annotated[
-        str | None, typer.Option(help="Candidate of RUN_B; a name given once applies to both runs", show_default=False)
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Metric to compare by; default: the objective of both", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
+    candidate_b: Annotated[str | None, typer.Option(help="Candidate of RUN_B; a name given once applies to both runs")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare by; default: the objective of both")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show how the settings and the scores of two runs differ, paired by subject and split where both have them."""
     from softseg_dist.pipeline import compare_runs
@@ -64,23 +56,13 @@ def _show(found: RunComparison, console: Console) -> None:
             console.print(f"Only in {side}: {listed(names)}", markup=False)
     console.print(f"\nB minus A in {metric_of(found)} on test. {pairing_sentence(found)}", markup=False)
     console.print("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
-    _print_contrasts(found.contrasts, console)
+    rows = [COLUMNS, *map(_row, found.contrasts)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  ".join(map(str.ljust, row, widths)).rstrip(), markup=False)
     console.print(f"\n{answer(found)}", markup=False)
     for text in caveats(found):
         console.print(f"Note: {text}", markup=False)
-
-
-def _print_contrasts(contrasts: Sequence[CandidateContrast], console: Console) -> None:
-    """A table on a terminal, one line per row elsewhere."""
-    rows = [_row(contrast) for contrast in contrasts]
-    if not console.is_terminal:
-        for row in (COLUMNS, *rows):
-            console.print("  ".join(row), markup=False)
-        return
-    table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _row(contrast: CandidateContrast) -> tuple[str, ...]:

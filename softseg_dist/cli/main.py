@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,27 +22,13 @@ from rich.console import Console
 import softseg_dist
 from softseg_dist.cli.compare import compare
 from softseg_dist.cli.models import predict, refit
-from softseg_dist.cli.options import (
-    Address,
-    AsJson,
-    DataRoot,
-    Debug,
-    FitsPerGpu,
-    Local,
-    MaxWait,
-    Out,
-    RunArg,
-    Stores,
-    StudyArg,
-    say,
-)
+from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json, Local, MaxWait, Out, RunArg, Stores, StudyArg, say
 from softseg_dist.cli.submit import submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
     from softseg_dist.data.check import Problem
     from softseg_dist.engine.plan import Offer, Plan, Prices
-    from softseg_dist.engine.progress import Progress
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished
@@ -57,14 +43,6 @@ app = typer.Typer(
 
 PRICES = Path("cluster/prices.yaml")
 MAX_SHOWN = 24  # cases on the montage of `softseg check`
-
-
-class Exit(StrEnum):
-    """Why a run ended; the value is printed as the last line."""
-
-    DONE = "done"
-    FAILED = "some fits failed"
-    INTERRUPTED = "interrupted; the same command continues it"
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,7 +61,7 @@ def _common(
 
 
 @app.command()
-def demo(out: Out = "runs", stores: Stores = "stores", local: Local = False, debug: Debug = False, as_json: AsJson = False) -> None:
+def demo(out: Out = "runs", stores: Stores = "stores", local: Local = False, debug: Debug = False, as_json: Json = False) -> None:
     """Run the quickstart study on simulated images, which needs no data: about 2 minutes on 2 cores."""
     path = Path(softseg_dist.__file__).with_name("demo.py")
     if not as_json:
@@ -106,13 +84,13 @@ def run(
     ] = None,
     fits_per_gpu: FitsPerGpu = None,
     tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder", show_default=False)
+        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder")
     ] = None,
     address: Address = None,
     max_wait: MaxWait = None,
     local: Local = False,
     debug: Debug = False,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Run a study or continue it: prepare data, train every candidate on every split, write the report."""
     from softseg_dist.api import open_study, run_file
@@ -136,15 +114,20 @@ def run(
         local=local,
         debug=debug,
     )
-
-    def display() -> Progress:
-        return progress_for(sys.stdout, as_json=as_json, live=not options.in_process)
-
-    ended = run_file(open_study(study, debug), options, display)
+    live = not options.in_process
+    ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json, live=live))
+    end, text, code = _end(ended.outcome)
     if isinstance(ended, Nested):
-        _conclude(ended.outcome, ended.plain() if as_json else None, lambda: _say_outer(ended))
-    places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
-    _conclude(ended.outcome, places if as_json else None, lambda: _say_where(ended))
+        places, say_where = ended.plain(), partial(_say_outer, ended)
+    else:
+        places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
+        say_where = partial(_say_where, ended)
+    if as_json:
+        typer.echo(json.dumps({"end": end, **places, **vars(ended.outcome)}))
+    else:
+        typer.echo(text)
+        say_where()
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -166,7 +149,7 @@ def check(
     study: StudyArg,
     data_root: DataRoot = None,
     picture: Annotated[Path, typer.Option(help="File of the picture")] = Path("montage.png"),
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
@@ -190,7 +173,7 @@ def check(
 @app.command()
 def report(
     run: RunArg,
-    as_json: AsJson = False,
+    as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Write its tables as CSV files beside the page")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print ranking and tests as LaTeX tables")] = False,
 ) -> None:
@@ -219,15 +202,13 @@ app.command()(predict)
 def plan(
     study: StudyArg,
     data_root: DataRoot = None,
-    prices: Annotated[
-        Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there", show_default=False)
-    ] = None,
+    prices: Annotated[Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there")] = None,
     seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="Duration of one fit")] = None,
     run: Annotated[
         str | None,
         typer.Option(help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"),
     ] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Show how many fits a study has, how long they take, and what they cost on rented machines."""
     from softseg_dist.api import open_study
@@ -248,7 +229,7 @@ def plan(
 
 
 @app.command()
-def status(run: RunArg, as_json: AsJson = False) -> None:
+def status(run: RunArg, as_json: Json = False) -> None:
     """Show the progress of a run, without changing it: finished and running fits, time of the last event."""
     from softseg_dist.record.status import show, status_of
 
@@ -262,10 +243,8 @@ def status(run: RunArg, as_json: AsJson = False) -> None:
 @app.command()
 def sync(
     run: RunArg,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; default: that of the run", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database; default: that of the run")] = None,
+    as_json: Json = False,
 ) -> None:
     """Send to MLflow the records that it did not receive during a run because its server did not answer."""
     from softseg_dist.tracking.sync import sync_run
@@ -283,15 +262,13 @@ def sync(
 app.command()(submit)
 
 
-def _conclude(outcome: Outcome, plain: dict[str, Any] | None, say_where: Callable[[], None]) -> NoReturn:
-    """Print how a run ended and where its files are, as JSON if `plain` is given; exit with its code."""
-    end = Exit.INTERRUPTED if outcome.interrupted else Exit.FAILED if outcome.failed or outcome.unfinished else Exit.DONE
-    if plain is not None:
-        typer.echo(json.dumps({"end": end.name.lower(), **plain, **vars(outcome)}))
-    else:
-        typer.echo(f"{end.value[0].upper()}{end.value[1:]}.")
-        say_where()
-    raise typer.Exit({Exit.DONE: 0, Exit.FAILED: 1, Exit.INTERRUPTED: 130}[end])
+def _end(outcome: Outcome) -> tuple[str, str, int]:
+    """How a run ended, for JSON and as a sentence, and the exit code."""
+    if outcome.interrupted:
+        return "interrupted", "Interrupted; the same command continues it.", 130
+    if outcome.failed or outcome.unfinished:
+        return "failed", "Some fits failed.", 1
+    return "done", "Done.", 0
 
 
 def _say_outer(nested: Nested) -> None:

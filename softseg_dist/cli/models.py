@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from softseg_dist.cli.options import Address, AsJson, Local, MaxWait, RunArg, say
+from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, say
 
-
-class Device(StrEnum):
-    """The device that a model predicts on."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-ModelArg = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run", show_default=False)]
-Images = Annotated[
-    list[str],
-    typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz", show_default=False),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the maps", show_default=False)]
+ModelArg = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run")]
+Images = Annotated[list[str], typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz")]
+Out = Annotated[Path, typer.Option(help="Folder for the maps")]
 CenterMasks = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--center-mask", help="Mask that centres the crop, if the model needs one: once per image, in order", show_default=False
-    ),
+    list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
 ]
 Binary = Annotated[
     str | None,
     typer.Option(
         metavar="RULE|NUMBER",
         help="Also write masks: voxels above a number, or above the threshold of a rule: fixed, grid, dice_optimal",
-        show_default=False,
     ),
 ]
-OfRun = Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner", show_default=False)]
+OfRun = Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")]
 Ensemble = Annotated[bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")]
 Uncertainty = Annotated[
     bool,
@@ -49,17 +32,15 @@ Uncertainty = Annotated[
         "--uncertainty", help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation"
     ),
 ]
-Samples = Annotated[
-    int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty", show_default=False)
-]
-OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one")]
+Samples = Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")]
+OnDevice = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")]
 Trust = Annotated[bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")]
 
 
 def refit(
     run: RunArg,
-    candidate: Annotated[str | None, typer.Option(help="Candidate to train; default: the winner", show_default=False)] = None,
-    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker", show_default=False)] = None,
+    candidate: Annotated[str | None, typer.Option(help="Candidate to train; default: the winner")] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker")] = None,
     address: Address = None,
     max_wait: MaxWait = None,
     local: Local = False,
@@ -82,9 +63,9 @@ def predict(
     ensemble: Ensemble = False,
     uncertainty: Uncertainty = False,
     samples: Samples = None,
-    device: OnDevice = Device.AUTO,
+    device: OnDevice = "auto",
     trust: Trust = False,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Predict the soft maps of new images with a study's model, on the grids of the images."""
     from softseg_dist.prediction import predict_images
@@ -101,7 +82,7 @@ def predict(
         ensemble=ensemble,
         uncertainty=uncertainty,
         samples=samples,
-        device=device.value,
+        device=device,
         trust=trust,
     ):
         predictions.append(done)

@@ -9,26 +9,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py", show_default=False)]
-RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001", show_default=False)]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the study's data set", show_default=False)]
-Out = Annotated[str, typer.Option("--out", help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
-Stores = Annotated[str, typer.Option("--stores", help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
+StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py")]
+RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the study's data set")]
+Out = Annotated[str, typer.Option(help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
+Stores = Annotated[str, typer.Option(help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and few subjects as a test, in this process")]
 Local = Annotated[bool, typer.Option("--local", help="Run one fit at a time in this process, without Ray; breakpoints work")]
 MaxWait = Annotated[
     float | None,
-    typer.Option(
-        "--max-wait", min=0, help="Seconds to wait for a machine that can hold a fit; default: 600 on a cluster that grows"
-    ),
+    typer.Option(min=0, help="Seconds to wait for a machine that can hold a fit; default: 600 on a cluster that grows"),
 ]
-FitsPerGpu = Annotated[
-    int | None, typer.Option("--fits-per-gpu", min=1, help="Fits that share a GPU in one process", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
+FitsPerGpu = Annotated[int | None, typer.Option(min=1, help="Fits that share a GPU in one process")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[
-    str | None,
-    typer.Option("--address", help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here"),
+    str | None, typer.Option(help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here")
 ]
 
 

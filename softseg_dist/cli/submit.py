@@ -8,26 +8,24 @@ from typing import Annotated
 
 import typer
 
-from softseg_dist.cli.options import FitsPerGpu, MaxWait
+from softseg_dist.cli.options import FitsPerGpu, Json, MaxWait
 
 
 def submit(
-    study: Annotated[Path, typer.Argument(help="A study file, which is sent to the cluster", show_default=False)],
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://HEAD:8265", show_default=False)],
-    data_root: Annotated[
-        str | None, typer.Option("--data-root", help="Folder of the head with the data set", show_default=False)
-    ] = None,
-    out: Annotated[str, typer.Option("--out", help="Folder of the head for runs, or a URI")] = "~/runs",
-    stores: Annotated[str, typer.Option("--stores", help="Folder of the head for prepared data, or a URI")] = "~/stores",
-    workers_per_fit: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
-    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="As of run", show_default=False)] = None,
+    study: Annotated[Path, typer.Argument(help="A study file, which is sent to the cluster")],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://HEAD:8265")],
+    data_root: Annotated[str | None, typer.Option(help="Folder of the head with the data set")] = None,
+    out: Annotated[str, typer.Option(help="Folder of the head for runs, or a URI")] = "~/runs",
+    stores: Annotated[str, typer.Option(help="Folder of the head for prepared data, or a URI")] = "~/stores",
+    workers_per_fit: Annotated[int | None, typer.Option(min=1, help="As of run")] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="As of run")] = None,
     fits_per_gpu: FitsPerGpu = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="As of run", show_default=False)] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="As of run")] = None,
     max_wait: MaxWait = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server that the head can reach", show_default=False)] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server that the head can reach")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="As of run")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, print how to follow and stop the job, and end")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a study on a cluster, from a machine outside it. Paths without a scheme are paths of the cluster's head.
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -35,12 +34,13 @@ def commands() -> Iterator[str]:
     yield from (f"softseg {option}" for parameter in root.params for option in parameter.opts)
     for name, command in root.commands.items():
         yield f"softseg {name}"
+        annotations = get_type_hints(command.callback)
         for parameter in command.params:
             options = [option for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")]
             for option in options or [parameter.metavar or parameter.name.upper()]:
                 yield f"softseg {name} {option}"
-                values = type(parameter.default) if isinstance(parameter.default, Enum) else ()
-                yield from (f"softseg {name} {option} {member.value}" for member in values)
+                values = literals(annotations.get(parameter.name))
+                yield from (f"softseg {name} {option} {value}" for value in values)
 
 
 def study_options() -> Iterator[str]:
