@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal
 
 from softseg_dist.data.splits import Split
-from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
+from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.search.race import ScoresBySplit
 from softseg_dist.study import Recipe, TuneEach
 from softseg_dist.training.task import FitResult
@@ -20,10 +20,7 @@ Origin = Literal["fixed", "proposed", "tuning"]
 
 @dataclass
 class CandidateState:
-    """`objectives` are the metrics that it is judged by.
-
-    `tuning` names the trials of its learning rate that it waits for; `note` is a remark about their outcome for the report.
-    """
+    """`objectives` are the metrics that it is judged by; `note` is a remark on the tuning of its learning rate."""
 
     name: str
     recipe: Recipe
@@ -35,7 +32,7 @@ class CandidateState:
     lost: dict[int, str] = field(default_factory=dict)  # split -> why it was given up in this session
     moves: Counter[int] = field(default_factory=Counter)  # split -> how often it was lost blamelessly in this session
     raced: RaceRecord | None = None
-    tuning: tuple[str, ...] = ()
+    tuning: bool = False  # it waits for the trials of its learning rate
     note: str = ""
 
     @property
@@ -57,11 +54,6 @@ class CandidateState:
     def num_planned(self) -> int:
         """Its fits: ended, given up, running and left to run."""
         return len(self.results) + len(self.lost) + len(self.running) + len(self.todo)
-
-    @property
-    def num_emitted(self) -> int:
-        """Its fits that were emitted, now or in earlier sessions."""
-        return self.num_planned - len(self.todo)
 
     @property
     def scores(self) -> ScoresBySplit:
@@ -87,11 +79,6 @@ class CandidateState:
         """What Optuna gets when it has ended: those of the race that it lost, else `means`; None if it failed."""
         return self.means if self.raced is None or self.failed else self.raced.values
 
-    @property
-    def raced_by(self) -> str:
-        """Who won the race that it lost, or ""."""
-        return self.raced.incumbent if self.raced else ""
-
     def again(self, split: Split, attempt: int) -> None:
         """A fit that was emitted did not end: it runs again, before all others, unless it is not needed any more."""
         if not self.closed and split.index not in self.results:
@@ -109,17 +96,6 @@ def tuning_name(candidate: str, number: int) -> str:
 def is_tuning(candidate: str) -> bool:
     """Is this the name of such a trial?"""
     return "~" in candidate
-
-
-def tuning_record(name: str, number: int, tune: TuneEach, trial: int, recipe: Recipe) -> CandidateRecord:
-    """The record of one of the trials of `name`, which is the `number`-th fixed candidate."""
-    order = number * tune.trials + trial
-    return CandidateRecord(name=tuning_name(name, trial), origin="tuning", number=order, recipe=json_of(recipe))
-
-
-def fixed_record(name: str, number: int, recipe: Recipe, note: str = "") -> CandidateRecord:
-    """The record of a candidate of the study file, as it runs."""
-    return CandidateRecord(name=name, origin="fixed", number=number, recipe=json_of(recipe), note=note)
 
 
 def tuned(recipe: Recipe, tune: TuneEach, trials: Sequence[CandidateState], sign: int) -> tuple[Recipe, str]:

@@ -8,28 +8,30 @@ and are not in it, because no search space contains them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution, distribution_to_json, json_to_distribution
 from optuna.samplers import TPESampler
 from optuna.storages import InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
-from typing_extensions import override
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.record.ledger import CandidateRecord, json_of
+from softseg_dist.search.candidate import CandidateState
 from softseg_dist.study import Recipe, Study
 from softseg_dist.study_file import check_restart, describe
 from softseg_dist.training.task import FitResult
 
 OPTUNA_LOG = "optuna.log"
 CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with a trial
+# The run folder's own lock keeps other drivers out; one that a killed driver has left must not be waited for.
+NO_LOCK = SimpleNamespace(acquire=lambda: True, release=lambda: None)
 
 
 class OptunaStudy:
@@ -40,18 +42,30 @@ class OptunaStudy:
 
     def __init__(self, study: Study, log: Path | None = None) -> None:
         assert study.search is not None
-        self._study, self.asked = study, 0
+        self._study, self._search, self.asked = study, study.search, 0
         self._open: dict[str, optuna.Trial] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what is experimental may change; Optuna is pinned
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.unlink(missing_ok=True)
         self._optuna = optuna.create_study(
-            storage=InMemoryStorage() if log is None else _journal(log),
+            storage=JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK)) if log else InMemoryStorage(),
             study_name=study.name,
             directions=["maximize" if OBJECTIVES[name].sign > 0 else "minimize" for name in study.objectives],
             pruner=optuna.pruners.NopPruner(),
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._optuna.set_metric_names(list(study.objectives))
+        self._optuna.set_metric_names(list(study.objectives))
+
+    @property
+    def num_to_ask(self) -> int:
+        """Trials that are still to be asked for."""
+        return max(0, self._search.trials - self.asked)
+
+    @property
+    def num_startup(self) -> int:
+        """How many of them are drawn at random."""
+        return min(self._search.startup_trials - self.asked, self.num_to_ask)
 
     def ask(self, known: CandidateRecord | None = None) -> tuple[CandidateRecord, Recipe]:
         """The next trial, open until `tell`; a `known` one gets its recorded parameters back.
@@ -62,7 +76,17 @@ class OptunaStudy:
         if known is not None:
             self._optuna.enqueue_trial(known.params)
         number = self.asked
-        self._optuna.sampler = _sampler(self._study, number)
+        # Seeded by the trial's number: one sampler for all would repeat its first draws after a resume. All arguments that matter
+        # are named, as Optuna's defaults have changed. `group` models conditional parameters jointly; `constant_liar` keeps
+        # candidates that run at the same time apart.
+        self._optuna.sampler = TPESampler(
+            n_startup_trials=self._search.startup_trials,
+            n_ei_candidates=24,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=seed_of(self._study.seed, "trial", number) % 2**32,
+        )
         trial = self._optuna.ask()
         assert trial.number == number, (trial.number, number)
         self.asked += 1
@@ -84,63 +108,36 @@ class OptunaStudy:
         self._open[record.name] = trial
         return record, recipe
 
-    def is_open(self, name: str) -> bool:
-        """Was this trial asked for in this session, and is its value not known yet?"""
-        return name in self._open
-
     def score(self, result: FitResult) -> None:
         """A fit has ended: if it is one of an open trial, its score is an intermediate value."""
         if len(self._study.objectives) == 1 and result.candidate in self._open and result.score is not None:
             self._open[result.candidate].report(result.score, result.split)
 
-    def tell(self, name: str, values: Sequence[float] | None, raced_by: str = "") -> None:
-        """How an open trial ended: its values, None if it failed. One that was raced out is complete, too.
+    def tell(self, candidate: CandidateState) -> None:
+        """How an ended candidate did, if it is an open trial: its values, FAIL without. One that was raced out is complete, too.
 
         Optuna would rank a pruned trial by its last split alone.
         """
-        trial = self._open.pop(name)
-        if raced_by:
-            trial.set_user_attr(RACED, raced_by)
-        if values is None:
-            self._optuna.tell(trial, state=TrialState.FAIL)
-        else:
-            self._optuna.tell(trial, list(values))
+        if (trial := self._open.pop(candidate.name, None)) is not None:
+            if candidate.raced:
+                trial.set_user_attr(RACED, candidate.raced.incumbent)
+            self._optuna.tell(trial, candidate.values, None if candidate.values else TrialState.FAIL)
 
-    def add(
-        self, record: CandidateRecord, values: Sequence[float] | None, results: Mapping[int, FitResult], raced_by: str = ""
-    ) -> None:
+    def add(self, record: CandidateRecord, candidate: CandidateState) -> None:
         """Add a trial that ended in an earlier session, with the values that it had then."""
         assert record.number == self.asked, (record.number, self.asked)
         self.asked += 1
-        scores = {split: result.score for split, result in results.items() if result.score is not None}
+        scores = {split: result.score for split, result in candidate.results.items() if result.score is not None}
         self._optuna.add_trial(
             create_trial(
                 params=record.params,
                 distributions={name: json_to_distribution(text) for name, text in record.distributions.items()},
-                state=TrialState.FAIL if values is None else TrialState.COMPLETE,
-                values=None if values is None else list(values),
-                user_attrs={CANDIDATE: record.name} | ({RACED: raced_by} if raced_by else {}),
+                state=TrialState.COMPLETE if candidate.values else TrialState.FAIL,
+                values=candidate.values,
+                user_attrs={CANDIDATE: record.name} | ({RACED: candidate.raced.incumbent} if candidate.raced else {}),
                 intermediate_values=scores if len(self._study.objectives) == 1 else {},
             )
         )
-
-
-class _Unlocked(JournalFileOpenLock):
-    """The run folder's own lock keeps other drivers out; one that a killed driver has left must not be waited for."""
-
-    @override
-    def acquire(self) -> bool:
-        return True
-
-    @override
-    def release(self) -> None:
-        """Nothing was acquired."""
-
-
-def _journal(path: Path) -> JournalStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Unlocked(str(path))))
 
 
 def trial_name(number: int) -> str:
@@ -184,25 +181,6 @@ def sample_proposals(study: Study, count: int = 3) -> dict[str, Recipe]:
     sampler = optuna.samplers.RandomSampler(seed=seed_of(study.seed, "sample") % 2**32)
     trials = optuna.create_study(sampler=sampler)
     return {trial_name(number): proposed_recipe(study, trials.ask()) for number in range(count)}
-
-
-def _sampler(study: Study, number: int) -> TPESampler:
-    """Seeded by the trial's number: one sampler for all would repeat its first draws after a resume.
-
-    All arguments that matter are named, since Optuna's defaults have changed between versions. `group` models conditional
-    parameters jointly; `constant_liar` keeps candidates that run at the same time apart.
-    """
-    assert study.search is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group` may change; the lock file pins Optuna
-        return TPESampler(
-            n_startup_trials=study.search.startup_trials,
-            n_ei_candidates=24,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            seed=seed_of(study.seed, "trial", number) % 2**32,
-        )
 
 
 def _show(params: dict[str, Any]) -> str:

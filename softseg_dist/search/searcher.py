@@ -15,7 +15,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.search.candidate import CandidateState, Origin, fixed_record, tuned, tuning_name, tuning_record, with_rate
+from softseg_dist.search.candidate import CandidateState, Origin, tuned, tuning_name, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
 from softseg_dist.study import Race, Recipe, Study
@@ -57,6 +57,7 @@ class StudySearcher:
         self._signs = tuple(OBJECTIVES[name].sign for name in study.objectives)
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
+        self._start = self._race.start if self._race else 0
         self._optuna = OptunaStudy(study, ledger.working / OPTUNA_LOG) if study.search else None
         self._fixed = dict(sorted(study.candidates.items(), key=lambda item: item[0] != study.control))  # the control first
         self._records, self._results, self._races = ledger.candidates(), ledger.results(), ledger.races()
@@ -155,7 +156,7 @@ class StudySearcher:
         return look(self._signs[0], scores, self._best.scores if self._best else None) if scores else (-math.inf, 0.0)
 
     def _is_underway(self, candidate: CandidateState) -> bool:
-        return self._is_raced(candidate) and candidate.num_emitted >= self._start
+        return self._is_raced(candidate) and candidate.num_planned - len(candidate.todo) >= self._start
 
     def _is_raced(self, candidate: CandidateState) -> bool:
         if self._race is None or candidate.origin == "tuning" or candidate.name == self.study.control:
@@ -163,34 +164,18 @@ class StudySearcher:
         return candidate.origin == "proposed" or self._race.fixed
 
     @property
-    def _start(self) -> int:
-        return self._race.start if self._race else len(self.splits)
-
-    @property
     def _num_to_ask(self) -> int:
-        return self.study.search.trials - self._optuna.asked if self.study.search and self._optuna else 0
+        return self._optuna.num_to_ask if self._optuna else 0
 
     def _propose_more(self) -> CandidateState | None:
         """Open what Optuna proposes next, with a race all startup trials together; returns the first."""
-        if self._num_to_ask <= 0:
+        if self._optuna is None or not self._optuna.num_to_ask:
             return None
-        assert self.study.search is not None
-        assert self._optuna is not None
-        startup = min(self.study.search.startup_trials, self.study.search.trials) - self._optuna.asked
-        first = self._propose()
-        for _ in range(startup - 1 if self._race else 0):
-            self._propose()
+        together = self._optuna.num_startup if self._race else 1
+        first, *_ = [self._propose() for _ in range(max(1, together))]
         return first
 
     # What follows from results.
-
-    def _full(self) -> dict[str, CandidateState]:
-        """The candidates that have run all splits, so that others can be tested against them."""
-        return {
-            name: c
-            for name, c in self.candidates.items()
-            if c.origin != "tuning" and c.raced is None and len(c.results) == len(self.splits) == len(c.scores)
-        }
 
     def _settle(self, candidate: CandidateState) -> None:
         """Apply what follows from the latest change of a candidate."""
@@ -200,16 +185,17 @@ class StudySearcher:
             self._choose_rate(candidate.name.rpartition("~")[0])
         self._run_race()
         for other in self.candidates.values():
-            if self._optuna and other.ended and self._optuna.is_open(other.name):
-                self._optuna.tell(other.name, other.values, other.raced_by)
+            if self._optuna and other.ended:
+                self._optuna.tell(other)
 
     def _run_race(self) -> None:
         """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
-        if self._race is None or not (full := self._full()):
+        own_splits = [c for c in self.candidates.values() if c.origin != "tuning" and c.raced is None]
+        full = [c for c in own_splits if len(c.results) == len(self.splits) == len(c.scores)]
+        if self._race is None or not full:
             return
-        self._best = max(full.values(), key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
-        opponents = [self._best] if len(self._signs) == 1 else list(full.values())
-        scores = {opponent.name: opponent.scores for opponent in opponents}
+        self._best = max(full, key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
+        scores = {c.name: c.scores for c in ([self._best] if len(self._signs) == 1 else full)}
         for candidate in self.candidates.values():
             if self._is_raced(candidate) and candidate.todo and not candidate.failed:
                 own = candidate.name, candidate.scores
@@ -222,10 +208,10 @@ class StudySearcher:
 
     def _replay(self) -> None:
         """Restore candidates and Optuna from the ledger."""
-        for number, (name, recipe) in enumerate(self._fixed.items()):
+        for name, recipe in self._fixed.items():
             if self.study.search and PROPOSED.fullmatch(name):
                 raise UserError(f"candidate {name!r}: names like trial-<number> belong to proposed candidates; give another name")
-            self._open_fixed(name, number, recipe)
+            self._open_fixed(name, recipe)
         for number, (name, recipe) in enumerate(self._fixed.items()):
             self._open_tuning(name, number, recipe)
         proposed = {record.number: record for record in self._records.values() if record.origin == "proposed"}
@@ -236,29 +222,31 @@ class StudySearcher:
                 self._propose()  # its folder was removed by hand: a new proposal keeps the later numbers
         self._run_race()
 
-    def _open_fixed(self, name: str, number: int, recipe: Recipe) -> None:
+    def _open_fixed(self, name: str, recipe: Recipe) -> None:
         """A candidate of the study file; one that is still to be tuned waits for its trials, and is recorded after them."""
         tune, record = self.study.tune_each, self._records.get(name)
         if tune is not None and record is not None:
             recipe = with_rate(recipe, record.recipe["optim"]["lr"])
         candidate = self._open(name, recipe, "fixed")
-        if record is not None:
-            return
-        if tune is None:
-            self.ledger.write_candidate(fixed_record(name, number, recipe))
-        else:
-            candidate.tuning = tuple(tuning_name(name, trial) for trial in range(tune.trials))
+        candidate.tuning = tune is not None and record is None
+        if tune is None and record is None:
+            self._record_fixed(candidate)
+
+    def _record_fixed(self, candidate: CandidateState) -> None:
+        number, recipe = list(self._fixed).index(candidate.name), json_of(candidate.recipe)
+        record = CandidateRecord(name=candidate.name, origin="fixed", number=number, recipe=recipe, note=candidate.note)
+        self.ledger.write_candidate(record)
 
     def _open_tuning(self, name: str, number: int, recipe: Recipe) -> None:
         """The trials of a candidate's learning rate; none of them runs any more once it is recorded."""
         if (tune := self.study.tune_each) is None:
             return
         for trial, rate in enumerate(tune.rates):
-            tried = with_rate(recipe, rate)
-            record = tuning_record(name, number, tune, trial, tried)
-            if record.name not in self._records:
-                self.ledger.write_candidate(record)
-            candidate = self._open(record.name, tried, "tuning")
+            tried, trial_of = with_rate(recipe, rate), tuning_name(name, trial)
+            if trial_of not in self._records:
+                order = number * tune.trials + trial
+                self.ledger.write_candidate(CandidateRecord(name=trial_of, origin="tuning", number=order, recipe=json_of(tried)))
+            candidate = self._open(trial_of, tried, "tuning")
             if name in self._records or candidate.closed:
                 candidate.todo.clear()
         self._choose_rate(name)
@@ -266,12 +254,12 @@ class StudySearcher:
     def _choose_rate(self, name: str) -> None:
         """When all trials of a fixed candidate have ended, give it the rate that did best."""
         candidate, tune = self.candidates[name], self.study.tune_each
-        trials = [self.candidates[trial] for trial in candidate.tuning]
-        if tune is None or not trials or not all(trial.ended for trial in trials):
-            return
-        candidate.recipe, candidate.note = tuned(candidate.recipe, tune, trials, self._signs[0])
-        candidate.tuning = ()
-        self.ledger.write_candidate(fixed_record(name, list(self._fixed).index(name), candidate.recipe, candidate.note))
+        assert tune is not None
+        trials = [self.candidates[tuning_name(name, trial)] for trial in range(tune.trials)]
+        if candidate.tuning and all(trial.ended for trial in trials):
+            candidate.tuning = False
+            candidate.recipe, candidate.note = tuned(candidate.recipe, tune, trials, self._signs[0])
+            self._record_fixed(candidate)
 
     def _recall(self, record: CandidateRecord) -> None:
         """A proposed candidate of an earlier session: added with its values, or open again."""
@@ -287,7 +275,7 @@ class StudySearcher:
             return
         assert self._optuna is not None
         candidate.todo.clear()
-        self._optuna.add(record, candidate.values, candidate.results, candidate.raced_by)
+        self._optuna.add(record, candidate)
 
     def _propose(self, known: CandidateRecord | None = None) -> CandidateState:
         """Open the next trial; a `known` one gets its recorded parameters back."""

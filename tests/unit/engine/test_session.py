@@ -125,7 +125,7 @@ def test_who_is_out_of_the_race_is_told_once_and_nothing_of_it_is_counted_as_mis
     assert (raced.progress.total, raced.progress.tallies["trial-000"].splits) == (8, 3)
     loser = raced.searcher.candidates["trial-000"]
     assert loser.raced is not None
-    assert (loser.raced_by, loser.values) == ("a", loser.raced.values)
+    assert (loser.raced.incumbent, loser.values) == ("a", loser.raced.values)
     again = session_of(study, tmp_path, PlainLines(told))
     assert again.ended
     assert again.outcome() == raced.outcome()
