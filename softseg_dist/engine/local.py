@@ -20,13 +20,14 @@ from bdb import BdbQuit
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
+from softseg_dist.engine.worker import LostJob, Report, ending_of, message_of, run_fit, run_until_done
 from softseg_dist.study_file import describe
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
@@ -57,20 +58,12 @@ class LocalBackend:
                     session.epoch(number, json.loads(news["epoch"]))
 
                 worker = Worker(device=context.device, stop=session.announce_stop)
-                try:
-                    answer = self._run(context, worker, message_of(task, context.stop_file), report)
-                except LostJob as lost:
-                    session.ended_as(number, None, str(lost))
-                else:
-                    session.ended_as(number, Ending.model_validate(json.loads(answer["ending"])))
+                job = partial(self._run, context, worker)
+                session.ended_as(number, ending_of(job, message_of(task, context.stop_file), report))
 
     def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
         """As `Backend.train`."""
-
-        def run(message: dict[str, str], report: Report) -> dict[str, str]:
-            return self._run(context, Worker(device=context.device), message, report)
-
-        return run_until_done(run, task, f"{task.folder}/.stop", context.progress.note)
+        return run_until_done(partial(self._run, context, Worker(device=context.device)), task, context.progress.note)
 
     def _run(self, context: RunContext, worker: Worker, message: dict[str, str], report: Report) -> dict[str, str]:
         """Raises LostJob where a worker's process would have died, and KeyboardInterrupt if the fit's debugger was quit."""

@@ -7,6 +7,7 @@ loggers, retries and signal handling are switched off.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,19 +62,18 @@ class RayBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
-        ledger = context.ledger
         try:
             with quiet(), ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
                 wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     check_package()
                     stores = context.prepared.uri.rpartition("/")[0]
-                    check_reach({"--out": ledger.folder, "--stores": stores})
+                    check_reach({"--out": context.ledger.folder, "--stores": stores})
                 if session.interrupted:
                     return
                 _tune(session, context)
         finally:
-            ledger.discard(".tune")
+            shutil.rmtree(context.ledger.working / ".tune", ignore_errors=True)
 
     def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
         """As `Backend.train`, on as many workers as there is room for, but no more than a batch has items.
@@ -88,10 +88,10 @@ class RayBackend:
             bundle = bundle_of(alone)
             num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
             if num_workers == 1 or alone_s < GROUP_PAYS_S:
-                return run_until_done(partial(run_alone, run, bundle), task, str(place / ".stop"), note)
+                return run_until_done(partial(run_alone, run, bundle), task, note)
             lane = Lane(run, num_workers, bundle, str(place / ".lane"))
             try:
-                return run_until_done(lane.run, task, str(place / ".stop"), note)
+                return run_until_done(lane.run, task, note)
             finally:
                 lane.close()
                 wait_until_free()
@@ -175,9 +175,6 @@ class _Shared:
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of Tune's has nothing to do."""
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
@@ -191,12 +188,10 @@ class _TuneErrors(_Shared, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        self._session.ended_as(trial.trial_id, None, cause_in(text), node_lost=_node_lost(text))
-
-
-def _node_lost(text: str) -> bool:
-    """Was a fit ended by the loss of its machine? A preempted one never comes here: Tune starts it again."""
-    return "its node has died" in text or ((actor := lost_actor(text)) is not None and node_is_gone(actor))
+        # A preempted fit never comes here: Tune starts it again.
+        node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and node_is_gone(actor))
+        cause = "its machine was lost" if node_lost else cause_in(text)
+        self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost))
 
 
 class _Sweeper(_Shared, tune.Callback):
@@ -230,20 +225,11 @@ class _TuneSearcher(_Shared, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         if not error:  # errors come through `_TuneErrors`, which knows their cause
-            ending = (result or {}).get("ending")
-            self._session.ended_as(trial_id, None if ending is None else Ending.model_validate(json.loads(ending)))
+            ending = (result or {}).get("ending", '{"kind": "lost"}')
+            self._session.ended_as(trial_id, Ending.model_validate(json.loads(ending)))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def save(self, checkpoint_path: str) -> None:
-        """The ledger is the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """The ledger is the state."""
-
-    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """The ledger is the state."""
-
-    def restore_from_dir(self, checkpoint_dir: str) -> None:
         """The ledger is the state."""

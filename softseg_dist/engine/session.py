@@ -77,9 +77,7 @@ class Session:
         self._running: dict[str, FitTask] = {}
         self._raced: set[str] = set()  # whose end by the race was reported
         self._noted: set[str] = set()
-        self._engine_notes: set[str] = set()  # what a machine could not do, which is the same for many fits
         self._open: set[str] = set()  # candidates whose run the tracker holds open
-        self._stop_announced = False
         self._num_ended = self._num_given_up = 0
 
     def start(self) -> None:
@@ -130,32 +128,23 @@ class Session:
 
     def announce_stop(self) -> bool:
         """Was the session asked to stop? The first call after that prints it."""
-        if self.interrupted and not self._stop_announced:
-            self._stop_announced = True
-            self.progress.note("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        if self.interrupted:
+            self._note_once("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
         return self.interrupted
 
-    def ended_as(self, fit_id: str, ending: Ending | None, cause: str = "", node_lost: bool = False) -> None:
-        """A fit no longer runs. `ending` is None if its process died or raised; `cause` is what the backend knows about it.
-
-        `node_lost`: the process was lost with its machine.
-        """
+    def ended_as(self, fit_id: str, ending: Ending) -> None:
+        """A fit no longer runs."""
         task = self._running.pop(fit_id)
-        if ending is None:
-            self._lost(task, "its machine was lost" if node_lost else reason_of(task, cause), node_lost)
-        elif ending.kind == "lost":
-            self._lost(task, reason_of(task, ending.text), ending.blameless)
-        elif ending.kind == "user_error":
-            self.searcher.interrupt(task)
-            self._stopped(task, "FAILED")
-            self._abort(UserError(f"{task.key}: {ending.text}"))
-        elif ending.kind == "interrupted":
-            self.searcher.interrupt(task)
-            self._stopped(task, "KILLED")
-        else:
-            assert ending.result is not None
-            assert (ending.result.candidate, ending.result.split) == (task.candidate, task.split.index), task.key
+        if ending.result is not None:
+            assert ending.result.key == task.key
             self._record(task, ending.result)
+        elif ending.kind == "lost":
+            self._lost(task, ending.text if ending.blameless else reason_of(task, ending.text), ending.blameless)
+        else:
+            self.searcher.interrupt(task)
+            self._stopped(task, "FAILED" if ending.kind == "user_error" else "KILLED")
+            if ending.kind == "user_error":
+                self._abort(UserError(f"{task.key}: {ending.text}"))
         self._report_decisions()
 
     def stop(self) -> None:
@@ -193,10 +182,8 @@ class Session:
             return
         self._num_ended += 1
         self.progress.finished(result)
-        for note in result.notes:
-            if note not in self._engine_notes:
-                self._engine_notes.add(note)
-                self.progress.note(f"{task.key}: {note}")
+        for note in result.notes:  # what a machine could not do, which is the same for many fits
+            self._note_once(f"{task.key}: {note}", note)
         if self.tracker is not None:
             self.tracker.fit_ended(result)
 
@@ -217,6 +204,12 @@ class Session:
         if self.tracker is not None and status is not None:
             self.tracker.fit_gone(task.key, status)
 
+    def _note_once(self, text: str, content: str = "") -> None:
+        """Print a note, unless one of the same `content` was printed before."""
+        if (content or text) not in self._noted:
+            self._noted.add(content or text)
+            self.progress.note(text)
+
     def _report_planned(self, name: str) -> None:
         self.progress.planned(name, self.searcher.candidates[name].num_planned, self.searcher.num_planned)
 
@@ -227,9 +220,8 @@ class Session:
                 self._raced.add(name)
                 self._report_planned(name)
                 self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
-            if candidate.note and name not in self._noted:
-                self._noted.add(name)
-                self.progress.note(f"{name}: {candidate.note}")
+            if candidate.note:
+                self._note_once(f"{name}: {candidate.note}")
             if candidate.ended and name in self._open:
                 self._open.discard(name)
                 if self.tracker is not None:

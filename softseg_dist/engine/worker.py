@@ -69,6 +69,8 @@ ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its fo
 
 Fit = Callable[[FitTask, Worker], FitResult]
 Report = Callable[[dict[str, str]], None]
+Job = Callable[[dict[str, str], Report], Mapping[str, str]]
+"""(message of `message_of`, report) -> what `run_fit` returns; raises `LostJob`."""
 TimeLimit = Callable[[float | None, Path], AbstractContextManager[None]]
 """(limit in s, file for the stacks) -> what ends the block if it takes longer."""
 
@@ -85,9 +87,9 @@ class LostJob(Exception):
 
 
 class Ending(Frozen):
-    """How a fit ended: with a result, interrupted, on a mistake of the user's, or lost with the process that ran it for its trial.
+    """How a fit ended: with a result, interrupted, on a mistake of the user's, or lost with the process that ran it.
 
-    `blameless`: the fit is not the cause of the loss.
+    `text` is the mistake, or the cause of the loss if it is known. `blameless`: that cause is not the fit.
     """
 
     kind: Literal["result", "interrupted", "user_error", "lost"]
@@ -186,15 +188,20 @@ def _watched(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> FitRe
         raise
 
 
-def run_until_done(
-    run_job: Callable[[dict[str, str], Report], Mapping[str, str]], task: FitTask, stop_file: str, note: Callable[[str], None]
-) -> FitResult:
+def ending_of(job: Job, message: dict[str, str], report: Report) -> Ending:
+    """Run a fit as a job, and return how it ended."""
+    try:
+        return Ending.model_validate(json.loads(job(message, report)["ending"]))
+    except LostJob as lost:
+        return Ending(kind="lost", text=str(lost), blameless=lost.blameless)
+
+
+def run_until_done(job: Job, task: FitTask, note: Callable[[str], None]) -> FitResult:
     """Run one fit that is not part of the search, again if it is lost; `note` gets four lines about its epochs.
 
-    `run_job` takes a message and a report, and may raise `LostJob`. Raises UserError on a mistake of the user's, and if the fit is
-    lost `MAX_ATTEMPTS` times.
+    Raises UserError on a mistake of the user's, and if the fit is lost `MAX_ATTEMPTS` times.
     """
-    epochs, lost = task.recipe.optim.epochs, ""
+    epochs, stop_file = task.recipe.optim.epochs, str(Place.at(task.folder) / ".stop")
 
     def report(news: Mapping[str, str]) -> None:
         metrics = json.loads(news["epoch"])
@@ -202,17 +209,13 @@ def run_until_done(
             note(f"{task.candidate} on all subjects: epoch {metrics['epoch']:g} of {epochs}, loss {metrics['loss']:.4g}")
 
     for attempt in range(MAX_ATTEMPTS):
-        try:
-            answer = run_job(message_of(task.replace(attempt=attempt), stop_file), report)
-        except LostJob as error:
-            lost = str(error)
-            continue
-        ending = Ending.model_validate(json.loads(answer["ending"]))
+        ending = ending_of(job, message_of(task.replace(attempt=attempt), stop_file), report)
+        if ending.result is not None:
+            return ending.result
         if ending.kind == "user_error":
             raise UserError(f"{task.key}: {ending.text}")
-        assert ending.result is not None, "its stop file is never written"
-        return ending.result
-    raise UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {reason_of(task, lost)}")
+        assert ending.kind == "lost", "its stop file is never written"
+    raise UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {reason_of(task, ending.text)}")
 
 
 def reason_of(task: FitTask, cause: str = "") -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,11 +255,6 @@ class Ledger:
             now = {"study": sources.study, "files": {file: digest(text) for file, text in sources.texts.items()}}
             known = [*(one for one in known if one != now), now]
         self._write("code.json", json.dumps({"numerics": softseg_dist.NUMERICS, "sources": known}, indent=1))
-
-    def discard(self, folder: str) -> None:
-        """Remove a folder of `working` that is not part of the record."""
-        if (self.working / folder).is_dir():
-            shutil.rmtree(self.working / folder)
 
     def _refusal(self, changes: list[str]) -> str:
         more = len(changes) - SHOWN_CHANGES
