@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from softseg_dist.places import replace_file
+
 SPOOL = "mlflow_spool.jsonl"  # its name in a run folder
 TrackingRecord = dict[str, Any]
 
@@ -40,15 +42,10 @@ class Spool:
 
     def replace(self, records: Sequence[TrackingRecord]) -> None:
         """Make `records` the whole content; none removes the file. Raises OSError, with nothing changed, if that cannot be."""
-        if not records:
+        if records:
+            replace_file(self.path, lambda partial: partial.write_bytes(_lines(records)))
+        else:
             self.path.unlink(missing_ok=True)
-            return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            partial.write_bytes(_lines(records))
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _lines(records: Sequence[TrackingRecord]) -> bytes:

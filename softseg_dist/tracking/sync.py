@@ -36,7 +36,9 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     ledger, copy = Ledger(run), WorkingCopy(run)
     with ledger.lock():
         copy.pull(SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "report/*", "fits/*/*/history.jsonl")
-        uri = tracking_uri or _recorded(copy).get("tracking_uri") or default_uri(copy.folder)
+        record = copy.folder / "run.json"
+        recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        uri = tracking_uri or recorded.get("tracking_uri") or default_uri(copy.folder)
         connection = Connection(lambda: connect(uri, copy.folder, status.study))
         if problem := connection.reach():
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
@@ -46,12 +48,6 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         waiting = len(Spool(copy.folder / SPOOL).read())
         copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
     return Synced(uri, sent, waiting, notes)
-
-
-def _recorded(copy: WorkingCopy) -> dict[str, str]:
-    path = copy.folder / "run.json"
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple[str, ...]]:

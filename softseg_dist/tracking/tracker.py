@@ -17,13 +17,16 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 from softseg_dist.frozen import leaves
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.record.spool import SPOOL, Spool, TrackingRecord
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, FitTask
+
+if TYPE_CHECKING:
+    from softseg_dist.tracking.server import MlflowServer
 
 COLLECT_S = 0.5  # records of this long go out together, so that epochs cost one call per fit and half second
 RETRY_S = 30.0  # pause between two tries to reach a server that is down
@@ -35,16 +38,6 @@ NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "paramet
 def default_uri(folder: str | Path) -> str:
     """The SQLite database of a run folder: `mlflow ui --backend-store-uri` takes it."""
     return f"sqlite:///{Path(folder).absolute()}/mlflow.db"
-
-
-class Server(Protocol):
-    """What takes records: MLflow, opened by `connect`."""
-
-    def apply(self, record: TrackingRecord) -> None:
-        """Do what one record says; raises whatever the server's client raises."""
-
-    def ping(self) -> None:
-        """Raises if the server cannot be reached."""
 
 
 class Tracker:
@@ -70,13 +63,6 @@ class Tracker:
         tags = {"softseg.fingerprint": study.fingerprint, "mlflow.note.content": study.question}
         self._put_open(STUDY, study.name, None, tags, {"objective": study.objective, "seed": str(study.seed)})
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._thread.is_alive():
-            self.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
-
     def data_set(self, name: str, digest: str, source: str) -> None:
         """Record on the study run which data it used; `digest` identifies the content."""
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
@@ -100,25 +86,22 @@ class Tracker:
         for name, record in records.items():
             if name not in by_candidate:
                 continue
-            self._put_open(name, name, STUDY, _candidate_tags(name), parameters(record.recipe), known=True)
+            self._put_candidate(name, record.recipe, known=True)
             for result in by_candidate[name]:
-                key = result.key
-                tags = _fit_tags(name, result.split)
-                self._put_open(key, _fit_name(key), name, tags, parameters(record.recipe), known=True)
+                self._put_fit(result.key, record.recipe, {}, known=True)
                 for metrics in curve(result):
-                    self.epoch(key, metrics, known=True)
+                    self.epoch(result.key, metrics, known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
                 self.candidate_ended(name, by_candidate[name], race=(races or {}).get(name), known=True)
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
-        recipe = parameters(json_of(task.recipe))
+        recipe = json_of(task.recipe)
         if task.candidate not in self._running:
             self._running.add(task.candidate)
-            self._put_open(task.candidate, task.candidate, STUDY, _candidate_tags(task.candidate), recipe)
-        tags = _fit_tags(task.candidate, task.split.index) | {"softseg.attempt": str(task.attempt)}
-        self._put_open(task.key, _fit_name(task.key), task.candidate, tags, recipe)
+            self._put_candidate(task.candidate, recipe)
+        self._put_fit(task.key, recipe, {"softseg.attempt": str(task.attempt)})
 
     def epoch(self, key: str, metrics: Mapping[str, float], *, known: bool = False) -> None:
         """A fit has finished an epoch; `metrics["epoch"]` is the step."""
@@ -195,6 +178,15 @@ class Tracker:
 
     def _put(self, **record: Any) -> None:
         self._records.put({**record, "ms": int(time.time() * 1000)})
+
+    def _put_candidate(self, name: str, recipe: Mapping[str, Any], *, known: bool = False) -> None:
+        self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe), known=known)
+
+    def _put_fit(self, key: str, recipe: Mapping[str, Any], tags: dict[str, str], *, known: bool = False) -> None:
+        candidate, split = key.rsplit("/", 1)
+        tags = {"softseg.candidate": candidate, "softseg.split": split} | tags
+        name = f"{split} {candidate}"  # MLflow's table cuts long names at their end
+        self._put_open(key, name, candidate, tags, parameters(recipe), known=known)
 
     def _put_open(
         self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str], *, known: bool = False
@@ -275,9 +267,9 @@ class Tracker:
 class Connection:
     """A server that may be out of reach. A second request distinguishes that from a refused record."""
 
-    def __init__(self, connect: Callable[[], Server]) -> None:
+    def __init__(self, connect: Callable[[], MlflowServer]) -> None:
         self._connect = connect
-        self._server: Server | None = None
+        self._server: MlflowServer | None = None
         self.lost = False
 
     def send(self, record: TrackingRecord) -> str | None:
@@ -292,7 +284,8 @@ class Connection:
                 self._server.apply(record)
         except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
             # A server or database that cannot write now, as when its disk is full, takes the record later.
-            self.lost = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE" or self._is_lost()
+            unavailable = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE"
+            self.lost = unavailable or self._server is None or self.reach() is not None
             return " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return None
 
@@ -300,21 +293,14 @@ class Connection:
         """None if the server can be reached, else why not."""
         try:
             self._server = self._server or self._connect()
+            self._server.ping()
         except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
+            self._server = None
             return " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return None
 
-    def _is_lost(self) -> bool:
-        try:
-            if self._server is not None:
-                self._server.ping()
-                return False
-        except Exception:  # noqa: BLE001 - out of reach, in whatever way
-            self._server = None
-        return True
 
-
-def connect(uri: str, folder: Path, study: str) -> Server:
+def connect(uri: str, folder: Path, study: str) -> MlflowServer:
     """Open MLflow. Imported here, in the thread: it takes two seconds, in which the study starts."""
     from softseg_dist.tracking.server import MlflowServer
 
@@ -356,17 +342,3 @@ def without_password(uri: str | None) -> str | None:
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A recipe's JSON as flat parameters: `loss` is "AdaptiveWing", `loss.omega` is "14.0"."""
     return {path: value if isinstance(value, str) else json.dumps(value) for path, value in leaves(recipe)}
-
-
-def _candidate_tags(candidate: str) -> dict[str, str]:
-    return {"softseg.candidate": candidate}
-
-
-def _fit_name(key: str) -> str:
-    """`003 hard-dice`: MLflow's table cuts long names at their end."""
-    candidate, split = key.rsplit("/", 1)
-    return f"{split} {candidate}"
-
-
-def _fit_tags(candidate: str, split: int) -> dict[str, str]:
-    return _candidate_tags(candidate) | {"softseg.split": f"{split:03d}"}

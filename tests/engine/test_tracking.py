@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def server(port: int, folder: Path) -> Iterator[str]:
 def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
     page = tmp_path / "index.html"
     page.write_text("<p>report</p>")
-    with Tracker(None, tmp_path / "run", STUDY) as tracker:
+    with closing(Tracker(None, tmp_path / "run", STUDY)) as tracker:
         tracker.data_set("Phantom", "d" * 64, "store.arrow")
         run_fit(tracker, 0, 0.4)
         run_fit(tracker, 1, 0.6)
@@ -182,7 +182,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on_in_the_same_run
 
 def test_what_a_killed_driver_did_not_send_is_told_from_the_ledger(tmp_path):
     record = CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE))
-    with Tracker(None, tmp_path, STUDY) as tracker:
+    with closing(Tracker(None, tmp_path, STUDY)) as tracker:
         tracker.recall({"a": record}, [result(split, 0.5) for split in range(3)], ended=["a"])
     runs = runs_of(default_uri(tmp_path))
     assert set(runs) == {"study", "a", "a/000", "a/001", "a/002"}

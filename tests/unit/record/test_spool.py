@@ -44,7 +44,7 @@ def test_a_full_disk_is_told_by_the_spool(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_the_thread_that_tells_mlflow(tmp_path: Path) -> None:
     study = Study(name="full", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a")
-    (tmp_path / f".{SPOOL}.{os.getpid()}").symlink_to("/dev/full")  # where the spool is written first
+    (tmp_path / f".{os.getpid()}.{SPOOL}").symlink_to("/dev/full")  # where the spool is written first
     tracker = Tracker("http://127.0.0.1:9", tmp_path, study)  # nobody listens on the discard port
     notes = tracker.close()
     assert any("could not be kept" in note and "No space left" in note for note in notes), notes
