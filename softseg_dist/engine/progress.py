@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -33,7 +34,7 @@ def progress_for(stream: TextIO, *, as_json: bool = False, live: bool = True) ->
 class Tally:
     """One candidate's row."""
 
-    splits: int
+    splits: int = 0
     scores: list[float] = field(default_factory=list)
     failed: int = 0
 
@@ -51,7 +52,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.total = self.num_done = self.num_before = 0
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self.running: dict[str, dict[str, float]] = {}
         self.started = time.monotonic()
 
@@ -64,7 +65,7 @@ class Progress:
     def planned(self, candidate: str, splits: int, total: int) -> None:
         """A candidate is known that will run `splits` fits; the study now has `total`."""
         self.total = total
-        self._tally(candidate).splits = splits
+        self.tallies[candidate].splits = splits
 
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
         """A running fit has finished an epoch."""
@@ -92,14 +93,11 @@ class Progress:
 
     def _count(self, result: FitResult) -> None:
         self.num_done += 1
-        tally = self._tally(result.candidate)
+        tally = self.tallies[result.candidate]
         if result.score is None:
             tally.failed += 1
         else:
             tally.scores.append(result.score)
-
-    def _tally(self, candidate: str) -> Tally:
-        return self.tallies.setdefault(candidate, Tally(0))
 
 
 class PlainLines(Progress):

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-from pydantic import ValidationError
 
 import softseg_dist
 from softseg_dist.data.splits import Split
@@ -147,14 +145,17 @@ class Ledger:
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
             if refused:
-                raise UserError(self._refusal(refused))
+                shown, more = "; ".join(refused[:SHOWN_CHANGES]), len(refused) - SHOWN_CHANGES
+                shown += f"; and {more} more" if more > 0 else ""
+                advice = "Finished fits are untouched: give the study a new name, or another --out"
+                raise UserError(f"{self.folder}: holds another study: {shown}. {advice}")
             self._write_code(code, sources)
-            self._write("splits.json", json.dumps(now_splits, indent=1))
+            self._write("splits.json", now_splits)
             if held_out and before is None:
                 self.write_holdout(HoldoutRecord(subjects=held_out))
             if fingerprint is not None:
-                self._write("store.json", json.dumps({"fingerprint": fingerprint}))
-            self._write("study.json", json.dumps(now, indent=1))
+                self._write("store.json", {"fingerprint": fingerprint})
+            self._write("study.json", now)
         return extended
 
     def fit_folder(self, candidate: str, split: Split) -> str:
@@ -163,15 +164,15 @@ class Ledger:
 
     def write_candidate(self, record: CandidateRecord) -> None:
         """Record a candidate before its first fit is emitted."""
-        self._write(f"fits/{record.name}/candidate.json", json.dumps(json_of(record), indent=1))
+        self._write(f"fits/{record.name}/candidate.json", record)
 
     def write_result(self, result: FitResult) -> None:
         """Record a fit that has ended, finished or failed: it never runs again."""
-        self._write(f"fits/{result.key}.json", json.dumps(json_of(result), indent=1))
+        self._write(f"fits/{result.key}.json", result)
 
     def write_race(self, record: RaceRecord) -> None:
         """Record that a candidate gets no more splits, for good."""
-        self._write(f"fits/{record.candidate}/race.json", json.dumps(json_of(record), indent=1))
+        self._write(f"fits/{record.candidate}/race.json", record)
 
     def candidates(self) -> dict[str, CandidateRecord]:
         """All recorded candidates by name: the fixed ones first, each kind by number.
@@ -181,14 +182,13 @@ class Ledger:
         records = []
         for name in (self.place / "fits").names(folders=True):
             path = f"fits/{name}/candidate.json"
-            if (data := self._read(path)) is None:
-                continue
-            record = _parsed(CandidateRecord, data)
-            if record is None or record.name != name:
+            record = self._record(CandidateRecord, path)
+            if record is not None and record.name == name:
+                records.append(record)
+            elif (self.place / path).is_file():
                 raise UserError(
                     f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again"
                 )
-            records.append(record)
         return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
 
     def results(self) -> dict[tuple[str, int], FitResult]:
@@ -199,7 +199,7 @@ class Ledger:
                 stem = file.removesuffix(".json")
                 if not (file.endswith(".json") and stem.isdecimal()):
                     continue
-                result = _parsed(FitResult, self._read(f"fits/{name}/{file}", torn={}))
+                result = self._record(FitResult, f"fits/{name}/{file}")
                 if result is None or (result.candidate, result.split) != (name, int(stem)):
                     log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
                     continue
@@ -208,24 +208,19 @@ class Ledger:
 
     def write_holdout(self, record: HoldoutRecord) -> None:
         """Record the held-out subjects and their openings."""
-        self._write("holdout.json", json.dumps(json_of(record), indent=1))
+        self._write("holdout.json", record)
 
     def holdout(self) -> HoldoutRecord | None:
         """The held-out subjects and their openings; None if there are none. Raises UserError if the record cannot be read."""
-        if (data := self._read("holdout.json")) is None:
-            return None
-        if (record := _parsed(HoldoutRecord, data)) is None:
+        record = self._record(HoldoutRecord, "holdout.json")
+        if record is None and (self.place / "holdout.json").is_file():
             raise UserError(f"{self.folder}/holdout.json: not the record of held-out subjects; restore it")
         return record
 
     def races(self) -> dict[str, RaceRecord]:
         """The candidates that lost their race, by name. A record that cannot be read is left out: the race decides again."""
-        found = {}
-        for name in self.candidates():
-            data = self._read(f"fits/{name}/race.json", torn={})
-            if data is not None and (record := _parsed(RaceRecord, data)) is not None and record.candidate == name:
-                found[name] = record
-        return found
+        found = {name: self._record(RaceRecord, f"fits/{name}/race.json") for name in self.candidates()}
+        return {name: record for name, record in found.items() if record is not None and record.candidate == name}
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""
@@ -254,37 +249,29 @@ class Ledger:
                     place.write(text.encode())
             now = {"study": sources.study, "files": {file: digest(text) for file, text in sources.texts.items()}}
             known = [*(one for one in known if one != now), now]
-        self._write("code.json", json.dumps({"numerics": softseg_dist.NUMERICS, "sources": known}, indent=1))
+        self._write("code.json", {"numerics": softseg_dist.NUMERICS, "sources": known})
 
-    def _refusal(self, changes: list[str]) -> str:
-        more = len(changes) - SHOWN_CHANGES
-        shown = "; ".join(changes[:SHOWN_CHANGES]) + (f"; and {more} more" if more > 0 else "")
-        advice = "Finished fits are untouched: give the study a new name, or another --out"
-        return f"{self.folder}: holds another study: {shown}. {advice}"
-
-    def _read(self, path: str, torn: Any = None) -> Any:
-        """The JSON in a file; None if there is no file. What is not JSON is `torn` if that is given, else a UserError."""
-        if (data := (self.place / path).read()) is None:
-            return None
+    def _read(self, path: str) -> Any:
+        """The JSON in a file; None if there is no file."""
+        content = (self.place / path).read()
         try:
-            return json.loads(data)
+            return None if content is None else json.loads(content)
         except ValueError:
-            if torn is None:
-                raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
-            return torn
+            raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
 
-    def _write(self, path: str, text: str) -> None:
-        (self.place / path).write(text.encode())
+    def _record(self, kind: type[F], path: str) -> F | None:
+        """The record in a file; None if there is no file, or not such a record."""
+        try:
+            return kind.model_validate(json.loads((self.place / path).read() or b"null"))
+        except ValueError:  # pydantic's ValidationError is one
+            return None
+
+    def _write(self, path: str, value: object) -> None:
+        value = json_of(value) if isinstance(value, Frozen) else value
+        (self.place / path).write(json.dumps(value, indent=1).encode())
 
 
 def json_of(value: Frozen) -> Json:
     """The JSON of a frozen object, as reading it back from a file would give it."""
     plain: Json = json.loads(canonical_json(value.model_dump(mode="json")))
     return plain
-
-
-def _parsed(kind: type[F], data: Mapping[str, Any]) -> F | None:
-    try:
-        return kind.model_validate(data)
-    except ValidationError:
-        return None

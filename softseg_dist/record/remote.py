@@ -102,18 +102,18 @@ class WorkingCopy:
         if self.place.path is not None:
             return
         there = self.place.walk()
-        wanted = {
-            name: entry.modified_s
-            for name, entry in there.items()
-            if any(PurePosixPath(name).match(pattern) for pattern in patterns)
-            and _modified_s(self.folder / name) < entry.modified_s
-        }
+        matching = [name for name in there if any(PurePosixPath(name).match(pattern) for pattern in patterns)]
+        newer = [name for name in matching if _modified_s(self.folder / name) < there[name].modified_s]
         for path in self.folder.glob("fits/**/*"):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in there:
                 path.unlink()
+
+        def fetch(name: str) -> None:
+            (self.place / name).pull(self.folder / name)
+            os.utime(self.folder / name, (there[name].modified_s, there[name].modified_s))
+
         with ThreadPoolExecutor(COPIERS) as copiers:
-            for _ in copiers.map(self._pull, wanted, wanted.values()):
-                pass
+            list(copiers.map(fetch, newer))
 
     def push(self, *names: str) -> None:
         """Send files, and the files of folders. One that is not here is removed there."""
@@ -126,11 +126,6 @@ class WorkingCopy:
             for path in sorted(here.iterdir()) if here.is_dir() else [here]:
                 if path.is_file():
                     (self.place / path.relative_to(self.folder).as_posix()).push(path)
-
-    def _pull(self, name: str, modified_s: float) -> None:
-        path = self.folder / name
-        (self.place / name).pull(path)
-        os.utime(path, (modified_s, modified_s))
 
 
 def _modified_s(path: Path) -> float:

@@ -6,6 +6,7 @@ Whether a fit runs cannot be read from a folder; one that has written something 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,7 @@ def status_of(run: str) -> RunStatus:
     place = Place.at(run)
     with ThreadPoolExecutor(READERS) as readers:
         files = place.walk()
-        ended = {name for name in files if _is_result(name)}
+        ended = {name for name in files if re.fullmatch(r"fits/[^/]+/\d+\.json", name)}
         known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
         raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
         names = ["study.json", "splits.json", *sorted(known), *sorted(ended)]
@@ -102,6 +103,8 @@ def status_of(run: str) -> RunStatus:
     not_asked = max(0, trials - len(proposed)) * len(splits)
     planned = not_asked + finished + failed + sum(c.left for c in candidates)
     last = max((entry.modified_s for name, entry in files.items() if not name.startswith("report/")), default=0.0)
+    here = working_folder(place)
+    spooled = (Place.at(here) / SPOOL).read() or (place / SPOOL).read() or b""  # the driver leaves it in the run folder at its end
     return RunStatus(
         run=run,
         study=study["name"],
@@ -113,8 +116,8 @@ def status_of(run: str) -> RunStatus:
         running=running,
         candidates=candidates,
         quiet_s=max(0.0, time.time() - last),
-        driver=holder(working_folder(place) / ".lock"),
-        mlflow_waiting=_waiting(place),
+        driver=holder(here / ".lock"),
+        mlflow_waiting=spooled.count(b"\n"),
     )
 
 
@@ -132,15 +135,11 @@ def show(status: RunStatus, console: Console) -> None:
             console.print("  ".join(row).rstrip())
     for fit in status.running:
         console.print(f"running {fit.key}: {fit.epochs} epochs, wrote {duration(fit.quiet_s)} ago", style="dim")
-    console.print(f"last change {duration(status.quiet_s)} ago; {_driver(status)}")
+    goes_on = ", the same command goes on" if status.left or status.running else ""
+    driver = f"driver: {status.driver}" if status.driver is not None else f"no driver on this machine{goes_on}"
+    console.print(f"last change {duration(status.quiet_s)} ago; {driver}")
     if status.mlflow_waiting:
         console.print(f"{status.mlflow_waiting} records wait for MLflow: softseg sync {status.run}")
-
-
-def _driver(status: RunStatus) -> str:
-    if status.driver is not None:
-        return f"driver: {status.driver}"
-    return "no driver on this machine" + (", the same command goes on" if status.left or status.running else "")
 
 
 def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
@@ -148,11 +147,6 @@ def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
     failed += ", raced out" if candidate.raced_out else ""
     mean = "" if candidate.mean is None else f"{candidate.mean:.4f}"
     return candidate.name, f"{candidate.finished + candidate.failed}/{candidate.splits}{failed}", mean
-
-
-def _is_result(name: str) -> bool:
-    parts = name.removesuffix(".json").split("/")
-    return name.endswith(".json") and len(parts) == 3 and parts[0] == "fits" and parts[2].isdecimal()
 
 
 def _json(place: Place) -> Any:
@@ -195,9 +189,3 @@ def _running(
     keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
     histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)
     return tuple(ActiveFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))
-
-
-def _waiting(place: Place) -> int:
-    """Records in the spool of this machine, or else in the one that the driver has left in the run folder."""
-    here = Place.at(working_folder(place)) / SPOOL
-    return ((here.read() if here.is_file() else (place / SPOOL).read()) or b"").count(b"\n")
