@@ -37,10 +37,9 @@ PLACE = ("pixdim", *QFORM, "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_uni
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A file: `data` [X Y Z] float32 in canonical order, `affine` [4 4] of that order, `geometry` as stored."""
+    """A file: `data` [X Y Z] float32 in canonical order, `geometry` as stored."""
 
     data: NDArray[np.float32]
-    affine: Affine4
     geometry: Geometry
 
 
@@ -80,7 +79,7 @@ def _finite(values: NDArray[Any], geometry: Geometry, name: object) -> Volume:
         data = np.array(values, dtype=np.float32, order="C")
     if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
         raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {name}")
-    return Volume(data, geometry.canonical_affine, geometry)
+    return Volume(data, geometry)
 
 
 def volume_of(image: Any, affine: Affine4 | None = None, name: str = "image") -> Volume:

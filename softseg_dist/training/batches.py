@@ -68,14 +68,10 @@ class Batches:
         return torch.randperm(len(self.items), generator=generator).tolist()
 
     def batch(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them; B may be 0.
+        """Augmented images [B C *S] and targets [B K *S] of the items `members`, as `epoch` sees them.
 
         Where the recipe joins items in pairs, each is joined with its `partner` after both are augmented, rounded and smoothed.
         """
-        if not members:
-            size = self.store.size if self.recipe.patch is None else self.recipe.patch.size
-            empty = [torch.empty(0, n, *size) for n in (self.store.channels, len(self.store.classes))]
-            return empty[0].to(device), empty[1].to(device)
         image, target = self._augmented(epoch, members, device)
         if pairs(self.recipe.augment):
             partners = [self.partner(epoch, member) for member in members]

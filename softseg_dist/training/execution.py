@@ -47,9 +47,11 @@ def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int
 
     "auto" precision follows from the hardware alone, or candidates of one study would differ in it.
     """
-    if not device.startswith("cuda"):
-        return _on_cpu(optim)
-    execution = Execution(precision=_best_on_cuda() if optim.precision == "auto" else optim.precision, compiled=True, graph=True)
+    on_cuda = device.startswith("cuda")
+    precision = _best_precision(on_cuda) if optim.precision == "auto" else optim.precision
+    execution = Execution(precision=precision, compiled=on_cuda, graph=on_cuda)
+    if not on_cuda:  # torch 2.13 fails to compile a channels-last U-Net there
+        return execution.without("compiled", "a CPU runs the network as it is") if optim.compile == "on" else execution
     if num_workers > 1:
         why = "several workers share each batch and exchange gradients in every step"
         execution = execution.without("graph", why)
@@ -61,20 +63,9 @@ def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int
     return execution
 
 
-def _on_cpu(optim: Optim) -> Execution:
-    """On a CPU nothing is compiled: torch 2.13 fails to compile a channels-last U-Net there."""
-    execution = Execution(precision=_best_on_cpu() if optim.precision == "auto" else optim.precision)
-    if optim.compile != "on":
-        return execution
-    return execution.without("compiled", "a CPU runs the network as it is")
-
-
-def _best_on_cpu() -> Precision:
-    """bfloat16 if the processor computes in it; otherwise torch only emulates it, which is slower than float32."""
+def _best_precision(on_cuda: bool) -> Precision:
+    """bfloat16 if the hardware computes in it; otherwise torch only emulates it, which is slower than float32."""
+    if on_cuda:
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     report: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 has none
-    capabilities = report()
-    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
-
-
-def _best_on_cuda() -> Precision:
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if report().get("avx512_bf16") else "float32"

@@ -82,8 +82,7 @@ def preflight(
     if kind == "refused":
         raise UserError(text)
     if kind == "unknown class":  # such as one of an installed package that only this process has imported
-        check_recipes(recipes, store, split)
-        check_uncertainty(recipes, methods, store)
+        check_recipes(recipes, store, split, methods)
     elif kind != "done":
         messages = errors.decode(errors="replace")
         if kind != "candidate" and process.returncode > 0:
@@ -120,8 +119,7 @@ def run_child() -> None:
         if sources is not None:
             load_sources(sources)
         recipes, methods = RECIPES.validate_json(in_json[0]), METHODS.validate_json(in_json[1])
-        check_recipes(recipes, store, split, lambda name: report("candidate", name))
-        check_uncertainty(recipes, methods, store, lambda name: report("candidate", name))
+        check_recipes(recipes, store, split, methods, lambda name: report("candidate", name))
     except ValidationError:
         report("unknown class")
     except UserError as error:
@@ -132,14 +130,17 @@ def run_child() -> None:
     os._exit(0)  # threads of the study file must not keep the process alive
 
 
-def _ignore(candidate: str) -> None:
-    """The default of `on_candidate`."""
+def check_recipes(
+    recipes: Mapping[str, Recipe],
+    store: Store,
+    split: Split,
+    methods: Sequence[Uncertainty] = (),
+    on_candidate: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Try every recipe on two training items, and draw a sample of one with each of `methods`, in this process.
 
-
-def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split, on_candidate: Callable[[str], None] = _ignore) -> None:
-    """Try every recipe on two training items, in this process; `on_candidate` gets the name of each before it is tried.
-
-    Raises UserError that names the candidate and the cause if a recipe lacks raters or cannot be trained.
+    `on_candidate` gets the name of each before it is tried. Raises UserError that names the candidate and the cause if a recipe
+    lacks raters or cannot be trained, or a method cannot be used with its network or on these images.
     """
     for name, recipe in recipes.items():
         _check_raters(name, recipe.fusion, store)
@@ -149,26 +150,12 @@ def check_recipes(recipes: Mapping[str, Recipe], store: Store, split: Split, on_
         patches = "" if recipe.patch is None else f"patches of size {recipe.patch.size} from "
         with _as_user_error(name, f" cannot be trained on {patches}images of size {store.size}"):
             trial.run(recipe)
-
-
-def check_uncertainty(
-    recipes: Mapping[str, Recipe], methods: Sequence[Uncertainty], store: Store, on_candidate: Callable[[str], None] = _ignore
-) -> None:
-    """Draw a sample of one item with every method and recipe, in this process; `on_candidate` as in `check_recipes`.
-
-    Raises UserError that names the candidate and the cause if a method cannot be used with its network or on these images.
-    """
-    if not methods:
-        return
-    sample = store.sample(next(case.index for case in store.cases if case.num_items))
-    for name, recipe in recipes.items():
-        on_candidate(name)
-        with _as_user_error(name):
+        if methods:
             model = Model.of(recipe, store.channels, len(store.classes), store.dim)
-        check_methods(name, model, methods)
+            check_methods(name, model, methods)
         for method in methods:
             with _as_user_error(name, f": {method}"):
-                next(sample_maps(model, replace(sample, image=sample.image[:1]), method, seed=0))
+                next(sample_maps(model, trial.one_item, method, seed=0))
 
 
 def check_methods(candidate: str, model: nn.Module, methods: Sequence[Uncertainty]) -> None:
@@ -213,6 +200,9 @@ class _Trial:
     def __init__(self, store: Store, split: Split) -> None:
         items = [(case, i) for case in cases_of(store, split.train) for i in range(store.cases[case].num_items)]
         self.store, self.items = store, (items[0], items[min(1, len(items) - 1)])
+        case, item = items[0]
+        sample = store.sample(case)
+        self.one_item = replace(sample, image=sample.image[item : item + 1])
         self._logits: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, recipe: Recipe) -> None:

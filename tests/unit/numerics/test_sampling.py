@@ -45,7 +45,7 @@ from softseg_dist.training.data_parallel import WorkerGroup
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
-from softseg_dist.training.preflight import check_uncertainty
+from softseg_dist.training.preflight import check_recipes
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 DROPPING = UNet(filters=(4, 8), dropout=0.3)
@@ -127,15 +127,15 @@ def test_a_network_without_dropout_is_refused_before_it_is_trained(task: FitTask
     recipes, store = {"with": RECIPE, "without": RECIPE.replace(network=network)}, Store.open(task.store)
     message = r"candidate without: MCDropout\(samples=3\) needs a network with dropout, and this one has none"
     with pytest.raises(UserError, match=message):
-        check_uncertainty(recipes, METHODS, store)
-    check_uncertainty(recipes, METHODS[1:], store)
+        check_recipes(recipes, store, task.split, METHODS)
+    check_recipes(recipes, store, task.split, METHODS[1:])
     with pytest.raises(UserError, match="candidate c: MCDropout"):
         RunningFit(task.replace(folder=str(tmp_path), recipe=recipes["without"]), Worker())
 
 
 def test_an_axis_that_images_lack_is_refused_before_anything_is_trained(task: FitTask) -> None:
     with pytest.raises(UserError, match=r"candidate c: TTA\(.*: Flip's axes must lie in 0 to 1"):
-        check_uncertainty({"c": RECIPE}, (TTA(transforms=(Flip(axes=(2,)),)),), Store.open(task.store))
+        check_recipes({"c": RECIPE}, Store.open(task.store), task.split, (TTA(transforms=(Flip(axes=(2,)),)),))
 
 
 def test_what_cannot_be_put_back_is_refused() -> None:
