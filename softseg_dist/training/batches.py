@@ -92,12 +92,10 @@ class Batches:
 
         Items count whole, and once, whatever patches are taken of them.
         """
-        first: dict[tuple[int, int], int] = {}
-        for member, item in enumerate(self.items):
-            first.setdefault(item, member)
-        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in first.values())
+        members = range(0, len(self.items), 1 if self.recipe.patch is None else self.recipe.patch.per_item)
+        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in members)
         assert isinstance(total, Tensor), "a split has training items"
-        return total / len(first)
+        return total / len(members)
 
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""

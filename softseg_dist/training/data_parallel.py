@@ -77,18 +77,14 @@ class BatchShare:
     """
 
     def __init__(self, rank: int, num_workers: int) -> None:
-        self.rank, self.num_workers, self.num_items = rank, num_workers, num_workers
+        self.rank, self.num_workers = rank, num_workers
+        self.begin(num_workers)
 
     def begin(self, num_items: int) -> slice:
         """Begin a batch of so many items; returns this worker's rows."""
-        self.num_items = num_items
+        first, last = (num_items * (self.rank + step) // self.num_workers for step in (0, 1))
+        self.num_items, self.rows = num_items, slice(first, last)
         return self.rows
-
-    @property
-    def rows(self) -> slice:
-        """This worker's rows of the batch."""
-        first, last = (self.num_items * (self.rank + step) // self.num_workers for step in (0, 1))
-        return slice(first, last)
 
     @property
     def empty(self) -> bool:

@@ -6,8 +6,7 @@ Held-out subjects are measured in the same way after the search. Legend: N items
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,19 +24,6 @@ from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test", "holdout"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The objective, in its own unit, on both subsets (None: undefined on every case), and the thresholds from validation.
-
-    `scores` are all objectives of the study on validation, without undefined ones.
-    """
-
-    score: float | None
-    test_score: float | None
-    scores: dict[str, float]
-    thresholds: dict[str, float]
 
 
 def mean_reference(sample: Sample) -> np.ndarray:
@@ -58,8 +44,11 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
     return _mean([_mean(of_subject) for of_subject in scores.values()])
 
 
-def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evaluation:
-    """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table."""
+def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[str, Any]:
+    """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table.
+
+    Returns what of it belongs into the `FitResult`.
+    """
     predicted = [(case, p) for case, _, p in _predict(model, store, task.split.validation, worker)]
     on_validation = dict(sorted(worker.gather(predicted), key=lambda item: item[0]))
     references = [mean_reference(store.sample(case)) for case in on_validation]
@@ -71,8 +60,12 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> Evalu
         write_rows(rows, cases_path(task.folder))
     objectives = [name for name in (task.objective, task.second_objective) if name is not None]
     found = {name: _score(rows, name, "validation") for name in objectives}
-    scores = {name: score for name, score in found.items() if score is not None}
-    return Evaluation(found[task.objective], _score(rows, task.objective, "test"), scores, thresholds)
+    return {
+        "score": found[task.objective],
+        "test_score": _score(rows, task.objective, "test"),
+        "scores": {name: score for name, score in found.items() if score is not None},
+        "thresholds": thresholds,
+    }
 
 
 def measure(

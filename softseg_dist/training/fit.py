@@ -132,15 +132,8 @@ class RunningFit:
         self.model.load_state_dict(weights)
         self.model.precision = "float32"  # as the model that is taken home predicts
         outcome = evaluate(self.model, self.task, self.store, self.worker)
-        return self.describe(
-            state="finished",
-            score=outcome.score,
-            test_score=outcome.test_score,
-            scores=outcome.scores,
-            best_epoch=best,
-            converged=best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs,
-            thresholds=outcome.thresholds,
-        )
+        converged = best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs
+        return self.describe(state="finished", best_epoch=best, converged=converged, **outcome)
 
     def describe(self, **outcome: Any) -> FitResult:
         """A result with everything that is known whether the fit has failed or not."""

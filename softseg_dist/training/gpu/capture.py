@@ -52,24 +52,17 @@ def captured(step: Step, pool: Any) -> Step:
     Does the step some times; raises whatever torch raises if it cannot be captured.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    # One at a time in a process, as a capture begins with a look at the whole device, and takes hold of its generator.
-    with drawing, _fastest_convolutions():
-        for _ in range(WARM_UP):
-            step()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            step()
-    return graph.replay
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Have torch try all algorithms for every convolution that it meets in the block for the first time."""
     cudnn = torch.backends.cudnn
-    before, cudnn.benchmark = cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
+    with drawing:  # one at a time in a process: a capture begins with a look at the whole device, and takes hold of its generator
+        before, cudnn.benchmark = cudnn.benchmark, True  # torch tries all algorithms for a convolution that it meets first
+        try:
+            for _ in range(WARM_UP):
+                step()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+        finally:
+            cudnn.benchmark = before
+    return graph.replay
 
 
 @contextmanager
@@ -102,24 +95,19 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.found = self.found or WAITING.get(func) or _selects(func, args) or _copies(func, args, result)
+        self.found = self.found or _obstacle_in(func, args, result)
         return result
 
 
-def _selects(func: Any, args: Any) -> str | None:
-    """Whether values are chosen by a mask."""
-    if func not in (Tensor.__getitem__, Tensor.__setitem__):
-        return None
-    indices = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return SIZE if any(isinstance(i, Tensor) and i.dtype is torch.bool for i in indices) else None
-
-
-def _copies(func: Any, args: Any, result: Any) -> str | None:
-    """Whether a tensor goes from the host to the device or back."""
-    if func not in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_):
-        return None
-    source = args[1] if func is Tensor.copy_ else args[0]
-    return None if source.device.type == result.device.type else COPIED
+def _obstacle_in(func: Any, args: Any, result: Any) -> str | None:
+    """Why this call of torch cannot be captured."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return SIZE if any(isinstance(i, Tensor) and i.dtype is torch.bool for i in indices) else None
+    if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_):
+        source = args[1] if func is Tensor.copy_ else args[0]
+        return None if source.device.type == result.device.type else COPIED
+    return WAITING.get(func)
 
 
 FOLDER = ".compiled"  # in the run folder
