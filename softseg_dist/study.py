@@ -20,7 +20,7 @@ from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
-from softseg_dist.numerics.labels import LabelMode, check_fusion, needs_several, one_rater_only
+from softseg_dist.numerics.labels import LabelMode, check_fusion, check_one_rater
 from softseg_dist.numerics.losses import Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network, UNet
@@ -296,8 +296,8 @@ class Study(Frozen):
         known = self.data.rater_names
         if kind == "rater" and known is not None and rater not in known:
             raise ValueError(f"candidate {name}: fusion names rater {rater!r}, but the raters are {', '.join(known)}")
-        if needs_several(recipe.fusion) and known is not None and len(known) == 1:
-            raise ValueError(f"candidate {name}: {one_rater_only(recipe.fusion)}")
+        if known is not None and len(known) == 1:
+            check_one_rater(name, recipe.fusion)
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
             raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
         if recipe.patch is not None and len(recipe.patch.size) != self.preprocess.dim:

@@ -98,14 +98,23 @@ def draw_all(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Fr
 
     Raises UserError if a transform needs an axis that the images lack.
     """
-    active = [(i, t) for i, t in enumerate(transforms) if not (t.idle or isinstance(t, Pairing))]
-    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+    return _drawn(transforms, seeds, frame, (Spatial, Intensity))
 
 
 def draw_pairs(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
     """The `transforms` that join samples with partners, with their parameters as in `draw_all`."""
-    active = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Pairing) and not t.idle]
-    return [(transform, _draw(transform, index, seeds, frame)) for index, transform in active]
+    return _drawn(transforms, seeds, frame, (Pairing,))
+
+
+def _drawn(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame, kinds: tuple[type, ...]) -> Drawn:
+    """Each transform of these `kinds` has its own seed, so that none changes the draws of another."""
+    generator, drawn = torch.Generator(), []
+    for index, transform in enumerate(transforms):
+        if isinstance(transform, kinds) and not transform.idle:
+            own = (seed_of(seed, index, type(transform).__name__) for seed in seeds)
+            draws = [transform.draw(generator.manual_seed(seed), frame) for seed in own]
+            drawn.append((transform, torch.stack(draws).to(frame.device)))
+    return drawn
 
 
 def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: Frame) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,16 @@ def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: F
     """
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
-        image, target = _moved(image, target, steps, mode, frame)
+        move = _move(steps, frame)
+        image = move(image, "bilinear", "border")
+        if mode == "hard_each":
+            for step in steps:
+                target = harden(_move([step], frame)(target, "bilinear", "zeros"))
+        elif mode == "nearest":
+            target = move(target, "nearest", "zeros")
+        else:
+            # The weights of an interpolation add up to 1 only up to rounding, which must not raise a label above 1.
+            target = move(target, "bilinear", "zeros").clamp(0, 1)
     for transform, parameters in drawn:
         if isinstance(transform, Intensity):
             image = transform.change(image, parameters, frame)
@@ -194,28 +212,6 @@ def augment_case(
         if isinstance(transform, Intensity):
             image = transform.change(image, parameters, frame)
     return image, _move_back(steps, frame)
-
-
-def _draw(transform: Augmentation, index: int, seeds: Sequence[int], frame: Frame) -> Tensor:
-    """The parameters of all samples [B ...]. Each transform has its own seed, so that none changes the draws of another."""
-    generator = torch.Generator()
-    name = type(transform).__name__
-    draws = [transform.draw(generator.manual_seed(seed_of(seed, index, name)), frame) for seed in seeds]
-    return torch.stack(draws).to(frame.device)
-
-
-def _moved(image: Tensor, target: Tensor, steps: Sequence[Step], mode: LabelMode, frame: Frame) -> tuple[Tensor, Tensor]:
-    """Image and label after all `steps`, both by the one map that the steps are composed into."""
-    move = _move(steps, frame)
-    if mode == "hard_each":
-        for step in steps:
-            target = harden(_move([step], frame)(target, "bilinear", "zeros"))
-    elif mode == "nearest":
-        target = move(target, "nearest", "zeros")
-    else:
-        # The weights of an interpolation add up to 1 only up to rounding, which must not raise a label above 1.
-        target = move(target, "bilinear", "zeros").clamp(0, 1)
-    return move(image, "bilinear", "border"), target
 
 
 def _move(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:

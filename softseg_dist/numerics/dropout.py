@@ -67,17 +67,13 @@ class CountedDropout(nn.Module):
             return of_channel.view(batch, channels, *[1] * len(size))
         of_place = _mixed(torch.arange(math.prod(size), dtype=torch.int32, device=x.device) ^ key)
         both = of_channel.view(batch, 1, channels) + of_place.view(1, -1, 1)
-        return _scattered(both).view(batch, *size, channels).movedim(-1, 1)
+        scattered = (both ^ ((both >> 15) & 0x1FFFF)) * 0x2C1B3C6D  # the upper bits depend on all bits
+        return scattered.view(batch, *size, channels).movedim(-1, 1)
 
 
 def _signed(number: int) -> int:
     """The int32 with the last 32 bits of `number`."""
     return (number + 2**31) % 2**32 - 2**31
-
-
-def _scattered(x: Tensor) -> Tensor:
-    """int32 numbers whose upper bits depend on all bits of `x`."""
-    return (x ^ ((x >> 15) & 0x1FFFF)) * 0x2C1B3C6D
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -76,23 +76,14 @@ def staple(decisions: Tensor) -> Consensus:
         known = decisions.new_ones(len(decisions))
         return Consensus(decisions[0].clone(), known, known, 0)
     posterior = decisions.new_zeros(decisions.shape[1:])
-    box = _dilated_box(decisions)
+    labelled = (decisions > 0).any(dim=0).nonzero()
+    ends = zip(labelled.amin(dim=0).tolist(), labelled.amax(dim=0).tolist(), strict=True)
+    box = tuple(slice(max(0, first - MARGIN), last + 1 + MARGIN) for first, last in ends)
     inside = decisions[(slice(None), *box)]
     columns, counts, column_of = _distinct(inside.flatten(1))
     odds, sensitivity, specificity, steps = _maximise(columns, counts)
     posterior[box] = odds.sigmoid().to(decisions.dtype)[column_of].reshape(inside.shape[1:])
     return Consensus(posterior, sensitivity.to(decisions.dtype), specificity.to(decisions.dtype), steps)
-
-
-def _dilated_box(decisions: Tensor) -> tuple[slice, ...]:
-    """The bounding box of the voxels that any rater labelled, dilated by `MARGIN` voxels."""
-    union = (decisions > 0).any(dim=0)
-    box = []
-    for axis in range(union.ndim):
-        labelled = union.movedim(axis, 0).flatten(1).any(dim=1).nonzero() if union.ndim > 1 else union.nonzero()
-        first, last = int(labelled[0]), int(labelled[-1])
-        box.append(slice(max(0, first - MARGIN), last + 1 + MARGIN))
-    return tuple(box)
 
 
 def _distinct(decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +135,7 @@ def _rate(share: Tensor) -> Tensor:
 
 LabelMode = Literal["soft", "hard", "nearest", "hard_each"]
 LABEL_MODES: tuple[LabelMode, ...] = get_args(LabelMode)
-STAPLE_FUSIONS = ("staple", "soft_staple")
+STAPLE_FUSIONS = ("staple", "soft_staple")  # their target of an item depends on all items of its case
 FUSIONS = ("mean", "majority", *STAPLE_FUSIONS, "random_rater")  # and "rater:<name>"
 
 
@@ -160,25 +151,13 @@ def check_fusion(value: str) -> str:
     raise ValueError(f'fusion must be one of {", ".join(FUSIONS)} or "rater:<name>", got {value!r}')
 
 
-def needs_several(fusion: str) -> bool:
-    """True if `fusion` is meaningless where every case has a single rater: its target would be that rater's mask, unfused."""
-    return fusion in (*STAPLE_FUSIONS, "random_rater")
-
-
-def one_rater_only(fusion: str) -> str:
-    """The message for data with one rater per case, where `fusion` needs several.
-
-    >>> one_rater_only("staple")
-    "fusion 'staple' needs several raters, but no case has more than one; use fusion='mean', which is then that rater's mask"
-    """
-    return (
-        f"fusion {fusion!r} needs several raters, but no case has more than one; use fusion='mean', which is then that rater's mask"
-    )
-
-
-def needs_whole_case(fusion: str) -> bool:
-    """True if a target fused by `fusion` depends on all items of a case, so that it is computed once for all of them."""
-    return fusion in STAPLE_FUSIONS
+def check_one_rater(candidate: str, fusion: str) -> None:
+    """Raises UserError if the `fusion` of a candidate needs several raters: call it for data with one rater per case."""
+    if fusion in (*STAPLE_FUSIONS, "random_rater"):
+        raise UserError(
+            f"candidate {candidate}: fusion {fusion!r} needs several raters, but no case has more than one; "
+            "use fusion='mean', which is then that rater's mask"
+        )
 
 
 def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | None = None, axis: int = 0) -> Tensor:

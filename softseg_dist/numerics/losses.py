@@ -358,7 +358,12 @@ class Tversky(Loss):
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
-        return _tversky(prediction, target, self.alpha, self.beta, self.smooth).mean(dim=1)
+        return self._per_class(prediction, target).mean(dim=1)
+
+    def _per_class(self, prediction: Tensor, target: Tensor) -> Tensor:
+        overlap = prediction * target
+        mismatch = self.alpha * (prediction - overlap) + self.beta * (target - overlap)
+        return _ratio(mismatch, overlap + mismatch, self.smooth)
 
 
 class TverskySemimetric(Loss):
@@ -386,7 +391,7 @@ class TverskySemimetric(Loss):
         return _ratio(mismatch, prediction - false + mismatch, self.smooth).mean(dim=1)
 
 
-class FocalTversky(Loss):
+class FocalTversky(Tversky):
     """T^(1/gamma) with T the loss of `Tversky`, per sample and class, then averaged over classes.
 
     `gamma` = 1 is `Tversky`. A larger one raises the slope near a perfect prediction, so that an object that is nearly
@@ -401,14 +406,11 @@ class FocalTversky(Loss):
     """
 
     short: ClassVar[str] = "focaltversky"
-    alpha: PositiveFloat = 0.3
-    beta: PositiveFloat = 0.7
     gamma: PositiveFloat = 4 / 3
-    smooth: float = Field(1.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
-        of_class = _tversky(prediction, target, self.alpha, self.beta, self.smooth)
+        of_class = self._per_class(prediction, target)
         return (of_class * of_class.clamp_min(SMALLEST_ERROR).pow(1 / self.gamma - 1)).mean(dim=1)
 
 
@@ -480,13 +482,6 @@ def _mismatch_and_both(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tens
     """FP + FN and sum p + sum y, per sample and class [B K]."""
     mismatch = prediction + target - 2 * prediction * target
     return mismatch.flatten(2).sum(dim=2), (prediction + target).flatten(2).sum(dim=2)
-
-
-def _tversky(prediction: Tensor, target: Tensor, alpha: float, beta: float, smooth: float) -> Tensor:
-    """The loss of `Tversky` per sample and class [B K]."""
-    overlap = prediction * target
-    mismatch = alpha * (prediction - overlap) + beta * (target - overlap)
-    return _ratio(mismatch, overlap + mismatch, smooth)
 
 
 def _ratio(mismatch: Tensor, whole: Tensor, smooth: float) -> Tensor:

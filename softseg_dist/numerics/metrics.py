@@ -66,24 +66,15 @@ def neighbourhood(prediction: Values, reference: Values) -> npt.NDArray[np.bool_
 Map = npt.NDArray[np.floating]  # [N K *S], in [0, 1]
 PerClass = npt.NDArray[np.float64]  # [K]
 
-HARD_METRICS = ("dice", "iou", "precision", "recall", "specificity")
-
 
 @dataclass(frozen=True)
 class Objective:
-    """A soft metric that chooses the best epoch and guides the search. `sign` is -1 where a lower metric is better.
-
-    A call returns the signed metric: higher is better for every objective.
-    """
+    """A soft metric that chooses the best epoch and guides the search. `sign` is -1 where a lower metric is better."""
 
     metric: str
     title: str
     sign: int
-    compute: Callable[[Map, Map, float], PerClass]
-
-    def __call__(self, prediction: Map, reference: Map, voxel_mm3: float) -> PerClass:
-        """The signed metric per class [K] of one case: maps [N K *S] in [0, 1], the volume of a voxel in mm3."""
-        return self.sign * self.compute(prediction, reference, voxel_mm3)
+    compute: Callable[[Map, Map, float], PerClass]  # prediction and reference [N K *S], volume of a voxel in mm3 -> [K]
 
 
 def dice_soft(prediction: Map, reference: Map) -> PerClass:
@@ -250,7 +241,7 @@ def objective_score(name: str, prediction: Map, reference: Map, voxel_mm3: float
 
     `name` is a key of `OBJECTIVES`. It is cheap enough for all validation cases after every epoch.
     """
-    values = OBJECTIVES[name](prediction, reference, voxel_mm3)
+    values = OBJECTIVES[name].sign * OBJECTIVES[name].compute(prediction, reference, voxel_mm3)
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 

@@ -51,12 +51,12 @@ class MCDropout(Uncertainty):
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError if `model` has no dropout."""
-        if not drops(model):
+        if not active_dropout(model):
             raise UserError(f"{self} needs a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)")
 
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
         """The soft map [N K *S] of `image` [N C *S] with the dropout that `seed` draws."""
-        layers = _dropout(model)
+        layers = active_dropout(model)
         try:
             for layer in layers:
                 layer.train()
@@ -67,18 +67,12 @@ class MCDropout(Uncertainty):
                 layer.eval()
 
 
-def drops(model: nn.Module) -> bool:
-    """True if `model` has dropout with a probability above 0."""
-    return bool(_dropout(model))
-
-
-def _dropout(model: nn.Module) -> list[nn.Module]:
+def active_dropout(model: nn.Module) -> list[nn.Module]:
+    """The dropout layers of `model` with a probability above 0."""
     return [layer for layer in model.modules() if isinstance(layer, DROPOUTS) and layer.p > 0]
 
 
-def can_be_undone(transform: Augmentation) -> bool:
-    """True if a prediction on the transformed image can be mapped back: nothing was moved, or the inverse is known."""
-    return isinstance(transform, Invertible | Intensity)
+UNDOABLE = (Invertible, Intensity)  # a prediction on the transformed image can be mapped back: by the inverse, or as it is
 
 
 class TTA(Uncertainty):
@@ -98,7 +92,7 @@ class TTA(Uncertainty):
     @classmethod
     def _can_be_undone(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
         for transform in value:
-            if not can_be_undone(transform):
+            if not isinstance(transform, UNDOABLE):
                 raise ValueError(
                     f"TTA cannot undo {transform}, which has no known inverse: use Flip, Affine, or intensity transforms"
                 )

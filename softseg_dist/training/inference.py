@@ -18,7 +18,7 @@ from torch import Tensor
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
 from softseg_dist.judging.uncertainty import Spread
-from softseg_dist.numerics.sampling import TTA, MCDropout, Uncertainty, can_be_undone, drops
+from softseg_dist.numerics.sampling import TTA, UNDOABLE, MCDropout, Uncertainty, active_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.training.model import Model, load_weights
@@ -125,7 +125,7 @@ def method_of(card: ModelCard, model: Model, samples: int | None) -> Uncertainty
     Raises UserError if it has neither.
     """
     settings = {} if samples is None else {"samples": samples}
-    if drops(model):
+    if active_dropout(model):
         return MCDropout(**settings)
     if augment := _invertible(card):
         return TTA(transforms=augment, **settings)
@@ -142,6 +142,6 @@ def _invertible(card: ModelCard) -> tuple[Augmentation, ...]:
             transform = AUGMENTATION.validate_python(description)
         except ValidationError:  # a class of the study file, which is executed for a network only
             continue
-        if can_be_undone(transform) and not transform.idle:
+        if isinstance(transform, UNDOABLE) and not transform.idle:
             found.append(transform)
     return tuple(found)

@@ -27,7 +27,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json
-from softseg_dist.numerics.labels import needs_several, one_rater_only
+from softseg_dist.numerics.labels import check_one_rater
 from softseg_dist.numerics.losses import Loss
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.sources import Sources
@@ -183,8 +183,8 @@ def _as_user_error(candidate: str, what: str = "") -> Iterator[None]:
 
 def _check_raters(name: str, fusion: str, store: Store) -> None:
     """A rater that `fusion` names must be in every case; a fusion of several raters needs several in at least one case."""
-    if needs_several(fusion) and all(len(case.rater_names) == 1 for case in store.cases):
-        raise UserError(f"candidate {name}: {one_rater_only(fusion)}")
+    if all(len(case.rater_names) == 1 for case in store.cases):
+        check_one_rater(name, fusion)
     kind, _, rater = fusion.partition(":")
     for case in store.cases:
         if kind == "rater" and rater not in case.rater_names:

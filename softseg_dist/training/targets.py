@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softseg_dist.data.store import Store
-from softseg_dist.numerics.labels import LabelMode, needs_whole_case, prepare_target
+from softseg_dist.numerics.labels import STAPLE_FUSIONS, LabelMode, prepare_target
 from softseg_dist.numerics.patches import Window
 from softseg_dist.study import Recipe
 
@@ -34,7 +34,7 @@ def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, w
 
     STAPLE sees all items of the case together, once for all fits of this process. Do not change the result in place.
     """
-    if needs_whole_case(recipe.fusion):
+    if recipe.fusion in STAPLE_FUSIONS:
         whole = _case_target(store, case, recipe.label, recipe.fusion)[item]
         return whole if window is None else _copied(whole.numpy(), window)
     sample = store.sample(case)
