@@ -205,7 +205,17 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
 def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
     for paths in images:
         _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz")
-    masks = _center_masks(card.preprocess, [paths[0] for paths in images], center_masks)
+    masks: list[MaskFile | None] = [None] * len(images)
+    if parts := card.preprocess.mask_parts:
+        if len(center_masks) != len(images):
+            raise UserError(
+                f"this model's crop is centred on the mask {parts[0]!r}: give --center-mask FILE once per image, in their order; "
+                f"got {len(center_masks)} for {len(images)} image{'s' * (len(images) > 1)}, the first of which is {images[0][0]}"
+            )
+        _, _, value = parts[0].partition(":")  # "part:value" is one value of an integer map, as in training
+        masks = [MaskFile(path, int(value) if value else None) for path in center_masks]
+    elif center_masks:
+        raise UserError(f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}")
     return [ImageCase(stem_of(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
 
 
@@ -213,22 +223,6 @@ def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:
     if found != card.channels:
         takes = f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training"
         raise UserError(f"{takes}, got {found}{detail}")
-
-
-def _center_masks(preprocess: Preprocess, images: Sequence[Path], center_masks: Sequence[Path]) -> Sequence[MaskFile | None]:
-    if not preprocess.mask_parts:
-        if center_masks:
-            raise UserError(f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}")
-        return [None] * len(images)
-    (part,) = preprocess.mask_parts
-    if len(center_masks) != len(images):
-        raise UserError(
-            f"this model's crop is centred on the mask {part!r}, so every image needs that mask: give "
-            f"--center-mask FILE once per image, in the same order; got {len(center_masks)} for {len(images)} "
-            f"image{'s' * (len(images) > 1)}, the first of which is {images[0]}"
-        )
-    _, _, value = part.partition(":")  # "part:value" is one value of an integer map, as in training
-    return [MaskFile(path, int(value) if value else None) for path in center_masks]
 
 
 def _threshold(card: ModelCard, binary: str) -> float:

@@ -1,6 +1,6 @@
 """Cases and data sets: a data set is a number of cases, a case is one image with its raters' masks.
 
-`Case` and `DataSet` are what a new layout implements. `ImageCase` and `LabelledCase` read them from image files, check that all
+`Case` and `DataSet` are what a new layout implements. `LabelledCase` and `ImageCase` read cases from image files, check that all
 files of a case share one grid, and turn voxels into labels in [0, 1].
 
 Legend: C image channels, R raters, K classes, X Y Z canonical (RAS+) voxel axes.
@@ -117,50 +117,68 @@ class MaskFile:
         return self.path.name if self.value is None else f"{self.path.name}:{self.value}"
 
 
-class ImageCase(Case):
-    """An image without labels, as one has it for prediction. `images` are its channels, all on one grid.
+def _no_mask(part: str) -> MaskFile:
+    raise UserError(f"this data set names no mask {part!r} to centre the crop on; use center='image' or 'foreground'")
 
-    `center_mask` is the mask that centres the crop, where the preprocessing wants one.
+
+class LabelledCase(Case):
+    """An image with masks. `images` are its channels, all on one grid; `labels`: rater -> class -> file.
+
+    `problems` says what is missing, one sentence each. `find_mask` finds the file of a mask of this case by its part, or raises
+    UserError; it is used to centre the crop.
     """
 
     def __init__(
-        self, name: str, images: Sequence[Path], subject: str = "", site: str = "", center_mask: MaskFile | None = None
+        self,
+        name: str,
+        images: Sequence[Path],
+        subject: str,
+        site: str,
+        labels: Mapping[str, Mapping[str, MaskFile]],
+        problems: Sequence[str] = (),
+        find_mask: Callable[[str], MaskFile] = _no_mask,
     ) -> None:
-        self.name = name
-        self.subject = subject or name
-        self.site = site
-        self.rater_names: tuple[str, ...] = ()
+        self.name, self.subject, self.site = name, subject, site
         self.images = tuple(images)
-        self.center_mask = center_mask
+        self.rater_names = tuple(labels)
+        self.labels = labels
+        self.problems = tuple(problems)
+        self.find_mask = find_mask
 
-    def check_headers(self) -> None:
-        """Raises UserError if a file is missing or no NIfTI, or on another grid; reads no voxels."""
-        reference = read_geometry(self.images[0])
-        for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
-            _check_grid(read_geometry(path), path, reference, self.images[0])
+    def missing(self) -> tuple[str, ...]:
+        """See `Case.missing`."""
+        return self.problems
 
     def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
-        """See `Case.sources`."""
-        used = self._used(parts)
+        """See `Case.sources`: every file as often as it is used, so that the order says what each is used for."""
+        labels = [mask for masks in self.labels.values() for mask in masks.values()]
+        known = {mask.path for mask in labels}
+        centers = dict.fromkeys(self.find_mask(part).path for part in parts)
+        used = (*map(MaskFile, self.images), *labels, *(MaskFile(path) for path in centers if path not in known))
         digests = {path: sha256(path) for path in dict.fromkeys(file.path for file in used)}
         return tuple(f"{file.name} {digests[file.path]}" for file in used)
 
     def load(self) -> CaseData:
-        """See `Case.load`: no raters, so `raters` is [0 0 X Y Z]."""
+        """See `Case.load`. A file that several classes share is read once, and no two masks are held beside the result."""
+        if self.problems:
+            raise UserError(self.problems[0])
         image, geometry = self._read_images()
-        raters = np.zeros((0, 0, *image.shape[1:]), dtype=np.float32)
+        uses: dict[Path, list[tuple[int, int, MaskFile, str]]] = defaultdict(list)
+        for r, (rater, masks) in enumerate(self.labels.items()):
+            for k, (name, mask) in enumerate(masks.items()):
+                uses[mask.path].append((r, k, mask, f"rater {rater}, class {name}"))
+        num_classes = max(map(len, self.labels.values()), default=0)
+        raters = np.empty((len(self.labels), num_classes, *image.shape[1:]), dtype=np.float32)
+        for path, labels in uses.items():
+            values = self._read_on_grid(path, geometry)
+            for r, k, mask, what in labels:
+                raters[r, k] = _label(values, mask, what)
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
-        """See `Case.mask`: `center_mask`, whatever its file is called."""
-        if self.center_mask is None:
-            raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
-        return self._read_mask(self.center_mask, part)
-
-    def _used(self, parts: Sequence[str]) -> tuple[MaskFile, ...]:
-        """Every file as often as it is used, so that the order says what each is used for."""
-        masks = [MaskFile(self.center_mask.path)] if self.center_mask and parts else []
-        return (*map(MaskFile, self.images), *masks)
+        """See `Case.mask`."""
+        mask = self.find_mask(part)
+        return _label(self._read_on_grid(mask.path, read_geometry(self.images[0])), mask, part)
 
     def _read_images(self) -> tuple[Float32, Geometry]:
         first = read_volume(self.images[0])
@@ -172,14 +190,35 @@ class ImageCase(Case):
                 image[c] = self._read_on_grid(path, first.geometry)
         return image, first.geometry
 
-    def _read_mask(self, mask: MaskFile, what: str) -> Float32:
-        return _label(self._read_on_grid(mask.path, read_geometry(self.images[0])), mask, what)
-
     def _read_on_grid(self, path: Path, geometry: Geometry) -> Float32:
         """The voxels of a file that must lie on the grid of the image."""
         volume = read_volume(path)
         _check_grid(volume.geometry, path, geometry, self.images[0])
         return volume.data
+
+
+class ImageCase(LabelledCase):
+    """An image without labels, as one has it for prediction; its `raters` are [0 0 X Y Z].
+
+    `center_mask` is the mask that centres the crop, whatever its file is called, where the preprocessing wants one.
+    """
+
+    def __init__(
+        self, name: str, images: Sequence[Path], subject: str = "", site: str = "", center_mask: MaskFile | None = None
+    ) -> None:
+        super().__init__(name, images, subject or name, site, {}, find_mask=self._center_mask)
+        self.center_mask = center_mask
+
+    def check_headers(self) -> None:
+        """Raises UserError if a file is missing or no NIfTI, or on another grid; reads no voxels."""
+        reference = read_geometry(self.images[0])
+        for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
+            _check_grid(read_geometry(path), path, reference, self.images[0])
+
+    def _center_mask(self, part: str) -> MaskFile:
+        if self.center_mask is None:
+            raise UserError(f"{self.name}: an image alone has no mask {part!r} to centre the crop on")
+        return self.center_mask
 
 
 class VolumeCase(ImageCase):
@@ -204,64 +243,6 @@ class VolumeCase(ImageCase):
             raise UserError(f"{self.name}: the crop is centred on the mask {part!r}; give it as center_mask")
         _, _, value = part.partition(":")
         return _label(self.center.data, MaskFile(Path("center_mask"), int(value) if value else None), part)
-
-
-def _no_mask(part: str) -> MaskFile:
-    raise UserError(f"this data set names no mask {part!r} to centre the crop on; use center='image' or 'foreground'")
-
-
-class LabelledCase(ImageCase):
-    """An image with masks. `labels`: rater -> class -> file; `problems`: what is missing, one sentence each.
-
-    `find_mask` finds the file of a mask of this case by its part, or raises UserError; it is used to centre the crop.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        images: Sequence[Path],
-        subject: str,
-        site: str,
-        labels: Mapping[str, Mapping[str, MaskFile]],
-        problems: Sequence[str] = (),
-        find_mask: Callable[[str], MaskFile] = _no_mask,
-    ) -> None:
-        super().__init__(name, images, subject, site)
-        self.rater_names = tuple(labels)
-        self.labels = labels
-        self.problems = tuple(problems)
-        self.find_mask = find_mask
-
-    def missing(self) -> tuple[str, ...]:
-        """See `Case.missing`."""
-        return self.problems
-
-    def load(self) -> CaseData:
-        """See `Case.load`. A file that several classes share is read once, and no two masks are held beside the result."""
-        if self.problems:
-            raise UserError(self.problems[0])
-        image, geometry = self._read_images()
-        uses: dict[Path, list[tuple[int, int, MaskFile, str]]] = defaultdict(list)
-        for r, (rater, masks) in enumerate(self.labels.items()):
-            for k, (name, mask) in enumerate(masks.items()):
-                uses[mask.path].append((r, k, mask, f"rater {rater}, class {name}"))
-        num_classes = max(map(len, self.labels.values()), default=0)
-        raters = np.empty((len(self.labels), num_classes, *image.shape[1:]), dtype=np.float32)
-        for path, labels in uses.items():
-            values = self._read_on_grid(path, geometry)
-            for r, k, mask, what in labels:
-                raters[r, k] = _label(values, mask, what)
-        return CaseData(image, raters, None, geometry.canonical_affine, geometry)
-
-    def mask(self, part: str) -> Float32:
-        """See `Case.mask`."""
-        return self._read_mask(self.find_mask(part), part)
-
-    def _used(self, parts: Sequence[str]) -> tuple[MaskFile, ...]:
-        labels = [mask for masks in self.labels.values() for mask in masks.values()]
-        known = {mask.path for mask in labels}
-        centers = dict.fromkeys(self.find_mask(part).path for part in parts)
-        return (*super()._used(()), *labels, *(MaskFile(path) for path in centers if path not in known))
 
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:

@@ -10,6 +10,8 @@ import gzip
 import math
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -253,12 +255,17 @@ def _is_invertible(affine: Affine4) -> bool:
     return bool(spacing.min() > 1e-6 and spacing.max() < 1e6 and abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-6)
 
 
-def _opened(path: Path) -> BinaryIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, inflated if it is compressed; errors of the block name it."""
     try:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
+        with cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         linked = "; the link leads nowhere: has the data been fetched (git annex get)?" if path.is_symlink() else ""
         raise UserError(f"there is no file {path}{linked}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is cut off or corrupt: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -266,13 +273,8 @@ def _opened(path: Path) -> BinaryIO:
 def _read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | None = None) -> bytearray:
     """`num_bytes` bytes, and not one more is inflated; fewer, but `at_least`, if the file ends there."""
     data = bytearray()
-    try:
-        while len(data) < num_bytes and (chunk := file.read(min(CHUNK, num_bytes - len(data)))):
-            data += chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is cut off or corrupt: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    while len(data) < num_bytes and (chunk := file.read(min(CHUNK, num_bytes - len(data)))):
+        data += chunk
     if len(data) < (num_bytes if at_least is None else at_least):
         raise UserError(f"{path} is cut off: {num_bytes} bytes were expected where {len(data)} are left")
     return data
