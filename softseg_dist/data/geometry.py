@@ -62,10 +62,9 @@ class Geometry:
         return self.affine @ to_stored
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def spacing_mm(self) -> tuple[float, ...]:
         """Voxel size along the canonical axes."""
-        x, y, z = spacing_of(self.canonical_affine)
-        return x, y, z
+        return spacing_of(self.canonical_affine)
 
     @property
     def orientation(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +50,7 @@ class Axis:
         assert 0 <= center <= self.num_in - 1, "a window around a place outside the grid would be empty"
         middle = (center - (self.num_in - 1) / 2) / self.step + (self.num_resampled - 1) / 2
         start = math.floor(middle - (size - 1) / 2 + 0.5)
-        return Axis(self.num_in, self.spacing_in_mm, self.num_resampled, self.spacing_mm, start, size)
+        return replace(self, start=start, size=size)
 
     @property
     def is_resampled(self) -> bool:
@@ -123,7 +123,7 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
             centers = axis.centers() if axis.is_resampled else np.arange(axis.num_in, dtype=np.float64)
             volume = volume.take(nearest_indices(centers[slice(*axis.kept)], axis.num_in), number)
         return volume.astype(np.float32)
-    matrices = [None if not axis.is_resampled else _weights(axis, method) for axis in axes]
+    matrices = [_weights(axis, method) if axis.is_resampled else None for axis in axes]
     cropped = volume[(..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))]
     if all(m is None for m in matrices):
         return np.ascontiguousarray(cropped, dtype=np.float32)
@@ -153,9 +153,7 @@ def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
 
 def _weights(axis: Axis, method: Literal["linear", "area"]) -> Float64:
     centers = axis.centers()[slice(*axis.kept)]
-    if method == "linear":
-        return linear_weights(centers, axis.num_in)
-    return area_weights(centers, axis.num_in, axis.step)
+    return linear_weights(centers, axis.num_in) if method == "linear" else area_weights(centers, axis.num_in, axis.step)
 
 
 def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None]) -> NDArray[Any]:

@@ -261,7 +261,6 @@ class Store:
         self.dim: int = about["dim"]
         self.channels: int = about["channels"]
         self.size: tuple[int, ...] = tuple(about["size"])
-        self.data: dict[str, Any] = about["data"]
         self.preprocess = Preprocess.model_validate(about["preprocess"])
         self._samples: dict[int, Sample] = {}
         read = map(reader.get_batch_with_custom_metadata, range(reader.num_record_batches))
@@ -315,9 +314,6 @@ class Store:
         for record in self._records:
             if not record.is_intact():
                 raise _damaged(self.path, ValueError(f"the numbers of {record.about['name']} are not those that were written"))
-
-    def __len__(self) -> int:
-        return len(self.cases)
 
     def __reduce__(self) -> tuple[Callable[[Path, str], Store], tuple[Path, str]]:
         """A pickled store is opened again from its path."""

@@ -90,7 +90,7 @@ def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
 
 def _predict(model: Model, store: Store, subjects: Sequence[str], worker: Worker) -> Iterator[tuple[int, Sample, np.ndarray]]:
     """This worker's cases of `subjects`: index, sample, prediction."""
-    for case in worker.part_of(cases_of(store, subjects)):
+    for case in cases_of(store, subjects)[worker.rank :: worker.num_workers]:
         sample = store.sample(case)
         yield case, sample, predict_sample(model, sample, worker.device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -95,7 +95,6 @@ class FitResult(Frozen):
 
 
 T = TypeVar("T")
-EpochReport = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Worker:
     """
 
     device: str = "cpu"
-    report: EpochReport = field(default=lambda metrics: None)
+    report: Callable[[dict[str, float]], None] = field(default=lambda metrics: None)
     stop: Callable[[], bool] = field(default=lambda: False)
     saved: Callable[[], None] = field(default=lambda: None)
     rank: int = 0
@@ -141,10 +140,6 @@ class Worker:
         lists: list[list[T]] = [[] for _ in range(self.num_workers)]
         distributed.all_gather_object(lists, values)
         return [value for of_one in lists for value in of_one]
-
-    def part_of(self, values: Sequence[T]) -> Sequence[T]:
-        """This worker's part of `values`; every value is in exactly one worker's part."""
-        return values[self.rank :: self.num_workers]
 
 
 class Interrupted(Exception):

@@ -71,7 +71,7 @@ def test_a_store_says_what_it_holds(built: Path) -> None:
     assert store.cases[1].num_items == 3
     assert store.cases[1].rater_names == ("A", "B")
     assert store.path.name == f"{store.fingerprint}.arrow"
-    assert len(store) == 3
+    assert len(store.cases) == 3
 
 
 def mapped_ranges(path: Path) -> list[range]:
