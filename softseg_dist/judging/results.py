@@ -32,8 +32,6 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-
-
 Row = dict[str, Any]
 
 
@@ -45,28 +43,25 @@ def rows_of_case(measured: Iterable[Measurement], study: str, candidate: str, sp
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     """Write rows of the results table; the file appears whole or not at all."""
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    _write(pa.Table.from_pylist(rows, schema=SCHEMA), path)
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     """Write a data frame with the columns of the results table; the file appears whole or not at all."""
     plain = frame.astype({field.name: str for field in SCHEMA if field.type == _NAME})
-    table = pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False)
+    _write(pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False), path)
+
+
+def _write(table: pa.Table, path: str | Path) -> None:
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
-def merge_tables(parts: Iterable[str | Path], path: str | Path) -> int:
-    """Write the rows of all `parts` to one table, part by part; returns the number of rows."""
-    rows = 0
+def merge_tables(parts: Iterable[str | Path], path: str | Path) -> None:
+    """Write the rows of all `parts` to one table, part by part."""
 
     def write(partial: Path) -> None:
-        nonlocal rows
         with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
             for part in parts:
-                table = pq.read_table(part).cast(SCHEMA)
-                rows += table.num_rows
-                writer.write_table(table)
+                writer.write_table(pq.read_table(part).cast(SCHEMA))
 
     replace_file(path, write)
-    return rows

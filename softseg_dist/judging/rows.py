@@ -17,6 +17,7 @@ from scipy import ndimage
 from softseg_dist.numerics.metrics import (
     NUM_BINS,
     Map,
+    PerClass,
     confusion,
     hard_scores,
     mask_volume_error,
@@ -117,15 +118,20 @@ def case_rows(
     chosen = sorted(set(thresholds))
     rows: list[Measurement] = []
     for name, reference in references.items():
-        extra = [tau for tau in curve if tau not in chosen] if name == "mean" else []
-        rows += _overlap_rows(prediction, name, reference, classes, chosen, extra, grid.voxel_mm3)
+        only_dice = [tau for tau in curve if tau not in chosen] if name == "mean" else []
+        lines = list(_overlap(prediction, reference, chosen, only_dice, grid.voxel_mm3))
+        rows += [
+            Measurement(of, name, tau, metric, float(values[k])) for k, of in enumerate(classes) for tau, metric, values in lines
+        ]
     mean = references["mean"]
     raters = [reference for name, reference in references.items() if name not in NOT_RATERS]
     near = neighbourhood(prediction, mean)
     for k, class_name in enumerate(classes):
         p, y, inside = prediction[:, k], mean[:, k], near[:, k]
         values = p[inside], y[inside]
-        measured = [("mean", *line) for line in (*_shapes(p, y, chosen, grid), *_reliability(*values))]
+        measured = [("mean", *line) for line in _shapes(p, y, chosen, grid)]
+        for of_bins, sums in reliability(*values)._asdict().items():
+            measured += [("mean", b / NUM_BINS, f"reliability_{of_bins}", float(value)) for b, value in enumerate(sums)]
         if len(raters) > 1:
             masks = np.stack([rater[:, k] >= 0.5 for rater in raters])
             measured += [
@@ -137,27 +143,16 @@ def case_rows(
     return rows
 
 
-def _overlap_rows(
-    prediction: Map,
-    name: str,
-    reference: Map,
-    classes: Sequence[str],
-    chosen: Sequence[float],
-    extra: Sequence[float],
-    voxel_mm3: float,
-) -> Iterator[Measurement]:
-    """Soft metrics, and overlap and volume at the `chosen` thresholds; at `extra` ones only Dice."""
-    soft, hard = soft_metrics(prediction, reference, voxel_mm3), {}
-    if chosen or extra:
-        counts = confusion(prediction, reference, [*chosen, *extra])
-        hard = hard_scores(counts) | {"volume_error": mask_volume_error(counts, reference)}
-    for k, class_name in enumerate(classes):
-        for metric, values in soft.items():
-            yield Measurement(class_name, name, None, metric, float(values[k]))
-        for metric, scores in hard.items():
-            at = [*chosen, *extra] if metric == "dice" else chosen
-            for tau, value in zip(at, scores[k], strict=False):
-                yield Measurement(class_name, name, tau, metric, float(value))
+def _overlap(
+    prediction: Map, reference: Map, chosen: Sequence[float], only_dice: Sequence[float], voxel_mm3: float
+) -> Iterator[tuple[float | None, str, PerClass]]:
+    """Soft metrics, and overlap and volume at the `chosen` thresholds, each with a value [K]; at those of `only_dice` the Dice."""
+    for metric, values in soft_metrics(prediction, reference, voxel_mm3).items():
+        yield None, metric, values
+    if taus := [*chosen, *only_dice]:
+        counts = confusion(prediction, reference, taus)
+        for metric, scores in (hard_scores(counts) | {"volume_error": mask_volume_error(counts, reference)}).items():
+            yield from ((tau, metric, scores[:, t]) for t, tau in enumerate(taus if metric == "dice" else chosen))
 
 
 def _shapes(p: Map, y: Map, thresholds: Sequence[float], grid: Grid) -> Iterator[tuple[float | None, str, float]]:
@@ -173,10 +168,3 @@ def _shapes(p: Map, y: Map, thresholds: Sequence[float], grid: Grid) -> Iterator
         found = surface_metrics(mask, true, grid.volume_spacing_mm) | lesion_metrics(components(mask), lesions)
         for metric, value in found.items():
             yield tau, metric, float(value)
-
-
-def _reliability(p: Map, y: Map) -> Iterator[tuple[float | None, str, float]]:
-    """The reliability table of voxels [n], line by line."""
-    for name, values in reliability(p, y)._asdict().items():
-        for number, value in enumerate(values):
-            yield number / NUM_BINS, f"reliability_{name}", float(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -111,40 +111,21 @@ def crossed_test(differences: Table) -> CrossedTest:
     """
     tested = ~np.isnan(differences)
     kept = differences[tested.any(axis=1)][:, tested.any(axis=0)]
-    design = _Design.of(~np.isnan(kept))
     d = kept[~np.isnan(kept)]
-    mean = float(d.mean()) if d.size else NAN
-    sizes = {"num_subjects": design.a, "num_splits": design.b, "num_pairs": d.size}
-    if note := _why_untestable(d, design):
+    (a, b), num, mean = kept.shape, d.size, float(d.mean()) if d.size else NAN
+    sizes = {"num_subjects": a, "num_splits": b, "num_pairs": num}
+    if note := _why_untestable(d, a, b):
         return CrossedTest(mean, note=note, **sizes)
-    s, f, e = (max(c, 0.0) for c in _components(np.nan_to_num(kept - mean), design))
-    by_subject = s * design.k3 / d.size + e / d.size / 2
-    by_split = f * design.k4 / d.size + e / d.size / 2
-    df = (by_subject + by_split) ** 2 / (by_subject**2 / (design.a - 1) + by_split**2 / (design.b - 1))
+    k3, k4 = (float(((~np.isnan(kept)).sum(axis=axis) ** 2).sum()) / num for axis in (1, 0))
+    s, f, e = (max(c, 0.0) for c in _components(kept - mean, k3, k4))
+    by_subject = s * k3 / num + e / num / 2
+    by_split = f * k4 / num + e / num / 2
+    df = (by_subject + by_split) ** 2 / (by_subject**2 / (a - 1) + by_split**2 / (b - 1))
     variances = {"var_subject": s, "var_split": f, "var_error": e}
-    return CrossedTest.of(mean, math.sqrt(by_subject + by_split), df, **variances, **sizes, note=MERGED[design.once, design.alone])
+    return CrossedTest.of(mean, math.sqrt(by_subject + by_split), df, **variances, **sizes, note=MERGED[num == a, num == b])
 
 
-class _Design(NamedTuple):
-    """Which subject was tested in which split, and the quantities of it in the moment equations."""
-
-    tested: npt.NDArray[np.bool_]
-    a: int  # subjects
-    b: int  # splits
-    num: int  # pairs
-    k3: float
-    k4: float
-    once: bool  # each subject was tested once
-    alone: bool  # each split tested one subject
-
-    @classmethod
-    def of(cls, tested: npt.NDArray[np.bool_]) -> _Design:
-        (a, b), num = tested.shape, int(tested.sum())
-        k3, k4 = (float((tested.sum(axis=axis) ** 2).sum()) / max(num, 1) for axis in (1, 0))
-        return cls(tested, a, b, num, k3, k4, num == a, num == b)
-
-
-MERGED = {  # by `once` and `alone`
+MERGED = {  # by whether each subject was tested once, and each split tested one subject
     (True, True): "one subject per split and one split per subject: equal to the one-sample t-test",
     (True, False): "each subject was tested once: the error is part of the variation between subjects",
     (False, True): "each split tested one subject: the error is part of the variation between splits",
@@ -152,38 +133,37 @@ MERGED = {  # by `once` and `alone`
 }
 
 
-def _why_untestable(d: npt.NDArray[np.float64], design: _Design) -> str:
+def _why_untestable(d: npt.NDArray[np.float64], num_subjects: int, num_splits: int) -> str:
     if d.size == 0:
         return "no pair of scores to compare"
-    if design.a == 1:
+    if num_subjects == 1:
         return "only one subject: the variation between subjects is unknown"
-    if design.b == 1:
+    if num_splits == 1:
         return "only one split: the variation between training runs is unknown"
-    return ALL_EQUAL if constant(d) else ""
+    return ALL_EQUAL if _constant(d) else ""
 
 
-def constant(d: npt.NDArray[np.float64]) -> bool:
+def _constant(d: npt.NDArray[np.float64]) -> bool:
     """True if all values are equal up to the rounding of float64."""
     return bool(np.ptp(d) <= ROUNDING * np.abs(d).max())
 
 
-def _components(x: Table, design: _Design) -> tuple[float, float, float]:
-    """Variance components of subject, split and error. `x` [a b]: differences minus their mean, 0 where not tested.
+def _components(centred: Table, k3: float, k4: float) -> tuple[float, float, float]:
+    """Variance components of subject, split and error of differences minus their mean.
 
     The equations are singular exactly if each subject was tested once, or each split tested one subject (with at least two of
     each): these cases come first. Centring makes Tm = 0 and changes nothing else.
     """
-    a, b, num, k3, k4 = design.a, design.b, design.num, design.k3, design.k4
-    n_i, m_j = design.tested.sum(axis=1), design.tested.sum(axis=0)
+    tested, x = ~np.isnan(centred), np.nan_to_num(centred)
+    (a, b), num = x.shape, int(tested.sum())
     t0 = float((x**2).sum())
-    ts = float((x.sum(axis=1) ** 2 / n_i).sum())
-    tf = float((x.sum(axis=0) ** 2 / m_j).sum())
-    if design.once and design.alone:
+    ts, tf = (float((x.sum(axis=axis) ** 2 / tested.sum(axis=axis)).sum()) for axis in (1, 0))
+    if num == a == b:
         return t0 / (num - 1), 0.0, 0.0
-    if design.once:
+    if num == a:
         s = (t0 - tf) / (num - b)
         return s, (t0 - (num - k3) * s) / (num - k4), 0.0
-    if design.alone:
+    if num == b:
         f = (t0 - ts) / (num - a)
         return (t0 - (num - k4) * f) / (num - k3), f, 0.0
     equations = [[num - k3, a - k4, a - 1], [b - k3, num - k4, b - 1], [num - k3, num - k4, num - 1]]
@@ -229,7 +209,7 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
     mean = float(d.mean()) if d.size else NAN
     if d.size < 2:
         return SplitTest(mean, num_splits=d.size, note="fewer than two splits: the variation between splits is unknown")
-    if constant(d):
+    if _constant(d):
         return SplitTest(mean, num_splits=d.size, note=ALL_EQUAL)
     t = mean / math.sqrt((1 / d.size + test_to_train) * float(d.var(ddof=1)))
     return SplitTest(mean, t, float(2 * stats.t.sf(abs(t), d.size - 1)), d.size)
@@ -253,7 +233,7 @@ def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
     mean = float(d.mean()) if d.size else NAN
     if d.size < 2:
         return SubjectTest(mean, num_subjects=d.size, note="fewer than two subjects: the variation is unknown")
-    if constant(d):
+    if _constant(d):
         return SubjectTest(mean, num_subjects=d.size, note=ALL_EQUAL)
     return SubjectTest.of(mean, math.sqrt(float(d.var(ddof=1)) / d.size), d.size - 1.0, num_subjects=d.size)
 
