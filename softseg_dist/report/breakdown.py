@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
-from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_scores
+from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 
 RULE = "grid"  # the threshold that each fit chose on validation
@@ -65,11 +65,9 @@ def by_site(scores: ScoreTables, site_of: Mapping[str, str], one: str, other: st
     found = []
     for site in sorted(set(sites.tolist())):
         here = sites == site
+        scored, means = ~np.isnan(scores.of(one)[here]), (mean_of(scores.of(one)[here]), mean_of(scores.of(other)[here]))
         difference = crossed_test(scores.difference(one, other)[here])
-        table = scores.of(one)[here]
-        num_subjects, num_scores = int((~np.isnan(table)).any(axis=1).sum()), int((~np.isnan(table)).sum())
-        means = mean_of(table), mean_of(scores.of(other)[here])
-        found.append(Site(site, num_subjects, num_scores, *means, difference))
+        found.append(Site(site, int(scored.any(axis=1).sum()), int(scored.sum()), *means, difference))
     return tuple(found)
 
 
@@ -78,17 +76,12 @@ def raters_of(test: pd.DataFrame, fits: Sequence[FitResult], candidates: Sequenc
     names = tuple(sorted(str(r) for r in test["reference"].unique() if r not in NO_RATER))
     if len(names) < 2:
         return None
-    dice = {rater: scores_at_rule(test, fits, "dice", RULE, reference=rater) for rater in names}
-    ged2, disagreement = (soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation"))
-    rows = {
-        name: AgainstRaters(
-            name,
-            {rater: mean_of(scores.of(name)) for rater, scores in dice.items()},
-            mean_of(ged2.of(name)),
-            mean_of(disagreement.of(name)),
-        )
-        for name in candidates
-    }
+    dice = {rater: tables_of(rows_at_rule(test, fits, "dice", RULE, reference=rater), test) for rater in names}
+    against_all = [soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation")]
+    rows = {}
+    for name in candidates:
+        of_rater = {rater: mean_of(scores.of(name)) for rater, scores in dice.items()}
+        rows[name] = AgainstRaters(name, of_rater, *(mean_of(scores.of(name)) for scores in against_all))
     return Raters(names, *_inter_rater(test), rows)
 
 

@@ -53,45 +53,34 @@ class RunPairing:
 
 def pairing_of(a: RunData, b: RunData) -> RunPairing:
     """What can be paired of two runs, whatever their candidates are."""
-    if obstacle := _other_people(a.study["data"], b.study["data"]):
-        return RunPairing((), (), obstacle)
+    data = a.study["data"], b.study["data"]
+    if any(data[0].get(field) != data[1].get(field) for field in WHOSE):
+        of_a, of_b = (", ".join(str(of[field]) for field in WHOSE[1:] if of.get(field) is not None) for of in data)
+        sets = f"A is about {data[0]['type']}({of_a}), B about {data[1]['type']}({of_b})"
+        return RunPairing((), (), f"{sets}: subjects of the same name are other people")
     subjects = tuple(sorted(a.tested & b.tested))
     if not subjects:
         return RunPairing((), (), "no subject was tested in both")
-    splits = _equal_splits(a, b)
-    return RunPairing(splits, subjects, "" if len(splits) >= ENOUGH else _few_splits(a, b, len(splits)))
-
-
-def _equal_splits(a: RunData, b: RunData) -> tuple[tuple[int, int], ...]:
-    """One to one, in the order of A: chance may give two equal splits to a run of few people."""
-    left: dict[tuple[frozenset[str], ...], list[int]] = defaultdict(list)
+    left: dict[tuple[frozenset[str], ...], list[int]] = defaultdict(list)  # a run of few people may have equal splits by chance
     for split in b.splits:
         left[_people(split)].append(split.index)
-    return tuple((split.index, left[_people(split)].pop(0)) for split in a.splits if left[_people(split)])
+    splits = tuple((split.index, left[_people(split)].pop(0)) for split in a.splits if left[_people(split)])
+    if len(splits) >= ENOUGH:
+        return RunPairing(splits, subjects)
+    obstacle = f"{'only one' if splits else 'no'} split of A has the same people in training, validation and test as one of B"
+    if a.subjects != b.subjects:
+        both = len(a.subjects & b.subjects)
+        obstacle += f"; {len(a.subjects)} people took part in A, {len(b.subjects)} in B, {both} in both"
+    return RunPairing(splits, subjects, obstacle)
 
 
 def _people(split: Split) -> tuple[frozenset[str], ...]:
     return frozenset(split.train), frozenset(split.validation), frozenset(split.test)
 
 
-def _other_people(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    if all(a.get(field) == b.get(field) for field in WHOSE):
-        return ""
-    fields = [", ".join(str(data[field]) for field in WHOSE[1:] if data.get(field) is not None) for data in (a, b)]
-    sets = f"A is about {a['type']}({fields[0]}), B about {b['type']}({fields[1]})"
-    return f"{sets}: subjects of the same name are other people"
-
-
-def _few_splits(a: RunData, b: RunData, num_equal: int) -> str:
-    people, both = "", len(a.subjects & b.subjects)
-    if a.subjects != b.subjects:
-        people = f"; {len(a.subjects)} people took part in A, {len(b.subjects)} in B, {both} in both"
-    which = "only one split" if num_equal else "no split"
-    return f"{which} of A has the same people in training, validation and test as one of B{people}"
-
-
 # Fields of a study that change no result, or are compared elsewhere.
 LEFT_OUT = ("name", "question", "candidates", "control", "resources")
+SEEDS = ("name", "seed")  # weights and batches of a fit follow from these, and from the number of its split
 UNPAIRED = "nothing is paired: a difference of two means"
 Changed = dict[str, tuple[str, str]]  # field, joined by dots: its value in A and in B
 
@@ -233,7 +222,7 @@ def compare(
         sign=objective.sign,
         study=_study_changes(*runs),
         versions=_changed(*(run.run.get("versions", {}) for run in runs)) if all(run.run for run in runs) else {},
-        same_seeds=_seeds(runs[0]) == _seeds(runs[1]) and all(i == j for i, j in pairing.splits),
+        same_seeds=all(runs[0].study[field] == runs[1].study[field] for field in SEEDS) and all(i == j for i, j in pairing.splits),
         pairing=pairing,
         contrasts=tuple(replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)),
         only_a=tuple(name for name in a.recipes if name not in b.recipes),
@@ -342,14 +331,9 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
 
 def _study_changes(a: RunData, b: RunData) -> Changed:
     studies = [{k: v for k, v in run.study.items() if k not in LEFT_OUT} for run in (a, b)]
-    stores = [run.run.get("store_fingerprint") for run in (a, b)]
-    return _changed(*studies) | (_changed({"store": stores[0]}, {"store": stores[1]}) if all(stores) else {})
+    stores = [{"store": run.run["store_fingerprint"]} for run in (a, b) if run.run.get("store_fingerprint")]
+    return _changed(*studies) | (_changed(*stores) if len(stores) == 2 else {})
 
 
 def _changed(a: Any, b: Any) -> Changed:
     return {found.field: (found.old, found.new) for found in differences(a, b)}
-
-
-def _seeds(run: RunData) -> tuple[str, int]:
-    """What weights and batches of a fit follow from, with the number of its split."""
-    return run.study["name"], run.study["seed"]

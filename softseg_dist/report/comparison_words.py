@@ -115,10 +115,8 @@ def _data(comparison: RunComparison) -> list[str]:
     a, b, fields = comparison.a, comparison.b, [field.partition(".")[0] for field in comparison.study]
     found = []
     if a.spacing_mm != b.spacing_mm:
-        grids = [f"{dimensions(run.spacing_mm)} mm" if run.spacing_mm else "unknown" for run in (a, b)]
-        found.append(
-            f"Scores are measured on different grids ({grids[0]} in A, {grids[1]} in B). A difference may come from the grids."
-        )
+        of_a, of_b = (f"{dimensions(run.spacing_mm)} mm" if run.spacing_mm else "unknown" for run in (a, b))
+        found.append(f"Scores are measured on different grids ({of_a} in A, {of_b} in B). A difference may come from the grids.")
     elif "preprocess" in fields:
         found.append(
             "Images were prepared in different ways, and each run is scored on its own prepared grid. A difference may come "
@@ -151,15 +149,11 @@ def _tests(comparison: RunComparison) -> list[str]:
 def _selection(comparison: RunComparison) -> list[str]:
     found = []
     if any(c.winners for c in comparison.contrasts):
-        found.append(
-            "Each winner was chosen by the same scores that it is compared by: the difference of the winners describes, it does "
-            "not confirm."
-        )
+        chosen = "Each winner was chosen by the same scores that it is compared by"
+        found.append(f"{chosen}: the difference of the winners describes, it does not confirm.")
     if comparison.other_trials:
-        found.append(
-            f"{count(len(comparison.other_trials), 'candidate')} of both searches share a name but not the recipe, and are not "
-            "compared."
-        )
+        trials = count(len(comparison.other_trials), "candidate")
+        found.append(f"{trials} of both searches share a name but not the recipe, and are not compared.")
     return found
 
 
@@ -171,12 +165,9 @@ def _completeness(comparison: RunComparison) -> list[str]:
         for side, party in (("A", a), ("B", b))
         if party.finished < party.planned
     ]
-    undefined = sum(side.undefined for side in sides)
-    if undefined:
-        found.append(
-            f"{undefined} of {sum(side.values for side in sides)} values of the metric are undefined (the reference is empty) "
-            "and are left out."
-        )
+    if undefined := sum(side.undefined for side in sides):
+        total = sum(side.values for side in sides)
+        found.append(f"{undefined} of {total} values of the metric are undefined (the reference is empty) and are left out.")
     if objectives := sorted({a.objective, b.objective} - {comparison.metric}):
         found.append(f"{' and '.join(objectives)} chose the epochs, not the metric that is compared.")
     return found

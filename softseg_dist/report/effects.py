@@ -85,13 +85,11 @@ def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -
     return Factorial(factors, cells, tuple(canonical_json(start.planned[f]) for f in factors))
 
 
-def main_effects(design: Factorial | None, scores: ScoreTables) -> tuple[Effect, ...]:
+def main_effects(design: Factorial, scores: ScoreTables) -> tuple[Effect, ...]:
     """Crossed tests of every factor's levels against its base; Holm over all of them.
 
-    () without a factorial. A subject in a split counts if all candidates were tested on it.
+    A subject in a split counts if all candidates were tested on it.
     """
-    if design is None:
-        return ()
     found = []
     for place, (factor, names) in enumerate(design.factors.items()):
         cells = design.others(place)
@@ -101,10 +99,8 @@ def main_effects(design: Factorial | None, scores: ScoreTables) -> tuple[Effect,
     return holm_corrected(found)
 
 
-def interactions(design: Factorial | None, scores: ScoreTables) -> tuple[Interaction, ...]:
-    """Crossed tests of every two factors' levels against their bases; Holm over all of them. () without a factorial."""
-    if design is None:
-        return ()
+def interactions(design: Factorial, scores: ScoreTables) -> tuple[Interaction, ...]:
+    """Crossed tests of every two factors' levels against their bases; Holm over all of them."""
     found = []
     for (i, one), (j, other) in itertools.combinations(enumerate(design.factors), 2):
         cells, names, other_names = design.others(i, j), design.factors[one], design.factors[other]
@@ -126,8 +122,7 @@ def _at(cell: Cell, place: int, level: str) -> Cell:
 def _factors(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[str, str]]:
     """Fields of the recipe with more than one value: {field: {JSON of a level: its name}}, in order of appearance."""
     fields = candidates[0].planned if candidates else ()
-    values = {name: [c.planned.get(name) for c in candidates] for name in fields}
-    levels = {name: {canonical_json(v): v for v in found} for name, found in values.items()}
+    levels = {name: {canonical_json(value): value for c in candidates for value in [c.planned.get(name)]} for name in fields}
     return {name: _level_names(found) for name, found in levels.items() if len(found) > 1}
 
 

@@ -6,20 +6,22 @@ test. What does not exist is left empty. LaTeX uses nothing but `tabular` and `\
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import pandas as pd
 
 from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
-from softseg_dist.report.ranking import RULES
+from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.words import interval, number, p_value
 
-ESCAPED = {character: f"\\{character}" for character in "_%&#${}"}
-ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-ESCAPED |= {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "³": "$^3$"}
+ESCAPED = str.maketrans(
+    {character: f"\\{character}" for character in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "³": "$^3$"}
+)
 
 
 def csv_tables(summary: Summary) -> dict[str, str]:
@@ -61,7 +63,8 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "tuning": searched.tuned,
         "holdout": summary.holdout.scores if summary.holdout else [],
     }
-    return {name: _csv([dict(leaves(plain(row))) for row in rows]) for name, rows in parts.items() if rows}
+    tables = {name: pd.DataFrame([dict(leaves(plain(row))) for row in rows], dtype=object) for name, rows in parts.items() if rows}
+    return {name: table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
 
 
 def latex(summary: Summary) -> str:
@@ -101,24 +104,10 @@ def _long(parts: Iterable[tuple[dict[str, str], dict[str, Sequence[Any]]]]) -> l
     return [about | dict(zip(columns, row, strict=True)) for about, columns in parts for row in zip(*columns.values(), strict=True)]
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
     """A table whose texts are left and whose numbers right."""
-    texts = {"", "candidate"}
-    columns = "".join("l" if title in texts else "r" for title in head)
-    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
+    columns = "".join("l" if title in ("", "candidate") else "r" for title in head)
+    lines = [" & ".join(cell.translate(ESCAPED) for cell in row) + r" \\" for row in (head, *rows)]
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
-    about = rf"\caption{{{_escaped(caption)}}}", rf"\label{{tab:{label}}}"
+    about = rf"\caption{{{caption.translate(ESCAPED)}}}", rf"\label{{tab:{label}}}"
     return "\n".join([r"\begin{table}", r"\centering", *body, *about, r"\end{table}"]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(ESCAPED.get(character, character) for character in text)

@@ -31,16 +31,14 @@ def shown(summary: Summary) -> list[str]:
 def forest_figure(summary: Summary) -> Figure:
     """Differences with 95 % intervals: main effects, if there are any, above the candidates minus the reference."""
     names = set(shown(summary))
-    rows = [c for c in summary.comparisons if c.candidate in names]
-    groups: list[tuple[str, list[tuple[str, Comparison | Effect]]]] = []
+    groups: dict[str, Sequence[tuple[str, Comparison | Effect]]] = {}
     if summary.effects:
-        effects: list[tuple[str, Comparison | Effect]] = [(f"{e.level} − {e.base}", e) for e in summary.effects]
-        groups.append(("Main effects, averaged over all other factors", effects))
-    groups.append((f"Candidates minus {summary.reference}", [(c.candidate, c) for c in rows]))
-    heights = [len(entries) + 0.9 for _, entries in groups]
+        groups["Main effects, averaged over all other factors"] = [(f"{e.level} − {e.base}", e) for e in summary.effects]
+    groups[f"Candidates minus {summary.reference}"] = [(c.candidate, c) for c in summary.comparisons if c.candidate in names]
+    heights = [len(entries) + 0.9 for entries in groups.values()]
     with new_figure(9, 0.32 * sum(heights) + 0.9) as figure:
         grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1, 0.62))
-        for (axis, beside), (title, entries) in zip(grid, groups, strict=True):
+        for (axis, beside), (title, entries) in zip(grid, groups.items(), strict=True):
             axis.sharex(grid[-1, 0])
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, title, entries, summary.sign)
@@ -67,14 +65,13 @@ def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Ef
 
 def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]], heights: tuple[float, float]) -> None:
     """The same in numbers, in an invisible axis at the right."""
-    lines: list[tuple[str, str, float, str]] = [("difference (95 % interval)", "p, Holm", -0.85, QUIET)]
+    axis.text(0.02, -0.85, "difference (95 % interval)", va="center", color=QUIET)
+    axis.text(0.98, -0.85, "p, Holm", va="center", ha="right", color=QUIET)
     for y, (_, entry) in enumerate(entries):
         test = entry.crossed
         reach = interval(test.low, test.high, signed=True) if math.isfinite(test.low) else "not tested"
-        lines.append((f"{number(test.mean, signed=True)}  ({reach})", p_value(entry.p_holm), y, INK))
-    for difference, p, height, colour in lines:
-        axis.text(0.02, height, difference, va="center", color=colour)
-        axis.text(0.98, height, p, va="center", ha="right", color=colour)
+        axis.text(0.02, y, f"{number(test.mean, signed=True)}  ({reach})", va="center", color=INK)
+        axis.text(0.98, y, p_value(entry.p_holm), va="center", ha="right", color=INK)
     axis.set(ylim=heights, xlim=(0, 1))
     axis.set_axis_off()
 

@@ -79,8 +79,8 @@ def interactions_answer(summary: Summary) -> str:
     if not tested:
         return ""
     if not shown:
-        smallest = min(i.p_holm for i in tested)
-        return f"No interaction of two factors was shown ({p_clause(smallest, 'smallest Holm-corrected p')}); small ones may exist."
+        smallest = p_clause(min(i.p_holm for i in tested), "smallest Holm-corrected p")
+        return f"No interaction of two factors was shown ({smallest}); small ones may exist."
     parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_QUOTED]]
     more = f"; {count(len(shown) - MOST_QUOTED, 'more interaction')} in the table" if len(shown) > MOST_QUOTED else ""
     return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
@@ -104,17 +104,12 @@ def holdout_answer(summary: Summary) -> str:
     held = summary.holdout
     if held is None or not held.scores:
         return ""
-    first = held.scores[0]
-    scored = (
-        f"On {count(first.num_subjects, 'held-out subject')}, in no split, {first.name} scores "
-        f"{number(first.mean)} ({interval_clause(first.low, first.high)})"
-    )
+    first, sample = held.scores[0], count(held.scores[0].num_subjects, "held-out subject")
+    scored = f"On {sample}, in no split, {first.name} scores {number(first.mean)} ({interval_clause(first.low, first.high)})"
     if held.crossed is None:
         return f"{scored}."
-    return (
-        f"{scored} and the control {held.scores[1].name} {number(held.scores[1].mean)}: difference "
-        f"{effect_in_words(held.crossed, held.crossed.p)}."
-    )
+    control = f"the control {held.scores[1].name} {number(held.scores[1].mean)}"
+    return f"{scored} and {control}: difference {effect_in_words(held.crossed, held.crossed.p)}."
 
 
 def size_of(comparison: Comparison | Effect | Interaction) -> str:
@@ -137,17 +132,12 @@ def _against_control(summary: Summary) -> str:
     control, found = f"the control {summary.reference} on {_metric(summary)}", f"{size_of(best)}; {_sample(best.crossed)}"
     if len(summary.comparisons) == 1:
         return f"{best.candidate} {SHOWN[_verdict(best, summary)]} {control} (difference {found})."
+    first, of = f"No candidate was shown to be better than {control}", "the others"
     if better:
-        share = f"{len(better)} of the {len(summary.comparisons)} other candidates"
-        verb = "are" if len(better) > 1 else "is"
-        first = f"{share} {verb} better than {control}; the highest ranked of them is {best.candidate} (difference {found})."
-    else:
-        first = (
-            f"No candidate was shown to be better than {control}; the highest ranked of the others is {best.candidate} "
-            f"(difference {found})."
-        )
-    worse = f" {count(num_worse, 'candidate')} {'is' if num_worse == 1 else 'are'} worse than the control."
-    return first + (worse if num_worse else "")
+        share, of = f"{len(better)} of the {len(summary.comparisons)} other candidates", "them"
+        first = f"{share} {'are' if len(better) > 1 else 'is'} better than {control}"
+    worse = f" {count(num_worse, 'candidate')} {'is' if num_worse == 1 else 'are'} worse than the control." if num_worse else ""
+    return f"{first}; the highest ranked of {of} is {best.candidate} (difference {found}).{worse}"
 
 
 def _metric(summary: Summary) -> str:
@@ -161,12 +151,9 @@ def _sample(scored: CrossedTest | Standing) -> str:
 def _without_control(summary: Summary) -> str:
     best = summary.winner
     why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
-    tied = [c.candidate for c in summary.comparisons if _verdict(c, summary) == "not shown"]
-    rest = (
-        f"{len(tied)} of the {len(summary.comparisons)} others were not shown to differ from it"
-        if tied
-        else "all others were shown to be worse"
-    )
+    num_tied = sum(_verdict(c, summary) == "not shown" for c in summary.comparisons)
+    tied = f"{num_tied} of the {len(summary.comparisons)} others were not shown to differ from it"
+    rest = tied if num_tied else "all others were shown to be worse"
     return (
         f"{why}, so candidates are only ranked: {best.name} has the best mean {summary.objective_title} "
         f"({number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)}); {rest}."
@@ -186,14 +173,13 @@ def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
 
 
 def _completeness(summary: Summary) -> list[str]:
-    failed = sum(t.failed for t in summary.training)
-    missing = sum(t.missing for t in summary.training)
+    lacking = {"failed": sum(t.failed for t in summary.training), "not run yet": sum(t.missing for t in summary.training)}
     found = []
-    if failed or missing:
-        what = ", ".join(f"{n} {word}" for n, word in ((failed, "failed"), (missing, "not run yet")) if n)
+    if total := sum(lacking.values()):
         found.append(
-            f"{failed + missing} of {summary.num_planned} fits have no score ({what}). Comparisons use the subjects and "
-            "splits that both sides have, and ranks follow these comparisons; a mean in the ranking is over what its candidate has."
+            f"{total} of {summary.num_planned} fits have no score ({', '.join(f'{n} {why}' for why, n in lacking.items() if n)}). "
+            "Comparisons use the subjects and splits that both sides have, and ranks follow these comparisons; a mean in the "
+            "ranking is over what its candidate has."
         )
     if raced := summary.searched.raced:
         saved = sum(t.raced for t in summary.training)
@@ -244,16 +230,12 @@ def _selection(summary: Summary) -> list[str]:
 
 def _training(summary: Summary) -> list[str]:
     found = []
-    if slow := [t for t in summary.training if t.not_converged]:
-        parts = listed([f"{t.name} {t.not_converged} of {t.finished}" for t in slow], 6)
-        found.append(
-            f"Not converged (best epoch in the last 5 % of the budget, so that more epochs might have changed the result): {parts}."
-        )
-    dead = [f"{t.name} {percent(t.dead_share)}" for t in summary.training if t.dead_share is not None and t.dead_share > ALPHA]
-    if dead:
-        found.append(
-            f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {', '.join(dead)}."
-        )
+    if slow := [f"{t.name} {t.not_converged} of {t.finished}" for t in summary.training if t.not_converged]:
+        why = "best epoch in the last 5 % of the budget, so that more epochs might have changed the result"
+        found.append(f"Not converged ({why}): {listed(slow, 6)}.")
+    if dead := [f"{t.name} {percent(t.dead_share)}" for t in summary.training if (t.dead_share or 0) > ALPHA]:
+        what = "gave an output of 0 everywhere, without a gradient"
+        found.append(f"More than 5 % of the training samples {what}: {', '.join(dead)}.")
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
         found.append(
@@ -284,8 +266,7 @@ def _data(summary: Summary) -> list[str]:
             f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
             "are imprecise: intervals are approximate."
         )
-    undefined = sum(s.undefined for s in summary.ranking)
-    if undefined:
+    if undefined := sum(s.undefined for s in summary.ranking):
         total = sum(s.values for s in summary.ranking)
         found.append(f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out.")
     return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from softseg_dist.frozen import leaves
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.run_folder import RecordedCandidate, RunData, Trial
+from softseg_dist.report.run_folder import RecordedCandidate, RunData
 
 
 def varying_fields(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[str, str]]:
@@ -138,17 +138,16 @@ def compute_of(run: RunData) -> Compute:
 
 def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
     """One entry per tuned candidate, in the order of the study; trials without a finished fit have no score."""
-    trials = ((c, [trial for trial in run.trials if trial.candidate == c.name]) for c in run.candidates)
-    return tuple(_tuned(candidate, of_one, sign) for candidate, of_one in trials if of_one)
-
-
-def _tuned(candidate: RecordedCandidate, trials: Sequence[Trial], sign: int) -> Tuned:
-    tried: list[Mapping[str, str]] = [flattened(trial.recipe) for trial in trials]
-    chosen = flattened(candidate.recipe)
-    fields = [f for f in chosen if len({recipe.get(f) for recipe in (chosen, *tried)}) > 1]
-    means = [float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])]
-    best, worst = (max(means, key=lambda m: s * m, default=NAN) for s in (sign, -sign))
-    return Tuned(candidate.name, len(trials), {f: chosen[f] for f in fields}, best, worst)
+    found = []
+    for candidate in run.candidates:
+        if not (trials := [trial for trial in run.trials if trial.candidate == candidate.name]):
+            continue
+        chosen, tried = flattened(candidate.recipe), [flattened(trial.recipe) for trial in trials]
+        varied = {field: value for field, value in chosen.items() if any(recipe.get(field) != value for recipe in tried)}
+        means = [float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])]
+        ordered = sorted(means, key=lambda mean: sign * mean) or [NAN]
+        found.append(Tuned(candidate.name, len(trials), varied, best=ordered[-1], worst=ordered[0]))
+    return tuple(found)
 
 
 def _median(values: Sequence[float]) -> float:

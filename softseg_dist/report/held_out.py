@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import CrossedTest, crossed_test
 from softseg_dist.report.paired_tests import effect_in_words
-from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import OuterData, RunData
-from softseg_dist.report.scores import mean_of, scores_at_rule, soft_scores
+from softseg_dist.report.scores import mean_of, scores_by_rule, soft_scores
 from softseg_dist.study import WINNER
 from softseg_dist.words import count, interval_clause, number
 
@@ -55,8 +54,7 @@ def holdout_of(run: RunData, metric: str) -> HoldoutTable | None:
     if rows is None or not opened:
         return HoldoutTable(len(record.subjects), opened, None, None, (), None)
     winner, control = record.opened[-1].winner, record.opened[-1].control
-    scores = soft_scores(rows, metric)
-    dice = {rule: scores_at_rule(rows, run.finished, "dice", rule) for rule in RULES}
+    scores, dice = soft_scores(rows, metric), scores_by_rule(rows, run.finished, "dice")
     found = []
     for name in dict.fromkeys(name for name in (winner, control) if name is not None and name in scores.tables):
         test = crossed_test(scores.of(name))

@@ -99,12 +99,10 @@ def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
     means = means.reindex(columns=[PREDICTED, TRUE]).dropna()
     found: dict[str, tuple[Agreement, ...]] = {}
     for (name, class_name), part in means.groupby(["candidate", "class"], observed=True):
-        subjects = part.index.get_level_values("subject").astype(str)
+        subjects = tuple(part.index.get_level_values("subject").astype(str))
         true, predicted = (part[metric].to_numpy(np.float64) for metric in (TRUE, PREDICTED))
-        pairs = tuple(true.tolist()), tuple(predicted.tolist())
-        limits = bland_altman(predicted, true)
-        one = Agreement(str(name), str(class_name), tuple(subjects), *pairs, limits)
-        found[one.name] = (*found.get(one.name, ()), one)
+        pairs, limits = (tuple(true.tolist()), tuple(predicted.tolist())), bland_altman(predicted, true)
+        found[str(name)] = (*found.get(str(name), ()), Agreement(str(name), str(class_name), subjects, *pairs, limits))
     return found
 
 
@@ -140,37 +138,30 @@ class Lesions:
 
 def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult], seed: int) -> dict[str, Lesions]:
     """The pooled counts of every candidate that has them, by name; `seed` is that of the intervals."""
-    pairs = {size: _counts(size) for size in SIZES} | {"false": ("lesions_false", "lesions_predicted")}
-    wanted = dict.fromkeys(metric for pair in pairs.values() for metric in pair)
-    tables = {metric: rows_at_rule(test, fits, metric, RULE) for metric in wanted}
+    pairs = {size: (f"lesions_found_{size}".rstrip("_"), f"lesions_true_{size}".rstrip("_")) for size in SIZES}
+    pairs["false"] = "lesions_false", "lesions_predicted"
+    tables = {metric: rows_at_rule(test, fits, metric, RULE) for pair in pairs.values() for metric in pair}
     counts = {metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()}
-    cases = tables["lesions_true"].groupby("candidate", observed=True)
     found = {}
-    for name, part in cases:
+    for name, part in tables["lesions_true"].groupby("candidate", observed=True):
         sums = {metric: series[name].sort_index().to_numpy(np.float64) for metric, series in counts.items()}
         rates = {key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()}
-        false = rates.pop("false")
-        num_cases = len(part[["split", "case"]].drop_duplicates())
+        false, num_cases = rates.pop("false"), len(part[["split", "case"]].drop_duplicates())
         found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
     return found
 
 
-def _counts(size: str) -> tuple[str, str]:
-    end = f"_{size}" if size else ""
-    return f"lesions_found{end}", f"lesions_true{end}"
-
-
 def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed: int) -> LesionRate:
     """The ratio of the sums over subjects; its interval from draws of as many subjects, those without any lesion left out."""
-    num = len(totals)
-    count, total = float(counts.sum()), float(totals.sum())
+    num, count, total = len(totals), float(counts.sum()), float(totals.sum())
     if not total:
         return LesionRate(0, 0, NAN, NAN, NAN)
-    drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS)
-    over, under = drawn @ counts, drawn @ totals
-    low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    known = num > 1
-    return LesionRate(int(count), int(total), count / total, float(low) if known else NAN, float(high) if known else NAN)
+    low = high = NAN
+    if num > 1:
+        drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS)
+        over, under = drawn @ counts, drawn @ totals
+        low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return LesionRate(int(count), int(total), count / total, low, high)
 
 
 METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
@@ -190,11 +181,10 @@ class Surfaces:
 
 def surfaces_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Surfaces]:
     """The means of every candidate that has them, by name."""
-    rows = {metric: rows_at_rule(test, fits, metric, RULE) for metric in METRICS}
-    scores: dict[str, ScoreTables] = {metric: tables_of(part, test) for metric, part in rows.items()}
-    counted = undefined(rows[METRICS[0]])
-    means = {name: [mean_of(scores[metric].of(name)) for metric in METRICS] for name in counted}
-    return {name: Surfaces(name, hd95, asd, dice, *counted[name]) for name, (hd95, asd, dice) in means.items()}
+    rows = [rows_at_rule(test, fits, metric, RULE) for metric in METRICS]
+    hd95, asd, dice = (tables_of(part, test) for part in rows)
+    means = {name: (mean_of(hd95.of(name)), mean_of(asd.of(name)), mean_of(dice.of(name))) for name in hd95.tables}
+    return {name: Surfaces(name, *means[name], *counts) for name, counts in undefined(rows[0]).items()}
 
 
 METHODS = {"mc_dropout": "dropout at test time", "tta": "test-time augmentation", "ensemble": "ensemble over splits"}
@@ -239,16 +229,11 @@ def uncertainty_of(*tables: pd.DataFrame | None) -> dict[str, tuple[UncertaintyM
         rows = test[test["metric"].isin(mine) & test["threshold"].isna()]
         reference = rows.groupby("metric", observed=True)["reference"].first()
         scores = {metric: soft_scores(rows, metric, reference=str(reference[metric])) for metric in mine}
-        people = rows.groupby("candidate", observed=True)["subject"].nunique()
-        found[method] = tuple(
-            UncertaintyMeans(
-                str(name),
-                method,
-                {metric.removeprefix(f"{method}_"): mean_of(table.of(str(name))) for metric, table in scores.items()},
-                int(count),
-            )
-            for name, count in people.items()
-        )
+        entries = []
+        for name, num_subjects in rows.groupby("candidate", observed=True)["subject"].nunique().items():
+            means = {metric.removeprefix(f"{method}_"): mean_of(table.of(str(name))) for metric, table in scores.items()}
+            entries.append(UncertaintyMeans(str(name), method, means, int(num_subjects)))
+        found[method] = tuple(entries)
     return found
 
 

@@ -6,8 +6,7 @@ gives the same numbers for programs, `export.latex` for papers. `write_outer_pag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,14 @@ from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
-from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of
+from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain, summarise
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger
 FEW_INTERACTIONS = 12
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure on the page: its source, and what it shows in words."""
-
-    source: str
-    alt: str
 
 
 def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()) -> Path:
@@ -58,10 +49,10 @@ def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()
     """
     folder = data.folder / "report"
     folder.mkdir(exist_ok=True)
-    figures = _figures(summary, data, overlays)
-    for name, (figure, _) in figures.items():
+    pictures = {}
+    for name, (figure, alt) in _figures(summary, data, overlays).items():
         (folder / f"{name}.png").write_bytes(png(figure))
-    pictures = {name: Picture(data_uri(figure, vector=name != "overlays"), alt) for name, (figure, alt) in figures.items()}
+        pictures[name] = {"source": data_uri(figure, vector=name != "overlays"), "alt": alt}
     page = folder / "index.html"
     page.write_text(_render(summary, data, pictures), encoding="utf-8")
     return page
@@ -117,8 +108,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
-        alt = f"Forest plot of differences in {title}; the numbers are in the tests"
-        found["differences"] = forest_figure(summary), alt
+        found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
         found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
@@ -129,8 +119,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     if pair:
         found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
     if with_lesions:
-        alt = "Lesions found by size; the counts are in the table"
-        found["lesions"] = lesion_figure(summary, with_lesions), alt
+        found["lesions"] = lesion_figure(summary, with_lesions), "Lesions found by size; the counts are in the table"
     if measures.raters is not None:
         rated = [n for n in names if n in measures.raters.candidates]
         found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
@@ -141,7 +130,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     return found
 
 
-def _sections(summary: Summary, pictures: Mapping[str, Picture]) -> dict[str, str]:
+def _sections(summary: Summary, pictures: Collection[str]) -> dict[str, str]:
     """Those that the run has something for, in their order: name of the template, title."""
     measures, searched = summary.measures, summary.searched
     sections = {
@@ -175,9 +164,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) -> str:
+def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str, str]]) -> str:
     fields = list(dict.fromkeys(f for recipe in summary.varying.values() for f in recipe))
-    others = (holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary))
     template = _environment().get_template("page.html")
     return template.render(
         s=summary,
@@ -188,7 +176,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Picture]) ->
         pictures=pictures,
         folder=data.run.get("run") or data.folder,
         answer=answer(summary),
-        answers=others,
+        answers=(holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary)),
         metric=METRICS[summary.objective],
         caveats=caveats(summary, data.spacing_mm),
         shown=shown(summary),

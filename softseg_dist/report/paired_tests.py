@@ -28,9 +28,8 @@ from softseg_dist.numerics.statistics import (
     paired_bootstrap,
     wilcoxon_test,
 )
-from softseg_dist.report.ranking import RULES
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, scores_at_rule, split_means
+from softseg_dist.report.scores import ScoreTables, scores_by_rule, split_means
 from softseg_dist.words import interval_clause, number, p_clause
 
 
@@ -125,9 +124,6 @@ def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     return holm_corrected([Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]])
 
 
-BASE = "fixed"
-
-
 @dataclass(frozen=True)
 class RuleTest:
     """Dice of one candidate at the threshold of `rule` minus that at 0.5, on the same subjects and fits."""
@@ -140,6 +136,7 @@ class RuleTest:
 
 def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[RuleTest, ...]:
     """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
-    dice = {rule: scores_at_rule(test, run.finished, "dice", rule) for rule in RULES}
-    others = [(name, rule) for name in names for rule in RULES if rule != BASE]
-    return holm_corrected([RuleTest(name, rule, crossed_test(dice[rule].of(name) - dice[BASE].of(name))) for name, rule in others])
+    others = scores_by_rule(test, run.finished, "dice")
+    base = others.pop("fixed")
+    tests = {(name, rule): crossed_test(dice.of(name) - base.of(name)) for name in names for rule, dice in others.items()}
+    return holm_corrected([RuleTest(*of, crossed) for of, crossed in tests.items()])

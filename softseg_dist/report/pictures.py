@@ -24,7 +24,6 @@ from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.report.look import INK, new_figure
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import soft_rows
@@ -116,19 +115,13 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
         model = Model.of_json(recipe, store.channels, len(store.classes), store.dim)
     except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
-    ranked = _ranked_cases(run, summary)
+    rows = soft_rows(run.results, summary.objective)
+    means = rows[rows["candidate"] == summary.winner.name].groupby(["split", "case"], observed=True)["value"].mean()
+    ranked = means.dropna().reset_index().sort_values(["value", "case", "split"], ascending=summary.sign < 0)  # the best first
     if not all(_weights(run, summary, split).exists() for split in ranked["split"]):
         return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     return tuple(_overlay(label, ranked.iloc[at], run, summary, store, model) for label, at in shown.items())
-
-
-def _ranked_cases(run: RunData, summary: Summary) -> pd.DataFrame:
-    """The winner's test cases with columns split, case, value, the best first."""
-    rows = soft_rows(run.results, summary.objective)
-    rows = rows[rows["candidate"] == summary.winner.name]
-    means = rows.groupby(["split", "case"], observed=True)["value"].mean().dropna().reset_index()
-    return means.sort_values(["value", "case", "split"], ascending=OBJECTIVES[summary.objective].sign < 0)
 
 
 def _weights(run: RunData, summary: Summary, split: int) -> Path:

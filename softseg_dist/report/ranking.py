@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.statistics import NAN, crossed_test
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, mean_of, scores_at_rule, soft_rows, soft_scores, split_means, undefined
-from softseg_dist.training.task import FitResult
+from softseg_dist.report.scores import RULES, ScoreTables, mean_of, scores_by_rule, soft_rows, soft_scores, split_means, undefined
 
 BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside the objective
-RULES = ("fixed", "grid", "dice_optimal")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def ranked(
     known = [s for s in standings if not math.isnan(s.mean)]
     known.sort(key=lambda s: (s.name not in given_up, sign * level(scores, s.name, reference)), reverse=True)
     unknown = [s for s in standings if math.isnan(s.mean)]
-    return tuple([Standing(**(vars(s) | {"rank": i})) for i, s in enumerate(known, 1)] + unknown)
+    return tuple([replace(s, rank=i) for i, s in enumerate(known, 1)] + unknown)
 
 
 def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[Standing]:
@@ -83,11 +81,10 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
     metric = run.study["objective"]
     references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
     classes = [str(c) for c in sorted(test["class"].unique())]
-    fits = run.finished
     tables = {
         "beside": {name: soft_scores(test, name) for name in BESIDE},
-        "dice": {rule: scores_at_rule(test, fits, "dice", rule) for rule in RULES},
-        "mask_volume": {rule: scores_at_rule(test, fits, "volume_error", rule) for rule in RULES},
+        "dice": scores_by_rule(test, run.finished, "dice"),
+        "mask_volume": scores_by_rule(test, run.finished, "volume_error"),
         "by_reference": {name: soft_scores(test, metric, reference=name) for name in references},
         "by_class": {name: soft_scores(test, metric, only_class=name) for name in classes} if len(classes) > 1 else {},
     }
@@ -95,9 +92,9 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
     standings = []
     for candidate in run.candidates:
         name = candidate.name
-        table = scores.of(name)
-        whole = crossed_test(table)
-        by_split = split_means(table, scores.splits)
+        whole, by_split = crossed_test(scores.of(name)), split_means(scores.of(name), scores.splits)
+        chosen = [fit.thresholds for fit in run.finished if fit.candidate == name]
+        num_undefined, num_values = counts.get(name, (0, 0))
         standings.append(
             Standing(
                 rank=None,
@@ -112,14 +109,9 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
                 num_splits=whole.num_splits,
                 num_scores=whole.num_pairs,
                 **{part: {k: mean_of(s.of(name)) for k, s in group.items()} for part, group in tables.items()},
-                thresholds=_mean_thresholds([fit for fit in fits if fit.candidate == name]),
-                undefined=counts.get(name, (0, 0))[0],
-                values=counts.get(name, (0, 0))[1],
+                thresholds={r: float(np.mean(taus)) for r in RULES if (taus := [of[r] for of in chosen if r in of])},
+                undefined=num_undefined,
+                values=num_values,
             )
         )
     return standings
-
-
-def _mean_thresholds(fits: Sequence[FitResult]) -> dict[str, float]:
-    found = {rule: [fit.thresholds[rule] for fit in fits if rule in fit.thresholds] for rule in RULES}
-    return {rule: float(np.mean(values)) for rule, values in found.items() if values}

@@ -198,12 +198,10 @@ def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -
     path = folder / "results.parquet"
     parts = [_tested(path)] if path.exists() else []
     held = {key for part in parts for key in part.groupby(["candidate", "split"], observed=True).groups}
-    for fit in finished:
-        if (fit.candidate, fit.split) not in held:
-            part = cases_path(folder / "fits" / fit.key)
-            if not part.exists():
-                raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
-            parts.append(_tested(part))
+    for part in (cases_path(folder / "fits" / fit.key) for fit in finished if (fit.candidate, fit.split) not in held):
+        if not part.exists():
+            raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
+        parts.append(_tested(part))
     table = _compact(pd.concat(parts, ignore_index=True))
     return table[~table["candidate"].isin(tuple(left_out))]
 

@@ -19,6 +19,7 @@ from softseg_dist.training.task import FitResult
 
 ScoreTable = npt.NDArray[np.float64]
 UNIT = ["candidate", "split", "subject"]
+RULES = ("fixed", "grid", "dice_optimal")  # as `judging.thresholds` names them
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def rows_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rul
     return rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)]
 
 
-def scores_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean") -> ScoreTables:
-    """Scores of a thresholded metric, at the threshold that each fit chose on validation by `rule`."""
-    return tables_of(rows_at_rule(test, fits, metric, rule, reference), test)
+def scores_by_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str) -> dict[str, ScoreTables]:
+    """By rule: scores of a thresholded metric, at the threshold that each fit chose on validation."""
+    return {rule: tables_of(rows_at_rule(test, fits, metric, rule), test) for rule in RULES}
 
 
 def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:
@@ -89,16 +90,16 @@ def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[fl
 
 def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> ScoreTables:
     """Subject by split, from rows of one metric; all tables of one `test` have the same rows and columns."""
-    subjects, splits = sorted(map(str, test["subject"].unique())), sorted(test["split"].unique())
-    if rows.empty:  # most studies lack some metrics, and pandas groups an empty table as slowly as a full one
-        return ScoreTables(tuple(subjects), tuple(int(j) for j in splits), {})
-    means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
-    at_row, at_column = (pd.Index(subjects).get_indexer(pd.Index(means["subject"])), pd.Index(splits).get_indexer(means["split"]))
-    tables = {}
-    for name, places in means.groupby("candidate").indices.items():
-        tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)
-        table[at_row[places], at_column[places]] = means["value"].to_numpy()[places]
-    return ScoreTables(tuple(subjects), tuple(int(j) for j in splits), tables)
+    subjects, splits = sorted(map(str, test["subject"].unique())), sorted(map(int, test["split"].unique()))
+    tables: dict[str, ScoreTable] = {}
+    if not rows.empty:  # most studies lack some metrics, and pandas groups an empty table as slowly as a full one
+        means = _subject_means(rows).reset_index().astype({"candidate": str, "subject": str})
+        at_row = pd.Index(subjects).get_indexer(pd.Index(means["subject"]))
+        at_column = pd.Index(splits).get_indexer(pd.Index(means["split"]))
+        for name, places in means.groupby("candidate").indices.items():
+            tables[str(name)] = table = np.full((len(subjects), len(splits)), np.nan)
+            table[at_row[places], at_column[places]] = means["value"].to_numpy()[places]
+    return ScoreTables(tuple(subjects), tuple(splits), tables)
 
 
 def split_means(table: ScoreTable, splits: Sequence[int]) -> dict[int, float]:

@@ -108,15 +108,13 @@ def _importance(parameter: str, settings: Sequence[Any], values: npt.NDArray[np.
     if numbers and len(set(settings)) > NUM_GROUPS:
         groups = _tertiles(settings)
     parts = {group: ranks[[g == group for g in groups]] for group in dict.fromkeys(groups)}
-    k, n = len(parts), len(ranks)
-    if k < 2 or n <= k or np.ptp(values) == 0:
-        share = NAN
-    else:
+    k, n, varied = len(parts), len(ranks), np.ptp(values) > 0
+    share = correlation = NAN
+    if 2 <= k < n and varied:
         share = max(0.0, (float(stats.kruskal(*parts.values()).statistic) - k + 1) / (n - k))
-    varied = numbers and np.ptp(values) > 0
-    correlation = float(stats.spearmanr(np.array(settings, dtype=np.float64), values).statistic) if varied else NAN
-    best = max(parts, key=lambda group: float(parts[group].mean()))
-    return Importance(parameter, n, share, correlation, best, k)
+    if numbers and varied:
+        correlation = float(stats.spearmanr(np.array(settings, dtype=np.float64), values).statistic)
+    return Importance(parameter, n, share, correlation, max(parts, key=lambda group: float(parts[group].mean())), k)
 
 
 def _tertiles(settings: Sequence[float]) -> list[str]:
@@ -133,11 +131,7 @@ def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, metric: str, r
     means = {name: (level(first, name, reference), level(second, name, reference)) for name in first.tables}
     known = {name: pair for name, pair in means.items() if not any(map(math.isnan, pair))}
     signed = {name: (sign * one, objective.sign * other) for name, (one, other) in known.items()}
-    front = {name for name in known if not any(_dominates(pair, signed[name]) for pair in signed.values())}
+    front = {n for n, p in signed.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in signed.values())}
     order = sorted(known, key=lambda name: (name not in front, -signed[name][0], name))
     points = tuple(Point(name, *known[name], name in front) for name in order)
     return Pareto(metric, objective.title, objective.sign, points)
-
-
-def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -130,8 +130,8 @@ def summarise(run: RunData) -> Summary:
         ranking=ranking,
         comparisons=comparisons_with(names, reference, scores, ratio, run.study),
         rivals=rivals_of(names, scores),
-        effects=main_effects(design, scores),
-        interactions=interactions(design, scores),
+        effects=main_effects(design, scores) if design else (),
+        interactions=interactions(design, scores) if design else (),
         holdout=holdout_of(run, objective.metric),
         searched=searched_of(run, test, scores, reference),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
@@ -150,10 +150,8 @@ def summarise(run: RunData) -> Summary:
 
 def plain(value: Any) -> Any:
     """A summary (or a part of it) as JSON can hold it: NaN becomes None, tuples lists, keys text."""
-    if isinstance(value, Frozen):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Frozen) or is_dataclass(value):
+        return {name: plain(item) for name, item in vars(value).items()}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

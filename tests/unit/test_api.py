@@ -21,7 +21,8 @@ from softseg_dist import Preprocess, UNet, UserError, load, load_model
 from softseg_dist.api import FITS, RANKING, RESULTS, TESTS
 from softseg_dist.pipeline import numbers_of
 from softseg_dist.prediction import predict_images
-from softseg_dist.report.ranking import BESIDE, RULES
+from softseg_dist.report.ranking import BESIDE
+from softseg_dist.report.scores import RULES
 
 HEADER = ("qform_code", "sform_code", "quatern_b", "srow_x", "pixdim", "xyzt_units")
 
