@@ -29,7 +29,6 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
 
     Nothing is opened while a fit is missing. That the subjects are opened is recorded before the first prediction. Every fit
     leaves its rows in its folder, so an interrupted opening continues; all of them are merged into `holdout.parquet`.
-
     Raises UserError if the weights of a finished fit are gone.
     """
     record, results = context.ledger.holdout(), context.ledger.results()

@@ -45,12 +45,13 @@ class Tally:
 
 
 class Progress:
-    """Receives the events of a search and counts fits. It shows nothing; subclasses override what they show.
+    """Receives the events of a search and counts fits. It shows nothing; subclasses override what they show on `stream`.
 
     `total` and `done` count fits; a fit's `key` is `candidate/split`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self._stream = stream
         self.total = self.num_done = self.num_before = 0
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self.running: dict[str, dict[str, float]] = {}
@@ -104,8 +105,7 @@ class PlainLines(Progress):
     """One line per event, for log files and pipes."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
-        super().__init__()
-        self._stream = stream
+        super().__init__(stream)
         self._last: dict[str, float] = {}
 
     @override
@@ -139,10 +139,6 @@ class PlainLines(Progress):
 class JsonLines(Progress):
     """One JSON object per line: {"event": "fit" | "epoch" | "start" | "note" | "end", ...}."""
 
-    def __init__(self, stream: TextIO = sys.stdout) -> None:
-        super().__init__()
-        self._stream = stream
-
     @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
         super().start(total, done)
@@ -175,7 +171,7 @@ class LiveTable(Progress):
     """A table of candidates that is redrawn in place, with the running fits and the time left below it."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
-        super().__init__()
+        super().__init__(stream)
         self._live = Live(console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False)
 
     @override

@@ -39,12 +39,6 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-OF_WORKERS = (
-    "MALLOC_ARENA_MAX",
-    "RAY_CHDIR_TO_TRIAL_DIR",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
-)
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
 ANSWER_S = 3.0
@@ -157,15 +151,15 @@ def ray_at(address: str | None) -> Iterator[None]:
 
     Raises UserError if there is none at `address`, it wants a token, or it is of another version.
     """
-    for name, value in ENVIRONMENT.items():
-        if name != "RAY_AUTH_MODE" or not address:  # the users of a cluster decide how it is guarded
-            os.environ.setdefault(name, value)
+    ours = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE" or not address}
+    for name, value in ours.items():  # without RAY_AUTH_MODE: the users of a cluster decide how it is guarded
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
     if address:
         found = _reachable(address)
-        known = {name: os.environ[name] for name in OF_WORKERS} | {"RAY_ADDRESS": found}  # there may be other Rays
+        known = {name: os.environ[name] for name in ours} | {"RAY_ADDRESS": found}  # there may be other Rays
         where: dict[str, Any] = {"address": found, "runtime_env": {"env_vars": known}}
     else:
         where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}

@@ -1,6 +1,6 @@
 """All uses of Ray's private or unstable names, for the versions of Ray that are tested.
 
-`USED` lists the names; tests/unit/engine/test_ray_private.py says which one is gone when Ray changes.
+tests/unit/engine/test_ray_private.py lists the names, and says which one is gone when Ray changes.
 """
 
 from __future__ import annotations
@@ -23,26 +23,13 @@ from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from typing_extensions import override
 
-USED = {
-    "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
-    "ray._private.state": ("actors", "state._connect_and_get_accessor"),
-    "ray._private.worker": ("_worker_logs_enabled",),
-    "ray.actor": ("ActorHandle._actor_id",),
-    "ray.autoscaler.sdk": ("request_resources",),
-    "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
-    "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
-    "ray.experimental.internal_kv": ("_internal_kv_get",),
-    "ray.job_config": ("JobConfig._runtime_env_has_working_dir",),
-    "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
-}
 REMOVED = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
 
 
 class JobWithoutPaths(JobConfig):
     """A job whose workers do not look for modules in the driver's working folder, or in that of its script.
 
-    Ray puts both first on the workers' path, where a file there hides an installed module of its name. It does not for a job that
-    brings a working folder of its own.
+    Ray puts both first on the workers' path, where a file hides a module of its name, unless the job brings its own working folder.
     """
 
     @override

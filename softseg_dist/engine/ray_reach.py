@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,14 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
         return
     nodes = _nodes_for_fits()
     for purpose, folder in folders.items():
-        place = Place.at(folder if "://" in str(folder) else Path(folder).absolute())
-        with _token(place) as token:
-            answers = _ask(nodes, probe, [(str(place), token, f"{token}.{number}") for number in range(len(nodes))])
-        problems = {name: answer for name, answer in answers.items() if answer}
+        place, token = Place.at(folder if "://" in str(folder) else Path(folder).absolute()), f".reach-{secrets.token_hex(8)}"
+        (place / token).write(b"")
+        try:
+            problems = _problems(nodes, probe, [(str(place), token, f"{token}.{number}") for number in range(len(nodes))])
+        finally:
+            for name in place.names():  # with the files of a node that died
+                if name.startswith(token):
+                    (place / name).delete()
         if problems:
             raise UserError(
                 f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: {_shown(problems)}. "
@@ -53,8 +56,7 @@ def check_package() -> None:
         return "" if theirs == ours else f"has {theirs}"
 
     nodes = _nodes_for_fits()
-    problems = {name: answer for name, answer in _ask(nodes, other_version, [()] * len(nodes)).items() if answer}
-    if problems:
+    if problems := _problems(nodes, other_version, [()] * len(nodes)):
         raise UserError(
             f"softseg_dist {ours} must be installed on all nodes of the cluster, but {_shown(problems)}; "
             "give all nodes one image or environment"
@@ -81,8 +83,10 @@ def _nodes_for_fits() -> list[Mapping[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def _ask(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> dict[str, str]:
-    """The answer of each node, by its address and the start of its id: several may share a machine."""
+def _problems(
+    nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]
+) -> dict[str, str]:
+    """What nodes answer, if it is not "", by a node's address and the start of its id: several may share a machine."""
     asking: dict[str, tuple[str, Any]] = {}
     for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -91,7 +95,7 @@ def _ask(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], argum
         asking[name] = node["NodeID"], task.remote(*given)
     answers = {name: (node, _answer(waiting)) for name, (node, waiting) in asking.items()}
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {name: answer for name, (node, answer) in answers.items() if node in alive}  # one may have gone meanwhile
+    return {name: answer for name, (node, answer) in answers.items() if answer and node in alive}  # one may have gone meanwhile
 
 
 def _answer(waiting: Any) -> str:
@@ -102,19 +106,6 @@ def _answer(waiting: Any) -> str:
     except RayError as error:
         return f"could not be checked: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return answer
-
-
-@contextmanager
-def _token(place: Place) -> Iterator[str]:
-    """The name of a file that is in `place` while the block runs."""
-    token = f".reach-{secrets.token_hex(8)}"
-    (place / token).write(b"")
-    try:
-        yield token
-    finally:
-        for name in place.names():  # with the files of a node that died
-            if name.startswith(token):
-                (place / name).delete()
 
 
 def _shown(problems: Mapping[str, str]) -> str:

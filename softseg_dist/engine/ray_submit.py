@@ -54,9 +54,7 @@ class Job:
 
 
 def submit(sources: Sources, address: str, folders: Mapping[str, str | None], flags: Sequence[str] = ()) -> Job:
-    """Start `softseg run` with a study file and its helper modules on the head of the cluster at `address`.
-
-    The head's softseg_dist runs it.
+    """Start `softseg run`, as the head of the cluster at `address` has it, with a study file and its helper modules.
 
     `folders` maps options to paths of the head or URIs, `flags` are further arguments. Raises UserError if a path is relative, or
     the cluster does not answer or refuses the token.

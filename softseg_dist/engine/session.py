@@ -42,9 +42,7 @@ class Outcome:
 def run_search(context: RunContext) -> Outcome:
     """Run every fit of the study that the ledger does not have yet; returns how the study stands then.
 
-    The ledger must have the study open. The first Ctrl-C (or SIGTERM) lets running fits write their checkpoints; the second one
-    stops at once.
-
+    The ledger must have the study open. The first Ctrl-C or SIGTERM lets fits write their checkpoints, the second stops at once.
     Raises UserError if another driver uses the run folder, the backend cannot run a fit, or `propose` or a fit reports a mistake
     of the user's. Fits that have ended stay recorded in every case.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from softseg_dist.sources import Sources, code_changes
@@ -31,14 +30,6 @@ class Difference(NamedTuple):
         return f"{self.field}: {self.old} -> {self.new}"
 
 
-@dataclass(frozen=True)
-class Changes:
-    """One line per change, as `path: old -> new`. `refused` would mix two studies in one table; `extended` only adds."""
-
-    refused: tuple[str, ...] = ()
-    extended: tuple[str, ...] = ()
-
-
 def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
     """How the held-out subjects differ, in one line; "" if they do not."""
     return "" if sorted(old) == sorted(new) else f"held-out subjects: {_sample(old)} -> {_sample(new)}"
@@ -46,9 +37,10 @@ def holdout_change(old: Sequence[str], new: Sequence[str]) -> str:
 
 def study_changes(
     old: Json, new: Json, old_splits: Sequence[Json], new_splits: Sequence[Json], sources: tuple[Sources, Sources] | None = None
-) -> Changes:
-    """Compare two studies and their splits, all as JSON. `sources` has the texts of both, to show the code that has changed.
+) -> tuple[list[str], list[str]]:
+    """Changes that would mix two studies in one table, and those that only add: one line for each, as `path: old -> new`.
 
+    Studies and splits are JSON. `sources` has the texts of both studies, to show the code that has changed.
     Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
     ones as well), and whatever is in `FREE`. Everything else changes results.
     """
@@ -68,7 +60,7 @@ def study_changes(
     splits = _split_changes(old_splits, new_splits)
     if splits:
         refused += [splits, *(line for line in extended if line.startswith(("splits.", "subjects:", "nested")))]
-    return Changes(tuple(refused), tuple(extended))
+    return refused, extended
 
 
 def _extends(path: tuple[str, ...], old: Json, new: Json) -> bool:

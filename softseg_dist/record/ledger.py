@@ -98,8 +98,7 @@ class Ledger:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other drivers out while the block runs; may be nested. Object stores have no lock: there it keeps out only
-        those of this machine.
+        """Keep other drivers out while the block runs; may be nested. Of an object store it keeps out those of this machine only.
 
         Raises UserError, naming process and host, if another driver holds it.
         """
@@ -130,12 +129,11 @@ class Ledger:
         with self.lock():
             now, now_splits = json_of(study), [json_of(split) for split in splits]
             refused: list[str] = []
-            extended: tuple[str, ...] = ()
+            extended: list[str] = []
             code = self._read("code.json") or {}
             if (before := self._read("study.json")) is not None:
                 texts = (old, sources) if sources and (old := self.sources()) else None
-                changes = study_changes(before, now, self._read("splits.json") or [], now_splits, texts)
-                refused, extended = list(changes.refused), changes.extended
+                refused, extended = study_changes(before, now, self._read("splits.json") or [], now_splits, texts)
                 known = self.holdout()
                 if moved := holdout_change(known.subjects if known else (), held_out):
                     refused.append(moved)
@@ -156,7 +154,7 @@ class Ledger:
             if fingerprint is not None:
                 self._write("store.json", {"fingerprint": fingerprint})
             self._write("study.json", now)
-        return extended
+        return tuple(extended)
 
     def fit_folder(self, candidate: str, split: Split) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""

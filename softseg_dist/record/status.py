@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -93,9 +93,12 @@ def status_of(run: str) -> RunStatus:
     records = {record["name"]: record for record in map(read.get, known) if record}
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
+    tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
+    tune_splits = min(len(splits), study["tune_each"]["splits"]) if tried else 0
+    rates = {record["name"]: record["name"].rpartition("~")[0] in records for record in tried}  # whether one has been chosen
     candidates = (
         *(_candidate(name, results, len(splits), name in raced) for name in study["candidates"]),
-        *_tuning(study, records, results, len(splits)),
+        *(_candidate(name, results, tune_splits, final=True, over=chosen) for name, chosen in rates.items()),
         *(_candidate(name, results, len(splits), name in raced, final=True) for name in sorted(proposed)),
     )
     finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
@@ -156,22 +159,14 @@ def _json(place: Place) -> Any:
         return None
 
 
-def _tuning(study: Json, records: Mapping[str, Json], results: list[Json], splits: int) -> Iterator[CandidateStatus]:
-    """The trials of learning rates; once its fixed candidate is recorded, a trial runs no more."""
-    tried = [record for record in records.values() if record["origin"] == "tuning"]
-    for record in sorted(tried, key=lambda record: record["number"]):
-        name = record["name"]
-        decided = name.rpartition("~")[0] in records
-        found = _candidate(name, results, min(splits, study["tune_each"]["splits"]), raced_out=False, final=True)
-        yield replace(found, left=0) if decided else found
-
-
-def _candidate(name: str, results: list[Json], splits: int, raced_out: bool, final: bool = False) -> CandidateStatus:
-    """`final`: one failed fit ends the candidate."""
+def _candidate(
+    name: str, results: list[Json], splits: int, raced_out: bool = False, final: bool = False, over: bool = False
+) -> CandidateStatus:
+    """`final`: one failed fit ends the candidate. `over`: no fit of it is left to run."""
     scores = [result["score"] for result in results if result["candidate"] == name]
     known = [score for score in scores if score is not None]
     mean, failed = sum(known) / len(known) if known else None, len(scores) - len(known)
-    left = 0 if raced_out or (final and failed) else splits - len(scores)
+    left = 0 if raced_out or over or (final and failed) else splits - len(scores)
     return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
 
 

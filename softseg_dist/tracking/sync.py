@@ -29,8 +29,7 @@ class Synced:
 def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     """Send the records that wait in a run folder, and then all of its ledger that MLflow does not have yet.
 
-    Without `tracking_uri` they go to that of the run. Raises UserError if `run` is no run folder, or a driver
-    uses it.
+    Without `tracking_uri` they go to that of the run. Raises UserError if `run` is no run folder, or a driver uses it.
     """
     status = status_of(run)
     ledger, copy = Ledger(run), WorkingCopy(run)
@@ -39,45 +38,25 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         record = copy.folder / "run.json"
         recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
         uri = tracking_uri or recorded.get("tracking_uri") or default_uri(copy.folder)
-        connection = Connection(lambda: connect(uri, copy.folder, status.study))
-        if problem := connection.reach():
+        if problem := Connection(lambda: connect(uri, copy.folder, status.study)).reach():
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
-        sent, notes = _send_waiting(copy, connection)
-        if not connection.lost:
-            notes += _recall(ledger, copy, uri)
+        tracker = Tracker(uri, copy.folder, _study(copy))  # its thread sends first what waits
+        ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
+        results = list(ledger.results().values())
+        tracker.recall(ledger.candidates(), results, ended, lambda result: _curve(copy.folder, result), ledger.races())
+        for path in sorted((copy.folder / "report").glob("*")):
+            tracker.artifact(path, "report")
+        complete = status.finished + status.failed == status.planned
+        notes = tracker.close("FINISHED" if complete else "KILLED", wait_s=None)
         waiting = len(Spool(copy.folder / SPOOL).read())
         copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
-    return Synced(uri, sent, waiting, notes)
+    return Synced(uri, tracker.num_late, waiting, notes)
 
 
-def _send_waiting(copy: WorkingCopy, connection: Connection) -> tuple[int, tuple[str, ...]]:
-    """How many records were sent, which were refused, and why the others could not be sent."""
-    spool = Spool(copy.folder / SPOOL)
-    records = spool.read()
-    refused: list[str] = []
-    for done, record in enumerate(records):
-        problem = connection.send(record)
-        if problem and connection.lost:
-            spool.replace(records[done:])
-            return done - len(refused), (*refused, f"MLflow is out of reach now: {problem}")
-        if problem:
-            refused.append(f"MLflow refused {record['what']} {record['key']}: {problem}")
-    spool.replace([])
-    return len(records) - len(refused), tuple(refused)
-
-
-def _recall(ledger: Ledger, copy: WorkingCopy, uri: str) -> tuple[str, ...]:
+def _study(copy: WorkingCopy) -> Study:
+    """The recorded study. Its classes stay JSON: to make them would run the study's code."""
     recorded = json.loads((copy.folder / "study.json").read_bytes())
-    fields = {name: value for name, value in recorded.items() if name not in ("type", "code")}
-    study = Study.model_construct(**fields)  # its classes stay JSON: to make them would run the study's code
-    results = list(ledger.results().values())
-    status = status_of(ledger.folder)
-    ended = [c.name for c in status.candidates if c.left == 0]
-    tracker = Tracker(uri, copy.folder, study)
-    tracker.recall(ledger.candidates(), results, ended, lambda result: _curve(copy.folder, result), ledger.races())
-    for path in sorted((copy.folder / "report").glob("*")):
-        tracker.artifact(path, "report")
-    return tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED")
+    return Study.model_construct(**{name: value for name, value in recorded.items() if name not in ("type", "code")})
 
 
 def _curve(folder: Path, result: FitResult) -> Iterator[dict[str, float]]:

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 COLLECT_S = 0.5  # records of this long go out together, so that epochs cost one call per fit and half second
 RETRY_S = 30.0  # pause between two tries to reach a server that is down
-CLOSE_S = 60.0  # longest wait for the thread at the end; what is left then is spooled
+CLOSE_S = 60.0  # longest wait for the thread at the end of a run; what is left then is spooled
 STUDY = "study"  # key of the study's run
+Texts = dict[str, str] | None
 NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
 
 
@@ -43,8 +45,7 @@ def default_uri(folder: str | Path) -> str:
 class Tracker:
     """Records the events of a study; a thread sends them to MLflow. No method raises or waits, except `close`, which joins it.
 
-    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder. All runs of one run folder carry
-    one tag.
+    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder, whose runs all carry one tag.
     """
 
     def __init__(self, uri: str | None, folder: str | Path, study: Study) -> None:
@@ -54,6 +55,7 @@ class Tracker:
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
         self._spool = Spool(self.folder / SPOOL)
+        self.num_late = 0  # of the spooled records, those that were sent
         self._num_unkept = 0
         self._give_up = threading.Event()
         self._problem = ""
@@ -146,15 +148,15 @@ class Tracker:
         """Store a saved model with the study run and register it under the study's name; once per weights."""
         self._put(what="model", key=STUDY, path=str(Path(folder).absolute()), name=self.study.name)
 
-    def close(self, status: str = "FINISHED") -> tuple[str, ...]:
-        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
+    def close(self, status: str = "FINISHED", wait_s: float | None = CLOSE_S) -> tuple[str, ...]:
+        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left, for `wait_s` at most.
 
         Returns lines for the user: that the server was out of reach, or what it refused.
         """
         for key in reversed(list(self._open)):
             self._put_close(key, status if key == STUDY or status != "FINISHED" else "KILLED")
         self._records.put(None)
-        self._thread.join(CLOSE_S)
+        self._thread.join(wait_s)
         self._give_up.set()
         self._thread.join(CLOSE_S / 6)
         notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
@@ -196,18 +198,11 @@ class Tracker:
         self._put_log(key, {}, params=params, known=known)
 
     def _put_log(
-        self,
-        key: str,
-        metrics: Mapping[str, float],
-        *,
-        step: int = 0,
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-        known: bool = False,
+        self, key: str, metrics: Mapping[str, float], step: int = 0, params: Texts = None, tags: Texts = None, known: bool = False
     ) -> None:
         ms = int(time.time() * 1000)
         finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
-        self._put(what="log", key=key, metrics=finite, params=dict(params or {}), tags=dict(tags or {}), known=known)
+        self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {}, known=known)
 
     def _put_close(self, key: str, status: str, *, known: bool = False) -> None:
         self._open.pop(key, None)
@@ -234,17 +229,11 @@ class Tracker:
 
     def _collect(self) -> tuple[list[TrackingRecord], bool]:
         """The records of the next half second, and whether they are the last."""
-        records: list[TrackingRecord] = []
-        until = math.inf
-        while True:
-            try:
-                record = self._records.get(timeout=None if until == math.inf else max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                return coalesced(records), False
-            if record is None:
-                return coalesced(records), True
-            records.append(record)
-            until = min(until, time.monotonic() + COLLECT_S)
+        records, until = [self._records.get()], time.monotonic() + COLLECT_S
+        with suppress(queue.Empty):
+            while records[-1] is not None:
+                records.append(self._records.get(timeout=max(0.0, until - time.monotonic())))
+        return coalesced([record for record in records if record is not None]), records[-1] is None
 
     def _deliver(self, connection: Connection, records: list[TrackingRecord]) -> bool:
         """Send what is spooled and then `records`; False if the server is out of reach, with the rest spooled."""
@@ -253,6 +242,7 @@ class Tracker:
         for index, record in enumerate(pending):
             problem = "stopped waiting for it" if self._give_up.is_set() else connection.send(record)
             if problem is None:
+                self.num_late += index < len(spooled)
                 continue
             if connection.lost or self._give_up.is_set():
                 self._problem = problem

@@ -9,8 +9,21 @@ import pytest
 
 from softseg_dist.engine import context
 from softseg_dist.engine.context import SUBMITTED_BY, check_ray
-from softseg_dist.engine.ray_private import USED, cause_in, lost_actor
+from softseg_dist.engine.ray_private import cause_in, lost_actor
 from softseg_dist.errors import UserError
+
+USED = {
+    "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
+    "ray._private.state": ("actors", "state._connect_and_get_accessor"),
+    "ray._private.worker": ("_worker_logs_enabled",),
+    "ray.actor": ("ActorHandle._actor_id",),
+    "ray.autoscaler.sdk": ("request_resources",),
+    "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
+    "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
+    "ray.experimental.internal_kv": ("_internal_kv_get",),
+    "ray.job_config": ("JobConfig._runtime_env_has_working_dir",),
+    "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
+}
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in USED.items() for name in names])

@@ -249,7 +249,7 @@ def test_two_methods_whose_rows_would_have_one_name_are_refused() -> None:
 
 
 def test_another_question_about_uncertainty_is_another_study() -> None:
-    assert study_changes(json_of(study()), json_of(study(uncertainty=METHODS)), [], []).refused
+    assert study_changes(json_of(study()), json_of(study(uncertainty=METHODS)), [], [])[0]
 
 
 def test_the_identity_of_a_fit_knows_what_it_measures(task: FitTask) -> None:
