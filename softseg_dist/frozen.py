@@ -186,7 +186,9 @@ class Frozen(BaseModel):
     def _tagged(self) -> dict[str, Any]:
         cls = type(self)
         head = {"type": tag_of(cls)} | ({"code": code} if (code := code_of(cls)) else {})
-        return head | {name: _plain(getattr(self, name)) for name in cls.model_fields}
+        values = {name: getattr(self, name) for name in cls.model_fields}
+        functions = {k: {"function": tag_of(v), "code": code_of(v)} for k, v in values.items() if isinstance(v, FunctionType)}
+        return head | values | functions
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Only what differs from the defaults, so that objects print as one would write them."""
@@ -207,14 +209,8 @@ class Frozen(BaseModel):
         return digest(canonical_json(self.model_dump(mode="json")))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, FunctionType):
-        return {"function": tag_of(value), "code": code_of(value)}
-    return value
-
-
 def _found(value: Any) -> Any:
-    """The inverse of `_plain`. Raises ValueError if the file that defines the function is not loaded."""
+    """A value from its JSON. Raises ValueError if it is a function, and the file that defines it is not loaded."""
     if not isinstance(value, Mapping) or value.keys() != {"function", "code"}:
         return value
     if not isinstance(function := thing_of(value["function"]), FunctionType):

@@ -141,18 +141,13 @@ def code_changes(old: Sources, new: Sources, module: str, name: str) -> list[str
     found = []
     for file, what in changed or sorted(before.keys() ^ after.keys()):
         was, now = before.get((file, what)), after.get((file, what))
-        old_line, new_line = _first_difference(was.text if was else "", now.text if now else "")
+        old_lines, new_lines = (definition.text.splitlines() if definition else [] for definition in (was, now))
+        steps = difflib.SequenceMatcher(None, old_lines, new_lines, autojunk=False).get_opcodes()
+        i, j, k, m = next((ends for kind, *ends in steps if kind != "equal"), (0, 0, 0, 0))
+        old_line, new_line = (part[0].strip() if part else "none" for part in (old_lines[i:j], new_lines[k:m]))
         place = f"{file}, line {_line_of(new.texts[file], now, new_line)}" if now else file
         found.append(f"{place}, {what}: {old_line} -> {new_line}")
     return found
-
-
-def _first_difference(old: str, new: str) -> tuple[str, str]:
-    before, after = old.splitlines(), new.splitlines()
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        if kind != "equal":
-            return tuple(part[0].strip() if part else "none" for part in (before[i:j], after[k:m]))  # type: ignore[return-value]
-    return "none", "none"
 
 
 def _line_of(text: str, definition: Definition, line: str) -> int:

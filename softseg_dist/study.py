@@ -233,10 +233,8 @@ class Study(Frozen):
     @field_validator("holdout")
     @classmethod
     def _some_are_held_out(cls, value: float | tuple[str, ...] | None) -> float | tuple[str, ...] | None:
-        if isinstance(value, float) and not 0 < value <= 0.5:
-            raise ValueError(f"a share of subjects lies in (0, 0.5], got {value:g}")
-        if value == ():
-            raise ValueError("name at least one subject, or leave it None")
+        if value == () or (isinstance(value, float) and not 0 < value <= 0.5):
+            raise ValueError(f"holdout is a share of subjects in (0, 0.5], or names of at least one subject, got {value}")
         return value
 
     @field_validator("uncertainty")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import softseg_dist
 from softseg_dist.cli.compare import compare
@@ -27,7 +28,6 @@ from softseg_dist.cli.submit import submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
 if TYPE_CHECKING:  # both would import torch
-    from softseg_dist.data.check import Problem
     from softseg_dist.engine.plan import Offer, Plan, Prices
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
@@ -166,7 +166,12 @@ def check(
     if as_json:
         typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
     else:
-        _print_problems(problems, len(cases), shown)
+        console, table = Console(), Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
+        for problem in problems:
+            table.add_row(problem.case, problem.level, problem.rule, problem.detail)
+        if problems:
+            console.print(table)
+        console.print(f"{len(cases)} cases, {len(problems)} problems" + (f"; picture: {shown}" if shown else ""))
     raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
 
 
@@ -299,21 +304,7 @@ def _installed(command: str) -> str:
     return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
 
 
-def _print_problems(problems: list[Problem], num_cases: int, picture: str | None) -> None:
-    from rich.table import Table
-
-    console = Console()
-    if problems:
-        table = Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
-        for problem in problems:
-            table.add_row(problem.case, problem.level, problem.rule, problem.detail)
-        console.print(table)
-    console.print(f"{num_cases} cases, {len(problems)} problems" + (f"; picture: {picture}" if picture else ""))
-
-
 def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: Path) -> None:
-    from rich.table import Table
-
     console = Console(soft_wrap=True, highlight=False)
     candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""

@@ -148,7 +148,7 @@ class Session:
     def stop(self) -> None:
         """Make all fits stop and emit no more. A signal handler calls this: it must not print or raise."""
         self.interrupted = True
-        self.searcher.stop()
+        self.searcher.stopped = True
         try:
             self._stop_file.write()
         except OSError as error:
@@ -164,7 +164,7 @@ class Session:
 
     def _abort(self, error: UserError) -> None:
         self.error = self.error or error
-        self.searcher.stop()
+        self.searcher.stopped = True
         try:
             self._stop_file.write()
         except OSError as failed:

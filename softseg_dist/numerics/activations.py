@@ -127,7 +127,13 @@ class NormReLU(Activation):
     def __call__(self, logits: Tensor) -> Tensor:
         """The prediction [B K *S] in [0, 1] of `logits` [B K *S]; "global" and "running" synchronise all workers."""
         rectified = torch.relu(logits)
-        return _divide(rectified, self._maximum(rectified, everywhere=self.over in ("global", "running")))
+        if self.over == "sample":
+            maximum = rectified.amax(dim=tuple(range(2, rectified.ndim)), keepdim=True)
+        elif self.over == "batch":
+            maximum = rectified.amax() if len(rectified) else rectified.new_zeros(())
+        else:
+            maximum, _ = _MaximumOfAllWorkers.apply(rectified)
+        return _divide(rectified, maximum)
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
         """Slightly above 0 for every class [K], independent of its mean label: not dead at the start."""
@@ -136,13 +142,6 @@ class NormReLU(Activation):
     def build(self, classes: int) -> nn.Module:
         """The activation as a module; in "running" its buffer `maximum` is saved with the weights."""
         return _NormReLUModule(self) if self.over in ("global", "running") else Stateless(self)
-
-    def _maximum(self, rectified: Tensor, everywhere: bool) -> Tensor:
-        if self.over == "sample":
-            return rectified.amax(dim=tuple(range(2, rectified.ndim)), keepdim=True)
-        if everywhere:
-            return _MaximumOfAllWorkers.apply(rectified)[0]
-        return rectified.amax() if len(rectified) else rectified.new_zeros(())
 
 
 def _num_workers() -> int:

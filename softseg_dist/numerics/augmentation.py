@@ -29,7 +29,6 @@ from softseg_dist.numerics.transforms import (
     Invertible,
     Pairing,
     Spatial,
-    compose,
     per_sample,
 )
 
@@ -222,8 +221,11 @@ def _move(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], T
     positions, matrix = (frame.positions, None)  # the matrix composes affine maps that are still to be applied to the positions
     for transform, parameters in reversed(steps):  # from the output back to the input
         if isinstance(transform, AffineMap):
-            more = transform.matrix(parameters, frame)
-            matrix = more if matrix is None else compose(matrix, more)
+            then = transform.matrix(parameters, frame)
+            if matrix is not None:  # `then` after `matrix`: M2 (M1 x + t1) + t2
+                both = then[..., :-1] @ matrix
+                then = torch.cat([both[..., :-1], both[..., -1:] + then[..., -1:]], dim=-1)
+            matrix = then
         else:
             here = positions if matrix is None else frame.affine(positions, matrix)
             positions, matrix = transform.move(here, parameters, frame), None

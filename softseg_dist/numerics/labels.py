@@ -115,8 +115,8 @@ def _maximise(columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, 
         odds = _log_odds(columns, prior, sensitivity, specificity)
         truly, falsely = counts * odds.sigmoid(), counts * (-odds).sigmoid()
         before = torch.stack([sensitivity, specificity])
-        sensitivity = _rate(columns @ truly / truly.sum())
-        specificity = _rate(1 - columns @ falsely / falsely.sum())
+        sensitivity = (columns @ truly / truly.sum()).clamp(SMALLEST_RATE, 1 - SMALLEST_RATE)
+        specificity = (1 - columns @ falsely / falsely.sum()).clamp(SMALLEST_RATE, 1 - SMALLEST_RATE)
         change, steps = float((torch.stack([sensitivity, specificity]) - before).abs().max()), steps + 1
     return _log_odds(columns, prior, sensitivity, specificity), sensitivity, specificity, steps
 
@@ -127,10 +127,6 @@ def _log_odds(columns: Tensor, prior: Tensor, sensitivity: Tensor, specificity: 
     vote_for = torch.where(better, sensitivity.log() - (-specificity).log1p(), 0)
     vote_against = torch.where(better, (-sensitivity).log1p() - specificity.log(), 0)
     return prior.logit() + vote_against.sum() + (vote_for - vote_against) @ columns
-
-
-def _rate(share: Tensor) -> Tensor:
-    return share.clamp(SMALLEST_RATE, 1 - SMALLEST_RATE)
 
 
 LabelMode = Literal["soft", "hard", "nearest", "hard_each"]

@@ -114,11 +114,6 @@ def brier(prediction: Map, reference: Map) -> PerClass:
     return mse(prediction, reference)
 
 
-def volume_mm3(soft_map: Map, voxel_mm3: float) -> PerClass:
-    """Volume of a soft map per class [K], in mm3: a voxel counts by its value."""
-    return _sum(soft_map) * voxel_mm3
-
-
 def volume_error(prediction: Map, reference: Map) -> PerClass:
     """Relative error of the soft volume per class [K]: (V_pred - V_true) / V_true; positive is too large.
 
@@ -166,8 +161,8 @@ def soft_metrics(prediction: Map, reference: Map, voxel_mm3: float) -> dict[str,
         "mae": mae(prediction, reference),
         "brier": squared,
         "ece": ece(prediction, reference),
-        "volume_pred_mm3": volume_mm3(prediction, voxel_mm3),
-        "volume_true_mm3": volume_mm3(reference, voxel_mm3),
+        "volume_pred_mm3": _sum(prediction) * voxel_mm3,  # a voxel counts by its value
+        "volume_true_mm3": _sum(reference) * voxel_mm3,
         "volume_difference_mm3": volume_difference_mm3(prediction, reference, voxel_mm3),
         "volume_error": relative,
         "volume_error_abs": np.abs(relative),

@@ -84,7 +84,13 @@ class _UNetModule(nn.Module):
         self.last = Conv["conv", dim](filters[0], out_channels, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        self._check_size(tuple(image.shape[2:]))
+        size, shrink = image.shape[2:], 2 ** len(self.down)
+        # A single voxel at the coarsest level has no variance for the normalisation.
+        if min(size) < shrink or max(size) < 2 * shrink:
+            raise UserError(
+                f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
+                f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop or patch"
+            )
         maps = [self.first(image)]
         for down in self.down:
             maps.append(down(maps[-1]))
@@ -92,15 +98,6 @@ class _UNetModule(nn.Module):
         for up in self.up:
             x = up(x, maps.pop())
         return self.last(x)
-
-    def _check_size(self, size: tuple[int, ...]) -> None:
-        shrink = 2 ** len(self.down)
-        # A single voxel at the coarsest level has no variance for the normalisation.
-        if min(size) < shrink or max(size) < 2 * shrink:
-            raise UserError(
-                f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
-                f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop or patch"
-            )
 
 
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d

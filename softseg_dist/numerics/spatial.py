@@ -57,22 +57,16 @@ class Affine(AffineMap):
         angle = parameters[:, 0] * math.radians(self.degrees)
         scale = 1 + parameters[:, 1 : 1 + dim] * self.scale
         shift = parameters[:, 1 + dim : 1 + 2 * dim] * self.shift * frame.constant(frame.extent_mm, parameters)
-        rotation = _rotation_2d(angle) if dim == 2 else _rotation_3d(angle, parameters[:, -3:])
-        return rotation, scale, shift
-
-
-def _rotation_2d(angle: Tensor) -> Tensor:
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
-
-
-def _rotation_3d(angle: Tensor, direction: Tensor) -> Tensor:
-    """Rodrigues' formula I + sin K + (1 - cos) K^2 for `angle` [B] about `direction` [B 3]."""
-    x, y, z = (direction / direction.norm(dim=1, keepdim=True)).unbind(dim=1)
-    zero = torch.zeros_like(x)
-    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).reshape(-1, 3, 3)
-    identity = torch.eye(3, dtype=K.dtype, device=K.device)
-    return identity + angle.sin()[:, None, None] * K + (1 - angle.cos())[:, None, None] * (K @ K)
+        cos, sin = angle.cos(), angle.sin()
+        if dim == 2:
+            return torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2), scale, shift
+        # Rodrigues' formula I + sin K + (1 - cos) K^2 about a direction
+        direction = parameters[:, -3:]
+        x, y, z = (direction / direction.norm(dim=1, keepdim=True)).unbind(dim=1)
+        zero = torch.zeros_like(x)
+        K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).reshape(-1, 3, 3)
+        identity = torch.eye(3, dtype=K.dtype, device=K.device)
+        return identity + sin[:, None, None] * K + (1 - cos)[:, None, None] * (K @ K), scale, shift
 
 
 class Flip(AffineMap):
@@ -157,14 +151,11 @@ class Elastic(Spatial):
         return max(1, math.ceil((voxels - 1) * step_mm / self.spacing_mm - 1e-9))
 
     def _weights(self, voxels: int, step_mm: float, dtype: torch.dtype) -> Tensor:
-        """The weight of every control point at every voxel along one axis [voxels controls], centred on the image."""
+        """The cubic B-spline of every control point at every voxel along one axis [voxels controls], centred on the image."""
         intervals = self._intervals(voxels, step_mm)
         offsets = (torch.arange(voxels, dtype=torch.float64) - (voxels - 1) / 2) * step_mm / self.spacing_mm
         knots = torch.arange(-1, intervals + 2, dtype=torch.float64) - intervals / 2
-        return _cubic_b_spline((offsets[:, None] - knots).abs()).to(dtype)
-
-
-def _cubic_b_spline(distance: Tensor) -> Tensor:
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    far = (2 - distance).clamp_min(0) ** 3 / 6
-    return torch.where(distance < 1, near, far)
+        distance = (offsets[:, None] - knots).abs()
+        near = 2 / 3 - distance**2 + distance**3 / 2
+        far = (2 - distance).clamp_min(0) ** 3 / 6
+        return torch.where(distance < 1, near, far).to(dtype)

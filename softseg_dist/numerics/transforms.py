@@ -184,12 +184,6 @@ class AffineMap(Invertible):
         return frame.affine(positions, self.inverse_matrix(parameters, frame))
 
 
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """The matrix [B D D+1] of `second` after `first`: M2 (M1 x + t1) + t2."""
-    matrix = second[..., :-1] @ first
-    return torch.cat([matrix[..., :-1], matrix[..., -1:] + second[..., -1:]], dim=-1)
-
-
 class Intensity(Augmentation):
     """A transform of image values; labels do not change."""
 

@@ -32,19 +32,17 @@ MakeTask = Callable[[str, Recipe, Split, int], FitTask]
 class StudySearcher:
     """Emits the fits of a study and keeps ledger and Optuna up to date.
 
-    Splits are emitted breadth-first: of all open candidates the one with the lowest split is next. A candidate in the race
-    (proposed, or fixed with `Race(fixed=True)`, but never the control) runs `Race.start` splits so; from then on it waits for
-    each of its results, since it may be put out, and the one that looks best goes first, so that the next to have run fully,
-    against which all others are tested, is a good one. Only the leader waits for nothing, as long as none has run fully or it
-    looks no worse than the best that has.
+    Of all open candidates the one with the lowest split is next. A candidate in the race (proposed, or fixed with
+    `Race(fixed=True)`, but never the control) runs `Race.start` splits so. Then it waits for each of its results, which may end it,
+    and the one that looks best goes first: all others are tested against the best that has run fully. Only the leader does not
+    wait, as long as none has run fully or it looks no worse than the best that has.
 
     A new candidate is proposed only when the open ones have nothing to emit now, so each proposal knows as many results as
-    possible; with a race all startup trials, which are drawn at random anyway, are opened at once. No worker waits: where
-    nothing else is left, those that wait emit. With `tune_each` a fixed candidate waits for the trials of its learning rate,
-    which are candidates, too.
+    possible; with a race all startup trials, which are random anyway, are opened at once. Where nothing else is left, candidates
+    that wait emit. With `tune_each` a fixed candidate waits for the trials of its learning rate, which are candidates, too.
 
-    A failed fit (a loss that is not finite) is final: a fixed candidate runs its other splits, so that the report can count
-    failures; a proposed one, or a trial of a rate, emits no more, and is FAIL in Optuna. Fixed candidates are no Optuna trials.
+    A failed fit (a loss that is not finite) is final. A fixed candidate runs its other splits, so that the report can count
+    failures; a proposed one, or a trial of a rate, emits no more, and is FAIL in Optuna.
 
     Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
     """
@@ -52,7 +50,7 @@ class StudySearcher:
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
         self.candidates: dict[str, CandidateState] = {}
-        self.stopped = False
+        self.stopped = False  # True: nothing more is emitted
         self._best: CandidateState | None = None  # of those that have run fully
         self._signs = tuple(OBJECTIVES[name].sign for name in study.objectives)
         race = study.search.race if study.search else None
@@ -118,24 +116,19 @@ class StudySearcher:
         candidate.running.discard(task.split.index)
         candidate.again(task.split, task.attempt)
 
-    def stop(self) -> None:
-        """Emit nothing more."""
-        self.stopped = True
-
     # What is next.
 
     def _next(self) -> CandidateState | None:
         """The candidate whose split is emitted next."""
         open_ones = [c for c in self.candidates.values() if c.todo and not c.tuning]
         leader = self._leader(open_ones)
-        free = [c for c in open_ones if c is leader or not self._waits(c)]
-        if not free and (opened := self._propose_more()) is not None:
-            return opened
+        # A candidate that is underway waits for a result that may put it out of the race.
+        free = [c for c in open_ones if c is leader or not self._is_underway(c) or (self._best and not c.running)]
+        if not free and self._optuna and self._optuna.num_to_ask:
+            together = self._optuna.num_startup if self._race else 1  # startup trials are random whatever is known
+            first, *_ = [self._propose() for _ in range(max(1, together))]
+            return first
         return min(free or open_ones, key=self._order, default=None)
-
-    def _waits(self, candidate: CandidateState) -> bool:
-        """May its next result put it out of the race?"""
-        return self._is_underway(candidate) and (bool(candidate.running) or self._best is None)
 
     def _order(self, candidate: CandidateState) -> tuple[float, float, float]:
         """Breadth-first; those that are underway in the race come last, the best-looking first."""
@@ -166,14 +159,6 @@ class StudySearcher:
     @property
     def _num_to_ask(self) -> int:
         return self._optuna.num_to_ask if self._optuna else 0
-
-    def _propose_more(self) -> CandidateState | None:
-        """Open what Optuna proposes next, with a race all startup trials together; returns the first."""
-        if self._optuna is None or not self._optuna.num_to_ask:
-            return None
-        together = self._optuna.num_startup if self._race else 1
-        first, *_ = [self._propose() for _ in range(max(1, together))]
-        return first
 
     # What follows from results.
 

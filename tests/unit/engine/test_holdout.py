@@ -107,9 +107,9 @@ def test_too_few_left_for_the_splits_are_refused_with_how_many_are_held_out() ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holdout": 0.0}, r"lies in \(0, 0.5\], got 0"),
-        ({"holdout": 0.6}, r"lies in \(0, 0.5\], got 0.6"),
-        ({"holdout": ()}, "name at least one subject"),
+        ({"holdout": 0.0}, r"in \(0, 0.5\], .* got 0"),
+        ({"holdout": 0.6}, r"in \(0, 0.5\], .* got 0.6"),
+        ({"holdout": ()}, r"names of at least one subject, got \(\)"),
         ({"holdout": 0.2, "nested": KFold(folds=3)}, "not both"),
         ({"holdout": None, "nested": KFold(folds=3), "candidates": {"hard": BASE, "winner": BASE}}, "'winner'"),
     ],

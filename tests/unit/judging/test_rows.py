@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softseg_dist.judging.rows import Grid, Measurement, case_rows
-from softseg_dist.numerics.metrics import confusion, ece, hard_scores, volume_mm3
+from softseg_dist.numerics.metrics import confusion, ece, hard_scores, soft_metrics
 from softseg_dist.numerics.raters import ged2
 from softseg_dist.numerics.structures import SURFACE_METRICS
 
@@ -51,7 +51,7 @@ def test_rows_say_what_the_metrics_say():
     found = {row[:4]: row.value for row in rows_of(prediction, references)}
     assert found["WM", "rater1", 0.392, "iou"] == hard_scores(confusion(prediction, references["rater1"], [0.392]))["iou"][1, 0]
     assert found["GM", "mean", 0.25, "dice"] == hard_scores(confusion(prediction, references["mean"], [0.25]))["dice"][0, 0]
-    assert found["WM", "mean", None, "volume_pred_mm3"] == volume_mm3(prediction, VOXEL_MM3)[1]
+    assert found["WM", "mean", None, "volume_pred_mm3"] == soft_metrics(prediction, prediction, VOXEL_MM3)["volume_pred_mm3"][1]
     masks = np.stack([references["rater0"], references["rater1"]])[:, :, 1] >= 0.5
     assert found["WM", "raters", None, "ged2"] == ged2(prediction[:, 1], masks)
 

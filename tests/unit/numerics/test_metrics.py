@@ -23,7 +23,6 @@ from softseg_dist.numerics.metrics import (
     soft_metrics,
     volume_difference_mm3,
     volume_error,
-    volume_mm3,
 )
 
 PROPERTY = settings(max_examples=25, deadline=None)
@@ -109,7 +108,7 @@ def test_mean_brier_over_raters_is_the_brier_of_their_mean_plus_their_disagreeme
 
 
 def test_volume_counts_partial_voxels_and_a_positive_error_is_too_large():
-    np.testing.assert_allclose(volume_mm3(Y, 0.5), [(0.3 + 0.5 + 1.0 + 0.1) * 0.5], rtol=1e-6)
+    np.testing.assert_allclose(soft_metrics(X, Y, 0.5)["volume_true_mm3"], [(0.3 + 0.5 + 1.0 + 0.1) * 0.5], rtol=1e-6)
     np.testing.assert_allclose(volume_error(X, Y), [(1.6 - 1.9) / 1.9], rtol=1e-6)
     np.testing.assert_allclose(volume_difference_mm3(X, Y, 0.5), [(1.9 - 1.6) * 0.5], rtol=1e-6)
     assert volume_error(Y, X)[0] > 0
@@ -126,7 +125,7 @@ def test_classes_do_not_mix():
 
 def test_sums_do_not_lose_small_values_to_float32():
     many = np.full((1, 1, 4096, 4096), 0.1, dtype=np.float32)
-    np.testing.assert_allclose(volume_mm3(many, 1.0), [many.size * float(np.float32(0.1))], rtol=1e-12)
+    np.testing.assert_allclose(soft_metrics(many, many, 1.0)["volume_pred_mm3"], [many.size * float(np.float32(0.1))], rtol=1e-12)
 
 
 def test_overlap_and_relative_volume_are_nan_where_both_are_empty():

@@ -157,7 +157,7 @@ def test_a_proposal_that_lost_a_fit_is_completed_next_time(tmp_path):
 def test_an_interrupted_fit_keeps_its_attempt_and_nothing_more_is_emitted(tmp_path):
     search = searcher(tmp_path, FIXED)
     task = search.next_fit()
-    search.stop()
+    search.stopped = True
     assert search.next_fit() is None
     assert not search.ended
     search.interrupt(task)
