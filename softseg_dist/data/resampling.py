@@ -106,11 +106,6 @@ def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
     return np.maximum(overlap, 0) / step
 
 
-def nearest_indices(centers: Float64, num_in: int) -> NDArray[np.int64]:
-    """[len(centers)]: the nearest voxel (the upper one of two equally near)."""
-    return np.clip(np.floor(centers + 0.5), 0, num_in - 1).astype(np.int64)
-
-
 def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Float32:
     """`volume` [... *S], its last len(axes) axes resampled and cropped, without the padding; float32.
 
@@ -121,7 +116,8 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
     if method == "nearest":
         for number, axis in enumerate(axes, start=lead):
             centers = axis.centers() if axis.is_resampled else np.arange(axis.num_in, dtype=np.float64)
-            volume = volume.take(nearest_indices(centers[slice(*axis.kept)], axis.num_in), number)
+            nearest = np.floor(centers[slice(*axis.kept)] + 0.5).clip(0, axis.num_in - 1)  # the upper one of two equally near
+            volume = volume.take(nearest.astype(np.int64), number)
         return volume.astype(np.float32)
     matrices = [_weights(axis, method) if axis.is_resampled else None for axis in axes]
     cropped = volume[(..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))]

@@ -49,23 +49,20 @@ class WorkerGroup:
     def predict(self, image: Tensor) -> Tensor:
         """Images [b C *S] of this worker's rows -> prediction [b K *S], which is empty if this worker has none."""
         if self._forward is None:
-            self._forward = self._distributed(image)
+            # Torch 2.13 warns about this option and names a newer one, which torch 2.11 does not have.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            self._forward = DistributedDataParallel(
+                _SharedModel(self.model, self.share),
+                broadcast_buffers=False,  # they are equal on all workers
+                find_unused_parameters=_has_unused_parameters(self.model, image),
+                gradient_as_bucket_view=True,
+            )
         return self._forward(image)
 
     def backward(self, loss: Tensor) -> None:
         """Put into every parameter the gradient of the sum of all workers' `loss`."""
         self.model.zero_grad(set_to_none=True)
         (loss * self.worker.num_workers).backward()  # DDP takes the mean over workers
-
-    def _distributed(self, image: Tensor) -> DistributedDataParallel:
-        # Torch 2.13 warns about this option and names a newer one, which torch 2.11 does not have.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-        return DistributedDataParallel(
-            _SharedModel(self.model, self.share),
-            broadcast_buffers=False,  # they are equal on all workers
-            find_unused_parameters=_has_unused_parameters(self.model, image),
-            gradient_as_bucket_view=True,
-        )
 
 
 class BatchShare:

@@ -103,13 +103,9 @@ def _keep_plain_layout(network: nn.Module) -> None:
     def plain(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         return (args[0].clone(memory_format=torch.contiguous_format),) if args[0].device.type == "cpu" else None
 
-    for layer in network.modules():
-        if (
-            isinstance(layer, nn.Conv2d | nn.Conv3d)
-            and set(layer.kernel_size) == {1}
-            and max(layer.stride) > 1
-            and layer.in_channels < 16
-        ):
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d)]
+    for layer in convolutions:
+        if set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels < 16:
             # A 1x1 weight is contiguous in both layouts: only a clone gets the strides of the plain one.
             layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
             layer.register_forward_pre_hook(plain)
@@ -155,8 +151,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
     """Replace the fit's checkpoint; after a crash in between the previous one is still there."""
-    marked = {"identity": task.identity, **state}
-    replace_file(checkpoint_path(task.folder), lambda partial: torch.save(marked, partial))
+    replace_file(checkpoint_path(task.folder), lambda partial: torch.save({"identity": task.identity, **state}, partial))
 
 
 def load_checkpoint(task: FitTask) -> dict[str, Any] | None:

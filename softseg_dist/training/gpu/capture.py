@@ -89,9 +89,7 @@ class _Watch(TorchFunctionMode):
     What it cannot see, inside of torch, makes the capture itself fail.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: str | None = None
+    found: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
