@@ -72,10 +72,10 @@ def dimensions(numbers: Sequence[float]) -> str:
     return " x ".join(f"{n:.4g}" if isinstance(n, float) else str(n) for n in numbers)
 
 
-def listed(names: Sequence[object], most: int = 8) -> str:
+def listed(names: Sequence[object], most: int = 8, separator: str = ", ") -> str:
     """`a, b and 3 more`: the first `most` names, and how many more there are."""
     more = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
+    return separator.join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def moment(iso: str) -> str:

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
+from softseg_dist.words import listed
 
 ANSWER_S = 120.0  # a node starts a process first, which may import much from a slow disk
 SHOWN_NODES = 4  # a refusal is one line of text
@@ -39,7 +40,8 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
                     (place / name).delete()
         if problems:
             raise UserError(
-                f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: {_shown(problems)}. "
+                f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: "
+                f"{listed(problems, SHOWN_NODES, '; ')}. "
                 "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
             )
 
@@ -58,7 +60,7 @@ def check_package() -> None:
     nodes = _nodes_for_fits()
     if problems := _problems(nodes, other_version, [()] * len(nodes)):
         raise UserError(
-            f"softseg_dist {ours} must be installed on all nodes of the cluster, but {_shown(problems)}; "
+            f"softseg_dist {ours} must be installed on all nodes of the cluster, but {listed(problems, SHOWN_NODES, '; ')}; "
             "give all nodes one image or environment"
         )
 
@@ -83,10 +85,8 @@ def _nodes_for_fits() -> list[Mapping[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def _problems(
-    nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]
-) -> dict[str, str]:
-    """What nodes answer, if it is not "", by a node's address and the start of its id: several may share a machine."""
+def _problems(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> list[str]:
+    """What nodes answer, if it is not "", after a node's address and the start of its id: several may share a machine."""
     asking: dict[str, tuple[str, Any]] = {}
     for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -95,7 +95,7 @@ def _problems(
         asking[name] = node["NodeID"], task.remote(*given)
     answers = {name: (node, _answer(waiting)) for name, (node, waiting) in asking.items()}
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {name: answer for name, (node, answer) in answers.items() if answer and node in alive}  # one may have gone meanwhile
+    return [f"{name} {answer}" for name, (node, answer) in answers.items() if answer and node in alive]  # one may have gone
 
 
 def _answer(waiting: Any) -> str:
@@ -106,8 +106,3 @@ def _answer(waiting: Any) -> str:
     except RayError as error:
         return f"could not be checked: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return answer
-
-
-def _shown(problems: Mapping[str, str]) -> str:
-    shown = [f"{name} {problem}" for name, problem in list(problems.items())[:SHOWN_NODES]]
-    return "; ".join(shown) + (f"; and {len(problems) - SHOWN_NODES} more" if len(problems) > SHOWN_NODES else "")

@@ -101,11 +101,8 @@ class Session:
         self.announce_stop()
         try:
             task = self.searcher.next_fit()
-        except UserError as error:
-            self._abort(error)
-            return None
-        except OSError as error:
-            self._abort(_explained(error))
+        except (UserError, OSError) as error:
+            self._abort(_explained(error) if isinstance(error, OSError) else error)
             return None
         if task is None:
             return None
@@ -200,7 +197,7 @@ class Session:
     def _stopped(self, task: FitTask, status: str | None) -> None:
         self.progress.gone(task.key)
         if self.tracker is not None and status is not None:
-            self.tracker.fit_gone(task.key, status)
+            self.tracker.close_run(task.key, status)
 
     def _note_once(self, text: str, content: str = "") -> None:
         """Print a note, unless one of the same `content` was printed before."""

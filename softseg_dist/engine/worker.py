@@ -145,13 +145,11 @@ def run_fit(
     def stop() -> bool:
         return stop_file() or worker.stop()
 
-    def report_epoch(metrics: dict[str, float]) -> None:
-        report({"epoch": json.dumps(metrics)})
-
     if worker.share(stop() if worker.leads else False):
         ending = Ending(kind="interrupted")
     else:
-        ending = _guarded(task, fit, replace(worker, report=report_epoch, stop=stop), limit)
+        reporting = replace(worker, report=lambda metrics: report({"epoch": json.dumps(metrics)}), stop=stop)
+        ending = _guarded(task, fit, reporting, limit)
     return {"ending": json.dumps(ending.model_dump(mode="json"))}
 
 

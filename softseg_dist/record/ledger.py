@@ -26,8 +26,8 @@ from softseg_dist.record.changes import Json, holdout_change, study_changes
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult
+from softseg_dist.words import listed
 
-SHOWN_CHANGES = 8  # a refusal is one line of text
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Frozen)
 
@@ -143,10 +143,8 @@ class Ledger:
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
             if refused:
-                shown, more = "; ".join(refused[:SHOWN_CHANGES]), len(refused) - SHOWN_CHANGES
-                shown += f"; and {more} more" if more > 0 else ""
                 advice = "Finished fits are untouched: give the study a new name, or another --out"
-                raise UserError(f"{self.folder}: holds another study: {shown}. {advice}")
+                raise UserError(f"{self.folder}: holds another study: {listed(refused, separator='; ')}. {advice}")
             self._write_code(code, sources)
             self._write("splits.json", now_splits)
             if held_out and before is None:

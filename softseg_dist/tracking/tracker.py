@@ -116,11 +116,12 @@ class Tracker:
         texts = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
         tags = {f"softseg.{name}": text for name, text in texts.items() if text}
         self._put_log(key, self._numbers(result), tags=tags, known=known)
-        self._put_close(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
+        self.close_run(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
 
-    def fit_gone(self, key: str, status: str) -> None:
-        """A fit no longer runs and has no result: "KILLED" if it was interrupted, "FAILED" if its processes died."""
-        self._put_close(key, status)
+    def close_run(self, key: str, status: str, *, known: bool = False) -> None:
+        """Close a run. That of a fit without a result is "KILLED" if it was interrupted, "FAILED" if its processes died."""
+        self._open.pop(key, None)
+        self._put(what="close", key=key, status=status, known=known)
 
     def candidate_ended(
         self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
@@ -136,7 +137,7 @@ class Tracker:
                 metrics[f"{metric}_sd"] = statistics.stdev(values)
         self._running.discard(name)
         self._put_log(name, metrics, tags={"softseg.raced_out_by": race.incumbent} if race else {}, known=known)
-        self._put_close(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
+        self.close_run(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Store a file with the study run, under `folder`. One of the run folder is known by its place in it: that may move."""
@@ -154,7 +155,7 @@ class Tracker:
         Returns lines for the user: that the server was out of reach, or what it refused.
         """
         for key in reversed(list(self._open)):
-            self._put_close(key, status if key == STUDY or status != "FINISHED" else "KILLED")
+            self.close_run(key, status if key == STUDY or status != "FINISHED" else "KILLED")
         self._records.put(None)
         self._thread.join(wait_s)
         self._give_up.set()
@@ -203,10 +204,6 @@ class Tracker:
         ms = int(time.time() * 1000)
         finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
         self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {}, known=known)
-
-    def _put_close(self, key: str, status: str, *, known: bool = False) -> None:
-        self._open.pop(key, None)
-        self._put(what="close", key=key, status=status, known=known)
 
     # What follows runs in the thread.
 
