@@ -137,7 +137,6 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
     """
     reference, prediction = raters.mean(axis=1), spread.mean
     near = neighbourhood(prediction, reference)
-    masks = [near[:, k] for k in range(len(classes))]
     against_mean = {
         **{name: _inside(getattr(spread, name), near) for name in VOXEL_MEASURES},
         "volume_cv": spread.volume_cv,
@@ -149,12 +148,9 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
     }
     against_raters = {}
     if raters.shape[1] > 1:
-        against_raters = {
-            "disagreement_correlation": np.array(
-                [entropy_disagreement_correlation(prediction[:, k][m], reference[:, k][m]) for k, m in enumerate(masks)]
-            ),
-            "ged2": spread.ged2(raters),
-        }
+        pairs = [(prediction[:, k][near[:, k]], reference[:, k][near[:, k]]) for k in range(len(classes))]
+        correlations = np.array([entropy_disagreement_correlation(p, y) for p, y in pairs])
+        against_raters = {"disagreement_correlation": correlations, "ged2": spread.ged2(raters)}
     return [
         Measurement(class_name, name, None, f"{method}_{metric}", float(values[k]))
         for name, measured in (("mean", against_mean), ("raters", against_raters))

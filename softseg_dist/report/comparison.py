@@ -31,7 +31,7 @@ from softseg_dist.numerics.statistics import (
 )
 from softseg_dist.record.changes import differences
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTable, ScoreTables, soft_rows, soft_scores, undefined
+from softseg_dist.report.scores import ScoreTables, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import summarise
 
 # Fields of a data set that say whose images they are; others say what is read of them.
@@ -172,15 +172,9 @@ class _Scored:
     def recipes(self) -> dict[str, Mapping[str, Any]]:
         return {candidate.name: candidate.recipe for candidate in self.data.candidates}
 
-    def table(self, name: str, subjects: Sequence[str], splits: Sequence[int]) -> ScoreTable:
-        """Scores [subject x split] in the order asked, NaN where there is none."""
-        whole = pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
-        return whole.reindex(index=list(subjects), columns=list(splits)).to_numpy(np.float64)
-
-    def subject_means(self, name: str, subjects: Sequence[str]) -> ScoreTable:
-        """Means [subject] over all splits that tested it."""
-        means = pd.DataFrame(self.scores.of(name), list(self.scores.subjects)).mean(axis=1)
-        return means.reindex(list(subjects)).to_numpy(np.float64)
+    def table(self, name: str) -> pd.DataFrame:
+        """Scores of a candidate, by subject and split."""
+        return pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
 
     def side(self, name: str) -> Side:
         whole = crossed_test(self.scores.of(name))
@@ -306,8 +300,9 @@ def _other_trials(a: RunData, b: RunData) -> tuple[str, ...]:
 
 def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: bool) -> CandidateContrast:
     (a, name_a), (b, name_b) = zip(both, pair, strict=True)
-    splits_a, splits_b = [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
-    table = b.table(name_b, pairing.subjects, splits_b) - a.table(name_a, pairing.subjects, splits_a)
+    people, splits_a, splits_b = list(pairing.subjects), [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
+    scores_a, scores_b = a.table(name_a).reindex(people), b.table(name_b).reindex(people)
+    table = (scores_b.reindex(columns=splits_b).to_numpy() - scores_a.reindex(columns=splits_a).to_numpy()).astype(np.float64)
     recipes = a.recipes[name_a], b.recipes[name_b]
     contrast = CandidateContrast(
         a=a.side(name_a),
@@ -322,7 +317,7 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
         ratio = float(np.mean([len(s.test) / len(s.train) for s in a.data.splits if s.index in splits_a]))
         corrected = corrected_t_test(means, ratio)
         return replace(contrast, wilcoxon=wilcoxon_test(means), corrected=corrected)
-    over_subjects = subject_test(b.subject_means(name_b, pairing.subjects) - a.subject_means(name_a, pairing.subjects))
+    over_subjects = subject_test((scores_b.mean(axis=1) - scores_a.mean(axis=1)).to_numpy(np.float64))
     if over_subjects.num_subjects:  # missing fits, too, may leave less than two splits
         return replace(contrast, paired_by="subject", test=over_subjects)
     apart = SubjectTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from softseg_dist.report.breakdown import Raters
 from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, WORSE, new_figure, panels
-from softseg_dist.report.measures import SIZES, Agreement, LesionRate, ReliabilityTable
+from softseg_dist.report.measures import SIZES, Agreement, ReliabilityTable
 from softseg_dist.report.search_tables import Pareto
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, number
@@ -81,23 +81,19 @@ def _agreement(axis: Axes, agreement: Agreement, several: bool) -> None:
 def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
     """A panel per size of lesion, and one for false discoveries; a row per candidate, with 95 % intervals over subjects."""
     found = [summary.measures.lesions[name] for name in names]
-    first = found[0].sensitivity
-    panels: list[tuple[str, list[LesionRate]]] = [
-        (f"{title}\n{first[size].total} lesions", [lesions.sensitivity[size] for lesions in found])
-        for size, title in SIZES.items()
-        if first[size].total
-    ]
-    panels.append(("false discoveries\nof all predicted", [lesions.false_discovery for lesions in found]))
+    totals = {size: rate.total for size, rate in found[0].sensitivity.items() if rate.total}
+    panels = {f"{SIZES[s]}\n{total} lesions": [lesions.sensitivity[s] for lesions in found] for s, total in totals.items()}
+    false = panels["false discoveries\nof all predicted"] = [lesions.false_discovery for lesions in found]
     with new_figure(9, 0.24 * len(found) + 1.15) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, rates) in zip(axes, panels, strict=True):
+        for axis, (title, rates) in zip(axes, panels.items(), strict=True):
             for y, (lesions, rate) in enumerate(zip(found, rates, strict=True)):
                 colour = QUIET if lesions.name == summary.reference else BETTER
                 axis.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
                 axis.plot(rate.share, y, "s" if lesions.name == summary.reference else "o", color=colour, markersize=4.5)
             axis.set(xlim=(-0.03, 1.03), ylim=(len(found) - 0.5, -0.5))
             axis.set_xticks(*TICKS)
-            axis.set_title(title, fontsize=8, color=QUIET if rates is not panels[-1][1] else WORSE)
+            axis.set_title(title, fontsize=8, color=WORSE if rates is false else QUIET)
             axis.grid(axis="x")
             axis.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(found)), [lesions.name for lesions in found], color=INK)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
 from softseg_dist.report.paired_tests import holm_corrected
 from softseg_dist.report.run_folder import RecordedCandidate
-from softseg_dist.report.scores import ScoreTable, ScoreTables
-
-Cell = tuple[str, ...]  # the JSON of a level of each factor
+from softseg_dist.report.scores import ScoreTables
 
 
 @dataclass(frozen=True)
@@ -50,25 +49,19 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Factorial:
-    """A complete factorial: {factor: {JSON of a level: its name}}, the candidate of every cell, and the cell of the base levels."""
+    """A complete factorial: {factor: names of its levels}, the index of each one's base level, and the candidates of all cells.
 
-    factors: Mapping[str, Mapping[str, str]]
-    cells: Mapping[Cell, str]
-    base: Cell
+    Candidates are in the order of `itertools.product` over the levels.
+    """
 
-    def contrasts(self, place: int) -> list[tuple[str, str]]:
-        """(level, base) of the factor at `place`, for each of its other levels."""
-        base = self.base[place]
-        return [(level, base) for level in list(self.factors.values())[place] if level != base]
+    factors: Mapping[str, Sequence[str]]
+    base: Sequence[int]
+    candidates: Sequence[str]
 
-    def others(self, *places: int) -> list[Cell]:
-        """Every combination of the factors that are not at `places`, which keep their base levels."""
-        levels = [[self.base[i]] if i in places else list(named) for i, named in enumerate(self.factors.values())]
-        return list(itertools.product(*levels))
-
-    def difference(self, scores: ScoreTables, cell: Cell, place: int, level: str, base: str) -> ScoreTable:
-        """`level` minus `base` at `place`, in the cell that is `cell` otherwise."""
-        return scores.difference(self.cells[_at(cell, place, level)], self.cells[_at(cell, place, base)])
+    def scores(self, scores: ScoreTables) -> npt.NDArray[np.float64]:
+        """[L1 L2 .. subjects splits]: an axis for the levels of every factor, then the scores of a cell."""
+        tables = np.array([scores.of(name) for name in self.candidates])
+        return tables.reshape(*map(len, self.factors.values()), *tables.shape[1:])
 
 
 def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -> Factorial | None:
@@ -77,12 +70,16 @@ def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -
     None unless it is complete and has at least two factors.
     """
     fixed = [c for c in candidates if c.planned]
-    factors = _factors(fixed)
+    fields = fixed[0].planned if fixed else ()
+    levels = {f: {canonical_json(value): value for value in (c.planned.get(f) for c in fixed)} for f in fields}
+    factors = {f: _level_names(values) for f, values in levels.items() if len(values) > 1}  # {field: {JSON of a level: its name}}
     cells = {tuple(canonical_json(c.planned[f]) for f in factors): c.name for c in fixed}
-    if len(factors) < 2 or not len(fixed) == len(cells) == np.prod([len(levels) for levels in factors.values()]):
+    if len(factors) < 2 or not len(fixed) == len(cells) == np.prod([len(named) for named in factors.values()]):
         return None
     start = next((c for c in fixed if c.name == control), fixed[0])
-    return Factorial(factors, cells, tuple(canonical_json(start.planned[f]) for f in factors))
+    base = [list(named).index(canonical_json(start.planned[f])) for f, named in factors.items()]
+    names = {f: list(named.values()) for f, named in factors.items()}
+    return Factorial(names, base, [cells[cell] for cell in itertools.product(*factors.values())])
 
 
 def main_effects(design: Factorial, scores: ScoreTables) -> tuple[Effect, ...]:
@@ -90,40 +87,28 @@ def main_effects(design: Factorial, scores: ScoreTables) -> tuple[Effect, ...]:
 
     A subject in a split counts if all candidates were tested on it.
     """
-    found = []
-    for place, (factor, names) in enumerate(design.factors.items()):
-        cells = design.others(place)
-        for level, base in design.contrasts(place):
-            table = np.array([design.difference(scores, cell, place, level, base) for cell in cells]).mean(axis=0)
-            found.append(Effect(factor, names[level], names[base], len(cells), crossed_test(table)))
+    found, table = [], design.scores(scores)
+    for i, ((factor, names), base) in enumerate(zip(design.factors.items(), design.base, strict=True)):
+        of_level = np.moveaxis(table, i, 0).reshape(len(names), -1, *table.shape[-2:])  # [level cell subjects splits]
+        for level in (level for level in range(len(names)) if level != base):
+            test = crossed_test((of_level[level] - of_level[base]).mean(axis=0))
+            found.append(Effect(factor, names[level], names[base], of_level.shape[1], test))
     return holm_corrected(found)
 
 
 def interactions(design: Factorial, scores: ScoreTables) -> tuple[Interaction, ...]:
     """Crossed tests of every two factors' levels against their bases; Holm over all of them."""
-    found = []
-    for (i, one), (j, other) in itertools.combinations(enumerate(design.factors), 2):
-        cells, names, other_names = design.others(i, j), design.factors[one], design.factors[other]
-        for (level, base), (other_level, other_base) in itertools.product(design.contrasts(i), design.contrasts(j)):
-            with_level, with_base = (
-                np.array([design.difference(scores, _at(cell, j, value), i, level, base) for cell in cells])
-                for value in (other_level, other_base)
-            )
-            test = crossed_test((with_level - with_base).mean(axis=0))
-            words = names[level], names[base], other, other_names[other_level], other_names[other_base]
-            found.append(Interaction(one, *words, len(cells), test))
+    found, table = [], design.scores(scores)
+    for (i, (one, names)), (j, (other, others)) in itertools.combinations(enumerate(design.factors.items()), 2):
+        base, other_base = design.base[i], design.base[j]
+        of_levels = np.moveaxis(table, (i, j), (0, 1)).reshape(len(names), len(others), -1, *table.shape[-2:])
+        for level, other_level in itertools.product(range(len(names)), range(len(others))):
+            if level != base and other_level != other_base:
+                effect = of_levels[level] - of_levels[base]  # [other level, cell, subjects, splits]
+                test = crossed_test((effect[other_level] - effect[other_base]).mean(axis=0))
+                words = names[level], names[base], other, others[other_level], others[other_base]
+                found.append(Interaction(one, *words, of_levels.shape[2], test))
     return holm_corrected(found)
-
-
-def _at(cell: Cell, place: int, level: str) -> Cell:
-    return (*cell[:place], level, *cell[place + 1 :])
-
-
-def _factors(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[str, str]]:
-    """Fields of the recipe with more than one value: {field: {JSON of a level: its name}}, in order of appearance."""
-    fields = candidates[0].planned if candidates else ()
-    levels = {name: {canonical_json(value): value for c in candidates for value in [c.planned.get(name)]} for name in fields}
-    return {name: _level_names(found) for name, found in levels.items() if len(found) > 1}
 
 
 def _level_names(levels: Mapping[str, Any]) -> dict[str, str]:

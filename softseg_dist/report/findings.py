@@ -93,10 +93,8 @@ def group_answer(summary: Summary) -> str:
     best, tied = summary.winner.name, summary.tied
     if not tied:
         return f"All other candidates were shown to be worse than the highest ranked, {best}."
-    return (
-        f"Not shown to differ from the highest ranked, {best}: {listed(tied)} ({len(tied)} of "
-        f"{count(len(summary.rivals), 'other')}; crossed test at the 5 % level after Holm's correction)."
-    )
+    share = f"{len(tied)} of {count(len(summary.rivals), 'other')}; crossed test at the 5 % level after Holm's correction"
+    return f"Not shown to differ from the highest ranked, {best}: {listed(tied)} ({share})."
 
 
 def holdout_answer(summary: Summary) -> str:
@@ -256,11 +254,9 @@ def _data(summary: Summary) -> list[str]:
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
         found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")
-    if len(summary.splits) < 6:
-        found.append(
-            f"With {count(len(summary.splits), 'split')} Wilcoxon's test cannot reach p < 0.05 "
-            f"(its smallest p is {2.0 ** (1 - len(summary.splits)):.3g})."
-        )
+    if (num := len(summary.splits)) < 6:
+        smallest = f"its smallest p is {2.0 ** (1 - num):.3g}"
+        found.append(f"With {count(num, 'split')} Wilcoxon's test cannot reach p < 0.05 ({smallest}).")
     if summary.num_tested < 12:
         found.append(
             f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
@@ -274,8 +270,7 @@ def _data(summary: Summary) -> list[str]:
 
 def left_out(summary: Summary) -> list[tuple[str, int, int]]:
     """What is in no mean, as (what, how many, of how many); the first two lines are there even if they are 0."""
-    training, ranking = summary.training, summary.ranking
-    planned = summary.num_planned
+    training, ranking, planned = summary.training, summary.ranking, summary.num_planned
     surfaces = summary.measures.surfaces.values()
     found = [
         ("fits that failed", sum(t.failed for t in training), planned),

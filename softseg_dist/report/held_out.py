@@ -134,7 +134,5 @@ def outer_answer(table: OuterTable) -> str:
     )
     if difference is None or table.control_score is None:
         return f"{found}."
-    return (
-        f"{found}; the control {table.control} scores {number(table.control_score.mean)} there: difference "
-        f"{effect_in_words(difference, difference.p)}."
-    )
+    control = f"the control {table.control} scores {number(table.control_score.mean)} there"
+    return f"{found}; {control}: difference {effect_in_words(difference, difference.p)}."

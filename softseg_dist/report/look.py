@@ -45,9 +45,8 @@ def png(figure: Figure) -> bytes:
 
 def data_uri(figure: Figure, vector: bool = True) -> str:
     """The figure as the source of an <img>: SVG for lines and text, PNG for images."""
-    if not vector:
-        return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
-    return "data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg", metadata={"Date": None})).decode()
+    kind, content = ("svg+xml", _written(figure, "svg", metadata={"Date": None})) if vector else ("png", png(figure))
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _written(figure: Figure, kind: str, **options: Any) -> bytes:

@@ -52,25 +52,22 @@ class ReliabilityTable:
 def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:
     """The pooled table of every candidate that has one, by name."""
     rows = test[test["metric"].isin(SUMS) & (test["reference"] == "mean")]
-    rows = rows.assign(edge=rows["threshold"].round(9))
-    return {str(name): _pooled(str(name), part) for name, part in rows.groupby("candidate", observed=True)}
-
-
-def _pooled(name: str, rows: pd.DataFrame) -> ReliabilityTable:
-    sums = rows.groupby(["edge", "metric"], observed=True)["value"].sum().unstack("metric").sort_index()
-    voxels, prediction, reference = (sums[metric].to_numpy(np.float64) for metric in SUMS)
-    known = np.where(voxels > 0, voxels, NAN)
-    gaps = np.abs(prediction - reference)
-    return ReliabilityTable(
-        name=name,
-        edges=tuple(sums.index.tolist()),
-        voxels=tuple(voxels.tolist()),
-        predicted=tuple((prediction / known).tolist()),
-        observed=tuple((reference / known).tolist()),
-        ece=float(gaps.sum() / voxels.sum()) if voxels.sum() else NAN,
-        num_cases=len(rows[["split", "case"]].drop_duplicates()),
-        num_subjects=int(rows["subject"].nunique()),
-    )
+    found = {}
+    for name, part in rows.assign(edge=rows["threshold"].round(9)).groupby("candidate", observed=True):
+        sums = part.groupby(["edge", "metric"], observed=True)["value"].sum().unstack("metric").sort_index()
+        voxels, prediction, reference = (sums[metric].to_numpy(np.float64) for metric in SUMS)
+        known = np.where(voxels > 0, voxels, NAN)
+        found[str(name)] = ReliabilityTable(
+            name=str(name),
+            edges=tuple(sums.index.tolist()),
+            voxels=tuple(voxels.tolist()),
+            predicted=tuple((prediction / known).tolist()),
+            observed=tuple((reference / known).tolist()),
+            ece=float(np.abs(prediction - reference).sum() / voxels.sum()) if voxels.sum() else NAN,
+            num_cases=len(part[["split", "case"]].drop_duplicates()),
+            num_subjects=int(part["subject"].nunique()),
+        )
+    return found
 
 
 PREDICTED, TRUE = "volume_pred_mm3", "volume_true_mm3"

@@ -201,7 +201,6 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
     """What the tests had to say about themselves: {note: candidates}."""
     notes: dict[str, list[str]] = {}
     for comparison in summary.comparisons:
-        for note in (comparison.crossed.note, comparison.corrected.note, comparison.bootstrap.note):
-            if note and comparison.candidate not in notes.setdefault(note, []):
-                notes[note].append(comparison.candidate)
+        for note in filter(None, dict.fromkeys((comparison.crossed.note, comparison.corrected.note, comparison.bootstrap.note))):
+            notes.setdefault(note, []).append(comparison.candidate)
     return notes

@@ -47,7 +47,6 @@ class RecordedCandidate:
 class Trial:
     """One trial of the tuning of a candidate, which is never ranked: its recipe, and its fits."""
 
-    name: str
     candidate: str
     recipe: Mapping[str, Any]
     fits: tuple[FitResult, ...]
@@ -135,7 +134,7 @@ def load_run(folder: Path) -> RunData:
         results=_results(folder, finished, tuning),
         histories={key: history for key, history in histories.items() if not history.empty},
         trials=tuple(
-            Trial(name, name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
+            Trial(name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
             for name, record in tuning.items()
         ),
         ensemble=_table(folder / "ensemble.parquet"),

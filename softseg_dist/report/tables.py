@@ -29,23 +29,14 @@ from softseg_dist.report.search_tables import Searched, searched_of
 
 
 @dataclass(frozen=True)
-class SplitSizes:
-    """Numbers of subjects of one split."""
-
-    index: int
-    train: int
-    validation: int
-    test: int
-
-
-@dataclass(frozen=True)
 class Summary:
     """Everything that a report says in numbers.
 
     `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
     has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
     are theirs. `rivals` compare the highest ranked with all others, `rules` each candidate's thresholds from validation with 0.5.
-    `curves` are mean Dice at each threshold of `CURVE`. `varying` has the fields in which recipes differ, per candidate.
+    `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of subjects, `varying` the fields in which
+    recipes differ, per candidate.
     """
 
     name: str
@@ -76,7 +67,7 @@ class Summary:
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
     rules: tuple[RuleTest, ...]
-    splits: tuple[SplitSizes, ...]
+    splits: tuple[dict[str, int], ...]
     varying: dict[str, dict[str, str]]
     learning_rates: tuple[float, ...]
 
@@ -105,14 +96,14 @@ def summarise(run: RunData) -> Summary:
     reference = control if control in scores.tables else best_complete(scores, objective.sign)
     given_up = [candidate.name for candidate in run.candidates if candidate.raced]
     ranking = ranked(standings_of(run, test, scores), given_up, reference, scores, objective.sign)
-    sizes = tuple(SplitSizes(s.index, len(s.train), len(s.validation), len(s.test)) for s in run.splits)
+    sizes = [{"index": s.index, "train": len(s.train), "validation": len(s.validation), "test": len(s.test)} for s in run.splits]
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]
     design = factorial_of(run.candidates, control)
     by_name = {candidate.name: candidate for candidate in run.candidates}
     training = tuple(training_of(run, by_name[standing.name]) for standing in ranking)
     everyone = run.subjects
-    ratio = float(np.mean([s.test / s.train for s in sizes]))
+    ratio = float(np.mean([of["test"] / of["train"] for of in sizes]))
     return Summary(
         name=run.study["name"],
         question=run.study["question"],
@@ -142,7 +133,7 @@ def summarise(run: RunData) -> Summary:
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),
         rules=rule_tests(run, test, names),
-        splits=sizes,
+        splits=tuple(sizes),
         varying=varying_fields(run.candidates),
         learning_rates=learning_rates(run.candidates),
     )
