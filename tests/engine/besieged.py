@@ -26,7 +26,7 @@ from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
-NUM_EPOCHS, NUM_SPLITS = 30, 3
+NUM_EPOCHS, NUM_SPLITS = 30, 2
 BASE = Recipe(
     network=UNet(filters=(4, 8)), augment=(Affine(degrees=20),), optim=Optim(epochs=NUM_EPOCHS, batch_size=8), loss=Dice()
 )

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from commands import softseg, softseg_here
 from features import listed_files, pattern_of
 
 pytestmark = pytest.mark.engine
@@ -50,11 +51,6 @@ def stop_once():
         breakpoint()
 
 class Halved"""
-
-
-def softseg(*args: object, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "softseg_dist.cli.main", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload]
 
 
 def write(folder: Path, text: str, epochs: int = 2) -> Path:
@@ -147,7 +143,7 @@ def test_two_workers_per_fit_give_the_rows_of_one_and_its_soft_scores_up_to_roun
 
 
 def test_any_candidate_is_trained_on_everybody_and_predicts_on_the_grid_of_an_image(done: Path, tmp_path: Path) -> None:
-    refused = softseg("refit", done, "--candidate", "nobody", cwd=tmp_path)
+    refused = softseg_here("refit", done, "--candidate", "nobody", cwd=tmp_path)
     assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
     assert "has no candidate 'nobody'; there are hard, soft" in refused.stderr
 
@@ -162,7 +158,7 @@ def test_any_candidate_is_trained_on_everybody_and_predicts_on_the_grid_of_an_im
     affine = np.diag([-2.0, 3.0, 4.0, 1.0])
     voxels = np.random.default_rng(0).normal(size=(24, 24, 3)).astype(np.float32)
     nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "new.nii.gz")
-    predicted = softseg("predict", model, tmp_path / "new.nii.gz", "--out", tmp_path / "maps", cwd=tmp_path)
+    predicted = softseg_here("predict", model, tmp_path / "new.nii.gz", "--out", tmp_path / "maps", cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stderr
     soft = nib.load(predicted.stdout.splitlines()[0])
     assert soft.shape == voxels.shape
@@ -172,7 +168,7 @@ def test_any_candidate_is_trained_on_everybody_and_predicts_on_the_grid_of_an_im
 
 
 def test_report_prints_the_numbers_of_the_page(done: Path) -> None:
-    numbers = json.loads(softseg("report", done, "--json", cwd=done.parents[1]).stdout)
+    numbers = json.loads(softseg_here("report", done, "--json", cwd=done.parents[1]).stdout)
     assert {c["name"] for c in numbers["ranking"]} == {"hard", "soft", "trial-000", "trial-001"}
     page = (done / "report" / "index.html").read_text()
     assert all(f"{c['mean']:.3f}" in page for c in numbers["ranking"])
@@ -184,7 +180,7 @@ def test_a_changed_study_is_refused_with_what_changed_and_fits_stay(done: Path) 
     folder = done.parents[1]
     before = table(done)
     changed = write(folder, STUDY.replace("lr=5e-3", "lr=5e-4"))
-    refused = softseg("run", changed, cwd=folder)
+    refused = softseg_here("run", changed, cwd=folder)
     write(folder, STUDY)
     assert refused.returncode == 2
     assert "candidates.hard.optim.lr: 0.005 -> 0.0005" in refused.stderr
@@ -248,7 +244,7 @@ def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line_with_exit_code_2_before_any_fit(tmp_path: Path, edit: tuple[str, str], message: str) -> None:
     assert edit[0] in STUDY
-    ran = softseg("run", write(tmp_path, STUDY.replace(*edit)), cwd=tmp_path)
+    ran = softseg_here("run", write(tmp_path, STUDY.replace(*edit)), "--local", cwd=tmp_path)
     assert ran.returncode == 2, ran.stdout + ran.stderr
     assert message in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
@@ -292,7 +288,7 @@ def test_debug_runs_the_quickstart_in_under_a_minute(tmp_path: Path) -> None:
 
 
 def test_check_finds_the_problem_and_draws_the_rest(tmp_path: Path) -> None:
-    ran = softseg("check", write(tmp_path, STUDY), "--json", cwd=tmp_path)
+    ran = softseg_here("check", write(tmp_path, STUDY), "--json", cwd=tmp_path)
     found = json.loads(ran.stdout)
     assert found["cases"] == 6
     assert ran.returncode == 0
@@ -301,10 +297,10 @@ def test_check_finds_the_problem_and_draws_the_rest(tmp_path: Path) -> None:
 
 def test_prepare_builds_the_store_once(tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
-    first = softseg("prepare", study, cwd=tmp_path)
+    first = softseg_here("prepare", study, cwd=tmp_path)
     (store,) = (tmp_path / "stores").glob("*.arrow")
     written = store.stat().st_mtime_ns
-    again = softseg("prepare", study, cwd=tmp_path)
+    again = softseg_here("prepare", study, cwd=tmp_path)
     assert again.stdout.strip() == first.stdout.splitlines()[-1]
     assert store.stat().st_mtime_ns == written
 
@@ -326,6 +322,6 @@ def test_a_report_without_the_prepared_images_says_so(done: Path, tmp_path: Path
     shutil.copytree(done, copy)
     recorded = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(recorded | {"store": str(tmp_path / "gone.arrow")}))
-    ran = softseg("report", copy, cwd=tmp_path)
+    ran = softseg_here("report", copy, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "No pictures: the prepared images" in (copy / "report" / "index.html").read_text()

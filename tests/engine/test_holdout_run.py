@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_cli import softseg
+from commands import softseg, softseg_here
 
 from softseg_dist.report.run_folder import load_outer, load_run
 
@@ -66,7 +66,7 @@ def test_a_holdout_is_opened_once_and_the_model_does_not_know_it(tmp_path: Path)
     assert files(run, "fits/*/*/holdout.parquet", "fits/*/*.json", "holdout.json") == before
     pd.testing.assert_frame_equal(pd.read_parquet(run / "holdout.parquet"), rows)
 
-    refused = softseg("run", write(tmp_path, "holdout=0.4"), cwd=tmp_path)
+    refused = softseg_here("run", write(tmp_path, "holdout=0.4"), cwd=tmp_path)
     assert refused.returncode == 2
     assert "holdout: 0.25 -> 0.4" in refused.stderr
     assert "held-out subjects: 2 (" in refused.stderr
@@ -75,7 +75,7 @@ def test_a_holdout_is_opened_once_and_the_model_does_not_know_it(tmp_path: Path)
 
 def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_has_not_seen(tmp_path: Path) -> None:
     study, run = write(tmp_path, "nested=MonteCarlo(count=2)"), tmp_path / "runs/tiny"
-    first = finished(softseg("run", study, "--json", cwd=tmp_path))
+    first = finished(softseg_here("run", study, "--local", "--json", cwd=tmp_path))
     assert (first["finished"], first["planned"]) == (2 * 2 * 2, 2)
     outer = load_outer(run)
     assert outer is not None
@@ -105,7 +105,7 @@ def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_
 
     before = files(run, "outer/*/fits/*/*.json", "outer/*/holdout.json", "outer/*/fits/*/*/holdout.parquet")
     told = (run / "outer.json").read_bytes(), pd.read_parquet(run / "outer.parquet")
-    again = softseg("run", study, cwd=tmp_path)
+    again = softseg_here("run", study, "--local", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert sum(line.startswith("Outer split 00") for line in again.stdout.splitlines()) == 2
     assert "without nested=" in again.stdout
@@ -114,11 +114,11 @@ def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_
     pd.testing.assert_frame_equal(pd.read_parquet(run / "outer.parquet"), told[1])
 
     for command in (("status",), ("report", "--csv")):
-        refused = softseg(command[0], run, *command[1:], cwd=tmp_path)
+        refused = softseg_here(command[0], run, *command[1:], cwd=tmp_path)
         assert refused.returncode == 2
         assert "outer/000" in refused.stderr
-    page = unescape(Path(softseg("report", run, cwd=tmp_path).stdout.strip()).read_text())
-    numbers = json.loads(softseg("report", run, "--json", cwd=tmp_path).stdout)
+    page = unescape(Path(softseg_here("report", run, cwd=tmp_path).stdout.strip()).read_text())
+    numbers = json.loads(softseg_here("report", run, "--json", cwd=tmp_path).stdout)
     assert numbers["answer"] in page
     assert numbers["difference"]["num_splits"] == 2
     assert "outer/001/report/index.html" in page

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import softseg, softseg_here
 
 pytestmark = pytest.mark.engine
 
@@ -43,11 +42,6 @@ class Point(Network):
 '''
 
 
-def softseg(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "softseg_dist.cli.main", *map(str, args)]  # as the command: cwd is not on its path
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
 def write(folder: Path, name: str = "helped", weights: str = WEIGHTS) -> Path:
     (folder / "study/lab").mkdir(parents=True, exist_ok=True)
     (folder / "study/weights.py").write_text(weights)
@@ -72,7 +66,7 @@ def test_helper_modules_travel_and_an_edit_is_refused_or_runs_beside(tmp_path: P
     assert {STUDY, WEIGHTS, NETWORKS} <= set(texts.values())
 
     edited = write(tmp_path, weights=WEIGHTS.replace("3.0", "300.0"))
-    refused = softseg("run", edited, cwd=tmp_path)
+    refused = softseg_here("run", edited, cwd=tmp_path)
     assert refused.returncode == 2
     line = "weights.py, line 2, scaled: return 3.0 * x -> return 300.0 * x (used by 1 (candidates.a.loss))"
     assert line in refused.stderr
@@ -89,6 +83,6 @@ def test_helper_modules_travel_and_an_edit_is_refused_or_runs_beside(tmp_path: P
     image = tmp_path / "elsewhere/new.nii.gz"
     nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(16, 16, 2)).astype(np.float32), np.eye(4)), image)
     command = ["predict", run / "model", image, "--out", tmp_path / "maps"]
-    assert "lab/networks.py" in softseg(*command, cwd=image.parent).stderr
+    assert "lab/networks.py" in softseg_here(*command, cwd=image.parent).stderr
     predicted = softseg(*command, "--trust", cwd=image.parent)
     assert predicted.returncode == 0, predicted.stderr

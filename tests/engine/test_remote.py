@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import softseg, softseg_here
 from s3_server import BUCKET
-from test_cli import STUDY, softseg, table, write
+from test_cli import STUDY, table, write
 
 from softseg_dist.places import Place
 
@@ -42,7 +43,7 @@ def comparable(numbers: str) -> dict[str, object]:
 def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[str, str], tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
     first, second, third = (machine(tmp_path / name) for name in ("first", "second", "third"))
-    local = softseg("run", study, "--json", cwd=tmp_path)
+    local = softseg("run", study, "--local", "--json", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
 
     command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json", *SHARED]
@@ -74,22 +75,22 @@ def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[s
 
     (Place.at(RUN) / "results.parquet").pull(tmp_path / "s3" / "results.parquet")
     pd.testing.assert_frame_equal(table(tmp_path / "s3"), table(tmp_path / "runs/tiny"))
-    from_anywhere = softseg("report", RUN, "--json", cwd=tmp_path, env=third)
-    assert comparable(from_anywhere.stdout) == comparable(softseg("report", "runs/tiny", "--json", cwd=tmp_path).stdout)
-    page = Path(softseg("report", RUN, cwd=tmp_path, env=third).stdout.strip())
+    from_anywhere = softseg_here("report", RUN, "--json", cwd=tmp_path, env=third)
+    assert comparable(from_anywhere.stdout) == comparable(softseg_here("report", "runs/tiny", "--json", cwd=tmp_path).stdout)
+    page = Path(softseg_here("report", RUN, cwd=tmp_path, env=third).stdout.strip())
     assert "third/cache" in str(page)
     assert f"softseg report {RUN} --json" in page.read_text()
     assert (page.parent / "overlays.png").is_file(), "the store and the winner's weights are found as well"
-    status = json.loads(softseg("status", RUN, "--json", cwd=tmp_path, env=third).stdout)
+    status = json.loads(softseg_here("status", RUN, "--json", cwd=tmp_path, env=third).stdout)
     assert (status["finished"], status["left"], status["running"]) == (8, 0, [])
     database = f"sqlite:///{tmp_path}/mlflow.db"
-    synced = softseg("sync", RUN, "--tracking-uri", database, "--json", cwd=tmp_path, env=third)
+    synced = softseg_here("sync", RUN, "--tracking-uri", database, "--json", cwd=tmp_path, env=third)
     assert (synced.returncode, json.loads(synced.stdout)["notes"]) == (0, []), synced.stdout
 
 
 def test_a_bucket_that_is_not_there_is_one_line_with_exit_code_2(s3: dict[str, str], tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
-    ran = softseg("run", study, "--out", "s3://nobody-has-this", cwd=tmp_path, env=machine(tmp_path / "first"))
+    ran = softseg_here("run", study, "--local", "--out", "s3://nobody-has-this", cwd=tmp_path, env=machine(tmp_path / "first"))
     assert ran.returncode == 2, ran.stderr
     assert "s3://nobody-has-this/tiny" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1

@@ -4,11 +4,10 @@ nothing."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import softseg_here
 from scripted import make_study, score_of, splits_of
 from test_tracking import free_port, losses, runs_of, server, task
 
@@ -45,8 +44,7 @@ def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
 
 
 def sync(folder: Path, *args: str) -> tuple[int, dict[str, object]]:
-    command = [sys.executable, "-m", "softseg_dist.cli.main", "sync", str(folder), "--json", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = softseg_here("sync", folder, "--json", *args, cwd=folder.parent)
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -87,7 +85,6 @@ def test_a_server_that_knows_nothing_is_told_what_the_ledger_knows(tmp_path: Pat
 def test_a_run_that_is_in_use_is_refused(tmp_path: Path) -> None:
     ran(tmp_path, default_uri(tmp_path), num_splits=1)
     with Ledger(tmp_path).lock():
-        command = [sys.executable, "-m", "softseg_dist.cli.main", "sync", str(tmp_path)]
-        refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        refused = softseg_here("sync", tmp_path, cwd=tmp_path)
     assert refused.returncode == 2
     assert "in use by process" in refused.stderr
