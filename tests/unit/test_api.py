@@ -185,6 +185,7 @@ def without(blocked: str, code: str, *arguments: object) -> str:
     return ran.stdout
 
 
+@pytest.mark.engine
 def test_predicting_imports_no_ray_mlflow_or_optuna(tmp_path: Path) -> None:
     folder, path = random_model(tmp_path / "model", Preprocess(dim=2)), scan(tmp_path / "image.nii.gz")
     ours = """
@@ -197,6 +198,7 @@ def test_predicting_imports_no_ray_mlflow_or_optuna(tmp_path: Path) -> None:
     assert Path(printed.strip()) == tmp_path / "out" / "image_label-GM_softseg.nii.gz"
 
 
+@pytest.mark.engine
 def test_loading_a_run_imports_no_ray_or_mlflow(folder: Path) -> None:
     ours = """
         import softseg_dist

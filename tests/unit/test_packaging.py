@@ -34,6 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
+@pytest.mark.engine
 def test_the_source_distribution_holds_studies_tests_and_documents(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -43,6 +44,7 @@ def test_the_source_distribution_holds_studies_tests_and_documents(built: tuple[
     assert {"Makefile", "requirements.lock", "README.md", "LICENSE"} <= names
 
 
+@pytest.mark.engine
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -51,6 +53,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: tuple
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
 
 
+@pytest.mark.engine
 def test_the_wheel_answers_and_shows_its_demonstration_without_the_repository(built: tuple[Path, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         archive.extractall(tmp_path / "site")

@@ -79,6 +79,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "not all parts passed" in printed
 
 
+@pytest.mark.engine
 def test_a_part_that_hangs_is_ended_and_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
     code, results, _ = first_minutes(tmp_path, "--seconds", "5", HANGS="tests/gpu/test_many_fits_on_gpu.py")
     assert code == 1

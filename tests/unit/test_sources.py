@@ -197,6 +197,7 @@ print(inspect.getsource(type(loss).__mro__[1]).splitlines()[0], study.fingerprin
 """
 
 
+@pytest.mark.engine
 def test_another_process_needs_the_texts_alone(tmp_path: Path) -> None:
     file = load(tmp_path / "here")
     arguments = [pickle.dumps(file.sources).hex(), file.study.model_dump_json()]
@@ -289,6 +290,7 @@ def test_a_text_of_a_run_that_was_changed_is_refused(tmp_path: Path) -> None:
         ledger.sources()
 
 
+@pytest.mark.engine
 def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
     run, text = write_run(tmp_path / "run"), "raise RuntimeError('the report runs the code of a study')"
     (run / "sources").mkdir()
@@ -337,6 +339,7 @@ def told_by_a_script(
     return json.loads(subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.engine
 def test_a_study_built_in_python_brings_the_modules_of_what_it_reaches(tmp_path: Path) -> None:
     assert told_by_a_script(tmp_path, notebook=True)[:2] == ["", []], "the package alone needs no texts"
     imported = told_by_a_script(tmp_path, setup="from mine import Mine", loss="Mine(factor=2)", notebook=True)
@@ -347,6 +350,7 @@ def test_a_study_built_in_python_brings_the_modules_of_what_it_reaches(tmp_path:
     assert told_by_a_script(tmp_path, definitions=own, loss="Mine()", notebook=True) == message
 
 
+@pytest.mark.engine
 def test_a_study_built_in_python_is_run_by_the_text_of_its_modules_as_it_is_now(tmp_path: Path) -> None:
     edit = f"import mine, pathlib\npathlib.Path(mine.__file__).write_text({IN_A_FILE.replace('= FACTOR', '= -FACTOR')!r})"
     edited = told_by_a_script(tmp_path, setup=edit, definitions="loss = mine.Mine()", loss="loss", notebook=True)
@@ -355,6 +359,7 @@ def test_a_study_built_in_python_is_run_by_the_text_of_its_modules_as_it_is_now(
     assert edited[2] != fresh[2]
 
 
+@pytest.mark.engine
 def test_what_a_notebook_has_imported_stays_what_it_is_there(tmp_path: Path) -> None:
     check = "type(study.candidates['a'].loss) is importlib.import_module('mine').Mine"
     told = told_by_a_script(tmp_path, "import importlib, mine", loss="mine.Mine()", check=check, notebook=True)

@@ -73,6 +73,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.engine
 def test_the_store_is_the_same_for_one_process_and_two(built: Path, tmp_path: Path) -> None:
     two = partial(over_processes, workers=2, pays_s=0)
     seen: list[int] = []
@@ -115,6 +116,7 @@ print(len(set(over_processes(os.path.getsize, [__file__] * 4, workers=2, pays_s=
 """
 
 
+@pytest.mark.engine
 def test_a_script_without_a_guard_is_not_run_again_by_its_workers(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -145,6 +147,7 @@ def test_after_a_failure_in_the_middle_finished_cases_are_not_prepared_again(
     assert files(tmp_path) == [built.name]
 
 
+@pytest.mark.engine
 def test_after_a_kill_finished_cases_are_not_prepared_again(built: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from softseg_dist.data.cases import DataSet;"

@@ -187,6 +187,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path: Path, num_bytes: int) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.engine
 def test_two_processes_may_build_one_store_at_once(built: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from softseg_dist.data.cases import DataSet;"

@@ -55,6 +55,7 @@ def test_it_is_fetched_once_and_then_needs_no_network(where: str, monkeypatch: p
     assert local_store(where) == first
 
 
+@pytest.mark.engine
 def test_processes_that_ask_at_once_get_one_whole_file(where: str, cache: Path) -> None:
     code = "import sys; from softseg_dist.data.store_cache import local_store as l; p = l(sys.argv[1]); print(p.stat().st_ino)"
     asking = [subprocess.Popen([sys.executable, "-c", code, where], stdout=subprocess.PIPE) for _ in range(3)]

@@ -207,6 +207,7 @@ def test_debug_runs_here_unless_an_option_asks_for_ray(options: dict[str, Any], 
         assert backend_of(chosen) == LocalBackend(debug=True)
 
 
+@pytest.mark.engine
 def test_what_a_local_run_imports_is_without_ray() -> None:
     code = "import sys, softseg_dist.nested, softseg_dist.tracking.server, softseg_dist.engine.local; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

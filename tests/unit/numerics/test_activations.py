@@ -212,6 +212,7 @@ def work(rank: int, folder: str) -> None:
     os._exit(0)  # a thread of gloo's may still let go of a tensor, and kills a process whose Python is on its way out
 
 
+@pytest.mark.engine
 def test_two_workers_give_the_prediction_gradient_and_state_of_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -136,6 +136,7 @@ def test_why_a_fit_broke_reaches_the_driver_and_is_gone_when_it_runs_again(remot
     assert reason_of(task(remote)) == "its process died (killed, out of memory, or crashed)"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_a_real_fit_that_moves_to_another_node_ends_as_one_that_stayed(remote: str, tmp_path: Path, steps: int) -> None:
     """Its process is gone after `steps` steps: nothing is sent but what was sent with its checkpoints."""

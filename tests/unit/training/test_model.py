@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ def train() -> None:
         adam.step()
 
 
+@pytest.mark.engine
 def test_a_strided_convolution_of_few_channels_does_not_end_the_process() -> None:
     ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")

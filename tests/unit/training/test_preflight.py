@@ -136,6 +136,7 @@ def in_child(prepared: tuple[Store, Split], *recipes: Recipe) -> None:
     preflight(named, (), *prepared, SOURCES)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -155,12 +156,14 @@ def test_a_network_that_fails_gives_one_sentence_that_names_candidate_and_cause(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.engine
 def test_uncertainty_is_tried_there_too(prepared: tuple[Store, Split]) -> None:
     recipes = {"mine": with_network("prints")}
     with pytest.raises(UserError, match=r"candidate mine: MCDropout\(\) needs a network with dropout"):
         preflight(recipes, (MCDropout(),), *prepared, SOURCES, start_child())
 
 
+@pytest.mark.engine
 def test_a_child_that_gets_no_task_ends() -> None:
     child = start_child()
     assert child.stdin is not None
@@ -168,11 +171,13 @@ def test_a_child_that_gets_no_task_ends() -> None:
     assert child.wait(timeout=120) != 0
 
 
+@pytest.mark.engine
 def test_a_class_that_only_this_process_knows_is_tried_here(prepared: tuple[Store, Split]) -> None:
     with pytest.raises(UserError, match=r"candidate mine cannot be trained .*: Infinite\(\) is not finite"):
         preflight({"mine": OURS.replace(loss=Infinite())}, (), *prepared, SOURCES)
 
 
+@pytest.mark.engine
 def test_a_script_without_a_guard_can_start_it(prepared: tuple[Store, Split], tmp_path: Path) -> None:
     """The child does not import the main module: this one would start it again and again."""
     store, split = prepared
