@@ -10,7 +10,9 @@ DATA   ?= $(wildcard ../shared/data)
 export OMP_NUM_THREADS ?= 1
 export SOFTSEG_TEST_DATA ?= $(if $(DATA),$(abspath $(DATA)))
 
-.PHONY: demo test check bench bench-gpu lock clean
+unexport PYTHONDONTWRITEBYTECODE  # every process would compile all modules again
+
+.PHONY: demo test check types units bench bench-gpu lock clean
 
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 ON_GPU     := $(filter tests/benchmarks/bench_gpu%,$(BENCHMARKS))
@@ -28,14 +30,19 @@ demo: $(VENV)/.ready
 	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
 
 test: check
-	$(BIN)/python -m pytest -m "engine and not timed" --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest -m "gpu or engine and not timed" --numprocesses 2 --dist loadfile tests
 	$(BIN)/python -m pytest -m "engine and timed" tests
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync types units
+
+types:
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not engine" --numprocesses 2 --dist loadfile tests softseg_dist
+
+units:
+	$(BIN)/python -m pytest -m "not engine" --numprocesses 2 --dist loadfile tests/unit softseg_dist
 
 bench: $(VENV)/.ready
 	@for file in $(filter-out $(ON_GPU),$(BENCHMARKS)); do echo; echo "$$file"; $(BIN)/python $$file || failed="$$failed $$file"; done; \

@@ -10,6 +10,14 @@ import pytest
 from s3_server import s3_server
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a server: it is no unit test."""
+    for item in items:
+        if "s3" in getattr(item, "fixturenames", ()):
+            item.add_marker("engine")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with the real images; without it the tests that need them are skipped and say so."""

@@ -43,6 +43,7 @@ def test_the_page_shows_every_kind_of_extension() -> None:
     assert set(FILES) - set(STUDIES) == {"with_helper/boundaries.py"}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_file_of_the_page_is_a_study_whose_candidates_can_be_trained(name: str, folder: Path) -> None:
     study = load_study(folder / name).study

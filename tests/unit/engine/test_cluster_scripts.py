@@ -179,6 +179,7 @@ if "images" in words:
 OURS = "203.0.113.7/32"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("state", ["new", "known"])
 @pytest.mark.parametrize(("cloud", "words"), [("aws", ["us-east-1"]), ("gcp", ["project", "us-central1-a"])])
 def test_prepare_writes_a_launcher_file_for_ray_and_opens_ssh_to_one_address(

@@ -145,6 +145,7 @@ def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
         UNet.model_validate(fields)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (32, 40, 35)])
 def test_monais_own_network_computes_the_same_with_faster_upsampling_and_a_compiler_follows(size: tuple[int, ...]) -> None:
     module = BasicUNet(len(size), 1, 2, features=(2, 2, 4, 4, 4, 2))

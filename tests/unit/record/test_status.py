@@ -39,7 +39,7 @@ STUDY = Study(
 )
 
 
-@pytest.fixture(params=["path", "s3"])
+@pytest.fixture(params=["path", pytest.param("s3", marks=pytest.mark.engine)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("SOFTSEG_CACHE", str(tmp_path / "cache"))
     if request.param == "path":

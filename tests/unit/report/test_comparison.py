@@ -266,6 +266,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(first: Path, second: Pat
     assert compared(first, strange, SOFT, "hard-normrelu-dice").contrasts[0].paired_by == "nothing"
 
 
+@pytest.mark.engine
 def test_the_command_says_the_same_as_json(first: Path, second: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shift(second, SOFT, 0.03, sd=0.01)
     words = ["compare", str(first), second.as_uri()]

@@ -163,6 +163,7 @@ def test_dice_is_taken_at_the_threshold_that_each_fit_chose(run: RunData, summar
     assert standing.dice["fixed"] < standing.dice["dice_optimal"]
 
 
+@pytest.mark.engine
 def test_an_unfinished_run_is_reported_from_what_is_there(tmp_path: Path):
     folder = write_run(tmp_path, collected=False, failed=[("soft-sigmoid-wing", 3)], missing=[(CONTROL, 5)])
     summary = summarise(load_run(folder))
@@ -204,6 +205,7 @@ def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):
     assert f"The control {CONTROL} has no finished fit" in answer(summary)
 
 
+@pytest.mark.engine
 def test_one_candidate_and_one_split_still_make_a_page(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1)
     page = written_page(folder).read_text()
@@ -229,6 +231,7 @@ def test_of_many_candidates_that_did_not_converge_some_are_named_and_all_counted
     assert text.endswith(f": {', '.join(names[:6])} and {len(names) - 6} more.")
 
 
+@pytest.mark.engine
 def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
     assert summarise(load_run(folder)).compute.engines.keys() == {"float32"}
@@ -277,6 +280,7 @@ class _Reader(HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.engine
 def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:4], num_splits=4)
     page = written_page(folder, [overlay("best"), overlay("worst")])
@@ -305,6 +309,7 @@ def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
         assert word in text
 
 
+@pytest.mark.engine
 def test_a_page_without_run_json_and_with_a_question_that_looks_like_html(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, failed=[(CELLS[1], 1)])
     study = json.loads((folder / "study.json").read_text())
@@ -366,6 +371,7 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
     assert fields([turn, flip], []) == {"a": {"augment": "Affine, Flip"}, "b": {"augment": "none"}}
 
 
+@pytest.mark.engine
 def test_every_objective_is_explained_on_the_page(tmp_path: Path):
     assert set(METRICS) == set(OBJECTIVES)
     page = written_page(write_run(tmp_path, candidates=CELLS[:2], num_splits=2)).read_text()

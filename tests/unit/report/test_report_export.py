@@ -73,6 +73,7 @@ def test_names_are_escaped_for_latex(tmp_path: Path):
     assert r"trial\_1\&2" in latex(summarise(load_run(folder)))
 
 
+@pytest.mark.engine
 def test_the_command_writes_csv_prints_latex_and_does_one_thing_at_a_time(folder: Path):
     written = CliRunner().invoke(app, ["report", str(folder), "--csv"]).output.split()
     assert str(folder / "report" / "ranking.csv") in written

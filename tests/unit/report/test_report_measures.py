@@ -150,6 +150,7 @@ def test_uncertainty_stands_by_method(summary: Summary):
         assert 0.1 < entries[0].measures["entropy"] < 0.3
 
 
+@pytest.mark.engine
 def test_every_figure_has_a_caption_that_says_n(folder: Path):
     page = written_page(folder).read_text()
     for section in ("calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
@@ -160,6 +161,7 @@ def test_every_figure_has_a_caption_that_says_n(folder: Path):
     assert all("n = " in caption or "(n in the title)" in caption for caption in captions)
 
 
+@pytest.mark.engine
 def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
     folder = write_run(tmp_path, candidates=NAMES, num_splits=2, raters=())
     record = json.loads((folder / "run.json").read_text())

@@ -115,6 +115,7 @@ def test_trials_of_tuning_are_shown_and_never_ranked(tmp_path: Path):
     assert not any("one fixed learning rate" in text for text in caveats(summary))
 
 
+@pytest.mark.engine
 def test_held_out_subjects_are_tested_once_and_said_first(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:4], num_splits=4)
     winner = summary_of(folder).winner.name
@@ -210,6 +211,7 @@ def test_an_interaction_is_found_and_said(tmp_path: Path):
     assert effects_answer(summary)
 
 
+@pytest.mark.engine
 def test_the_page_tells_all_of_a_search(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], proposed=TRIALS[:6], num_splits=2, num_tested=4)
     draw_parameters(folder)

@@ -229,6 +229,7 @@ def test_what_cannot_be_used_is_noted_once_and_costs_no_digit(tasks: dict[int, F
     assert hopeful.execution.notes[0].startswith("graph: not used, ")
 
 
+@pytest.mark.engine
 def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(tasks: dict[int, FitTask], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nand a page of text")
@@ -239,6 +240,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(tasks: dict[int, 
     assert hopeful.execution.notes == ("compiled: not used, RuntimeError: no compiler and a page of text",)
 
 
+@pytest.mark.engine
 def test_a_network_is_compiled_whole_and_once_for_all_fits_of_a_process(tasks: dict[int, FitTask]) -> None:
     torch._dynamo.reset()
     made: list[torch.fx.GraphModule] = []

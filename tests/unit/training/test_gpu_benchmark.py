@@ -49,6 +49,7 @@ def test_the_last_bias_of_monais_network_is_added_to_its_logits() -> None:
         assert torch.allclose(module(image) - before, torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), atol=1e-5)
 
 
+@pytest.mark.engine
 def test_a_table_has_every_way_and_only_the_packages_count(tmp_path: Path) -> None:
     lines: list[str] = []
     table = Steps(FLAT, tmp_path, TINY, lines.append)
@@ -76,6 +77,7 @@ class Scarce(UNet):
         return super().build(in_channels, out_channels, dim)
 
 
+@pytest.mark.engine
 def test_a_way_that_fails_says_so_and_the_others_are_measured(tmp_path: Path) -> None:
     lines: list[str] = []
     table = Steps(replace(FLAT, network=Scarce(filters=(4, 8))), tmp_path, TINY, lines.append)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from many_fits import fit_at_once, largest_difference, losses, make_tasks
 
 
+@pytest.mark.engine
 def test_fits_at_once_have_the_losses_that_they_have_alone_and_a_difference_is_found(tmp_path: Path) -> None:
     tasks = make_tasks(tmp_path, (0, 1, 0, 1))
     results = fit_at_once(tasks[:2], 1, "cpu") + fit_at_once(tasks[2:], 2, "cpu")
