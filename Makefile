@@ -1,5 +1,5 @@
 # make demo   a finished study with its report, from nothing but Python and make
-# make test   all tests; make check: lint, types and unit tests only
+# make test   lint, types and tests; make check: lint, types and unit tests only; make test-long: tests of rare accidents
 # make bench  speed and memory beside their targets, in half an hour on 2 cores; make bench-gpu: the same of a GPU
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ export SOFTSEG_TEST_DATA ?= $(if $(DATA),$(abspath $(DATA)))
 
 unexport PYTHONDONTWRITEBYTECODE  # every process would compile all modules again
 
-.PHONY: demo test check types units bench bench-gpu lock clean
+.PHONY: demo test test-long check types units bench bench-gpu lock clean
 
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 ON_GPU     := $(filter tests/benchmarks/bench_gpu%,$(BENCHMARKS))
@@ -30,8 +30,11 @@ demo: $(VENV)/.ready
 	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
 
 test: check
-	$(BIN)/python -m pytest -m "gpu or engine and not timed" --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest -m "gpu or engine and not timed and not long" --numprocesses 2 --dist loadfile tests
 	$(BIN)/python -m pytest -m "engine and timed" tests
+
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile tests
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ def test_gpu_tests_are_collected() -> None:
     assert {line.partition("::")[0].rpartition("/")[2] for line in done.stdout.splitlines() if "::" in line} == files
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_benchmark_runs_and_tells_no_figure() -> None:
     written = sorted((ROOT / "tests/benchmarks/out").glob("gpu_*"))

@@ -153,6 +153,7 @@ def test_a_study_uses_all_machines_and_outlives_the_loss_of_one(raylets: Raylets
     assert len(results) == 2 * NUM_SPLITS
 
 
+@pytest.mark.long
 def test_a_cluster_without_workers_grows_for_a_study_and_shrinks_after_it(tmp_path: Path) -> None:
     cluster = Raylets("grow")
     process = driver(tmp_path, address=cluster.address, together=2)

@@ -38,7 +38,7 @@ def alone(tasks: dict[str, FitTask]) -> dict[str, Any]:
     return {job.__name__: run_on(1, job, tasks) for job in (steps_in_float64, sgd_step_in_float32)}
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_twenty_steps_in_float64_agree_where_rounding_cannot_hide_a_mistake(tasks, alone, num_workers):
     """AdamW divides by the size of a gradient, and so makes a step of every rounding error: in float32 it would hide much."""
     together = run_on(num_workers, steps_in_float64, tasks)
@@ -48,7 +48,7 @@ def test_twenty_steps_in_float64_agree_where_rounding_cannot_hide_a_mistake(task
         assert distance(one["state"], together[name]["state"]) < 1e-9, name
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_step_of_gradient_descent_in_float32_agrees(tasks, alone, num_workers):
     together = run_on(num_workers, sgd_step_in_float32, tasks)
     for name, one in alone["sgd_step_in_float32"].items():

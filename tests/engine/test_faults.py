@@ -13,6 +13,7 @@ pytestmark = pytest.mark.engine
 FAULTS = Path(__file__).parent / "faults.py"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("workers", "kinds"), [(1, ["worker", "driver"]), (2, ["worker"])])
 def test_kills_at_random_moments_cost_time_only(tmp_path: Path, workers: int, kinds: list[str]) -> None:
     command = [sys.executable, str(FAULTS), str(tmp_path), "0", str(workers), *kinds]

@@ -38,6 +38,7 @@ def namespaces_allowed() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not namespaces_allowed(), reason="this kernel does not let users mount a tmpfs in their own namespace")
 def test_a_full_disk_stops_the_study_with_one_line_and_more_room_lets_it_go_on(tmp_path: Path) -> None:
     write(tmp_path, STUDY, epochs=4)

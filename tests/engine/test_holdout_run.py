@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from commands import softseg, softseg_here
+from commands import softseg_here
 
 from softseg_dist.report.run_folder import load_outer, load_run
 
@@ -46,7 +46,7 @@ def files(folder: Path, *patterns: str) -> dict[Path, tuple[bytes, int]]:
 
 def test_a_holdout_is_opened_once_and_the_model_does_not_know_it(tmp_path: Path) -> None:
     study, run = write(tmp_path, "holdout=0.25"), tmp_path / "runs/tiny"
-    first = softseg("run", study, "--json", cwd=tmp_path)
+    first = softseg_here("run", study, "--local", "--json", cwd=tmp_path)
     assert finished(first)["finished"] == 4
     assert "opening 2 held-out subjects" in first.stdout
     loaded = load_run(run)
@@ -60,7 +60,7 @@ def test_a_holdout_is_opened_once_and_the_model_does_not_know_it(tmp_path: Path)
 
     before = files(run, "fits/*/*/holdout.parquet", "fits/*/*.json", "holdout.json")
     rows = pd.read_parquet(run / "holdout.parquet")
-    again = softseg("run", study, "--json", cwd=tmp_path)
+    again = softseg_here("run", study, "--local", "--json", cwd=tmp_path)
     assert finished(again)["finished"] == 4
     assert "held-out" not in again.stdout
     assert files(run, "fits/*/*/holdout.parquet", "fits/*/*.json", "holdout.json") == before

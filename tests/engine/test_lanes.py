@@ -58,6 +58,7 @@ def test_a_mistake_of_the_users_on_a_lane_stops_the_study_with_its_text(shared_r
     assert reserved(2) == 0
 
 
+@pytest.mark.long
 def test_two_lanes_start_at_once_and_do_not_wait_for_each_other(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, __file__, str(tmp_path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,12 +48,3 @@ def test_a_study_runs_in_a_cell_and_in_a_thread_without_ray(tmp_path: Path) -> N
     assert ran.returncode == 0, ran.stderr
     assert "brier" in ran.stdout.splitlines()[-1]
     assert "6/6  missed" in ran.stdout, "progress is plain lines where there is no terminal"
-
-
-def test_the_demonstration_runs_in_an_empty_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "softseg_dist.cli.main", "demo", "--debug", "--json"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=550)
-    assert ran.returncode == 0, ran.stderr
-    end = json.loads(ran.stdout.splitlines()[-1])
-    assert (end["end"], end["finished"], end["failed"]) == ("done", 16, 0)
-    assert (tmp_path / "runs/s001_quickstart-debug/report/index.html").is_file()

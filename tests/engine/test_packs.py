@@ -116,6 +116,7 @@ def test_fits_in_one_host_end_as_if_they_were_alone_and_the_host_ends_with_the_s
     assert_ends(set(pids))
 
 
+@pytest.mark.long
 def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
     shared_ray: None, tasks: dict[str, FitTask], alone: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_accidents_of_fits_in_a_pack_are_survived_and_those_that_had_one_are_tri
     assert_ends(set(map(int, processes(tmp_path))))
 
 
+@pytest.mark.long
 def test_no_host_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
     ours = driver(tmp_path, sleep_s=0.5)
     until = time.monotonic() + 240
