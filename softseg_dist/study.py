@@ -293,7 +293,8 @@ class Study(Frozen):
         kind, _, rater = recipe.fusion.partition(":")
         known = self.data.rater_names
         if kind == "rater" and known is not None and rater not in known:
-            raise ValueError(f"candidate {name}: fusion names rater {rater!r}, but the raters are {', '.join(known)}")
+            named = ", ".join(known) or "none; rater_names of a data set is None if only the files can tell"
+            raise ValueError(f"candidate {name}: fusion names rater {rater!r}, but the raters are {named}")
         if known is not None and len(known) == 1:
             check_one_rater(name, recipe.fusion)
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":

@@ -83,18 +83,18 @@ class DataSet(Frozen, ABC):
     @property
     @abstractmethod
     def rater_names(self) -> tuple[str, ...] | None:
-        """The raters, or None if they are known only when the files are seen."""
+        """The raters, or None if only the files can tell, or cases have different ones."""
 
     @abstractmethod
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
-        """All cases, incomplete ones too, sorted by name.
+        """All cases, incomplete ones too; no two have one name.
 
         Raises UserError if the folder is missing, empty, or has nothing of what is asked for.
         """
 
     def cases(self, data_root: Path | None) -> tuple[Case, ...]:
         """All cases, sorted by name. Raises UserError as `scan` does, and at the first case that lacks something."""
-        cases = self.scan(data_root)
+        cases = tuple(sorted(self.scan(data_root), key=lambda case: case.name))
         for case in cases:
             if lacks := case.missing():
                 raise UserError(lacks[0])
@@ -142,7 +142,7 @@ class LabelledCase(Case):
         self.images = tuple(images)
         self.rater_names = tuple(labels)
         self.labels = labels
-        self.problems = tuple(problems)
+        self.problems = tuple(problems) if subject else (*problems, f"case {name} has no subject: its subject is an empty text")
         self.find_mask = find_mask
 
     def missing(self) -> tuple[str, ...]:

@@ -19,4 +19,4 @@ def assert_covered(base: type, instances: Iterable[object]) -> None:
     """Every public class that implements `base` is the class of one of the `instances` that a property suite runs over."""
     missing = public_classes(base) - {type(instance) for instance in instances}
     names = ", ".join(sorted(kind.__name__ for kind in missing))
-    assert not missing, f"the property suite of {base.__name__} does not run over {names}: add an instance of each"
+    assert not missing, f"the property suite of {base.__name__} does not run over {names}: add an instance to the list in this file"

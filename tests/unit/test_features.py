@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a program it has tests/unit alone on its path
 from features import CHANGELOG, LIST, SECTION, listed, removed
 
 import softseg_dist

@@ -27,7 +27,7 @@ def stub() -> str:
 
 
 def test_the_stub_is_what_the_table_says() -> None:
-    assert STUB.read_text() == stub()
+    assert STUB.read_text() == stub(), "run python tests/unit/test_public_names.py"
 
 
 def test_every_public_name_resolves() -> None:

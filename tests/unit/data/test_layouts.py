@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from public_classes import assert_covered
 
-from softseg_dist.data.cases import DataSet
+from softseg_dist.data.cases import Case, DataSet, LabelledCase
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom
 
@@ -25,7 +25,7 @@ every_data_set = pytest.mark.parametrize("data", DATA_SETS, ids=str)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BIDS-like folder that all the `Bids` above can read: three sessions of two people, two contrasts, two raters."""
+    """What the data sets above can read; for `Bids` three sessions of two people, two contrasts, two raters."""
     folder, rng = tmp_path_factory.mktemp("root"), np.random.default_rng(0)
     for subject in ("sub-a1", "sub-a2", "sub-b1"):
         masks = {f"label-GM{rater}_mask": rng.integers(0, 2, (6, 5, 4)) for rater in ("", "_desc-x", "_desc-y")}
@@ -95,3 +95,19 @@ def test_cases_differ_in_their_sources_and_voxels(data: DataSet, root: Path) -> 
     cases = data.cases(root)
     assert len({case.sources() for case in cases}) == len(cases)
     assert len({case.load().image.tobytes() for case in cases}) == len(cases)
+
+
+class Reversed(Phantom):
+    """A data set that finds its cases in another order."""
+
+    def scan(self, data_root: Path | None) -> tuple[Case, ...]:
+        return super().scan(data_root)[::-1]
+
+
+def test_cases_are_sorted_in_whatever_order_a_data_set_finds_them() -> None:
+    assert [case.name for case in Reversed(subjects=3).cases(None)] == [case.name for case in Phantom(subjects=3).cases(None)]
+
+
+def test_a_case_whose_subject_is_an_empty_text_says_so() -> None:
+    nobody = LabelledCase("-x", [Path("-x.nii.gz")], subject="", site="", labels={}, problems=["it has no mask"])
+    assert nobody.missing() == ("it has no mask", "case -x has no subject: its subject is an empty text")
