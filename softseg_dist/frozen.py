@@ -162,6 +162,8 @@ class Frozen(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         cls.__softseg_module__ = sys.modules.get(cls.__module__)
+        if "short" in cls.model_fields:
+            raise UserError(f'{cls.__name__}: short is no field; write it without a type, such as short = "wing"')
 
     @model_validator(mode="wrap")
     @classmethod

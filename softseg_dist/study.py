@@ -348,7 +348,9 @@ def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:
         for short, value in zip(shorts, values, strict=True)
     ]
     if len(set(names)) < len(names):
-        raise ValueError(f"two values of factor {field!r} are the same: {', '.join(map(str, values))}")
+        twice = next(name for name in names if names.count(name) > 1)
+        shown = ", ".join(str(value) for name, value in zip(names, values, strict=True) if name == twice)
+        raise ValueError(f"two values of factor {field!r} are the same, or have one short name, {twice!r}: {shown}")
     return list(zip(names, values, strict=True))
 
 

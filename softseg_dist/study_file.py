@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PydanticUserError, ValidationError
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import SOURCES, STUDY_MODULES, TEXT_MODULES, Frozen, has_name, sources_of
@@ -229,11 +229,16 @@ _TEXTS = _Texts()
 
 def describe(error: Exception) -> str:
     """One line that says what is wrong, in the words of pydantic where it knows the field and the value."""
+    if isinstance(error, PydanticUserError) and error.code == "model-field-missing-annotation":
+        found = error.message.partition("`")[2].partition("`")[0]
+        return f"{found}: a field has a type, such as weight: float = 2.0"
+    if isinstance(error, TypeError) and "BaseModel.__init__()" in str(error):
+        return "arguments are given by name, such as FocalTversky(alpha=0.3)"
     if not isinstance(error, ValidationError):
         return " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, UserError) else str(error)
     first, more = error.errors()[0], error.error_count() - 1
     place = ".".join([error.title, *map(str, first["loc"])])
-    message = first["msg"].removeprefix("Value error, ")
+    message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r:.80}"
     return f"{place}: {message}{value}" + (f" (and {more} more)" if more else "")
 

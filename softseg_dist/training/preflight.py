@@ -281,7 +281,8 @@ def _loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     """The loss of two samples, a scalar, whose parts have the shapes that training relies on."""
     of_sample = loss.per_sample(prediction, target)
     if not isinstance(of_sample, Tensor) or of_sample.shape != (2,):
-        raise ValueError(f"per_sample of {loss} must return a tensor of one loss per sample, got {of_sample!r:.80}")
+        got = f"shape {tuple(of_sample.shape)}" if isinstance(of_sample, Tensor) else f"{of_sample!r:.80}"
+        raise ValueError(f"per_sample of {loss} must return one loss per sample, for 2 samples a tensor of shape (2,); got {got}")
     averaged, count = loss.averaged(prediction, target), loss.num_averaged(prediction.shape[1])
     if averaged.shape != (2, count):
         raise ValueError(f"{loss} must average {count} numbers of each sample, got {tuple(averaged.shape)} for 2 samples")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,20 @@ def propose(trial):
 STUDY = Study(name="sent", question="?", data=Phantom(subjects=6), splits=MonteCarlo(count=2),
               candidates={"a": Recipe(loss=Counting())}, search=Search(propose, trials=1))
 """
+
+
+MISTAKES = {
+    "class L(Brier):\n    weight = 2.0": "weight = 2.0: a field has a type, such as weight: float = 2.0",
+    "class L(Brier):\n    short: str = 'l'": "L: short is no field; write it without a type",
+    "FocalTversky(0.3)": "arguments are given by name, such as FocalTversky(alpha=0.3)",
+    "FocalTversky(alfa=0.3)": "FocalTversky.alfa: there is no such field, got 0.3",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Field name")
+@pytest.mark.parametrize("code", MISTAKES)
+def test_a_mistake_in_a_class_is_named_with_what_to_write(code: str, tmp_path: Path) -> None:
+    path = tmp_path / "mistaken.py"
+    path.write_text(f"from softseg_dist import *\n{code}\n")
+    with pytest.raises(UserError, match=re.escape(MISTAKES[code])):
+        load_study(path)

@@ -316,7 +316,7 @@ def test_a_loss_of_the_whole_batch_can_be_trained(prepared: tuple[Store, Split],
 @pytest.mark.parametrize(
     ("loss", "cause"),
     [
-        (OfTheBatch(), "per_sample of OfTheBatch() must return a tensor of one loss per sample, got tensor("),
+        (OfTheBatch(), "per_sample of OfTheBatch() must return one loss per sample, for 2 samples a tensor of shape (2,)"),
         (Miscounted(), "Miscounted() must average 1 numbers of each sample, got (2, 2) for 2 samples"),
         (Unaveraged(), "of_averages of Unaveraged() must return a scalar for one batch, got (1,)"),
         (Infinite(), "Infinite() is not finite"),
