@@ -78,21 +78,26 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (x, weight, mean, variance, total), grad = ctx.saved_tensors, grad_outputs[0]
-        of_x, sums = torch.zeros_like(x), torch.zeros(2, x.shape[1], dtype=torch.float64)
+        sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
         if len(x):
-            fixed = weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-            of_x, *by_parameters = torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)
-            sums = torch.stack(by_parameters).double()
+            fixed = weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            sums = torch.stack(torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)[1:]).double()
         own = (None, None) if weight is None else sums.to(weight.dtype).unbind()
         totals = sums.clone()  # of float64 weights `own` are views
-        distributed.all_reduce(totals, group=ctx.group)
-        by_normal, by_one = totals / total
-        # weight / sd * (dy - mean dy - xhat mean(dy xhat)): the kernel gave the first term, and a line in x is left
+        sent = distributed.all_reduce(totals, group=ctx.group, async_op=True)
+        # weight / sd * (dy - mean dy - xhat mean(dy xhat)) is a line in dy, computed while the sums travel, plus a line in x
         inverse = 1 / (variance.double() + ctx.eps).sqrt()
         scale = inverse if weight is None else weight.double() * inverse
+        of_x = _line(grad, scale, torch.zeros_like(scale))
+        sent.wait()
+        by_normal, by_one = totals / total
         slope = -scale * by_normal * inverse
         offset = -scale * by_one - slope * mean.double()
-        # Batch norm of mean 0 and variance 1 is that line, in one pass for bfloat16, too, for which addcmul would copy.
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        line = functional.batch_norm(x, zero, one, slope.to(mean.dtype), offset.to(mean.dtype), eps=0.0)
-        return of_x.add_(line), *own, None, None
+        return of_x.add_(_line(x, slope, offset)), *own, None, None
+
+
+def _line(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """slope x + offset, of x [b C *S] and slope and offset [C], by a batch norm of mean 0 and variance 1: one pass, bfloat16 too."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    zero, one = torch.zeros_like(slope, dtype=dtype), torch.ones_like(slope, dtype=dtype)
+    return functional.batch_norm(x, zero, one, slope.to(dtype), offset.to(dtype), eps=0.0)
