@@ -156,8 +156,9 @@ def _image_like(stored: NDArray[Any], raw: nib.Nifti1Header) -> nib.Nifti1Image:
     for name in PLACE:
         header[name] = raw[name]
     header.set_data_dtype(stored.dtype)
+    header.set_data_shape(stored.shape)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(stored, None, header)  # with an affine, nibabel would write both forms anew
+    return kind(stored, header.get_best_affine(), header)  # with another affine, nibabel would write both forms anew
 
 
 def _raw_header(path: Path) -> nib.Nifti1Header:

@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _line(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """slope x + offset, of x [b C *S] and slope and offset [C], by a batch norm of mean 0 and variance 1: one pass, bfloat16 too."""
+    """slope x + offset, of x [b C *S] and slope and offset [C], by a batch norm of mean 0, variance 1: one pass, bfloat16 too."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     zero, one = torch.zeros_like(slope, dtype=dtype), torch.ones_like(slope, dtype=dtype)
     return functional.batch_norm(x, zero, one, slope.to(dtype), offset.to(dtype), eps=0.0)

@@ -45,6 +45,8 @@ class Model(nn.Module):
         self.precision: Precision = "float32"
         self.num_logits = activation.num_logits(classes)
         self.network = network.build(channels, self.num_logits, dim)
+        if not isinstance(self.network, nn.Module):
+            raise UserError(f"build of {type(network).__name__} must return a torch.nn.Module, got {type(self.network).__name__}")
         replace_upsampling(self.network)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU

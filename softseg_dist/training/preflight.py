@@ -227,7 +227,13 @@ class _Trial:
         num_logits = recipe.activation.num_logits(classes)
         key = canonical_json([recipe.network.model_dump(mode="json"), num_logits, image.shape])
         if key not in self._logits:
-            model = Model.of(recipe, self.store.channels, classes, self.store.dim)
+            model, again = (Model.of(recipe, self.store.channels, classes, self.store.dim) for _ in range(2))
+            weights = ({id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in (model, again))
+            if set.intersection(*weights):
+                raise UserError(
+                    f"build of {type(recipe.network).__name__} returns weights that an earlier call has returned: one fit would "
+                    "go on from those of another; make every layer inside of build"
+                )
             trained = model.train().logits(image)
             _check_finite(trained, "the network's output in training")
             trained.square().mean().backward()
@@ -253,8 +259,9 @@ def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: T
     moved = model.logits(image) - logits
     if moved.any() and not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * (1 + logits.abs().max().item())):
         raise ValueError(
-            "last_bias of the network returns a bias that is not added last to its logits: override last_bias in its class to "
-            "return that one, or None"
+            "last_bias of the network returns a bias that is not added last to its logits: remove an activation at the end of the "
+            "network, as the recipe's activation follows; if another layer comes last, override last_bias in its class to return "
+            "the bias of that one, or None"
         )
 
 

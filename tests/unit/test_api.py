@@ -97,6 +97,7 @@ def test_an_image_in_memory_is_predicted_as_its_file_is(tmp_path: Path, orientat
     (done,) = predict_images(folder, [[path]], tmp_path / "out")
     written, model = nib.load(done.maps["GM"]), load_model(folder)
     soft = model.predict(nib.load(path))
+    assert np.array_equal(soft.affine, nib.load(path).affine)
     assert np.array_equal(soft.get_fdata(), written.get_fdata())
     assert soft.get_data_dtype() == np.float32
     for field in HEADER:

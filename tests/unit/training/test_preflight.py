@@ -222,7 +222,33 @@ def test_a_last_bias_that_does_not_move_the_logits_is_refused(prepared: tuple[St
     assert "last_bias of the network returns a bias that is not added last" in refused(prepared, Recipe(network=network))
 
 
-def test_networks_that_recipes_share_are_built_once(prepared: tuple[Store, Split]) -> None:
+CACHE: dict[tuple[int, int, int], nn.Module] = {}
+
+
+class Cached(UNet):
+    """Gives every fit the weights that the one before has trained."""
+
+    def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
+        key = in_channels, out_channels, dim
+        return CACHE.setdefault(key, CACHE.get(key) or super().build(*key))
+
+
+class Nothing(UNet):
+    def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
+        super().build(in_channels, out_channels, dim)  # the mistake: no return
+
+
+def test_a_network_that_builds_its_layers_once_for_all_fits_is_refused(prepared: tuple[Store, Split]) -> None:
+    text = refused(prepared, OURS.replace(network=Cached(filters=(2, 4))))
+    assert "build of Cached returns weights that an earlier call has returned" in text
+
+
+def test_a_network_that_returns_nothing_is_refused_by_name(prepared: tuple[Store, Split]) -> None:
+    text = refused(prepared, OURS.replace(network=Nothing(filters=(2, 4))))
+    assert "build of Nothing must return a torch.nn.Module, got NoneType" in text
+
+
+def test_networks_that_recipes_share_are_tried_once(prepared: tuple[Store, Split]) -> None:
     built = []
 
     class Counted(UNet):
@@ -233,9 +259,9 @@ def test_networks_that_recipes_share_are_built_once(prepared: tuple[Store, Split
     network = Counted(filters=(2, 4))
     losses = {"a": OURS, "b": OURS.replace(loss=Dice()), "c": OURS.replace(activation=NormReLU())}
     check_recipes({name: recipe.replace(network=network) for name, recipe in losses.items()}, *prepared)
-    assert len(built) == 1
-    check_recipes({"a": OURS.replace(network=network, augment=(Flip(), Mixup(alpha=1)))}, *prepared)
     assert len(built) == 2
+    check_recipes({"a": OURS.replace(network=network, augment=(Flip(), Mixup(alpha=1)))}, *prepared)
+    assert len(built) == 4
 
 
 # ---------------------------------------------------------------- activations and losses
