@@ -23,11 +23,11 @@ def softseg(*args: object, cwd: Path, **kwargs: object) -> Ended:
 
 def softseg_here(*args: object, cwd: Path, env: dict[str, str] | None = None) -> Ended:
     """`softseg ARGS` in this process: for commands that start no Ray. `env` replaces the environment meanwhile."""
-    words, out, err = ["softseg", *map(str, args)], StringIO(), StringIO()
+    words, out, err, code = ["softseg", *map(str, args)], StringIO(), StringIO(), 0
     environment = patch.dict(os.environ, env or {}, clear=env is not None)
     with chdir(cwd), environment, patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err):
         try:
             main()
         except SystemExit as end:
-            code = end.code
-    return subprocess.CompletedProcess(words, int(code or 0), out.getvalue(), err.getvalue())
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())

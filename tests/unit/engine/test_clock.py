@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.engine
+
 # One process imports the package and runs every scenario in a fork of its own, with a folder of its own.
 SCENARIOS = """
 import json, os, sys, threading, time
