@@ -29,6 +29,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.labels import check_one_rater
 from softseg_dist.numerics.losses import Loss
+from softseg_dist.numerics.networks import Network
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.sources import Sources
 from softseg_dist.study import Recipe
@@ -228,12 +229,7 @@ class _Trial:
         key = canonical_json([recipe.network.model_dump(mode="json"), num_logits, image.shape])
         if key not in self._logits:
             model, again = (Model.of(recipe, self.store.channels, classes, self.store.dim) for _ in range(2))
-            weights = ({id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in (model, again))
-            if set.intersection(*weights):
-                raise UserError(
-                    f"build of {type(recipe.network).__name__} returns weights that an earlier call has returned: one fit would "
-                    "go on from those of another; make every layer inside of build"
-                )
+            _check_apart(model, again, recipe.network)
             trained = model.train().logits(image)
             _check_finite(trained, "the network's output in training")
             trained.square().mean().backward()
@@ -246,6 +242,16 @@ class _Trial:
                 _check_last_bias(recipe.network.last_bias(model.network, num_logits), model, image[:1], evaluated)
             self._logits[key] = trained.detach(), evaluated
         return self._logits[key]
+
+
+def _check_apart(model: Model, again: Model, network: Network) -> None:
+    """Raises UserError if two models of `network` share weights: then each fit would go on from those of the one before."""
+    weights = ({id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in (model, again))
+    if set.intersection(*weights):
+        raise UserError(
+            f"build of {type(network).__name__} returns weights that an earlier call has returned: one fit would go on from those "
+            "of another; make every layer inside of build"
+        )
 
 
 def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: Tensor) -> None:
