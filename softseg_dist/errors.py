@@ -19,7 +19,8 @@ def no_room(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in NO_ROOM_OR_RIGHTS:
         return None
     where = error.filename or "a file of the run"
-    return f"cannot write {where}: {error.strerror}; what has finished is kept, the same command goes on"
+    do = "use" if error.errno in (errno.EACCES, errno.EPERM) else "write"  # a program that may not be run, too
+    return f"cannot {do} {where}: {error.strerror}; what has finished is kept, the same command goes on"
 
 
 def out_of_reach(error: BaseException) -> str | None:

@@ -21,6 +21,7 @@ from softseg_dist.judging.uncertainty import Spread
 from softseg_dist.numerics.sampling import TTA, UNDOABLE, MCDropout, Uncertainty, active_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.transforms import Augmentation
+from softseg_dist.training.gpu.capture import apart_from_captures
 from softseg_dist.training.model import Model, load_weights
 from softseg_dist.training.saved_model import ModelCard
 from softseg_dist.training.task import FitResult, weights_path
@@ -56,9 +57,10 @@ def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device:
 
 
 def _soft_map(model: Model, image: Tensor) -> Tensor:
-    if model.patch is not None:
-        return model.activation(model.patch.stitch(model.logits, image))
-    return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)]))
+    with apart_from_captures(image.device):
+        if model.patch is not None:
+            return model.activation(model.patch.stitch(model.logits, image))
+        return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)]))
 
 
 def _image(sample: Sample, device: str) -> Tensor:

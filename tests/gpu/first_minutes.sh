@@ -93,10 +93,10 @@ pytest 'many fits' 90 tests/gpu/test_many_fits_on_gpu.py
 pytest 'engine' 120 -k 'not memory' tests/gpu/test_engine_on_gpu.py
 pytest 'memory of steps' 45 -k memory tests/gpu/test_engine_on_gpu.py
 pytest 'memory of fits' 45 -k memory tests/gpu/test_fit_on_gpu.py
+pytest 'fits and threads' 90 -k 'not memory' tests/gpu/test_fit_on_gpu.py tests/gpu/test_threads_on_gpu.py
 part 'whole fit' 60 "$python" tests/gpu/whole_fit.py
 bench unet32 100
 bench unet3d 120
-pytest 'fits and threads' 90 -k 'not memory' tests/gpu/test_fit_on_gpu.py tests/gpu/test_threads_on_gpu.py
 
 if ((failed)); then echo "not all parts passed; results: $out"; else echo "all parts passed; results: $out"; fi
 exit "$failed"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ def obstacle(step: Step) -> str | None:
     return watch.found
 
 
+def apart_from_captures(device: torch.device) -> AbstractContextManager[object]:
+    """No other thread captures a graph while the block launches operations one by one on a CUDA device; nothing to do on a CPU.
+
+    For a capture cuDNN tries all algorithms, which is a setting of the whole process. Where another thread meets a new convolution
+    meanwhile, the trial waits for the device, and CUDA refuses that while any stream is captured.
+    """
+    return drawing if device.type == "cuda" else nullcontext()
+
+
 def captured(step: Step, pool: Any) -> Step:
     """What does `step` again as a graph, on the current stream, which captures it. Graphs of one `pool` share its memory.
 
@@ -53,7 +62,7 @@ def captured(step: Step, pool: Any) -> Step:
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     cudnn = torch.backends.cudnn
-    with drawing:  # one at a time in a process: a capture begins with a look at the whole device, and takes hold of its generator
+    with drawing:  # one at a time in a process: a capture looks at the whole device, and takes hold of its generator
         before, cudnn.benchmark = cudnn.benchmark, True  # torch tries all algorithms for a convolution that it meets first
         try:
             for _ in range(WARM_UP):

@@ -8,6 +8,7 @@ operation, with the same result.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.training.gpu.capture import Step, captured, compiled, obstacle, unchanged
+from softseg_dist.training.gpu.capture import Step, apart_from_captures, captured, compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import Fields, Inputs, device_batches
 from softseg_dist.training.stepper import Diverged, FitProgress, Request, Stepper, cause, learning_rate
 
@@ -33,6 +34,7 @@ RECORDED = 6  # numbers of a step: loss, dead samples, lowest and highest logit,
 AHEAD = 8  # steps that the host may be ahead; a fit that is stopped still does so many
 ALIGNMENT = 64  # bytes
 CPU = torch.device("cpu")
+_of_thread = threading.local()
 SERIOUS = (UserError, torch.OutOfMemoryError)  # nothing that another way to run the step would change
 
 
@@ -53,7 +55,8 @@ class Feed:
     """Inputs of each step on their way to a device, in one copy, some steps ahead: `inputs` are those of the step launched next.
 
     The device reads them at the same address in every step, so that a graph can read them. On a CPU nothing is copied. Copies to a
-    CUDA device run on a stream of their own, while the device computes on the current one.
+    CUDA device run on a stream of their own, while the device computes on the current one. Torch hands out the same 32 streams of
+    each priority again and again: those of high priority are for copies, so that none of them is one on which another fit computes.
     """
 
     def __init__(self, fields: Fields, device: torch.device) -> None:
@@ -64,7 +67,7 @@ class Feed:
             (PackedTensors(fields, CPU, pinned=True), torch.zeros_like(self._here.memory), torch.cuda.Event(), torch.cuda.Event())
             for _ in range(AHEAD if device.type == "cuda" else 0)
         ]
-        self._side = torch.cuda.Stream(device) if self._slots else None
+        self._side = torch.cuda.Stream(device, priority=-1) if self._slots else None
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream())  # which makes the slots
         self._sent = 0
@@ -142,7 +145,8 @@ class DeviceStepper(Stepper):
         feed, graph = self._ways[size]
         feed.send(lambda into: self._write(into, epoch, step, members))
         if graph is None:
-            self._step(feed.inputs)
+            with apart_from_captures(self.device):
+                self._step(feed.inputs)
         else:
             graph()
 
@@ -177,7 +181,7 @@ class DeviceStepper(Stepper):
         """A graph of `step`, compiled if that works; None if there is to be no graph, or cannot be. What does not work is noted."""
         if not (self.execution.compiled or self.execution.graph):
             return None
-        with unchanged(self.model, self.adam):
+        with apart_from_captures(self.device), unchanged(self.model, self.adam):
             if self.execution.graph and (reason := self._without_network(step)) is not None:
                 self.execution = self.execution.without("graph", reason)
             if self.execution.compiled:
@@ -219,9 +223,17 @@ class DeviceStepper(Stepper):
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The current one, or one more if that is the default one, on which nothing can be captured."""
+    """The current one, or this thread's own if that is the default one, on which nothing can be captured.
+
+    A thread has one for all its fits: cuBLAS keeps a workspace for every stream, 32 MiB on a Hopper.
+    """
     current = torch.cuda.current_stream(device)
-    return torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+    if current != torch.cuda.default_stream(device):
+        return current
+    if not hasattr(_of_thread, "stream"):
+        _of_thread.stream = torch.cuda.Stream(device)
+    stream: torch.cuda.Stream = _of_thread.stream
+    return stream
 
 
 def _in_words(error: Exception) -> str:
