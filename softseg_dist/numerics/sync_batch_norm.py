@@ -8,14 +8,17 @@ Legend: b items of this worker (0 is allowed), C channels, *S space.
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 from torch.nn import functional
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AWAKE_S = 0.05  # a sum that takes longer is waited for asleep
 
 
 class GlooSyncBatchNorm(nn.Module):
@@ -65,7 +68,7 @@ class _Normalize(torch.autograd.Function):
             count = x.numel() // x.shape[1]
             mean, variance = (m.double() for m in torch.batch_norm_update_stats(x, None, None, 0.0))
             sums = count * torch.cat([mean, variance + mean.square(), mean.new_ones(1)])
-        distributed.all_reduce(sums, group=group)
+        _wait_for(distributed.all_reduce(sums, group=group, async_op=True))
         total = sums[-1]
         mean, squares = (sums[:-1] / total).chunk(2)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -89,11 +92,19 @@ class _Normalize(torch.autograd.Function):
         inverse = 1 / (variance.double() + ctx.eps).sqrt()
         scale = inverse if weight is None else weight.double() * inverse
         of_x = _line(grad, scale, torch.zeros_like(scale))
-        sent.wait()
+        _wait_for(sent)
         by_normal, by_one = totals / total
         slope = -scale * by_normal * inverse
         offset = -scale * by_one - slope * mean.double()
         return of_x.add_(_line(x, slope, offset)), *own, None, None
+
+
+def _wait_for(sent: Work) -> None:
+    """Wait awake at first, giving way to every other thread: a processor that fell asleep takes longer to wake up than the sum."""
+    until = time.monotonic() + AWAKE_S
+    while not sent.is_completed() and time.monotonic() < until:
+        os.sched_yield()
+    sent.wait()
 
 
 def _line(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
