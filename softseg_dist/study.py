@@ -63,7 +63,7 @@ class Recipe(Frozen):
     A candidate is one.
 
     `label`: "soft" (never rounded), "hard" (rounded once, last), "nearest" or "hard_each" (see `numerics.labels`).
-    `fusion`: "mean", "majority", "staple", "soft_staple", "random_rater", or "rater:<name>".
+    `fusion`: "mean", "majority", "intersection", "union", "staple", "soft_staple", "random_rater", or "rater:<name>".
     `smoothing`: the last change of a sample's target, after augmentation and rounding; evaluation never sees it.
     `patch`: train on patches of images and predict from overlapping ones; None: from whole images.
     """

@@ -84,8 +84,9 @@ class Preprocess(Frozen):
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
             brighter than the mean), or a mask's part of the file name, as in "seg-manual" (that mask's centre of
             mass).
-        label_resampling: "linear", or "area": the exact share of each new voxel that is labelled, so that label x
-            voxel volume adds up to the same; use it for down-sampling.
+        label_resampling: "area": along axes that get coarser the exact share of each new voxel that is labelled, so that
+            label x voxel volume adds up to the same; linear along the others. "linear": along all; lesions of few voxels
+            may vanish on a coarser grid. Images are always averaged along axes that get coarser, linear along the others.
         normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
             become 0 to 1, clipped), "none".
         slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled.
@@ -95,7 +96,7 @@ class Preprocess(Frozen):
     spacing_mm: tuple[PositiveFloat, ...] | None = None
     crop: tuple[PositiveInt, ...] | None = None
     center: Annotated[str, Field(min_length=1)] = "image"
-    label_resampling: Literal["linear", "area"] = "linear"
+    label_resampling: Literal["area", "linear"] = "area"
     normalize: Literal["zscore", "percentile", "none"] = "zscore"
     slices: Literal["all", "labelled"] = "all"
 
@@ -181,7 +182,7 @@ class Preprocess(Frozen):
         """[C X Y Z] -> [N C *S], normalised and then padded by each channel's minimum."""
         items, whole, window = self._blank(volume.shape[:1], axes, np.float32)
         for c, channel in enumerate(volume):
-            values = self._normalized(resample(channel, axes, "linear"), f"{case.name}, channel {c}")
+            values = self._normalized(resample(channel, axes, "average"), f"{case.name}, channel {c}")
             whole[c] = values.min()
             whole[c][window] = values
         return items

@@ -1,5 +1,9 @@
 """Resampling one axis at a time, by weights: linear, area or nearest, never a spline (splines leave [0, 1]).
 
+"area" and "average" weigh by the share of a new voxel that each old one covers, on axes that get coarser; on the others
+both are linear. They differ at the border only: there "area" counts what lies outside the old grid as 0, so that the sum of
+value x voxel size is kept, and "average" leaves it out, so that an image does not get darker.
+
 Both grids share their centre, and the new one covers the field of view of the old one: num_out = ceil(num_in * r_in /
 r_out). So new voxel j is centred at old index x_j = (j - (num_out - 1) / 2) * step + (num_in - 1) / 2, with step =
 r_out / r_in, and x_j never leaves [-1/2, num_in - 1/2].
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import Float32, Float64
 
-Method = Literal["linear", "area", "nearest"]
+Method = Literal["linear", "area", "average", "nearest"]
 
 SAME_STEP = 0.05  # voxels: grids that drift apart by less than this from the centre to the edge are taken as one
 
@@ -147,9 +151,12 @@ def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
     return result
 
 
-def _weights(axis: Axis, method: Literal["linear", "area"]) -> Float64:
+def _weights(axis: Axis, method: Literal["linear", "area", "average"]) -> Float64:
     centers = axis.centers()[slice(*axis.kept)]
-    return linear_weights(centers, axis.num_in) if method == "linear" else area_weights(centers, axis.num_in, axis.step)
+    if method == "linear" or axis.step <= 1:
+        return linear_weights(centers, axis.num_in)
+    weights = area_weights(centers, axis.num_in, axis.step)
+    return weights if method == "area" else weights / weights.sum(axis=1, keepdims=True)
 
 
 def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None]) -> NDArray[Any]:

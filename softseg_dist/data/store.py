@@ -143,7 +143,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         yield record
 
 
-FORMAT = 1  # raised when the same sources and preprocessing would give other numbers, or could not be read
+FORMAT = 2  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources

@@ -5,9 +5,9 @@ Targets are float and stay soft unless the label mode says otherwise:
 
     "soft"       fused, never rounded; bit-exact where nothing is interpolated
     "hard"       fused, rounded once, last, after augmentation (what ivadomed does today)
-    "hard_each"  every rater rounded, their mean floored, rounded again after each step of the augmentation (what
-                 ivadomed did at the time of the preprint, arXiv 2011.09041; it shrinks small objects); STAPLE's
-                 posterior, which is hardly ever exactly 1, is rounded instead of floored
+    "hard_each"  every rater rounded, fused, rounded, and rounded again after each step of the augmentation. With the fusion
+                 "intersection" it is what ivadomed did at the time of the preprint (arXiv 2011.09041), where it is the
+                 fusion, not the rounding, that takes most of the volume
     "nearest"    masks resampled by nearest neighbour, fused, rounded, augmented by nearest neighbour (most toolboxes)
 
 STAPLE estimates the hidden true mask and the quality of each rater together, from the masks alone. Its `decisions` are
@@ -132,7 +132,7 @@ def _log_odds(columns: Tensor, prior: Tensor, sensitivity: Tensor, specificity: 
 LabelMode = Literal["soft", "hard", "nearest", "hard_each"]
 LABEL_MODES: tuple[LabelMode, ...] = get_args(LabelMode)
 STAPLE_FUSIONS = ("staple", "soft_staple")  # their target of an item depends on all items of its case
-FUSIONS = ("mean", "majority", *STAPLE_FUSIONS, "random_rater")  # and "rater:<name>"
+FUSIONS = ("mean", "majority", "intersection", "union", *STAPLE_FUSIONS, "random_rater")  # and "rater:<name>"
 
 
 def check_fusion(value: str) -> str:
@@ -161,10 +161,11 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
 
     Args:
         raters: label values in [0, 1], one entry per name of `rater_names` along `axis`.
-        fusion: "mean"; "majority" (mean >= 0.5); "staple" (STAPLE's posterior of the rounded masks, >= 0.5); "soft_staple"
-            (STAPLE's posterior of the masks as they are); "random_rater" (the one that `draw` picks, the same for all classes and
-            items of `raters`); "rater:<name>". STAPLE runs class by class over everything in `raters`, so pass the whole case. For
-            a single rater "mean", "soft_staple" and "random_rater" are the mask, "majority" and "staple" the mask rounded.
+        fusion: "mean"; "majority" (mean >= 0.5); "intersection" and "union" (minimum and maximum over the raters); "staple"
+            (STAPLE's posterior of the rounded masks, >= 0.5); "soft_staple" (STAPLE's posterior of the masks as they are);
+            "random_rater" (the one that `draw` picks, the same for all classes and items of `raters`); "rater:<name>". STAPLE
+            runs class by class over everything in `raters`, so pass the whole case. For a single rater "majority" and "staple" are
+            the mask rounded, the others the mask.
         rater_names: names of the raters of this case, in the order of `raters`.
         draw: any integer, for "random_rater" only: the seed of this sample in this epoch.
 
@@ -187,6 +188,8 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
         return harden(_posterior(harden(raters), axis))
     if kind == "soft_staple":
         return _posterior(raters, axis)
+    if kind in ("intersection", "union"):
+        return raters.amin(dim=axis) if kind == "intersection" else raters.amax(dim=axis)
     mean = raters.mean(dim=axis)
     return harden(mean) if kind == "majority" else mean
 
@@ -225,12 +228,9 @@ def prepare_target(
     Raises:
         UserError: if `fusion` names a rater that this case does not have.
     """
-    if mode == "nearest":
-        masks = harden(raters) if nearest is None else nearest.to(raters.dtype)
+    if mode in ("nearest", "hard_each"):
+        masks = harden(raters) if mode == "hard_each" or nearest is None else nearest.to(raters.dtype)
         return harden(fuse(masks, fusion, rater_names, draw, axis))
-    if mode == "hard_each":
-        fused = fuse(harden(raters), fusion, rater_names, draw, axis)
-        return harden(fused) if fusion in STAPLE_FUSIONS else fused.floor()
     return fuse(raters, fusion, rater_names, draw, axis)
 
 

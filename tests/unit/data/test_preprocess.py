@@ -72,10 +72,10 @@ def test_resampled_labels_stay_between_the_smallest_and_largest(
     assert result.max() <= values.max()
 
 
-@given(values=lines, spacing_in=spacings, spacing_out=spacings)
+@given(values=lines, spacing_in=spacings, ratio=st.floats(1, 10))
 @settings(max_examples=80, deadline=None)
-def test_area_resampling_keeps_the_labelled_volume(values: Float32, spacing_in: float, spacing_out: float) -> None:
-    axis = Axis.whole(len(values), spacing_in, spacing_out)
+def test_area_resampling_to_a_coarser_grid_keeps_the_labelled_volume(values: Float32, spacing_in: float, ratio: float) -> None:
+    axis = Axis.whole(len(values), spacing_in, ratio * spacing_in)
     result = resample(values, [axis], "area")
     before = values.sum(dtype=np.float64) * axis.spacing_in_mm
     assert result.sum(dtype=np.float64) * axis.spacing_mm == pytest.approx(before, rel=1e-6, abs=1e-6)
@@ -90,11 +90,33 @@ def test_a_constant_stays_exactly_constant_inside(method: Method, value: float, 
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"), [("linear", [(1 + 0) / 2, (0 + 1) / 2, (1 + 1) / 2]), ("area", [0.5, 0.5, 1]), ("nearest", [0, 1, 1])]
+    ("method", "expected"),
+    [
+        ("linear", [(1 + 0) / 2, (0 + 1) / 2, (1 + 1) / 2]),
+        ("area", [0.5, 0.5, 1]),
+        ("average", [0.5, 0.5, 1]),
+        ("nearest", [0, 1, 1]),
+    ],
 )
 def test_halving_the_resolution_of_a_line(method: Method, expected: list[float]) -> None:
     values = np.array([1, 0, 0, 1, 1, 1], dtype=np.float32)
     assert resample(values, [Axis.whole(6, 1.0, 2.0)], method).tolist() == expected
+
+
+def test_a_voxel_that_reaches_beyond_the_border_is_counted_with_0_by_area_and_without_it_by_average() -> None:
+    axis, values = Axis.whole(3, 1.0, 2.0), np.array([1, 1, 1], dtype=np.float32)  # 4 mm cover 3 mm
+    assert resample(values, [axis], "area").tolist() == [1.5 / 2, 1.5 / 2]
+    assert resample(values, [axis], "average").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["area", "average"])
+@given(values=lines, spacing_in=spacings, ratio=st.floats(0.1, 1))
+@settings(max_examples=40, deadline=None)
+def test_where_the_grid_gets_finer_area_and_average_are_linear(
+    method: Method, values: Float32, spacing_in: float, ratio: float
+) -> None:
+    axis = Axis.whole(len(values), spacing_in, ratio * spacing_in)
+    assert np.array_equal(resample(values, [axis], method), resample(values, [axis], "linear"))
 
 
 def test_a_ramp_is_resampled_linearly_to_where_the_voxel_centres_are() -> None:
@@ -161,6 +183,39 @@ def test_resampled_labels_are_soft_and_nearest_is_binary(method: str) -> None:
     assert sample.voxel_mm3 == pytest.approx(1.1**3)
     volume = case.data.raters.sum() * 0.7 * 0.7 * 1.0
     assert sample.raters.sum(dtype=float) * sample.voxel_mm3 == pytest.approx(volume, rel=1e-6 if method == "area" else 0.05)
+
+
+def test_a_lesion_of_1_mm3_at_half_a_mm_is_not_gone_at_2_mm() -> None:
+    label = np.zeros((48, 48, 48), np.float32)
+    label[23:25, 23:25, 23:25] = 1  # 8 voxels of .125 mm3, between the centres of the new voxels
+    case = case_of(label, (0.5, 0.5, 0.5))
+    kept = {}
+    for method in ("area", "linear"):
+        sample = Preprocess(dim=3, spacing_mm=(2, 2, 2), label_resampling=method).apply(case)
+        kept[method] = sample.raters.sum(dtype=float) * sample.voxel_mm3
+    assert kept == {"area": pytest.approx(1), "linear": 0}
+    assert Preprocess().label_resampling == "area"
+
+
+def test_volumes_of_small_lesions_are_kept_on_a_coarser_grid_by_area_but_not_by_linear_resampling() -> None:
+    generator, ratios = np.random.default_rng(0), {"area": [], "linear": []}  # type: dict[str, list[float]]
+    for _ in range(40):
+        label = ball((40, 40, 40), generator.uniform(14, 26, 3), generator.uniform(0.5, 1.5) / 0.5)
+        for method, found in ratios.items():
+            sample = Preprocess(dim=3, spacing_mm=(3, 3, 3), label_resampling=method).apply(case_of(label, (0.5, 0.5, 0.5)))
+            found.append(sample.raters.sum(dtype=float) * sample.voxel_mm3 / (label.sum(dtype=float) * 0.5**3))
+    assert ratios["area"] == pytest.approx(np.ones(40), abs=1e-5)
+    assert np.std(ratios["linear"]) > 0.5
+    assert min(ratios["linear"]) < 0.1
+
+
+def test_an_image_is_averaged_along_axes_that_get_coarser_and_not_aliased() -> None:
+    stripes = np.zeros((36, 12, 4), np.float32)
+    stripes[::3] = 3  # one bright voxel in three: the mean of any 6 in a row is 1
+    case = MemoryCase(stripes, stripes[None, None] / 3)
+    for method in ("area", "linear"):
+        image = Preprocess(dim=3, spacing_mm=(6, 0.5, 1), normalize="none", label_resampling=method).apply(case).image
+        assert image == pytest.approx(np.ones((1, 1, 6, 24, 4)), abs=1e-6)
 
 
 def test_items_of_2d_are_axial_slices_resampled_in_plane_only() -> None:

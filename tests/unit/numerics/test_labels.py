@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from softseg_dist import Affine, Phantom, Preprocess
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.augmentation import augment
 from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, check_fusion, fuse, harden, prepare_target
 
 NAMES = ("ann", "bob", "cas")
 RATERS = torch.tensor([[[0.6, 0.2, 1.0, 0.5]], [[0.6, 0.9, 1.0, 0.4]], [[0.2, 0.1, 0.7, 0.0]]])  # [R=3 K=1 X=4]
 every_mode = pytest.mark.parametrize("mode", LABEL_MODES)
-ITEM_FUSIONS = ("mean", "majority", "random_rater", "rater:bob")
+ITEM_FUSIONS = ("mean", "majority", "intersection", "union", "random_rater", "rater:bob")
 FUSIONS = (*ITEM_FUSIONS, "staple", "soft_staple")
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -30,13 +34,21 @@ def test_known_fusions_pass_unchanged(value: str) -> None:
 
 @pytest.mark.parametrize("value", ["", "Mean", "STAPLE", "rater", "rater:", "rater: ", "random_rater:ann", "staple:ann"])
 def test_unknown_fusion_is_refused_and_the_message_names_what_there_is(value: str) -> None:
-    with pytest.raises(ValueError, match=r'mean, majority, staple, soft_staple, random_rater or "rater:<name>", got'):
+    with pytest.raises(
+        ValueError, match=r'mean, majority, intersection, union, staple, soft_staple, random_rater or "rater:<name>", got'
+    ):
         check_fusion(value)
 
 
 @pytest.mark.parametrize(
     ("fusion", "expected"),
-    [("mean", [1.4 / 3, 1.2 / 3, 2.7 / 3, 0.9 / 3]), ("majority", [0.0, 0, 1, 0]), ("rater:bob", [0.6, 0.9, 1.0, 0.4])],
+    [
+        ("mean", [1.4 / 3, 1.2 / 3, 2.7 / 3, 0.9 / 3]),
+        ("majority", [0.0, 0, 1, 0]),
+        ("intersection", [0.2, 0.1, 0.7, 0.0]),
+        ("union", [0.6, 0.9, 1.0, 0.5]),
+        ("rater:bob", [0.6, 0.9, 1.0, 0.4]),
+    ],
 )
 def test_fusion_has_the_values_of_its_definition(fusion: str, expected: list[float]) -> None:
     torch.testing.assert_close(fuse(RATERS, fusion, NAMES), torch.tensor([expected]))
@@ -74,7 +86,7 @@ def test_unanimous_raters_give_exactly_zero_and_one(num_raters: int) -> None:
 @every_mode
 def test_one_rater_alone_is_fused_into_his_own_mask(mode: LabelMode) -> None:
     alone = random_raters(1, 2, 5, 5)
-    for fusion in ("mean", "soft_staple", "random_rater"):
+    for fusion in ("mean", "intersection", "union", "soft_staple", "random_rater"):
         assert torch.equal(fuse(alone, fusion, ["a"], draw=3), alone[0])
     for fusion in ("majority", "staple"):
         assert torch.equal(fuse(alone, fusion, ["a"]), harden(alone[0]))
@@ -113,17 +125,48 @@ def test_soft_is_bit_exact_and_hard_is_not_rounded_before_augmentation() -> None
 
 def test_modes_differ_where_raters_or_interpolation_disagree() -> None:
     nearest = torch.tensor([[[0, 1, 1, 1]], [[1, 1, 1, 0]], [[0, 0, 1, 1]]], dtype=torch.uint8)
-    floor_of_mean_of_rounded = torch.tensor([[0.0, 0, 1, 0]])
-    assert torch.equal(prepare_target(RATERS, nearest, "hard_each", "mean", NAMES), floor_of_mean_of_rounded)
+    majority_of_rounded, all_of_rounded = torch.tensor([[1.0, 0, 1, 0]]), torch.tensor([[0.0, 0, 1, 0]])
+    assert torch.equal(prepare_target(RATERS, nearest, "hard_each", "mean", NAMES), majority_of_rounded)
+    assert torch.equal(prepare_target(RATERS, nearest, "hard_each", "intersection", NAMES), all_of_rounded)
     majority_of_nearest = torch.tensor([[0.0, 1, 1, 1]])
     assert torch.equal(prepare_target(RATERS, nearest, "nearest", "mean", NAMES), majority_of_nearest)
     assert torch.equal(prepare_target(RATERS, nearest, "nearest", "rater:bob", NAMES), nearest[1].float())
 
 
-def test_hard_each_of_the_mean_is_never_larger_than_hard() -> None:
+@every_mode
+def test_a_target_grows_from_intersection_by_majority_to_union(mode: LabelMode) -> None:
     raters = random_raters(4, 1, 16, 16)
-    each, late = (prepare_target(raters, None, mode, "mean", list("abcd")) for mode in ("hard_each", "hard"))
-    assert (each <= harden(late)).all()
+    fused = [harden(prepare_target(raters, None, mode, f, list("abcd"))) for f in ("intersection", "majority", "union")]
+    assert all((small <= large).all() and small.sum() < large.sum() for small, large in pairwise(fused))
+
+
+def test_hard_each_of_the_intersection_is_the_floored_mean_of_rounded_masks_that_ivadomed_made() -> None:
+    raters = random_raters(4, 1, 16, 16)
+    floored = harden(raters).mean(dim=0).floor()
+    assert torch.equal(prepare_target(raters, None, "hard_each", "intersection", list("abcd")), floored)
+
+
+def test_it_is_the_intersection_that_takes_volume_not_rounding_after_every_step() -> None:
+    """12 phantom subjects, 4 raters, one turn: the volume of the target relative to that of the soft mean."""
+    phantom = Phantom(shape="lesions", subjects=12, disagreement_mm=0.4)
+    prepared = [Preprocess(spacing_mm=(0.75, 0.75), crop=(32, 32)).apply(case) for case in phantom.cases(None)]
+
+    def volume(mode: LabelMode, fusion: str) -> float:
+        total = 0.0
+        for number, sample in enumerate(prepared):
+            raters = torch.from_numpy(sample.raters)
+            target = prepare_target(raters, None, mode, fusion, sample.rater_names, draw=number, axis=1)
+            seeds = range(len(target) * number, len(target) * (number + 1))
+            turn = (Affine(degrees=20, scale=0.1, shift=0.03),)
+            total += float(augment(torch.zeros_like(target), target, turn, seeds, mode, sample.spacing_mm)[1].double().sum())
+        return total
+
+    soft = volume("soft", "mean")
+    assert volume("hard_each", "intersection") / soft == pytest.approx(0.43, abs=0.03)
+    assert volume("hard_each", "majority") / soft == pytest.approx(1.09, abs=0.05)
+    assert volume("hard_each", "random_rater") / volume("soft", "random_rater") == pytest.approx(0.94, abs=0.03)
+    assert volume("hard", "mean") / soft == pytest.approx(0.87, abs=0.03)
+    assert volume("hard", "majority") / soft == pytest.approx(0.91, abs=0.03)
 
 
 def test_nearest_without_resampling_is_the_rounded_raters() -> None:
