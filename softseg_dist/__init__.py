@@ -25,7 +25,7 @@ PUBLIC = {
     "softseg_dist.data.layouts": ("Bids",),
     "softseg_dist.data.phantom": ("Phantom",),
     "softseg_dist.data.preprocess": ("Preprocess",),
-    "softseg_dist.data.splits": ("KFold", "MonteCarlo", "Split", "Splits"),
+    "softseg_dist.data.splits": ("GivenSplits", "KFold", "LeaveOneSiteOut", "MonteCarlo", "Split", "Splits"),
     "softseg_dist.numerics.activations": ("Activation", "NormReLU", "Sigmoid", "Softmax"),
     "softseg_dist.numerics.augmentation": ("Mixup",),
     "softseg_dist.numerics.intensity": ("BiasField", "Blur", "Contrast", "Gamma", "LowResolution", "Noise"),

@@ -16,7 +16,9 @@ from softseg_dist.data.geometry import Geometry as Geometry
 from softseg_dist.data.layouts import Bids as Bids
 from softseg_dist.data.phantom import Phantom as Phantom
 from softseg_dist.data.preprocess import Preprocess as Preprocess
+from softseg_dist.data.splits import GivenSplits as GivenSplits
 from softseg_dist.data.splits import KFold as KFold
+from softseg_dist.data.splits import LeaveOneSiteOut as LeaveOneSiteOut
 from softseg_dist.data.splits import MonteCarlo as MonteCarlo
 from softseg_dist.data.splits import Split as Split
 from softseg_dist.data.splits import Splits as Splits

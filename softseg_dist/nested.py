@@ -100,10 +100,10 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     backend, study, run = backend_of(options), file.study, Place.at(options.out) / file.study.name
     assert study.nested is not None
     prepared = prepare(study, options.data_root, options.stores, progress().note)
-    splits = study.nested.make(prepared.sites, study.seed)
+    splits = study.nested.of_cases(prepared.sites, prepared.persons, study.seed)
     inner = [study.inner(split) for split in splits]
     for one in inner:
-        one.make_splits(prepared.sites)
+        one.make_splits(prepared.sites, prepared.persons)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     record = OuterRecord(study=study.name, objective=study.objective, control=study.control, planned=len(splits))

@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -274,15 +275,26 @@ class Study(Frozen):
         """The subjects (person -> site) that are in no split; () without `holdout`. Raises UserError on unknown names."""
         return held_out(self.holdout, sites, self.seed)
 
-    def make_splits(self, sites: Mapping[str, str]) -> tuple[Split, ...]:
-        """The splits of the subjects (person -> site) that are not held out. Raises UserError if they are too few."""
+    def make_splits(self, sites: Mapping[str, str], cases: Mapping[str, str] | None = None) -> tuple[Split, ...]:
+        """The splits of the subjects (person -> site) that are not held out; `cases` maps cases to persons.
+
+        Raises UserError if they are too few, or not those that given splits name.
+        """
         out = self.held_out(sites)
+        kept = {subject: sites[subject] for subject in sites.keys() - out}
+        cases = {subject: subject for subject in kept} if cases is None else cases
         try:
-            return self.splits.make({subject: sites[subject] for subject in sites.keys() - out}, self.seed)
+            return self.splits.of_cases(kept, {case: person for case, person in cases.items() if person in kept}, self.seed)
         except UserError as error:
             if not out:
                 raise
             raise UserError(f"{error}; {len(out)} of {len(sites)} subjects are held out") from None
+
+    def bound(self, folder: Path) -> Study:
+        """The same study with the content of given splits; a relative file lies in `folder`. Raises UserError on bad files."""
+        rules = {name: rule for name in ("splits", "nested") if (rule := getattr(self, name)) is not None}
+        read = {name: rule.bound(folder) for name, rule in rules.items()}
+        return self if read == rules else self.replace(**read)
 
     def inner(self, outer: Split) -> Study:
         """The study of one outer split: its test subjects are held out, and the others are split by `splits`."""
@@ -313,14 +325,14 @@ class Study(Frozen):
         few = self.DEBUG_SUBJECTS + (4 if self.nested else 1 if self.holdout else 0)  # as many are left for the splits
         return self.replace(
             name=f"{self.name}-debug",
-            splits=self.splits.first(2),
+            splits=self.splits.small(),
             candidates=recipes,
             search=search,
             tune_each=tune,
             uncertainty=tuple(method.replace(samples=2) for method in self.uncertainty),
             subjects=min(self.subjects or few, few),
             holdout=self.holdout and 1 / few,  # names may be of later subjects
-            nested=self.nested and self.nested.first(2),
+            nested=self.nested and self.nested.small(),
         )
 
 

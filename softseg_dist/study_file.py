@@ -63,7 +63,7 @@ class StudyFile:
             raise UserError(f"{name}: it uses classes of several study files, {', '.join(sorted(mains))}; put them in a helper")
         sources = Sources(mains.pop() if mains else "", texts)
         load_sources(sources)
-        return cls(name, sources, _restarted(study, name))
+        return cls(name, sources, _restarted(study.bound(Path.cwd()), name))
 
     def as_sent(self) -> StudyFile:
         """The study as a worker gets it: its texts are pickled and run in new modules, and it comes back from its own JSON.
@@ -88,6 +88,7 @@ def load_study(path: str | Path) -> StudyFile:
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise UserError(f"{path}: a study file sets STUDY = Study(...); found {type(study).__name__}")
+    study = study.bound(path.parent)
     check_restart(study, str(path))
     return StudyFile(str(path), sources, study)
 

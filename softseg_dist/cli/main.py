@@ -213,17 +213,20 @@ def plan(
         str | None,
         typer.Option(help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"),
     ] = None,
+    splits: Annotated[Path | None, typer.Option("--write-splits", help="Write the splits as nnU-Net's splits_final.json")] = None,
     as_json: Json = False,
 ) -> None:
     """Show how many fits a study has, how long they take, and what they cost on rented machines."""
     from softseg_dist.api import open_study
-    from softseg_dist.engine.plan import load_prices, offers, plan_study
+    from softseg_dist.engine.plan import load_prices, offers, plan_study, write_splits
 
     if prices is None and PRICES.exists():
         prices = PRICES
     listed = load_prices(prices) if prices else None
     loaded = open_study(study).study
     planned = plan_study(loaded, data_root, seconds_per_fit, run)
+    if splits is not None:
+        write_splits(loaded, data_root, splits)
     found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
     if as_json:
         machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from softseg_dist.cli.options import FitsPerGpu, Json, MaxWait
+
+if TYPE_CHECKING:
+    from softseg_dist.sources import Sources
+    from softseg_dist.study_file import StudyFile
 
 
 def submit(
@@ -29,14 +34,14 @@ def submit(
 ) -> None:
     """Run a study on a cluster, from a machine outside it. Paths without a scheme are paths of the cluster's head.
 
-    The study file is sent, with the helper modules beside it. The softseg_dist of the head, of the same version, runs it,
-    also after this command has ended.
+    The study file is sent, with the helper modules and given splits beside it. The softseg_dist of the head, of the same version,
+    runs it, also after this command has ended.
     """
     from softseg_dist.engine.ray_submit import follow
     from softseg_dist.engine.ray_submit import submit as start_job
     from softseg_dist.study_file import load_study
 
-    sources = load_study(study).sources  # reports mistakes here, before the cluster is used
+    sources = with_given_splits(load_study(study))  # reports mistakes here, before the cluster is used
     options = {
         "--workers-per-fit": workers_per_fit,
         "--gpus-per-fit": gpus_per_fit,
@@ -59,3 +64,12 @@ def submit(
         for what, command in job.commands.items():
             typer.echo(f"  {what} it: {command}")
     raise typer.Exit(code)
+
+
+def with_given_splits(file: StudyFile) -> Sources:
+    """The texts of a study file, and the files of given splits beside it; one with an absolute path is to be on the head."""
+    from softseg_dist.data.splits import GivenSplits
+
+    rules = [rule for rule in (file.study.splits, file.study.nested) if isinstance(rule, GivenSplits)]
+    beside = {rule.file: Path(file.path).parent / rule.file for rule in rules if not Path(rule.file).is_absolute()}
+    return replace(file.sources, texts={**file.sources.texts, **{name: path.read_text() for name, path in beside.items()}})

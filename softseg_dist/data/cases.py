@@ -245,6 +245,21 @@ class VolumeCase(ImageCase):
         return _label(self.center.data, MaskFile(Path("center_mask"), int(value) if value else None), part)
 
 
+def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None:
+    """Raise UserError if the images of two subjects are equal, since they could cross a split; `sources` as `Case.sources`."""
+    known: dict[tuple[str, ...], Case] = {}
+    for case, lines in zip(cases, sources, strict=True):
+        if not isinstance(case, LabelledCase):
+            continue
+        content = tuple(line.rpartition(" ")[2] for line in lines[: len(case.images)])
+        first = known.setdefault(content, case)
+        if first.subject != case.subject:
+            raise UserError(
+                f"the images of {first.name} ({first.subject}) and {case.name} ({case.subject}) have equal content: one would "
+                "train a model that the other tests; remove one, or give both one person"
+            )
+
+
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
     """The label that the voxels of a file say."""
     if mask.value is not None:

@@ -1,4 +1,4 @@
-"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites.
+"""Splits of people into train, validation and test: the same for every candidate, spread evenly over sites, or given by a file.
 
 No random generator is used: people are ordered by a hash of (seed, split, person), so the splits are the same on every
 machine and for every version of numpy.
@@ -7,10 +7,12 @@ machine and for every version of numpy.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Annotated, Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +21,8 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.words import listed
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+KEYS = ({"train", "val"}, {"train", "test"}, {"train", "val", "test"}, {"train", "validation", "test"})
+"""What a split in a file may have. `val` beside `train` alone is nnU-Net's, which never trains on it: our test set."""
 
 
 class Split(Frozen):
@@ -63,6 +67,18 @@ class Splits(Frozen, ABC):
     def first(self, num_splits: int) -> Self:
         """The same rule, cut to its first `num_splits` splits, which stay what they were."""
 
+    def of_cases(self, subjects: Mapping[str, str], cases: Mapping[str, str], seed: int) -> tuple[Split, ...]:
+        """As `make`, for rules that know cases by name: `cases` maps each to its person."""
+        return self.make(subjects, seed)
+
+    def bound(self, folder: Path) -> Splits:
+        """The same rule with the content of the files that it names, relative ones in `folder`. Raises UserError on bad ones."""
+        return self
+
+    def small(self) -> Splits:
+        """The rule of --debug, which keeps a few subjects: two splits."""
+        return self.first(2)
+
 
 class MonteCarlo(Splits):
     """Independent random splits; `fractions` are the shares of train, validation and test.
@@ -105,10 +121,15 @@ class MonteCarlo(Splits):
 
 
 class KFold(Splits):
-    """Every person is tested once; of the others the share `validation` validates. `count` keeps the first folds."""
+    """Every person is tested once; of the others the share `validation` validates.
+
+    `rounds` does it so many times, each with other folds; splits are numbered on, so a larger number extends a study.
+    `count` keeps the first splits.
+    """
 
     folds: int = Field(5, ge=2)
     validation: Share = 0.2
+    rounds: int = Field(1, ge=1)
     count: int | None = Field(None, ge=1)
 
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
@@ -116,22 +137,151 @@ class KFold(Splits):
         needed = max(self.folds, 3)
         if len(subjects) < needed:
             raise UserError(f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
-        order = _spread(subjects, f"{seed}/kfold")
         splits = []
-        for index in range(min(self.count or self.folds, self.folds)):
-            begin, end = (len(order) * k // self.folds for k in (index, index + 1))
+        for index in range(self._num_splits):
+            number, fold = divmod(index, self.folds)
+            order = _spread(subjects, f"{seed}/kfold" + (f"/round/{number}" if number else ""))
+            begin, end = (len(order) * k // self.folds for k in (fold, fold + 1))
             others = order[:begin] + order[end:]
-            num_validation = min(max(1, round(self.validation * len(others))), len(others) - 1)
-            if num_validation < 1:
-                raise UserError(f"{self}: fold {index} leaves {len(others)} of {len(subjects)} subjects; use more folds")
-            again = _spread({s: subjects[s] for s in others}, f"{seed}/kfold/{index}")
-            validation, train = _cut(again, num_validation)
+            if len(others) < 2:
+                raise UserError(f"{self}: fold {fold} leaves {len(others)} of {len(subjects)} subjects; use more folds")
+            validation, train = _validating({s: subjects[s] for s in others}, self.validation, f"{seed}/kfold/{index}")
             splits.append(Split(index=index, train=train, validation=validation, test=tuple(sorted(order[begin:end]))))
         return tuple(splits)
 
     def first(self, num_splits: int) -> Self:
         """See `Splits.first`."""
-        return self.replace(count=min(num_splits, self.count or self.folds))
+        return self.replace(count=min(num_splits, self._num_splits))
+
+    @property
+    def _num_splits(self) -> int:
+        return min(self.count or self.folds * self.rounds, self.folds * self.rounds)
+
+
+class LeaveOneSiteOut(Splits):
+    """Each site is the test set once, in the order of their names: the design for "does it hold at a new site?".
+
+    Of the people of the other sites the share `validation` validates, spread over these sites. `count` keeps the first splits.
+
+    >>> [split.test for split in LeaveOneSiteOut().make({f"p{i}": "ABC"[i % 3] for i in range(6)}, seed=0)]
+    [('p0', 'p3'), ('p1', 'p4'), ('p2', 'p5')]
+    """
+
+    validation: Share = 0.2
+    count: int | None = Field(None, ge=1)
+
+    def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
+        """See `Splits.make`. Raises UserError if somebody's site is unknown, or there are fewer than 3 sites."""
+        if unknown := sorted(subject for subject, site in subjects.items() if not site):
+            raise UserError(
+                f"{self} needs the site of every subject, got none for {listed(unknown)}; the layout names where sites are read "
+                "(of Bids: a column of participants.tsv)"
+            )
+        sites = sorted(set(subjects.values()))
+        if len(sites) < 3:
+            raise UserError(
+                f"{self} needs at least 3 sites, got {len(sites)}: {listed(sites) or 'none'}; "
+                "use MonteCarlo() or KFold(), which spread each part over the sites"
+            )
+        splits = []
+        for index, site in enumerate(sites[: self.count]):
+            others = {subject: at for subject, at in subjects.items() if at != site}
+            validation, train = _validating(others, self.validation, f"{seed}/site/{site}")
+            test = tuple(sorted(subjects.keys() - others.keys()))
+            splits.append(Split(index=index, train=train, validation=validation, test=test))
+        return tuple(splits)
+
+    def first(self, num_splits: int) -> Self:
+        """See `Splits.first`."""
+        return self.replace(count=min(num_splits, self.count or num_splits))
+
+    def small(self) -> Splits:
+        """See `Splits.small`: a few subjects may be of one site."""
+        return MonteCarlo(count=2)
+
+
+class GivenSplit(Frozen):
+    """One split as a file gives it: names of cases or of persons. Without `validation` it is drawn from `train`."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = Field(min_length=1)
+
+
+class GivenSplits(Splits):
+    """The splits of a JSON or YAML file: a list of `{"train": [...], "validation": [...], "test": [...]}`.
+
+    Names are those of cases or of persons; `validation` may be left out. nnU-Net's `splits_final.json` has `{"train", "val"}`: its
+    `val` is the test set here. Where no validation set is given the share `validation` of `train` validates, drawn by the seed.
+    A relative `file` lies beside the study file. Its content is part of the study (`given`): it is read when the study is loaded.
+    """
+
+    file: str
+    validation: Share = 0.2
+    given: tuple[GivenSplit, ...] = ()
+
+    def __init__(self, file: str | Path, **fields: Any) -> None:
+        super().__init__(file=str(file), **fields)  # type: ignore[call-arg]
+
+    def bound(self, folder: Path) -> GivenSplits:
+        """See `Splits.bound`."""
+        return self if self.given else self.replace(given=read_splits(folder / self.file))
+
+    def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
+        """See `Splits.make`; names are those of persons."""
+        return self.of_cases(subjects, {subject: subject for subject in subjects}, seed)
+
+    def of_cases(self, subjects: Mapping[str, str], cases: Mapping[str, str], seed: int) -> tuple[Split, ...]:
+        """See `Splits.of_cases`.
+
+        Raises UserError with file, split and name: if one is unknown or missing, stands twice, or if sessions of a person cross.
+        """
+        splits = []
+        for index, one in enumerate(self.bound(Path()).given):
+            part_of = _parts_of(one, cases, f"{self.file}, split {index}")
+            train, validation, test = ({s for s in part_of if part_of[s] == part} for part in ("train", "validation", "test"))
+            if not validation and len(train) < 2:
+                raise UserError(f"{self.file}, split {index}: the validation set is drawn from train, got {listed(sorted(train))}")
+            if not validation:
+                validation = set(_validating({s: subjects[s] for s in train}, self.validation, f"{seed}/given/{index}")[0])
+            parts = (tuple(sorted(part)) for part in (train - validation, validation, test))
+            splits.append(Split(index=index, **dict(zip(("train", "validation", "test"), parts, strict=True))))
+        return tuple(splits)
+
+    def first(self, num_splits: int) -> Self:
+        """See `Splits.first`."""
+        return self.replace(given=self.bound(Path()).given[:num_splits])
+
+    def small(self) -> Splits:
+        """See `Splits.small`: the file names people who are left out."""
+        return MonteCarlo(count=2)
+
+
+def read_splits(path: Path) -> tuple[GivenSplit, ...]:
+    """The splits in a JSON or YAML file. Raises UserError with file, split and what a split has instead."""
+    import yaml  # JSON is read without it
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read the splits {path}: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not {'JSON' if path.suffix == '.json' else 'YAML'}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, list) or not content:
+        raise UserError(f'{path}: it must be a list of splits such as [{{"train": [...], "test": [...]}}], got {content!r:.60}')
+    return tuple(_given(one, f"{path}, split {index}") for index, one in enumerate(content))
+
+
+def splits_final(splits: Sequence[Split], cases: Mapping[str, str]) -> list[dict[str, list[str]]]:
+    """nnU-Net's `splits_final.json`: train and validation together are its `train`, the test set is its `val`; names of cases."""
+    return [
+        {
+            "train": sorted(case for case, subject in cases.items() if subject in {*split.train, *split.validation}),
+            "val": sorted(case for case, subject in cases.items() if subject in split.test),
+        }
+        for split in splits
+    ]
 
 
 def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str], seed: int) -> tuple[str, ...]:
@@ -149,6 +299,56 @@ def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str
             raise UserError(f"holdout names {', '.join(unknown)}, but the subjects are {listed(sorted(subjects)) or 'none'}")
         return tuple(sorted(set(holdout)))
     return _cut(_spread(subjects, f"{seed}/holdout"), max(1, round(holdout * len(subjects))))[0]
+
+
+def _given(one: Any, place: str) -> GivenSplit:
+    """A split as read. `index` and `type`, which the splits of a run have, say nothing here."""
+    keys = set(one) - {"index", "type"} if isinstance(one, dict) else set()
+    if keys not in KEYS:
+        allowed = " or ".join("/".join(sorted(keys, reverse=True)) for keys in KEYS)
+        raise UserError(
+            f"{place}: a split has {allowed}, got {'/'.join(map(str, one)) if isinstance(one, dict) else repr(one)[:60]}"
+        )
+    for part in keys:
+        if not isinstance(one[part], list) or not one[part] or not all(isinstance(name, str) for name in one[part]):
+            wrong = [x for x in one[part] if not isinstance(x, str)] if isinstance(one[part], list) else [one[part]]
+            raise UserError(f"{place}: {part} is a list of at least one name, as text, got {listed(wrong) or 'none'}")
+    test = one["test"] if "test" in keys else one["val"]
+    validation = one.get("validation", one["val"] if keys >= {"val", "test"} else ())
+    return GivenSplit(train=tuple(one["train"]), validation=tuple(validation), test=tuple(test))
+
+
+def _parts_of(split: GivenSplit, cases: Mapping[str, str], place: str) -> dict[str, str]:
+    """The part of each person. See `GivenSplits.of_cases` for what is refused."""
+    of_person: dict[str, list[str]] = defaultdict(list)
+    for case, person in cases.items():
+        of_person[person].append(case)
+    part_of: dict[str, str] = {}  # of a case
+    for part in ("train", "validation", "test"):
+        for name in getattr(split, part):
+            found = of_person.get(name) or [case for case in (name,) if case in cases]
+            if not found:
+                known = listed(sorted(of_person), most=4)
+                raise UserError(
+                    f"{place}: {part} names {name!r}, neither a case nor a subject that is in the splits; such as {known}"
+                )
+            if twice := [case for case in found if case in part_of]:
+                raise UserError(f"{place}: {name!r} is in {part_of[twice[0]]} and in {part}; a name stands once in a split")
+            part_of |= dict.fromkeys(found, part)
+    if missing := sorted(cases.keys() - part_of.keys()):
+        raise UserError(
+            f"{place}: {listed(missing)} of the data set in no part; name them there, or give Study(holdout=(...)) their subjects"
+        )
+    for person, own in of_person.items():
+        if other := [case for case in own if part_of[case] != part_of[own[0]]]:
+            where = f"{own[0]} in {part_of[own[0]]}, {other[0]} in {part_of[other[0]]}"
+            raise UserError(f"{place}: sessions of one person never cross, got {where}, both of {person}; put them into one part")
+    return {person: part_of[own[0]] for person, own in of_person.items()}
+
+
+def _validating(subjects: Mapping[str, str], share: float, key: str) -> list[tuple[str, ...]]:
+    """Who of `subjects`, two or more, validates, and who trains: a share of them, at least one and not all, spread over sites."""
+    return _cut(_spread(subjects, key), min(max(1, round(share * len(subjects))), len(subjects) - 1))
 
 
 def _spread(subjects: Mapping[str, str], key: str) -> list[str]:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from softseg_dist.data.cases import Case, DataSet
+from softseg_dist.data.cases import Case, DataSet, check_apart
 from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
 from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
@@ -333,7 +333,9 @@ def _origins(cases: Sequence[Case], preprocess: Preprocess, sha256: Digest) -> l
     """What determines each case, apart from the preprocessing."""
     with ThreadPoolExecutor(num_processors()) as threads:  # reading and hashing hold no interpreter lock
         lines = threads.map(lambda case: case.sources(preprocess.mask_parts, sha256), cases)
-        return [[case.name, case.subject, case.site, case.rater_names, sources] for case, sources in zip(cases, lines, strict=True)]
+        origins = [[case.name, case.subject, case.site, case.rater_names, found] for case, found in zip(cases, lines, strict=True)]
+    check_apart(cases, [origin[-1] for origin in origins])
+    return origins
 
 
 def _fingerprint(origins: list[list[Any]], data: DataSet, preprocess: Preprocess) -> str:

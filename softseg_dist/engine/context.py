@@ -73,6 +73,11 @@ class Prepared:
         """The site of each subject."""
         return {case.subject: case.site for case in self.store.cases}
 
+    @cached_property
+    def persons(self) -> Mapping[str, str]:
+        """The subject of each case."""
+        return {case.name: case.subject for case in self.store.cases}
+
 
 def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Callable[[str], None]) -> Prepared:
     """Build the study's store, or find it built; `note` gets lines about progress. Raises UserError on data that cannot be used."""

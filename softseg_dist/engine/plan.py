@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from pathlib import Path
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from softseg_dist.data.splits import Split
+from softseg_dist.data.splits import Split, splits_final
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.places import replace_file
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Resources, Study
@@ -85,10 +87,9 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
     """
     if run is not None and seconds_per_fit is not None:
         raise UserError("--seconds-per-fit and --run both say how long a fit takes; give one of them")
-    sites = {case.subject: case.site for case in study.data.cases(data_root)}
-    sites = {subject: sites[subject] for subject in sorted(sites)[: study.subjects]}
-    outer = study.nested.make(sites, study.seed) if study.nested else ()
-    splits = (study.inner(outer[0]) if outer else study).make_splits(sites)
+    sites, persons = _people(study, data_root)
+    outer = study.nested.of_cases(sites, persons, study.seed) if study.nested else ()
+    splits = (study.inner(outer[0]) if outer else study).make_splits(sites, persons)
     trials = study.search.trials if study.search else 0
     tune = study.tune_each
     per_candidate = tune.trials * min(tune.splits, len(splits)) if tune else 0
@@ -97,6 +98,24 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
     num_fixed = len(study.candidates)
     outers = max(1, len(outer))
     return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate)
+
+
+def write_splits(study: Study, data_root: Path | None, path: Path) -> int:
+    """Write the splits of a study as nnU-Net's `splits_final.json`; returns their number. Raises UserError if it is nested."""
+    if study.nested:
+        raise UserError("a nested study has splits for every outer split; write those of a study without nested=...")
+    sites, persons = _people(study, data_root)
+    splits = splits_final(study.make_splits(sites, persons), persons)
+    replace_file(path, lambda partial: partial.write_text(json.dumps(splits, indent=1)))
+    return len(splits)
+
+
+def _people(study: Study, data_root: Path | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The site of each subject, and the subject of each case; only the names of the data set are read."""
+    cases = study.data.cases(data_root)
+    kept = sorted({case.subject for case in cases})[: study.subjects]
+    sites = {case.subject: case.site for case in cases}
+    return {subject: sites[subject] for subject in kept}, {case.name: case.subject for case in cases if case.subject in kept}
 
 
 def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tuple[Offer, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from softseg_dist import Recipe
+from softseg_dist.cli.submit import with_given_splits
 from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import check_restart, load_sources, load_study
@@ -147,3 +149,20 @@ def test_a_mistake_in_a_class_is_named_with_what_to_write(code: str, tmp_path: P
     path.write_text(f"from softseg_dist import *\n{code}\n")
     with pytest.raises(UserError, match=re.escape(MISTAKES[code])):
         load_study(path)
+
+
+def test_given_splits_are_read_beside_the_study_file_and_are_part_of_the_study(tmp_path: Path) -> None:
+    text = MINE.replace("MonteCarlo(count=2)", 'GivenSplits("splits.json")').replace("MonteCarlo,", "GivenSplits,")
+    names = [f"p{i}" for i in range(6)]
+    (tmp_path / "splits.json").write_text(json.dumps([{"train": names[1:], "val": names[:1]}]))
+    before = load_study(write(tmp_path, text))
+    (tmp_path / "splits.json").write_text(json.dumps([{"train": names[:-1], "val": names[-1:]}]))
+    after = load_study(write(tmp_path, text))
+    assert before.study.fingerprint != after.study.fingerprint
+    assert [s.test for s in before.study.make_splits(dict.fromkeys(names, ""))] == [("p0",)]
+    assert with_given_splits(after).texts["splits.json"] == (tmp_path / "splits.json").read_text()
+    (tmp_path / "splits.json").unlink()  # a worker, or a debugger of it, has the texts alone
+    assert before.as_sent().study.fingerprint == before.study.fingerprint
+    assert len(before.study.debug().make_splits(dict.fromkeys(names[1:], ""))) == 2
+    with pytest.raises(UserError, match=r"cannot read the splits .*splits\.json"):
+        load_study(write(tmp_path, text))

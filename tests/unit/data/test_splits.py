@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_classes import assert_covered
 
-from softseg_dist.data.splits import KFold, MonteCarlo, Split, Splits
+from softseg_dist.data.splits import GivenSplit, GivenSplits, KFold, LeaveOneSiteOut, MonteCarlo, Split, Splits, splits_final
 from softseg_dist.errors import UserError
 
 PEOPLE = {f"p{i:02d}": "AAB"[i % 3] for i in range(30)}
-RULES = [MonteCarlo(count=4), KFold(folds=5), KFold(folds=3, validation=0.4)]
+RULES = [MonteCarlo(count=4), KFold(folds=5), KFold(folds=3, validation=0.4), KFold(folds=3, rounds=2)]
+SITES = {f"p{i:02d}": "ABC"[i % 3] for i in range(30)}
+GIVEN = GivenSplits(
+    "splits.json", given=(GivenSplit(train=tuple("abcdef"), test=("g",)), GivenSplit(train=tuple("bcdefg"), test=("a",)))
+)
 people = st.dictionaries(st.text(min_size=1, max_size=6), st.sampled_from(["A", "B", ""]), min_size=6, max_size=40)
 
 
 def test_the_suite_runs_over_every_public_rule() -> None:
-    assert_covered(Splits, RULES)
+    assert_covered(Splits, [*RULES, LeaveOneSiteOut(), GIVEN])  # the last two have tests of their own: not anybody will do
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -98,3 +104,127 @@ def test_a_split_survives_json() -> None:
     split = MonteCarlo(count=1).make(PEOPLE, 0)[0]
     assert Split.model_validate_json(split.model_dump_json()) == split
     assert split.name == "000"
+
+
+@given(subjects=people, seed=st.integers(0, 99), rounds=st.integers(1, 3), folds=st.integers(2, 5))
+@settings(max_examples=30, deadline=None)
+def test_kfold_tests_every_person_once_in_each_round(subjects: dict[str, str], seed: int, rounds: int, folds: int) -> None:
+    splits = KFold(folds=folds, rounds=rounds).make(subjects, seed)
+    assert [split.index for split in splits] == list(range(folds * rounds))
+    for number in range(rounds):
+        tested = Counter(s for split in splits[number * folds : (number + 1) * folds] for s in split.test)
+        assert tested == dict.fromkeys(subjects, 1)
+
+
+def test_another_round_of_folds_extends_the_first_and_differs_from_it() -> None:
+    once, twice = (KFold(folds=3, rounds=rounds).make(PEOPLE, 0) for rounds in (1, 2))
+    assert twice[:3] == once
+    assert {split.test for split in twice[3:]}.isdisjoint(split.test for split in once)
+
+
+@given(sites=st.lists(st.sampled_from("ABCD"), min_size=9, max_size=30), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_each_site_is_the_test_set_once(sites: list[str], seed: int) -> None:
+    subjects = {f"p{i}": site for i, site in enumerate([*"ABC", *sites])}
+    splits = LeaveOneSiteOut().make(subjects, seed)
+    assert [sorted({subjects[s] for s in split.test}) for split in splits] == [[site] for site in sorted(set(subjects.values()))]
+    for split in splits:
+        assert sorted((*split.train, *split.validation, *split.test)) == sorted(subjects)
+        assert len(split.validation) == max(1, round(0.2 * (len(subjects) - len(split.test))))
+    assert splits == LeaveOneSiteOut().make(dict(reversed(subjects.items())), seed)
+
+
+def test_validation_of_a_left_out_site_is_spread_over_the_others() -> None:
+    for split in LeaveOneSiteOut().make(SITES, 0):
+        assert sorted(Counter(SITES[s] for s in split.validation).values()) == [2, 2]
+
+
+def test_leaving_out_sites_needs_three_that_are_known() -> None:
+    with pytest.raises(UserError, match="at least 3 sites, got 2: A, B; use MonteCarlo"):
+        LeaveOneSiteOut().make({f"p{i}": "AB"[i % 2] for i in range(9)}, 0)
+    with pytest.raises(UserError, match=r"got none for p3; .*participants.tsv"):
+        LeaveOneSiteOut().make({f"p{i}": "ABC-"[i % 4].strip("-") for i in range(6)} | {"p5": "B"}, 0)
+    assert LeaveOneSiteOut().first(2).make(SITES, 0) == LeaveOneSiteOut().make(SITES, 0)[:2]
+
+
+def write(tmp_path: Path, content: object, name: str = "splits_final.json") -> GivenSplits:
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return GivenSplits(tmp_path / name)
+
+
+TEN = {f"p{i}": "" for i in range(10)}
+
+
+def test_what_nnunet_validates_on_is_the_test_set_and_a_fifth_of_its_training_set_validates(tmp_path: Path) -> None:
+    val = [["p0", "p1"], ["p2", "p3"]]
+    rule = write(tmp_path, [{"train": sorted(TEN.keys() - {*test}), "val": test} for test in val])
+    splits = rule.make(TEN, 0)
+    assert [list(split.test) for split in splits] == val
+    assert [(len(split.train), len(split.validation)) for split in splits] == [(6, 2)] * 2
+    assert splits == rule.make(TEN, 0)
+    assert [split.validation for split in splits] != [split.validation for split in rule.make(TEN, 1)]
+    assert splits_final(splits, {s: s for s in TEN}) == json.loads((tmp_path / "splits_final.json").read_text())
+    assert rule.first(1).make(TEN, 0) == splits[:1]
+
+
+def test_the_splits_of_a_run_can_be_given_and_come_back(tmp_path: Path) -> None:
+    splits = MonteCarlo(count=3).make(TEN, 0)
+    assert write(tmp_path, [split.model_dump(mode="json") for split in splits]).make(TEN, 7) == splits
+    text = "".join(
+        f"- {{train: [{','.join(s.train)}], val: [{','.join(s.validation)}], test: [{','.join(s.test)}]}}\n" for s in splits
+    )
+    assert write(tmp_path, text, "splits.yaml").make(TEN, 7) == splits
+
+
+def test_names_may_be_those_of_cases_and_persons(tmp_path: Path) -> None:
+    cases = {f"{person}_ses-{session}": person for person in TEN for session in (1, 2)}
+    by_case = {"train": sorted(case for case, person in cases.items() if person > "p1"), "test": ["p0_ses-1", "p1", "p0_ses-2"]}
+    (split,) = write(tmp_path, [by_case]).of_cases(TEN, cases, 0)
+    assert split.test == ("p0", "p1")
+    assert sorted((*split.train, *split.validation)) == sorted(TEN.keys() - {"p0", "p1"})
+    assert splits_final([split], cases)[0]["val"] == ["p0_ses-1", "p0_ses-2", "p1_ses-1", "p1_ses-2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"train": ["a1", "b1"], "test": ["c1", "x"]}], "split 0: test names 'x', neither a case nor a subject"),
+        ([{"train": ["a1", "b1"], "test": ["c1"]}], "split 0: a2 of the data set in no part"),
+        ([{"train": ["a1", "b1", "a2"], "test": ["c1", "b1"]}], "split 0: 'b1' is in train and in test"),
+        ([{"train": ["a1", "a", "b1"], "test": ["c1"]}], "split 0: 'a' is in train and in train"),
+        (
+            [{"train": ["a", "b"], "test": ["c"]}, {"train": ["a1", "b1"], "test": ["a2", "c1"]}],
+            "split 1: sessions of one person never cross, got a1 in train, a2 in test, both of a",
+        ),
+        ([{"train": ["a"], "validation": ["b"]}], "split 0: a split has .*, got train/validation"),
+        ([{"train": [1, "b"], "val": ["c"]}], "split 0: train is a list of at least one name, as text, got 1"),
+        ([{"train": ["a"], "val": []}], "val is a list of at least one name, as text, got none"),
+        ([{"train": ["a"], "validation": [], "test": ["b"]}], "validation is a list of at least one name"),
+        ([["a"]], "split 0: a split has"),
+        ({}, "a list of splits"),
+        ("[", "not JSON"),
+        ([{"train": ["a"], "test": ["b", "c"]}], "the validation set is drawn from train, got a"),
+    ],
+)
+def test_a_bad_file_of_splits_is_refused_with_file_split_and_name(tmp_path: Path, content: object, message: str) -> None:
+    cases = {"a1": "a", "a2": "a", "b1": "b", "c1": "c"}
+    with pytest.raises(UserError, match=message) as caught:
+        write(tmp_path, content).of_cases(dict.fromkeys("abc", ""), cases, 0)
+    assert "splits_final.json" in str(caught.value)
+
+
+def test_a_missing_or_broken_file_of_splits_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the splits .*none.json: No such file"):
+        GivenSplits(tmp_path / "none.json").make(TEN, 0)
+    with pytest.raises(UserError, match=r"splits.yaml: not YAML"):
+        write(tmp_path, "a: [", "splits.yaml").make(TEN, 0)
+
+
+def test_the_content_of_a_file_of_splits_is_part_of_the_rule(tmp_path: Path) -> None:
+    names = sorted(TEN)
+    before = write(tmp_path, [{"train": names[2:], "val": names[:2]}]).bound(Path())
+    assert GivenSplits.model_validate_json(before.model_dump_json()) == before
+    assert before.bound(Path()) is before
+    after = write(tmp_path, [{"train": names[3:], "val": names[:3]}]).bound(Path())
+    assert after.fingerprint != before.fingerprint
+    assert len(before.make(TEN, 0)[0].test) == 2  # what was read stays

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
-from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.cases import Case, CaseData, LabelledCase, MaskFile
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32
 from softseg_dist.data.phantom import Phantom
@@ -246,3 +248,25 @@ def test_a_damaged_store_gives_a_user_error_or_its_samples(built: Path, tmp_path
         except UserError:
             refused += 1
     assert refused > 10
+
+
+@pytest.mark.parametrize("one_person", [False, True])
+def test_images_of_equal_content_under_two_subjects_are_refused_with_both_names(tmp_path: Path, one_person: bool) -> None:
+    for name in ("a", "b"):
+        for kind, data in {
+            "image": np.arange(120, dtype=np.int16).reshape(6, 5, 4),
+            "mask": np.eye(6)[:, :5, None] + np.zeros(4),
+        }.items():
+            nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / f"{name}_{kind}.nii")
+    shutil.copy(tmp_path / "a_mask.nii", tmp_path / "other_mask.nii")
+    cases = [
+        LabelledCase(
+            name, [tmp_path / f"{name}_image.nii"], "p" if one_person else name, "", {"A": {"c": MaskFile(tmp_path / file)}}
+        )
+        for name, file in {"a": "a_mask.nii", "b": "other_mask.nii"}.items()
+    ]
+    if one_person:
+        assert len(Store.open(build_store(tmp_path, cases, DATA, Preprocess())).cases) == 2
+    else:
+        with pytest.raises(UserError, match=r"the images of a \(a\) and b \(b\) have equal content"):
+            build_store(tmp_path, cases, DATA, Preprocess())

@@ -11,13 +11,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from softseg_dist import Dice, KFold, MonteCarlo, Phantom, Recipe, Search, Study, TuneEach
+from softseg_dist import Dice, GivenSplits, KFold, MonteCarlo, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.cli.main import app
 from softseg_dist.data.splits import Split
-from softseg_dist.engine.plan import Machine, Plan, load_prices, offers, places_on, plan_study
+from softseg_dist.engine.plan import Machine, Plan, load_prices, offers, places_on, plan_study, write_splits
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.study import Optim, Resources, factorial
+from softseg_dist.study_file import load_study
 from softseg_dist.training.task import FitResult
 
 PRICES = Path(__file__).parents[3] / "cluster/prices.yaml"
@@ -205,3 +206,22 @@ def test_the_command_shows_every_machine_and_says_the_same_as_json(monkeypatch: 
     for offer in told["machines"]:
         row = next(line for line in shown.splitlines() if line.startswith(offer["machine"]["name"] + " "))
         assert row.split()[-3:] == [f"{offer[key]:.2f}" for key in ("hours", "on_demand_usd", "spot_usd")]
+
+
+def test_the_command_writes_the_splits_for_nnunet_and_they_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["plan", S001, "--write-splits", "splits_final.json"])
+    assert said.exit_code == 0, said.output
+    of, cases = load_study(S001).study, {case.name: case for case in load_study(S001).study.data.cases(None)}
+    sites = {case.subject: case.site for case in cases.values()}
+    ours = of.make_splits(sites)
+    written = json.loads((tmp_path / "splits_final.json").read_text())
+    assert [sorted(cases[name].subject for name in split["val"]) for split in written] == [list(split.test) for split in ours]
+    assert all({*split["train"], *split["val"]} == cases.keys() for split in written)
+    given = of.replace(splits=GivenSplits("splits_final.json")).make_splits(sites, {name: c.subject for name, c in cases.items()})
+    assert [split.test for split in given] == [split.test for split in ours]
+
+
+def test_splits_of_a_nested_study_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without nested"):
+        write_splits(study(nested=KFold(folds=3)), None, tmp_path / "splits.json")
