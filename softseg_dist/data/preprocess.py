@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.geometry import Float32, Geometry, spacing_of
+from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.resampling import Axis, Method, resample, restore
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
@@ -57,7 +58,7 @@ class Sample:
     `image` [N C *S] normalised; `raters` [N R K *S] in [0, 1]; `nearest` [N R K *S] in {0, 1}: each rater's mask >=
     0.5 resampled by nearest neighbour, None if nothing was resampled (then it would be `raters` >= 0.5); `truth` [N K
     *S] or None; `spacing_mm` of *S; `voxel_mm3` the volume of a voxel (in 2D with the slice's thickness); `placement`
-    leads back.
+    leads back; `own` has the raters' masks on the grid of the file.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Sample:
     spacing_mm: tuple[float, ...]
     voxel_mm3: float
     placement: Placement
+    own: OwnMasks
 
 
 class Preprocess(Frozen):
@@ -140,17 +142,24 @@ class Preprocess(Frozen):
             spacing_mm=tuple(axis.spacing_mm for axis in axes[: self.dim]),
             voxel_mm3=float(abs(np.linalg.det(data.affine[:3, :3])) * np.prod([axis.step for axis in axes])),
             placement=Placement(data.geometry, axes, slices),
+            own=OwnMasks.of(data),
         )
 
     def restore(self, maps: Float32, placement: Placement) -> Float32:
-        """Maps [N K *S] of a sample back on the original grid [K X Y Z], canonical: linear, 0 outside the crop."""
+        """Maps [N K *S] of a sample back on the grid of its file [K X Y Z], canonical; float32, clipped to [0, 1].
+
+        Linear along axes where the file's grid is finer, area-weighted where it is coarser; 0 in slices that were left out and
+        outside the crop.
+        """
         if placement.slices is None:
             volume = maps[0]
         else:
-            num_z = placement.axes[2].size
-            volume = np.zeros((*maps.shape[1:], num_z), dtype=np.float32)
-            volume[..., list(placement.slices)] = np.moveaxis(maps, 0, -1)
-        return restore(volume, placement.axes)
+            volume = np.moveaxis(maps, 0, -1)
+            if len(placement.slices) < placement.axes[2].size:
+                volume = np.zeros((*maps.shape[1:], placement.axes[2].size), dtype=np.float32)
+                volume[..., list(placement.slices)] = np.moveaxis(maps, 0, -1)
+        restored = restore(volume, placement.axes)
+        return restored.clip(0, 1, out=restored)
 
     def _axes(self, case: Case, data: CaseData) -> tuple[Axis, ...]:
         spacings = spacing_of(data.affine)

@@ -135,20 +135,35 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
 
 
 def restore(cropped: Float32, axes: Sequence[Axis]) -> Float32:
-    """The way back of `resample` and padding: [... *sizes] -> [... *num_in], linear, 0 outside the window.
+    """The way back of `resample` and padding: [... *sizes] -> [... *num_in], in float32.
 
-    Exact where the axis was only cropped or padded.
+    Linear along axes where the old voxels are smaller: a value is interpolated within the window, and 0 where its centre lies
+    outside. Area-weighted where they are larger: the part of a voxel that lies outside counts as 0, so that value x voxel size
+    adds up to the same. Exact where the axis was only cropped or padded.
     """
     lead = cropped.shape[: cropped.ndim - len(axes)]
-    matrices = [linear_weights(axis.centers_back(), axis.num_resampled) if axis.is_resampled else None for axis in axes]
-    here = tuple(slice(*axis.kept) for axis in axes)
-    there = tuple(axis.inside for axis in axes)
-    result = np.empty((*lead, *(axis.num_in for axis in axes)), dtype=np.float32)
+    reached, matrices = zip(*map(_way_back, axes), strict=True)
+    window = tuple(axis.inside for axis in axes)
+    result = np.zeros((*lead, *(axis.num_in for axis in axes)), dtype=np.float32)
     for index in np.ndindex(lead):
-        whole = np.zeros([axis.num_resampled for axis in axes], dtype=np.float32)
-        whole[here] = cropped[index][there]
-        result[index] = _apply(whole, matrices)
+        result[index][reached] = _apply(cropped[index][window], matrices)
     return result
+
+
+def _way_back(axis: Axis) -> tuple[slice, Float32 | None]:
+    """The old voxels that the window reaches, and their weights [old kept]; None if values are copied."""
+    begin, end = axis.kept
+    if not axis.is_resampled:
+        return slice(begin, end), None
+    centers = axis.centers_back() - begin
+    if axis.step > 1:
+        weights = linear_weights(centers, end - begin)
+        reached = np.flatnonzero((centers > -0.5 - 1e-6) & (centers < end - begin - 0.5 + 1e-6))
+    else:
+        weights = area_weights(centers, end - begin, 1 / axis.step)
+        reached = np.flatnonzero(weights.any(axis=1))
+    there = slice(int(reached[0]), int(reached[-1]) + 1)
+    return there, weights[there].astype(np.float32)
 
 
 def _weights(axis: Axis, method: Literal["linear", "area", "average"]) -> Float64:
@@ -159,7 +174,7 @@ def _weights(axis: Axis, method: Literal["linear", "area", "average"]) -> Float6
     return weights if method == "area" else weights / weights.sum(axis=1, keepdims=True)
 
 
-def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None]) -> NDArray[Any]:
+def _apply(volume: NDArray[Any], matrices: Sequence[Float64 | None] | Sequence[Float32 | None]) -> NDArray[Any]:
     for axis, weights in enumerate(matrices):
         if weights is not None:
             volume = np.moveaxis(np.tensordot(weights, volume, (1, axis)), 0, axis)

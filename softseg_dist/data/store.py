@@ -1,9 +1,9 @@
 """The store of a study: all prepared cases in one Arrow file that is named by its fingerprint and mapped into memory.
 
 The file has one record batch per case and one row per item. Each column holds the item's numbers as a list of float32
-(`nearest`: uint8), so any Arrow reader can open it. What belongs to a case (names, shapes, placement) is JSON in the metadata of
-its batch; what belongs to the file is JSON in the metadata of the schema. Arrow writes batches one after the other, so a file
-that was cut off is read up to the cut.
+(`nearest`: uint8), so any Arrow reader can open it. Column `own` has the raters' own masks, packed, in the first row of a case.
+What belongs to a case (names, shapes, placement) is JSON in the metadata of its batch; what belongs to the file is JSON in the
+metadata of the schema. Arrow writes batches one after the other, so a file that was cut off is read up to the cut.
 
 `build_store` prepares cases, or copies them from stores and leftovers that have them already; `Store` reads the finished file.
 The fingerprint depends on the contents of all sources, the classes and the preprocessing, not on when or where it was built.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from softseg_dist.data.cases import Case, DataSet, check_apart
 from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
 from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of
+from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, one_by_one
 from softseg_dist.errors import UserError
@@ -38,7 +40,7 @@ from softseg_dist.words import dimensions
 
 KEY = b"softseg"
 PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
-COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32()}
+COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32(), "own": pa.uint8()}
 SCHEMA = pa.schema([pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()])
 MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arrow columnar format, IPC file format)
 
@@ -59,7 +61,9 @@ class CaseRecord:
         """As read-only views of the file. Raises ValueError or ArrowException if the file is damaged there."""
         fields = {name: self.about[name] for name in PLAIN} | {column: self._view(column) for column in COLUMNS}
         fields |= {name: tuple(self.about[name]) for name in ("rater_names", "spacing_mm")}  # lists in JSON
-        return Sample(**fields, placement=Placement.from_dict(self.about["placement"]))
+        placement = Placement.from_dict(self.about["placement"])
+        fields["own"] = OwnMasks.from_dict(self.about["own"], placement.geometry, fields["own"])
+        return Sample(**fields, placement=placement)
 
     def is_intact(self) -> bool:
         """Whether its numbers are those that were written; reads them all."""
@@ -79,8 +83,9 @@ class CaseRecord:
 
 def record_of(sample: Sample, identity: str) -> CaseRecord:
     """The record of a sample, which shares its memory; `identity` says what the sample was made from."""
-    arrays = {column: getattr(sample, column) for column in COLUMNS}
+    arrays = _arrays_of(sample)
     num_items = len(sample.image)
+    rows = np.arange(num_items + 1, dtype=np.int64)
     columns = []
     for column, array in arrays.items():
         kind = SCHEMA.field(column).type
@@ -88,22 +93,29 @@ def record_of(sample: Sample, identity: str) -> CaseRecord:
             columns.append(pa.nulls(num_items, kind))
             continue
         flat = np.ascontiguousarray(array).reshape(-1)
-        offsets = np.arange(num_items + 1, dtype=np.int64) * (flat.size // num_items)
+        offsets = np.minimum(rows, 1) * flat.size if column == "own" else rows * (flat.size // num_items)
         columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat), type=kind))
     about = {name: getattr(sample, name) for name in PLAIN} | {
         "num_items": num_items,
         "shapes": {column: None if array is None else array.shape for column, array in arrays.items()},
         "placement": sample.placement.to_dict(),
+        "own": sample.own.to_dict(),
+        "mean_volumes_mm3": sample.own.mean_volumes_mm3,
         "identity": identity,
         "digest": digest_of(sample),
     }
     return CaseRecord(pa.record_batch(columns, schema=SCHEMA), about)
 
 
+def _arrays_of(sample: Sample) -> dict[str, NDArray[Any] | None]:
+    """The numbers of a case by column."""
+    return {column: sample.own.packed if column == "own" else getattr(sample, column) for column in COLUMNS}
+
+
 def digest_of(sample: Sample) -> str:
     """Of the numbers of a case."""
     hashed = hashlib.blake2b(digest_size=16)
-    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
+    for array in _arrays_of(sample).values():
         if array is not None:
             hashed.update(np.ascontiguousarray(array).reshape(-1).data)
     return hashed.hexdigest()
@@ -143,7 +155,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         yield record
 
 
-FORMAT = 2  # raised when the same sources and preprocessing would give other numbers, or could not be read
+FORMAT = 3  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
@@ -254,7 +266,11 @@ class Store:
     def __init__(self, path: Path, reader: pa.RecordBatchFileReader) -> None:
         about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
-            raise UserError(f"{path} has format {about['format']}, this version reads {FORMAT}; delete it to prepare it again")
+            maker = "softseg_dist 0.1" if about["format"] == 1 else "another version of softseg_dist"
+            raise UserError(
+                f"{path} was made by {maker} (format {about['format']}, this version reads {FORMAT}): run or prepare the study "
+                "again, which writes a new store beside it; then this one can be deleted"
+            )
         self.path = path
         self.fingerprint: str = about["fingerprint"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
@@ -303,6 +319,12 @@ class Store:
             except (pa.ArrowException, ValueError) as error:
                 raise _damaged(self.path, error) from error
         return self._samples[index]
+
+    @cached_property
+    def mean_volumes_mm3(self) -> tuple[float, ...]:
+        """The raters' mean volume of each class on the grid of the file, the mean over all cases."""
+        volumes = [record.about["mean_volumes_mm3"] for record in self._records]
+        return tuple(math.fsum(of_class) / len(volumes) for of_class in zip(*volumes, strict=True))
 
     @cached_property
     def digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.resampling import Axis, Method, resample, restore
 from softseg_dist.errors import UserError
 
+RNG = np.random.default_rng(0)
 METHODS = get_args(Method)
 unit = st.floats(0, 1, width=32)
 lines = hnp.arrays(np.float32, st.integers(1, 40), elements=unit)
@@ -159,6 +161,50 @@ def test_cropping_and_going_back_is_exact_inside_and_zero_outside(num: int, size
     assert np.array_equal(back[begin:end], line[begin:end])
     assert not back[:begin].any()
     assert not back[end:].any()
+
+
+@given(
+    num=st.integers(2, 40), spacing_in=spacings, spacing_out=spacings, size=st.integers(1, 40), share=st.floats(0, 1), value=unit
+)
+@settings(max_examples=200, deadline=None)
+def test_a_constant_comes_back_constant_inside_and_zero_outside(
+    num: int, spacing_in: float, spacing_out: float, size: int, share: float, value: float
+) -> None:
+    axis = Axis.whole(num, spacing_in, spacing_out).window(size, share * (num - 1))
+    back = restore(np.full(size, value, np.float32), [axis])
+    assert back.dtype == np.float32
+    begin, end = axis.kept
+    places = axis.centers_back() if axis.is_resampled else np.arange(num)  # old voxels, as resampled indices
+    half = 0.5 / axis.step if axis.step < 1 else 0.0  # of a larger voxel all must lie inside
+    inside = (places - half >= begin - 0.5) & (places + half <= end - 0.5)
+    outside = (places + half <= begin - 0.51) | (places - half >= end - 0.49)
+    assert back[inside] == pytest.approx(value, rel=2e-6)
+    assert not back[outside].any()
+    assert back.max() <= value * (1 + 1e-6)
+
+
+@given(values=lines, spacing_in=spacings, ratio=st.floats(0.2, 0.95))
+@settings(max_examples=100, deadline=None)
+def test_going_back_to_larger_voxels_keeps_the_volume(values: Float32, spacing_in: float, ratio: float) -> None:
+    axis = Axis.whole(len(values), spacing_in, ratio * spacing_in)
+    fine = np.zeros(axis.num_resampled, np.float32)
+    fine[1:-1] = np.resize(values, max(axis.num_resampled - 2, 0))  # the outermost voxels reach beyond the old grid
+    before = fine.sum(dtype=np.float64) * axis.spacing_mm
+    assert restore(fine, [axis]).sum(dtype=np.float64) * spacing_in == pytest.approx(before, rel=1e-5, abs=1e-6)
+
+
+def test_a_small_lesion_is_not_lost_on_the_way_back_to_larger_voxels() -> None:
+    """One voxel of .5 mm in a file of 2 mm is a quarter of a voxel, wherever it lies; interpolation would lose or double it."""
+    for at in range(4):
+        fine = np.zeros(40, np.float32)
+        fine[20 + at] = 1
+        back = restore(fine, [Axis.whole(10, 2.0, 0.5)])
+        assert back.tolist() == [0.25 if j == 5 else 0 for j in range(10)]
+
+
+def test_going_back_to_smaller_voxels_is_linear() -> None:
+    back = restore(np.array([0, 1, 0], np.float32), [Axis.whole(6, 1.0, 2.0)])
+    assert back.tolist() == [0, 0.25, 0.75, 0.75, 0.25, 0]
 
 
 # --- whole cases ---
@@ -319,6 +365,37 @@ def test_a_label_comes_back_bit_exact_where_nothing_is_resampled(label: Float32,
     preprocess = Preprocess(dim=dim, crop=(9, 8, 7)[:dim])  # type: ignore[arg-type]
     sample = preprocess.apply(case_of(label))
     assert np.array_equal(preprocess.restore(sample.raters[:, 0], sample.placement)[0], label)
+
+
+def test_the_way_back_mixes_both_rules_axis_by_axis() -> None:
+    """x: 1 mm -> .5 mm is coarser on the way back, y: 1 mm -> 2 mm finer, z: slices 0 and 2 of 3."""
+    geometry = Geometry((4, 4, 3), np.eye(4))
+    axes = (Axis.whole(4, 1.0, 0.5), Axis.whole(4, 1.0, 2.0), Axis.whole(3, 1.0))
+    maps = np.zeros((2, 2, 8, 2), np.float32)
+    maps[0, 0, 3] = 1  # one of the two halves of x = 1, all of y
+    maps[1, 1, :, 1] = 3  # beyond 1: clipped
+    back = Preprocess(spacing_mm=(0.5, 2.0)).restore(maps, Placement(geometry, axes, (0, 2)))
+    assert back.dtype == np.float32
+    assert back[0, :, :, 0].tolist() == [[0] * 4, [0.5] * 4, [0] * 4, [0] * 4]
+    assert back[1, :, :, 2].tolist() == [[0, 0.75, 1, 1]] * 4
+    assert not back[..., 1].any()
+    assert not back[1, ..., 0].any()
+    assert not back[0, ..., 2].any()
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.8, 0.9, 1.1), (1.5, 1.5, 1.5)])
+def test_restoring_holds_float32_of_one_class_beside_the_result(spacing_mm: tuple[float, ...]) -> None:
+    geometry = Geometry((60, 50, 40), np.eye(4))
+    axes = tuple(map(Axis.whole, geometry.shape, (1.0, 1.0, 1.0), spacing_mm))
+    maps = RNG.random((1, 6, *(axis.size for axis in axes)), dtype=np.float32)
+    preprocess, placement = Preprocess(dim=3, spacing_mm=spacing_mm), Placement(geometry, axes, None)
+    preprocess.restore(maps, placement)
+    tracemalloc.start()
+    back = preprocess.restore(maps, placement)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one = max(maps[0, 0].nbytes, back[0].nbytes)
+    assert peak < back.nbytes + 3 * one  # in float64, or of all classes at once, it would be more
 
 
 def test_a_placement_survives_json() -> None:

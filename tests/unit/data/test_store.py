@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -20,10 +21,11 @@ import pytest
 from softseg_dist.data.cases import Case, CaseData, LabelledCase, MaskFile
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32
-from softseg_dist.data.phantom import Phantom
+from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.store import Store, build_store, fingerprint
+from softseg_dist.data.store import FORMAT, KEY, SCHEMA, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import sealed, unsealed
 
 DATA = Phantom(subjects=3, size=(24, 20), num_slices=3, raters=2)
 PREPROCESS = Preprocess(spacing_mm=(0.6, 0.5), crop=(16, 20))
@@ -51,6 +53,18 @@ class Broken(Case):
         raise AssertionError(part)
 
 
+class Healthy(PhantomCase):
+    """A person of whom no rater drew anything."""
+
+    def __init__(self) -> None:
+        super().__init__(DATA, 0)
+        self.name = self.subject = "healthy"
+
+    def load(self) -> CaseData:
+        data = super().load()
+        return replace(data, raters=np.zeros_like(data.raters), truth=None)
+
+
 def test_samples_come_out_as_they_went_in(built: Path) -> None:
     store = Store.open(built)
     for index, case in enumerate(DATA.cases(None)):
@@ -61,6 +75,9 @@ def test_samples_come_out_as_they_went_in(built: Path) -> None:
             assert getattr(expected, field).dtype == getattr(got, field).dtype
         for field in ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3"):
             assert getattr(expected, field) == getattr(got, field), field
+        assert np.array_equal(expected.own.packed, got.own.packed)
+        assert expected.own.to_dict() == got.own.to_dict()
+        assert np.array_equal(got.own.full(got.own.raters), case.load().raters)
         assert got.placement.axes == expected.placement.axes
         assert np.array_equal(got.placement.geometry.affine, expected.placement.geometry.affine)
 
@@ -85,7 +102,7 @@ def mapped_ranges(path: Path) -> list[range]:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="addresses of mapped files are read from Linux's /proc")
 def test_arrays_are_views_of_the_mapped_file(built: Path) -> None:
     sample = Store.open(built).sample(1)
-    for array in (sample.image, sample.raters, sample.nearest, sample.truth):
+    for array in (sample.image, sample.raters, sample.nearest, sample.truth, sample.own.packed):
         assert array is not None
         first = array.ctypes.data
         assert any(first in addresses and first + array.nbytes - 1 in addresses for addresses in mapped_ranges(built))
@@ -105,6 +122,33 @@ def test_raters_that_differ_in_number_are_kept_apart(tmp_path: Path) -> None:
     store = Store.open(build_store(tmp_path, cases, DATA, PREPROCESS))
     assert [store.sample(i).raters.shape[1] for i in (0, 1)] == [2, 4]
     assert [case.rater_names for case in store.cases] == [("A", "B"), ("A", "B", "C", "D")]
+
+
+def test_a_flipped_bit_of_a_raters_own_mask_is_found(built: Path, tmp_path: Path) -> None:
+    whole, packed = bytearray(built.read_bytes()), Store.open(built).sample(1).own.packed.tobytes()
+    assert whole.count(packed) == 1
+    whole[whole.index(packed) + len(packed) // 2] ^= 1
+    damaged = tmp_path / "damaged.arrow"
+    damaged.write_bytes(whole)
+    with pytest.raises(UserError, match="the numbers of sub-002 are not those that were written"):
+        Store.open(damaged).verify()
+    Store.open(built).verify()
+
+
+def test_volumes_are_means_over_all_cases_of_what_raters_drew(tmp_path: Path) -> None:
+    """On the grid of the file: a crop takes nothing away. Cases count alike, whatever their number of raters."""
+    cases = (DATA.cases(None)[0], DATA.replace(raters=4, seed=1).cases(None)[1])
+    store = Store.open(build_store(tmp_path, cases, DATA, Preprocess(crop=(8, 8), center="GM")))
+    drawn = [case.load().raters.sum(axis=(1, 2, 3, 4), dtype=float).mean() * 0.5 * 0.5 * 2.5 for case in cases]
+    assert store.mean_volumes_mm3 == pytest.approx(((drawn[0] + drawn[1]) / 2,))
+    assert store.sample(0).own.mean_volumes_mm3 == pytest.approx((drawn[0],))
+
+
+def test_a_healthy_control_can_be_stored(tmp_path: Path) -> None:
+    store = Store.open(build_store(tmp_path, [Healthy(), DATA.cases(None)[0]], DATA, PREPROCESS))
+    assert store.sample(0).own.raters.shape == (2, 1, 0, 0, 0)
+    assert store.mean_volumes_mm3[0] == pytest.approx(store.sample(1).own.mean_volumes_mm3[0] / 2)
+    store.verify()
 
 
 def test_without_resampling_there_is_no_nearest_column_to_read(tmp_path: Path) -> None:
@@ -212,6 +256,38 @@ def test_a_missing_store_says_how_to_make_it(tmp_path: Path) -> None:
 def test_a_store_from_another_preprocessing_is_refused(built: Path) -> None:
     with pytest.raises(UserError, match=f"expected fingerprint {'0' * 16}, got {Store.open(built).fingerprint}"):
         Store.open(built, "0" * 16)
+
+
+def write_as_0_1(store: Path, path: Path) -> None:
+    """The same cases as softseg_dist 0.1 wrote them: format 1, without the raters' own masks."""
+    file = pa.ipc.open_file(str(store))
+    schema = pa.schema([field for field in SCHEMA if field.name != "own"])
+    about = unsealed(file.schema.metadata[KEY]) | {"format": 1}
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, schema.with_metadata({KEY: sealed(about)})) as writer:
+        for number in range(file.num_record_batches):
+            batch, metadata = file.get_batch_with_custom_metadata(number)
+            case = unsealed(metadata[KEY])
+            del case["own"], case["mean_volumes_mm3"], case["shapes"]["own"]
+            writer.write_batch(batch.select(schema.names), custom_metadata={KEY: sealed(case)})
+
+
+def test_a_store_of_0_1_is_refused_in_a_line_that_says_so(built: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.arrow"
+    write_as_0_1(built, old)
+    with pytest.raises(
+        UserError, match=rf"old.arrow was made by softseg_dist 0.1 \(format 1, this version reads {FORMAT}\)"
+    ) as refused:
+        Store.open(old)
+    assert "\n" not in str(refused.value)
+
+
+def test_stores_and_leftovers_of_0_1_are_neither_used_nor_touched(built: Path, tmp_path: Path) -> None:
+    old = [tmp_path / "0.arrow", tmp_path / ".0.0.draft", tmp_path / ".0.0.1.part"]
+    for path in old:
+        write_as_0_1(built, path)
+    before = [path.read_bytes() for path in old]
+    assert build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS).read_bytes() == built.read_bytes()
+    assert [path.read_bytes() for path in old] == before
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
