@@ -1,0 +1,206 @@
+"""Predictions that other programs wrote: which file is of which case and class, and the soft maps in it.
+
+A file belongs to a case by its name: that of the case or of its image's file, alone (`sub-01.nii.gz`, `sub-01.npz`: as nnU-Net
+writes them) or with a class (`sub-01_T2w_label-GM_softseg.nii.gz`: as `softseg predict` does). A pattern says it otherwise.
+
+Legend: K classes, X Y Z canonical (RAS+) voxels of the image of a case; an .npz has [K+1 Z Y X] of the axes as they are stored.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase
+from softseg_dist.data.geometry import Float32, Geometry
+from softseg_dist.data.layouts import Bids
+from softseg_dist.data.volume import read_geometry, read_volume, stem_of
+from softseg_dist.errors import UserError
+from softseg_dist.words import dimensions, listed
+
+SUFFIXES = (".nii", ".nii.gz", ".npz")
+NOT_READ = ("_entropy.nii", "_entropy.nii.gz")  # `softseg predict` writes them beside its maps
+FORMS = {  # of names
+    "npz": "{case}.npz",
+    "softseg": "{case}_label-{class}_softseg.nii",
+    "whole": "{case}.nii",
+    "mask": "{case}_label-{class}_mask.nii",
+}
+CUT_FROM = {"mask": "softseg", "whole": "npz"}  # a mask is not read where the soft map that it was cut from lies beside it
+KEYS = ("probabilities", "softmax")  # of nnU-Net 2 and 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder has: the files of each case (one for all classes, or one per class), problems as lines, files of no case."""
+
+    files: Mapping[str, tuple[Path, ...]]
+    problems: tuple[str, ...]
+    surplus: tuple[Path, ...]
+
+
+def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str], pattern: str = "") -> Found:
+    """Match the files of a folder to cases and classes.
+
+    Args:
+        folder: its files, and with a `pattern` those of its subfolders too.
+        pattern: such as "{case}_{class}.nii.gz", or "{case}/{class}.nii.gz" for a folder per case; "" for the forms of `FORMS`.
+
+    Raises UserError if there is no such folder, or the pattern has no {case}.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of predictions {folder}")
+    if pattern and "{case}" not in pattern:
+        raise UserError(f'a pattern has {{case}}, and {{class}} where a class has its own file, got "{pattern}"')
+    case_of = {name: case.name for case in reversed(cases) for name in _names_of(case)}
+    class_of = {name: label for label in classes for name in (re.sub(r"[^A-Za-z0-9.+-]+", "-", label), label)}
+    forms = {form: _compiled(text, case_of, class_of) for form, text in ({"": pattern} if pattern else FORMS).items()}
+    found: dict[str, dict[str, dict[str, list[Path]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    surplus = []
+    for path in sorted(folder.rglob("*") if pattern else folder.iterdir()):
+        if path.name.startswith(".") or not path.name.endswith(SUFFIXES) or path.name.endswith(NOT_READ):
+            continue
+        name = path.relative_to(folder).as_posix()
+        matches = ((form, match) for form, rule in forms.items() if (match := rule.fullmatch(name)))
+        form, match = next(matches, ("", None))
+        if match is None:
+            surplus.append(path)
+        else:
+            label = match.groupdict().get("label")
+            found[case_of[match["case"]]][form][class_of[label] if label else ""].append(path)
+    files, problems = _of_cases(found, classes, folder)
+    return Found(files, tuple(problems), tuple(surplus))
+
+
+def _names_of(case: Case) -> list[str]:
+    stems = [stem_of(path) for path in case.images] if isinstance(case, LabelledCase) else []
+    return [case.name, *stems, *(stem.removesuffix("_0000") for stem in stems)]
+
+
+def _compiled(form: str, case_of: Mapping[str, str], class_of: Mapping[str, str]) -> re.Pattern[str]:
+    """The form as a regular expression of the names that there are, the longest first; .nii.gz is as good as .nii."""
+    text = re.escape(form)
+    for place, group, names in ((r"\{case\}", "case", case_of), (r"\{class\}", "label", class_of)):
+        any_of = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        text = text.replace(place, f"(?P<{group}>{any_of})", 1).replace(place, f"(?P={group})")
+    return re.compile(re.sub(r"\\\.nii(\\\.gz)?$", r"\\.nii(\\.gz)?", text))
+
+
+def _of_cases(
+    found: Mapping[str, Mapping[str, Mapping[str, list[Path]]]], classes: Sequence[str], folder: Path
+) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
+    """The files of each case, and what is wrong; `found`: case -> form -> class ("" for all) -> files."""
+    files, problems = {}, []
+    seen = {label for forms in found.values() for of in forms.values() for label in of}
+    nowhere = [label for label in classes if found and "" not in seen and label not in seen]
+    problems += [f"class {label} is in no file of {folder}; there are {listed(sorted(seen))}" for label in nowhere]
+    for case, forms in sorted(found.items()):
+        kept = [of for form, of in forms.items() if CUT_FROM.get(form) not in forms]
+        paths = {label: same for of in kept for label, same in of.items()}
+        if len(kept) > 1 or any(len(same) > 1 for same in paths.values()) or ("" in paths and len(paths) > 1):
+            several = listed([path for of in kept for same in of.values() for path in same])
+            problems.append(f"case {case}: one file, or one per class, got {several}; remove what is not meant, or give a pattern")
+        elif "" in paths:
+            files[case] = tuple(paths[""])
+        elif lacking := [label for label in classes if label not in (*paths, *nowhere)]:
+            problems.append(f"case {case} has no file of class {', '.join(lacking)} in {folder}")
+        elif not nowhere:
+            files[case] = tuple(paths[label][0] for label in classes)
+    return files, problems
+
+
+def label_values(data: DataSet) -> dict[str, int]:
+    """Class -> its value in maps of integers: the one that the data set names as "part:value", or else 1 to K.
+
+    >>> label_values(Bids("brain", image="T1w", labels={"anterior": "dseg:2", "posterior": "dseg:1"}))
+    {'anterior': 2, 'posterior': 1}
+    """
+    parts = [part.partition(":")[2] for part in data.labels.values()] if isinstance(data, Bids) else []
+    named = [int(value) for value in parts if value]
+    values = named if len(set(named)) == len(data.classes) else range(1, len(data.classes) + 1)
+    return dict(zip(data.classes, values, strict=True))
+
+
+def misplaced(files: Sequence[Path], grid: Geometry) -> list[str]:
+    """What of the NIfTI files of a case is not on the `grid` of its image, a line each; reads no voxels."""
+    found = []
+    for path in files:
+        try:
+            if path.suffix != ".npz":
+                _check_grid(read_geometry(path), path, grid)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) -> Float32:
+    """The soft map of every class [K X Y Z], float32 in [0, 1].
+
+    Args:
+        files: one for all classes (a map of integers by value, nnU-Net's .npz, or of one class its map), or one per class.
+        grid: of the image; another axis order with the voxels at the same places is put into this one.
+        values: class -> value in a map of integers.
+
+    Raises UserError that names rule, value and file if it lies on another grid, is NaN or outside [0, 1], or has unknown values.
+    """
+    if files[0].suffix == ".npz":
+        return _in_range(_probabilities(files[0], grid, len(values)), files[0])
+    if len(files) > 1:
+        return np.stack([_in_range(_voxels(path, grid), path) for path in files])
+    whole = _voxels(files[0], grid)
+    if len(values) == 1 and (whole.max() <= 1 + ROUNDING or (whole != np.rint(whole)).any()):
+        return _in_range(whole[None], files[0])
+    maps = np.stack([whole == value for value in values.values()])
+    if (unknown := whole[~maps.any(axis=0) & (whole != 0)]).size:
+        meant = ", ".join(f"{value} ({label})" for label, value in values.items())
+        raise UserError(
+            f"a map of all classes has the integers 0, {meant}, got {unknown[0]:g} in one of {unknown.size} other voxels of "
+            f"{files[0]}; soft maps of several classes have a file each"
+        )
+    return maps.astype(np.float32)
+
+
+def _voxels(path: Path, grid: Geometry) -> Float32:
+    volume = read_volume(path)
+    _check_grid(volume.geometry, path, grid)
+    return volume.data
+
+
+def _check_grid(geometry: Geometry, path: Path, grid: Geometry) -> None:
+    image, found = (Geometry(of.canonical_shape, of.canonical_affine) for of in (grid, geometry))
+    if difference := image.difference(found):
+        raise UserError(f"a prediction lies on the grid of its image: {difference} in {path}; resample it to the image first")
+
+
+def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
+    """The maps in an .npz of nnU-Net, which says nothing of its grid but the shape."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays)
+            stored = next((arrays[key] for key in KEYS if key in names), None)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path}, or it is cut off: {error}") from error
+    if stored is None:
+        raise UserError(f"an .npz of nnU-Net has {' or '.join(KEYS)}, got {listed(names) or 'nothing'} in {path}")
+    wanted = [(num, *reversed(grid.shape)) for num in (num_classes + 1, num_classes)]  # the second without background: regions
+    if stored.shape not in wanted:
+        raise UserError(
+            f"probabilities are [classes + 1, Z, Y, X] of the image as stored, {dimensions(wanted[0])}, "
+            f"got {dimensions(stored.shape)} in {path}"
+        )
+    return np.ascontiguousarray(grid.to_canonical(stored[-num_classes:].astype(np.float32).transpose(0, 3, 2, 1)))
+
+
+def _in_range(maps: Float32, path: Path) -> Float32:
+    low, high = float(maps.min()), float(maps.max())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        worst = low if low < -ROUNDING or np.isnan(low) else high
+        raise UserError(f"a prediction must lie in [0, 1], got {worst:g} in {path}; scale it")
+    return maps.clip(0, 1)
