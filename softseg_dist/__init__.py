@@ -55,7 +55,7 @@ PUBLIC = {
     "softseg_dist.numerics.transforms": ("AffineMap", "Augmentation", "Frame", "Intensity", "Invertible", "Pairing", "Spatial"),
     "softseg_dist.pipeline": ("RunOptions",),
     "softseg_dist.prediction": ("Predictor",),
-    "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "TuneEach", "factorial"),
+    "softseg_dist.study": ("Optim", "Race", "Recipe", "Resources", "Search", "Study", "TuneEach", "factorial", "softseg_parity"),
 }
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}
 __version__ = "0.1.0"

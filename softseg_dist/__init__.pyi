@@ -79,6 +79,7 @@ from softseg_dist.study import Search as Search
 from softseg_dist.study import Study as Study
 from softseg_dist.study import TuneEach as TuneEach
 from softseg_dist.study import factorial as factorial
+from softseg_dist.study import softseg_parity as softseg_parity
 
 PUBLIC: dict[str, tuple[str, ...]]
 __version__: str

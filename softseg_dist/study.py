@@ -20,14 +20,15 @@ from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
-from softseg_dist.numerics.activations import Activation, Sigmoid, Softmax
+from softseg_dist.numerics.activations import Activation, NormReLU, Sigmoid, Softmax
 from softseg_dist.numerics.labels import LabelMode, check_fusion, check_one_rater
-from softseg_dist.numerics.losses import Dice, Loss
+from softseg_dist.numerics.losses import AdaptiveWing, BatchDice, Dice, Loss
 from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.networks import Network, UNet
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.numerics.smoothing import Smoothing
+from softseg_dist.numerics.spatial import Affine, Elastic
 from softseg_dist.numerics.transforms import Augmentation
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -349,6 +350,40 @@ def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:
     named = {field: _levels(field, values) for field, values in factors.items()}
     cells = itertools.product(*named.values())
     return {"-".join(n for n, _ in cell): base.replace(**dict(zip(named, (v for _, v in cell), strict=True))) for cell in cells}
+
+
+def softseg_parity(fusion: str = "random_rater") -> dict[str, Recipe]:
+    """The recipes "conventional" and "softseg" as the code that SoftSeg was published with (ivadomed) trained them.
+
+    They differ in three things. "conventional": hard labels, sigmoid, `BatchDice` over batch and classes with s = 1. "softseg":
+    soft labels, NormReLU by the maximum of the batch (divided by the sum over classes if there are several), Adaptive Wing,
+    summed, omega = 14 (the paper has 8 for MS lesions). Both: conv 3x3 - ReLU - batch norm - dropout of whole channels, twice
+    per level; last conv 3x3; 64 filters that double over 3 levels, linear up-sampling; Adam, 1e-3, cosine to 0, 200 epochs,
+    patience 50; affine and elastic augmentation. The cells of a `factorial` over our defaults are not these recipes.
+
+    Not known: the share of dropout and the momentum of batch norm (PyTorch's defaults, .5 and .1), the batch size (our 16), the
+    size of the elastic field (our default), how channels are reduced before up-sampling (a 1x1 convolution) and whether its corners
+    are aligned (they are), initial weights (PyTorch's; the last bias starts where ours does, so that a short training does not
+    compare initialisations). The NormReLU of one class depends on how many workers share a batch, as theirs did: use one.
+
+    Args:
+        fusion: a rater is drawn at random per item and epoch, as there. Data with one rater per case need "mean".
+
+    Source: Gros et al., Med Image Anal 71 (2021) 102038, doi 10.1016/j.media.2021.102038; ivadomed at commit 46248ae.
+
+    >>> {name: recipe.label for name, recipe in softseg_parity().items()}
+    {'conventional': 'hard', 'softseg': 'soft'}
+    """
+    conventional = Recipe(
+        network=UNet(filters=(64, 128, 256), dropout=0.5, order="relu-norm-dropout", last_kernel=3),
+        loss=BatchDice(over="batch and classes"),
+        label="hard",
+        fusion=fusion,
+        augment=(Affine(), Elastic()),
+        optim=Optim(precision="float32"),
+    )
+    ours = {"label": "soft", "activation": NormReLU(over="batch", share=True), "loss": AdaptiveWing(reduction="sum")}
+    return {"conventional": conventional, "softseg": conventional.replace(**ours)}
 
 
 def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -111,6 +111,10 @@ class NormReLU(Activation):
     "running": in training as "global"; at inference an exponential average of the M of training, stored with the
       weights. Predictions above 1 are clipped to 1.
 
+    `share`: with several classes the result is divided by its sum over the classes where that exceeds 0, as in ivadomed, and the
+    classes of every voxel with a positive logit add up to 1, however small it is. With "batch" and "global" M then cancels,
+    p_k = r_k / sum_j r_j: no other voxel, sample or worker matters but by rounding. With one class it changes nothing.
+
     If all logits are <= 0 the prediction is 0 everywhere, without gradient: the sample is dead (see `dead_samples`). The
     gradient also flows through M, shared evenly among voxels that tie for the maximum.
 
@@ -123,6 +127,7 @@ class NormReLU(Activation):
 
     short: ClassVar[str] = "normrelu"
     over: Literal["sample", "batch", "global", "running"] = "sample"
+    share: bool = False
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The prediction [B K *S] in [0, 1] of `logits` [B K *S]; "global" and "running" synchronise all workers."""
@@ -133,7 +138,17 @@ class NormReLU(Activation):
             maximum = rectified.amax() if len(rectified) else rectified.new_zeros(())
         else:
             maximum, _ = _MaximumOfAllWorkers.apply(rectified)
-        return _divide(rectified, maximum)
+        return self.normalized(rectified, maximum)
+
+    def normalized(self, rectified: Tensor, maximum: Tensor) -> Tensor:
+        """The prediction [B K *S] of max(logits, 0) [B K *S] and M, which may be smaller: at most 1."""
+        prediction = rectified / torch.where(maximum > 0, maximum, torch.inf)  # 0 where M = 0
+        if self.over == "running":
+            prediction = prediction.clamp(max=1)
+        if not self.share or prediction.shape[1] == 1:
+            return prediction
+        total = prediction.sum(dim=1, keepdim=True)
+        return prediction / torch.where(total > 0, total, 1)
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
         """Slightly above 0 for every class [K], independent of its mean label: not dead at the start."""
@@ -146,10 +161,6 @@ class NormReLU(Activation):
 
 def _num_workers() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _divide(rectified: Tensor, maximum: Tensor) -> Tensor:
-    return rectified / torch.where(maximum > 0, maximum, torch.inf)  # p = 0 where M = 0
 
 
 class _NormReLUModule(nn.Module):
@@ -169,10 +180,9 @@ class _NormReLUModule(nn.Module):
             maximum, newest = _MaximumOfAllWorkers.apply(rectified)
             if self.activation.over == "running":
                 self._update(newest.to(self.maximum.dtype))
-            return _divide(rectified, maximum)
-        if self.activation.over == "running":
-            return _divide(rectified, self.maximum.to(rectified.dtype)).clamp(max=1)
-        return _divide(rectified, rectified.amax())
+            return self.activation.normalized(rectified, maximum)
+        maximum = self.maximum.to(rectified.dtype) if self.activation.over == "running" else rectified.amax()
+        return self.activation.normalized(rectified, maximum)
 
     @torch.no_grad()
     def _update(self, newest: Tensor) -> None:

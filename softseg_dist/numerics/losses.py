@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
@@ -34,8 +34,9 @@ class Loss(Frozen, ABC):
     """A number to minimise. A subclass implements `per_sample`, and the loss is its mean; plain torch, no `.item()`.
 
     A loss whose sums run over all samples of a batch, such as `BatchDice`, also gives `averaged`, `num_averaged` and
-    `of_averages`: then its value is the same for any number of workers. Every `per_sample` and `averaged`, those of a
-    subclass too, raises UserError if the shapes of prediction and target differ: broadcasting would hide the mistake.
+    `of_averages`, or `of_batch` if the number of samples matters: then its value is the same for any number of workers.
+    Every `per_sample` and `averaged`, those of a subclass too, raises UserError if the shapes of prediction and target
+    differ: broadcasting would hide the mistake.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -59,9 +60,13 @@ class Loss(Frozen, ABC):
         """The loss [...] of batches, given the means [... M] of what `averaged` returns, for `classes` classes."""
         return averages[..., 0]
 
+    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """As `of_averages`, for batches of so many `samples`, those of all workers; training calls this one."""
+        return self.of_averages(averages, classes)
+
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of the batch, a scalar."""
-        return self.of_averages(self.averaged(prediction, target).mean(dim=0), prediction.shape[1])
+        return self.of_batch(self.averaged(prediction, target).mean(dim=0), prediction.shape[1], len(prediction))
 
 
 Method = Callable[[Loss, Tensor, Tensor], Tensor]
@@ -119,9 +124,13 @@ class Sum(Loss):
         return sum(term.num_averaged(classes) for term in self.terms)
 
     def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches, given the means [... M] of all terms."""
+        """The loss [...] of batches of one sample, given the means [... M] of all terms."""
+        return self.of_batch(averages, classes, 1)
+
+    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The loss [...] of batches of so many samples, given the means [... M] of all terms."""
         of_terms = averages.split([term.num_averaged(classes) for term in self.terms], dim=-1)
-        return self._weighted([term.of_averages(m, classes) for term, m in zip(self.terms, of_terms, strict=True)])
+        return self._weighted([term.of_batch(m, classes, samples) for term, m in zip(self.terms, of_terms, strict=True)])
 
     def _weighted(self, losses: list[Tensor]) -> Tensor:
         return torch.stack([w * loss for w, loss in zip(self.weights, losses, strict=True)]).sum(dim=0)
@@ -137,7 +146,8 @@ class AdaptiveWing(Loss):
 
     averaged over voxels and classes. A and C make value and slope continuous at theta. 0 if and only if p = y. The
     largest value, at (p, y) = (0, 1), is 10.26 for the defaults. It does not elicit the mean of random raters: for
-    m = 0.25 its minimiser is 0.138, and at m = 0.509 the minimiser jumps from 0.44 to 0.97.
+    m = 0.25 its minimiser is 0.138, and at m = 0.509 the minimiser jumps from 0.44 to 0.97. With `reduction="sum"` it is the
+    sum over voxels, classes and samples, as in ivadomed: images and batches of another size have another loss.
 
     Source: Wang, Bo, Fuxin, Adaptive Wing Loss, ICCV 2019; omega = 14, and 8 for MS lesions, as in Gros et al. 2021
     (doi 10.1016/j.media.2021.102038).
@@ -151,6 +161,7 @@ class AdaptiveWing(Loss):
     theta: PositiveFloat = 0.5
     alpha: float = Field(2.1, gt=2)  # at 2 or less the exponent at y = 1 is at most 1, and the gradient at p = y jumps
     epsilon: PositiveFloat = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
@@ -161,7 +172,12 @@ class AdaptiveWing(Loss):
         curve = self.omega * (distance.clamp(max=self.theta) / self.epsilon).pow(exponent).log1p()
         at_theta = (exponent * math.log(self.theta / self.epsilon)).exp()
         slope = self.omega * exponent * at_theta / ((1 + at_theta) * self.theta)
-        return (curve + slope * (distance - self.theta).relu()).flatten(1).mean(dim=1)
+        of_voxel = (curve + slope * (distance - self.theta).relu()).flatten(1)
+        return of_voxel.sum(dim=1) if self.reduction == "sum" else of_voxel.mean(dim=1)
+
+    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The mean or the sum [...] over the samples of batches, given the means [... 1] over them."""
+        return self.of_averages(averages, classes) * (samples if self.reduction == "sum" else 1)
 
 
 class BCE(Loss):
@@ -450,6 +466,9 @@ class BatchDice(Loss):
     s > 0). Mis-specified on soft targets, like `Dice`. The loss of a sample depends on its batch: the means run over the
     samples of all workers, and `Optim.batch_size` is part of the loss.
 
+    With `over="batch and classes"` the classes, too, are one image, and `smooth` is in voxels of the whole batch: 1 - (2 sum p y
+    + s) / (sum p + sum y + s), as SoftSeg's control had it.
+
     Source: the option `batch_dice` of nnU-Net (Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z).
 
     >>> target = torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]])
@@ -459,6 +478,7 @@ class BatchDice(Loss):
 
     short: ClassVar[str] = "batchdice"
     smooth: float = Field(1.0, ge=0)
+    over: Literal["batch", "batch and classes"] = "batch"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss [B] of each sample of `prediction` and `target` [B K *S] if it were a batch of its own."""
@@ -473,9 +493,16 @@ class BatchDice(Loss):
         return 2 * classes
 
     def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches, given the means [... 2K] of both sums."""
+        """The loss [...] of batches of one sample, given the means [... 2K] of both sums."""
+        return self.of_batch(averages, classes, 1)
+
+    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The loss [...] of batches of so many samples, given the means [... 2K] of both sums."""
         mismatch, both = averages.split(classes, dim=-1)
-        return (mismatch / (both + self.smooth).clamp_min(SMALLEST_SUM)).mean(dim=-1)
+        smooth = self.smooth
+        if self.over == "batch and classes":
+            mismatch, both, smooth = mismatch.sum(dim=-1, keepdim=True), both.sum(dim=-1, keepdim=True), smooth / samples
+        return (mismatch / (both + smooth).clamp_min(SMALLEST_SUM)).mean(dim=-1)
 
 
 def _mismatch_and_both(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

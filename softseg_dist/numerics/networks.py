@@ -40,12 +40,14 @@ class Network(Frozen, ABC):
 
 
 class UNet(Network):
-    """U-Net: (conv 3 - norm - dropout - ReLU) x 2 per level, max pooling down, up-sampling and concatenation up.
+    """U-Net: (conv 3 - norm - dropout - ReLU) x 2 per level, max pooling down, up-sampling and concatenation up, last conv.
 
     `filters` gives the channels of every level, finest first, so its length is the depth. `norm` is "batch" or
     "instance" (with learned scale and offset; convolutions before it have no bias, which it would remove).
     `dropout` is the share of values set to 0. `upsample`: "interp" is a 1x1 convolution and linear interpolation,
     "deconv" a strided transposed convolution. Sizes need not be even: upsampled maps are padded by replication.
+    `order`: "relu-norm-dropout" makes blocks (conv 3 with bias - ReLU - norm - dropout of whole channels) x 2 instead, and
+    `last_kernel` is the size of the last convolution: SoftSeg had that order and 3.
 
     Source: Ronneberger et al., MICCAI 2015, doi 10.1007/978-3-319-24574-4_28; blocks of MONAI's BasicUNet.
     """
@@ -55,6 +57,8 @@ class UNet(Network):
     norm: Literal["batch", "instance"] = "batch"
     dropout: float = Field(0.0, ge=0, lt=1)
     upsample: Literal["interp", "deconv"] = "interp"
+    order: Literal["norm-dropout-relu", "relu-norm-dropout"] = "norm-dropout-relu"
+    last_kernel: Literal[1, 3] = 1
 
     def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
         """A new U-Net: images [B in_channels *S] to logits [B out_channels *S], with `dim` axes in *S (2 or 3).
@@ -69,19 +73,23 @@ class _UNetModule(nn.Module):
 
     def __init__(self, config: UNet, in_channels: int, out_channels: int, dim: int) -> None:
         # Importing monai takes seconds, which a study file that only names a network need not wait for.
+        from monai.networks.blocks import ADN, Convolution
         from monai.networks.layers.factories import Conv
         from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 
         super().__init__()
         filters = config.filters
         norm = (config.norm, {"affine": True})
-        blocks = {"act": ("relu", {"inplace": True}), "norm": norm, "bias": False, "dropout": config.dropout}
+        relu_first = config.order == "relu-norm-dropout"
+        blocks = {"act": ("relu", {"inplace": True}), "norm": norm, "bias": relu_first, "dropout": config.dropout}
         upsample = {"interp": "nontrainable", "deconv": "deconv"}[config.upsample]
         levels = list(pairwise(filters))
         self.first = TwoConv(dim, in_channels, filters[0], **blocks)
         self.down = nn.ModuleList(Down(dim, fine, coarse, **blocks) for fine, coarse in levels)
         self.up = nn.ModuleList(UpCat(dim, coarse, fine, fine, **blocks, upsample=upsample) for fine, coarse in reversed(levels))
-        self.last = Conv["conv", dim](filters[0], out_channels, kernel_size=1)
+        for block in [module for module in self.modules() if relu_first and isinstance(module, Convolution)]:
+            block.adn = ADN("AND", block.out_channels, blocks["act"], norm, dim, config.dropout, dropout_dim=dim)
+        self.last = Conv["conv", dim](filters[0], out_channels, kernel_size=config.last_kernel, padding=config.last_kernel // 2)
 
     def forward(self, image: Tensor) -> Tensor:
         size, shrink = image.shape[2:], 2 ** len(self.down)

@@ -21,6 +21,7 @@ import softseg_dist
 from softseg_dist import (
     BCE,
     Activation,
+    AdaptiveWing,
     Affine,
     BatchDice,
     Dice,
@@ -63,12 +64,18 @@ class Unused(UNet):
 
 # How to make a component that has no defaults, or variants that are computed in another way.
 VARIANTS: dict[str, tuple[Any, ...]] = {
+    "AdaptiveWing": (AdaptiveWing(), AdaptiveWing(reduction="sum")),
+    "BatchDice": (BatchDice(), BatchDice(over="batch and classes")),
     "Sum": (Sum(terms=(BatchDice(), Dice()), weights=(0.3, 1.0)), Sum(terms=(BCE(), Dice()), weights=(1, 2))),
-    "NormReLU": tuple(NormReLU(over=over) for over in ("sample", "global", "running")),  # over "batch" depends on workers
+    "NormReLU": (
+        *(NormReLU(over=over) for over in ("sample", "global", "running")),  # over "batch" depends on workers
+        NormReLU(over="global", share=True),
+    ),
     "UNet": (
         UNet(filters=(4, 8)),
         UNet(filters=(4, 8), dropout=0.2),
         UNet(filters=(4, 8), upsample="deconv"),
+        UNet(filters=(4, 8), dropout=0.2, order="relu-norm-dropout", last_kernel=3),
         UNet(filters=(4, 8, 16), upsample="deconv", norm="instance"),
     ),
 }

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from softseg_dist.numerics.activations import Activation, NormReLU, Sigmoid, Softmax, dead_samples
 
-NORMRELUS = [NormReLU(over=over) for over in ("sample", "batch", "global", "running")]
+NORMRELUS = [NormReLU(over=over, share=share) for over in ("sample", "batch", "global", "running") for share in (False, True)]
 ACTIVATIONS: list[Activation] = [Sigmoid(), Softmax(), *NORMRELUS]
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 every_normrelu = pytest.mark.parametrize("activation", NORMRELUS, ids=repr)
@@ -140,6 +140,17 @@ def test_gradient_flows_through_the_maximum(activation: NormReLU) -> None:
     assert (grad * logits).sum().item() == pytest.approx(0, abs=1e-12)
 
 
+def test_shared_classes_add_up_to_1_wherever_a_logit_is_positive_and_one_class_stays_as_it_is() -> None:
+    logits = torch.tensor([[[[1.0, -3.0, 0.0]], [[3.0, 1e-3, -1.0]]]])  # [1 2 1 3]
+    expected = torch.tensor([[[[1 / 4, 0, 0]], [[3 / 4, 1, 0]]]])
+    for activation in NORMRELUS:
+        assert torch.allclose(activation(logits), expected) == activation.share or activation.over == "sample"
+        one = logits[:, :1]
+        assert torch.equal(activation(one), activation.replace(share=False)(one))
+    peaks_of_1 = torch.tensor([[[[1 / 2, 0, 0]], [[1 / 2, 1, 0]]]])  # each class by its own maximum
+    torch.testing.assert_close(NormReLU(over="sample", share=True)(logits), peaks_of_1)
+
+
 def test_dead_samples_counts_samples_and_not_classes() -> None:
     prediction = torch.zeros(3, 2, 4, 4)
     prediction[1, 0, 2, 2] = 1e-6
@@ -192,10 +203,13 @@ def weighted(prediction: Tensor, weights: Tensor) -> Tensor:
     return (prediction * weights).flatten(1).sum(dim=1).mean()
 
 
-def outcome(over: str, part: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+SHARED_BY_WORKERS = [activation for activation in NORMRELUS if activation.over in ("global", "running")]
+
+
+def outcome(activation: NormReLU, part: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prediction, gradient and state after a step of training on `part` of the batch."""
     logits = shared_logits()[part].requires_grad_()
-    module = NormReLU.model_validate({"over": over}).build(2)
+    module = activation.build(2)
     prediction = module(logits)
     weighted(prediction, normal(4, 2, 3, 3, seed=1)[part]).backward()
     assert logits.grad is not None
@@ -208,7 +222,7 @@ def outcome(over: str, part: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def work(rank: int, folder: str) -> None:
     store = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
-    torch.save([outcome(over, slice(2 * rank, 2 * rank + 2)) for over in ("global", "running")], f"{folder}/{rank}.pt")
+    torch.save([outcome(a, slice(2 * rank, 2 * rank + 2)) for a in SHARED_BY_WORKERS], f"{folder}/{rank}.pt")
     os._exit(0)  # a thread of gloo's may still let go of a tensor, and kills a process whose Python is on its way out
 
 
@@ -216,8 +230,8 @@ def work(rank: int, folder: str) -> None:
 def test_two_workers_give_the_prediction_gradient_and_state_of_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for index, over in enumerate(("global", "running")):
-        prediction, gradient, state = outcome(over, slice(0, 4))
+    for index, activation in enumerate(SHARED_BY_WORKERS):
+        prediction, gradient, state = outcome(activation, slice(0, 4))
         assert torch.equal(torch.cat([part[index][0] for part in parts]), prediction)
         # Workers average their gradients of means over 2 samples each, to that of the mean over 4.
         together = torch.cat([part[index][1] for part in parts]) / 2

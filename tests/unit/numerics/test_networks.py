@@ -22,6 +22,7 @@ NETWORKS: list[Network] = [
     UNet(filters=(2, 5, 3), norm="instance", upsample="deconv"),
     UNet(filters=(4, 4, 8), norm="instance"),
     UNet(filters=(3, 6, 12), upsample="deconv", dropout=0.2),
+    UNet(filters=(4, 8, 8), dropout=0.2, order="relu-norm-dropout", last_kernel=3),
 ]
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=repr)
 
