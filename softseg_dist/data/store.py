@@ -322,9 +322,15 @@ class Store:
 
     @cached_property
     def mean_volumes_mm3(self) -> tuple[float, ...]:
-        """The raters' mean volume of each class on the grid of the file, the mean over all cases."""
-        volumes = [record.about["mean_volumes_mm3"] for record in self._records]
-        return tuple(math.fsum(of_class) / len(volumes) for of_class in zip(*volumes, strict=True))
+        """The mean over all cases of the raters' mean volume of each class [K], on the grid of the files.
+
+        Raises UserError if a class has no volume in any case: scores are relative to it.
+        """
+        volumes = zip(*(record.about["mean_volumes_mm3"] for record in self._records), strict=True)
+        means = tuple(math.fsum(of_class) / len(self.cases) for of_class in volumes)
+        if absent := [name for name, mean in zip(self.classes, means, strict=True) if not mean > 0]:
+            raise UserError(f"no case has a voxel of {', '.join(absent)}, so that nothing can be scored; leave the class out")
+        return means
 
     @cached_property
     def digest(self) -> str:

@@ -124,7 +124,8 @@ class Ledger:
 
         `fingerprint` is that of the store, so that results from other images or preprocessing are never mixed. `held_out` are
         the subjects of no split. `sources` are kept by digest: no text that a result was made with is overwritten.
-        Raises UserError with the differences if finished fits would no longer belong to the study; nothing is written then.
+        Raises UserError with the differences if finished fits would no longer belong to the study, or if a version with other
+        numerics made them; nothing is written then.
         """
         with self.lock():
             now, now_splits = json_of(study), [json_of(split) for split in splits]
@@ -132,13 +133,17 @@ class Ledger:
             extended: list[str] = []
             code = self._read("code.json") or {}
             if (before := self._read("study.json")) is not None:
+                if (made := code.get("numerics")) != softseg_dist.NUMERICS:
+                    maker = "softseg_dist 0.1" if made is None else "another version of softseg_dist"
+                    raise UserError(
+                        f"{self.folder} was made by {maker} (numerics {made or 0}, this version has {softseg_dist.NUMERICS}): its "
+                        "results and new ones are not mixed, give the study a new name, or another --out"
+                    )
                 texts = (old, sources) if sources and (old := self.sources()) else None
                 refused, extended = study_changes(before, now, self._read("splits.json") or [], now_splits, texts)
                 known = self.holdout()
                 if moved := holdout_change(known.subjects if known else (), held_out):
                     refused.append(moved)
-                if code.get("numerics") != softseg_dist.NUMERICS:
-                    refused.append(f"numerics of softseg_dist: {code.get('numerics', 'unknown')} -> {softseg_dist.NUMERICS}")
             stored = (self._read("store.json") or {}).get("fingerprint")
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.judging.results import SCHEMA
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
@@ -189,7 +190,7 @@ def _candidates(
 
 
 def _table(path: Path) -> pd.DataFrame | None:
-    return _compact(pd.read_parquet(path)) if path.exists() else None
+    return _rows(path) if path.exists() else None
 
 
 def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -> pd.DataFrame:
@@ -207,7 +208,17 @@ def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -
 
 def _tested(path: Path) -> pd.DataFrame:
     """The rows about test subjects: no report speaks of others, and they are half of the table."""
-    return _compact(pd.read_parquet(path, filters=[("subset", "==", "test")]))
+    return _rows(path, [("subset", "==", "test")])
+
+
+def _rows(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pd.DataFrame:
+    table = pd.read_parquet(path, filters=filters)
+    if lacks := [name for name in SCHEMA.names if name not in table.columns]:
+        raise UserError(
+            f"{path} was made by an older version of softseg_dist (no column {', '.join(lacks)}): report it with that version, or "
+            "run the study again under a new name"
+        )
+    return _compact(table)
 
 
 def _compact(table: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from synthetic_run import write_run
 
+from softseg_dist import NUMERICS
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import code_of, digest
@@ -301,12 +302,23 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
 
 
-def test_other_numerics_of_the_package_are_another_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "maker"),
+    [({}, r"softseg_dist 0\.1 \(numerics 0"), ({"numerics": 99}, r"another version of softseg_dist \(numerics 99")],
+    ids=["0.1", "99"],
+)
+def test_a_run_of_other_numerics_is_refused_in_one_line_that_says_what_made_it(
+    tmp_path: Path, code: dict[str, int], maker: str
+) -> None:
+    """Whatever else differs, such as a store that was prepared otherwise."""
     file = load(tmp_path)
     opened(tmp_path / "run", file)
-    (tmp_path / "run/code.json").write_text((tmp_path / "run/code.json").read_text().replace('"numerics": 1', '"numerics": 0'))
-    with pytest.raises(UserError, match="numerics of softseg_dist: 0 -> 1"):
+    (tmp_path / "run/code.json").write_text(json.dumps(code))
+    (tmp_path / "run/store.json").write_text(json.dumps({"fingerprint": "of a store of the old format"}))
+    with pytest.raises(UserError, match=f"run was made by {maker}, this version has {NUMERICS}") as refused:
         opened(tmp_path / "run", file)
+    assert "\n" not in str(refused.value)
+    assert "->" not in str(refused.value)
 
 
 IN_A_SCRIPT = """

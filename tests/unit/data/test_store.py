@@ -151,6 +151,12 @@ def test_a_healthy_control_can_be_stored(tmp_path: Path) -> None:
     store.verify()
 
 
+def test_a_class_that_nobody_drew_has_no_volume_to_score_by(tmp_path: Path) -> None:
+    store = Store.open(build_store(tmp_path, [Healthy()], DATA, PREPROCESS))
+    with pytest.raises(UserError, match="no case has a voxel of GM, so that nothing can be scored"):
+        store.mean_volumes_mm3  # noqa: B018
+
+
 def test_without_resampling_there_is_no_nearest_column_to_read(tmp_path: Path) -> None:
     store = Store.open(build_store(tmp_path, DATA.cases(None)[:1], DATA, Preprocess()))
     assert store.sample(0).nearest is None

@@ -335,6 +335,17 @@ def test_an_empty_overlay_shows_the_whole_image():
     assert len(png(figure)) > 1000
 
 
+@pytest.mark.parametrize("collected", [True, False])
+def test_results_of_an_older_version_are_refused_in_one_line(tmp_path: Path, collected: bool) -> None:
+    """A table without a column of today, collected at the end of a run or not yet."""
+    folder = write_run(tmp_path, num_splits=2, collected=collected)
+    for path in folder.rglob("*.parquet"):
+        pd.read_parquet(path).drop(columns="reference").to_parquet(path)
+    with pytest.raises(UserError, match=r"parquet was made by an older version of softseg_dist \(no column reference\)") as refused:
+        load_run(folder)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("missing", ["study.json", "splits.json"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, missing: str):
     folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1)
