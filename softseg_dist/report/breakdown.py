@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from softseg_dist.numerics.statistics import NAN, CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
+from softseg_dist.numerics.statistics import NAN
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 

@@ -17,21 +17,12 @@ import pandas as pd
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
 from softseg_dist.numerics.metrics import OBJECTIVES, Objective
-from softseg_dist.numerics.statistics import (
-    NAN,
-    CrossedTest,
-    SplitTest,
-    SubjectTest,
-    corrected_t_test,
-    crossed_test,
-    holm,
-    subject_test,
-    wilcoxon_test,
-)
+from softseg_dist.numerics.statistics import NAN, SplitTest, SubjectTest, corrected_t_test, holm, subject_test, wilcoxon_test
 from softseg_dist.record.changes import differences
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, soft_rows, soft_scores, undefined
+from softseg_dist.report.scores import ScoreTables, mean_of, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import summarise
 
 # Fields of a data set that say whose images they are; others say what is read of them.
@@ -179,7 +170,7 @@ class _Scored:
     def side(self, name: str) -> Side:
         whole = crossed_test(self.scores.of(name))
         counts = self.undefined.get(name, (0, 0))
-        return Side(name, whole.mean, whole.low, whole.high, whole.num_subjects, whole.num_splits, *counts)
+        return Side(name, mean_of(self.scores.of(name)), whole.low, whole.high, whole.num_subjects, whole.num_splits, *counts)
 
 
 Both = tuple[_Scored, _Scored]
@@ -310,7 +301,7 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
         winners=winners,
         changed=_changed(*recipes) if all(recipes) else {},
         paired_by="subject and split",
-        test=crossed_test(table),
+        test=crossed_test(table, people),
     )
     means = np.array([column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()])
     if len(means) >= ENOUGH:

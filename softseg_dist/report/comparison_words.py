@@ -133,16 +133,17 @@ def _tests(comparison: RunComparison) -> list[str]:
     found, contrasts = [], comparison.contrasts
     if any(c.paired_by == "subject" for c in contrasts):
         found.append(
-            "A test over subject means ignores the variation between training runs, so it calls too many differences "
-            "significant. Give both studies the same splits to get the crossed test."
+            "A test over subject means speaks about these trained models: it ignores the variation between training runs, so for "
+            "new runs it calls too many differences significant. Give both studies the same splits to get the crossed test."
         )
     if any(c.paired_by == "subject and split" for c in contrasts) and not comparison.same_seeds:
         found.append(
             "Paired fits did not start from the same weights and batches, which follow from the study's name, its seed and the "
             "number of the split: this adds variation, which the crossed test counts."
         )
-    notes = dict.fromkeys(c.test.note for c in contrasts if c.test.note and c.paired_by != "nothing" and not _equal(c))
-    found += [f"{listed([called(c) for c in contrasts if c.test.note == note])}: {note}." for note in notes]
+    noted = [c for c in contrasts if c.paired_by != "nothing" and not _equal(c)]
+    notes = dict.fromkeys(note for c in noted for note in c.test.remarks)
+    found += [f"{listed([called(c) for c in noted if note in c.test.remarks])}: {note}." for note in notes]
     return found
 
 

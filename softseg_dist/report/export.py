@@ -63,8 +63,13 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "tuning": searched.tuned,
         "holdout": summary.holdout.scores if summary.holdout else [],
     }
-    tables = {name: pd.DataFrame([dict(leaves(plain(row))) for row in rows], dtype=object) for name, rows in parts.items() if rows}
+    tables = {name: pd.DataFrame([_flat(row) for row in rows], dtype=object) for name, rows in parts.items() if rows}
     return {name: table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
+
+
+def _flat(row: Any) -> dict[str, Any]:
+    """The leaves of a row; the texts of a list, such as the warnings of a test, are one text."""
+    return {key: "; ".join(map(str, value)) if isinstance(value, list) else value for key, value in leaves(plain(row))}
 
 
 def latex(summary: Summary) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from softseg_dist.numerics.statistics import CrossedTest
+from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.report.effects import Effect, Interaction
 from softseg_dist.report.paired_tests import Comparison, effect_in_words
 from softseg_dist.report.ranking import Standing

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.numerics.statistics import CrossedTest, crossed_test
-from softseg_dist.report.paired_tests import effect_in_words
+from softseg_dist.report.paired_tests import effect_in_words, paired_test
 from softseg_dist.report.run_folder import OuterData, RunData
 from softseg_dist.report.scores import mean_of, scores_by_rule, soft_scores
 from softseg_dist.study import WINNER
@@ -60,7 +60,7 @@ def holdout_of(run: RunData, metric: str) -> HoldoutTable | None:
         test = crossed_test(scores.of(name))
         cut = {rule: mean_of(of_rule.of(name)) for rule, of_rule in dice.items()}
         found.append(HeldOutScore(name, test.mean, test.low, test.high, cut, test.num_subjects, test.num_splits))
-    crossed = crossed_test(scores.difference(found[0].name, found[1].name)) if len(found) == 2 else None
+    crossed = paired_test(scores, found[0].name, found[1].name) if len(found) == 2 else None
     return HoldoutTable(len(record.subjects), opened, winner, control, tuple(found), crossed)
 
 
@@ -120,7 +120,7 @@ def outer_table(outer: OuterData) -> OuterTable:
         rows=tuple(OuterRow(*(found[field] for field in named)) for found in record["outer"]),
         score=crossed_test(scores.of(WINNER)),
         control_score=crossed_test(scores.of(control)) if control else None,
-        difference=crossed_test(scores.difference(WINNER, control)) if control else None,
+        difference=paired_test(scores, WINNER, control) if control else None,
     )
 
 

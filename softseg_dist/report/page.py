@@ -201,6 +201,7 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
     """What the tests had to say about themselves: {note: candidates}."""
     notes: dict[str, list[str]] = {}
     for comparison in summary.comparisons:
-        for note in filter(None, dict.fromkeys((comparison.crossed.note, comparison.corrected.note, comparison.bootstrap.note))):
+        told = (*comparison.crossed.remarks, comparison.corrected.note, comparison.bootstrap.note)
+        for note in filter(None, dict.fromkeys(told)):
             notes.setdefault(note, []).append(comparison.candidate)
     return notes

@@ -14,16 +14,15 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
+from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import (
     LEVEL,
     NAN,
     BootstrapInterval,
-    CrossedTest,
     SplitTest,
     SubjectTest,
     corrected_t_test,
-    crossed_test,
     holm,
     paired_bootstrap,
     wilcoxon_test,
@@ -49,6 +48,11 @@ def holm_corrected(found: Sequence[Tested]) -> tuple[Tested, ...]:
     """The same entries with `p_holm`: the p of their crossed tests, corrected by Holm over all of them."""
     adjusted = holm([entry.crossed.p for entry in found])
     return tuple(replace(entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True))
+
+
+def paired_test(scores: ScoreTables, candidate: str, reference: str) -> CrossedTest:
+    """The crossed test of `candidate` minus `reference`; its warnings name subjects."""
+    return crossed_test(scores.difference(candidate, reference), scores.subjects)
 
 
 def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p") -> str:
@@ -90,7 +94,7 @@ def comparisons_with(
             Comparison(
                 candidate=name,
                 reference=reference,
-                crossed=crossed_test(table),
+                crossed=paired_test(scores, name, reference),
                 p_holm=NAN,
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
@@ -121,7 +125,7 @@ def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     The first was chosen by the scores that it is tested on, so too few candidates may count as tied: the p-values
     describe, they do not confirm.
     """
-    return holm_corrected([Rival(name, crossed_test(scores.difference(name, ranked[0]))) for name in ranked[1:]])
+    return holm_corrected([Rival(name, paired_test(scores, name, ranked[0])) for name in ranked[1:]])
 
 
 @dataclass(frozen=True)

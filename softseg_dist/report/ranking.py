@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from softseg_dist.numerics.statistics import NAN, crossed_test
+from softseg_dist.numerics.crossed_test import crossed_test
+from softseg_dist.numerics.statistics import NAN
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import RULES, ScoreTables, mean_of, scores_by_rule, soft_rows, soft_scores, split_means, undefined
 
@@ -20,10 +21,11 @@ BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside th
 class Standing:
     """One candidate in the ranking (see `ranked`); `rank` is None without a score.
 
-    `mean` is over all subjects and splits with its 95 % interval from `low` to `high` by the crossed random-effects model,
-    `sd` over the means of the splits. `beside` has further metrics; at the threshold of each rule `dice` has the Dice,
-    `mask_volume` the volume error of the mask; `thresholds` has the mean threshold chosen; `by_reference` and `by_class`
-    the objective against each rater and in each class. Of `values` (case, class, split) `undefined` are NaN.
+    `mean` is over all scores, one of a subject in a split; the 95 % interval from `low` to `high` is that of the crossed
+    random-effects model, which weighs them; `sd` is over the means of the splits. `beside` has further metrics; at the threshold
+    of each rule `dice` has the Dice, `mask_volume` the volume error of the mask; `thresholds` has the mean threshold chosen;
+    `by_reference` and `by_class` the objective against each rater and in each class. Of `values` (case, class, split)
+    `undefined` are NaN.
     """
 
     rank: int | None
@@ -100,7 +102,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
                 rank=None,
                 name=name,
                 proposed=candidate.proposed,
-                mean=whole.mean,
+                mean=mean_of(scores.of(name)),
                 sd=float(np.std(list(by_split.values()), ddof=1)) if len(by_split) > 1 else NAN,
                 low=whole.low,
                 high=whole.high,

@@ -21,7 +21,7 @@ from record import Headline, record
 
 from softseg_dist import Brier, MonteCarlo, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.store import build_store, fingerprint
-from softseg_dist.numerics.statistics import CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
 from softseg_dist.report.scores import soft_scores
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, cases_path

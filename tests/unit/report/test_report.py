@@ -14,8 +14,9 @@ import pytest
 from synthetic_run import CELLS, GAIN, write_run, written_page
 
 from softseg_dist.errors import UserError
+from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.metrics import OBJECTIVES
-from softseg_dist.numerics.statistics import crossed_test, holm
+from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
 from softseg_dist.report.findings import METRICS, answer, caveats, effects_answer
 from softseg_dist.report.fits import varying_fields

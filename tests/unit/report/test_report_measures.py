@@ -118,8 +118,8 @@ def test_the_scores_of_sites_add_up_to_all_scores(run: RunData, summary: Summary
     assert sum(site.num_subjects for site in sites) == summary.num_tested
     mean = sum(site.one * site.num_scores for site in sites) / summary.winner.num_scores
     assert mean == pytest.approx(summary.winner.mean)
-    difference = sum(site.crossed.mean * site.crossed.num_pairs for site in sites) / summary.winner.num_scores
-    assert difference == pytest.approx(next(c.crossed.mean for c in summary.comparisons if c.candidate == summary.winner.name))
+    other = sum(site.other * site.num_scores for site in sites) / summary.winner.num_scores
+    assert other == pytest.approx(next(s.mean for s in summary.ranking if s.name == summary.reference))
     one_site = dict(run.run["data"]) | {"site_of": dict.fromkeys(run.run["data"]["site_of"], "A")}
     assert summarise(replace(run, run={"data": one_site})).measures.sites == ()
 

@@ -12,7 +12,8 @@ import pytest
 from synthetic_run import CELLS, write_run, written_page
 from synthetic_search import draw_parameters, give_up, hold_out, nest, tune
 
-from softseg_dist.numerics.statistics import crossed_test, holm
+from softseg_dist.numerics.crossed_test import crossed_test
+from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.findings import caveats, effects_answer, group_answer, holdout_answer, interactions_answer
 from softseg_dist.report.held_out import outer_answer, outer_table
 from softseg_dist.report.page import outer_json, write_outer_page
