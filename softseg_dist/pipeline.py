@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from softseg_dist.data.check import Problem
+from softseg_dist.engine.cautions import inspect_store
 from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray, prepare
 from softseg_dist.engine.ensembles import measure_ensembles
 from softseg_dist.engine.final_model import make_model
@@ -127,6 +130,9 @@ def run_prepared(
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
     preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources, child)
+    cautions = inspect_store(study, prepared.store, splits)
+    for caution in cautions:
+        progress.note(f"warning: {caution.detail}")
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():
@@ -135,7 +141,7 @@ def run_prepared(
             progress.note(f"extended: {line}")
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
-        _describe_run(run, copy.folder, file, prepared, options)
+        _describe_run(run, copy.folder, file, prepared, options, cautions)
         copy.push("mlflow_run", "run.json")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
@@ -304,7 +310,9 @@ def _collect(copy: WorkingCopy) -> bool:
     return True
 
 
-def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions) -> None:
+def _describe_run(
+    run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions, cautions: Sequence[Problem]
+) -> None:
     """Write what is needed to run this again, and what the report shows about data, versions and machine."""
     store, sites = prepared.store, list(prepared.sites.values())
     sample = store.sample(0)
@@ -327,6 +335,7 @@ def _describe_run(run: Place, folder: Path, file: StudyFile, prepared: Prepared,
             "size": list(store.size),
             "spacing_mm": list(sample.spacing_mm),
         },
+        "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),

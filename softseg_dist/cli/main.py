@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +26,8 @@ from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json,
 from softseg_dist.cli.submit import submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 
-if TYPE_CHECKING:  # both would import torch
+if TYPE_CHECKING:  # they would import torch
+    from softseg_dist.data.preprocess import Sample
     from softseg_dist.engine.plan import Offer, Plan, Prices
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
@@ -153,13 +153,22 @@ def check(
 ) -> None:
     """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
-    from softseg_dist.data.check import check_cases, samples_without_errors
+    from softseg_dist.data.check import check_cases
     from softseg_dist.data.montage import montage
+    from softseg_dist.engine.cautions import Inspection
+    from softseg_dist.engine.plan import splits_of
 
     loaded = open_study(study).study
-    cases = loaded.data.scan(data_root)
-    problems = check_cases(cases, loaded.preprocess)
-    usable = list(islice(samples_without_errors(cases, loaded.preprocess, problems), MAX_SHOWN))
+    cases, inspection = loaded.data.scan(data_root), Inspection(loaded)
+    usable: list[Sample] = []
+
+    def look(sample: Sample) -> None:
+        inspection.look(sample)
+        usable.extend([sample] if len(usable) < MAX_SHOWN else [])
+
+    problems = check_cases(cases, loaded.preprocess, look)
+    complete = all(problem.level != "error" for problem in problems)
+    problems += inspection.cautions(splits_of(loaded, data_root)[1] if complete else None)
     if usable:
         montage(usable, picture, loaded.data.classes)
     shown = str(picture) if usable else None
@@ -218,6 +227,7 @@ def plan(
 ) -> None:
     """Show how many fits a study has, how long they take, and what they cost on rented machines."""
     from softseg_dist.api import open_study
+    from softseg_dist.engine.cautions import inspect_first
     from softseg_dist.engine.plan import load_prices, offers, plan_study, write_splits
 
     if prices is None and PRICES.exists():
@@ -227,13 +237,17 @@ def plan(
     planned = plan_study(loaded, data_root, seconds_per_fit, run)
     if splits is not None:
         write_splits(loaded, data_root, splits)
+    cautions = inspect_first(loaded, data_root)
     found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
     if as_json:
         machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]
         written = str(listed.written) if listed else None
-        typer.echo(json.dumps(vars(planned) | {"fits": planned.fits, "prices_written": written, "machines": machines}))
+        more = {"fits": planned.fits, "prices_written": written, "machines": machines, "cautions": list(map(vars, cautions))}
+        typer.echo(json.dumps(vars(planned) | more))
     else:
         _print_plan(planned, found, listed, study)
+        for caution in cautions:
+            say(caution.level, caution.detail)
 
 
 @app.command()

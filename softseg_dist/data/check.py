@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -19,6 +19,7 @@ from softseg_dist.words import dimensions
 SPACING_OUTLIER = 1.5  # a voxel size is unusual if it is this many times larger or smaller than the median
 LOST = 0.001  # share of the labelled volume outside the crop that is worth a line
 RATERS_DISAGREE = 0.3  # Dice of two raters below which one of them may have drawn on something else
+ALIKE = "identical targets"  # the rule of a problem that a report shows above its answer
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Problem:
 Seen = tuple[str, Geometry, tuple[int, ...]]  # what is compared between cases: name, grid of the image, size of an item
 
 
-def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
+def check_cases(
+    cases: Sequence[Case], preprocess: Preprocess, look: Callable[[Sample], None] = lambda sample: None
+) -> list[Problem]:
     """All problems of `cases` (those of `DataSet.scan`: incomplete ones count), one case in memory at a time.
 
-    Errors: something missing, unreadable or contradictory; sizes that differ. Warnings: an empty mask, labels outside
-    the crop, raters that hardly overlap, an orientation or voxel size unlike the others', a person at two sites.
+    `look` gets the sample of each case without an error. Errors: something missing, unreadable or contradictory; sizes that differ.
+    Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation or voxel size unlike the others', a
+    person at two sites.
     """
     problems: list[Problem] = []
     seen: list[Seen] = []
@@ -56,16 +60,11 @@ def check_cases(cases: Sequence[Case], preprocess: Preprocess) -> list[Problem]:
         except UserError as error:
             problems.append(Problem(case.name, "error", "unusable", str(error)))
             continue
-        problems += _labels(case, data)
-        problems += _crop(case, data, sample)
+        problems += (found := [*_labels(case, data), *_crop(case, data, sample)])
+        if all(problem.level != "error" for problem in found):
+            look(sample)
         seen.append((case.name, data.geometry, sample.image.shape[2:]))
     return [*problems, *_between(seen), *_people(cases)]
-
-
-def samples_without_errors(cases: Sequence[Case], preprocess: Preprocess, problems: Sequence[Problem]) -> Iterator[Sample]:
-    """The samples of the cases that `check_cases` found no error in; for the montage."""
-    bad = {problem.case for problem in problems if problem.level == "error"}
-    return (preprocess.apply(case) for case in cases if case.name not in bad)
 
 
 def _labels(case: Case, data: CaseData) -> Iterator[Problem]:

@@ -87,9 +87,7 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
     """
     if run is not None and seconds_per_fit is not None:
         raise UserError("--seconds-per-fit and --run both say how long a fit takes; give one of them")
-    sites, persons = _people(study, data_root)
-    outer = study.nested.of_cases(sites, persons, study.seed) if study.nested else ()
-    splits = (study.inner(outer[0]) if outer else study).make_splits(sites, persons)
+    outer, splits = splits_of(study, data_root)
     trials = study.search.trials if study.search else 0
     tune = study.tune_each
     per_candidate = tune.trials * min(tune.splits, len(splits)) if tune else 0
@@ -98,6 +96,13 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
     num_fixed = len(study.candidates)
     outers = max(1, len(outer))
     return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate)
+
+
+def splits_of(study: Study, data_root: Path | None) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+    """The outer splits of a study, () if it is not nested, and its splits: those of the first outer split if it is."""
+    sites, persons = _people(study, data_root)
+    outer = study.nested.of_cases(sites, persons, study.seed) if study.nested else ()
+    return outer, (study.inner(outer[0]) if outer else study).make_splits(sites, persons)
 
 
 def write_splits(study: Study, data_root: Path | None, path: Path) -> int:

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from softseg_dist import words
+from softseg_dist.data.check import ALIKE
 from softseg_dist.report.diagrams import agreement_figure, lesion_figure, pareto_figure, rater_figure, reliability_figure
 from softseg_dist.report.export import csv_tables
 from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
@@ -84,7 +85,7 @@ def summary_json(run: Path) -> dict[str, Any]:
         "interactions_answer": interactions_answer(summary),
         "group_answer": group_answer(summary),
         "holdout_answer": holdout_answer(summary),
-        "caveats": caveats(summary, data.spacing_mm),
+        "caveats": [*(text for _, text in data.cautions), *caveats(summary, data.spacing_mm)],
         **plain(summary),
         "run": plain(dict(data.run)),
     }
@@ -178,7 +179,8 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         answer=answer(summary),
         answers=(holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary)),
         metric=METRICS[summary.objective],
-        caveats=caveats(summary, data.spacing_mm),
+        alike=[text for rule, text in data.cautions if rule == ALIKE],
+        caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary, data.spacing_mm)],
         shown=shown(summary),
         few=len(shown(summary)) < len(summary.ranking),
         most=MOST,

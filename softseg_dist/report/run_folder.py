@@ -81,6 +81,11 @@ class RunData:
         return tuple((self.run.get("data") or {}).get("spacing_mm") or ())
 
     @property
+    def cautions(self) -> list[tuple[str, str]]:
+        """What the data do to the candidates, as (rule, sentence), which `engine.cautions` found when the run started."""
+        return [(found["rule"], found["text"]) for found in self.run.get("cautions", ())]
+
+    @property
     def subjects(self) -> set[str]:
         """All subjects of the splits."""
         return {subject for split in self.splits for subject in (*split.train, *split.validation, *split.test)}

@@ -10,12 +10,12 @@ import pytest
 from matplotlib import image as pictures
 
 from softseg_dist.data.cases import Case, CaseData
-from softseg_dist.data.check import Problem, check_cases, samples_without_errors
+from softseg_dist.data.check import Problem, check_cases
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.montage import montage
 from softseg_dist.data.phantom import Phantom
-from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
 
 BLOCK = np.zeros((12, 12, 4), np.float32)
@@ -118,10 +118,10 @@ def test_a_person_at_two_sites_is_told() -> None:
 @pytest.mark.parametrize("dim", [2, 3])
 def test_the_montage_shows_the_cases_without_errors(tmp_path: Path, dim: int) -> None:
     cases = [*Phantom(subjects=2, dim=dim, size=(24,) * dim).cases(None), Made("bad", error="x")]  # type: ignore[arg-type]
-    preprocess = Preprocess(dim=dim)  # type: ignore[arg-type]
-    problems = check_cases(cases, preprocess)
+    seen: list[Sample] = []
+    check_cases(cases, Preprocess(dim=dim), seen.append)  # type: ignore[arg-type]
     path = tmp_path / "new" / "montage.png"
-    assert montage(samples_without_errors(cases, preprocess, problems), path, ["GM"]) == 2
+    assert montage(seen, path, ["GM"]) == 2
     picture = pictures.imread(path)
     assert picture.shape[0] > 100
     colours = picture[..., :3].max(axis=-1) - picture[..., :3].min(axis=-1)

@@ -311,6 +311,18 @@ def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
 
 
 @pytest.mark.engine
+def test_cautions_of_the_run_are_read_with_care_and_identical_targets_before_the_answer(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
+    record = json.loads((folder / "run.json").read_text())
+    cautions = [{"rule": "equal images", "text": "a = b twice"}, {"rule": "identical targets", "text": "hard = soft throughout"}]
+    (folder / "run.json").write_text(json.dumps(record | {"cautions": cautions}))
+    page, found = written_page(folder).read_text(), summary_json(folder)
+    assert found["caveats"][:2] == ["a = b twice", "hard = soft throughout"]
+    assert page.index("hard = soft throughout") < page.index(found["answer"][:30]) < page.index("a = b twice")
+    assert page.count("hard = soft throughout") == 1
+
+
+@pytest.mark.engine
 def test_a_page_without_run_json_and_with_a_question_that_looks_like_html(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, failed=[(CELLS[1], 1)])
     study = json.loads((folder / "study.json").read_text())

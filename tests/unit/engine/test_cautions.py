@@ -1,0 +1,228 @@
+"""Cautions: what data do to candidates is told with value, place and what would change it; a clean study has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from softseg_dist import (
+    AdaptiveWing,
+    Affine,
+    Bids,
+    Dice,
+    Flip,
+    Gamma,
+    MonteCarlo,
+    Phantom,
+    Preprocess,
+    Recipe,
+    Sigmoid,
+    Softmax,
+    Study,
+    factorial,
+)
+from softseg_dist.cli.main import app
+from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.file_digests import Digest, sha256_of
+from softseg_dist.data.geometry import Float32, Geometry
+from softseg_dist.data.splits import Split
+from softseg_dist.engine.cautions import Inspection, inspect_first
+
+SIZE = (12, 12, 4)
+BLOCK = np.zeros(SIZE, np.float32)
+BLOCK[3:9, 4:8, 1:3] = 1
+SOFT = BLOCK.copy()
+SOFT[3, 4:8, 1:3] = 0.5
+NONE = np.zeros(SIZE, np.float32)
+BOTH = factorial(Recipe(), label=("hard", "soft"))
+
+
+class Drawn(Case):
+    """A case of noise with masks [R K X Y Z], or one mask of one rater."""
+
+    def __init__(self, name: str, masks: Float32, subject: str = "", seed: int | None = None) -> None:
+        self.name, self.subject, self.site = name, subject or name, ""
+        self.masks = masks.reshape(-1, 1, *SIZE) if masks.ndim < 5 else masks
+        self.rater_names = tuple("abc"[: len(self.masks)])
+        self.seed = sum(map(ord, name)) if seed is None else seed
+
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
+        return ()
+
+    def load(self) -> CaseData:
+        geometry = Geometry(SIZE, np.eye(4))
+        image = np.random.default_rng(self.seed).normal(size=SIZE).astype(np.float32)
+        return CaseData(image[None], self.masks, None, geometry.canonical_affine, geometry)
+
+    def mask(self, part: str) -> Float32:
+        return self.masks[0, 0]
+
+
+def study(classes: Sequence[str] = ("GM",), **changes: object) -> Study:
+    data = Bids("ds", image="T2w", labels={name: f"label-{name}_desc-{{rater}}_mask" for name in classes})
+    fields = {"name": "s", "question": "?", "data": data, "splits": MonteCarlo(count=2), "candidates": BOTH}
+    return Study(**fields | changes)
+
+
+def found(of: Study, cases: Sequence[Case], splits: Sequence[Split] | None = None) -> dict[str, str]:
+    inspection = Inspection(of)
+    for case in cases:
+        inspection.look(of.preprocess.apply(case))
+    return {caution.rule: caution.detail for caution in inspection.cautions(splits)}
+
+
+def drawn(*masks: Float32) -> list[Case]:
+    return [Drawn(f"sub-{i}", mask) for i, mask in enumerate(masks)]
+
+
+def test_a_clean_study_has_none() -> None:
+    base = Recipe(augment=(Affine(), Flip()))
+    candidates = factorial(base, label=("hard", "soft"), activation=(Sigmoid(), Softmax()), loss=(Dice(), AdaptiveWing()))
+    clean = study(data=Phantom(subjects=5), candidates=candidates)
+    cases = clean.data.cases(None)
+    sites = {case.subject: case.site for case in cases}
+    assert found(clean, cases, clean.make_splits(sites)) == {}
+
+
+def test_cases_whose_soft_targets_are_binary_are_named() -> None:
+    told = found(study(), drawn(SOFT, BLOCK, SOFT, BLOCK, NONE))["binary targets"]
+    # 2 of 6 rows of SOFT are half labelled: 4 of 24 voxels per slice
+    assert "in 2 of 4 labelled cases: 0 % of the labelled voxels of sub-1, sub-3 (16.7 % to 16.7 % of the others)" in told
+    assert "spacing_mm" in told
+
+
+def test_soft_targets_of_a_fusion_that_rounds_are_binary() -> None:
+    two = np.stack([BLOCK, np.roll(BLOCK, 1, axis=0)])[:, None]
+    candidates = factorial(Recipe(), fusion=("mean", "majority", "staple", "soft_staple"))
+    told = found(study(candidates=candidates), [Drawn("a", two)])["binary targets"]
+    assert told.startswith('label="soft" with fusion="majority" is binary before augmentation in 1 of 1 labelled case: 0 %')
+
+
+def test_candidates_with_identical_targets_are_named() -> None:
+    told = found(study(), drawn(BLOCK, BLOCK, NONE))["identical targets"]
+    assert "identical in all 3 cases that were looked at, augmentation included" in told
+    assert "hard = soft" in told
+    assert "spacing_mm" in told
+
+
+@pytest.mark.parametrize("augment", [(Flip(),), (Gamma(),), ()])
+def test_an_augmentation_that_moves_no_value_leaves_targets_identical(augment: tuple[Flip | Gamma, ...]) -> None:
+    assert "identical targets" in found(study(candidates=factorial(Recipe(augment=augment), label=("hard", "soft"))), drawn(BLOCK))
+
+
+def test_targets_that_an_augmentation_interpolates_differ() -> None:
+    assert "identical targets" not in found(
+        study(candidates=factorial(Recipe(augment=(Affine(),)), label=("hard", "soft"))), drawn(BLOCK)
+    )
+
+
+def test_one_case_whose_targets_differ_is_enough() -> None:
+    assert "identical targets" not in found(study(), drawn(BLOCK, SOFT, BLOCK))
+
+
+def test_only_candidates_that_differ_in_nothing_else_are_compared() -> None:
+    candidates = {"a": Recipe(label="hard"), "b": Recipe(label="soft", loss=AdaptiveWing())}
+    assert "identical targets" not in found(study(candidates=candidates), drawn(BLOCK))
+
+
+def test_fusions_of_raters_who_agree_are_identical() -> None:
+    agreed = np.stack([BLOCK, BLOCK])[:, None]
+    candidates = factorial(Recipe(), fusion=("mean", "random_rater", "staple"))
+    told = found(study(candidates=candidates), [Drawn("a", agreed)])["identical targets"]
+    assert "mean = random_rater, mean = staple, random_rater = staple" in told
+
+
+def splits(*train: Sequence[str]) -> list[Split]:
+    return [Split(index=i, train=tuple(who), validation=("v",), test=("t",)) for i, who in enumerate(train)]
+
+
+def test_a_class_that_no_training_case_of_a_split_has_is_named() -> None:
+    two = [Drawn(f"sub-{i}", np.stack([BLOCK, BLOCK if i < 3 else NONE])[None]) for i in range(6)]
+    of = study(("GM", "WM"))
+    told = found(of, two, splits(["sub-0", "sub-3"], ["sub-3", "sub-4"], ["sub-5"]))
+    assert told["class absent in training"].startswith("No training case labels class WM in 2 of 3 splits (001, 002)")
+    assert "class of few subjects" not in told
+    assert "class absent in training" not in found(of, two, splits(["sub-0", "sub-3"]))
+
+
+def test_a_class_of_fewer_than_three_subjects_is_named() -> None:
+    sessions = [Drawn(f"sub-{i // 2}_ses-{i % 2}", BLOCK if i < 4 else NONE, subject=f"sub-{i // 2}") for i in range(8)]
+    told = found(study(), sessions, [])["class of few subjects"]
+    assert told.startswith("Class GM is labelled in 2 of 4 subjects (sub-0, sub-1)")
+
+
+def test_a_class_that_nobody_has_is_an_error() -> None:
+    inspection = Inspection(study())
+    for case in drawn(NONE, NONE, NONE):
+        inspection.look(Preprocess().apply(case))
+    assert [caution.rule for caution in inspection.cautions([]) if caution.level == "error"] == ["class in no case"]
+    assert inspection.cautions(None) == []  # others may have it
+
+
+@pytest.mark.parametrize(
+    ("classes", "pairs"),
+    [
+        (("left", "right"), "left and right"),
+        (("kidney_L", "kidney_R", "spine"), "kidney_L and kidney_R"),
+        (("r-lung", "l-lung"), "l-lung and r-lung"),
+        (("LV", "RV"), "LV and RV"),
+    ],
+)
+def test_left_and_right_that_a_flip_exchanges_are_named(classes: tuple[str, ...], pairs: str) -> None:
+    flipped = {"a": Recipe(augment=(Flip(),)), "b": Recipe(augment=(Flip(axes=(1,)),)), "c": Recipe(augment=(Flip(p=0),))}
+    told = found(study(classes, candidates=flipped), [])["left and right mirrored"]
+    assert told.startswith(f"Flip of axis 0 mirrors left and right in a, but does not exchange the classes {pairs}:")
+
+
+@pytest.mark.parametrize("classes", [("left_atrium",), ("GM", "WM"), ("bright", "lesion"), ("lobe", "robe")])
+def test_classes_without_sides_may_be_flipped(classes: tuple[str, ...]) -> None:
+    assert found(study(classes, candidates={"a": Recipe(augment=(Flip(),))}), []) == {}
+
+
+def test_classes_that_overlap_are_named_where_softmax_is_used() -> None:
+    apart, over = (Drawn(name, np.stack([BLOCK, mask])[None]) for name, mask in (("apart", NONE), ("over", BLOCK * 0.75)))
+    told = found(study(("GM", "WM"), candidates={"a": Recipe(activation=Softmax())}), [apart, over])["classes overlap"]
+    assert told.startswith("Labels of several classes add up to more than 1 in 1 of 2 cases, most in over (48 voxels)")
+    assert "classes overlap" not in found(study(("GM", "WM")), [apart, over])
+
+
+def test_equal_images_under_two_names_are_named() -> None:
+    told = found(study(), [Drawn("a", SOFT, seed=1), Drawn("b", SOFT, seed=2), Drawn("c", NONE, seed=1)])["equal images"]
+    assert told.startswith("Cases have equal images under several names: a = c;")
+
+
+def test_a_crop_and_slices_that_need_the_subject_s_masks_are_named() -> None:
+    of_label = Preprocess(crop=(8, 8), center="label-GM_desc-a_mask", slices="labelled")
+    told = found(study(preprocess=of_label), [])
+    assert "centred on the raters' own label 'label-GM_desc-a_mask'" in told["crop by a mask"]
+    assert 'slices="all"' in told["slices by labels"]
+    other = found(study(preprocess=Preprocess(crop=(8, 8), center="seg-cord")), [])
+    assert "centred on its own mask 'seg-cord'" in other["crop by a mask"]
+    assert found(study(preprocess=Preprocess(crop=(8, 8), center="foreground")), []) == {}
+
+
+STUDY = """
+from softseg_dist import *
+STUDY = Study(name="t", question="?", data=Phantom(subjects=5, raters=1), splits=MonteCarlo(count=1),
+    candidates=factorial(Recipe(), label=("hard", "soft")), control="hard")
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_commands_print_them(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "study.py"
+    path.write_text(STUDY)
+    picture = ["--picture", str(tmp_path / "m.png")] if command == "check" else []
+    result = CliRunner().invoke(app, [command, str(path), *picture])
+    assert result.exit_code == 0
+    assert "hard = soft" in " ".join(result.output.split())
+
+
+def test_a_plan_names_the_cases_that_cannot_be_prepared() -> None:
+    lost = study(data=Phantom(subjects=3, shape="lesions"), preprocess=Preprocess(crop=(8, 8), center="cord"))
+    problems = inspect_first(lost, None)
+    assert [problem.case for problem in problems if problem.rule == "unusable"] == ["sub-001", "sub-002", "sub-003"]
