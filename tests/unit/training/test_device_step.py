@@ -11,7 +11,7 @@ import pytest
 import torch
 from device_fits import PATCHES, PLAIN, RECIPES, batches_of, device_stepper, host_stepper, model_of, task_of, train
 
-from softseg_dist import Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Sigmoid, UNet
+from softseg_dist import BatchDice, Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Recipe, Sigmoid, UNet, softseg_parity
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, Resident, Streamed, device_batches
@@ -86,6 +86,17 @@ def test_the_last_batch_may_be_smaller(tasks: dict[int, FitTask]) -> None:
     device = device_stepper(tasks[2])
     train(device, batches, 1)
     assert sorted(device._ways) == sorted({PLAIN.optim.batch_size, len(batches.items) % PLAIN.optim.batch_size})
+
+
+@pytest.mark.parametrize("recipe", softseg_parity(fusion="mean").values(), ids=["conventional", "softseg"])
+def test_losses_that_depend_on_the_number_of_samples_are_those_of_the_host_in_a_small_last_batch_too(
+    tasks: dict[int, FitTask], recipe: Recipe
+) -> None:
+    network = UNet(filters=(4, 8), order="relu-norm-dropout", last_kernel=3)
+    task = tasks[2].replace(recipe=recipe.replace(network=network, optim=PLAIN.optim))
+    assert len(batches_of(task).items) % PLAIN.optim.batch_size != 0
+    device, host = device_stepper(task), host_stepper(task)
+    assert train(device, batches_of(task), 2) == pytest.approx(train(host, batches_of(task), 2), rel=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
@@ -203,10 +214,11 @@ class Reads(Loss):
         ({"augment": RECIPES["everything"].augment, "smoothing": RECIPES["everything"].smoothing}, None),
         ({"activation": NormReLU(over="running"), "patch": PATCHES[2]}, None),
         ({"network": UNet(filters=(4, 8), dropout=0.2, norm="instance")}, None),
+        ({"activation": NormReLU(over="batch", share=True), "loss": BatchDice(over="batch and classes")}, None),
         ({"loss": Reads()}, "a number is read from the device"),
         ({"smoothing": GeoLS()}, "tensors are compared by the host"),
     ],
-    ids=["plain", "everything", "running", "dropout", "loss", "geols"],
+    ids=["plain", "everything", "running", "dropout", "parity", "loss", "geols"],
 )
 def test_what_a_graph_cannot_repeat_is_found_before_it_is_captured(
     tasks: dict[int, FitTask], change: dict[str, object], reason: str | None
