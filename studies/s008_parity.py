@@ -2,7 +2,7 @@
 
 Run:    softseg run studies/s008_parity.py --data-root DATA
 Debug:  softseg run studies/s008_parity.py --data-root DATA --debug
-Cost:   2 candidates x 6 splits = 12 fits of 200 epochs; a GPU is advised
+Cost:   2 candidates x 6 splits = 12 fits of 200 epochs, about 1,400 steps of 11 s on one core: for a GPU; --debug takes minutes
 Result: Not run yet.
 
 DATA holds gm_challenge: T2*-weighted spinal cord, 8 sessions of 6 people at 6 sites, one rater. The paper had four raters, of whom
