@@ -47,6 +47,7 @@ PUBLIC = {
         "Tversky",
         "TverskySemimetric",
     ),
+    "softseg_dist.numerics.metrics": ("Metric", "Scale"),
     "softseg_dist.numerics.networks": ("Network", "UNet"),
     "softseg_dist.numerics.patches": ("Patch",),
     "softseg_dist.numerics.sampling": ("TTA", "MCDropout", "Uncertainty"),
@@ -59,7 +60,7 @@ PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}
 __version__ = "0.1.0"
-NUMERICS = 2  # raised when results of the same study change: a study that was begun with another number is refused
+NUMERICS = 3  # raised when results of the same study change: a study that was begun with another number is refused
 __all__ = sorted(_MODULE_OF)
 
 

@@ -49,6 +49,8 @@ from softseg_dist.numerics.losses import Loss as Loss
 from softseg_dist.numerics.losses import Sum as Sum
 from softseg_dist.numerics.losses import Tversky as Tversky
 from softseg_dist.numerics.losses import TverskySemimetric as TverskySemimetric
+from softseg_dist.numerics.metrics import Metric as Metric
+from softseg_dist.numerics.metrics import Scale as Scale
 from softseg_dist.numerics.networks import Network as Network
 from softseg_dist.numerics.networks import UNet as UNet
 from softseg_dist.numerics.patches import Patch as Patch

@@ -41,7 +41,6 @@ STUDY = Study(
     data=Phantom(subjects=30),
     preprocess=Preprocess(dim=2),
     splits=MonteCarlo(count=6),
-    objective="dice_dml",
     candidates=factorial(BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())),
     control="hard-sigmoid-dice",
 )

@@ -60,7 +60,7 @@ class OuterRecord(Frozen):
     """The outer splits that are complete, as `outer.json`."""
 
     study: str
-    objective: str
+    objective: str | dict[str, Any]  # as in study.json
     control: str | None
     planned: int
     outer: tuple[OuterWinner, ...] = ()
@@ -106,7 +106,8 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
         one.make_splits(prepared.sites, prepared.persons)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
-    record = OuterRecord(study=study.name, objective=study.objective, control=study.control, planned=len(splits))
+    objective = study.model_dump(mode="json")["objective"]
+    record = OuterRecord(study=study.name, objective=objective, control=study.control, planned=len(splits))
     runs: list[Finished] = []
     tables: list[pd.DataFrame] = []
     interrupted = False
@@ -139,7 +140,7 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
         return None
     winner, control = holdout.opened[-1].winner, study.control
     rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / TABLE)
-    scores = soft_scores(rows, study.objective)
+    scores = soft_scores(rows, study.objectives[0].row.name)
     on_validation = [r.score for r in ledger.results().values() if r.candidate == winner and r.score is not None]
     found = OuterWinner(
         split=split,

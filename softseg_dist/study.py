@@ -23,7 +23,7 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.activations import Activation, NormReLU, Sigmoid, Softmax
 from softseg_dist.numerics.labels import LabelMode, check_fusion, check_one_rater
 from softseg_dist.numerics.losses import AdaptiveWing, BatchDice, Dice, Loss
-from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.metrics import METRICS, TABLE, Metric, SoftMetric, metric_of
 from softseg_dist.numerics.networks import Network, UNet
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.sampling import Uncertainty
@@ -187,11 +187,11 @@ class Study(Frozen):
     """One question, one data set, splits and candidates.
 
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
-    `objective` is the metric on validation that picks the best epoch and that a search maximises; it is never the loss,
-    since losses of different candidates are not comparable. A search optimises `second_objective` as well; best epochs, ranking
-    and tests stay on `objective`. `tune_each` finds a learning rate for every candidate first. `uncertainty` has what every fit
-    measures on its test cases (see `judging.uncertainty`), and the winner's and the control's fits together. `subjects` keeps
-    the first N subjects only.
+    `objective` is the metric on validation that picks the best epoch and that a search maximises: the name of one of the package,
+    or a `Metric` of your own. It is never the loss, since losses of different candidates are not comparable. A search optimises
+    `second_objective` as well; best epochs, ranking and tests stay on `objective`. `tune_each` finds a learning rate for every
+    candidate first. `uncertainty` has what every fit measures on its test cases (see `judging.uncertainty`), and the winner's and
+    the control's fits together. `subjects` keeps the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
     they are evaluated once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
@@ -205,8 +205,8 @@ class Study(Frozen):
     data: DataSet
     preprocess: Preprocess = Preprocess()
     splits: Splits
-    objective: str = "dice_dml"
-    second_objective: str | None = None
+    objective: str | Metric = "brier_skill"
+    second_objective: str | Metric | None = None
     candidates: dict[str, Recipe] = {}
     control: str | None = None
     search: Search | None = None
@@ -227,9 +227,15 @@ class Study(Frozen):
 
     @field_validator("objective", "second_objective")
     @classmethod
-    def _known_objective(cls, value: str | None) -> str | None:
-        if value is not None and value not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(sorted(OBJECTIVES))}, got {value!r}")
+    def _known_objective(cls, value: str | Metric | None) -> str | Metric | None:
+        if isinstance(value, SoftMetric):
+            value = value.name
+        known = [name for name in METRICS if TABLE[name].may_lead]
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"objective must be one of {', '.join(known)}, or a Metric, got {value!r}")
+        if isinstance(value, Metric) and (not NAME.fullmatch(name := value.row.name) or name in TABLE):
+            kind = type(value).__name__
+            raise ValueError(f"{kind} needs a name of its own for its column, such as short = 'my_metric', got {name!r}")
         return value
 
     @field_validator("holdout")
@@ -253,8 +259,8 @@ class Study(Frozen):
             raise ValueError("a study needs candidates=..., search=..., or both")
         if self.tune_each is not None and not self.candidates:
             raise ValueError("tune_each tunes the candidates of the study file, and there are none: a search tunes its own")
-        if self.second_objective == self.objective:
-            raise ValueError(f"second_objective must differ from the objective, got {self.objective!r} for both")
+        if len({metric.row.name for metric in self.objectives}) < len(self.objectives):
+            raise ValueError(f"second_objective must differ from the objective, got {self.objectives[0].row.name!r} for both")
         for name, recipe in self.candidates.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
@@ -268,9 +274,9 @@ class Study(Frozen):
         return self
 
     @property
-    def objectives(self) -> tuple[str, ...]:
+    def objectives(self) -> tuple[Metric, ...]:
         """What a search optimises: the objective, and the second one if there is one."""
-        return (self.objective,) if self.second_objective is None else (self.objective, self.second_objective)
+        return tuple(metric_of(value) for value in (self.objective, self.second_objective) if value is not None)
 
     def held_out(self, sites: Mapping[str, str]) -> tuple[str, ...]:
         """The subjects (person -> site) that are in no split; () without `holdout`. Raises UserError on unknown names."""

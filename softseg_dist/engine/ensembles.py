@@ -15,6 +15,7 @@ from softseg_dist.engine.session import Outcome
 from softseg_dist.judging import results
 from softseg_dist.judging.rows import Measurement
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
+from softseg_dist.training.evaluation import grid_of
 from softseg_dist.training.inference import ensemble_maps
 
 TABLE = "ensemble.parquet"  # in the run folder; rows as in the results table, with split -1
@@ -69,8 +70,10 @@ def _rows(context: RunContext, candidate: str, cases: dict[tuple[str, str], list
         if not (weights := cases.get((candidate, case.name))):
             continue
         sample = store.sample(case.index)
-        spread = Spread.of(ensemble_maps(model, weights, sample, context.device))
-        measured = uncertainty_rows(METHOD, spread, sample.raters, store.classes)
+        grid = grid_of(sample)
+        spread = Spread.of(map(grid.case, ensemble_maps(model, weights, sample, context.device)))
+        scale = grid.scale(store.mean_volumes_mm3)
+        measured = uncertainty_rows(METHOD, spread, grid.case(sample.raters), store.classes, scale)
         measured += [Measurement(name, "mean", None, MEMBERS, float(len(weights))) for name in store.classes]
         rows += results.rows_of_case(measured, context.study.name, candidate, -1, "test", sample)
     return rows

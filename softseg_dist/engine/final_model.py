@@ -92,7 +92,7 @@ def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> Mode
         preprocess=store.preprocess,
         epochs=task.recipe.optim.epochs,
         thresholds={rule: statistics.fmean(fit.thresholds[rule] for fit in fits) for rule in fits[0].thresholds},
-        objective=study.objective,
+        objective=study.objectives[0].row.name,
         validation_score=statistics.fmean(fit.score for fit in fits if fit.score is not None),
         test_score=statistics.fmean(test_scores) if test_scores else None,
         num_subjects=len(task.split.train),

@@ -225,9 +225,10 @@ class Session:
 
 def _verdict(record: RaceRecord, study: Study) -> str:
     """`dice_dml -0.0312 (p = 0.0041) against hard-dice over 3 splits`."""
-    differences = [(study.objective, record.difference, record.p)]
-    if study.second_objective and record.second_difference is not None and record.second_p is not None:
-        differences.append((study.second_objective, record.second_difference, record.second_p))
+    names = [metric.row.name for metric in study.objectives]
+    differences = [(names[0], record.difference, record.p)]
+    if len(names) > 1 and record.second_difference is not None and record.second_p is not None:
+        differences.append((names[1], record.second_difference, record.second_p))
     parts = ", ".join(f"{name} {difference:+.4f} (p = {p:.2g})" for name, difference, p in differences)
     return f"{parts} against {record.incumbent} over {record.after} splits"
 

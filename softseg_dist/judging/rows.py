@@ -1,6 +1,6 @@
 """The measurements of one case, as lines of the results table, and the grid that its slices form in space.
 
-Maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S axes of an item; n voxels of one class.
+Maps are [N K *S]: N items (slices in 2D, 1 in 3D; 1 for a whole case), K classes, *S axes of an item.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from softseg_dist.numerics.metrics import (
     NUM_BINS,
     Map,
+    Metric,
+    Pair,
     PerClass,
+    Scale,
+    bounding_box,
     confusion,
     hard_scores,
     mask_volume_error,
-    neighbourhood,
-    reliability,
+    measured,
     soft_metrics,
 )
-from softseg_dist.numerics.raters import entropy_disagreement_correlation, ged2, pairwise_dice
+from softseg_dist.numerics.raters import ged2, pairwise_dice, volume_crps
 from softseg_dist.numerics.structures import components, lesion_metrics, surface_metrics
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -72,11 +74,16 @@ class Grid:
         volume[places] = items
         return volume
 
+    def case(self, maps: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """Maps [N .. *S] of the items as [1 .. *S] of the case, with the axis of the slices, if there are several, before *S."""
+        whole = self.volume(maps)
+        if self.is_stack:
+            whole = np.ascontiguousarray(np.moveaxis(whole, 0, whole.ndim - len(self.spacing_mm) - 1))
+        return whole[None]
 
-def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest box around `mask` [*S]; without a voxel if it is empty."""
-    found = ndimage.find_objects(mask.view(np.uint8))
-    return found[0] if found else (slice(0, 0),) * mask.ndim
+    def scale(self, mean_volumes_mm3: Sequence[float]) -> Scale:
+        """The scale of `case`, in a data set with these mean volumes of its classes."""
+        return Scale(self.voxel_mm3, tuple(mean_volumes_mm3), self.volume_spacing_mm)
 
 
 NOT_RATERS = ("mean", "truth")
@@ -92,79 +99,89 @@ class Measurement(NamedTuple):
     value: float
 
 
-def case_rows(
-    prediction: Map,
-    references: Mapping[str, Map],
-    classes: Sequence[str],
-    thresholds: Sequence[float],
-    curve: Sequence[float],
-    grid: Grid,
-) -> list[Measurement]:
-    """All measurements of one case.
-
-    Against every reference: soft metrics and, at each of `thresholds`, overlap and volume error of the mask. Against
-    "mean" also Dice at every threshold of `curve` (a threshold that is in both appears once), surfaces and lesions at each
-    of `thresholds`, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", if there
-    are two or more: their agreement with each other, and that of the prediction with their disagreement.
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured of every case of a study.
 
     Args:
-        prediction: [N K *S] in [0, 1].
-        references: "mean", each rater's name, "truth" where it is known: [N K *S] each.
         classes: K names.
         thresholds: those that the fit chose (see `judging.thresholds`).
         curve: thresholds of the curve of Dice.
-        grid: the grid of the case.
+        metrics: those of the user, beside the ones of the table.
     """
-    chosen = sorted(set(thresholds))
+
+    classes: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    curve: tuple[float, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+
+
+def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, scale: Scale) -> list[Measurement]:
+    """All measurements of one case. A value that the reference does not allow is NaN, whatever the prediction.
+
+    Against every reference: soft metrics and, at each of the thresholds, overlap and volume error of the mask. Against "mean" also
+    calibration, Dice at every threshold of the curve (a threshold that is in both appears once), surfaces and lesions at each of
+    the thresholds, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", all at once: the
+    distances of distributions and, if there are two or more, their agreement with each other.
+
+    Args:
+        prediction: [1 K *S] in [0, 1]: a case is one volume (see `Grid.case`).
+        references: "mean", each rater's name, "truth" where it is known: [1 K *S] each.
+        wanted: classes, thresholds and metrics.
+        scale: the scale of the maps.
+    """
+    pairs = {name: Pair(prediction, reference, scale) for name, reference in references.items()}
     rows: list[Measurement] = []
-    for name, reference in references.items():
-        only_dice = [tau for tau in curve if tau not in chosen] if name == "mean" else []
-        lines = list(_overlap(prediction, reference, chosen, only_dice, grid.voxel_mm3))
+    for name, pair in pairs.items():
+        lines = list(_overlap(pair, wanted, against_mean=name == "mean"))
         rows += [
-            Measurement(of, name, tau, metric, float(values[k])) for k, of in enumerate(classes) for tau, metric, values in lines
+            Measurement(of, name, tau, metric, float(values[k]))
+            for k, of in enumerate(wanted.classes)
+            for tau, metric, values in lines
         ]
-    mean = references["mean"]
-    raters = [reference for name, reference in references.items() if name not in NOT_RATERS]
-    near = neighbourhood(prediction, mean)
-    for k, class_name in enumerate(classes):
-        p, y, inside = prediction[:, k], mean[:, k], near[:, k]
-        values = p[inside], y[inside]
-        measured = [("mean", *line) for line in _shapes(p, y, chosen, grid)]
-        for of_bins, sums in reliability(*values)._asdict().items():
-            measured += [("mean", b / NUM_BINS, f"reliability_{of_bins}", float(value)) for b, value in enumerate(sums)]
+    raters = [reference for name, reference in references.items() if name not in NOT_RATERS] or [references["mean"]]
+    chosen = sorted(set(wanted.thresholds))
+    for k, class_name in enumerate(wanted.classes):
+        p = prediction[0, k]
+        found = [("mean", *line) for line in _shapes(p, references["mean"][0, k], chosen, scale)]
+        for of_bins, values in pairs["mean"].tables[k]._asdict().items():
+            found += [("mean", b / NUM_BINS, f"reliability_{of_bins}", float(value)) for b, value in enumerate(values)]
+        volumes = np.array([rater[:, k].sum(dtype=np.float64) for rater in raters])
+        masks = np.stack([rater[0, k] >= 0.5 for rater in raters])
+        found += [
+            ("raters", None, "volume_crps_mm3", scale.voxel_mm3 * volume_crps(p, volumes)),
+            ("raters", None, "ged2", ged2(p, masks)),
+        ]
         if len(raters) > 1:
-            masks = np.stack([rater[:, k] >= 0.5 for rater in raters])
-            measured += [
-                ("raters", None, "inter_rater_dice", pairwise_dice(masks)),
-                ("raters", None, "ged2", ged2(p, masks)),
-                ("raters", None, "entropy_disagreement_correlation", entropy_disagreement_correlation(*values)),
-            ]
-        rows += [Measurement(class_name, *line) for line in measured]
+            found += [("raters", None, "inter_rater_dice", pairwise_dice(masks))]
+        rows += [Measurement(class_name, *line) for line in found]
     return rows
 
 
-def _overlap(
-    prediction: Map, reference: Map, chosen: Sequence[float], only_dice: Sequence[float], voxel_mm3: float
-) -> Iterator[tuple[float | None, str, PerClass]]:
-    """Soft metrics, and overlap and volume at the `chosen` thresholds, each with a value [K]; at those of `only_dice` the Dice."""
-    for metric, values in soft_metrics(prediction, reference, voxel_mm3).items():
+def _overlap(pair: Pair, wanted: Wanted, *, against_mean: bool) -> Iterator[tuple[float | None, str, PerClass]]:
+    """Soft metrics, overlap and volume at the chosen thresholds, each with a value [K]; at those of the curve the Dice."""
+    for metric, values in soft_metrics(pair, against_mean=against_mean).items():
         yield None, metric, values
-    if taus := [*chosen, *only_dice]:
-        counts = confusion(prediction, reference, taus)
-        for metric, scores in (hard_scores(counts) | {"volume_error": mask_volume_error(counts, reference)}).items():
+    for own in wanted.metrics:
+        yield None, own.row.name, measured(own, *pair.maps, pair.scale)
+    chosen = sorted(set(wanted.thresholds))
+    if taus := [*chosen, *(tau for tau in wanted.curve if against_mean and tau not in chosen)]:
+        counts = confusion(*pair.maps, taus)
+        for metric, scores in (hard_scores(counts) | {"mask_volume_error": mask_volume_error(counts, pair.true)}).items():
             yield from ((tau, metric, scores[:, t]) for t, tau in enumerate(taus if metric == "dice" else chosen))
 
 
-def _shapes(p: Map, y: Map, thresholds: Sequence[float], grid: Grid) -> Iterator[tuple[float | None, str, float]]:
-    """Surfaces and lesions of {p > tau} and {y >= 0.5}, [N *S], at each of the increasing thresholds, in their bounding box."""
+def _shapes(p: Map, y: Map, thresholds: Sequence[float], scale: Scale) -> Iterator[tuple[float | None, str, float]]:
+    """Surfaces and lesions of {p >= tau} and {y >= 0.5}, [*S], at each of the increasing thresholds, in their bounding box."""
     if not thresholds:
         return
-    soft, true = grid.volume(p), grid.volume(y) >= 0.5
-    box = bounding_box((soft > thresholds[0]) | true)
-    soft, true = soft[box], true[box]
-    lesions = components(true)
+    true = y >= 0.5
+    box = bounding_box((p >= thresholds[0]) | true)
+    soft, true = p[box], true[box]
+    lesions, diagonal_mm = components(true), math.hypot(*(n * mm for n, mm in zip(p.shape, scale.spacing_mm, strict=True)))
     for tau in thresholds:
-        mask = soft > tau
-        found = surface_metrics(mask, true, grid.volume_spacing_mm) | lesion_metrics(components(mask), lesions)
+        mask = soft >= tau
+        found = surface_metrics(mask, true, scale.spacing_mm, diagonal_mm) | lesion_metrics(components(mask), lesions)
+        found["false_volume_mm3"] = np.count_nonzero(mask & ~true) * scale.voxel_mm3
         for metric, value in found.items():
             yield tau, metric, float(value)

@@ -30,8 +30,7 @@ def choose_thresholds(predictions: Sequence[Map], references: Sequence[Map]) -> 
 def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> float:
     """The threshold of `CURVE` with the highest mean Dice over cases and classes; among ties the nearest to 0.5.
 
-    Pairs of case and class whose Dice is NaN at any threshold are left out, so that all thresholds are compared on the same
-    pairs. 0.5 if none is left.
+    Pairs of case and class without a voxel of {reference >= 0.5} are left out. 0.5 if none is left.
     """
     curves = np.concatenate([dice_curve(p, y, CURVE) for p, y in zip(predictions, references, strict=True)])
     curves = curves[~np.isnan(curves).any(axis=1)]
@@ -45,7 +44,7 @@ def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> flo
 def dice_optimal_threshold(predictions: Sequence[Map]) -> float:
     """The mean over cases and classes of D*/2 (see `optimal_dice`); predictions that are 0 everywhere are left out.
 
-    It is best for a calibrated map and never above 0.5. 0.5 if every prediction is 0.
+    It is best for a calibrated map, never above 0.5 and never 0. 0.5 if every prediction is 0.
     """
     best = [optimal_dice(p[:, k]) for p in predictions for k in range(p.shape[1])]
     known = [d for d in best if not np.isnan(d)]
@@ -53,10 +52,12 @@ def dice_optimal_threshold(predictions: Sequence[Map]) -> float:
 
 
 def optimal_dice(probability: npt.NDArray[np.floating]) -> float:
-    """D* = sup over sets s of 2 sum s m / (sum s + sum m), for a map m of any shape; attained by {m > D*/2}.
+    """D* = sup over sets s of 2 sum s m / (sum s + sum m), for a map m of any shape; attained by {m >= D*/2}.
 
-    Found by the fixed-point iteration D <- D({m > D/2}) from D = 1, which increases to D* after its first step. NaN for a map of
-    zeros. Source: Lipton et al. 2014 (doi 10.1007/978-3-662-44851-9_15); Nordstroem et al. 2023.
+    Found by the fixed-point iteration D <- D({m >= D/2}) from D = 1, which increases to D* after its first step. A voxel exactly at
+    D/2 leaves D unchanged. NaN for a map of zeros.
+
+    Source: Lipton et al. 2014 (doi 10.1007/978-3-662-44851-9_15); Nordstroem et al. 2023.
 
     >>> round(optimal_dice(np.arange(11) / 10), 3)
     0.784
@@ -66,11 +67,11 @@ def optimal_dice(probability: npt.NDArray[np.floating]) -> float:
     if not m.size:
         return float("nan")
 
-    def dice_above(threshold: float) -> float:
-        inside = m[m > threshold]
+    def dice_from(threshold: float) -> float:
+        inside = m[m >= threshold]
         return float(2 * inside.sum() / (inside.size + m.sum()))
 
-    best = dice_above(0.5)
-    while (higher := dice_above(best / 2)) > best:
+    best = dice_from(0.5)
+    while (higher := dice_from(best / 2)) > best:
         best = higher
     return best

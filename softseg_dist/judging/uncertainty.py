@@ -3,10 +3,10 @@
 Legend: T samples (soft maps of one case), N items, R raters, K classes, *S space (2 or 3 axes). Samples come from T runs of one
 model (see `numerics.sampling`), or from T models. Sums run in float64. Measures of objects threshold samples at 0.5.
 
-Rows of the results table, `<method>` being "mc_dropout", "tta" or "ensemble". Against "mean", the raters' mean:
-`<method>_entropy`, `_expected_entropy`, `_mutual_information`, `_variance` (means over the neighbourhood that `ece` uses, of the
-mean map), `_volume_cv`, `_pairwise_dice`, `_samples_iou`, and of the mean map as a prediction `_dice_dml`, `_brier`, `_ece`.
-Against "raters", if a case has two or more: `_disagreement_correlation`, `_ged2`.
+Rows of the results table, `<method>` being "mc_dropout", "tta" or "ensemble". Against "mean", the raters' mean: `<method>_entropy`,
+`_expected_entropy`, `_mutual_information`, `_variance` (means over the calibration neighbourhood), `_volume_cv`, `_pairwise_dice`,
+`_samples_iou`, and of the mean map as a prediction `_dice_dml`, `_brier`, `_ece`.
+Against "raters", if a case has two or more: `_ged2`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy.typing as npt
 from scipy.special import entr
 
 from softseg_dist.judging.rows import Measurement
-from softseg_dist.numerics.metrics import Map, PerClass, brier, dice_dml, ece, neighbourhood
-from softseg_dist.numerics.raters import energy_distance, entropy_disagreement_correlation, pairwise_dice
+from softseg_dist.numerics.metrics import FORMULAS, Map, Pair, PerClass, Scale, ratio
+from softseg_dist.numerics.raters import energy_distance, pairwise_dice
 
-CUT = 0.5  # a sample's object is where it is above this, as with the fixed threshold
+CUT = 0.5  # a sample's object is where it is at least this, as with the fixed threshold
 VOXEL_MEASURES = ("entropy", "expected_entropy", "mutual_information", "variance")
 Bits = npt.NDArray[np.uint8]  # [.. K bytes]: masks, eight voxels in a byte
 
@@ -63,7 +63,7 @@ class Spread:
             parts = np.stack([exact, entropy(exact), np.square(exact)])
             sums = parts if sums is None else np.add(sums, parts, out=sums)
             volumes.append(np.moveaxis(exact, 1, 0).reshape(exact.shape[1], -1).sum(axis=1))
-            masks.append(_packed(exact > CUT))
+            masks.append(_packed(exact >= CUT))
         assert sums is not None, "a spread is that of at least one soft map"
         mean, expected, square = sums / len(volumes)
         return cls(mean, expected, square, np.stack(volumes), np.stack(masks))
@@ -100,7 +100,7 @@ class Spread:
         """
         if self.num_samples == 1:
             return np.full(self.volumes.shape[1], np.nan)
-        return _ratio(self.volumes.std(axis=0, ddof=1), self.volumes.mean(axis=0))
+        return ratio(self.volumes.std(axis=0, ddof=1), self.volumes.mean(axis=0))
 
     @property
     def pairwise_dice(self) -> PerClass:
@@ -113,7 +113,7 @@ class Spread:
         everywhere, anywhere = (
             np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64) for of in (np.bitwise_and, np.bitwise_or)
         )
-        return self._of_several(_ratio(everywhere, anywhere))
+        return self._of_several(ratio(everywhere, anywhere))
 
     def ged2(self, raters: Map) -> PerClass:
         """Squared generalised energy distance of the samples from the raters [N R K *S], per class [K] (see `energy_distance`)."""
@@ -126,7 +126,7 @@ class Spread:
         return values if self.num_samples > 1 else np.full_like(values, np.nan)
 
 
-def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str]) -> list[Measurement]:
+def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str], scale: Scale) -> list[Measurement]:
     """All measurements of one case's samples, as listed at the top of this file.
 
     Args:
@@ -134,35 +134,29 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
         spread: the statistics of the samples.
         raters: [N R K *S] in [0, 1].
         classes: K names.
+        scale: the scale of the maps.
     """
-    reference, prediction = raters.mean(axis=1), spread.mean
-    near = neighbourhood(prediction, reference)
+    pair = Pair(spread.mean, raters.mean(axis=1), scale)
     against_mean = {
-        **{name: _inside(getattr(spread, name), near) for name in VOXEL_MEASURES},
+        **{name: _inside(getattr(spread, name), pair.near) for name in VOXEL_MEASURES},
         "volume_cv": spread.volume_cv,
         "pairwise_dice": spread.pairwise_dice,
         "samples_iou": spread.samples_iou,
-        "dice_dml": dice_dml(prediction, reference),
-        "brier": brier(prediction, reference),
-        "ece": ece(prediction, reference),
+        **{name: FORMULAS[name](pair) for name in ("dice_dml", "brier", "ece")},
     }
-    against_raters = {}
-    if raters.shape[1] > 1:
-        pairs = [(prediction[:, k][near[:, k]], reference[:, k][near[:, k]]) for k in range(len(classes))]
-        correlations = np.array([entropy_disagreement_correlation(p, y) for p, y in pairs])
-        against_raters = {"disagreement_correlation": correlations, "ged2": spread.ged2(raters)}
+    against_raters = {"ged2": spread.ged2(raters)} if raters.shape[1] > 1 else {}
     return [
         Measurement(class_name, name, None, f"{method}_{metric}", float(values[k]))
-        for name, measured in (("mean", against_mean), ("raters", against_raters))
+        for name, found in (("mean", against_mean), ("raters", against_raters))
         for k, class_name in enumerate(classes)
-        for metric, values in measured.items()
+        for metric, values in found.items()
     ]
 
 
 def _inside(soft_map: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> PerClass:
     """Mean over the voxels of `mask` per class [K]; NaN if it is empty."""
     space = (0, *range(2, mask.ndim))
-    return _ratio(np.where(mask, soft_map, 0).sum(axis=space), mask.sum(axis=space, dtype=np.float64))
+    return ratio(np.where(mask, soft_map, 0).sum(axis=space), mask.sum(axis=space, dtype=np.float64))
 
 
 def _packed(mask: npt.NDArray[np.bool_]) -> Bits:
@@ -173,8 +167,3 @@ def _packed(mask: npt.NDArray[np.bool_]) -> Bits:
 def _unpacked(masks: Bits) -> npt.NDArray[np.bool_]:
     """Masks [T bytes] as [T n], without bytes that are empty in all of them."""
     return np.unpackbits(masks[:, masks.any(axis=0)], axis=1).view(np.bool_)
-
-
-def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """over / under, NaN where `under` is 0."""
-    return np.divide(over, under, out=np.full(over.shape, np.nan), where=under != 0)

@@ -1,24 +1,127 @@
-"""Metrics of a prediction against a reference: soft overlap and errors, thresholded overlap, volume, calibration.
+"""Metrics of a prediction against a reference: the table of all of them, soft overlap and errors, masks, volume, calibration.
 
-A case's maps are [N K *S]: N items (slices in 2D, 1 in 3D), K classes, *S space; T thresholds; n voxels of one class. Every metric
-is taken over the whole case and per class, so results are arrays [K]. Sums run in float64. "Empty" means that a map sums to 0.
+A case's maps are [N K *S]: N volumes (1 for a whole case), K classes, *S space; T thresholds; V the volume of a voxel. Every metric
+is taken over the whole case and per class, so results are arrays [K]. Sums run in float64.
 
-Where prediction and reference are both empty the overlap and volume ratios are undefined: NaN, to be left out of means and counted.
+`TABLE` has what is to be known of every metric: its name, direction, perfect value, and what empty maps do. Whether a value exists
+depends on the reference alone, so that a candidate which misses a structure gets the worst value, not none. "Empty" means that a
+map sums to 0, and at a threshold that {reference >= 0.5} holds no voxel. What does not exist is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import model_serializer, model_validator
+from scipy import ndimage
+
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen
 
 Values = npt.NDArray[np.floating]
+Map = npt.NDArray[np.floating]  # [N K *S], in [0, 1]
+PerClass = npt.NDArray[np.float64]  # [K]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes that maps [N K *S] have in the world.
+
+    Args:
+        voxel_mm3: volume of a voxel, in mm3.
+        mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume of each class, in mm3.
+        spacing_mm: size of a voxel along each axis of *S, in mm.
+    """
+
+    voxel_mm3: float
+    mean_volumes_mm3: tuple[float, ...]
+    spacing_mm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric of the results table: what it is called, which way is better, and what it does with empty maps.
+
+    Args:
+        name: as in the column `metric`; a metric of a mask has one row per threshold.
+        title: in a sentence; `meaning` explains it to a reader who has not met it.
+        higher_is_better: None where neither direction is, as for a signed error.
+        best: the value of a perfect prediction.
+        perfect: when a prediction equal to its reference has the value `best`: "always", for masks "at .5", where all raters
+            are one hard rater, or "no".
+        when_prediction_empty: the value of an empty prediction of a reference that is not; None: as the formula gives it;
+            "diagonal": the length of the diagonal of the image, in mm.
+        exists_when_empty: whether there is a value where the reference is empty.
+        against: "each" of the references, their "mean" alone, or all "raters" at once.
+        at_threshold: it is one of the mask {prediction >= threshold}.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    higher_is_better: bool | None
+    best: float
+    perfect: Literal["always", "at .5", "one hard rater", "no"] = "always"
+    when_prediction_empty: float | Literal["diagonal"] | None = None
+    exists_when_empty: bool = False
+    against: Literal["each", "mean", "raters"] = "each"
+    at_threshold: bool = False
+
+    @property
+    def sign(self) -> int:
+        """+1 if a higher value is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def may_lead(self) -> bool:
+        """Whether it may be an objective: it has a direction, needs no threshold, and a perfect prediction has its best value."""
+        return self.perfect == "always" and self.higher_is_better is not None
+
+
+class Metric(Frozen, ABC):
+    """A metric of soft maps that may be an objective of a study. A subclass implements `__call__`; plain numpy.
+
+    `short` is its name in the results table, in MLflow and in histories; `title` is it in a sentence, and the first line of
+    the docstring explains it. All three are class variables, written without a type.
+    """
+
+    title: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, prediction: Map, reference: Map, scale: Scale) -> PerClass:
+        """The value per class [K] of maps [N K *S] in [0, 1]; NaN where the reference allows none, whatever the prediction."""
+
+    @property
+    def row(self) -> Row:
+        """Its line of the table."""
+        meaning = inspect.cleandoc(type(self).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        return Row(self.short, self.title or self.short, meaning, self.higher_is_better, np.nan)
+
+    @model_serializer(mode="plain")
+    def _tagged(self) -> dict[str, Any]:
+        """With what a report shows of the metric, so that it need not run the code that defines it."""
+        row = {name: getattr(self.row, name) for name in ROW_FIELDS}
+        return super()._tagged() | {"row": row}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_row(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if name != "row"} if isinstance(data, dict) else data
+
+
+ROW_FIELDS = ("name", "title", "meaning", "higher_is_better")
+
 
 NUM_BINS = 10
-NEIGHBOURHOOD_RADIUS = 3  # voxels along every spatial axis: the background around each object that counts
+NEAR_MM, NEAR_VOXELS = 5.0, 3  # along every axis, around what any rater labelled: the background that counts for calibration
 
 
 class Reliability(NamedTuple):
@@ -34,10 +137,21 @@ class Reliability(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Expected calibration error: sum over bins of (n_b / n) |mean p - mean y|, in [0, 1]; NaN without a voxel."""
-        if not self.voxels.any():
-            return float("nan")
-        return float(np.abs(self.prediction - self.reference).sum() / self.voxels.sum())
+        """Expected calibration error: sum over bins of (n_b / n) |mean p - mean y|, in [0, 1]; NaN without a voxel.
+
+        Source: Naeini et al. 2015 (doi 10.1609/aaai.v29i1.9602), with soft y.
+        """
+        return float(self._gaps.sum() / self.voxels.sum()) if self.voxels.any() else float("nan")
+
+    @property
+    def largest_error(self) -> float:
+        """The largest |mean p - mean y| of a bin with voxels; NaN without a voxel."""
+        known = self.voxels > 0
+        return float((self._gaps[known] / self.voxels[known]).max()) if known.any() else float("nan")
+
+    @property
+    def _gaps(self) -> npt.NDArray[np.float64]:
+        return np.abs(self.prediction - self.reference)
 
 
 def reliability(prediction: Values, reference: Values) -> Reliability:
@@ -47,130 +161,189 @@ def reliability(prediction: Values, reference: Values) -> Reliability:
     return Reliability(*sums)
 
 
-def neighbourhood(prediction: Values, reference: Values) -> npt.NDArray[np.bool_]:
-    """Voxels [N K *S] that lie within 3 voxels, along every spatial axis, of the union {p >= 0.5 or y > 0}.
+def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box around `mask` [*S]; without a voxel if it is empty."""
+    found = ndimage.find_objects(mask.view(np.uint8))
+    return found[0] if found else (slice(0, 0),) * mask.ndim
 
-    The easy background far away would dominate every mean. The neighbourhood does not cross from one item to the next.
+
+def neighbourhood(reference: Map, spacing_mm: Sequence[float]) -> npt.NDArray[np.bool_]:
+    """The calibration neighbourhood [N K *S]: within 5 mm and at least 3 voxels, along every axis, of a voxel with y > 0.
+
+    The easy background far away would dominate every mean. It depends on the reference alone, so that all candidates are
+    measured on the same voxels; none where the reference is empty.
     """
-    mask = (prediction >= 0.5) | (reference > 0)
-    for axis in range(2, mask.ndim):
-        grown = mask.copy()
-        source, target = np.moveaxis(mask, axis, 0), np.moveaxis(grown, axis, 0)
-        for step in range(1, NEIGHBOURHOOD_RADIUS + 1):
-            target[step:] |= source[:-step]
-            target[:-step] |= source[step:]
-        mask = grown
-    return mask
+    reach = [max(NEAR_VOXELS, int(NEAR_MM / mm + 1e-6)) for mm in spacing_mm]
+    near = np.zeros(reference.shape, dtype=np.bool_)
+    for place in np.ndindex(reference.shape[:2]):
+        labelled = reference[place] > 0
+        box = bounding_box(labelled)
+        if box[0].stop == 0:
+            continue
+        around = tuple(slice(max(0, s.start - r), s.stop + r) for s, r in zip(box, reach, strict=True))
+        grown = labelled[around].view(np.uint8)
+        for axis, r in enumerate(reach):
+            grown = ndimage.maximum_filter1d(grown, 2 * r + 1, axis=axis, mode="constant")
+        near[place][around] = grown
+    return near
 
 
-Map = npt.NDArray[np.floating]  # [N K *S], in [0, 1]
-PerClass = npt.NDArray[np.float64]  # [K]
+class Pair:
+    """A prediction and its reference [N K *S], and what several metrics need of them, computed when it is first asked for."""
+
+    def __init__(self, prediction: Map, reference: Map, scale: Scale) -> None:
+        self.maps, self.scale, self.num_classes = (prediction, reference), scale, prediction.shape[1]
+        self.voxels = prediction.size // self.num_classes
+
+    @cached_property
+    def predicted(self) -> PerClass:
+        """sum p."""
+        return sums(self.maps[0])
+
+    @cached_property
+    def true(self) -> PerClass:
+        """sum y."""
+        return sums(self.maps[1])
+
+    @cached_property
+    def product(self) -> PerClass:
+        """sum p y."""
+        return self._each(lambda p, y: (p * y).sum(dtype=np.float64))
+
+    @cached_property
+    def absolute(self) -> PerClass:
+        """sum |p - y|."""
+        return self._each(lambda p, y: np.abs(p - y).sum(dtype=np.float64))
+
+    @cached_property
+    def squared(self) -> PerClass:
+        """sum (p - y)^2."""
+        return self._each(lambda p, y: np.square(p - y, dtype=np.float64).sum())
+
+    @cached_property
+    def near(self) -> npt.NDArray[np.bool_]:
+        """The calibration neighbourhood [N K *S] of the reference."""
+        return neighbourhood(self.maps[1], self.scale.spacing_mm)
+
+    @cached_property
+    def tables(self) -> tuple[Reliability, ...]:
+        """The reliability table of each class over its calibration neighbourhood."""
+        (p, y), near = self.maps, self.near
+        return tuple(reliability(p[:, k][near[:, k]], y[:, k][near[:, k]]) for k in range(self.num_classes))
+
+    def _each(self, of: Callable[[Values, Values], Any]) -> PerClass:
+        p, y = self.maps
+        return np.array([of(p[:, k], y[:, k]) for k in range(self.num_classes)], dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A soft metric that chooses the best epoch and guides the search. `sign` is -1 where a lower metric is better."""
-
-    metric: str
-    title: str
-    sign: int
-    compute: Callable[[Map, Map, float], PerClass]  # prediction and reference [N K *S], volume of a voxel in mm3 -> [K]
+def _brier_skill(pair: Pair) -> PerClass:
+    volumes = np.asarray(pair.scale.mean_volumes_mm3, dtype=np.float64)
+    if not (volumes > 0).all():
+        raise UserError(f"brier_skill needs classes with a volume above 0 in the data set, got {volumes.tolist()} mm3")
+    return 1 - pair.scale.voxel_mm3 * pair.squared / volumes
 
 
-def dice_soft(prediction: Map, reference: Map) -> PerClass:
-    """Soft Dice per class [K]: 2 sum p y / (sum p + sum y), in [0, 1].
-
-    It is not largest at p = y: for y = 0.5 everywhere p = 0.5 gives 0.5 and p = 1 gives 2/3. Both empty: NaN.
-    """
-    return _ratio(2 * _sum(prediction * reference), _sum(prediction) + _sum(reference))
+def _volume_error(pair: Pair) -> PerClass:
+    return ratio(pair.predicted - pair.true, pair.true)
 
 
-def dice_dml(prediction: Map, reference: Map) -> PerClass:
-    """Soft Dice in the form of the Dice semimetric loss, per class [K]: (|p| + |y| - |p - y|) / (|p| + |y|), L1 norms.
-
-    1 if and only if p = y; equal to the soft Dice where y is hard. Both empty: NaN.
-    Source: Wang et al. 2023, Dice Semimetric Losses, arXiv 2303.16296.
-    """
-    total = _sum(prediction) + _sum(reference)
-    return _ratio(total - _sum(np.abs(prediction - reference)), total)
+def _dice_dml(pair: Pair) -> PerClass:
+    total = pair.predicted + pair.true
+    return _if_labelled(pair, ratio(total - pair.absolute, total))
 
 
-def mse(prediction: Map, reference: Map) -> PerClass:
-    """Mean squared error per class [K] over all voxels of the case, in [0, 1]."""
-    return _sum(np.square(prediction - reference, dtype=np.float64)) / _num_voxels(prediction)
+def _qubiq(pair: Pair) -> PerClass:
+    """Where no vote share reaches 0.1 there is no level to compare at: NaN."""
+
+    def of_class(p: Values, y: Values) -> float:
+        some = np.maximum(p, y) >= LEVELS[0]
+        p, y = p[some], y[some]
+        levels = [(p >= t, y >= t) for t in LEVELS]
+        dice = [2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)) for a, b in levels if b.any()]
+        return float(np.mean(dice)) if dice else np.nan
+
+    return pair._each(of_class)
 
 
-def mae(prediction: Map, reference: Map) -> PerClass:
-    """Mean absolute error per class [K] over all voxels of the case, in [0, 1]."""
-    return _sum(np.abs(prediction - reference)) / _num_voxels(prediction)
+def _if_labelled(pair: Pair, values: PerClass) -> PerClass:
+    return np.where(pair.true > 0, values, np.nan)
 
 
-def brier(prediction: Map, reference: Map) -> PerClass:
-    """Brier score per class [K]: mean (p - y)^2, a proper score: 0 is perfect.
-
-    For binary raters y_r its mean over the raters is mean (p - y)^2 + mean y (1 - y), with y the mean of the raters: the
-    second term is their disagreement, a lower bound for any prediction. Source: Brier 1950.
-    """
-    return mse(prediction, reference)
-
-
-def volume_error(prediction: Map, reference: Map) -> PerClass:
-    """Relative error of the soft volume per class [K]: (V_pred - V_true) / V_true; positive is too large.
-
-    NaN where the reference is empty.
-    """
-    true = _sum(reference)
-    return _ratio(_sum(prediction) - true, true)
-
-
-def volume_error_abs(prediction: Map, reference: Map) -> PerClass:
-    """Absolute value of `volume_error` per class [K]: over- and underestimation do not cancel in a mean over cases."""
-    return np.abs(volume_error(prediction, reference))
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of QUBIQ
+FORMULAS: dict[str, Callable[[Pair], PerClass]] = {  # of the metrics of soft maps; `TABLE` explains each
+    "brier_skill": _brier_skill,
+    "brier_skill_case": lambda pair: 1 - ratio(pair.squared, pair.true),
+    "brier": lambda pair: pair.squared / pair.voxels,
+    "mse": lambda pair: pair.squared / pair.voxels,
+    "mae": lambda pair: pair.absolute / pair.voxels,
+    "dice_dml": _dice_dml,
+    "dice_soft": lambda pair: _if_labelled(pair, ratio(2 * pair.product, pair.predicted + pair.true)),
+    "volume_error": _volume_error,
+    "volume_error_abs": lambda pair: np.abs(_volume_error(pair)),
+    "volume_difference_mm3": lambda pair: np.abs(pair.predicted - pair.true) * pair.scale.voxel_mm3,
+    "ece": lambda pair: np.array([table.error for table in pair.tables]),
+    "ece_max": lambda pair: np.array([table.largest_error for table in pair.tables]),
+    "qubiq": _qubiq,
+}
 
 
-def volume_difference_mm3(prediction: Map, reference: Map, voxel_mm3: float) -> PerClass:
-    """|V_pred - V_true| of the soft maps per class [K], in mm3: defined where the reference is empty, too."""
-    return np.abs(_sum(prediction) - _sum(reference)) * voxel_mm3
+class SoftMetric(Metric):
+    """A metric of `TABLE` that needs no threshold, by its name."""
+
+    name: str
+
+    @property
+    def row(self) -> Row:
+        """Its line of the table."""
+        return TABLE[self.name]
+
+    def __call__(self, prediction: Map, reference: Map, scale: Scale) -> PerClass:
+        """The value per class [K] of maps [N K *S] in [0, 1]."""
+        return FORMULAS[self.name](Pair(prediction, reference, scale))
 
 
-def ece(prediction: Map, reference: Map) -> PerClass:
-    """Expected calibration error per class [K] against a soft reference: sum over bins of (n_b / n) |mean p - mean y|.
-
-    10 equal-width bins of p; empty bins are skipped. Only voxels of the `neighbourhood` count; NaN without one.
-    Source: Naeini et al. 2015 (doi 10.1609/aaai.v29i1.9602), with soft y.
-    """
-    near = neighbourhood(prediction, reference)
-    masks = ((k, near[:, k]) for k in range(prediction.shape[1]))
-    return np.array([reliability(prediction[:, k][mask], reference[:, k][mask]).error for k, mask in masks])
+METRICS = {name: SoftMetric(name=name) for name in FORMULAS}
 
 
-def soft_metrics(prediction: Map, reference: Map, voxel_mm3: float) -> dict[str, PerClass]:
-    """All metrics that need no threshold, each an array [K].
+def metric_of(objective: str | Metric) -> Metric:
+    """The metric that an objective of a study names or is."""
+    return METRICS[objective] if isinstance(objective, str) else objective
 
-    Args:
-        prediction: [N K *S] in [0, 1].
-        reference: [N K *S] in [0, 1].
-        voxel_mm3: volume of a voxel in mm3 (area times slice distance in 2D).
-    """
-    relative = volume_error(prediction, reference)
-    squared = mse(prediction, reference)
-    return {
-        "dice_soft": dice_soft(prediction, reference),
-        "dice_dml": dice_dml(prediction, reference),
-        "mse": squared,
-        "mae": mae(prediction, reference),
-        "brier": squared,
-        "ece": ece(prediction, reference),
-        "volume_pred_mm3": _sum(prediction) * voxel_mm3,  # a voxel counts by its value
-        "volume_true_mm3": _sum(reference) * voxel_mm3,
-        "volume_difference_mm3": volume_difference_mm3(prediction, reference, voxel_mm3),
-        "volume_error": relative,
-        "volume_error_abs": np.abs(relative),
+
+def row_of(objective: str | Mapping[str, Any]) -> Row:
+    """The line of the table of an objective as study.json has it: a name, or the JSON of a user's metric."""
+    return TABLE[objective] if isinstance(objective, str) else Row(**objective["row"], best=np.nan)
+
+
+def measured(metric: Metric, prediction: Map, reference: Map, scale: Scale) -> PerClass:
+    """The value per class [K] of any metric. Raises UserError if it is not one number per class, or infinite."""
+    values = np.asarray(metric(prediction, reference, scale), dtype=np.float64)
+    if values.shape != prediction.shape[1:2] or np.isinf(values).any():
+        raise UserError(
+            f"metric {metric.row.name} must return one finite number or NaN for each of {prediction.shape[1]} classes, got "
+            f"{values.tolist()}"
+        )
+    return values
+
+
+def objective_score(metric: Metric, prediction: Map, reference: Map, scale: Scale) -> float:
+    """The signed objective of one case, higher is better: the mean over classes with a value; NaN if none has one."""
+    values = metric.row.sign * measured(metric, prediction, reference, scale)
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def soft_metrics(pair: Pair, *, against_mean: bool) -> dict[str, PerClass]:
+    """All metrics that need no threshold, each an array [K], and both volumes; those against the raters' mean if it is that."""
+    names = (name for name in FORMULAS if against_mean or TABLE[name].against == "each")
+    volumes = {"volume_pred_mm3": pair.predicted, "volume_true_mm3": pair.true}
+    return {name: FORMULAS[name](pair) for name in names} | {
+        name: voxels * pair.scale.voxel_mm3 for name, voxels in volumes.items()
     }
 
 
 def dice_curve(prediction: Map, reference: Map, thresholds: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Dice of {prediction > tau} with {reference >= 0.5} per class and threshold: [K T]. NaN where both are empty."""
+    """Dice of {prediction >= tau} with {reference >= 0.5} per class and threshold: [K T]. NaN where the latter is empty."""
     return hard_scores(confusion(prediction, reference, thresholds))["dice"]
 
 
@@ -184,91 +357,112 @@ class Confusion(NamedTuple):
 
 
 def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> Confusion:
-    """Counts of {prediction > tau} against {reference >= 0.5} for all `thresholds` at once: one pass over the voxels.
-
-    A voxel exactly at the threshold is background: then {m > D/2} is the Dice-optimal set (Lipton et al. 2014, Theorem 1).
-    """
+    """Counts of {prediction >= tau} against {reference >= 0.5} for all `thresholds` (above 0) at once: one pass over the voxels."""
     taus = np.sort(np.asarray(thresholds, dtype=prediction.dtype))
     order = np.argsort(np.argsort(np.asarray(thresholds)))
     tp, fp, positives = [], [], []
     for k in range(prediction.shape[1]):
         p, y = prediction[:, k].ravel(), reference[:, k].ravel() >= 0.5
-        above = np.flatnonzero(p > taus[0])  # the others are background at every threshold
-        level = np.searchsorted(taus, p[above], side="left") - 1  # the highest threshold that the voxel exceeds
+        above = np.flatnonzero(p >= taus[0])  # the others are background at every threshold
+        level = np.searchsorted(taus, p[above], side="right") - 1  # the highest threshold that the voxel reaches
         counts = np.bincount(2 * level + y[above], minlength=2 * len(taus)).reshape(-1, 2)
-        exceeding = counts[::-1].cumsum(axis=0)[::-1][order]
-        tp.append(exceeding[:, 1])
-        fp.append(exceeding[:, 0])
+        reaching = counts[::-1].cumsum(axis=0)[::-1][order]
+        tp.append(reaching[:, 1])
+        fp.append(reaching[:, 0])
         positives.append(np.count_nonzero(y))
     hits, false = np.array(tp, dtype=np.float64), np.array(fp, dtype=np.float64)
     actual = np.array(positives, dtype=np.float64)[:, None]
-    return Confusion(hits, false, actual - hits, _num_voxels(prediction) - actual - false)
+    return Confusion(hits, false, actual - hits, prediction.size // prediction.shape[1] - actual - false)
 
 
 def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:
-    """Overlap of {prediction > tau} with {reference >= 0.5}: Dice, IoU, precision, recall and specificity, each [K T].
+    """Overlap of {prediction >= tau} with {reference >= 0.5}: Dice, IoU, precision, recall and specificity, each [K T].
 
-    Both empty: NaN. Only one of them empty: Dice, IoU, precision and recall are 0, so that an empty prediction is not left
-    out of means, which would reward it. Specificity is NaN where the reference covers everything.
+    An empty reference has no overlap: NaN. An empty prediction of one that is not scores 0, so that it is not left out of means,
+    which would reward it. Specificity is NaN where the reference covers everything.
     """
-    nothing = c.tp + c.fp + c.fn == 0
-    known = np.where(nothing, np.nan, 1.0)  # a 0/0 below is 0 where one of the two maps is not empty
+    known = np.where(c.tp + c.fn > 0, 1.0, np.nan)  # a 0/0 below is 0 where the reference is not empty
     return {
         "dice": known * 2 * c.tp / np.maximum(2 * c.tp + c.fp + c.fn, 1),
         "iou": known * c.tp / np.maximum(c.tp + c.fp + c.fn, 1),
         "precision": known * c.tp / np.maximum(c.tp + c.fp, 1),
         "recall": known * c.tp / np.maximum(c.tp + c.fn, 1),
-        "specificity": known * _ratio(c.tn, c.tn + c.fp),
+        "specificity": ratio(c.tn, c.tn + c.fp),
     }
 
 
-def mask_volume_error(c: Confusion, reference: Map) -> npt.NDArray[np.float64]:
-    """Relative error of the volume of {prediction > tau} against that of the soft reference, per class and threshold [K T].
+def mask_volume_error(c: Confusion, true: PerClass) -> npt.NDArray[np.float64]:
+    """Relative error of the volume of {prediction >= tau} against that of the soft reference, per class and threshold [K T].
 
-    NaN where the reference is empty. The best threshold for overlap is biased in volume by construction.
+    `true` [K] is the sum of the reference. NaN where no voxel of the reference reaches 0.5. The best threshold for overlap is
+    biased in volume by construction.
     """
-    true = _sum(reference)[:, None]
-    return _ratio(c.tp + c.fp - true, true)
+    soft = true[:, None]
+    return np.where(c.tp + c.fn > 0, ratio(c.tp + c.fp - soft, soft), np.nan)
 
 
-def objective_score(name: str, prediction: Map, reference: Map, voxel_mm3: float) -> float:
-    """The signed objective of one case, higher is better: the mean over classes with a value; NaN if none has one.
-
-    `name` is a key of `OBJECTIVES`. It is cheap enough for all validation cases after every epoch.
-    """
-    values = OBJECTIVES[name].sign * OBJECTIVES[name].compute(prediction, reference, voxel_mm3)
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
-
-
-def _without_unit(metric: Callable[[Map, Map], PerClass]) -> Callable[[Map, Map, float], PerClass]:
-    return lambda prediction, reference, _: metric(prediction, reference)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    o.metric: o
-    for o in (
-        Objective("dice_dml", "soft Dice (DML form)", +1, _without_unit(dice_dml)),
-        Objective("dice_soft", "soft Dice", +1, _without_unit(dice_soft)),
-        Objective("brier", "Brier score", -1, _without_unit(brier)),
-        Objective("mae", "mean absolute error", -1, _without_unit(mae)),
-        Objective("ece", "expected calibration error", -1, _without_unit(ece)),
-        Objective("volume_error_abs", "absolute relative volume error", -1, _without_unit(volume_error_abs)),
-        Objective("volume_difference_mm3", "absolute volume difference (mm³)", -1, volume_difference_mm3),
-    )
-}
-
-
-def _sum(maps: npt.NDArray[np.floating]) -> PerClass:
+def sums(maps: npt.NDArray[np.floating]) -> PerClass:
     """Sum over everything but the class axis, in float64."""
-    items = np.ascontiguousarray(maps).reshape(maps.shape[0], maps.shape[1], -1)
-    return items.sum(axis=2, dtype=np.float64).sum(axis=0)
+    return np.array([maps[:, k].sum(dtype=np.float64) for k in range(maps.shape[1])])
 
 
-def _num_voxels(maps: npt.NDArray[np.floating]) -> int:
-    return maps.size // maps.shape[1]
-
-
-def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """over / under, NaN where `under` is 0."""
     return np.divide(over, under, out=np.full(np.broadcast_shapes(over.shape, under.shape), np.nan), where=under != 0)
+
+
+def _mask(name: str, title: str, meaning: str, higher: bool | None, best: float, empty: float | Literal["diagonal"]) -> Row:
+    return Row(name, title, meaning, higher, best, "at .5", empty, at_threshold=True)
+
+
+def _object(name: str, title: str, meaning: str, higher: bool, best: float, empty: float | Literal["diagonal"]) -> Row:
+    return replace(_mask(name, title, meaning, higher, best, empty), against="mean")
+
+
+# fmt: off
+_ROWS = (
+    Row("brier_skill", "Brier skill", "1 - V sum (p - y)^2 / W: p prediction, y soft reference, V volume of a voxel, W mean volume "
+        "of the references of all cases; proper: in expectation no map scores better than the mean of the raters", True, 1,
+        exists_when_empty=True),
+    Row("brier_skill_case", "Brier skill of a case", "1 - sum (p - y)^2 / sum y, so that small structures count as much as large "
+        "ones; not strictly proper", True, 1),
+    Row("brier", "Brier score", "mean (p - y)^2 over the voxels (Brier 1950); proper", False, 0, exists_when_empty=True),
+    Row("mse", "mean squared error", "the Brier score under its other name", False, 0, exists_when_empty=True),
+    Row("mae", "mean absolute error", "mean abs(p - y) over the voxels", False, 0, exists_when_empty=True),
+    Row("dice_dml", "soft Dice (DML form)", "(sum p + sum y - sum abs(p - y)) / (sum p + sum y), as in the Dice semimetric loss "
+        "(DML; Wang et al. 2023, arXiv 2303.16296): 1 only where p = y; not proper: rounding can raise it", True, 1, "always", 0),
+    Row("dice_soft", "soft Dice", "2 sum p y / (sum p + sum y); at p = y it is sum y^2 / sum y, and some other p has more",
+        True, 1, "no", 0),
+    _mask("dice", "Dice", "2 n(A and B) / (n(A) + n(B)) for A = {p >= tau} and B = {y >= .5}", True, 1, 0),
+    _mask("iou", "IoU", "n(A and B) / n(A or B)", True, 1, 0),
+    _mask("precision", "precision", "n(A and B) / n(A)", True, 1, 0),
+    _mask("recall", "recall", "n(A and B) / n(B)", True, 1, 0),
+    replace(_mask("specificity", "specificity", "the share of the voxels outside of B that are outside of A; exists unless B fills "
+        "the image", True, 1, 1), exists_when_empty=True),
+    _object("hd95_mm", "HD95 (mm)", "the larger of both 95th percentiles of the distances between the surfaces of A and B",
+        False, 0, "diagonal"),
+    _object("asd_mm", "average surface distance (mm)", "the mean of the distances between both surfaces", False, 0, "diagonal"),
+    _object("surface_dice_1mm", "surface Dice at 1 mm", "the share of both surfaces within 1 mm of the other", True, 1, 0),
+    Row("volume_error", "relative volume error", "(sum p - sum y) / sum y; positive is too large", None, 0, "always", -1),
+    Row("volume_error_abs", "absolute relative volume error", "abs(sum p - sum y) / sum y", False, 0, "always", 1),
+    Row("volume_difference_mm3", "absolute volume difference (mm³)", "V abs(sum p - sum y)", False, 0, exists_when_empty=True),
+    replace(_mask("mask_volume_error", "relative volume error of the mask", "(n(A) - sum y) / sum y: the best threshold for "
+        "overlap is biased in volume", None, 0, -1), perfect="no"),
+    Row("volume_crps_mm3", "CRPS of the volume (mm³)", "E abs(X - v) - E abs(X - X') / 2, mean over the raters' volumes v; X the "
+        "volume of {p >= tau}, tau uniform on (0, 1]; not proper for maps", False, 0, "one hard rater", None, True, "raters"),
+    _object("lesion_sensitivity", "lesion sensitivity", "the share of the reference's lesions found, one to one", True, 1, 0),
+    _object("lesion_fdr", "lesion false discovery rate", "the share of the predicted lesions that are false", False, 0, 0),
+    _object("lesion_f1", "lesion F1", "2 n(found) / (n(lesions of the reference) + n(predicted lesions))", True, 1, 0),
+    replace(_object("false_lesions", "false lesions", "predicted lesions that match none", False, 0, 0), exists_when_empty=True),
+    replace(_object("false_volume_mm3", "false volume (mm³)", "V n(A without B)", False, 0, 0), exists_when_empty=True),
+    Row("ece", "expected calibration error", "10 bins of p in the neighbourhood of labels: sum (n_b / n) abs(mean p - mean y)",
+        False, 0, "always", None, False, "mean"),
+    Row("ece_max", "largest calibration error", "the largest abs(mean p - mean y) of these bins", False, 0, "always", None, False,
+        "mean"),
+    Row("ged2", "GED²", "squared generalised energy distance of the level sets of p from the raters, d = 1 - IoU; not proper",
+        False, 0, "one hard rater", None, True, "raters"),
+    Row("qubiq", "QUBIQ Dice", "mean Dice of {p >= t} and {y >= t} over those t of .1 ... .9 that some y reaches",
+        True, 1, "always", 0, False, "mean"),
+)
+# fmt: on
+TABLE = {row.name: row for row in _ROWS}

@@ -1,4 +1,4 @@
-"""Agreement of raters, and whether a soft prediction expresses their disagreement.
+"""Agreement of raters, and whether a soft prediction expresses how far they differ.
 
 Legend: M masks, R raters, *S space, n voxels; all maps are of one class.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Masks = npt.NDArray[np.bool_]  # [M *S] or [R *S]
 Values = npt.NDArray[np.floating]
@@ -28,14 +27,14 @@ def pairwise_dice(masks: Masks) -> float:
 
 
 def ged2(prediction: Values, raters: Masks) -> float:
-    """`energy_distance` of a soft map [*S] in [0, 1] from raters [R *S]: its samples are the level sets {p > tau}.
+    """`energy_distance` of a soft map [*S] in [0, 1] from raters [R *S]: its samples are the level sets {p >= tau}.
 
     tau = .1, .3, .5, .7, .9.
 
     >>> ged2(np.array([1.0, 0.0]), np.array([[True, False], [False, False]]))  # 2 * .5 - 0 - .5
     0.5
     """
-    return energy_distance(np.stack([prediction > level for level in LEVELS]), raters)
+    return energy_distance(np.stack([prediction >= level for level in LEVELS]), raters)
 
 
 def energy_distance(samples: Masks, raters: Masks) -> float:
@@ -54,21 +53,22 @@ def energy_distance(samples: Masks, raters: Masks) -> float:
     return float(2 * distance[s, y].mean() - distance[s, s].mean() - distance[y, y].mean())
 
 
-def entropy_disagreement_correlation(prediction: Values, rater_mean: Values) -> float:
-    """Spearman's correlation of the entropy of p with that of the raters' mean y, over voxels; in [-1, 1].
+def volume_crps(prediction: Values, volumes: npt.NDArray[np.floating]) -> float:
+    """Continuous ranked probability score of a volume: E |X - v| - E |X - X'| / 2, the mean over the raters' volumes v [R].
 
-    1: the map is least certain exactly where raters differ most. NaN where either entropy is constant. The entropy of a
-    binary event rises with min(p, 1 - p), whose ranks are therefore the same and need no logarithm.
+    X is the volume of {p >= tau} for tau uniform on (0, 1], so P(X >= i voxels) is the i-th largest p, and the score is
+    sum p^2 + v - 2 (sum of the v largest p). In voxels, not negative; of a hard map it is |X - v|. It is not proper for maps.
 
     Args:
-        prediction: [n] in [0, 1].
-        rater_mean: [n] in [0, 1].
+        prediction: of any shape, in [0, 1].
+        volumes: sums of the raters' masks, in voxels.
+
+    Source: Gneiting and Raftery 2007 (doi 10.1198/016214506000001437).
     """
-    uncertainty, disagreement = (np.minimum(values, 1 - values) for values in (prediction, rater_mean))
-    disagreement = disagreement.round(6)  # 1/3 and 1 - 2/3 tie, although their last digits differ
-    if not uncertainty.size or np.ptp(uncertainty) == 0 or np.ptp(disagreement) == 0:
-        return float("nan")
-    return float(stats.spearmanr(uncertainty, disagreement).statistic)
+    falling = np.sort(prediction[prediction > 0])[::-1].astype(np.float64)
+    largest = np.concatenate([[0.0], falling.cumsum()])
+    of_raters = volumes - 2 * np.interp(volumes, np.arange(len(largest)), largest)
+    return float(np.square(falling).sum() + of_raters.mean())
 
 
 def _common_voxels(masks: Masks) -> npt.NDArray[np.float64]:

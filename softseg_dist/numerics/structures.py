@@ -4,13 +4,14 @@ Legend: *S space (2 or 3 axes), L lesions. The surface of a mask is made of its 
 or with the end of the image. Edges and surface distances are MONAI's.
 
 A lesion is a connected component of voxels that touch by faces, edges or corners: 26 neighbours in a volume, 8 in a plane.
-It counts as found if at least 3 of its voxels, or all of a smaller one, lie in the other mask.
+Lesions of two masks are matched one to one, greedily by their overlap, so that one blob over everything finds one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +24,31 @@ MOSTLY_SURFACE = 0.05  # share of surface voxels from which a distance transform
 SURFACE_METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
 
 
-def surface_metrics(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> dict[str, float]:
-    """Distances between the surfaces of two masks [*S]; all are NaN if a mask is empty, as it has no surface.
+def surface_metrics(
+    prediction: Mask, reference: Mask, spacing_mm: Sequence[float], diagonal_mm: float | None = None
+) -> dict[str, float]:
+    """Distances between the surfaces of two masks [*S].
 
     With d(a, B) the distance of the surface voxel a of one mask to the nearest one of the other: `hd95_mm` is the larger of the two
     directed 95th percentiles of d, `asd_mm` the mean of d over the surface voxels of both (average symmetric surface distance),
-    `surface_dice_1mm` the share of those with d <= 1 mm, in [0, 1]. Equal masks: 0, 0, 1.
+    `surface_dice_1mm` the share of those with d <= 1 mm, in [0, 1]. Equal masks: 0, 0, 1. An empty reference has no surface: NaN.
+    An empty prediction of one that is not empty gets the worst: both distances are the diagonal of the image, the Dice is 0.
 
     Args:
         prediction, reference: masks on one grid.
         spacing_mm: size of a voxel along each axis, in mm.
+        diagonal_mm: of the image, if the masks are a part of it.
 
     Source: MONAI 1.6, `compute_hausdorff_distance`, `compute_average_surface_distance`, `compute_surface_dice`; the
     last one is by Nikolov et al. 2021 (doi 10.2196/26151), here with voxels of equal weight.
     """
-    if not (prediction.any() and reference.any()):
+    if not reference.any():
         return dict.fromkeys(SURFACE_METRICS, float("nan"))
+    if not prediction.any():
+        far = (
+            math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing_mm, strict=True))) if diagonal_mm is None else diagonal_mm
+        )
+        return dict(zip(SURFACE_METRICS, (far, far, 0.0), strict=True))
     # Importing monai takes seconds, which code that only reads the names of metrics need not wait for.
     from monai.metrics.utils import get_mask_edges
 
@@ -68,7 +78,7 @@ def _distances_mm(surface: Mask, other: Mask, spacing_mm: Sequence[float]) -> np
 
 
 ENOUGH_VOXELS = 3
-SIZES = {"lt20": (1, 19), "20to100": (20, 100), "gt100": (101, np.inf)}  # voxels of the true lesion, both ends included
+SIZES = {"lt20": (1, 19), "20to100": (20, 100), "gt100": (101, np.inf)}  # voxels of a lesion, both ends included
 
 
 class Components(NamedTuple):
@@ -79,45 +89,52 @@ class Components(NamedTuple):
     sizes: npt.NDArray[np.intp]
 
 
-def components(mask: Mask) -> Components:
-    """The components of `mask`, to be compared with those of any number of other masks."""
-    labels, number = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+def components(mask: Mask, neighbours: Literal[26, 18] = 26) -> Components:
+    """The components of `mask`, to be compared with those of any number of other masks. With 18, corners alone do not connect."""
+    structure = ndimage.generate_binary_structure(mask.ndim, mask.ndim if neighbours == 26 else 2)
+    labels, number = ndimage.label(mask, structure=structure)
     return Components(mask, labels, np.bincount(labels[mask], minlength=number + 1)[1:])
 
 
 def lesion_metrics(prediction: Components, reference: Components) -> dict[str, float]:
     """How many lesions were found, and how many of the predicted ones are false.
 
-    `lesions_true` and `lesions_found` count components of the reference, in total and by size (fewer than 20, 20 to 100, more than
-    100 voxels). `lesions_predicted` and `lesions_false` count those of the prediction; one is false if the reference does not find
-    it by the same rule. `lesion_sensitivity` is found / true, NaN without a true lesion; `lesion_fdr`, the false discovery rate, is
-    false / predicted, NaN without a predicted one. One predicted component may find several lesions.
+    A lesion of the reference and a predicted one may match if they share at least min(3, the size of either) voxels. Pairs are
+    taken by falling overlap, among equal ones by lower index, each lesion once. That is greedy: it need not find the largest
+    possible number of pairs.
+
+    `lesions_true` and `lesions_found` count those of the reference, `lesions_predicted` and `false_lesions` the predicted ones;
+    each also by the size of the lesion (fewer than 20, 20 to 100, more than 100 voxels). `lesion_sensitivity` is found / true,
+    `lesion_fdr`, the false discovery rate, is false / predicted (0 without any), `lesion_f1` is 2 found / (true + predicted). All
+    three are NaN without a lesion in the reference.
     """
-    found = _found(reference, prediction)
-    false = int(np.count_nonzero(~_found(prediction, reference)))
-    counts = {
-        "lesions_true": len(found),
-        "lesions_found": int(np.count_nonzero(found)),
-        "lesions_predicted": len(prediction.sizes),
-        "lesions_false": false,
-    }
-    for name, (smallest, largest) in SIZES.items():
-        of_size = (reference.sizes >= smallest) & (reference.sizes <= largest)
-        counts[f"lesions_true_{name}"] = int(np.count_nonzero(of_size))
-        counts[f"lesions_found_{name}"] = int(np.count_nonzero(of_size & found))
-    return {
-        **counts,
-        "lesion_sensitivity": _share(counts["lesions_found"], counts["lesions_true"]),
-        "lesion_fdr": _share(counts["lesions_false"], counts["lesions_predicted"]),
-    }
+    found, false = _matched(prediction, reference)
+    counts = (
+        _by_size("lesions_true", reference.sizes)
+        | _by_size("lesions_found", reference.sizes[found])
+        | _by_size("lesions_predicted", prediction.sizes)
+        | _by_size("false_lesions", prediction.sizes[false])
+    )
+    true, predicted, num = len(found), len(false), int(np.count_nonzero(found))
+    shares = num / max(true, 1), (predicted - num) / max(predicted, 1), 2 * num / max(true + predicted, 1)
+    names = "lesion_sensitivity", "lesion_fdr", "lesion_f1"
+    return counts | {name: share if true else float("nan") for name, share in zip(names, shares, strict=True)}
 
 
-def _found(lesions: Components, other: Components) -> npt.NDArray[np.bool_]:
-    """Which of `lesions` the mask of `other` finds [L]."""
-    common = np.bincount(lesions.labels[lesions.mask & other.mask], minlength=len(lesions.sizes) + 1)[1:]
-    found: npt.NDArray[np.bool_] = common >= np.minimum(ENOUGH_VOXELS, lesions.sizes)
-    return found
+def _matched(prediction: Components, reference: Components) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which lesions of the reference are found, and which predicted ones are false."""
+    both, width = prediction.mask & reference.mask, len(prediction.sizes) + 1
+    shared, overlaps = np.unique(reference.labels[both].astype(np.int64) * width + prediction.labels[both], return_counts=True)
+    true, predicted = shared // width - 1, shared % width - 1
+    enough = overlaps >= np.minimum(np.minimum(reference.sizes[true], prediction.sizes[predicted]), ENOUGH_VOXELS)
+    found, false = np.zeros(len(reference.sizes), dtype=np.bool_), np.ones(len(prediction.sizes), dtype=np.bool_)
+    for at in np.lexsort((predicted, true, -overlaps)):
+        i, j = true[at], predicted[at]
+        if enough[at] and not found[i] and false[j]:
+            found[i], false[j] = True, False
+    return found, false
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+def _by_size(name: str, sizes: npt.NDArray[np.intp]) -> dict[str, float]:
+    within = {f"{name}_{size}": (sizes >= low) & (sizes <= high) for size, (low, high) in SIZES.items()}
+    return {name: float(len(sizes))} | {key: float(np.count_nonzero(inside)) for key, inside in within.items()}

@@ -90,7 +90,7 @@ def status_of(run: str) -> RunStatus:
         if study.get("nested"):
             raise UserError(f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one")
         running = _running(place, files, ended, study, readers)
-    records = {record["name"]: record for record in map(read.get, known) if record}
+    records, objective = {record["name"]: record for record in map(read.get, known) if record}, study["objective"]
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
     tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
@@ -111,7 +111,7 @@ def status_of(run: str) -> RunStatus:
     return RunStatus(
         run=run,
         study=study["name"],
-        objective=study["objective"],
+        objective=objective if isinstance(objective, str) else objective["row"]["name"],
         planned=planned,
         finished=finished,
         failed=failed,

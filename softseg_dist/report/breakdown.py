@@ -31,16 +31,11 @@ class Site:
 
 @dataclass(frozen=True)
 class AgainstRaters:
-    """One candidate: Dice against each rater at the threshold chosen on the grid, and what is measured against all of them.
-
-    `ged2` is the squared generalised energy distance, `disagreement` the correlation of the prediction's entropy with that
-    of the raters. NaN where not recorded.
-    """
+    """One candidate: Dice against each rater at the threshold chosen on the grid, and GED² against all; NaN if not recorded."""
 
     name: str
     dice: dict[str, float]
     ged2: float
-    disagreement: float
 
 
 @dataclass(frozen=True)
@@ -78,11 +73,11 @@ def raters_of(test: pd.DataFrame, fits: Sequence[FitResult], candidates: Sequenc
     if len(names) < 2:
         return None
     dice = {rater: tables_of(rows_at_rule(test, fits, "dice", RULE, reference=rater), test) for rater in names}
-    against_all = [soft_scores(test, metric, reference="raters") for metric in ("ged2", "entropy_disagreement_correlation")]
+    ged2 = soft_scores(test, "ged2", reference="raters")
     rows = {}
     for name in candidates:
         of_rater = {rater: mean_of(scores.of(name)) for rater, scores in dice.items()}
-        rows[name] = AgainstRaters(name, of_rater, *(mean_of(scores.of(name)) for scores in against_all))
+        rows[name] = AgainstRaters(name, of_rater, mean_of(ged2.of(name)))
     return Raters(names, *_inter_rater(test), rows)
 
 

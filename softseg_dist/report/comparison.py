@@ -18,7 +18,7 @@ import pandas as pd
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
-from softseg_dist.numerics.metrics import OBJECTIVES, Objective
+from softseg_dist.numerics.metrics import TABLE, Row, row_of
 from softseg_dist.numerics.statistics import NAN, SplitTest, SubjectTest, corrected_t_test, holm, subject_test, wilcoxon_test
 from softseg_dist.record.changes import differences
 from softseg_dist.report.run_folder import RunData
@@ -189,7 +189,7 @@ def compare(
         called: their folders or URIs as the user gave them.
         candidates: one of each run; a name that is given alone stands for both. Without: all of the same name, and the
             winners.
-        metric: what to compare by, a key of `OBJECTIVES`; without, the objective of both studies.
+        metric: what to compare by, one that may be an objective; without, the objective of both studies.
 
     Raises UserError if there is nothing to compare, or nothing to compare it by.
     """
@@ -202,7 +202,7 @@ def compare(
     return RunComparison(
         a=_party(a),
         b=_party(b),
-        metric=objective.metric,
+        metric=objective.name,
         title=objective.title,
         sign=objective.sign,
         study=_study_changes(*runs),
@@ -216,24 +216,26 @@ def compare(
     )
 
 
-def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: str | None) -> Objective:
+def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: str | None) -> Row:
     measured = [set(map(str, run.results["metric"].unique())) for run in runs]
-    common = ", ".join(name for name in OBJECTIVES if name in measured[0] & measured[1]) or "none is in both"
-    of_a, of_b = (run.study["objective"] for run in runs)
+    own = [row_of(run.study["objective"]) for run in runs]
+    of_a, of_b = (row.name for row in own)
+    known_rows = {name: row for name, row in TABLE.items() if row.may_lead} | {row.name: row for row in own}
+    common = ", ".join(name for name in known_rows if name in measured[0] & measured[1]) or "none is in both"
     if metric is None and of_a != of_b:
         raise UserError(f"the objective is {of_a} in {called[0]} and {of_b} in {called[1]}; choose with --metric: {common}")
     name = metric or of_a
-    if name not in OBJECTIVES:
+    if name not in known_rows:
         raise UserError(f"--metric must be one of {common}, got {name!r}")
     for run, known in zip(called, measured, strict=True):
         if name not in known:
             raise UserError(f"{run}: no test case has the metric {name}; choose with --metric: {common}")
-    return OBJECTIVES[name]
+    return known_rows[name]
 
 
-def _scored(run: RunData, called: str, objective: Objective) -> _Scored:
+def _scored(run: RunData, called: str, objective: Row) -> _Scored:
     test = run.results
-    return _Scored(called, run, soft_scores(test, objective.metric), undefined(soft_rows(test, objective.metric)))
+    return _Scored(called, run, soft_scores(test, objective.name), undefined(soft_rows(test, objective.name)))
 
 
 def _party(run: _Scored) -> Party:
@@ -241,7 +243,7 @@ def _party(run: _Scored) -> Party:
     return Party(
         run=run.called,
         study=data.study["name"],
-        objective=data.study["objective"],
+        objective=row_of(data.study["objective"]).name,
         num_splits=len(data.splits),
         num_tested=len(data.tested),
         planned=len(data.candidates) * len(data.splits),

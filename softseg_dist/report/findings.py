@@ -29,19 +29,6 @@ from softseg_dist.words import (
     verdict,
 )
 
-METRICS = {  # of the objectives, what a reader may not know
-    "dice_dml": "Soft Dice (DML form): the form of the Dice semimetric loss, (Σp + Σy − Σ|p − y|) / (Σp + Σy) for prediction p "
-    "and soft reference y. It is 1 only where both are equal, and the soft Dice where y is binary (Wang et al. 2023).",
-    "dice_soft": "Soft Dice: 2 Σpy / (Σp + Σy) for prediction p and reference y; for a soft y it is not largest at p = y.",
-    "brier": "Brier score: mean squared difference of prediction and soft reference over all voxels; 0 is perfect.",
-    "mae": "Mean absolute error: mean absolute difference of prediction and soft reference over all voxels; 0 is perfect.",
-    "ece": "Expected calibration error: mean difference between prediction and reference over 10 bins of the prediction, "
-    "weighted by voxels, within 3 voxels of the foreground; 0 is perfect.",
-    "volume_error_abs": "Absolute relative volume error: |V − W| / W for the volumes V of the soft prediction and W of the soft "
-    "reference; 0 is perfect.",
-    "volume_difference_mm3": "Absolute volume difference: |V − W| for the volumes V of the soft prediction and W of the soft "
-    "reference; 0 is perfect.",
-}
 MOST_QUOTED = 2  # effects that a sentence gives with their numbers: the tables have all
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
-from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.metrics import row_of
 from softseg_dist.report.paired_tests import effect_in_words, paired_test
 from softseg_dist.report.run_folder import OuterData, RunData
 from softseg_dist.report.scores import mean_of, scores_by_rule, soft_scores
@@ -88,6 +88,7 @@ class OuterTable:
     question: str
     objective: str
     objective_title: str
+    objective_meaning: str
     sign: int
     control: str | None
     planned: int
@@ -106,14 +107,15 @@ class OuterTable:
 def outer_table(outer: OuterData) -> OuterTable:
     """The numbers of a nested study, finished or not."""
     record = outer.record
-    objective = OBJECTIVES[record["objective"]]
-    scores, control = soft_scores(outer.results, objective.metric), record["control"]
+    objective = row_of(record["objective"])
+    scores, control = soft_scores(outer.results, objective.name), record["control"]
     named = ("split", "run", "winner", "validation_score", "holdout_score", "control_holdout_score")
     return OuterTable(
         name=record["study"],
         question=outer.question,
-        objective=objective.metric,
+        objective=objective.name,
         objective_title=objective.title,
+        objective_meaning=objective.meaning,
         sign=objective.sign,
         control=control,
         planned=record["planned"],

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from softseg_dist.numerics.metrics import TABLE
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN, BlandAltman, bland_altman
+from softseg_dist.numerics.structures import SURFACE_METRICS
 from softseg_dist.report.breakdown import RULE, Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of, undefined
@@ -123,7 +125,7 @@ class Lesions:
     """One candidate at the threshold that each fit chose on its grid.
 
     `sensitivity` by size of the true lesion: lesions found of those that there are. `false_discovery`: predicted lesions
-    that meet no true one, of all predicted.
+    that match no true one, of all predicted.
     """
 
     name: str
@@ -136,7 +138,7 @@ class Lesions:
 def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult], seed: int) -> dict[str, Lesions]:
     """The pooled counts of every candidate that has them, by name; `seed` is that of the intervals."""
     pairs = {size: (f"lesions_found_{size}".rstrip("_"), f"lesions_true_{size}".rstrip("_")) for size in SIZES}
-    pairs["false"] = "lesions_false", "lesions_predicted"
+    pairs["false"] = "false_lesions", "lesions_predicted"
     tables = {metric: rows_at_rule(test, fits, metric, RULE) for pair in pairs.values() for metric in pair}
     counts = {metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()}
     found = {}
@@ -161,12 +163,13 @@ def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed
     return LesionRate(int(count), int(total), count / total, low, high)
 
 
-METRICS = ("hd95_mm", "asd_mm", "surface_dice_1mm")
-
-
 @dataclass(frozen=True)
 class Surfaces:
-    """Means over subjects and splits of one candidate. Of `values` (case, class, split) `undefined` have no surface to measure."""
+    """Means over subjects and splits of one candidate.
+
+    Of `values` (case, class, split) `undefined` have no surface in the reference; in `missed` the prediction is empty, and its
+    distance counts as the diagonal of the image.
+    """
 
     name: str
     hd95_mm: float
@@ -174,19 +177,23 @@ class Surfaces:
     surface_dice_1mm: float
     undefined: int
     values: int
+    missed: int
 
 
 def surfaces_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Surfaces]:
     """The means of every candidate that has them, by name."""
-    rows = [rows_at_rule(test, fits, metric, RULE) for metric in METRICS]
+    rows = [rows_at_rule(test, fits, metric, RULE) for metric in SURFACE_METRICS]
     hd95, asd, dice = (tables_of(part, test) for part in rows)
     means = {name: (mean_of(hd95.of(name)), mean_of(asd.of(name)), mean_of(dice.of(name))) for name in hd95.tables}
-    return {name: Surfaces(name, *means[name], *counts) for name, counts in undefined(rows[0]).items()}
+    predicted = rows_at_rule(test, fits, "lesions_predicted", RULE)
+    keys = ["candidate", "split", "case", "class"]
+    there = rows[0][rows[0]["value"].notna()].merge(predicted[predicted["value"] == 0][keys], on=keys)
+    missed = there.groupby("candidate", observed=True).size()
+    return {name: Surfaces(name, *means[name], *counts, int(missed.get(name, 0))) for name, counts in undefined(rows[0]).items()}
 
 
 METHODS = {"mc_dropout": "dropout at test time", "tta": "test-time augmentation", "ensemble": "ensemble over splits"}
 MEASURES = {  # as `judging.uncertainty` names them
-    "disagreement_correlation": "entropy and disagreement",
     "ged2": "GED²",
     "entropy": "entropy (bits)",
     "expected_entropy": "expected entropy",
@@ -195,8 +202,7 @@ MEASURES = {  # as `judging.uncertainty` names them
     "volume_cv": "CV of the volume",
     "pairwise_dice": "Dice in pairs",
     "samples_iou": "IoU of all samples",
-    "dice_dml": "soft Dice (DML form)",
-    "brier": "Brier score",
+    **{name: TABLE[name].title for name in ("dice_dml", "brier")},
     "ece": "ECE",
     "members": "fits",
 }

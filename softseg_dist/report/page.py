@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from softseg_dist import words
 from softseg_dist.data.check import ALIKE
+from softseg_dist.numerics.metrics import TABLE
 from softseg_dist.report.diagrams import agreement_figure, lesion_figure, pareto_figure, rater_figure, reliability_figure
 from softseg_dist.report.export import csv_tables
 from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
 from softseg_dist.report.findings import (
-    METRICS,
     answer,
     caveats,
     effects_answer,
@@ -29,7 +29,7 @@ from softseg_dist.report.findings import (
     interactions_answer,
     left_out,
 )
-from softseg_dist.report.held_out import outer_answer, outer_table
+from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
@@ -64,7 +64,7 @@ def write_outer_page(outer: OuterData, folder: Path) -> Path:
     table = outer_table(outer)
     page = folder / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
-    text = _environment().get_template("outer.html").render(o=table, answer=outer_answer(table), metric=METRICS[table.objective])
+    text = _environment().get_template("outer.html").render(o=table, answer=outer_answer(table), metric=_meaning(table))
     page.write_text(text, encoding="utf-8")
     return page
 
@@ -178,7 +178,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         folder=data.run.get("run") or data.folder,
         answer=answer(summary),
         answers=(holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary)),
-        metric=METRICS[summary.objective],
+        metric=_meaning(summary),
         alike=[text for rule, text in data.cautions if rule == ALIKE],
         caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary, data.spacing_mm)],
         shown=shown(summary),
@@ -189,6 +189,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         to_best={rival.candidate: rival for rival in summary.rivals},
         few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
         sizes=SIZES,
+        metrics=TABLE,
         methods=METHODS,
         uncertainty_names=MEASURES,
         recipe_fields=fields[:FEW_RECIPE_FIELDS],
@@ -197,6 +198,11 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         left_out=left_out(summary),
         origin=origin_of(data),
     )
+
+
+def _meaning(table: Summary | OuterTable) -> str:
+    """What the objective is, for a reader who has not met it."""
+    return f"{words.capital(table.objective_title)}: {table.objective_meaning.rstrip('.')}."
 
 
 def _notes(summary: Summary) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.crossed_test import crossed_test
+from softseg_dist.numerics.metrics import row_of
 from softseg_dist.numerics.statistics import NAN
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import RULES, ScoreTables, mean_of, scores_by_rule, soft_rows, soft_scores, split_means, undefined
@@ -80,13 +81,13 @@ def ranked(
 
 def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[Standing]:
     """A standing without rank for every candidate, in the order of the study; `scores` are of the objective."""
-    metric = run.study["objective"]
+    metric = row_of(run.study["objective"]).name
     references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
     classes = [str(c) for c in sorted(test["class"].unique())]
     tables = {
         "beside": {name: soft_scores(test, name) for name in BESIDE},
         "dice": scores_by_rule(test, run.finished, "dice"),
-        "mask_volume": scores_by_rule(test, run.finished, "volume_error"),
+        "mask_volume": scores_by_rule(test, run.finished, "mask_volume_error"),
         "by_reference": {name: soft_scores(test, metric, reference=name) for name in references},
         "by_class": {name: soft_scores(test, metric, only_class=name) for name in classes} if len(classes) > 1 else {},
     }

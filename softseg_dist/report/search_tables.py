@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.metrics import Row, row_of
 from softseg_dist.numerics.statistics import NAN
 from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.report.fits import Tuned, tuned_of
@@ -79,10 +79,11 @@ class Searched:
 
 def searched_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, reference: str) -> Searched:
     """All of it; `scores` are of the objective, on test."""
-    sign, beside = OBJECTIVES[run.study["objective"]].sign, run.study.get("second_objective")
+    sign, second = row_of(run.study["objective"]).sign, run.study.get("second_objective")
+    beside = row_of(second) if second else None
     return Searched(
         importances=importances(run.candidates, scores, reference, sign),
-        pareto=pareto_of(scores, soft_scores(test, beside), sign, beside, reference) if beside else None,
+        pareto=pareto_of(scores, soft_scores(test, beside.name), sign, beside, reference) if beside else None,
         raced={c.name: c.raced for c in run.candidates if c.raced},
         tuned=tuned_of(run, sign),
     )
@@ -125,13 +126,12 @@ def _tertiles(settings: Sequence[float]) -> list[str]:
     return [ranges[t] for t in third.tolist()]
 
 
-def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, metric: str, reference: str) -> Pareto:
+def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, beside: Row, reference: str) -> Pareto:
     """Every candidate with a score in both objectives, the front first, from the best to the worst in the first objective."""
-    objective = OBJECTIVES[metric]
     means = {name: (level(first, name, reference), level(second, name, reference)) for name in first.tables}
     known = {name: pair for name, pair in means.items() if not any(map(math.isnan, pair))}
-    signed = {name: (sign * one, objective.sign * other) for name, (one, other) in known.items()}
+    signed = {name: (sign * one, beside.sign * other) for name, (one, other) in known.items()}
     front = {n for n, p in signed.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in signed.values())}
     order = sorted(known, key=lambda name: (name not in front, -signed[name][0], name))
     points = tuple(Point(name, *known[name], name in front) for name in order)
-    return Pareto(metric, objective.title, objective.sign, points)
+    return Pareto(beside.name, beside.title, beside.sign, points)

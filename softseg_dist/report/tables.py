@@ -16,7 +16,7 @@ import numpy as np
 
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.metrics import row_of
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
 from softseg_dist.report.fits import Compute, TrainingSummary, compute_of, learning_rates, training_of, varying_fields
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
@@ -43,6 +43,7 @@ class Summary:
     question: str
     objective: str
     objective_title: str
+    objective_meaning: str
     sign: int
     control: str | None
     reference: str
@@ -90,8 +91,8 @@ class Summary:
 def summarise(run: RunData) -> Summary:
     """Compute the summary of a run, finished or not; with fits missing, comparisons use the pairs that both sides have."""
     test = run.results
-    objective = OBJECTIVES[run.study["objective"]]
-    scores = soft_scores(test, objective.metric)
+    objective = row_of(run.study["objective"])
+    scores = soft_scores(test, objective.name)
     control: str = run.study.get("control") or ""
     reference = control if control in scores.tables else best_complete(scores, objective.sign)
     given_up = [candidate.name for candidate in run.candidates if candidate.raced]
@@ -107,8 +108,9 @@ def summarise(run: RunData) -> Summary:
     return Summary(
         name=run.study["name"],
         question=run.study["question"],
-        objective=objective.metric,
+        objective=objective.name,
         objective_title=objective.title,
+        objective_meaning=objective.meaning,
         sign=objective.sign,
         control=control or None,
         reference=reference,
@@ -123,7 +125,7 @@ def summarise(run: RunData) -> Summary:
         rivals=rivals_of(names, scores),
         effects=main_effects(design, scores) if design else (),
         interactions=interactions(design, scores) if design else (),
-        holdout=holdout_of(run, objective.metric),
+        holdout=holdout_of(run, objective.name),
         searched=searched_of(run, test, scores, reference),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
         training=training,

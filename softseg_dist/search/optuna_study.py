@@ -20,7 +20,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.search.candidate import CandidateState
@@ -52,10 +51,10 @@ class OptunaStudy:
         self._optuna = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK)) if log else InMemoryStorage(),
             study_name=study.name,
-            directions=["maximize" if OBJECTIVES[name].sign > 0 else "minimize" for name in study.objectives],
+            directions=["maximize" if metric.row.sign > 0 else "minimize" for metric in study.objectives],
             pruner=optuna.pruners.NopPruner(),
         )
-        self._optuna.set_metric_names(list(study.objectives))
+        self._optuna.set_metric_names([metric.row.name for metric in study.objectives])
 
     @property
     def num_to_ask(self) -> int:

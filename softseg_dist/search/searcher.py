@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.search.candidate import CandidateState, Origin, tuned, tuning_name, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
@@ -52,7 +51,7 @@ class StudySearcher:
         self.candidates: dict[str, CandidateState] = {}
         self.stopped = False  # True: nothing more is emitted
         self._best: CandidateState | None = None  # of those that have run fully
-        self._signs = tuple(OBJECTIVES[name].sign for name in study.objectives)
+        self._signs = tuple(metric.row.sign for metric in study.objectives)
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
         self._start = self._race.start if self._race else 0
@@ -277,7 +276,7 @@ class StudySearcher:
         """A candidate with the fits that earlier sessions left."""
         results = {split: result for (candidate, split), result in self._results.items() if candidate == name}
         race = self._races.get(name)
-        splits, objectives = self.splits, self.study.objectives
+        splits, objectives = self.splits, tuple(metric.row.name for metric in self.study.objectives)
         if origin == "tuning" and self.study.tune_each is not None:
             splits, objectives = splits[: self.study.tune_each.splits], objectives[:1]
         todo = deque((split, 0) for split in splits if split.index not in results and race is None)

@@ -63,7 +63,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
         self._thread.start()
         tags = {"softseg.fingerprint": study.fingerprint, "mlflow.note.content": study.question}
-        self._put_open(STUDY, study.name, None, tags, {"objective": study.objective, "seed": str(study.seed)})
+        self._put_open(STUDY, study.name, None, tags, {"objective": study.objectives[0].row.name, "seed": str(study.seed)})
 
     def data_set(self, name: str, digest: str, source: str) -> None:
         """Record on the study run which data it used; `digest` identifies the content."""
@@ -129,7 +129,7 @@ class Tracker:
         """Nothing of a candidate runs any more: log mean and standard deviation over splits, and the winner of a lost race."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
-        for metric in ("score", "test_score", f"score_{self.study.second_objective}"):
+        for metric in ("score", "test_score", *(f"score_{second.row.name}" for second in self.study.objectives[1:])):
             values = [of_fit[metric] for of_fit in numbers if metric in of_fit]
             if values:
                 metrics[f"{metric}_mean"] = statistics.fmean(values)
@@ -176,7 +176,8 @@ class Tracker:
 
     def _numbers(self, result: FitResult) -> dict[str, float]:
         numbers = {name: float(value) for name in NUMBERS if (value := getattr(result, name)) is not None}
-        second = {f"score_{m}": value for m, value in result.scores.items() if m == self.study.second_objective}
+        names = [metric.row.name for metric in self.study.objectives[1:]]
+        second = {f"score_{name}": result.scores[name] for name in names if name in result.scores}
         return numbers | second | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}
 
     def _put(self, **record: Any) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.judging.results import Row, rows_of_case, write_rows
-from softseg_dist.judging.rows import Grid, case_rows
+from softseg_dist.judging.rows import Grid, Wanted, case_rows
 from softseg_dist.judging.thresholds import CURVE, choose_thresholds
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
-from softseg_dist.numerics.metrics import OBJECTIVES, objective_score
+from softseg_dist.numerics.metrics import TABLE, objective_score
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample, sample_maps
@@ -32,12 +32,18 @@ def mean_reference(sample: Sample) -> np.ndarray:
     return mean
 
 
+def grid_of(sample: Sample) -> Grid:
+    """The grid on which a prepared case is measured."""
+    return Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+
+
 def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) -> float:
     """The signed objective on validation, higher is better: mean over subjects of their cases' mean; NaN if all are NaN."""
-    scored = [
-        (case, objective_score(task.objective, prediction, mean_reference(sample), sample.voxel_mm3))
-        for case, sample, prediction in _predict(model, store, task.split.validation, worker)
-    ]
+    scored = []
+    for case, sample, prediction in _predict(model, store, task.split.validation, worker):
+        grid = grid_of(sample)
+        maps, scale = (grid.case(prediction), grid.case(mean_reference(sample))), grid.scale(store.mean_volumes_mm3)
+        scored.append((case, objective_score(task.objectives[0], *maps, scale)))
     scores: dict[str, list[float]] = {}
     for case, score in sorted(worker.gather(scored)):
         scores.setdefault(store.cases[case].subject, []).append(score)
@@ -58,11 +64,11 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[
     ) + measure(model, task, store, "test", task.split.test, thresholds, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
-    objectives = [name for name in (task.objective, task.second_objective) if name is not None]
-    found = {name: _score(rows, name, "validation") for name in objectives}
+    names = [metric.row.name for metric in task.objectives]
+    found = {name: _score(rows, name, "validation") for name in names}
     return {
-        "score": found[task.objective],
-        "test_score": _score(rows, task.objective, "test"),
+        "score": found[names[0]],
+        "test_score": _score(rows, names[0], "test"),
         "scores": {name: score for name, score in found.items() if score is not None},
         "thresholds": thresholds,
     }
@@ -103,23 +109,25 @@ def _rows(
         references |= {name: sample.raters[:, r] for r, name in enumerate(sample.rater_names)}
     if sample.truth is not None:
         references["truth"] = sample.truth
-    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
-    measured = case_rows(prediction, references, store.classes, list(thresholds.values()), CURVE, grid)
+    grid, own = grid_of(sample), tuple(metric for metric in task.objectives if metric.row.name not in TABLE)
+    maps = {name: grid.case(reference) for name, reference in references.items()}
+    wanted = Wanted(store.classes, tuple(thresholds.values()), CURVE, own)
+    measured = case_rows(grid.case(prediction), maps, wanted, grid.scale(store.mean_volumes_mm3))
     return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
 
 
 def _uncertainty_rows(model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str) -> list[Row]:
     """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
     seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
-    measured = []
+    grid, measured = grid_of(sample), []
     for method in task.uncertainty:
-        spread = Spread.of(sample_maps(model, sample, method, seed, device))
-        measured += uncertainty_rows(method.short, spread, sample.raters, store.classes)
+        spread = Spread.of(map(grid.case, sample_maps(model, sample, method, seed, device)))
+        scale = grid.scale(store.mean_volumes_mm3)
+        measured += uncertainty_rows(method.short, spread, grid.case(sample.raters), store.classes, scale)
     return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
 
 
-def _score(rows: list[Row], objective: str, subset: Subset) -> float | None:
-    metric = OBJECTIVES[objective].metric
+def _score(rows: list[Row], metric: str, subset: Subset) -> float | None:
     subjects: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row["subset"] == subset and row["reference"] == "mean" and row["metric"] == metric and row["threshold"] is None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from softseg_dist.numerics.activations import NormReLU
-from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.places import replace_file
 from softseg_dist.training.batches import Batches, open_store
@@ -116,7 +115,7 @@ class RunningFit:
         """Evaluate the best epoch on validation and test, write its rows, and say what came out."""
         best = self.progress.best_epoch
         if best == 0:
-            return self.describe(state="failed", reason=f"{self.task.objective} is undefined on every validation case")
+            return self.describe(state="failed", reason=f"{self.task.objectives[0].row.name} is undefined on every validation case")
         if not self.task.split.validation:
             return self.describe(state="finished", best_epoch=best)
         weights = self.worker.share(read_weights(weights_path(self.task.folder)) if self.worker.leads else {})
@@ -157,7 +156,7 @@ class RunningFit:
                 raise Interrupted(self.task.key)
 
     def _close_epoch(self) -> None:
-        now = self.progress
+        now, objective = self.progress, self.task.objectives[0].row
         validates = bool(self.task.split.validation)  # else the last epoch counts
         score = validation_score(self.model, self.task, self.store, self.worker) if validates else math.nan
         now.dead_share = now.dead / len(self.batches.items)
@@ -169,7 +168,7 @@ class RunningFit:
         row = {
             "epoch": now.epoch + 1,
             "loss": sum(now.losses) / len(now.losses),
-            **({self.task.objective: OBJECTIVES[self.task.objective].sign * score} if validates else {}),
+            **({objective.name: objective.sign * score} if validates else {}),
             "lr": learning_rate(self.optim, (now.epoch + 1) * self.batches.steps_per_epoch - 1, self.batches.num_steps),
             "dead_share": now.dead_share,
         }

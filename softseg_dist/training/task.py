@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 import softseg_dist
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
+from softseg_dist.numerics.metrics import Metric, metric_of
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.study import Recipe
 
@@ -29,8 +30,8 @@ class FitTask(Frozen):
     candidate: str
     recipe: Recipe
     split: Split
-    objective: str
-    second_objective: str | None = None
+    objective: str | Metric
+    second_objective: str | Metric | None = None
     store: str
     store_fingerprint: str
     folder: str
@@ -44,6 +45,11 @@ class FitTask(Frozen):
     def key(self) -> str:
         """`hard-sigmoid-dice/003`: names the fit in the ledger, in MLflow and in messages."""
         return f"{self.candidate}/{self.split.name}"
+
+    @property
+    def objectives(self) -> tuple[Metric, ...]:
+        """The metrics that the study looks at: the objective, and the second one if there is one."""
+        return tuple(metric_of(value) for value in (self.objective, self.second_objective) if value is not None)
 
     @property
     def identity(self) -> str:

@@ -19,9 +19,9 @@ from scipy import ndimage
 from scipy.special import expit
 
 from softseg_dist import Phantom, Preprocess
-from softseg_dist.judging.rows import Grid, case_rows
+from softseg_dist.judging.rows import Grid, Wanted, case_rows
 from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import soft_metrics
+from softseg_dist.numerics.metrics import Pair, Scale, soft_metrics
 
 SHAPE, LESIONS, RATERS = (160, 192, 160), 400, 4
 CLASSES = ("large", "small", "lesions")
@@ -43,14 +43,14 @@ HEADLINES = (
 
 def main() -> None:
     prediction, references = large_case(np.random.default_rng(0))
-    grid = Grid((1.0, 1.0, 1.0), 1.0)
+    scale = Scale(1.0, (1e5,) * len(CLASSES), (1.0, 1.0, 1.0))
 
     def large() -> None:
-        case_rows(prediction, references, CLASSES, THRESHOLDS, CURVE, grid)
+        case_rows(prediction, references, Wanted(CLASSES, THRESHOLDS, CURVE), scale)
 
     def soft_only() -> None:
-        for reference in references.values():
-            soft_metrics(prediction, reference, 1.0)
+        for name, reference in references.items():
+            soft_metrics(Pair(prediction, reference, scale), against_mean=name == "mean")
 
     figures = {
         "large_s": _seconds(large, 3),
@@ -107,7 +107,8 @@ def quickstart_case() -> Callable[[], None]:
     grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
 
     def measure() -> None:
-        case_rows(prediction, references, ("cord",), THRESHOLDS, CURVE, grid)
+        maps = {name: grid.case(reference) for name, reference in references.items()}
+        case_rows(grid.case(prediction), maps, Wanted(("cord",), THRESHOLDS, CURVE), grid.scale((100.0,)))
 
     return measure
 

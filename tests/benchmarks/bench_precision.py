@@ -72,7 +72,7 @@ def _hippocampus() -> Study:
     recipe = study.candidates["soft"]
     recipe = recipe.replace(optim=recipe.optim.replace(epochs=12, patience=None))
     return study.replace(
-        subjects=30, splits=study.splits.first(SPLITS), candidates={"soft": recipe}, control=None, objective="dice_soft"
+        subjects=30, splits=study.splits.first(SPLITS), candidates={"soft": recipe}, control=None, objective="dice_dml"
     )
 
 
@@ -88,7 +88,7 @@ def _scores(study: Study, split: int, folder: Path, root: str | None) -> tuple[f
         recipe = study.candidates["soft"]
         place = folder / f"{study.name}-{split}-{precision}"
         task = FitTask(
-            study=study.name, seed=0, candidate="soft", split=splits[split], objective="dice_soft", folder=str(place),
+            study=study.name, seed=0, candidate="soft", split=splits[split], objective="dice_dml", folder=str(place),
             recipe=recipe.replace(optim=recipe.optim.replace(precision=precision)),
             store=str(store), store_fingerprint=fingerprint(cases, study.data, study.preprocess),
         )  # fmt: skip

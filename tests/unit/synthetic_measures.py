@@ -16,7 +16,7 @@ VOLUME_BIAS = 0.1  # of the true volume
 INTER_RATER = 0.82
 OF_SAMPLES = ("entropy", "expected_entropy", "mutual_information", "variance", "volume_cv", "pairwise_dice")
 OF_SAMPLES += ("samples_iou", "dice_dml", "brier", "ece")
-TO_RATERS = ("disagreement_correlation", "ged2")
+TO_RATERS = ("ged2",)
 
 
 def measured_rows(
@@ -29,7 +29,7 @@ def measured_rows(
             rows += [
                 (reference, tau, metric, float(generator.uniform(0.7, 0.9)))
                 for reference in ("mean", *raters)
-                for metric in ("iou", "precision", "recall", "specificity", "volume_error")
+                for metric in ("iou", "precision", "recall", "specificity", "mask_volume_error")
             ]
         if "surface" in measured:
             rows += [("mean", tau, metric, value) for metric, value in _surfaces(generator).items()]
@@ -44,7 +44,6 @@ def measured_rows(
         rows += [
             ("raters", None, "inter_rater_dice", INTER_RATER + 0.1 * float(np.sin(true_mm3))),
             ("raters", None, "ged2", float(generator.uniform(0.1, 0.3))),
-            ("raters", None, "entropy_disagreement_correlation", float(generator.uniform(0.3, 0.5))),
         ]
     if "uncertainty" in measured:
         for method in ("mc_dropout", "tta"):
@@ -70,9 +69,9 @@ def _lesions(generator: np.random.Generator) -> dict[str, float]:
     true, hits = sum(LESIONS.values()), sum(found.values())
     by_size = {f"lesions_true_{size}": num for size, num in LESIONS.items()}
     by_size |= {f"lesions_found_{size}": num for size, num in found.items()}
-    counts = {"true": true, "found": hits, "predicted": hits + false, "false": false}
-    ratios = {"lesion_sensitivity": hits / true, "lesion_fdr": false / (hits + false) if hits + false else float("nan")}
-    return {f"lesions_{name}": float(num) for name, num in counts.items()} | by_size | ratios
+    counts = {"lesions_true": true, "lesions_found": hits, "lesions_predicted": hits + false, "false_lesions": false}
+    ratios = {"lesion_sensitivity": hits / true, "lesion_fdr": false / max(hits + false, 1)}
+    return {name: float(num) for name, num in (counts | by_size | ratios).items()}
 
 
 def _reliability(generator: np.random.Generator) -> list[Measured]:

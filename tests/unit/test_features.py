@@ -25,7 +25,7 @@ from softseg_dist import Frozen
 from softseg_dist.cli import main
 from softseg_dist.cli.main import app
 from softseg_dist.numerics.labels import FUSIONS, check_fusion
-from softseg_dist.numerics.metrics import OBJECTIVES
+from softseg_dist.numerics.metrics import TABLE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(softseg_dist.__file__).parent
@@ -56,7 +56,7 @@ def study_options() -> Iterator[str]:
             yield f"{name}.{field}"
             yield from (f"{name}.{field}={value!r}".replace("'", '"') for value in literals(info.annotation))
     yield from (f'Recipe.fusion="{check_fusion(fusion)}"' for fusion in (*FUSIONS, "rater:<name>"))
-    yield from (f'Study.objective="{objective}"' for objective in OBJECTIVES)
+    yield from (f'Study.objective="{objective}"' for objective in TABLE if TABLE[objective].may_lead)
 
 
 def literals(annotation: Any) -> Iterator[Any]:

@@ -117,7 +117,7 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"objective": "loss"}, "objective must be one of"),
         ({"tune_each": TuneEach(), "candidates": {}, "search": Search(lambda trial: BASE)}, "a search tunes its own"),
         ({"second_objective": "loss"}, "objective must be one of"),
-        ({"second_objective": "dice_dml"}, "second_objective must differ from the objective, got 'dice_dml' for both"),
+        ({"second_objective": "brier_skill"}, "second_objective must differ from the objective, got 'brier_skill' for both"),
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
         ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),
         ({"candidates": {"a": BASE.replace(fusion="rater:nobody")}, "control": None}, "nobody"),

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from softseg_dist import MCDropout, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
+from softseg_dist import MCDropout, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Scale, Study, UNet
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.ensembles import MEMBERS, TABLE, measure_ensembles
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
-from softseg_dist.numerics.metrics import dice_dml
+from softseg_dist.numerics.metrics import METRICS
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.fit import fit
@@ -88,7 +88,9 @@ def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: Ru
             load_weights(model, weights_path(made.copy.folder / f"fits/a/{split:03d}"))
             maps.append(predict_sample(model, sample))
         value = rows[(rows.case == case.name) & (rows.metric == "ensemble_dice_dml")].value.item()
-        assert value == pytest.approx(dice_dml(np.mean(maps, axis=0), sample.raters.mean(axis=1))[0], abs=1e-6)
+        scale = Scale(sample.voxel_mm3, (1.0,), sample.spacing_mm)
+        expected = METRICS["dice_dml"](np.mean(maps, axis=0), sample.raters.mean(axis=1), scale)
+        assert value == pytest.approx(expected[0], abs=1e-6)
 
 
 def test_what_is_measured_is_not_measured_again(made: RunContext) -> None:

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.judging.rows import Grid, Measurement, case_rows
-from softseg_dist.numerics.metrics import confusion, ece, hard_scores, soft_metrics
+from softseg_dist import Metric, Scale
+from softseg_dist.judging.rows import Grid, Measurement, Wanted, case_rows
+from softseg_dist.numerics.metrics import METRICS, Map, PerClass, confusion, hard_scores
 from softseg_dist.numerics.raters import ged2
 from softseg_dist.numerics.structures import SURFACE_METRICS
 
 SPACING_MM, VOXEL_MM3 = (0.5, 0.5), 0.5  # slices 2 mm apart
-LESIONS = 4 + 2 * 3 + 2
+LESIONS = 4 * (1 + 3) + 3 + 1
+MEAN_MM3 = (10.0, 12.0)
 
 
 def stack(*slices: int) -> Grid:
@@ -32,15 +34,21 @@ def random_case(seed: int, raters: int = 2) -> tuple[np.ndarray, dict[str, np.nd
 
 
 def rows_of(prediction: np.ndarray, references: dict[str, np.ndarray], grid: Grid | None = None) -> list[Measurement]:
-    return case_rows(prediction, references, ("GM", "WM"), (0.5, 0.392), (0.25, 0.5), grid or stack(0, 1, 2))
+    return measured(prediction, references, Wanted(("GM", "WM"), (0.5, 0.392), (0.25, 0.5)), grid or stack(0, 1, 2))
+
+
+def measured(prediction: np.ndarray, references: dict[str, np.ndarray], wanted: Wanted, grid: Grid) -> list[Measurement]:
+    maps = {name: grid.case(reference) for name, reference in references.items()}
+    return case_rows(grid.case(prediction), maps, wanted, grid.scale(MEAN_MM3[: len(wanted.classes)]))
 
 
 def test_rows_hold_every_metric_once():
     prediction, references = random_case(2)
     rows = rows_of(prediction, references)
     keys = [row[:4] for row in rows]
-    against_each, on_shape, calibration = 3 * (11 + 2 * 6) + 1, 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
-    assert len(set(keys)) == len(keys) == 2 * (against_each + on_shape + calibration + 3)
+    against_each, against_mean = 3 * (10 + 2 + 2 * 6), 3 + 1
+    on_shape, calibration = 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
+    assert len(set(keys)) == len(keys) == 2 * (against_each + against_mean + on_shape + calibration + 3)
     assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
     assert {row.threshold for row in rows if row.metric in ("iou", "hd95_mm", "lesion_fdr")} == {0.392, 0.5}
     assert {row.reference for row in rows if row.metric in ("hd95_mm", "lesions_true", "reliability_voxels")} == {"mean"}
@@ -51,7 +59,9 @@ def test_rows_say_what_the_metrics_say():
     found = {row[:4]: row.value for row in rows_of(prediction, references)}
     assert found["WM", "rater1", 0.392, "iou"] == hard_scores(confusion(prediction, references["rater1"], [0.392]))["iou"][1, 0]
     assert found["GM", "mean", 0.25, "dice"] == hard_scores(confusion(prediction, references["mean"], [0.25]))["dice"][0, 0]
-    assert found["WM", "mean", None, "volume_pred_mm3"] == soft_metrics(prediction, prediction, VOXEL_MM3)["volume_pred_mm3"][1]
+    assert found["WM", "mean", None, "volume_pred_mm3"] == pytest.approx(VOXEL_MM3 * prediction[:, 1].sum())
+    skill = 1 - VOXEL_MM3 * np.square(prediction - references["mean"])[:, 1].sum(dtype=float) / MEAN_MM3[1]
+    assert found["WM", "mean", None, "brier_skill"] == pytest.approx(skill)
     masks = np.stack([references["rater0"], references["rater1"]])[:, :, 1] >= 0.5
     assert found["WM", "raters", None, "ged2"] == ged2(prediction[:, 1], masks)
 
@@ -63,15 +73,36 @@ def test_the_reliability_rows_add_up_to_the_calibration_error():
         np.array([row.value for row in rows if row.metric == f"reliability_{name}"])
         for name in ("voxels", "prediction", "reference")
     )
-    assert np.abs(p - y).sum() / voxels.sum() == pytest.approx(ece(prediction, references["mean"])[0])
+    maps = [stack(0, 1, 2).case(each) for each in (prediction, references["mean"])]
+    assert np.abs(p - y).sum() / voxels.sum() == pytest.approx(METRICS["ece"](*maps, stack(0, 1, 2).scale(MEAN_MM3))[0])
     edges = [row.threshold for row in rows if row.metric == "reliability_voxels"]
     assert edges == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
-def test_a_case_with_one_rater_says_nothing_about_raters():
+def test_one_rater_is_all_raters_and_has_nobody_to_agree_with():
     prediction, references = random_case(1, raters=1)
-    truth = {"truth": references["mean"]}
-    assert {row.reference for row in rows_of(prediction, references | truth)} == {"mean", "truth"}
+    rows = rows_of(prediction, references | {"truth": references["mean"]})
+    assert {row.reference for row in rows} == {"mean", "truth", "raters"}
+    assert {row.metric for row in rows if row.reference == "raters"} == {"volume_crps_mm3", "ged2"}
+
+
+class Faintest(Metric):
+    """The smallest value of the prediction."""
+
+    short = "faintest"
+
+    def __call__(self, prediction: Map, reference: Map, scale: Scale) -> PerClass:
+        """[K]."""
+        return prediction.min(axis=(0, *range(2, prediction.ndim)))
+
+
+def test_a_metric_of_the_user_is_measured_against_every_reference():
+    prediction, references = random_case(1)
+    rows = measured(prediction, references, Wanted(("GM", "WM"), (0.5,), metrics=(Faintest(),)), stack(0, 1, 2))
+    found = {row[:4]: row.value for row in rows if row.metric == "faintest"}
+    assert found == {
+        (of, name, None, "faintest"): prediction[:, k].min() for k, of in enumerate(("GM", "WM")) for name in references
+    }
 
 
 def test_slices_are_measured_as_a_volume_and_gaps_keep_them_apart():
@@ -80,11 +111,11 @@ def test_slices_are_measured_as_a_volume_and_gaps_keep_them_apart():
     without_last = maps.copy()
     without_last[2] = 0
 
-    def measured(grid: Grid) -> dict[str, float]:
-        rows = case_rows(without_last, {"mean": maps}, ("GM",), (0.5,), (), grid)
+    def of(grid: Grid) -> dict[str, float]:
+        rows = measured(without_last, {"mean": maps}, Wanted(("GM",), (0.5,)), grid)
         return {row.metric: row.value for row in rows if row.threshold == 0.5}
 
-    whole, gap = measured(stack(4, 5, 6)), measured(stack(4, 5, 9))
+    whole, gap = of(stack(4, 5, 6)), of(stack(4, 5, 9))
     assert (whole["lesions_true"], whole["lesions_found"]) == (1, 1)
     assert (gap["lesions_true"], gap["lesions_found"]) == (2, 1)
     assert whole["hd95_mm"] == pytest.approx(2.0)  # the last slice is 2 mm behind the last predicted one
@@ -102,8 +133,6 @@ def test_every_value_is_finite_or_nan_on_empty_full_and_sparse_maps(seed: int, p
         assert np.isfinite(row.value) or np.isnan(row.value), row
         if row.metric.startswith(("lesions_", "reliability_", "ged2")):
             assert np.isfinite(row.value), row
-        if row.metric in SURFACE_METRICS and not (prediction.any() and references["mean"].any()):
-            assert np.isnan(row.value), row
 
 
 def test_a_case_is_measured_in_milliseconds():
@@ -114,6 +143,7 @@ def test_a_case_is_measured_in_milliseconds():
     durations = []
     for _ in range(5):
         start = time.process_time()
-        case_rows(prediction, references, ("GM",), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20), stack(*range(20)))
+        wanted = Wanted(("GM",), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20))
+        measured(prediction, references, wanted, stack(*range(20)))
         durations.append(time.process_time() - start)
     assert min(durations) < 0.2

@@ -23,7 +23,22 @@ def as_case(values: np.ndarray) -> np.ndarray:
 def test_optimal_dice_of_the_worked_example():
     assert optimal_dice(RAMP) == pytest.approx(2 * 4.9 / (7 + 5.5))  # {.4, ..., 1}: .784
     assert optimal_dice(RAMP) / 2 == pytest.approx(0.392)
+    assert expected_dice(RAMP >= 0.5, RAMP) == pytest.approx(0.7826, abs=5e-5)
     assert expected_dice(RAMP > 0.5, RAMP) == pytest.approx(0.7619, abs=5e-5)
+
+
+def test_a_voxel_exactly_at_half_the_optimal_dice_leaves_it_unchanged():
+    m = np.array([1.0, 0.4, 0.4, 0.2])  # {1, .4, .4}: 2 x 1.8 / (3 + 2) = .72
+    best = optimal_dice(m)
+    added = np.append(m, best / 2)
+    chosen = added >= best / 2
+    assert 2 * added[chosen].sum() / (chosen.sum() + added.sum()) == pytest.approx(optimal_dice(added))
+
+
+@given(st.floats(1e-30, 1), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_a_threshold_is_never_0(value: float, size: int):
+    assert dice_optimal_threshold([as_case(np.full(size, value))]) > 0
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -46,7 +61,7 @@ def test_optimal_dice_equals_brute_force_over_all_sets_on_200_random_maps():
         dice = 2 * sets @ m / (sets.sum(axis=1) + m.sum())
         best = dice.max()
         assert optimal_dice(m) == pytest.approx(best)
-        np.testing.assert_array_equal(m > best / 2, sets[dice.argmax()].astype(bool))
+        np.testing.assert_array_equal(m >= best / 2 - 1e-12, sets[dice.argmax()].astype(bool))
 
 
 def test_dice_optimal_is_the_mean_over_cases_and_leaves_out_empty_predictions():
@@ -59,12 +74,13 @@ def test_dice_optimal_is_the_mean_over_cases_and_leaves_out_empty_predictions():
 def test_grid_finds_the_best_dice():
     prediction, reference = as_case([0.72, 0.68, 0.31, 0.1]), as_case([1, 1, 1, 0])
     assert grid_threshold([prediction], [reference]) == 0.3
+    assert grid_threshold([as_case([0.6, 0.6, 0.1])], [as_case([1, 1, 0])]) == 0.5
 
 
 def test_grid_takes_the_tie_nearest_to_one_half():
     prediction, reference = as_case([0.9, 0.9, 0.1]), as_case([1, 1, 0])
     assert grid_threshold([prediction], [reference]) == 0.5
-    assert grid_threshold([0.5 * prediction], [reference]) == 0.4  # all of 0.05 .. 0.4 tie
+    assert grid_threshold([0.5 * prediction], [reference]) == 0.45  # all of 0.1 .. 0.45 tie
 
 
 def test_grid_without_any_foreground_is_one_half():

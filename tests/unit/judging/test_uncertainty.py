@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from softseg_dist import Scale
 from softseg_dist.judging.uncertainty import Spread, entropy, uncertainty_rows
-from softseg_dist.numerics.metrics import brier, dice_dml, ece
+from softseg_dist.numerics.metrics import METRICS
 
 NAN = float("nan")
+SCALE = Scale(1.0, (1.0,), (2.0, 2.0))
 shares = st.floats(0, 1, width=32)
 
 
@@ -28,7 +30,7 @@ def raters(*values: list[float]) -> np.ndarray:
 
 
 def of(method: str, spread: Spread, theirs: np.ndarray) -> dict[tuple[str, str], float]:
-    return {(row.reference, row.metric): row.value for row in uncertainty_rows(method, spread, theirs, ("GM",))}
+    return {(row.reference, row.metric): row.value for row in uncertainty_rows(method, spread, theirs, ("GM",), SCALE)}
 
 
 @given(shares)
@@ -52,8 +54,8 @@ def test_voxel_wise_measures_by_hand() -> None:
 
 
 def test_structure_wise_measures_by_hand() -> None:
-    spread = Spread.of(maps([1, 1, 0, 0], [1, 1, 1, 0], [1, 0.5, 0, 0]))  # 0.5 is not above the cut
-    volumes = [2, 3, 1.5]
+    spread = Spread.of(maps([1, 1, 0, 0], [1, 1, 1, 0], [1, 0.49, 0, 0]))  # 0.49 is below the cut
+    volumes = [2, 3, 1.49]
     assert spread.volume_cv == pytest.approx(np.std(volumes, ddof=1) / np.mean(volumes))
     assert spread.pairwise_dice == pytest.approx((2 * 2 / 5 + 2 * 1 / 3 + 2 * 1 / 4) / 3)
     assert spread.samples_iou == pytest.approx(1 / 3)
@@ -94,7 +96,6 @@ def test_one_sample_says_nothing_about_the_spread() -> None:
     compared = ("mutual_information", "variance", "volume_cv", "pairwise_dice", "samples_iou")
     assert [rows["mean", f"m_{name}"] for name in compared] == pytest.approx([NAN] * 5, nan_ok=True)
     assert rows["mean", "m_entropy"] == pytest.approx((0 + entropy(np.array(0.25)) + 0) / 3)
-    assert rows["raters", "m_disagreement_correlation"] == pytest.approx(1)
 
 
 def test_empty_samples_have_no_size_to_vary() -> None:
@@ -103,11 +104,6 @@ def test_empty_samples_have_no_size_to_vary() -> None:
     assert np.isnan(measured).all()
     some = Spread.of(maps([0, 0], [0, 0], [1, 0]))
     assert some.pairwise_dice == 0, "an empty sample against one that is not; the pair of empty ones is left out"
-
-
-def test_without_disagreement_there_is_nothing_to_correlate_with() -> None:
-    spread = Spread.of(maps([1, 0.4, 0], [1, 0.2, 0]))
-    assert np.isnan(of("m", spread, raters([1, 1, 0], [1, 1, 0]))["raters", "m_disagreement_correlation"])
 
 
 def test_ged_by_hand() -> None:
@@ -120,7 +116,7 @@ def test_ged_by_hand() -> None:
 
 @given(arrays(np.float32, (3, 1, 2, 5), elements=shares))
 def test_samples_that_are_the_raters_are_at_no_distance(samples: np.ndarray) -> None:
-    samples = (samples > 0.5).astype(np.float32)
+    samples = (samples >= 0.5).astype(np.float32)
     assert Spread.of(samples[:, None]).ged2(np.moveaxis(samples, 0, 1)[:, :, None]) == pytest.approx(0, abs=1e-12)
 
 
@@ -128,11 +124,12 @@ def test_the_mean_map_is_measured_like_any_other_prediction() -> None:
     generator = np.random.default_rng(0)
     samples, theirs = generator.random((3, 2, 2, 9, 8)), generator.integers(0, 2, (2, 3, 2, 9, 8)).astype(np.float32)
     spread, mean = Spread.of(samples), theirs.mean(axis=1)
-    rows = uncertainty_rows("tta", spread, theirs, ("a", "b"))
+    scale = Scale(1.0, (1.0, 1.0), (2.0, 2.0))
+    rows = uncertainty_rows("tta", spread, theirs, ("a", "b"), scale)
     for k, name in enumerate(("a", "b")):
         values = {row.metric: row.value for row in rows if row.class_name == name}
-        for metric, measure in (("tta_dice_dml", dice_dml), ("tta_brier", brier), ("tta_ece", ece)):
-            assert values[metric] == measure(samples.mean(axis=0), mean)[k]
+        for metric in ("dice_dml", "brier", "ece"):
+            assert values[f"tta_{metric}"] == METRICS[metric](samples.mean(axis=0), mean, scale)[k]
 
 
 def test_rows_have_the_names_that_are_documented() -> None:
@@ -141,10 +138,10 @@ def test_rows_have_the_names_that_are_documented() -> None:
         "entropy", "expected_entropy", "mutual_information", "variance", "volume_cv", "pairwise_dice", "samples_iou",
         "dice_dml", "brier", "ece",
     ]  # fmt: skip
-    alone = uncertainty_rows("m", spread, raters([1, 1, 0]), ("GM",))
+    alone = uncertainty_rows("m", spread, raters([1, 1, 0]), ("GM",), SCALE)
     assert [(row.reference, row.metric, row.threshold) for row in alone] == [("mean", f"m_{n}", None) for n in names]
-    several = uncertainty_rows("m", spread, raters([1, 1, 0], [1, 0, 0]), ("GM",))
-    assert [row.metric for row in several if row.reference == "raters"] == ["m_disagreement_correlation", "m_ged2"]
+    several = uncertainty_rows("m", spread, raters([1, 1, 0], [1, 0, 0]), ("GM",), SCALE)
+    assert [row.metric for row in several if row.reference == "raters"] == ["m_ged2"]
 
 
 def test_entropy_far_from_every_object_does_not_count() -> None:

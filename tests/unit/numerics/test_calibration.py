@@ -44,12 +44,23 @@ def test_no_voxel_has_no_error_and_one_voxel_has_its_own():
     assert reliability(np.array([0.3]), np.array([1.0])).error == pytest.approx(0.7)
 
 
-def test_the_neighbourhood_is_a_box_around_what_is_predicted_or_labelled():
-    prediction, reference = np.zeros((2, 2, 1, 20, 20))
-    prediction[0, 0, 10, 10] = 0.5
-    prediction[0, 0, 0, 0] = 0.49
-    reference[1, 0, 0, 0] = 0.01
-    near = neighbourhood(prediction, reference)
-    assert near[0, 0, 7:14, 7:14].all()
-    assert near[1, 0, :4, :4].all()
-    assert near.sum() == 7 * 7 + 4 * 4
+def test_the_neighbourhood_is_a_box_of_5_mm_and_at_least_3_voxels_around_what_is_labelled():
+    reference = np.zeros((2, 1, 40, 20))
+    reference[0, 0, 20, 10] = 0.01
+    reference[1, 0, 0, 0] = 1
+    near = neighbourhood(reference, (0.5, 4.0))
+    assert near[0, 0, 10:31, 7:14].all()
+    assert near[1, 0, :11, :4].all()
+    assert near.sum() == 21 * 7 + 11 * 4
+
+
+def test_no_label_has_no_neighbourhood_and_one_class_does_not_widen_another():
+    reference = np.zeros((1, 2, 9, 9, 9))
+    reference[0, 0, 4, 4, 4] = 1
+    assert neighbourhood(reference, (5.0, 5.0, 5.0)).sum(axis=(0, 2, 3, 4)).tolist() == [7**3, 0]
+
+
+def test_the_largest_error_is_that_of_one_bin():
+    table = reliability(np.array([0.05, 0.55, 0.55, 0.95, 1.0]), np.array([0.0, 0.0, 1.0, 0.6, 0.6]))
+    assert table.largest_error == pytest.approx((0.95 + 1.0) / 2 - 0.6)
+    assert np.isnan(reliability(np.zeros(0), np.zeros(0)).largest_error)

@@ -34,10 +34,19 @@ def test_a_gap_of_one_voxel_makes_two_lesions():
 
 
 @pytest.mark.parametrize(("size", "overlap", "found"), [(1, 1, 1), (2, 1, 0), (2, 2, 1), (3, 2, 0), (9, 2, 0), (9, 3, 1)])
-def test_a_lesion_is_found_by_three_voxels_or_by_all_of_a_smaller_one(size: int, overlap: int, found: int):
-    reference, prediction = line(size, rows=2), np.zeros((2, size + 1), dtype=bool)
-    prediction[0, :overlap] = True
-    assert measured(prediction, reference)["lesions_found"] == found
+def test_a_pair_needs_three_common_voxels_or_all_of_the_smaller_lesion(size: int, overlap: int, found: int):
+    reference, prediction = line(size, rows=2), np.zeros((2, size + 4), dtype=bool)
+    prediction[:, size - overlap : size + 3] = reference.shape[1] > 0
+    prediction[1, :size] = False
+    reference = np.pad(reference, [(0, 0), (0, 3)])
+    found_now = measured(prediction, reference)
+    assert found_now["lesions_found"] == found_now["lesions_predicted"] - found_now["false_lesions"] == found
+
+
+def test_a_small_prediction_inside_a_large_lesion_finds_it():
+    reference, prediction = line(9), np.zeros((1, 10), dtype=bool)
+    prediction[0, 4] = True
+    assert measured(prediction, reference)["lesions_found"] == 1
 
 
 def test_true_lesions_are_counted_by_their_size():
@@ -63,21 +72,48 @@ def test_a_predicted_lesion_that_hits_none_is_false():
     reference, prediction = line(4, 4, 4), line(4, 4, 4)
     reference[0, 5:9] = False
     found = measured(prediction, reference)
-    assert (found["lesions_predicted"], found["lesions_false"], found["lesion_fdr"]) == (3, 1, 1 / 3)
+    assert (found["lesions_predicted"], found["false_lesions"], found["lesion_fdr"]) == (3, 1, 1 / 3)
 
 
-def test_one_prediction_can_find_several_lesions():
-    found = measured(np.ones_like(line(4, 4)), line(4, 4))
-    assert (found["lesions_found"], found["lesions_predicted"], found["lesions_false"]) == (2, 1, 0)
+def test_one_blob_over_everything_finds_one():
+    found = measured(np.ones_like(line(4, 5)), line(4, 5))
+    assert (found["lesions_found"], found["lesions_predicted"], found["false_lesions"]) == (1, 1, 0)
+    assert (found["lesion_sensitivity"], found["lesion_fdr"], found["lesion_f1"]) == (1 / 2, 0, 2 / 3)
+    assert (found["lesions_found_lt20"], found["false_lesions_lt20"]) == (1, 0)
 
 
-def test_without_lesions_the_ratios_are_nan_and_the_counts_0():
+def test_pairs_are_taken_by_falling_overlap_and_each_lesion_once():
+    """A blob covers 5 voxels of the first lesion and 4 of the second; a second prediction covers 3 of the first one alone."""
+    reference, prediction = np.zeros((3, 20), dtype=bool), np.zeros((3, 20), dtype=bool)
+    reference[0, :9] = reference[0, 10:14] = True
+    prediction[0, 4:14] = True
+    prediction[0, :3] = True
+    found = measured(prediction, reference)
+    assert (found["lesions_found"], found["false_lesions"]) == (1, 1)  # greedy: the other way round would match two pairs
+    assert found["lesion_f1"] == 2 * 1 / (2 + 2)
+
+
+def test_18_neighbours_do_not_connect_by_a_corner():
+    mask = np.zeros((4, 4, 4), dtype=bool)
+    mask[1, 1, 1] = mask[2, 2, 2] = True
+    assert components(mask, neighbours=18).sizes.tolist() == [1, 1]
+    mask[1, 2, 2] = True
+    assert components(mask, neighbours=18).sizes.tolist() == [3]
+
+
+def test_false_lesions_are_counted_by_their_own_size():
+    reference, prediction = line(30, 5), line(30, 5)
+    reference[:] = False
+    found = measured(prediction, reference)
+    assert (found["false_lesions"], found["false_lesions_20to100"], found["false_lesions_lt20"]) == (2, 1, 1)
+
+
+def test_without_lesions_in_the_reference_the_ratios_are_nan_and_the_counts_stay():
     empty, full = np.zeros((4, 4, 4), dtype=bool), np.ones((4, 4, 4), dtype=bool)
+    ratios = "lesion_sensitivity", "lesion_fdr", "lesion_f1"
     nothing = measured(empty, empty)
-    assert np.isnan([nothing["lesion_sensitivity"], nothing["lesion_fdr"]]).all()
-    assert not any(value for name, value in nothing.items() if name.startswith("lesions_"))
-    assert np.isnan(measured(full, empty)["lesion_sensitivity"])
-    assert measured(full, empty)["lesion_fdr"] == 1
-    assert np.isnan(measured(empty, full)["lesion_fdr"])
-    assert measured(empty, full)["lesion_sensitivity"] == 0
-    assert np.isnan(measured(empty[:0], empty[:0])["lesion_fdr"])
+    assert all(np.isnan(nothing[name]) for name in ratios)
+    assert not any(value for name, value in nothing.items() if name not in ratios)
+    assert all(np.isnan(measured(full, empty)[name]) for name in ratios)
+    assert measured(full, empty)["false_lesions"] == 1
+    assert [measured(empty, full)[name] for name in ratios] == [0, 0, 0]

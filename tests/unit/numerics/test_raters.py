@@ -1,4 +1,4 @@
-"""Raters: agreement with each other, energy distance and entropy, by hand and at the extremes."""
+"""Raters: agreement with each other, energy distance and volumes, by hand and at the extremes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
-from softseg_dist.numerics.raters import LEVELS, entropy_disagreement_correlation, ged2, pairwise_dice
+from softseg_dist.numerics.raters import LEVELS, ged2, pairwise_dice, volume_crps
 
 PROPERTY = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -39,7 +38,7 @@ def test_two_empty_raters_are_no_pair_and_one_empty_rater_scores_zero():
 def test_energy_distance_follows_its_definition_and_is_never_negative(seed: int):
     generator = np.random.default_rng(seed)
     prediction, raters = generator.random((3, 4)), generator.random((3, 3, 4)) < generator.random()
-    s, y = [prediction > level for level in LEVELS], list(raters)
+    s, y = [prediction >= level for level in LEVELS], list(raters)
     by_pairs = [np.mean([iou_distance(a, b) for a in left for b in right]) for left, right in ((s, y), (s, s), (y, y))]
     found = ged2(prediction, raters)
     assert found == pytest.approx(2 * by_pairs[0] - by_pairs[1] - by_pairs[2], abs=1e-12)
@@ -62,31 +61,23 @@ def test_a_soft_map_that_spreads_like_the_raters_is_nearer_than_a_hard_one():
     assert ged2(soft, raters) < ged2(hard, raters)
 
 
-def test_the_correlation_is_that_of_the_entropies():
-    generator = np.random.default_rng(0)
-    prediction, rater_mean = generator.random(200), generator.integers(0, 5, 200) / 4
-    entropies = [stats.entropy([p, 1 - p]) for p in (prediction, rater_mean)]
-    expected = stats.spearmanr(*np.round(entropies, 12)).statistic
-    assert entropy_disagreement_correlation(prediction, rater_mean) == pytest.approx(expected)
+def crps_by_definition(prediction: np.ndarray, volumes: np.ndarray) -> float:
+    """E |X - v| - E |X - X'| / 2 over 4,000 equally spaced thresholds."""
+    taus = (np.arange(4000) + 0.5) / 4000
+    x = (prediction.ravel()[None] >= taus[:, None]).sum(axis=1)
+    spread = np.abs(x[:, None] - x[None]).mean()
+    return float(np.mean([np.abs(x - v).mean() for v in volumes]) - spread / 2)
 
 
-def test_a_map_that_is_unsure_where_raters_differ_correlates_fully():
-    rater_mean = np.array([0.0, 0.25, 0.5, 0.9])
-    assert entropy_disagreement_correlation(rater_mean**1, rater_mean) == pytest.approx(1)
-    assert entropy_disagreement_correlation(1 - rater_mean, rater_mean) == pytest.approx(1)
-    assert entropy_disagreement_correlation(np.array([0.5, 0.3, 0.0, 0.2]), rater_mean) < 0
+@given(SEEDS)
+@settings(max_examples=5, deadline=None)
+def test_the_crps_of_a_volume_follows_its_definition(seed: int):
+    generator = np.random.default_rng(seed)
+    prediction, volumes = generator.random(8) * (generator.random(8) < 0.7), generator.uniform(0, 8, 3)
+    assert volume_crps(prediction, volumes) == pytest.approx(crps_by_definition(prediction, volumes), abs=2e-3)
 
 
-def test_the_correlation_is_nan_where_an_entropy_is_constant():
-    varied = np.array([0.1, 0.4, 0.8])
-    for constant in (np.zeros(3), np.array([0.0, 1.0, 0.0]), np.full(3, 0.5)):
-        assert np.isnan(entropy_disagreement_correlation(constant, varied))
-        assert np.isnan(entropy_disagreement_correlation(varied, constant))
-    assert np.isnan(entropy_disagreement_correlation(varied[:0], varied[:0]))
-
-
-def test_one_vote_of_three_is_as_much_disagreement_as_two():
-    means = np.array([0, 1, 2, 3], dtype=np.float32) / 3
-    assert entropy_disagreement_correlation(np.array([0.125, 0.25, 0.75, 0.875]), means) == pytest.approx(1)
-    raters = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=np.float32).mean(axis=1)
-    assert entropy_disagreement_correlation(np.array([0.4, 0.4, 0.1]), raters) == pytest.approx(1)
+def test_the_crps_of_a_hard_map_is_the_mean_error_of_its_volume():
+    hard = np.array([1.0, 1.0, 1.0, 0.0])
+    assert volume_crps(hard, np.array([3.0, 1.0, 4.0])) == pytest.approx((0 + 2 + 1) / 3)
+    assert volume_crps(0 * hard, np.array([0.0, 2.5])) == pytest.approx((0 + 2.5) / 2)

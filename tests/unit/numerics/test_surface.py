@@ -53,12 +53,24 @@ def test_a_single_voxel_has_a_surface_and_a_full_image_has_its_ends():
     assert surface_metrics(np.ones_like(voxel), np.ones_like(voxel), SPACING_MM)["surface_dice_1mm"] == 1
 
 
-def test_an_empty_mask_has_no_surface_so_everything_is_nan():
+def test_an_empty_reference_has_no_surface_so_everything_is_nan():
     empty, full = np.zeros((4, 4), dtype=bool), np.ones((4, 4), dtype=bool)
-    for pair in ((empty, full), (full, empty), (empty, empty), (empty[:0], empty[:0])):
+    for pair in ((full, empty), (empty, empty), (empty[:0], empty[:0])):
         found = surface_metrics(*pair, (1.0, 1.0))
         assert tuple(found) == SURFACE_METRICS
         assert all(np.isnan(value) for value in found.values())
+
+
+def test_a_missed_structure_is_as_far_away_as_the_image_is_long():
+    missed = surface_metrics(np.zeros((16, 16, 8), dtype=bool), cube((5, 5, 2), 3, (16, 16, 8)), (1.0, 1.0, 2.0))
+    diagonal = np.sqrt(16**2 + 16**2 + 16**2)
+    assert missed == {"hd95_mm": pytest.approx(diagonal), "asd_mm": pytest.approx(diagonal), "surface_dice_1mm": 0.0}
+    assert surface_metrics(cube((0, 0), 0, (2, 2)), cube((0, 0), 2, (2, 2)), (1.0, 1.0), diagonal_mm=7.0)["hd95_mm"] == 7
+
+
+def test_two_voxels_two_thick_slices_apart_are_10_mm_apart():
+    one, other = (cube((5, 5, z), 1, (16, 16, 8)) for z in (2, 4))
+    assert surface_metrics(one, other, (0.5, 0.5, 5.0))["hd95_mm"] == 10
 
 
 @pytest.mark.parametrize("share", [0.004, 0.2], ids=["a few voxels", "mostly surface"])

@@ -172,7 +172,7 @@ CHANGES = {
     "search.race.level: 0.1 -> 0.05": STUDY.replace(search=Search(propose, trials=4, race=Race(level=0.05))),
     "tune_each: none -> TuneEach": STUDY.replace(tune_each=TuneEach()),
     "second_objective: none -> brier": STUDY.replace(second_objective="brier"),
-    "objective: dice_dml -> dice_soft": STUDY.replace(objective="dice_soft"),
+    "objective: brier_skill -> dice_dml": STUDY.replace(objective="dice_dml"),
     "data.noise: ": STUDY.replace(data=Phantom(subjects=10, noise=0.5)),
     "number of splits: 2 -> 1; splits.count: 2 -> 1": STUDY.replace(splits=MonteCarlo(count=1)),
     "seed: 0 -> 1; split 0, train subjects: 6 (": STUDY.replace(seed=1),

@@ -252,10 +252,10 @@ def refused(a: Path, b: Path, *candidates: str | None, metric: str | None = None
 def test_what_cannot_be_compared_is_refused_in_one_line(first: Path, second: Path, tmp_path: Path) -> None:
     assert refused(first, first).startswith(f"{first}: compared with itself; name two")
     assert refused(first, second, "nobody").endswith(f"has no candidate 'nobody'; there are {', '.join(NAMES)}")
-    assert "--metric must be one of dice_dml, " in refused(first, second, metric="loss")
+    assert "--metric must be one of brier, dice_dml, " in refused(first, second, metric="loss")
     assert f"{first}: no test case has the metric mae" in refused(first, second, metric="mae")
     edit(second / "study.json", lambda study: study | {"objective": "brier"})
-    assert f"dice_dml in {first} and brier in {second}; choose with --metric: dice_dml" in refused(first, second)
+    assert f"dice_dml in {first} and brier in {second}; choose with --metric: brier, dice_dml" in refused(first, second)
     assert any("brier and dice_dml chose the epochs" in t for t in caveats(compared(first, second, SOFT, metric="ece")))
 
     failed = write_run(tmp_path / "failed", candidates=[CONTROL, SOFT], num_splits=2, failed=[(SOFT, 0), (SOFT, 1)])

@@ -15,10 +15,9 @@ from synthetic_run import CELLS, GAIN, write_run, written_page
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
-from softseg_dist.numerics.metrics import OBJECTIVES
 from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
-from softseg_dist.report.findings import METRICS, answer, caveats, effects_answer
+from softseg_dist.report.findings import answer, caveats, effects_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
@@ -396,7 +395,6 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
 
 
 @pytest.mark.engine
-def test_every_objective_is_explained_on_the_page(tmp_path: Path):
-    assert set(METRICS) == set(OBJECTIVES)
+def test_the_objective_is_explained_on_the_page(tmp_path: Path):
     page = written_page(write_run(tmp_path, candidates=CELLS[:2], num_splits=2)).read_text()
     assert page.index("Dice semimetric loss") < page.index("Contents")
