@@ -85,36 +85,37 @@ class Preprocess(Frozen):
             keeps the whole field of view, and then all cases must have one size.
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
             brighter than the mean), or a mask's part of the file name, as in "seg-manual" (that mask's centre of
-            mass).
+            mass). "seg-manual|image" takes the middle of the image where the mask is empty, as in a healthy control.
         label_resampling: "area": along axes that get coarser the exact share of each new voxel that is labelled, so that
             label x voxel volume adds up to the same; linear along the others. "linear": along all; lesions of few voxels
             may vanish on a coarser grid. Images are always averaged along axes that get coarser, linear along the others.
         normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
             become 0 to 1, clipped), "none".
-        slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled.
+        slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled, "labelled|all" to keep all of a
+            case without any.
     """
 
     dim: Literal[2, 3] = 2
     spacing_mm: tuple[PositiveFloat, ...] | None = None
     crop: tuple[PositiveInt, ...] | None = None
-    center: Annotated[str, Field(min_length=1)] = "image"
+    center: Annotated[str, Field(pattern=r"^[^|]+(\|[^|]+)*$")] = "image"
     label_resampling: Literal["area", "linear"] = "area"
     normalize: Literal["zscore", "percentile", "none"] = "zscore"
-    slices: Literal["all", "labelled"] = "all"
+    slices: Literal["all", "labelled", "labelled|all"] = "all"
 
     @model_validator(mode="after")
     def _as_many_as_axes(self) -> Self:
         for name, value in (("spacing_mm", self.spacing_mm), ("crop", self.crop)):
             if value is not None and len(value) != self.dim:
                 raise ValueError(f"{name} needs {self.dim} numbers for dim={self.dim}, got {value}")
-        if self.slices == "labelled" and self.dim == 3:
-            raise ValueError('slices="labelled" is for dim=2; a volume is kept whole')
+        if self.slices != "all" and self.dim == 3:
+            raise ValueError(f'slices="{self.slices}" is for dim=2; a volume is kept whole')
         return self
 
     @property
     def mask_parts(self) -> tuple[str, ...]:
-        """The masks that centre the crop, besides the labels: none or one."""
-        return () if self.crop is None or self.center in ("image", "foreground") else (self.center,)
+        """The masks that centre the crop, besides the labels."""
+        return () if self.crop is None else tuple(each for each in self.center.split("|") if each not in ("image", "foreground"))
 
     def apply(self, case: Case) -> Sample:
         """The sample of `case`. Raises UserError naming the case if it cannot be read or used."""
@@ -172,19 +173,19 @@ class Preprocess(Frozen):
 
     def _center(self, case: Case, data: CaseData) -> tuple[float, ...]:
         """The voxel index [X Y Z], with fractions, that the crop is centred on."""
-        if self.center == "image":
-            return tuple((n - 1) / 2 for n in data.image.shape[1:])
-        if self.center == "foreground":
-            weights = (data.image[0] > data.image[0].mean(dtype=np.float64)).astype(np.float32)
-        else:
-            weights = case.mask(self.center)
-        total = float(weights.sum(dtype=np.float64))
-        if total <= 0:
-            raise UserError(f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there")
-        planes = ((1, 2), (0, 2), (0, 1))
-        return tuple(
-            float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total
-            for plane, n in zip(planes, weights.shape, strict=True)
+        for center in self.center.split("|"):
+            if center == "image":
+                return tuple((n - 1) / 2 for n in data.image.shape[1:])
+            if center == "foreground":
+                weights = (data.image[0] > data.image[0].mean(dtype=np.float64)).astype(np.float32)
+            else:
+                weights = case.mask(center)
+            if (total := float(weights.sum(dtype=np.float64))) > 0:
+                planes = zip(((1, 2), (0, 2), (0, 1)), weights.shape, strict=True)
+                return tuple(float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total for plane, n in planes)
+        raise UserError(
+            f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there; name what is taken then, as in "
+            f'center="{self.center}|image"'
         )
 
     def _image(self, case: Case, volume: Float32, axes: tuple[Axis, ...]) -> Float32:
@@ -231,9 +232,14 @@ class Preprocess(Frozen):
         if self.slices == "all" or not case.rater_names:  # an image to predict has no raters: all its slices count
             return tuple(range(len(raters)))
         labelled = np.flatnonzero(raters.any(axis=tuple(range(1, raters.ndim))))
-        if not labelled.size:
-            raise UserError(f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop')
-        return tuple(labelled.tolist())
+        if labelled.size:
+            return tuple(labelled.tolist())
+        if self.slices == "labelled|all":
+            return tuple(range(len(raters)))
+        raise UserError(
+            f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all slices '
+            "of such a case"
+        )
 
 
 def _chosen(items: NDArray[Voxel], slices: tuple[int, ...] | None) -> NDArray[Voxel]:

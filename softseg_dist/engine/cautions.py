@@ -36,9 +36,12 @@ from softseg_dist.words import count, listed, percent
 FIRST = 24  # cases that `plan` looks at: it answers soon, whatever the size of the data set
 DRAWS = 2  # of augmentation, per case, in which targets are compared
 FEW = 3  # subjects that must have a class
+NOWHERE = "class in no case"  # the rule that refuses a run
 ROUNDING = 1e-4  # labels of a voxel may add up to so much more than 1
 SOFT_AS = {"staple": "majority", "soft_staple": "mean"}  # soft in the same voxels, without STAPLE's cost
 SIDES = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"), ("lh", "rh"), ("LH", "RH"), ("L", "R"), ("l", "r"))
+
+Cautions = Iterator[tuple[str, str]]  # rule and sentence
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class _Facts:
     image: str  # digest of its middle item
     soft: Mapping[str, float]
     labelled: tuple[bool, ...]  # does any rater label this class?
-    num_overlapping: int  # voxels in which the classes of a rater add up to more than 1
+    num_over: int  # voxels in which the classes of a rater add up to more than 1
 
 
 class Inspection:
@@ -60,8 +63,9 @@ class Inspection:
     """
 
     def __init__(self, study: Study) -> None:
-        self.study = study
+        self.study, self.classes = study, study.data.classes
         self.recipes = {**study.candidates, **sample_proposals(study)}
+        self.softmax = [name for name, recipe in self.recipes.items() if isinstance(recipe.activation, Softmax)]
         self._facts: list[_Facts] = []
         self._alike = list(_pairs(study.candidates))  # their targets were identical in every case so far
 
@@ -69,144 +73,103 @@ class Inspection:
         """Take down what the cautions need of a prepared case. Raises UserError if a transform does not fit its images."""
         fusions = {SOFT_AS.get(recipe.fusion, recipe.fusion) for recipe in self.recipes.values() if recipe.label == "soft"}
         soft = {fusion: _soft_share(_target(sample, "soft", fusion)) for fusion in sorted(fusions) if _has_rater(sample, fusion)}
-        raters = sample.raters  # [N R K *S]
-        middle = np.ascontiguousarray(sample.image[len(sample.image) // 2])
-        self._facts.append(
-            _Facts(
-                name=sample.name,
-                subject=sample.subject,
-                image=hashlib.blake2b(middle.data, digest_size=16).hexdigest(),
-                soft=soft,
-                labelled=tuple(bool(raters[:, :, k].any()) for k in range(raters.shape[2])),
-                num_overlapping=int((raters.sum(axis=2) > 1 + ROUNDING).sum()) if self._softmax else 0,
-            )
-        )
-        compared: dict[str, bool] = {}  # cells of a factorial share their targets
-        self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, compared)]
+        image = hashlib.blake2b(np.ascontiguousarray(sample.image[len(sample.image) // 2]).data).hexdigest()
+        labelled = tuple(bool(sample.raters[:, :, k].any()) for k in range(len(self.classes)))
+        num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax else 0
+        self._facts.append(_Facts(sample.name, sample.subject, image, soft, labelled, num_over))
+        same: dict[str, bool] = {}  # cells of a factorial share their targets
+        self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, same)]
 
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
-        found = [self._targets(), self._softness(), self._sides(), self._overlaps(), self._twins(), self._own_masks()]
-        found += [] if splits is None else [self._classes(), self._absent(splits)]
-        return [problem for each in found for problem in each]
+        rules = [self._targets(), self._softness(), self._sides(), self._overlaps(), self._twins(), self._own_masks()]
+        rules += [] if splits is None else [self._classes(splits)]
+        found = [pair for rule in rules for pair in rule]
+        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in found]
 
-    @property
-    def _all(self) -> str:
-        return f"all {count(len(self._facts), 'case')} that were looked at"
-
-    @property
-    def _softmax(self) -> list[str]:
-        several = len(self.study.data.classes) > 1
-        return [name for name, recipe in self.recipes.items() if several and isinstance(recipe.activation, Softmax)]
-
-    def _same_targets(self, sample: Sample, pair: tuple[str, str], compared: dict[str, bool]) -> bool:
-        """Whether two candidates make the same targets of a case: before augmentation, and of its fullest item after it."""
+    def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
+        """Whether two candidates make the same targets of a case: of all items before augmentation, of the fullest one after it."""
         one, other = (self.study.candidates[name] for name in pair)
         if not (_has_rater(sample, one.fusion) and _has_rater(sample, other.fusion)):
             return False  # one of them cannot be trained
-        key = canonical_json([one.label, one.fusion, other.label, other.fusion, [t.model_dump(mode="json") for t in one.augment]])
-        if key not in compared:
+        key = f"{one.label} {one.fusion} {other.label} {other.fusion} {one.augment}"
+        if key not in same:
             item = int(sample.raters.sum(axis=tuple(range(1, sample.raters.ndim))).argmax())
-            compared[key] = all(
-                torch.equal(*(_trained(sample, recipe, where, draw) for recipe in (one, other)))
-                for where, draw in product((None, item), range(DRAWS))
-            )
-        return compared[key]
+            seen = product((None, item), range(DRAWS))
+            same[key] = all(torch.equal(_trained(sample, one, *each), _trained(sample, other, *each)) for each in seen)
+        return same[key]
 
-    def _targets(self) -> Iterator[Problem]:
+    def _targets(self) -> Cautions:
         if self._alike and any(any(facts.labelled) for facts in self._facts):
-            pairs = listed([" = ".join(pair) for pair in self._alike])
-            yield _warning(
-                ALIKE,
-                f"The targets of these candidates are identical in {self._all}, augmentation included, and nothing else "
-                f"differs between them: {pairs}; they differ if masks are resampled (spacing_mm), moved by an augmentation that "
-                "interpolates (Affine, Elastic), soft, or of several raters.",
+            pairs, num = listed([" = ".join(pair) for pair in self._alike]), count(len(self._facts), "case")
+            text = (
+                f"Candidates that differ in label mode or fusion alone have identical targets in all of {num}, also augmented "
+                f"({pairs}); they differ if masks are resampled (spacing_mm), soft, of several raters, or moved by Affine."
             )
+            yield ALIKE, text
 
-    def _softness(self) -> Iterator[Problem]:
+    def _softness(self) -> Cautions:
         for fusion in dict.fromkeys(fusion for facts in self._facts for fusion in facts.soft):
             shares = {facts.name: facts.soft[fusion] for facts in self._facts if facts.soft.get(fusion, np.nan) >= 0}
             rest = [share for share in shares.values() if share > 0]
             if binary := [name for name, share in shares.items() if share == 0]:
                 named = f" of {listed(binary)} ({percent(min(rest))} to {percent(max(rest))} of the others)" if rest else ""
-                yield _warning(
-                    "binary targets",
+                text = (
                     f'label="soft" with fusion="{fusion}" is binary before augmentation in {len(binary)} of '
-                    f"{count(len(shares), 'labelled case')}: 0 % of the labelled voxels{named} lie strictly between 0 and 1; they "
-                    "would if masks were resampled (spacing_mm), soft, or of several raters.",
+                    f"{count(len(shares), 'labelled case')}: 0 % of the labelled voxels{named} lie strictly between 0 and 1; "
+                    "they would if masks were resampled (spacing_mm), soft, or of several raters."
                 )
+                yield "binary targets", text
 
-    def _classes(self) -> Iterator[Problem]:
+    def _classes(self, splits: Sequence[Split]) -> Cautions:
         subjects = {facts.subject for facts in self._facts}
-        for k, name in enumerate(self.study.data.classes if subjects else ()):
-            having = sorted({facts.subject for facts in self._facts if facts.labelled[k]})
-            if not having:
-                text = f"No rater labels class {name} in {self._all}: its mean volume is 0, so that nothing can be scored; "
-                yield Problem("", "error", "class in no case", f"{text}check labels=... of the data set, or leave the class out.")
-            elif len(having) < FEW:
-                yield _warning(
-                    "class of few subjects",
-                    f"Class {name} is labelled in {len(having)} of {count(len(subjects), 'subject')} ({listed(having)}): its "
-                    f"scores stand on fewer than {FEW} people; add subjects who have it, or leave the class out.",
-                )
-
-    def _absent(self, splits: Sequence[Split]) -> Iterator[Problem]:
-        for k, name in enumerate(self.study.data.classes):
+        for k, name in enumerate(self.classes):
             having = {facts.subject for facts in self._facts if facts.labelled[k]}
-            if having and (lacking := [split.name for split in splits if not having & {*split.train}]):
-                yield _warning(
-                    "class absent in training",
-                    f"No training case labels class {name} in {len(lacking)} of {count(len(splits), 'split')} ({listed(lacking)}): "
-                    "fits there cannot learn it; add subjects who have it, or use other splits.",
-                )
+            remedy = "add subjects who have it, or leave the class out."
+            if not having:
+                yield (NOWHERE, f"No case has a label of class {name}, so it cannot be scored; check labels=... of the data set.")
+                continue
+            if len(having) < FEW:
+                of = f"{len(having)} of {count(len(subjects), 'subject')} ({listed(sorted(having))})"
+                yield "class of few subjects", f"Class {name} is labelled in {of}: scores of it stand on fewer than {FEW}; {remedy}"
+            if lacking := [split.name for split in splits if not having & {*split.train}]:
+                of = f"{len(lacking)} of {count(len(splits), 'split')} ({listed(lacking)})"
+                yield "class absent in training", f"No training case has class {name} in {of}: fits there cannot learn it; {remedy}"
 
-    def _sides(self) -> Iterator[Problem]:
+    def _sides(self) -> Cautions:
         flipped = {name: recipe.augment for name, recipe in self.recipes.items()}
         flipped |= {f"TTA of {method.short}": method.transforms for method in self.study.uncertainty if isinstance(method, TTA)}
-        users = [name for name, transforms in flipped.items() if any(_mirrors_sides(each) for each in transforms)]
-        if users and (pairs := list(_side_pairs(self.study.data.classes))):
-            yield _warning(
-                "left and right mirrored",
+        users = [n for n, each in flipped.items() if any(isinstance(t, Flip) and not t.idle and 0 in t.axes for t in each)]
+        if users and (pairs := list(_side_pairs(self.classes))):
+            text = (
                 f"Flip of axis 0 mirrors left and right in {listed(users)}, but does not exchange the classes {listed(pairs)}: "
-                "mirrored images are trained with the wrong side; leave axis 0 out, as in Flip(axes=(1,)).",
+                "mirrored images are trained with the wrong side; leave axis 0 out, as in Flip(axes=(1,))."
             )
+            yield "left and right mirrored", text
 
-    def _overlaps(self) -> Iterator[Problem]:
-        voxels = {facts.name: facts.num_overlapping for facts in self._facts if facts.num_overlapping}
-        if voxels:
-            worst = max(voxels, key=lambda name: voxels[name])
-            yield _warning(
-                "classes overlap",
-                f"Labels of several classes add up to more than 1 in {len(voxels)} of {count(len(self._facts), 'case')}, most in "
-                f"{worst} ({count(voxels[worst], 'voxel')}), which Softmax cannot predict ({listed(self._softmax)}); use Sigmoid, "
-                "or labels that exclude each other.",
+    def _overlaps(self) -> Cautions:
+        if over := {facts.name: facts.num_over for facts in self._facts if facts.num_over and len(self.classes) > 1}:
+            worst = max(over, key=lambda name: over[name])
+            text = (
+                f"Labels of several classes add up to more than 1 in {len(over)} of {count(len(self._facts), 'case')}, most in "
+                f"{worst} ({count(over[worst], 'voxel')}): Softmax cannot predict that ({listed(self.softmax)}); use Sigmoid."
             )
+            yield "classes overlap", text
 
-    def _twins(self) -> Iterator[Problem]:
+    def _twins(self) -> Cautions:
         same: dict[str, list[str]] = defaultdict(list)
         for facts in self._facts:
             same[facts.image].append(facts.name)
         if twins := [" = ".join(names) for names in same.values() if len(names) > 1]:
-            yield _warning(
-                "equal images", f"Cases have equal images under several names: {listed(twins)}; keep one, or they count twice."
-            )
+            yield "equal images", f"Cases have equal images under several names: {listed(twins)}; keep one, or they count twice."
 
-    def _own_masks(self) -> Iterator[Problem]:
-        preprocess, labels = self.study.preprocess, getattr(self.study.data, "labels", {})
-        for part in preprocess.mask_parts:
-            drawn = any(_is_label(part, label) for label in labels.values())
-            what = f"the raters' own label {part!r}, which is what is to be found" if drawn else f"its own mask {part!r}"
-            yield _warning(
-                "crop by a mask",
-                f"The crop of every case, test cases included, is centred on {what}: a new image needs such a mask too; "
-                'center="foreground" or "image" needs none.',
-            )
-        if preprocess.slices == "labelled":
-            yield _warning(
-                "slices by labels",
-                'slices="labelled" keeps the slices that a rater labelled, in test cases too: false positives in other slices are '
-                'never seen; slices="all" shows them.',
-            )
+    def _own_masks(self) -> Cautions:
+        for part in self.study.preprocess.mask_parts:
+            what = f"The crop of every case, test cases included, is centred on its own mask {part!r}"
+            yield "crop by a mask", f'{what}: a new image needs one too; center="foreground" or "image" needs none.'
+        if (slices := self.study.preprocess.slices) != "all":
+            what = f'slices="{slices}" leaves out slices without a label, in test cases too'
+            yield "slices by labels", f'{what}: false positives there are never seen; slices="all" keeps them.'
 
 
 def inspect_store(study: Study, store: Store, splits: Sequence[Split]) -> list[Problem]:
@@ -225,10 +188,6 @@ def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
     cases, inspection = study.data.cases(data_root)[:FIRST], Inspection(study)
     found = check_cases(cases, study.preprocess, inspection.look)
     return [*(problem for problem in found if problem.level == "error"), *inspection.cautions(None)]
-
-
-def _warning(rule: str, text: str) -> Problem:
-    return Problem("", "warning", rule, text)
 
 
 def _pairs(candidates: Mapping[str, Recipe]) -> Iterator[tuple[str, str]]:
@@ -265,10 +224,6 @@ def _soft_share(target: Tensor) -> float:
     return float((labelled & (target < 1)).sum() / labelled.sum())  # 0 / 0 is NaN in torch
 
 
-def _mirrors_sides(transform: object) -> bool:
-    return isinstance(transform, Flip) and not transform.idle and 0 in transform.axes
-
-
 def _side_pairs(classes: Sequence[str]) -> Iterator[str]:
     """Classes whose names differ in the side alone: `left` and `right`, `kidney_L` and `kidney_R`."""
     for name, (left, right) in product(classes, SIDES):
@@ -276,9 +231,3 @@ def _side_pairs(classes: Sequence[str]) -> Iterator[str]:
         for found in re.finditer(pattern, name):
             if (other := name[: found.start()] + right + name[found.end() :]) in classes:
                 yield f"{name} and {other}"
-
-
-def _is_label(part: str, label: str) -> bool:
-    """Whether a mask's part of the file name is that of a label, of any rater and value."""
-    wanted = re.escape(label.partition(":")[0]).replace(re.escape("{rater}"), ".+")
-    return re.fullmatch(wanted, part.partition(":")[0]) is not None

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pydantic import ValidationError
 
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.file_digests import Digest, sha256_of
@@ -335,8 +336,28 @@ def test_labelled_slices_are_kept_alone_and_go_back_to_their_place() -> None:
     sample = preprocess.apply(case_of(label))
     assert sample.placement.slices == (1, 2, 3, 4, 5)
     assert np.array_equal(preprocess.restore(sample.raters[:, 0], sample.placement), label[None])
-    with pytest.raises(UserError, match="keeps none"):
+    with pytest.raises(UserError, match=r'keeps none.*"labelled\|all" keeps all'):
         preprocess.apply(case_of(np.zeros_like(label)))
+
+
+def test_a_healthy_control_has_a_way_on() -> None:
+    label, empty = ball((10, 12, 9), (3, 6, 3), 2), np.zeros((10, 12, 9), np.float32)
+    kept = Preprocess(slices="labelled|all")
+    assert kept.apply(case_of(empty)).placement.slices == tuple(range(9))
+    assert kept.apply(case_of(label)).placement.slices == (1, 2, 3, 4, 5)
+    alone, named = (Preprocess(crop=(4, 4), center=center) for center in ("mask", "mask|image"))
+    with pytest.raises(UserError, match=r"'mask', which is empty there; name what is taken then, as in center=\"mask\|image\""):
+        alone.apply(case_of(empty))
+    assert named.mask_parts == ("mask",)
+    middle = Preprocess(crop=(4, 4)).apply(case_of(empty)).placement
+    assert named.apply(case_of(empty)).placement.axes == middle.axes
+    assert named.apply(case_of(label)).placement.axes == alone.apply(case_of(label)).placement.axes != middle.axes
+
+
+@pytest.mark.parametrize("center", ["", "mask|", "|image"])
+def test_a_center_names_something(center: str) -> None:
+    with pytest.raises(ValidationError, match="center"):
+        Preprocess(crop=(4, 4), center=center)
 
 
 SETTINGS: list[dict[str, Any]] = [
