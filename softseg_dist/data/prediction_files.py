@@ -21,7 +21,7 @@ import numpy as np
 from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.layouts import Bids
-from softseg_dist.data.volume import read_geometry, read_volume, stem_of
+from softseg_dist.data.volume import read_volume, stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import dimensions, listed
 
@@ -126,18 +126,6 @@ def label_values(data: DataSet) -> dict[str, int]:
     named = [int(value) for value in parts if value]
     values = named if len(set(named)) == len(data.classes) else range(1, len(data.classes) + 1)
     return dict(zip(data.classes, values, strict=True))
-
-
-def misplaced(files: Sequence[Path], grid: Geometry) -> list[str]:
-    """What of the NIfTI files of a case is not on the `grid` of its image, a line each; reads no voxels."""
-    found = []
-    for path in files:
-        try:
-            if path.suffix != ".npz":
-                _check_grid(read_geometry(path), path, grid)
-        except UserError as error:
-            found.append(str(error))
-    return found
 
 
 def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) -> Float32:

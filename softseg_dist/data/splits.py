@@ -28,11 +28,12 @@ KEYS = ({"train", "val"}, {"train", "test"}, {"train", "val", "test"}, {"train",
 class Split(Frozen):
     """Who trains, validates and tests. All sessions of one person are in one part.
 
-    A split of a study has subjects in each part. One without validation and test trains a final model on all subjects.
+    A split of a study has subjects in each part. One without validation and test trains a final model on all subjects; one with
+    test subjects alone judges predictions that exist already.
     """
 
     index: int = Field(ge=0)
-    train: tuple[str, ...]
+    train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
@@ -47,7 +48,8 @@ class Split(Frozen):
         if len(set(everyone)) < len(everyone):
             twice = sorted({s for s in everyone if everyone.count(s) > 1})
             raise ValueError(f"split {self.index}: a subject must be in one part only, got {', '.join(twice)} in two")
-        if not self.train or bool(self.validation) != bool(self.test):
+        parts = [bool(part) for part in (self.train, self.validation, self.test)]
+        if parts not in ([True, True, True], [True, False, False], [False, False, True]):
             raise ValueError(f"split {self.index}: train, validation and test must each have a subject")
         return self
 

@@ -13,7 +13,7 @@ from softseg_dist.numerics.statistics import NAN
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 
-RULE = "grid"  # the threshold that each fit chose on validation
+RULE = ("grid", "fixed")  # the threshold that each fit chose on validation; 0.5 where there was none
 NO_RATER = ("mean", "truth", "raters")  # references that are not one of the raters
 
 

@@ -13,7 +13,6 @@ import pandas as pd
 
 from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
-from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.words import interval, number, p_value
 
@@ -76,11 +75,18 @@ def latex(summary: Summary) -> str:
     """Ranking and, if there is anything to compare, tests: two LaTeX tables with captions that say n."""
     n = f"n = {summary.num_tested} tested subjects, {len(summary.splits)} splits; unit of analysis: a subject in a split"
     title = summary.objective_title
-    cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in RULES]
+    cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in summary.used_rules]
     ranking = _tabular(
         ["", "candidate", title, "95 % interval", "sd", *cuts],
         [
-            [str(s.rank or "–"), s.name, number(s.mean), interval(s.low, s.high), number(s.sd), *(number(s.dice[r]) for r in RULES)]
+            [
+                str(s.rank or "–"),
+                s.name,
+                number(s.mean),
+                interval(s.low, s.high),
+                number(s.sd),
+                *(number(s.dice[r]) for r in summary.used_rules),
+            ]
             for s in summary.ranking
         ],
         f"Candidates by {title} on test: mean, 95 % interval of the crossed random-effects model, sd of the means of the "

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from softseg_dist.numerics.crossed_test import CrossedTest
+from softseg_dist.numerics.statistics import ALL_EQUAL
 from softseg_dist.report.effects import Effect, Interaction
 from softseg_dist.report.paired_tests import Comparison, effect_in_words
 from softseg_dist.report.ranking import Standing
@@ -36,6 +37,12 @@ def answer(summary: Summary) -> str:
     """The finding in one sentence, with effect size, interval, corrected p and n. It never claims more than the test."""
     if not summary.comparisons:
         return f"There is one candidate with scores, {summary.winner.name}: nothing to compare it with."
+    if all(c.crossed.mean == 0 and c.crossed.note == ALL_EQUAL for c in summary.comparisons):
+        named, control = listed([c.candidate for c in summary.comparisons]), "the control " * (summary.reference == summary.control)
+        sample = _sample(summary.comparisons[0].crossed)
+        return (
+            f"{named} and {control}{summary.reference} have equal scores on {_metric(summary)}: all differences are 0 ({sample})."
+        )
     if summary.reference != summary.control:
         return _without_control(summary)
     if all(math.isnan(c.crossed.p) for c in summary.comparisons):
@@ -153,7 +160,8 @@ def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
     """Limits of the evidence on the page, the most serious first. `spacing_mm` is that of the prepared grid."""
     found = [*_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
     grid = f" ({dimensions(spacing_mm)} mm)" if spacing_mm else ""
-    found.append(f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images.")
+    if not summary.of_models:
+        found.append(f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images.")
     return found
 
 
@@ -241,7 +249,7 @@ def _data(summary: Summary) -> list[str]:
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
         found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")
-    if (num := len(summary.splits)) < 6:
+    if (num := len(summary.splits)) < 6 and not summary.of_models:
         smallest = f"its smallest p is {2.0 ** (1 - num):.3g}"
         found.append(f"With {count(num, 'split')} Wilcoxon's test cannot reach p < 0.05 ({smallest}).")
     if summary.num_tested < 12:

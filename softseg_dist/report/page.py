@@ -34,7 +34,6 @@ from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of
-from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain, summarise
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
@@ -110,6 +109,7 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
         found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
+    if summary.comparisons and len(summary.splits) > 1:
         found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
@@ -147,8 +147,8 @@ def _sections(summary: Summary, pictures: Collection[str]) -> dict[str, str]:
         "sites": ("Sites", measures.sites),
         "raters": ("Raters", measures.raters),
         "uncertainty": ("Uncertainty", measures.uncertainty),
-        "cases": ("Cases", True),
-        "training": ("Training", True),
+        "cases": ("Cases", summary.trained or "overlays" in pictures),
+        "training": ("Training", summary.trained),
         "exclusions": ("Failures and exclusions", True),
         "data": ("Data and splits", True),
         "repeat": ("How to repeat this", True),
@@ -184,7 +184,8 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         shown=shown(summary),
         few=len(shown(summary)) < len(summary.ranking),
         most=MOST,
-        rules=RULES,
+        rules=summary.used_rules,
+        cut=_cut(summary),
         rule_names=RULE_NAMES,
         to_best={rival.candidate: rival for rival in summary.rivals},
         few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
@@ -213,3 +214,10 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
         for note in filter(None, dict.fromkeys(told)):
             notes.setdefault(note, []).append(comparison.candidate)
     return notes
+
+
+def _cut(summary: Summary) -> str:
+    """At what predictions are cut for lesions, surfaces and raters."""
+    having = ["grid" in standing.thresholds for standing in summary.ranking if standing.thresholds]
+    chosen = "the threshold that each fit chose on its grid"
+    return chosen if all(having) else f"{chosen}, or 0.5 without one" if any(having) else "0.5"

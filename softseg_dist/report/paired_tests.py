@@ -25,11 +25,14 @@ from softseg_dist.numerics.statistics import (
     corrected_t_test,
     holm,
     paired_bootstrap,
+    subject_test,
     wilcoxon_test,
 )
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTables, scores_by_rule, split_means
+from softseg_dist.report.scores import ScoreTable, ScoreTables, scores_by_rule, split_means
 from softseg_dist.words import interval_clause, number, p_clause
+
+OF_MODELS = "t-test over subjects: it speaks about new subjects for these trained models, not about new training runs"
 
 
 class _Tested(Protocol):
@@ -51,8 +54,17 @@ def holm_corrected(found: Sequence[Tested]) -> tuple[Tested, ...]:
 
 
 def paired_test(scores: ScoreTables, candidate: str, reference: str) -> CrossedTest:
-    """The crossed test of `candidate` minus `reference`; its warnings name subjects."""
-    return crossed_test(scores.difference(candidate, reference), scores.subjects)
+    """The test of `candidate` minus `reference` (see `primary_test`); its warnings name subjects."""
+    return primary_test(scores, scores.difference(candidate, reference))
+
+
+def primary_test(scores: ScoreTables, table: ScoreTable) -> CrossedTest:
+    """The crossed test of values [subject x split]; of trained models the t-test over subjects, which says so."""
+    if not scores.of_models:
+        return crossed_test(table, scores.subjects)
+    test = subject_test(table[:, 0])
+    warnings = (OF_MODELS,) if math.isfinite(test.p) else ()
+    return CrossedTest(**vars(test) | {"warnings": warnings}, num_splits=1, num_pairs=test.num_subjects)
 
 
 def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p") -> str:
@@ -143,4 +155,4 @@ def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[
     others = scores_by_rule(test, run.finished, "dice")
     base = others.pop("fixed")
     tests = {(name, rule): crossed_test(dice.of(name) - base.of(name)) for name in names for rule, dice in others.items()}
-    return holm_corrected([RuleTest(*of, crossed) for of, crossed in tests.items()])
+    return holm_corrected([RuleTest(*of, crossed) for of, crossed in tests.items() if crossed.num_pairs])

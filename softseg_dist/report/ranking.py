@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.metrics import row_of
 from softseg_dist.numerics.statistics import NAN
+from softseg_dist.report.paired_tests import primary_test
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import RULES, ScoreTables, mean_of, scores_by_rule, soft_rows, soft_scores, split_means, undefined
 
@@ -95,7 +95,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
     standings = []
     for candidate in run.candidates:
         name = candidate.name
-        whole, by_split = crossed_test(scores.of(name)), split_means(scores.of(name), scores.splits)
+        whole, by_split = primary_test(scores, scores.of(name)), split_means(scores.of(name), scores.splits)
         chosen = [fit.thresholds for fit in run.finished if fit.candidate == name]
         num_undefined, num_values = counts.get(name, (0, 0))
         standings.append(

@@ -86,6 +86,11 @@ class RunData:
         return [(found["rule"], found["text"]) for found in self.run.get("cautions", ())]
 
     @property
+    def of_models(self) -> bool:
+        """Are these predictions that were judged without splits, and so without any that train?"""
+        return not any(split.train for split in self.splits)
+
+    @property
     def subjects(self) -> set[str]:
         """All subjects of the splits."""
         return {subject for split in self.splits for subject in (*split.train, *split.validation, *split.test)}

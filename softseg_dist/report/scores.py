@@ -24,11 +24,15 @@ RULES = ("fixed", "grid", "dice_optimal")  # as `judging.thresholds` names them
 
 @dataclass(frozen=True)
 class ScoreTables:
-    """All test scores of one metric. `subjects` and `splits` name the rows and columns of every table."""
+    """All test scores of one metric. `subjects` and `splits` name the rows and columns of every table.
+
+    `of_models`: they are of trained models, one per subject, as predictions that were judged without splits have them.
+    """
 
     subjects: tuple[str, ...]
     splits: tuple[int, ...]
     tables: Mapping[str, ScoreTable]
+    of_models: bool = False
 
     def of(self, candidate: str) -> ScoreTable:
         """Scores [subject x split] of a candidate; all NaN if none of its fits has finished."""
@@ -51,9 +55,11 @@ def soft_scores(test: pd.DataFrame, metric: str, reference: str = "mean", only_c
     return tables_of(rows if only_class is None else rows[rows["class"] == only_class], test)
 
 
-def rows_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rule: str, reference: str = "mean") -> pd.DataFrame:
-    """The rows of a thresholded metric at the threshold that each fit chose on validation by `rule`."""
-    chosen = {(fit.candidate, fit.split): fit.thresholds[rule] for fit in fits if rule in fit.thresholds}
+def rows_at_rule(
+    test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rules: Sequence[str], reference: str = "mean"
+) -> pd.DataFrame:
+    """The rows of a thresholded metric at the threshold of each fit: that of the first of the `rules` that it has."""
+    chosen = {(f.candidate, f.split): f.thresholds[rule] for f in fits for rule in reversed(rules) if rule in f.thresholds}
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].notna()]
     if rows.empty:
         return rows
@@ -64,7 +70,7 @@ def rows_at_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rul
 
 def scores_by_rule(test: pd.DataFrame, fits: Iterable[FitResult], metric: str) -> dict[str, ScoreTables]:
     """By rule: scores of a thresholded metric, at the threshold that each fit chose on validation."""
-    return {rule: tables_of(rows_at_rule(test, fits, metric, rule), test) for rule in RULES}
+    return {rule: tables_of(rows_at_rule(test, fits, metric, [rule]), test) for rule in RULES}
 
 
 def dice_curves(test: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import dice_curves, soft_scores
+from softseg_dist.report.scores import RULES, dice_curves, soft_scores
 from softseg_dist.report.search_tables import Searched, searched_of
 
 
@@ -36,7 +36,7 @@ class Summary:
     has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
     are theirs. `rivals` compare the highest ranked with all others, `rules` each candidate's thresholds from validation with 0.5.
     `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of subjects, `varying` the fields in which
-    recipes differ, per candidate.
+    recipes differ, per candidate. `of_models`: predictions were judged without splits (see `ScoreTables`).
     """
 
     name: str
@@ -45,6 +45,7 @@ class Summary:
     objective_title: str
     objective_meaning: str
     sign: int
+    of_models: bool
     control: str | None
     reference: str
     num_planned: int
@@ -83,6 +84,16 @@ class Summary:
         return tuple(rival.candidate for rival in self.rivals if rival.tied)
 
     @property
+    def trained(self) -> bool:
+        """Whether there were fits: predictions that existed already took no time."""
+        return self.compute.hours > 0
+
+    @property
+    def used_rules(self) -> tuple[str, ...]:
+        """The rules for thresholds that any fit has: predictions without validation maps have 0.5 alone."""
+        return tuple(rule for rule in RULES if any(rule in standing.thresholds for standing in self.ranking))
+
+    @property
     def num_finished(self) -> int:
         """Fits with a score."""
         return sum(t.finished for t in self.training)
@@ -93,6 +104,7 @@ def summarise(run: RunData) -> Summary:
     test = run.results
     objective = row_of(run.study["objective"])
     scores = soft_scores(test, objective.name)
+    scores = replace(scores, of_models=run.of_models)
     control: str = run.study.get("control") or ""
     reference = control if control in scores.tables else best_complete(scores, objective.sign)
     given_up = [candidate.name for candidate in run.candidates if candidate.raced]
@@ -104,7 +116,7 @@ def summarise(run: RunData) -> Summary:
     by_name = {candidate.name: candidate for candidate in run.candidates}
     training = tuple(training_of(run, by_name[standing.name]) for standing in ranking)
     everyone = run.subjects
-    ratio = float(np.mean([of["test"] / of["train"] for of in sizes]))
+    ratio = math.nan if run.of_models else float(np.mean([of["test"] / of["train"] for of in sizes]))
     return Summary(
         name=run.study["name"],
         question=run.study["question"],
@@ -112,6 +124,7 @@ def summarise(run: RunData) -> Summary:
         objective_title=objective.title,
         objective_meaning=objective.meaning,
         sign=objective.sign,
+        of_models=run.of_models,
         control=control or None,
         reference=reference,
         num_planned=len(run.candidates) * len(run.splits) - sum(t.raced for t in training),

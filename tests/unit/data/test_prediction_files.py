@@ -12,7 +12,7 @@ import pytest
 from softseg_dist.data.cases import LabelledCase, MaskFile
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Bids
-from softseg_dist.data.prediction_files import Found, find_predictions, label_values, misplaced, read_maps
+from softseg_dist.data.prediction_files import Found, find_predictions, label_values, read_maps
 from softseg_dist.errors import UserError
 
 AFFINE = np.diag([-1.0, 1.0, 2.0, 1.0])  # LAS: canonical order is another one
@@ -127,7 +127,6 @@ def test_another_axis_order_of_the_same_voxels_is_accepted(tmp_path: Path) -> No
     image = nib.Nifti1Image(RAMP, AFFINE).as_reoriented(np.array([[1, 1], [2, -1], [0, -1]]))
     nib.save(image, tmp_path / "a.nii.gz")
     assert image.shape != SHAPE
-    assert misplaced([tmp_path / "a.nii.gz"], GRID) == []
     assert np.array_equal(read_maps([tmp_path / "a.nii.gz"], GRID, {"GM": 1})[0], RAMP[::-1])
 
 
@@ -192,7 +191,6 @@ def test_what_is_no_prediction_is_refused_by_rule_value_and_file(tmp_path: Path,
         read_maps(files, GRID, VALUES)
     assert str(files[0]) in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert bool(misplaced(files, GRID)) == (kind in ("shape", "spacing"))
 
 
 def test_rounding_errors_are_clipped(tmp_path: Path) -> None:

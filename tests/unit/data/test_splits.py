@@ -100,6 +100,14 @@ def test_a_split_with_a_person_in_two_parts_is_refused() -> None:
         Split(index=0, train=("a", "b"), validation=("b",), test=("c",))
 
 
+def test_a_split_has_all_parts_or_trains_a_final_model_or_judges_predictions() -> None:
+    assert Split(index=0, train=("a",)).test == ()
+    assert Split(index=0, test=("a",)).train == ()
+    for parts in ({}, {"validation": ("a",)}, {"train": ("a",), "test": ("b",)}, {"validation": ("a",), "test": ("b",)}):
+        with pytest.raises(ValueError, match="must each have a subject"):
+            Split(index=0, **parts)
+
+
 def test_a_split_survives_json() -> None:
     split = MonteCarlo(count=1).make(PEOPLE, 0)[0]
     assert Split.model_validate_json(split.model_dump_json()) == split

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from synthetic_run import CELLS, GAIN, write_run, written_page
 
 from softseg_dist.errors import UserError
@@ -21,8 +22,10 @@ from softseg_dist.report.findings import answer, caveats, effects_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
+from softseg_dist.report.paired_tests import OF_MODELS
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import RecordedCandidate, RunData, load_run
+from softseg_dist.report.scores import soft_scores
 from softseg_dist.report.tables import Summary, plain, summarise
 from softseg_dist.words import number, p_value
 
@@ -398,3 +401,63 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
 def test_the_objective_is_explained_on_the_page(tmp_path: Path):
     page = written_page(write_run(tmp_path, candidates=CELLS[:2], num_splits=2)).read_text()
     assert page.index("Dice semimetric loss") < page.index("Contents")
+
+
+def without_training(folder: Path, num_splits: int = 1, ours: str = "") -> Path:
+    """A run folder of predictions that existed already: of one split nothing but test subjects; 0.5 alone but for `ours`."""
+    write_run(folder, candidates=CELLS[:3], num_splits=num_splits, measured=("lesions", "surface"))
+    if num_splits == 1:
+        (split,) = json.loads((folder / "splits.json").read_text())
+        (folder / "splits.json").write_text(json.dumps([{"type": "Split", "index": 0, "test": split["test"]}]))
+    for path in folder.glob("fits/*/0*.json"):
+        fit = json.loads(path.read_text())
+        known = {name: fit[name] for name in ("type", "candidate", "split", "state", "test_score")}
+        thresholds = fit["thresholds"] if fit["candidate"] == ours else {"fixed": 0.5}
+        path.write_text(json.dumps(known | {"thresholds": thresholds}))
+    for path in folder.rglob("history.jsonl"):
+        path.unlink()
+    for path in folder.glob("fits/*/candidate.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": {}}))
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"candidates": {name: {} for name in study["candidates"]}}))
+    return folder
+
+
+def test_predictions_without_splits_are_tested_over_subjects_and_the_test_says_so(tmp_path: Path) -> None:
+    summary = summarise(load_run(without_training(tmp_path)))
+    assert summary.of_models
+    for comparison in summary.comparisons:
+        differences = soft_scores(load_run(tmp_path).results, "dice_dml").difference(comparison.candidate, comparison.reference)
+        expected = stats.ttest_1samp(differences[:, 0], 0)
+        assert comparison.crossed.p == pytest.approx(expected.pvalue)
+        assert comparison.crossed.remarks == (OF_MODELS,)
+    assert not any("Wilcoxon" in caveat for caveat in caveats(summary))
+
+
+def test_equal_candidates_are_called_equal(tmp_path: Path) -> None:
+    folder = without_training(tmp_path)
+    results = pd.read_parquet(folder / "results.parquet")
+    one = results[results["candidate"] == CELLS[0]]
+    pd.concat([one.assign(candidate=name) for name in CELLS[:3]]).to_parquet(folder / "results.parquet")
+    found = answer(summarise(load_run(folder)))
+    assert found.startswith(f"{CELLS[1]}, {CELLS[2]} and the control {CELLS[0]} have equal scores on")
+    assert "all differences are 0 (6 tested subjects, 1 split)" in found
+
+
+def test_where_one_candidate_has_thresholds_from_validation_the_others_are_cut_at_half(tmp_path: Path) -> None:
+    summary = summarise(load_run(without_training(tmp_path, num_splits=6, ours=CELLS[1])))
+    assert summary.used_rules == ("fixed", "grid", "dice_optimal")
+    assert {rule.candidate for rule in summary.rules} == {CELLS[1]}
+    assert set(summary.measures.surfaces) == set(summary.measures.lesions) == set(CELLS[:3])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("num_splits", [1, 6])
+def test_the_page_of_predictions_has_no_section_without_content(tmp_path: Path, num_splits: int) -> None:
+    page = written_page(without_training(tmp_path, num_splits)).read_text()
+    left_out = ["time of all fits", "fits finished", 'id="training"', 'id="cases"', ">grid<", ">Dice-optimal<", "or 0.5?"]
+    assert not [text for text in left_out if text in page]
+    assert ("Split by split" in page) == (num_splits > 1)
+    assert ("t-test over subjects (primary)" in page) == (num_splits == 1)
+    assert ("crossed random effects (primary)" in page) == (num_splits > 1)
+    assert "nan" not in re.sub("<style.*?</style>|<img[^>]*>", "", page, flags=re.S)
