@@ -191,7 +191,8 @@ class Study(Frozen):
     or a `Metric` of your own. It is never the loss, since losses of different candidates are not comparable. A search optimises
     `second_objective` as well; best epochs, ranking and tests stay on `objective`. `tune_each` finds a learning rate for every
     candidate first. `uncertainty` has what every fit measures on its test cases (see `judging.uncertainty`), and the winner's and
-    the control's fits together. `subjects` keeps the first N subjects only.
+    the control's fits together. `validate_every` is the number of epochs from one validation to the next; None: as many as keep it
+    to about a tenth of the time. `subjects` keeps the first N subjects only.
 
     `holdout`, a share of the subjects (up to 0.5) or their names, keeps subjects out of all splits; when the search is complete
     they are evaluated once, for the winner and the control. `nested` makes outer splits: each is a study of its own, with `splits`
@@ -212,6 +213,7 @@ class Study(Frozen):
     search: Search | None = None
     tune_each: TuneEach | None = None
     uncertainty: tuple[Uncertainty, ...] = ()
+    validate_every: PositiveInt | None = None
     seed: int = Field(0, ge=0)
     subjects: int | None = Field(None, ge=3)
     holdout: float | tuple[str, ...] | None = None

@@ -145,6 +145,7 @@ class RunContext:
             objective=self.study.objective,
             second_objective=self.study.second_objective,
             uncertainty=() if is_tuning(candidate) else self.study.uncertainty,
+            validate_every=self.study.validate_every,
             store=self.prepared.uri,
             store_fingerprint=self.prepared.fingerprint,
             folder=self.ledger.fit_folder(candidate, split),

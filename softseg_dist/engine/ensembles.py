@@ -13,9 +13,9 @@ import pandas as pd
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging import results
+from softseg_dist.judging.judge import Yardstick
 from softseg_dist.judging.rows import Measurement
-from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
-from softseg_dist.training.evaluation import grid_of
+from softseg_dist.training.evaluation import spread_rows
 from softseg_dist.training.inference import ensemble_maps
 
 TABLE = "ensemble.parquet"  # in the run folder; rows as in the results table, with split -1
@@ -70,12 +70,10 @@ def _rows(context: RunContext, candidate: str, cases: dict[tuple[str, str], list
         if not (weights := cases.get((candidate, case.name))):
             continue
         sample = store.sample(case.index)
-        grid = grid_of(sample)
-        spread = Spread.of(map(grid.case, ensemble_maps(model, weights, sample, context.device)))
-        scale = grid.scale(store.mean_volumes_mm3)
-        measured = uncertainty_rows(METHOD, spread, grid.case(sample.raters), store.classes, scale)
+        yardstick = Yardstick(store.classes, store.mean_volumes_mm3)
+        measured = spread_rows(METHOD, ensemble_maps(model, weights, sample, context.device), sample, store, yardstick)
         measured += [Measurement(name, "mean", None, MEMBERS, float(len(weights))) for name in store.classes]
-        rows += results.rows_of_case(measured, context.study.name, candidate, -1, "test", sample)
+        rows += results.Head(context.study.name, candidate, -1, "test", "own", sample.subject, sample.name).rows(measured)
     return rows
 
 

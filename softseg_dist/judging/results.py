@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softseg_dist.data.preprocess import Sample
 from softseg_dist.judging.rows import Measurement
 from softseg_dist.places import replace_file
 
@@ -23,6 +22,7 @@ SCHEMA = pa.schema(
         ("candidate", _NAME),
         ("split", pa.int32()),  # -1 for an ensemble of several fits
         ("subset", _NAME),  # validation or test; holdout, in a table of its own
+        ("grid", _NAME),  # "own": that of the file, against what the raters drew; "prepared": that of training, objectives only
         ("subject", _NAME),
         ("case", _NAME),
         ("class", _NAME),
@@ -35,10 +35,20 @@ SCHEMA = pa.schema(
 Row = dict[str, Any]
 
 
-def rows_of_case(measured: Iterable[Measurement], study: str, candidate: str, split: int, subset: str, sample: Sample) -> list[Row]:
-    """Rows of the results table from the measurements of one case."""
-    head = study, candidate, split, subset, sample.subject, sample.name
-    return [dict(zip(SCHEMA.names, (*head, *line), strict=True)) for line in measured]
+class Head(NamedTuple):
+    """What the rows of one case have in common: the first columns of the table."""
+
+    study: str
+    candidate: str
+    split: int
+    subset: str
+    grid: Literal["own", "prepared"]
+    subject: str
+    case: str
+
+    def rows(self, measured: Iterable[Measurement]) -> list[Row]:
+        """Rows of the results table from measurements."""
+        return [dict(zip(SCHEMA.names, (*self, *line), strict=True)) for line in measured]
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:

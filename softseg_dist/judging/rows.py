@@ -166,7 +166,7 @@ def _overlap(pair: Pair, wanted: Wanted, *, against_mean: bool) -> Iterator[tupl
         yield None, own.row.name, measured(own, *pair.maps, pair.scale)
     chosen = sorted(set(wanted.thresholds))
     if taus := [*chosen, *(tau for tau in wanted.curve if against_mean and tau not in chosen)]:
-        counts = confusion(*pair.maps, taus)
+        counts = confusion(*pair.maps, taus, pair.voxels)
         for metric, scores in (hard_scores(counts) | {"mask_volume_error": mask_volume_error(counts, pair.true)}).items():
             yield from ((tau, metric, scores[:, t]) for t, tau in enumerate(taus if metric == "dice" else chosen))
 
@@ -178,7 +178,7 @@ def _shapes(p: Map, y: Map, thresholds: Sequence[float], scale: Scale) -> Iterat
     true = y >= 0.5
     box = bounding_box((p >= thresholds[0]) | true)
     soft, true = p[box], true[box]
-    lesions, diagonal_mm = components(true), math.hypot(*(n * mm for n, mm in zip(p.shape, scale.spacing_mm, strict=True)))
+    lesions, diagonal_mm = components(true), scale.diagonal_mm(p[None, None])
     for tau in thresholds:
         mask = soft >= tau
         found = surface_metrics(mask, true, scale.spacing_mm, diagonal_mm) | lesion_metrics(components(mask), lesions)

@@ -7,6 +7,7 @@ predictions alone, as if they were calibrated. Maps are [N K *S]: N items, K cla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +18,30 @@ FIXED = 0.5
 CURVE: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
 
 
-def choose_thresholds(predictions: Sequence[Map], references: Sequence[Map]) -> dict[str, float]:
-    """The threshold of each rule, one for all classes: {"fixed", "grid", "dice_optimal"}.
+class Evidence(NamedTuple):
+    """What one validation case says about thresholds: Dice at those of `CURVE` [K T], and D* of each class [K]."""
 
-    Args:
-        predictions: one map [N K *S] in [0, 1] per validation case.
-        references: the mean of the raters for the same cases [N K *S].
-    """
-    return {"fixed": FIXED, "grid": grid_threshold(predictions, references), "dice_optimal": dice_optimal_threshold(predictions)}
+    dice: npt.NDArray[np.float64]
+    optimal: npt.NDArray[np.float64]
 
 
-def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> float:
+def evidence(prediction: Map, reference: Map) -> Evidence:
+    """That of a map [N K *S] in [0, 1]; the reference is the mean of the raters."""
+    optimal = [optimal_dice(prediction[:, k]) for k in range(prediction.shape[1])]
+    return Evidence(dice_curve(prediction, reference, CURVE), np.array(optimal))
+
+
+def choose_thresholds(cases: Sequence[Evidence]) -> dict[str, float]:
+    """The threshold of each rule, one for all classes, from the validation cases: {"fixed", "grid", "dice_optimal"}."""
+    return {"fixed": FIXED, "grid": grid_threshold(cases), "dice_optimal": dice_optimal_threshold(cases)}
+
+
+def grid_threshold(cases: Sequence[Evidence]) -> float:
     """The threshold of `CURVE` with the highest mean Dice over cases and classes; among ties the nearest to 0.5.
 
     Pairs of case and class without a voxel of {reference >= 0.5} are left out. 0.5 if none is left.
     """
-    curves = np.concatenate([dice_curve(p, y, CURVE) for p, y in zip(predictions, references, strict=True)])
+    curves = np.concatenate([case.dice for case in cases])
     curves = curves[~np.isnan(curves).any(axis=1)]
     if not len(curves):
         return FIXED
@@ -41,14 +50,14 @@ def grid_threshold(predictions: Sequence[Map], references: Sequence[Map]) -> flo
     return min(tied, key=lambda tau: (abs(tau - FIXED), tau))
 
 
-def dice_optimal_threshold(predictions: Sequence[Map]) -> float:
+def dice_optimal_threshold(cases: Sequence[Evidence]) -> float:
     """The mean over cases and classes of D*/2 (see `optimal_dice`); predictions that are 0 everywhere are left out.
 
     It is best for a calibrated map, never above 0.5 and never 0. 0.5 if every prediction is 0.
     """
-    best = [optimal_dice(p[:, k]) for p in predictions for k in range(p.shape[1])]
-    known = [d for d in best if not np.isnan(d)]
-    return float(np.mean(known) / 2) if known else FIXED
+    best = np.concatenate([case.optimal for case in cases])
+    known = best[~np.isnan(best)]
+    return float(known.mean() / 2) if known.size else FIXED
 
 
 def optimal_dice(probability: npt.NDArray[np.floating]) -> float:

@@ -11,6 +11,7 @@ map sums to 0, and at a threshold that {reference >= 0.5} holds no voxel. What d
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,11 +39,21 @@ class Scale:
         voxel_mm3: volume of a voxel, in mm3.
         mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume of each class, in mm3.
         spacing_mm: size of a voxel along each axis of *S, in mm.
+        shape: voxels of the image along each axis, if the maps are a part of it outside of which all are 0; None: *S.
     """
 
     voxel_mm3: float
     mean_volumes_mm3: tuple[float, ...]
     spacing_mm: tuple[float, ...]
+    shape: tuple[int, ...] | None = None
+
+    def voxels(self, maps: Map) -> int:
+        """Of one class in the image."""
+        return math.prod(self.shape or (len(maps), *maps.shape[2:]))
+
+    def diagonal_mm(self, maps: Map) -> float:
+        """Of the image."""
+        return math.hypot(*(n * mm for n, mm in zip(self.shape or maps.shape[2:], self.spacing_mm, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -167,13 +178,18 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
     return found[0] if found else (slice(0, 0),) * mask.ndim
 
 
+def reach_of(spacing_mm: Sequence[float]) -> list[int]:
+    """How many voxels the calibration neighbourhood reaches along each axis."""
+    return [max(NEAR_VOXELS, int(NEAR_MM / mm + 1e-6)) for mm in spacing_mm]
+
+
 def neighbourhood(reference: Map, spacing_mm: Sequence[float]) -> npt.NDArray[np.bool_]:
     """The calibration neighbourhood [N K *S]: within 5 mm and at least 3 voxels, along every axis, of a voxel with y > 0.
 
     The easy background far away would dominate every mean. It depends on the reference alone, so that all candidates are
     measured on the same voxels; none where the reference is empty.
     """
-    reach = [max(NEAR_VOXELS, int(NEAR_MM / mm + 1e-6)) for mm in spacing_mm]
+    reach = reach_of(spacing_mm)
     near = np.zeros(reference.shape, dtype=np.bool_)
     for place in np.ndindex(reference.shape[:2]):
         labelled = reference[place] > 0
@@ -193,7 +209,7 @@ class Pair:
 
     def __init__(self, prediction: Map, reference: Map, scale: Scale) -> None:
         self.maps, self.scale, self.num_classes = (prediction, reference), scale, prediction.shape[1]
-        self.voxels = prediction.size // self.num_classes
+        self.voxels = scale.voxels(prediction)
 
     @cached_property
     def predicted(self) -> PerClass:
@@ -356,8 +372,11 @@ class Confusion(NamedTuple):
     tn: npt.NDArray[np.float64]
 
 
-def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> Confusion:
-    """Counts of {prediction >= tau} against {reference >= 0.5} for all `thresholds` (above 0) at once: one pass over the voxels."""
+def confusion(prediction: Map, reference: Map, thresholds: Sequence[float], voxels: int | None = None) -> Confusion:
+    """Counts of {prediction >= tau} against {reference >= 0.5} for all `thresholds` (above 0) at once: one pass over the voxels.
+
+    `voxels` is the number in the image, if the maps are a part of it outside of which both are 0.
+    """
     taus = np.sort(np.asarray(thresholds, dtype=prediction.dtype))
     order = np.argsort(np.argsort(np.asarray(thresholds)))
     tp, fp, positives = [], [], []
@@ -372,7 +391,7 @@ def confusion(prediction: Map, reference: Map, thresholds: Sequence[float]) -> C
         positives.append(np.count_nonzero(y))
     hits, false = np.array(tp, dtype=np.float64), np.array(fp, dtype=np.float64)
     actual = np.array(positives, dtype=np.float64)[:, None]
-    return Confusion(hits, false, actual - hits, prediction.size // prediction.shape[1] - actual - false)
+    return Confusion(hits, false, actual - hits, (voxels or prediction.size // prediction.shape[1]) - actual - false)
 
 
 def hard_scores(c: Confusion) -> dict[str, npt.NDArray[np.float64]]:

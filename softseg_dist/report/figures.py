@@ -155,7 +155,8 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.Dat
     with new_figure(2.3 * columns, 1.65 * math.ceil(len(names) / columns) + 0.3) as figure:
         for axis, name in zip(panels(figure, len(names), columns, sharex=True), names, strict=True):
             for history in [history for (candidate, _), history in known.items() if candidate == name]:
-                axis.plot(history["epoch"], history[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
+                validated = history.dropna(subset=[summary.objective])
+                axis.plot(validated["epoch"], validated[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
             axis.set_title(name, fontsize=8, color=INK)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.grid()

@@ -1,22 +1,26 @@
 """Evaluation of a trained model on the validation and test subjects of its split: one score, and rows of the results table.
 
-Held-out subjects are measured in the same way after the search. Legend: N items, K classes, *S space.
+Epochs are compared on the prepared grid, in float32. What is reported is judged on the grid of the file, against what each rater
+drew there. Held-out subjects are judged in the same way after the search. Legend: N items, K classes, *S space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from softseg_dist.data.geometry import Float32
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.judging.results import Row, rows_of_case, write_rows
-from softseg_dist.judging.rows import Grid, Wanted, case_rows
-from softseg_dist.judging.thresholds import CURVE, choose_thresholds
+from softseg_dist.judging.judge import Yardstick, judge, references_of
+from softseg_dist.judging.results import Head, Row, write_rows
+from softseg_dist.judging.rows import Grid, Measurement
+from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
-from softseg_dist.numerics.metrics import TABLE, objective_score
+from softseg_dist.numerics.metrics import TABLE, measured, objective_score
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample, sample_maps
@@ -24,6 +28,7 @@ from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test", "holdout"]
+T = TypeVar("T")
 
 
 def mean_reference(sample: Sample) -> np.ndarray:
@@ -32,16 +37,14 @@ def mean_reference(sample: Sample) -> np.ndarray:
     return mean
 
 
-def grid_of(sample: Sample) -> Grid:
-    """The grid on which a prepared case is measured."""
-    return Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
-
-
 def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) -> float:
-    """The signed objective on validation, higher is better: mean over subjects of their cases' mean; NaN if all are NaN."""
+    """The signed objective on validation, on the prepared grid, higher is better: mean over subjects of their cases' mean.
+
+    NaN if all are NaN.
+    """
     scored = []
     for case, sample, prediction in _predict(model, store, task.split.validation, worker):
-        grid = grid_of(sample)
+        grid = _grid(sample)
         maps, scale = (grid.case(prediction), grid.case(mean_reference(sample))), grid.scale(store.mean_volumes_mm3)
         scored.append((case, objective_score(task.objectives[0], *maps, scale)))
     scores: dict[str, list[float]] = {}
@@ -51,25 +54,24 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
 
 
 def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[str, Any]:
-    """Choose thresholds on validation, measure validation and test, and write the fit's rows of the results table.
+    """Choose thresholds on validation, judge validation and test, and write the fit's rows of the results table.
 
     Returns what of it belongs into the `FitResult`.
     """
-    predicted = [(case, p) for case, _, p in _predict(model, store, task.split.validation, worker)]
-    on_validation = dict(sorted(worker.gather(predicted), key=lambda item: item[0]))
-    references = [mean_reference(store.sample(case)) for case in on_validation]
-    thresholds = choose_thresholds(list(on_validation.values()), references)
-    rows = _in_order(
-        worker, [(case, _rows(task, store, "validation", store.sample(case), p, thresholds)) for case, p in predicted]
-    ) + measure(model, task, store, "test", task.split.test, thresholds, worker)
+    judging = Judging(task, store)
+    predicted = list(_predict(model, store, task.split.validation, worker))
+    found = [(case, judging.evidence(sample, p)) for case, sample, p in predicted]
+    thresholds = choose_thresholds([of_case for _, of_case in sorted(worker.gather(found), key=lambda part: part[0])])
+    rows = _in_order(worker, judging.rows("validation", predicted, thresholds))
+    rows += measure(model, task, store, "test", task.split.test, thresholds, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
     names = [metric.row.name for metric in task.objectives]
-    found = {name: _score(rows, name, "validation") for name in names}
+    scores = {name: _score(rows, name, "validation", "prepared") for name in names}
     return {
-        "score": found[names[0]],
-        "test_score": _score(rows, names[0], "test"),
-        "scores": {name: score for name, score in found.items() if score is not None},
+        "score": scores[names[0]],
+        "test_score": _score(rows, names[0], "test", "own"),
+        "scores": {name: score for name, score in scores.items() if score is not None},
         "thresholds": thresholds,
     }
 
@@ -78,15 +80,88 @@ def measure(
     model: Model, task: FitTask, store: Store, subset: Subset, subjects: Sequence[str], thresholds: dict[str, float], worker: Worker
 ) -> list[Row]:
     """The rows of the results table of all cases of `subjects`, the `subset` of the fit, at thresholds chosen before."""
-    measured = [
-        (
-            case,
-            _rows(task, store, subset, sample, prediction, thresholds)
-            + _uncertainty_rows(model, task, store, subset, sample, worker.device),
-        )
-        for case, sample, prediction in _predict(model, store, subjects, worker)
-    ]
-    return _in_order(worker, measured)
+    judging, predicted = Judging(task, store), list(_predict(model, store, subjects, worker))
+    parts = judging.rows(subset, predicted, thresholds)
+    if task.uncertainty:
+        unsure = {case: judging.uncertainty_rows(model, subset, sample, worker.device) for case, sample, _ in predicted}
+        parts = [(case, rows + unsure[case]) for case, rows in parts]
+    return _in_order(worker, parts)
+
+
+class Judging:
+    """Judges the predictions of one fit, case by case, on as many threads as the fit has."""
+
+    def __init__(self, task: FitTask, store: Store) -> None:
+        self.task, self.store = task, store
+        own = tuple(metric for metric in task.objectives if metric.row.name not in TABLE)
+        self.yardstick = Yardstick(store.classes, store.mean_volumes_mm3, own)
+
+    def restored(self, sample: Sample, prediction: np.ndarray) -> Float32:
+        """A soft map [N K *S] on the grid of its file [K X Y Z]."""
+        return self.store.preprocess.restore(prediction, sample.placement)
+
+    def evidence(self, sample: Sample, prediction: np.ndarray) -> Evidence:
+        """What a validation case says about thresholds, on the grid of its file."""
+        maps = self.restored(sample, prediction)
+        references = references_of(sample.own, sample.rater_names, self.yardstick, maps)
+        return evidence(references.part(maps), references.maps["mean"])
+
+    def rows(
+        self, subset: Subset, predicted: Iterable[tuple[int, Sample, np.ndarray]], thresholds: dict[str, float]
+    ) -> list[tuple[int, list[Row]]]:
+        """All rows of each case."""
+
+        def of_case(part: tuple[int, Sample, np.ndarray]) -> tuple[int, list[Row]]:
+            case, sample, prediction = part
+            maps = self.restored(sample, prediction)
+            judged = judge(maps, sample.own, sample.rater_names, self.yardstick, sorted(set(thresholds.values())))
+            prepared = self._head(subset, sample, "prepared").rows(self._prepared(sample, prediction))
+            return case, self._head(subset, sample, "own").rows(judged) + prepared
+
+        return _over_threads(of_case, predicted, self.task.threads)
+
+    def uncertainty_rows(self, model: Model, subset: Subset, sample: Sample, device: str) -> list[Row]:
+        """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
+        task = self.task
+        seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
+        found: list[Measurement] = []
+        for method in task.uncertainty:
+            drawn = sample_maps(model, sample, method, seed, device)
+            found += spread_rows(method.short, drawn, sample, self.store, self.yardstick)
+        return self._head(subset, sample, "own").rows(found)
+
+    def _prepared(self, sample: Sample, prediction: np.ndarray) -> Iterator[Measurement]:
+        """The objectives on the grid of training."""
+        grid = _grid(sample)
+        maps, scale = (grid.case(prediction), grid.case(mean_reference(sample))), grid.scale(self.store.mean_volumes_mm3)
+        for metric in self.task.objectives:
+            for name, value in zip(self.store.classes, measured(metric, *maps, scale), strict=True):
+                yield Measurement(name, "mean", None, metric.row.name, float(value))
+
+    def _head(self, subset: Subset, sample: Sample, grid: Literal["own", "prepared"]) -> Head:
+        task = self.task
+        return Head(task.study, task.candidate, task.split.index, subset, grid, sample.subject, sample.name)
+
+
+def spread_rows(method: str, drawn: Iterable[np.ndarray], sample: Sample, store: Store, yardstick: Yardstick) -> list[Measurement]:
+    """The uncertainty measurements of several soft maps [N K *S] of one case, on the grid of its file."""
+    restore, one = store.preprocess.restore, np.ones((len(sample.image), 1, *sample.image.shape[2:]), dtype=np.float32)
+    window = restore(one, sample.placement)  # where a map may be above 0
+    references = references_of(sample.own, sample.rater_names, yardstick, window)
+    spread = Spread.of(references.part(restore(maps, sample.placement)) for maps in drawn)
+    return uncertainty_rows(method, spread, references.raters, yardstick.classes, references.scale)
+
+
+def _grid(sample: Sample) -> Grid:
+    """The grid on which a case is prepared."""
+    return Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+
+
+def _over_threads(function: Callable[[Any], T], tasks: Iterable[Any], threads: int) -> list[T]:
+    if threads == 1:
+        return list(map(function, tasks))
+    with ThreadPoolExecutor(threads) as pool:  # numpy and scipy hold no interpreter lock in large arrays
+        return list(pool.map(function, tasks))
 
 
 def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
@@ -101,36 +176,11 @@ def _predict(model: Model, store: Store, subjects: Sequence[str], worker: Worker
         yield case, sample, predict_sample(model, sample, worker.device)
 
 
-def _rows(
-    task: FitTask, store: Store, subset: Subset, sample: Sample, prediction: np.ndarray, thresholds: dict[str, float]
-) -> list[Row]:
-    references = {"mean": mean_reference(sample)}
-    if len(sample.rater_names) > 1:
-        references |= {name: sample.raters[:, r] for r, name in enumerate(sample.rater_names)}
-    if sample.truth is not None:
-        references["truth"] = sample.truth
-    grid, own = grid_of(sample), tuple(metric for metric in task.objectives if metric.row.name not in TABLE)
-    maps = {name: grid.case(reference) for name, reference in references.items()}
-    wanted = Wanted(store.classes, tuple(thresholds.values()), CURVE, own)
-    measured = case_rows(grid.case(prediction), maps, wanted, grid.scale(store.mean_volumes_mm3))
-    return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
-
-
-def _uncertainty_rows(model: Model, task: FitTask, store: Store, subset: Subset, sample: Sample, device: str) -> list[Row]:
-    """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
-    seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
-    grid, measured = grid_of(sample), []
-    for method in task.uncertainty:
-        spread = Spread.of(map(grid.case, sample_maps(model, sample, method, seed, device)))
-        scale = grid.scale(store.mean_volumes_mm3)
-        measured += uncertainty_rows(method.short, spread, grid.case(sample.raters), store.classes, scale)
-    return rows_of_case(measured, task.study, task.candidate, task.split.index, subset, sample)
-
-
-def _score(rows: list[Row], metric: str, subset: Subset) -> float | None:
+def _score(rows: list[Row], metric: str, subset: Subset, grid: str) -> float | None:
     subjects: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        if row["subset"] == subset and row["reference"] == "mean" and row["metric"] == metric and row["threshold"] is None:
+        of_metric = row["metric"] == metric and row["reference"] == "mean" and row["threshold"] is None
+        if of_metric and row["subset"] == subset and row["grid"] == grid:
             subjects.setdefault(row["subject"], {}).setdefault(row["case"], []).append(row["value"])
     score = _mean([_mean([_mean(classes) for classes in cases.values()]) for cases in subjects.values()])
     return None if np.isnan(score) else score

@@ -13,6 +13,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from softseg_dist.numerics.activations import NormReLU
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.places import replace_file
-from softseg_dist.training.batches import Batches, open_store
+from softseg_dist.training.batches import Batches, cases_of, open_store
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu.device_step import DeviceStepper
@@ -92,6 +93,7 @@ class RunningFit:
         shape = self.store.channels, len(self.store.classes), self.store.dim
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).on(worker.device)
         check_methods(task.candidate, self.model, task.uncertainty)
+        self.validate_every = task.validate_every or validation_interval(self.batches, task.split.validation)
         self.progress = FitProgress()
         self.resumed_epoch: int | None = None
         self.started = time.monotonic()
@@ -138,6 +140,7 @@ class RunningFit:
             attempt=self.task.attempt,
             resumed_epoch=self.resumed_epoch,
             num_workers=self.worker.num_workers,
+            validate_every=self.validate_every,
             process=platform.node(),
             versions={"python": platform.python_version(), "torch": torch.__version__},
             precision=self.stepper.execution.precision,
@@ -157,13 +160,13 @@ class RunningFit:
 
     def _close_epoch(self) -> None:
         now, objective = self.progress, self.task.objectives[0].row
-        validates = bool(self.task.split.validation)  # else the last epoch counts
+        has_validation, last = bool(self.task.split.validation), now.epoch + 1 == self.optim.epochs
+        validates = has_validation and (now.epoch == 0 or last or (now.epoch + 1) % self.validate_every == 0)
         score = validation_score(self.model, self.task, self.store, self.worker) if validates else math.nan
         now.dead_share = now.dead / len(self.batches.items)
-        if score > now.best_score or not validates:
+        if score > now.best_score or not has_validation:  # without validation the last epoch counts
             now.best_score, now.best_epoch = score, now.epoch + 1
-            of_use = validates or now.best_epoch == self.optim.epochs
-            if self.worker.leads and of_use:
+            if self.worker.leads and (has_validation or last):
                 save_weights(self.model, weights_path(self.task.folder))
         row = {
             "epoch": now.epoch + 1,
@@ -202,6 +205,19 @@ class RunningFit:
             return
         rows = history.read_text().splitlines(keepends=True) if history.exists() else []
         history.write_text("".join(rows[: self.progress.epoch]))
+
+
+def validation_interval(batches: Batches, validation: Sequence[str]) -> int:
+    """Epochs from one validation to the next, so that it takes about a tenth of the time: max(1, ceil(10 n_val / (3 n_train))).
+
+    n are voxels that a validation and an epoch see. They depend on study and store alone, never on the clock, so every candidate
+    with the same patches validates equally often.
+    """
+    store, patch = batches.store, batches.recipe.patch
+    num_items = sum(store.cases[case].num_items for case in cases_of(store, validation))
+    num_validation = num_items * math.prod(store.size)
+    num_train = len(batches.items) * math.prod(store.size if patch is None else patch.size)
+    return max(1, math.ceil(10 * num_validation / (3 * num_train)))
 
 
 def _peak_memory_mb(device: str) -> float:

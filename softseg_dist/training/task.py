@@ -36,6 +36,7 @@ class FitTask(Frozen):
     store_fingerprint: str
     folder: str
     uncertainty: tuple[Uncertainty, ...] = ()
+    validate_every: int | None = None
     threads: int = 1
     checkpoint_every_s: float = 60.0
     time_limit_s: float | None = None
@@ -61,11 +62,12 @@ class FitTask(Frozen):
 class FitResult(Frozen):
     """What is known of a fit when it has ended; one JSON file of the ledger.
 
-    `score` is the objective on validation at the best epoch, `test_score` the same metric on the test subjects (both means
-    over subjects, NaN cases left out). `scores` are the means on validation of all objectives of the study, by metric; one that
-    is undefined on every case is left out. `thresholds` maps rule to the value chosen on validation. `converged` is
-    False if the best epoch lies in the last 5 % of the budget. `dead_share` is the share of training samples, in the last
-    epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
+    `score` is the objective on validation at the best epoch, on the prepared grid; `test_score` the same metric on the test
+    subjects, on the grids of their files (both means over subjects, NaN cases left out). `scores` are as `score`, of all objectives
+    of the study, by metric; one that is undefined on every case is left out. `validate_every` is the number of epochs from one
+    validation to the next. `thresholds` maps rule to the value chosen on validation. `converged` is False if the best epoch lies in
+    the last 5 % of the budget. `dead_share` is the share of training samples, in the last epoch, whose NormReLU output was 0
+    everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
     `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say how it was trained,
     and `notes` what was not used for it, and why (see `training.execution`).
     """
@@ -88,6 +90,7 @@ class FitResult(Frozen):
     attempt: int = 0
     resumed_epoch: int | None = None
     num_workers: int = 1
+    validate_every: int = 1
     process: str = ""
     versions: dict[str, str] = {}
     precision: str = "float32"
