@@ -39,7 +39,7 @@ __all__ = ["Predictor", "Run", "load", "load_model", "run", "run_file"]
 RESULTS: Final = {
     **dict.fromkeys(("study", "candidate"), "category"),
     "split": "int32",  # -1: several fits together
-    **dict.fromkeys(("subset", "subject", "case", "class"), "category"),
+    **dict.fromkeys(("subset", "grid", "subject", "case", "class"), "category"),
     "reference": "category",  # "mean" of the raters, one of them by name, "raters", or "truth"
     "threshold": "float64",  # NaN: measured on the soft map
     "metric": "category",

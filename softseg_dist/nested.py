@@ -161,7 +161,7 @@ def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
     grouped = rows.groupby(KEYS, observed=True, dropna=False)["value"].agg(["mean", "size"])
     of_all = grouped[grouped["size"] == rows["split"].nunique()]
     means = of_all["mean"].rename("value").reset_index()
-    return means.assign(candidate=label, split=split, subset="test")
+    return means.assign(candidate=label, split=split, subset="test", grid="own")
 
 
 def _write(copy: WorkingCopy, record: OuterRecord, tables: list[pd.DataFrame]) -> None:

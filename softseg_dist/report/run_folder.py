@@ -21,7 +21,7 @@ from softseg_dist.judging.results import SCHEMA
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
-NAMES = ("candidate", "subset", "subject", "case", "class", "reference", "metric")  # columns of few different values
+NAMES = ("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric")  # columns of few different values
 RERUN = "remove it and run the study again"
 RecordKind = TypeVar("RecordKind", bound=Frozen)
 
@@ -217,8 +217,8 @@ def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -
 
 
 def _tested(path: Path) -> pd.DataFrame:
-    """The rows about test subjects: no report speaks of others, and they are half of the table."""
-    return _rows(path, [("subset", "==", "test")])
+    """The rows about test subjects on the grids of their files: what is reported."""
+    return _rows(path, [("subset", "==", "test"), ("grid", "==", "own")])
 
 
 def _rows(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pd.DataFrame:

@@ -115,8 +115,10 @@ class Judging:
             case, sample, prediction = part
             maps = self.restored(sample, prediction)
             judged = judge(maps, sample.own, sample.rater_names, self.yardstick, sorted(set(thresholds.values())))
-            prepared = self._head(subset, sample, "prepared").rows(self._prepared(sample, prediction))
-            return case, self._head(subset, sample, "own").rows(judged) + prepared
+            rows = self._head(subset, sample, "own").rows(judged)
+            if subset != "holdout":  # which chooses nothing, and is compared with nothing
+                rows += self._head(subset, sample, "prepared").rows(self._prepared(sample, prediction))
+            return case, rows
 
         return _over_threads(of_case, predicted, self.task.threads)
 

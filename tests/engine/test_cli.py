@@ -60,7 +60,7 @@ def write(folder: Path, text: str, epochs: int = 2) -> Path:
 
 
 def table(run: Path) -> pd.DataFrame:
-    keys = ["candidate", "split", "subset", "case", "class", "reference", "threshold", "metric"]
+    keys = ["candidate", "split", "subset", "grid", "case", "class", "reference", "threshold", "metric"]
     rows = pd.read_parquet(run / "results.parquet")
     return rows.astype({name: str for name in keys if name not in ("split", "threshold")}).sort_values(keys, ignore_index=True)
 
@@ -133,7 +133,7 @@ def test_two_workers_per_fit_give_the_rows_of_one_and_its_soft_scores_up_to_roun
     one_candidate = STUDY.replace('("hard", "soft")', '("hard",)').replace(", search=Search(propose, trials=2)", "")
     ran = softseg("run", write(tmp_path, one_candidate), "--workers-per-fit", 2, "--json", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    keys = ["candidate", "split", "subset", "case", "class", "reference", "metric"]
+    keys = ["candidate", "split", "subset", "grid", "case", "class", "reference", "metric"]
     two, one = table(tmp_path / "runs" / "tiny"), table(done).query("candidate == 'hard'").reset_index(drop=True)
     pd.testing.assert_series_equal(two.value_counts(keys, sort=False), one.value_counts(keys, sort=False))
     for metric in ("brier", "dice_dml", "mae"):  # masks at a threshold amplify the last digits of a map

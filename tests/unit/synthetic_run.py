@@ -178,7 +178,7 @@ def _rows(
     columns = ["subject", "class", "reference", "threshold", "metric", "value"]
     frame = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64"})
     frame["case"] = "sub-" + frame["subject"]
-    return frame.assign(study="s002_gray_matter", candidate=name, split=np.int32(split), subset="test")
+    return frame.assign(study="s002_gray_matter", candidate=name, split=np.int32(split), subset="test", grid="own")
 
 
 def _with_measures(
@@ -201,7 +201,7 @@ def _with_measures(
             rows += [(subject, class_name, case, *row) for row in found]
     columns = ["subject", "class", "case", "reference", "threshold", "metric", "value"]
     extra = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64", "value": "float64"})
-    same = table.iloc[0][["study", "candidate", "split", "subset"]].to_dict()
+    same = table.iloc[0][["study", "candidate", "split", "subset", "grid"]].to_dict()
     return pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True).astype({"split": np.int32})
 
 

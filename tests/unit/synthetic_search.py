@@ -76,7 +76,7 @@ def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened
         for name in names
     ]
     frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
-    about = {"study": "s002_gray_matter", "subset": "holdout", "class": "GM", "reference": "mean"}
+    about = {"study": "s002_gray_matter", "subset": "holdout", "grid": "own", "class": "GM", "reference": "mean"}
     soft = frame.assign(**about, metric="dice_dml", threshold=np.nan)
     hard = [soft.assign(metric="dice", threshold=tau) for tau in (0.4, 0.5)]
     pd.concat([soft, *hard], ignore_index=True).to_parquet(folder / "holdout.parquet")
@@ -94,7 +94,7 @@ def nest(folder: Path, gain: float, num_outer: int = 5, control: str | None = "h
         for candidate in filter(None, ("winner", control))
     ]
     frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
-    about = {"study": "nested", "subset": "test", "class": "GM", "reference": "mean", "metric": "dice_dml"}
+    about = {"study": "nested", "subset": "test", "grid": "own", "class": "GM", "reference": "mean", "metric": "dice_dml"}
     outer = [
         {
             "split": split,

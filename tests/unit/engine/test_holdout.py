@@ -259,7 +259,7 @@ def test_held_out_subjects_are_measured_as_test_subjects_are(run: RunContext) ->
     split = run.ledger.splits()[0]
     run.ledger.write_holdout(HoldoutRecord(subjects=split.test))
     opened(run)
-    theirs = pd.read_parquet(run.copy.folder / "fits/soft/000/cases.parquet").query("subset == 'test'")
+    theirs = pd.read_parquet(run.copy.folder / "fits/soft/000/cases.parquet").query("subset == 'test' and grid == 'own'")
     ours = pd.read_parquet(run.copy.folder / "fits/soft/000/holdout.parquet")
     names = ["subject", "case", "class", "reference", "metric"]
     ours, theirs = (part.astype(dict.fromkeys(names, str)) for part in (ours, theirs.reset_index(drop=True)))

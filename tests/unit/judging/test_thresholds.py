@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.judging.thresholds import CURVE, choose_thresholds, dice_optimal_threshold, grid_threshold, optimal_dice
+from softseg_dist.judging.thresholds import CURVE, choose_thresholds, dice_optimal_threshold, evidence, grid_threshold, optimal_dice
 
 RAMP = np.arange(11) / 10
 
@@ -18,6 +18,11 @@ def expected_dice(chosen: np.ndarray, probability: np.ndarray) -> float:
 
 def as_case(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, dtype=np.float64).reshape(1, 1, 1, -1)
+
+
+def alone(values):
+    """What a map says about thresholds whose reference is the map itself."""
+    return evidence(as_case(values), as_case(values))
 
 
 def test_optimal_dice_of_the_worked_example():
@@ -38,7 +43,7 @@ def test_a_voxel_exactly_at_half_the_optimal_dice_leaves_it_unchanged():
 @given(st.floats(1e-30, 1), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_a_threshold_is_never_0(value: float, size: int):
-    assert dice_optimal_threshold([as_case(np.full(size, value))]) > 0
+    assert dice_optimal_threshold([alone(np.full(size, value))]) > 0
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -66,25 +71,25 @@ def test_optimal_dice_equals_brute_force_over_all_sets_on_200_random_maps():
 
 def test_dice_optimal_is_the_mean_over_cases_and_leaves_out_empty_predictions():
     hard = np.array([1.0, 1.0, 0.0])
-    cases = [as_case(RAMP), as_case(hard), as_case(np.zeros(4))]
+    cases = [alone(RAMP), alone(hard), alone(np.zeros(4))]
     assert dice_optimal_threshold(cases) == pytest.approx((0.784 / 2 + 1 / 2) / 2)
-    assert dice_optimal_threshold([as_case(np.zeros(4))]) == 0.5
+    assert dice_optimal_threshold([alone(np.zeros(4))]) == 0.5
 
 
 def test_grid_finds_the_best_dice():
     prediction, reference = as_case([0.72, 0.68, 0.31, 0.1]), as_case([1, 1, 1, 0])
-    assert grid_threshold([prediction], [reference]) == 0.3
-    assert grid_threshold([as_case([0.6, 0.6, 0.1])], [as_case([1, 1, 0])]) == 0.5
+    assert grid_threshold([evidence(prediction, reference)]) == 0.3
+    assert grid_threshold([evidence(as_case([0.6, 0.6, 0.1]), as_case([1, 1, 0]))]) == 0.5
 
 
 def test_grid_takes_the_tie_nearest_to_one_half():
     prediction, reference = as_case([0.9, 0.9, 0.1]), as_case([1, 1, 0])
-    assert grid_threshold([prediction], [reference]) == 0.5
-    assert grid_threshold([0.5 * prediction], [reference]) == 0.45  # all of 0.1 .. 0.45 tie
+    assert grid_threshold([evidence(prediction, reference)]) == 0.5
+    assert grid_threshold([evidence(0.5 * prediction, reference)]) == 0.45  # all of 0.1 .. 0.45 tie
 
 
 def test_grid_without_any_foreground_is_one_half():
-    assert grid_threshold([as_case(np.zeros(3))], [as_case(np.zeros(3))]) == 0.5
+    assert grid_threshold([alone(np.zeros(3))]) == 0.5
 
 
 def test_the_curve_runs_from_005_to_095():
@@ -97,8 +102,7 @@ def test_the_curve_runs_from_005_to_095():
 def test_every_rule_gives_a_threshold_inside_the_unit_interval():
     generator = np.random.default_rng(0)
     predictions = [generator.random((3, 2, 8, 8), dtype=np.float32) for _ in range(3)]
-    references = [np.round(p) for p in predictions]
-    chosen = choose_thresholds(predictions, references)
+    chosen = choose_thresholds([evidence(p, np.round(p)) for p in predictions])
     assert set(chosen) == {"fixed", "grid", "dice_optimal"}
     assert all(0 < tau < 1 for tau in chosen.values())
     assert chosen["fixed"] == 0.5
