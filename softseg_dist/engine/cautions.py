@@ -35,6 +35,7 @@ from softseg_dist.words import count, listed, percent
 
 FIRST = 24  # cases that `plan` looks at: it answers soon, whatever the size of the data set
 DRAWS = 2  # of augmentation, per case, in which targets are compared
+CHANGED = 0.05  # relative change of a volume that is worth a line
 FEW = 3  # subjects that must have a class
 NOWHERE = "class in no case"  # the rule that refuses a run
 ROUNDING = 1e-4  # labels of a voxel may add up to so much more than 1
@@ -53,6 +54,7 @@ class _Facts:
     image: str  # digest of its middle item
     soft: Mapping[str, float]
     labelled: tuple[bool, ...]  # does any rater label this class?
+    volumes_mm3: tuple[tuple[float, float], ...]  # of each class, mean of the raters: in the file and prepared
     num_over: int  # voxels in which the classes of a rater add up to more than 1
 
 
@@ -75,15 +77,18 @@ class Inspection:
         soft = {fusion: _soft_share(_target(sample, "soft", fusion)) for fusion in sorted(fusions) if _has_rater(sample, fusion)}
         image = hashlib.blake2b(np.ascontiguousarray(sample.image[len(sample.image) // 2]).data).hexdigest()
         labelled = tuple(bool(sample.raters[:, :, k].any()) for k in range(len(self.classes)))
+        axes = (0, 1, *range(3, sample.raters.ndim))  # all but the classes
+        prepared = sample.raters.sum(axis=axes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
+        volumes = tuple(zip(sample.own.mean_volumes_mm3, prepared.tolist(), strict=True))
         num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax else 0
-        self._facts.append(_Facts(sample.name, sample.subject, image, soft, labelled, num_over))
+        self._facts.append(_Facts(sample.name, sample.subject, image, soft, labelled, volumes, num_over))
         same: dict[str, bool] = {}  # cells of a factorial share their targets
         self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, same)]
 
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
-        rules = [self._targets(), self._softness(), self._sides(), self._overlaps(), self._twins(), self._own_masks()]
-        rules += [] if splits is None else [self._classes(splits)]
+        rules = [self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()]
+        rules += [self._own_masks()] if splits is None else [self._own_masks(), self._classes(splits)]
         found = [pair for rule in rules for pair in rule]
         return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in found]
 
@@ -120,6 +125,22 @@ class Inspection:
                     "they would if masks were resampled (spacing_mm), soft, or of several raters."
                 )
                 yield "binary targets", text
+
+    def _volumes(self) -> Cautions:
+        changed = [
+            (abs(new / old - 1), facts.name, name, old, new)
+            for facts in self._facts
+            for name, (old, new) in zip(self.classes, facts.volumes_mm3, strict=True)
+            if old and abs(new / old - 1) > CHANGED
+        ]
+        if cases := list(dict.fromkeys(case for _, case, *_ in sorted(changed, reverse=True))):
+            _, case, name, old, new = max(changed)
+            text = (
+                f"Preparation changes a labelled volume by more than {percent(CHANGED, 0)} in {len(cases)} of "
+                f"{count(len(self._facts), 'case')} ({listed(cases)}): class {name} of {case} has {old:.4g} mm3 in the file, "
+                f'{new:.4g} after it; a larger crop, a finer spacing_mm or label_resampling="area" keeps it.'
+            )
+            yield "volume changed", text
 
     def _classes(self, splits: Sequence[Split]) -> Cautions:
         subjects = {facts.subject for facts in self._facts}

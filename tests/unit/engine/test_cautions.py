@@ -136,6 +136,15 @@ def test_fusions_of_raters_who_agree_are_identical() -> None:
     assert "mean = random_rater, mean = staple, random_rater = staple" in told
 
 
+def test_volumes_that_preparation_changes_are_named() -> None:
+    two = [Drawn("whole", np.stack([BLOCK, SOFT])[:, None]), Drawn("cut", np.stack([np.roll(BLOCK, 4, axis=0)] * 2)[:, None])]
+    told = found(study(preprocess=Preprocess(crop=(8, 8))), two)["volume changed"]
+    # BLOCK has 6 x 4 x 2 voxels; of the one that is moved to 7 ... 12, rows 7 to 9 lie in the crop of rows 2 to 9
+    assert told.startswith("Preparation changes a labelled volume by more than 5 % in 1 of 2 cases (cut): class GM of cut")
+    assert "has 48 mm3 in the file, 24 after it" in told
+    assert "volume changed" not in found(study(), two)
+
+
 def splits(*train: Sequence[str]) -> list[Split]:
     return [Split(index=i, train=tuple(who), validation=("v",), test=("t",)) for i, who in enumerate(train)]
 
