@@ -150,7 +150,7 @@ def _tests(comparison: RunComparison) -> list[str]:
 def _selection(comparison: RunComparison) -> list[str]:
     found = []
     if any(c.winners for c in comparison.contrasts):
-        chosen = "Each winner was chosen by the same scores that it is compared by"
+        chosen = "Each winner was chosen on validation subjects, who are tested in other splits"
         found.append(f"{chosen}: the difference of the winners describes, it does not confirm.")
     if comparison.other_trials:
         trials = count(len(comparison.other_trials), "candidate")

@@ -1,4 +1,7 @@
-"""Effects in a factorial study: what one factor does, averaged over the others, and whether that depends on another factor."""
+"""Effects in a factorial study: what one factor does, averaged over the others, and whether that depends on another factor.
+
+Main effects and interactions are secondary families: the primary one is that of all comparisons with the control.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from softseg_dist.report.tables import Summary
 from softseg_dist.words import (
     ALPHA,
     SHOWN,
+    capital,
     count,
     dimensions,
     interval_clause,
@@ -102,6 +103,17 @@ def holdout_answer(summary: Summary) -> str:
         return f"{scored}."
     control = f"the control {held.scores[1].name} {number(held.scores[1].mean)}"
     return f"{scored} and {control}: difference {effect_in_words(held.crossed, held.crossed.p)}."
+
+
+def sites_answer(summary: Summary) -> str:
+    """What the comparisons say about new sites, of the highest ranked first; "" for fewer than three sites."""
+    tested = [(c, c.new_sites) for c in summary.comparisons if c.new_sites is not None]
+    if not tested:
+        return ""
+    quoted = [f"{c.candidate} {effect_in_words(test, test.p)}" for c, test in tested[:MOST_QUOTED]]
+    runs = "for these trained models" if summary.of_models else "and new training runs"
+    limits = f"The tests hold for new subjects of these sites {runs}"
+    return f"{limits}; for new sites (t-test over {count(tested[0][1].num_subjects, 'site')}): {'; '.join(quoted)}."
 
 
 def size_of(comparison: Comparison | Effect | Interaction) -> str:
@@ -189,13 +201,13 @@ def _selection(summary: Summary) -> list[str]:
     found = []
     if summary.reference != summary.control:
         found.append(
-            "All are compared with the highest ranked, which was chosen by the same scores that it is tested on: "
-            "the p-values describe, they do not confirm."
+            f"All are compared with the highest ranked, which was chosen {_choice(summary)}: the p-values describe, they do not "
+            "confirm."
         )
     held = summary.holdout
     if held is not None and held.scores and held.winner == summary.winner.name:
         found.append(
-            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was chosen by that mean. Its mean on the "
+            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the "
             "held-out subjects is not."
         )
         if len(held.opened) > 1:
@@ -213,12 +225,20 @@ def _selection(summary: Summary) -> list[str]:
             "its score is optimistic by an unknown amount. Confirm it on subjects that are in no split, or in a new study "
             "that has it as a fixed candidate."
         )
-    elif len(summary.comparisons) > 1:
+    elif len(summary.comparisons) > 1 and summary.chosen_tested:
         found.append(
-            "The mean of the highest of several candidates is optimistic, as chance is part of its rank. "
+            f"The mean of the highest of several candidates is optimistic, as it was chosen {_choice(summary)}. "
             "Holm's correction protects the tests against that, not the mean."
         )
     return found
+
+
+def _choice(summary: Summary) -> str:
+    """By whose scores the highest ranked was chosen."""
+    if summary.chosen_on == "test":
+        return "by the same scores that it is tested on, for lack of scores on validation"
+    tested = f", {summary.chosen_tested} of whom are tested in some split" if summary.chosen_tested else ", none of whom is tested"
+    return f"by its mean on validation subjects{tested}"
 
 
 def _training(summary: Summary) -> list[str]:
@@ -245,7 +265,9 @@ def _training(summary: Summary) -> list[str]:
 
 
 def _data(summary: Summary) -> list[str]:
-    found = []
+    weak = [(warning, c.candidate) for c in summary.comparisons for warning in c.crossed.warnings]
+    said = {text: [name for told, name in weak if told == text] for text, _ in weak}
+    found = [f"{capital(text)} ({listed(names)})." for text, names in said.items()]
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
         found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")

@@ -255,13 +255,12 @@ class Measures:
 
 def measures_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, winner: str, reference: str) -> Measures:
     """Of the rows on test; `scores` are of the objective, which is broken down by site for `winner` and `reference`."""
-    site_of = (run.run.get("data") or {}).get("site_of") or {}
     return Measures(
         reliability=reliability_of(test),
         agreements=agreements_of(test),
         lesions=lesions_of(test, run.finished, run.study.get("seed", 0)),
         surfaces=surfaces_of(test, run.finished),
-        sites=by_site(scores, site_of, winner, reference) if site_of else (),
+        sites=by_site(scores, run.site_of, winner, reference) if run.site_of else (),
         raters=raters_of(test, run.finished, list(scores.tables)),
         uncertainty=uncertainty_of(test, run.ensemble),
     )

@@ -28,6 +28,7 @@ from softseg_dist.report.findings import (
     holdout_answer,
     interactions_answer,
     left_out,
+    sites_answer,
 )
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
@@ -177,7 +178,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         pictures=pictures,
         folder=data.run.get("run") or data.folder,
         answer=answer(summary),
-        answers=(holdout_answer(summary), group_answer(summary), effects_answer(summary), interactions_answer(summary)),
+        answers=tuple(say(summary) for say in (holdout_answer, sites_answer, group_answer, effects_answer, interactions_answer)),
         metric=_meaning(summary),
         alike=[text for rule, text in data.cautions if rule == ALIKE],
         caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary, data.spacing_mm)],

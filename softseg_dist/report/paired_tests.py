@@ -1,7 +1,8 @@
 """Paired tests on the objective: each candidate against the reference, the best against all others, thresholds against 0.5.
 
-The primary test is the crossed random-effects test over subjects and splits; its p-values are corrected by Holm within each
-table. Wilcoxon's test, the corrected t-test and the bootstrap stand beside it without correction.
+The primary test is the crossed random-effects test over subjects and splits. All comparisons with the control on the objective
+are the one primary family, the other tables are secondary families; each is corrected by Holm. Wilcoxon's test, the corrected
+t-test, the bootstrap and, from three sites on, a t-test over sites stand beside it without correction.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from softseg_dist.numerics.statistics import (
     wilcoxon_test,
 )
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import ScoreTable, ScoreTables, scores_by_rule, split_means
+from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, scores_by_rule, split_means
 from softseg_dist.words import interval_clause, number, p_clause
 
+FEWEST_SITES = 3  # for a test over sites
 OF_MODELS = "t-test over subjects: it speaks about new subjects for these trained models, not about new training runs"
 
 
@@ -77,7 +79,10 @@ def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p"
 
 @dataclass(frozen=True)
 class Comparison:
-    """`candidate` minus `reference`, paired by subject and split. `p_holm` adjusts the primary, crossed test over all rows."""
+    """`candidate` minus `reference`, paired by subject and split. `p_holm` adjusts the primary, crossed test over all rows.
+
+    `new_sites` is the t-test over the mean differences of the sites, None for fewer than three.
+    """
 
     candidate: str
     reference: str
@@ -87,10 +92,11 @@ class Comparison:
     corrected: SplitTest
     bootstrap: BootstrapInterval
     by_split: dict[int, float]
+    new_sites: SubjectTest | None = None
 
 
 def comparisons_with(
-    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any]
+    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any], site_of: Mapping[str, str]
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
@@ -112,9 +118,22 @@ def comparisons_with(
                 corrected=corrected_t_test(means, ratio),
                 bootstrap=paired_bootstrap(table, seed_of("bootstrap", study["name"], study.get("seed", 0))),
                 by_split=by_split,
+                new_sites=new_sites_test(table, scores.subjects, site_of),
             )
         )
     return holm_corrected(found)
+
+
+def new_sites_test(differences: ScoreTable, subjects: Sequence[str], site_of: Mapping[str, str]) -> SubjectTest | None:
+    """The t-test over sites, which speaks about new sites: the mean difference of a site is that of its subjects' means.
+
+    None for fewer than three sites.
+    """
+    of_site: dict[str, list[float]] = {}
+    for subject, row in zip(subjects, differences, strict=True):
+        if subject in site_of and not np.isnan(row).all():
+            of_site.setdefault(site_of[subject], []).append(mean_of(row))
+    return subject_test(np.array([np.mean(means) for means in of_site.values()])) if len(of_site) >= FEWEST_SITES else None
 
 
 @dataclass(frozen=True)
@@ -134,8 +153,8 @@ class Rival:
 def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     """Crossed tests of all others minus the first of the `ranked` candidates; Holm over all of them.
 
-    The first was chosen by the scores that it is tested on, so too few candidates may count as tied: the p-values
-    describe, they do not confirm.
+    Where the first was chosen by subjects who are tested, too few candidates may count as tied: the p-values describe, they do
+    not confirm.
     """
     return holm_corrected([Rival(name, paired_test(scores, name, ranked[0])) for name in ranked[1:]])
 

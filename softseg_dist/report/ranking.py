@@ -1,4 +1,4 @@
-"""The ranking: one standing per candidate, by the paired difference to the candidate that all are compared with."""
+"""The ranking: one standing per candidate, by the paired difference on validation to the candidate that all are compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ BESIDE = ("volume_error", "volume_error_abs", "brier", "ece")  # shown beside th
 class Standing:
     """One candidate in the ranking (see `ranked`); `rank` is None without a score.
 
-    `mean` is over all scores, one of a subject in a split; the 95 % interval from `low` to `high` is that of the crossed
+    `chosen_by` is the mean that ranks it: on validation, or on test in a run without scores on validation. `mean` is on test, over
+    all scores, one of a subject in a split; the 95 % interval from `low` to `high` is that of the crossed
     random-effects model, which weighs them; `sd` is over the means of the splits. `beside` has further metrics; at the threshold
     of each rule `dice` has the Dice, `mask_volume` the volume error of the mask; `thresholds` has the mean threshold chosen;
     `by_reference` and `by_class` the objective against each rater and in each class. Of `values` (case, class, split)
@@ -32,6 +33,7 @@ class Standing:
     rank: int | None
     name: str
     proposed: bool
+    chosen_by: float
     mean: float
     sd: float
     low: float
@@ -65,22 +67,22 @@ def level(scores: ScoreTables, name: str, reference: str) -> float:
 
 
 def ranked(
-    standings: Sequence[Standing], given_up: Collection[str], reference: str, scores: ScoreTables, sign: int
+    standings: Sequence[Standing], given_up: Collection[str], reference: str, choice: ScoreTables, sign: int
 ) -> tuple[Standing, ...]:
     """By the paired difference to the reference, so that a candidate does not gain by a hard split that it lacks.
 
-    With all fits there this is the order of the means. Candidates that share no pair with the reference go by their
-    mean. Those that were `given_up` come after all others: validation has shown them to be worse than one of these, and the few
-    splits that they have must not make one of them the winner.
+    `choice` are scores on validation: what is tested chooses nothing. With all fits there this is the order of their means.
+    Candidates that share no pair with the reference go by their mean. Those that were `given_up` come after all others: validation
+    has shown them to be worse than one of these, and the few splits that they have must not make one of them the winner.
     """
     known = [s for s in standings if not math.isnan(s.mean)]
-    known.sort(key=lambda s: (s.name not in given_up, sign * level(scores, s.name, reference)), reverse=True)
+    known.sort(key=lambda s: (s.name not in given_up, sign * level(choice, s.name, reference)), reverse=True)
     unknown = [s for s in standings if math.isnan(s.mean)]
     return tuple([replace(s, rank=i) for i, s in enumerate(known, 1)] + unknown)
 
 
-def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[Standing]:
-    """A standing without rank for every candidate, in the order of the study; `scores` are of the objective."""
+def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, choice: ScoreTables) -> list[Standing]:
+    """A standing without rank for every candidate, in the order of the study; `scores` (test) and `choice` are of the objective."""
     metric = row_of(run.study["objective"]).name
     references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
     classes = [str(c) for c in sorted(test["class"].unique())]
@@ -103,6 +105,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables) -> list[
                 rank=None,
                 name=name,
                 proposed=candidate.proposed,
+                chosen_by=mean_of(choice.of(name)),
                 mean=mean_of(scores.of(name)),
                 sd=float(np.std(list(by_split.values()), ddof=1)) if len(by_split) > 1 else NAN,
                 low=whole.low,

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import SCHEMA
+from softseg_dist.numerics.metrics import row_of
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_path
 
@@ -58,6 +60,7 @@ class RunData:
     """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of `judging.results`.
 
     `results` has rows about test subjects alone. `results` and `fits` are those of the candidates; tuning has its own.
+    `results` are the rows on test, `validation` those of the objective on validation, against the mean of the raters.
     `ensemble` has what the fits of winner and control predict together, if that was measured. `holdout` has the rows about
     held-out subjects, None until they were opened; `holdout_record` names them and their openings, None if there are none.
     """
@@ -69,6 +72,7 @@ class RunData:
     candidates: tuple[RecordedCandidate, ...]
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
+    validation: pd.DataFrame
     histories: Mapping[tuple[str, int], pd.DataFrame]
     trials: tuple[Trial, ...] = ()
     ensemble: pd.DataFrame | None = None
@@ -89,6 +93,11 @@ class RunData:
     def of_models(self) -> bool:
         """Are these predictions that were judged without splits, and so without any that train?"""
         return not any(split.train for split in self.splits)
+
+    @property
+    def site_of(self) -> Mapping[str, str]:
+        """The site of every subject, as far as the run recorded it."""
+        return (self.run.get("data") or {}).get("site_of") or {}
 
     @property
     def subjects(self) -> set[str]:
@@ -134,6 +143,7 @@ def load_run(folder: Path) -> RunData:
     if not finished:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
+    results, validation = _results(folder, row_of(study["objective"]).name, finished, tuning)
     histories = {(fit.candidate, fit.split): _history(folder / "fits" / fit.key) for fit in fits}
     return RunData(
         folder=folder,
@@ -142,7 +152,8 @@ def load_run(folder: Path) -> RunData:
         run=_json(folder / "run.json") or {},
         candidates=_candidates(folder, study, {n: r for n, r in records.items() if n not in tuning}, fits),
         fits=fits,
-        results=_results(folder, finished, tuning),
+        results=results,
+        validation=validation,
         histories={key: history for key, history in histories.items() if not history.empty},
         trials=tuple(
             Trial(name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
@@ -203,32 +214,35 @@ def _table(path: Path) -> pd.DataFrame | None:
     return _rows(path) if path.exists() else None
 
 
-def _results(folder: Path, finished: list[FitResult], left_out: Iterable[str]) -> pd.DataFrame:
-    """The collected table, and the fits' own rows where it does not hold them: a run collects when it ends."""
+def _results(folder: Path, objective: str, finished: list[FitResult], left_out: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows on test and on validation: those collected when a run ended, and those of fits that are not among them."""
     path = folder / "results.parquet"
-    parts = [_tested(path)] if path.exists() else []
+    parts = [_shown(path, objective)] if path.exists() else []
     held = {key for part in parts for key in part.groupby(["candidate", "split"], observed=True).groups}
     for part in (cases_path(folder / "fits" / fit.key) for fit in finished if (fit.candidate, fit.split) not in held):
         if not part.exists():
             raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
-        parts.append(_tested(part))
+        parts.append(_shown(part, objective))
     table = _compact(pd.concat(parts, ignore_index=True))
-    return table[~table["candidate"].isin(tuple(left_out))]
+    table = table[~table["candidate"].isin(tuple(left_out))]
+    return table[table["subset"] == "test"], table[table["subset"] == "validation"]
 
 
-def _tested(path: Path) -> pd.DataFrame:
-    """The rows about test subjects on the grids of their files: what is reported."""
-    return _rows(path, [("subset", "==", "test"), ("grid", "==", "own")])
+def _shown(path: Path, metric: str) -> pd.DataFrame:
+    """The rows on the grids of the files about test subjects, and those about validation subjects that candidates are chosen by."""
+    own = ("grid", "==", "own")
+    chosen_by = [("subset", "==", "validation"), own, ("metric", "==", metric), ("reference", "==", "mean")]
+    return _rows(path, [[("subset", "==", "test"), own], chosen_by])
 
 
-def _rows(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pd.DataFrame:
-    table = pd.read_parquet(path, filters=filters)
-    if lacks := [name for name in SCHEMA.names if name not in table.columns]:
+def _rows(path: Path, filters: list[list[tuple[str, str, str]]] | None = None) -> pd.DataFrame:
+    columns = pq.read_schema(path).names
+    if lacks := [name for name in SCHEMA.names if name not in columns]:
         raise UserError(
             f"{path} was made by an older version of softseg_dist (no column {', '.join(lacks)}): report it with that version, or "
             "run the study again under a new name"
         )
-    return _compact(table)
+    return _compact(pd.read_parquet(path, filters=filters))
 
 
 def _compact(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """All numbers of a report, as one frozen Summary: ranking, tests, effects, measures, the search, held-out subjects, fits.
 
-The page prints this object and `softseg report --json` dumps it, so both say the same. Ranks and tests are on the
-objective metric, measured on test; the unit of analysis is a subject in a split (see `report.scores`).
+The page prints this object and `softseg report --json` dumps it, so both say the same. Tests are on the objective, as
+measured on test, ranks on the objective, as measured on validation; the unit of analysis is a subject in a split (see
+`report.scores`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.run_folder import RunData
-from softseg_dist.report.scores import RULES, dice_curves, soft_scores
+from softseg_dist.report.scores import RULES, dice_curves, soft_rows, soft_scores, tables_of
 from softseg_dist.report.search_tables import Searched, searched_of
 
 
@@ -33,10 +34,12 @@ class Summary:
     """Everything that a report says in numbers.
 
     `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
-    has none (or its control no score). `num_tested` subjects, of `num_subjects`, were in a test set; `num_cases`
-    are theirs. `rivals` compare the highest ranked with all others, `rules` each candidate's thresholds from validation with 0.5.
-    `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of subjects, `varying` the fields in which
-    recipes differ, per candidate. `of_models`: predictions were judged without splits (see `ScoreTables`).
+    has none (or its control no score). `chosen_on` is the subset whose scores rank candidates: validation, or test where one of
+    them lacks scores on validation; `chosen_tested` of its subjects are tested in some split. `num_tested` subjects, of
+    `num_subjects`, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others, `rules` each
+    candidate's thresholds from validation with 0.5. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of
+    subjects, `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without splits (see
+    `ScoreTables`).
     """
 
     name: str
@@ -48,6 +51,8 @@ class Summary:
     of_models: bool
     control: str | None
     reference: str
+    chosen_on: Literal["validation", "test"]
+    chosen_tested: int
     num_planned: int
     num_subjects: int
     num_tested: int
@@ -75,7 +80,7 @@ class Summary:
 
     @property
     def winner(self) -> Standing:
-        """The highest ranked candidate."""
+        """The highest ranked candidate: the best on validation (see `chosen_on`). What is tested chooses nothing."""
         return self.ranking[0]
 
     @property
@@ -106,9 +111,11 @@ def summarise(run: RunData) -> Summary:
     scores = soft_scores(test, objective.name)
     scores = replace(scores, of_models=run.of_models)
     control: str = run.study.get("control") or ""
-    reference = control if control in scores.tables else best_complete(scores, objective.sign)
+    validation = tables_of(soft_rows(run.validation, objective.name), run.validation)
+    choice = validation if set(scores.tables) <= set(validation.tables) else scores
+    reference = control if control in scores.tables else best_complete(choice, objective.sign)
     given_up = [candidate.name for candidate in run.candidates if candidate.raced]
-    ranking = ranked(standings_of(run, test, scores), given_up, reference, scores, objective.sign)
+    ranking = ranked(standings_of(run, test, scores, choice), given_up, reference, choice, objective.sign)
     sizes = [{"index": s.index, "train": len(s.train), "validation": len(s.validation), "test": len(s.test)} for s in run.splits]
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]
@@ -127,6 +134,8 @@ def summarise(run: RunData) -> Summary:
         of_models=run.of_models,
         control=control or None,
         reference=reference,
+        chosen_on="test" if choice is scores else "validation",
+        chosen_tested=len(set(choice.subjects) & run.tested),
         num_planned=len(run.candidates) * len(run.splits) - sum(t.raced for t in training),
         num_subjects=len(everyone),
         num_tested=len(scores.subjects),
@@ -134,7 +143,7 @@ def summarise(run: RunData) -> Summary:
         test_to_train=ratio,
         tested_times=(min(times[s] for s in everyone), max(times[s] for s in everyone)),
         ranking=ranking,
-        comparisons=comparisons_with(names, reference, scores, ratio, run.study),
+        comparisons=comparisons_with(names, reference, scores, ratio, run.study, run.site_of),
         rivals=rivals_of(names, scores),
         effects=main_effects(design, scores) if design else (),
         interactions=interactions(design, scores) if design else (),

@@ -1,6 +1,6 @@
 """How often do tests reject when there is nothing to find, and when there is? Simulated studies with known components.
 
-Run:     python tests/benchmarks/bench_size.py [--studies 1500] [--diagnoses]
+Run:     python tests/benchmarks/bench_size.py [--studies 1000] [--diagnoses]
 Targets: at the 5 % level the crossed test rejects 2.5 to 7.5 % of studies of equal candidates in every setting; up to 8.5 % counts
          as met, as the largest of so many settings is one of noise, too
 Cost:    about 45 minutes of one core; the power is measured with a quarter of the studies
@@ -25,7 +25,7 @@ from softseg_dist.numerics.statistics import corrected_t_test, wilcoxon_test
 
 LEVEL = 0.05
 TRAIN_SHARE = 0.6
-LONG = 1500  # studies
+LONG = 1000  # studies
 HEADLINES = (
     Headline(
         key="size_crossed_least",

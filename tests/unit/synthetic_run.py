@@ -97,6 +97,8 @@ def write_run(
             table = _rows(name, split["index"], values, thresholds, classes, raters, generator)
             if measured or sessions > 1:
                 table = _with_measures(table, measured, thresholds, raters, sessions, generator)
+            chosen_by = {s: shift + level[s] + of_subject[s] for s in split["validation"]}
+            table = pd.concat([table, _validation(table, chosen_by, classes)], ignore_index=True)
             tables.append(table)
             if not collected:
                 table.to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
@@ -179,6 +181,18 @@ def _rows(
     frame = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64"})
     frame["case"] = "sub-" + frame["subject"]
     return frame.assign(study="s002_gray_matter", candidate=name, split=np.int32(split), subset="test", grid="own")
+
+
+def _validation(test: pd.DataFrame, values: dict[str, float], classes: Sequence[str]) -> pd.DataFrame:
+    """The rows of the objective on validation, of one case per subject."""
+    keys = [(subject, class_name, value - 0.03 * k) for subject, value in values.items() for k, class_name in enumerate(classes)]
+    rows = pd.DataFrame(keys, columns=["subject", "class", "value"])
+    same = test.iloc[0][["study", "candidate", "split", "grid"]].to_dict() | {
+        "reference": "mean",
+        "threshold": np.nan,
+        "metric": "dice_dml",
+    }
+    return rows.assign(**same, subset="validation", case="sub-" + rows["subject"]).astype({"split": np.int32})
 
 
 def _with_measures(

@@ -24,7 +24,7 @@ def draw_parameters(folder: Path, seed: int = 0) -> dict[str, dict[str, object]]
     """Give all proposed candidates parameters: `omega`, which follows their score on test, and two that mean nothing."""
     generator = np.random.default_rng(seed)
     table = pd.read_parquet(folder / "results.parquet")
-    rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean")]
+    rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean") & (table["subset"] == "test")]
     means, drawn = rows.groupby("candidate")["value"].mean(), {}
     for path in sorted(folder.glob("fits/*/candidate.json")):
         record = json.loads(path.read_text())

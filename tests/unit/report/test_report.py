@@ -18,7 +18,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
-from softseg_dist.report.findings import answer, caveats, effects_answer
+from softseg_dist.report.findings import answer, caveats, effects_answer, sites_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
@@ -52,6 +52,7 @@ def test_mean_is_over_subjects_of_means_over_cases_of_means_over_classes(tmp_pat
     folder = write_run(tmp_path, candidates=[CONTROL], num_splits=1, num_subjects=9, num_tested=2, classes=("GM", "WM"))
     table = pd.read_parquet(folder / "results.parquet")
     first = table["subject"].iloc[0]
+    table = table[table["subset"] == "test"]
     second_session = table[table["subject"] == first].assign(case="second", value=lambda t: t["value"] - 0.1)
     pd.concat([table, second_session]).to_parquet(folder / "results.parquet")
     rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean")]
@@ -61,7 +62,8 @@ def test_mean_is_over_subjects_of_means_over_cases_of_means_over_classes(tmp_pat
 
 
 def test_ranking_is_ordered_by_the_objective_and_complete(summary: Summary):
-    means = [standing.mean for standing in summary.ranking]
+    means = [standing.chosen_by for standing in summary.ranking]
+    assert summary.chosen_on == "validation"
     assert means == sorted(means, reverse=True)
     assert [standing.rank for standing in summary.ranking] == list(range(1, 9))
     assert {standing.name for standing in summary.ranking} == set(CELLS)
@@ -195,9 +197,74 @@ def test_a_candidate_gains_nothing_by_lacking_the_hardest_split(tmp_path: Path):
 def test_without_a_control_the_highest_ranked_is_the_reference(tmp_path: Path):
     summary = summarise(load_run(write_run(tmp_path, control=None, num_splits=2)))
     assert summary.reference == summary.winner.name
-    assert all(c.crossed.mean < 0 for c in summary.comparisons)
+    assert summary.winner.chosen_by == max(standing.chosen_by for standing in summary.ranking)
     assert answer(summary).startswith("The study names no control")
-    assert any("chosen by the same scores" in text for text in caveats(summary))
+    assert any("was chosen by its mean on validation subjects" in text for text in caveats(summary))
+
+
+def move(folder: Path, subset: str, candidate: str, by: float) -> None:
+    """Change the objective of a candidate on test or on validation."""
+    table = pd.read_parquet(folder / "results.parquet")
+    here = (table["subset"] == subset) & (table["candidate"] == candidate) & (table["metric"] == "dice_dml")
+    table.loc[here, "value"] += by
+    table.to_parquet(folder / "results.parquet")
+
+
+def test_what_is_tested_chooses_nothing(tmp_path: Path):
+    """The best on validation wins, also where another one is better on test."""
+    folder = write_run(tmp_path, candidates=CELLS[:3], num_splits=4)
+    move(folder, "validation", CELLS[1], 0.2)
+    move(folder, "test", CELLS[2], 0.2)
+    summary = summarise(load_run(folder))
+    assert summary.winner.name == CELLS[1]
+    assert summary.winner.mean < next(s.mean for s in summary.ranking if s.name == CELLS[2])
+    move(folder, "test", CELLS[2], 0.2)
+    assert [s.name for s in summarise(load_run(folder)).ranking] == [s.name for s in summary.ranking]
+
+
+def test_a_run_without_scores_on_validation_is_ranked_on_test_and_says_so(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:3], num_splits=4)
+    table = pd.read_parquet(folder / "results.parquet")
+    table[(table["subset"] == "test") | (table["candidate"] != CELLS[1])].to_parquet(folder / "results.parquet")
+    summary = summarise(load_run(folder))
+    assert summary.chosen_on == "test"
+    assert summary.winner.mean == max(s.mean for s in summary.ranking)
+    assert any("for lack of scores on validation" in text for text in caveats(summary))
+
+
+def test_validation_subjects_who_are_never_tested_make_no_winner_optimistic(tmp_path: Path):
+    summary = summarise(load_run(write_run(tmp_path, candidates=CELLS[:3], num_splits=1)))
+    assert summary.chosen_tested == 0
+    assert not any("optimistic" in text for text in caveats(summary))
+
+
+def test_from_three_sites_on_a_test_over_sites_stands_beside_the_primary_test(run: RunData, summary: Summary):
+    assert all(c.new_sites is None for c in summary.comparisons)  # two sites
+    assert sites_answer(summary) == ""
+    site_of = {subject: "ABC"[i % 3] for i, subject in enumerate(sorted(run.subjects))}
+    three = summarise(replace(run, run={**run.run, "data": {**run.run["data"], "site_of": site_of}}))
+    first, scores = three.comparisons[0], soft_scores(run.results, "dice_dml")
+    table = pd.DataFrame(scores.difference(first.candidate, CONTROL), index=list(scores.subjects))
+    of_subject = table.mean(axis=1).dropna()
+    of_site = of_subject.groupby(of_subject.index.map(site_of)).mean()
+    assert first.new_sites is not None
+    assert first.new_sites.p == pytest.approx(stats.ttest_1samp(of_site, 0).pvalue)
+    assert "for new sites (t-test over 3 sites)" in sites_answer(three)
+    assert "new subjects of these sites" in sites_answer(three)
+
+
+def test_what_weakens_a_test_is_read_with_care(tmp_path: Path):
+    few = summarise(load_run(write_run(tmp_path / "few", candidates=CELLS[:3], num_splits=2)))
+    assert any(text.startswith("2 splits, 1 degree of freedom") and CELLS[1] in text for text in caveats(few))
+    folder = write_run(tmp_path / "one", candidates=CELLS[:2], num_splits=10, num_tested=12)
+    table = pd.read_parquet(folder / "results.parquet")
+    subject = table["subject"].iloc[0]
+    one = (table["subject"] == subject) & (table["candidate"] == CELLS[1]) & (table["metric"] == "dice_dml")
+    table.loc[one, "value"] -= 0.6
+    table.to_parquet(folder / "results.parquet")
+    said = [text for text in caveats(summarise(load_run(folder))) if "nearly blind" in text]
+    assert len(said) == 1
+    assert f"({subject}, mean difference" in said[0]
 
 
 def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):
