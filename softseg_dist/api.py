@@ -49,6 +49,7 @@ RANKING: Final = {
     "rank": "Int64",  # from 1; missing without a score
     "candidate": "string",
     "proposed": "bool",  # by a search
+    "chosen_by": "float64",  # the objective on validation, which ranks; on test in a run without scores on validation
     **dict.fromkeys(("mean", "low", "high"), "float64"),  # the objective on test, and its 95 % interval
     "sd": "float64",  # of the means of the splits
     **dict.fromkeys(("num_subjects", "num_splits", "num_scores"), "int64"),  # a score is that of a subject in a split
@@ -158,7 +159,7 @@ class Run:
 
     @property
     def ranking(self) -> pd.DataFrame:
-        """A row per candidate, the highest ranked first: the objective on test, and metrics beside it."""
+        """A row per candidate, the highest ranked (on validation) first: the objective on test, and metrics beside it."""
         rows = []
         for s in self._summary.ranking:
             names = {"candidate": s.name, "num_undefined": s.undefined}

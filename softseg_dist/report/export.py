@@ -89,8 +89,8 @@ def latex(summary: Summary) -> str:
             ]
             for s in summary.ranking
         ],
-        f"Candidates by {title} on test: mean, 95 % interval of the crossed random-effects model, sd of the means of the "
-        f"splits, and Dice at three thresholds. {n}.",
+        f"Candidates, ranked by {title} on {summary.chosen_on}. On test: mean, 95 % interval of the crossed random-effects model, "
+        f"sd of the means of the splits, and Dice at three thresholds. {n}.",
         "ranking",
     )
     if not summary.comparisons:
