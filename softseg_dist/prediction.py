@@ -142,7 +142,7 @@ def predict_images(
         images: one sequence of files per image, its channels in the order of training.
         out: folder of the maps.
         center_masks: one per image if the model's crop is centred on a mask, else none.
-        binary: a rule of the card's thresholds, or a number: masks {map > threshold} are written too, as uint8
+        binary: a rule of the card's thresholds, or a number: masks {map >= threshold} are written too, as uint8
             `<stem>_label-<class>_mask.nii.gz`.
         ensemble: the map is the mean over all finished fits of the model's candidate, from the run folder around it.
         uncertainty: the map's entropy in bits is written too, as float32 `<stem>_label-<class>_entropy.nii.gz`: of an ensemble
@@ -232,9 +232,9 @@ def _threshold(card: ModelCard, binary: str) -> float:
         threshold = float(binary)
     except ValueError:
         threshold = math.nan
-    if not 0 <= threshold < 1:
+    if not 0 < threshold <= 1:
         rules = ", ".join(f"{rule} ({value:.3g})" for rule, value in card.thresholds.items())
-        raise UserError(f"--binary takes a number from 0 to below 1, or a rule of this model: {rules}; got {binary!r}")
+        raise UserError(f"--binary takes a number above 0 and up to 1, or a rule of this model: {rules}; got {binary!r}")
     return threshold
 
 
@@ -272,7 +272,7 @@ def _predict(source: MapSource, preprocess: Preprocess, case: ImageCase, output:
         maps = preprocess.restore(soft_maps, sample.placement)
         write(output.maps, maps)
         if threshold is not None:
-            write(output.masks, (maps > threshold).astype(np.uint8))
+            write(output.masks, (maps >= threshold).astype(np.uint8))
         if unsure is not None:
             write(output.entropies, preprocess.restore(unsure, sample.placement))
     except UserError as error:

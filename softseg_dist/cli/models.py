@@ -21,7 +21,7 @@ Binary = Annotated[
     str | None,
     typer.Option(
         metavar="RULE|NUMBER",
-        help="Also write masks: voxels above a number, or above the threshold of a rule: fixed, grid, dice_optimal",
+        help="Also write masks: voxels of at least a number, or the threshold of a rule: fixed, grid, dice_optimal",
     ),
 ]
 OfRun = Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")]

@@ -208,6 +208,6 @@ class LiveTable(Progress):
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`epoch 3  loss 0.1235  dice_dml 0.8123`."""
+    """`epoch 3  loss 0.1235  brier_skill 0.8123`."""
     numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch"]
     return "  ".join([f"epoch {metrics['epoch']:.0f}", *numbers] if "epoch" in metrics else numbers)

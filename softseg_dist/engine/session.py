@@ -224,7 +224,7 @@ class Session:
 
 
 def _verdict(record: RaceRecord, study: Study) -> str:
-    """`dice_dml -0.0312 (p = 0.0041) against hard-dice over 3 splits`."""
+    """`brier_skill -0.0312 (p = 0.0041) against hard-dice over 3 splits`."""
     names = [metric.row.name for metric in study.objectives]
     differences = [(names[0], record.difference, record.p)]
     if len(names) > 1 and record.second_difference is not None and record.second_p is not None:

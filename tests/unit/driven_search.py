@@ -45,12 +45,11 @@ def score_of(task: FitTask) -> float:
 
 def finished(task: FitTask, score: float | None = None, second: float | None = None) -> FitResult:
     """A fit's result with its score, and that of the second objective."""
-    scores = {task.objective: score_of(task) if score is None else score}
+    name = task.objectives[0].row.name
+    scores = {name: score_of(task) if score is None else score}
     if task.second_objective is not None and second is not None:
         scores[task.second_objective] = second
-    return FitResult(
-        candidate=task.candidate, split=task.split.index, state="finished", score=scores[task.objective], scores=scores
-    )
+    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=scores[name], scores=scores)
 
 
 def failed(task: FitTask) -> FitResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def write_run(
     num_tested: int = 6,
     proposed: Sequence[str] = (),
     classes: Sequence[str] = ("GM",),
-    objective: str = "dice_dml",
+    objective: str | Mapping[str, object] = "dice_dml",
     collected: bool = True,
     failed: Sequence[tuple[str, int]] = (),
     missing: Sequence[tuple[str, int]] = (),

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_shows_every_kind_of_extension() -> None:
-    kinds = ("Loss", "Activation", "Network", "Intensity", "Spatial", "Smoothing", "Splits", "DataSet")
+    kinds = ("Loss", "Activation", "Network", "Intensity", "Spatial", "Smoothing", "Splits", "DataSet", "Metric")
     shown = "\n".join(FILES.values())
     assert [kind for kind in kinds if f"({kind}):" not in shown] == []
     assert "def propose(" in shown

@@ -123,7 +123,7 @@ def test_the_map_is_the_prediction_for_the_stored_sample(tmp_path: Path, dim: in
 def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int) -> None:
     soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)
     soft[6, 5, 4] = 1.0  # NormReLU divides by the highest value, which shall be 1
-    soft[6, 5, 5] = 0.5  # on the threshold is not above it
+    soft[6, 5, 5] = 0.5  # on the threshold is inside
     image = write(tmp_path / "image.nii.gz", soft)
     card = card_of(Preprocess(dim=dim, normalize="none", crop=(8,) * dim), PASSING, thresholds=RULES)
     model = saved(tmp_path / "model", card, passing_model(card))
@@ -136,9 +136,9 @@ def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path,
     assert done.covered == pytest.approx(8 * 8 / (14 * 12) * (8 / 10 if dim == 3 else 1))
     mask = nib.load(done.masks["GM"])
     assert mask.get_data_dtype() == np.uint8
-    assert np.array_equal(mask.get_fdata() == 1, expected > np.float32(0.35))
+    assert np.array_equal(mask.get_fdata() == 1, expected >= np.float32(0.35))
     (done,) = predicted(model, [image], tmp_path / "out", binary="0.5")
-    assert np.array_equal(read(done.masks["GM"]) == 1, expected > 0.5)
+    assert np.array_equal(read(done.masks["GM"]) == 1, expected >= 0.5)
 
 
 def test_channels_are_taken_in_order_and_classes_written_by_name(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_headers_tell_is_refused_before_anything_is_written(tmp_path: Path)
     same = scan(tmp_path / "elsewhere/good.nii.gz")
     assert "the map of another image" in refused(model, [[good], [same]], out)
     assert "takes no --center-mask" in refused(model, [[good]], out, center_masks=[good])
-    for wrong in ("best", "1", "-0.1", "nan"):
+    for wrong in ("best", "0", "1.1", "-0.1", "nan"):
         message = refused(model, [[good]], out, binary=wrong)
         assert f"fixed (0.5), grid (0.35); got '{wrong}'" in message
     two = random_model(tmp_path / "two", WHOLE, channels=2)

@@ -15,6 +15,7 @@ from softseg_dist import (
     Dice,
     GeoLS,
     KFold,
+    Metric,
     MonteCarlo,
     NormReLU,
     Optim,
@@ -29,6 +30,14 @@ from softseg_dist import (
     UNet,
     factorial,
 )
+
+
+class Nameless(Metric):
+    """A metric without a name."""
+
+    def __call__(self, prediction, reference, scale):
+        return reference.mean(axis=(0, 2, 3))
+
 
 BASE = Recipe(network=UNet(filters=(8, 16)), label="hard", augment=(Affine(degrees=10),), optim=Optim(lr=1e-3, epochs=60))
 
@@ -117,6 +126,9 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"objective": "loss"}, "objective must be one of"),
         ({"tune_each": TuneEach(), "candidates": {}, "search": Search(lambda trial: BASE)}, "a search tunes its own"),
         ({"second_objective": "loss"}, "objective must be one of"),
+        ({"objective": "dice"}, "objective must be one of brier_skill, .* or a Metric, got 'dice'"),
+        ({"objective": "volume_error"}, "objective must be one of"),
+        ({"objective": Nameless()}, "Nameless needs a name of its own for its column, such as short = 'my_metric', got ''"),
         ({"second_objective": "brier_skill"}, "second_objective must differ from the objective, got 'brier_skill' for both"),
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
         ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from softseg_dist import Recipe
 from softseg_dist.cli.submit import with_given_splits
@@ -48,6 +49,23 @@ def test_a_loss_defined_in_a_study_file_goes_through_json(tmp_path: Path) -> Non
     assert again == study
     loss = again.candidates["cubic"].loss
     assert loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)).item() == 0.5**2
+
+
+def test_a_metric_defined_in_a_study_file_may_be_the_objective(tmp_path: Path) -> None:
+    text = MINE.replace("import Loss,", "import Loss, Metric,").replace("search=Search", "objective=Bias(), search=Search")
+    bias = """class Bias(Metric):
+    short = "bias"
+    higher_is_better = False
+
+    def __call__(self, prediction, reference, scale):
+        return abs(prediction - reference).mean(axis=(0, 2, 3))
+"""
+    study = load_study(write(tmp_path, text.replace("def propose", f"{bias}\n\ndef propose"))).study
+    assert type(study).model_validate_json(study.model_dump_json()) == study
+    assert (study.objectives[0].row.name, study.objectives[0].row.sign) == ("bias", -1)
+    twice = study.model_dump(mode="json") | {"second_objective": study.model_dump(mode="json")["objective"]}
+    with pytest.raises(ValidationError, match="second_objective must differ from the objective, got 'bias' for both"):
+        type(study).model_validate(twice)
 
 
 def test_another_process_needs_only_the_text(tmp_path: Path) -> None:

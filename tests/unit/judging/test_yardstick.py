@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +220,35 @@ def test_soft_dice_rewards_rounding_the_true_map_which_is_why_it_is_not_the_prim
     rounded = TRANSFORMS["rounded"](mean)
     assert mean_score("dice_dml", rounded, cases) > mean_score("dice_dml", mean, cases)
     assert mean_score("brier", rounded, cases) > mean_score("brier", mean, cases)  # lower is better
+
+
+PAGE = Path(__file__).parents[3] / "docs/yardstick.md"
+ROWS = re.compile(r"(<!-- rows: python [^\n]* -->\n)(.*?)(<!-- rows: end -->)", re.DOTALL)
+PERFECT = {"always": "{}, yes", "at .5": "{}, at tau = .5", "one hard rater": "{}, one hard rater only", "no": "no"}
+BETTER = {True: "higher", False: "lower", None: "neither"}
+
+
+def lines_of_the_page() -> str:
+    """The table of docs/yardstick.md, from the one that the package measures by."""
+    lines = [
+        "| row | formula | better | at p = y | reference empty | prediction empty | against |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in TABLE.values():
+        empty = "as it comes" if row.when_prediction_empty is None else row.when_prediction_empty
+        name = f"`{row.name}`" + (" at tau" if row.at_threshold else "") + (" (primary)" if row.name == "brier_skill" else "")
+        cells = name, row.meaning, BETTER[row.higher_is_better], PERFECT[row.perfect].format(row.best)
+        lines.append(f"| {' | '.join(cells)} | {'exists' if row.exists_when_empty else 'none'} | {empty} | {row.against} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_shows_the_table_that_is_measured_by():
+    found = ROWS.search(PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found[2] == lines_of_the_page(), "python tests/unit/judging/test_yardstick.py writes the table"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(
+        ROWS.sub(lambda found: found[1] + lines_of_the_page() + found[3], PAGE.read_text(encoding="utf-8")), encoding="utf-8"
+    )

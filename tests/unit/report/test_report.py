@@ -157,6 +157,16 @@ def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
     assert "soft-sigmoid-dice (difference −0.010" in answer(summary)
 
 
+def test_an_objective_of_the_user_is_reported_by_what_its_json_says_without_its_code(tmp_path: Path):
+    row = {"name": "ece", "title": "own error", "meaning": "what we look at", "higher_is_better": False}
+    objective = {"type": "s009_mine:Gone", "code": "0123", "row": row}
+    folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=3, objective=objective)
+    summary = summarise(load_run(folder))
+    assert (summary.objective, summary.objective_title, summary.sign) == ("ece", "own error", -1)
+    assert summary.objective_meaning == "what we look at"
+    assert "own error (lower is better)" in answer(summary)
+
+
 def test_dice_is_taken_at_the_threshold_that_each_fit_chose(run: RunData, summary: Summary):
     fit = next(f for f in run.finished if f.candidate == CONTROL and f.split == 0)
     rows = run.results[(run.results["candidate"] == CONTROL) & (run.results["reference"] == "mean")]

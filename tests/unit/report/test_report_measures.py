@@ -111,6 +111,18 @@ def test_cases_without_a_surface_are_left_out_and_counted(run: RunData, summary:
     assert any(surfaces.undefined for surfaces in summary.measures.surfaces.values())
 
 
+def test_cases_whose_prediction_is_empty_are_counted_as_missed(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=NAMES[:2], num_splits=2, measured=("surface", "lesions"))
+    table = pd.read_parquet(folder / "results.parquet")
+    at_grid = (table["candidate"] == NAMES[0]) & (table["threshold"] == 0.4) & (table["split"] == 0)
+    table.loc[at_grid & (table["metric"] == "lesions_predicted"), "value"] = 0
+    table.to_parquet(folder / "results.parquet")
+    distances = table.loc[at_grid & (table["metric"] == "hd95_mm"), "value"]
+    surfaces = summarise(load_run(folder)).measures.surfaces
+    assert surfaces[NAMES[0]].missed == distances.notna().sum() > 0
+    assert surfaces[NAMES[1]].missed == 0
+
+
 def test_the_scores_of_sites_add_up_to_all_scores(run: RunData, summary: Summary):
     sites = summary.measures.sites
     assert [site.site for site in sites] == ["A", "B"]

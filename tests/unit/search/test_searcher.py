@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from softseg_dist import BCE, Brier, Dice, MonteCarlo, Optim, Phantom, Recipe, Search, Study
+from softseg_dist import BCE, Brier, Dice, Metric, MonteCarlo, Optim, Phantom, Recipe, Search, Study
 from softseg_dist.errors import UserError
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.searcher import MAX_MOVES, StudySearcher
@@ -246,7 +246,17 @@ def test_a_fixed_candidate_may_not_be_called_like_a_trial(tmp_path):
         searcher(tmp_path, study)
 
 
-@pytest.mark.parametrize(("objective", "pick"), [("dice_dml", max), ("brier", min)])
+class Own(Metric):
+    """A metric of the study."""
+
+    short = "own"
+    higher_is_better = False
+
+    def __call__(self, prediction, reference, scale):
+        return (prediction - reference).mean(axis=(0, 2, 3))
+
+
+@pytest.mark.parametrize(("objective", "pick"), [("dice_dml", max), ("brier", min), (Own(), min)])
 def test_the_best_trial_is_the_lowest_where_less_is_better(tmp_path, objective, pick):
     search = searcher(tmp_path, SEARCH.replace(objective=objective))
     run(search)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,12 +20,14 @@ from softseg_dist import (
     BatchDice,
     Dice,
     Loss,
+    Metric,
     MonteCarlo,
     NormReLU,
     Optim,
     Phantom,
     Preprocess,
     Recipe,
+    Scale,
     Sigmoid,
     Sum,
     UNet,
@@ -116,6 +120,33 @@ def test_a_second_objective_is_measured_and_changes_nothing_else(task: FitTask, 
     if other.best_epoch == two.best_epoch:
         assert two.scores == other.scores
     assert two.scores.keys() == other.scores.keys() == {"dice_dml", "brier"}
+
+
+class Worst(Metric):
+    """The largest error of any voxel."""
+
+    short = "worst"
+    higher_is_better = False
+
+    def __call__(self, prediction: np.ndarray, reference: np.ndarray, scale: Scale) -> np.ndarray:
+        """[K]."""
+        assert len(scale.spacing_mm) == prediction.ndim - 2
+        assert scale.mean_volumes_mm3[0] > 0
+        return np.abs(prediction - reference).max(axis=(0, *range(2, prediction.ndim)))
+
+
+def test_a_metric_of_the_user_leads_a_fit_and_is_in_its_history_rows_and_identity(task: FitTask, tmp_path: Path) -> None:
+    own = task.replace(folder=str(tmp_path), objective=Worst(), second_objective="brier_skill")
+    assert FitTask.model_validate_json(own.model_dump_json()) == own
+    assert own.identity != own.replace(objective="brier_skill", second_objective=None).identity
+    result = fit(own)
+    epochs = [row["worst"] for row in history(tmp_path)]
+    assert result.best_epoch == 1 + int(np.argmin(epochs))
+    assert result.score == pytest.approx(min(epochs), abs=1e-6)
+    assert result.scores.keys() == {"worst", "brier_skill"}
+    rows = pd.read_parquet(cases_path(tmp_path))
+    assert set(rows.loc[rows["metric"] == "worst", "reference"]) > {"mean"}
+    assert rows.loc[rows["metric"] == "worst", "value"].between(0, 1).all()
 
 
 def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Path) -> None:
