@@ -17,7 +17,8 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 # Module -> its public names. The stub `__init__.pyi` is written from it: python tests/unit/test_public_names.py
 PUBLIC = {
-    "softseg_dist.api": ("Run", "load", "load_model", "run"),
+    "softseg_dist.api": ("Run", "evaluate", "load", "load_model", "run"),
+    "softseg_dist.assessment": ("EvaluateOptions",),
     "softseg_dist.errors": ("UserError",),
     "softseg_dist.frozen": ("Frozen",),
     "softseg_dist.data.cases": ("Case", "CaseData", "DataSet", "ImageCase", "LabelledCase", "MaskFile"),

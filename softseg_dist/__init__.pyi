@@ -1,9 +1,11 @@
 """The public names, for type checkers. Written from the table in `__init__.py`: do not edit."""
 
 from softseg_dist.api import Run as Run
+from softseg_dist.api import evaluate as evaluate
 from softseg_dist.api import load as load
 from softseg_dist.api import load_model as load_model
 from softseg_dist.api import run as run
+from softseg_dist.assessment import EvaluateOptions as EvaluateOptions
 from softseg_dist.errors import UserError as UserError
 from softseg_dist.frozen import Frozen as Frozen
 from softseg_dist.data.cases import Case as Case

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
+from softseg_dist.data.cases import DataSet
+from softseg_dist.data.splits import GivenSplits, Splits
 from softseg_dist.prediction import Predictor, load_model
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.findings import answer
@@ -29,12 +31,13 @@ from softseg_dist.study import Study
 from softseg_dist.study_file import StudyFile, load_study
 
 if TYPE_CHECKING:  # what imports Ray, MLflow or Optuna
+    from softseg_dist.assessment import EvaluateOptions
     from softseg_dist.engine.progress import Progress
     from softseg_dist.engine.session import Outcome
     from softseg_dist.nested import Nested
     from softseg_dist.pipeline import Finished, RunOptions
 
-__all__ = ["Predictor", "Run", "load", "load_model", "run", "run_file"]
+__all__ = ["Predictor", "Run", "evaluate", "load", "load_model", "run", "run_file"]
 
 RESULTS: Final = {
     **dict.fromkeys(("study", "candidate"), "category"),
@@ -128,6 +131,43 @@ def run_file(file: StudyFile, options: RunOptions, progress: Callable[[], Progre
     from softseg_dist.pipeline import run_study
 
     return run_study(file, options, progress()) if file.study.nested is None else run_nested(file, options, progress)
+
+
+def evaluate(
+    predictions: Mapping[str, str | Path],
+    data: DataSet | Study | str | Path,
+    data_root: str | Path | None = None,
+    out: str | Path = "runs",
+    *,
+    splits: str | Path | Splits | None = None,
+    options: EvaluateOptions | None = None,
+) -> Run:
+    """Judge predictions that exist already, each on the grid of its image, and write the report of a run folder, OUT/<name>.
+
+    Args:
+        predictions: name of a candidate -> a folder of its maps or masks, or a run folder (its winner) or fits/<candidate> in one.
+        data: the data set; or a study, or the path of a study file, which says the objective and the control too.
+        data_root: folder that holds the data set.
+        out: folder for runs, on this machine.
+        splits: a file of splits or a rule, whose test sets the predictions are of: then subjects and splits are crossed.
+        options: further settings, such as `EvaluateOptions(control="nnunet")`.
+
+    Raises UserError with a line for everything that is missing, stands twice or is no prediction; what has been judged is kept.
+    """
+    from softseg_dist.assessment import Assessment, EvaluateOptions, assess
+
+    given = open_study(data).study if isinstance(data, str | Path | Study) else data
+    rule = GivenSplits(splits).bound(Path()) if isinstance(splits, str | Path) else splits
+    asked = Assessment.of(
+        given,
+        {name: str(place) for name, place in predictions.items()},
+        None if data_root is None else Path(data_root),
+        rule,
+        options or EvaluateOptions(),
+    )
+    judged = Run(str(assess(asked, Path(out), lambda line: print(line, file=sys.stderr))))
+    judged.report()
+    return judged
 
 
 def load(folder: str | Path) -> Run:

@@ -260,6 +260,8 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     winner = summarise(loaded).winner.name
     if sources := ledger.sources():
         load_sources(sources)  # as the study was run, for its own classes
+    if loaded.study.get("predictions"):
+        raise UserError(f"{run}: these predictions were made elsewhere: there is nothing to train")
     study = Study.model_validate(loaded.study)
     prepared = Prepared(str(loaded.run["store"]), loaded.run["store_fingerprint"])
     resources, backend = resources_of(study, options), backend_of(options)
@@ -316,8 +318,7 @@ def _describe_run(
     """Write what is needed to run this again, and what the report shows about data, versions and machine."""
     store, sites = prepared.store, list(prepared.sites.values())
     sample = store.sample(0)
-    record = {
-        "command": options.command,
+    record = provenance(options.command) | {
         "run": run.uri if run.path is None else None,  # a local one may be moved
         "tracking_uri": without_password(options.tracking_uri),
         "study_file": file.sources.study,
@@ -334,8 +335,17 @@ def _describe_run(
             "site_of": dict(prepared.sites),
             "size": list(store.size),
             "spacing_mm": list(sample.spacing_mm),
+            "mean_volumes_mm3": list(store.mean_volumes_mm3),
         },
         "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
+    }
+    replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """The fields of run.json about what made it, where and when."""
+    return {
+        "command": command,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
@@ -345,4 +355,3 @@ def _describe_run(
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))

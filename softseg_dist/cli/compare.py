@@ -1,14 +1,17 @@
-"""The command `softseg compare`: two runs, or two candidates of one run, side by side."""
+"""The commands `softseg compare` and `softseg evaluate`: runs, and predictions of other programs, side by side."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from softseg_dist.cli.options import Json
+from softseg_dist.cli.options import DataRoot, Json, StudyArg
+from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
 if TYPE_CHECKING:  # would import torch
@@ -36,6 +39,45 @@ def compare(
         typer.echo(json.dumps(comparison_json(found), indent=2, allow_nan=False))
     else:
         _show(found, Console(highlight=False, soft_wrap=True))
+
+
+def evaluate(
+    study: StudyArg,
+    predictions: Annotated[
+        list[str], typer.Option(metavar="NAME=FOLDER", help="A candidate: a folder of maps or masks, or a run; give one or more")
+    ],
+    data_root: DataRoot = None,
+    splits: Annotated[
+        Path | None, typer.Option(help="File of splits (JSON, YAML, nnU-Net's splits_final.json) whose test sets were predicted")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs; the run folder is OUT/<name>")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; default: <study name>-evaluation")] = None,
+    control: Annotated[str | None, typer.Option(help="Candidate that all others are compared with; default: the study's")] = None,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Names of the files, such as {case}_{class}.nii.gz; default: those of the images, of nnU-Net, of predict"
+        ),
+    ] = "",
+    common: Annotated[bool, typer.Option("--common", help="Compare only the cases that all candidates have")] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge predictions that exist already, each on the grid of its image, and write the report of a run folder."""
+    from softseg_dist import api
+    from softseg_dist.assessment import EvaluateOptions
+
+    named = [text.partition("=") for text in predictions]
+    if bad := [text for text, (key, _, folder) in zip(predictions, named, strict=True) if not (key and folder)]:
+        raise UserError(f"--predictions takes NAME=FOLDER, got {bad[0]!r}")
+    if len({key for key, _, _ in named}) < len(named):
+        raise UserError(f"--predictions: each candidate has its own name, got {', '.join(key for key, _, _ in named)}")
+    options = EvaluateOptions(name, control, pattern, common, " ".join(["softseg", *sys.argv[1:]]))
+    run = api.evaluate({key: folder for key, _, folder in named}, study, data_root, out, splits=splits, options=options)
+    page = Path(run.folder) / "report" / "index.html"
+    if as_json:
+        typer.echo(json.dumps({"run": run.folder, "report": str(page), "answer": run.answer}))
+    else:
+        typer.echo(f"{run.answer}\nReport   {page}\nNumbers  softseg report {run.folder} --json")
 
 
 def _show(found: RunComparison, console: Console) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import softseg_dist
-from softseg_dist.cli.compare import compare
+from softseg_dist.cli.compare import compare, evaluate
 from softseg_dist.cli.models import predict, refit
 from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json, Local, MaxWait, Out, RunArg, Stores, StudyArg, say
 from softseg_dist.cli.submit import submit
@@ -208,6 +208,7 @@ def report(
 
 
 app.command()(compare)
+app.command()(evaluate)
 app.command()(refit)
 app.command()(predict)
 

@@ -1,0 +1,366 @@
+"""Predictions that exist already, judged as a study judges its own: folders of maps and finished runs as candidates of one run.
+
+Every map is judged on the grid of its image, against what each rater drew. The rows of a case are a file that is named by all they
+follow from, so that the same call goes on where it ended. Without given splits a candidate is the models that it comes from: it
+has one value per subject, the mean over its splits where there are several.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import softseg_dist
+from softseg_dist.data.cases import Case, DataSet
+from softseg_dist.data.file_digests import sha256_of
+from softseg_dist.data.own_masks import OwnMasks
+from softseg_dist.data.prediction_files import find_predictions, label_values, read_maps
+from softseg_dist.data.processes import over_processes
+from softseg_dist.data.splits import Split, Splits
+from softseg_dist.errors import UserError
+from softseg_dist.frozen import canonical_json, digest
+from softseg_dist.judging.judge import Yardstick, judge
+from softseg_dist.judging.results import Head, merge_tables, write_frame, write_rows
+from softseg_dist.judging.rows import Measurement
+from softseg_dist.judging.thresholds import CURVE, FIXED
+from softseg_dist.numerics.metrics import TABLE, Metric, row_of
+from softseg_dist.pipeline import REPORTED, make_folder, provenance
+from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
+from softseg_dist.record.remote import WorkingCopy
+from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.scores import soft_scores, split_means
+from softseg_dist.report.tables import summarise
+from softseg_dist.study import NAME, Study
+from softseg_dist.training.task import FitResult, cases_path
+from softseg_dist.words import listed
+
+EVALUATION = "Evaluation"  # the type in study.json
+FOLD = re.compile(r"fold_(\d+)|(\d{3})")  # the folder of a split: nnU-Net's, or ours
+KEPT = [
+    "study",
+    "candidate",
+    "subset",
+    "grid",
+    "subject",
+    "case",
+    "class",
+    "reference",
+    "threshold",
+    "metric",
+]  # in a mean over splits
+Key = tuple[int, str]  # split, case
+Fit = tuple[str, int]  # candidate, split
+Files = list[tuple[Path, ...]]  # of a case, from each folder of a split that has it
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How predictions are judged.
+
+    Args:
+        name: of the run folder; None: that of the study and "-evaluation".
+        control: the candidate that all others are compared with; None: the study's, if it is one of them.
+        pattern: names of files, see `find_predictions`.
+        common: compare the cases that all candidates have; otherwise a case that one of them lacks is refused.
+        command: how it was called, for the record.
+    """
+
+    name: str | None = None
+    control: str | None = None
+    pattern: str = ""
+    common: bool = False
+    command: str = "softseg_dist.evaluate"
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is judged: `candidates` maps names to folders or runs, `cases` are all of the data set, `splits` those that were given.
+
+    `study` is what study.json says, `metrics` are the objectives that the study has of its own.
+    """
+
+    study: Mapping[str, Any]
+    data: DataSet
+    candidates: Mapping[str, str]
+    cases: tuple[Case, ...]
+    splits: tuple[Split, ...]
+    metrics: tuple[Metric, ...]
+    options: EvaluateOptions
+
+    @classmethod
+    def of(
+        cls,
+        data: DataSet | Study,
+        candidates: Mapping[str, str],
+        data_root: Path | None,
+        splits: Splits | None,
+        options: EvaluateOptions,
+    ) -> Assessment:
+        """Scan the data set. Raises UserError if a name is not valid, and with a line for everything that a case lacks."""
+        study, source = (data, data.data) if isinstance(data, Study) else (None, data)
+        fields = json_of(study) if study else {"objective": Study.model_fields["objective"].default, "seed": 0}
+        name = options.name or (f"{study.name}-evaluation" if study else "evaluation")
+        control = options.control or (study.control if study and study.control in candidates else None)
+        if bad := [text for text in (name, *candidates) if not NAME.fullmatch(text)]:
+            raise UserError(f"names become folders: letters, digits, '.', '_' and '-' only, got {bad[0]!r}")
+        if not candidates or (control and control not in candidates):
+            raise UserError(f"the control {control} is not a candidate; there are {listed(list(candidates)) or 'none'}")
+        scanned = source.scan(data_root)
+        kept = sorted({case.subject for case in scanned})[: study.subjects if study else None]
+        cases = tuple(sorted((case for case in scanned if case.subject in kept), key=lambda case: case.name))
+        _refuse(line for case in cases for line in case.missing())
+        sites, persons = {case.subject: case.site for case in cases}, {case.name: case.subject for case in cases}
+        described = {
+            "type": EVALUATION,
+            "name": name,
+            "question": study.question if study else f"How do {' and '.join(candidates)} compare?",
+            "data": json_of(source),
+            "objective": fields["objective"],
+            "candidates": {candidate: {} for candidate in candidates},
+            "predictions": dict(candidates),
+            "control": control,
+            "seed": fields["seed"],
+        }
+        given = splits.of_cases(sites, persons, fields["seed"]) if splits else ()
+        own = tuple(metric for metric in (study.objectives if study else ()) if metric.row.name not in TABLE)
+        return cls(described, source, candidates, cases, given, own, options)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if lines := list(dict.fromkeys(problems)):
+        raise UserError("\n".join(lines))
+
+
+def assess(asked: Assessment, out: Path, note: Note) -> Path:
+    """Judge all candidates; returns the run folder, OUT/<name>, of which a report can be written.
+
+    Raises UserError with a line for each file that is missing, stands twice, lies on another grid or is no prediction. What has
+    been judged is kept.
+    """
+    folder = out / asked.study["name"]
+    make_folder(folder)
+    ledger = Ledger(folder)
+    with ledger.lock():
+        if (folder / "study.json").exists() and json.loads((folder / "study.json").read_text()).get("type") != EVALUATION:
+            raise UserError(f"{folder}: holds the run of a study; give another --name or --out")
+        runs = {name: run for name, place in asked.candidates.items() if (run := _run_of(place))}
+        files = {name: _files_of(name, asked, note) for name in asked.candidates if name not in runs}
+        yardstick = _yardstick(asked)
+        tables = {name: _rows_of_run(name, *run, asked, yardstick) for name, run in runs.items()}
+        of_runs = {
+            name: set(zip(table["split"].astype(int), table["case"].astype(str), strict=True)) for name, table in tables.items()
+        }
+        wanted = _wanted(asked, {name: set(of) for name, of in (files | of_runs).items()}, note)
+        parts = _judge(asked, files, wanted, yardstick, folder)
+        for stale in (*folder.glob("fits/*/*.json"), folder / "results.parquet"):
+            stale.unlink(missing_ok=True)
+        for name, table in tables.items():
+            for split in {split for split, _ in wanted}:
+                parts[name, split] = [folder / "fits" / name / f"{split:03d}" / "run.parquet"]
+                parts[name, split][0].parent.mkdir(parents=True, exist_ok=True)
+                cases = [case for of_case, case in wanted if of_case == split]
+                write_frame(table[(table["split"] == split) & table["case"].isin(cases)], parts[name, split][0])
+        _write(asked, wanted, yardstick, parts, ledger)
+        for name, (trained, candidate) in runs.items() if asked.splits else ():
+            for fit in (fit for fit in trained.finished if fit.candidate == candidate):
+                known = {field: getattr(fit, field) for field in ("split", "state", "thresholds", "test_score")}
+                ledger.write_result(FitResult(candidate=name, **known))
+    return folder
+
+
+def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
+    """The files of each case in each split, or in split 0 without given ones. Raises UserError with a line for each problem."""
+    folder, files, problems = Path(asked.candidates[name]), defaultdict[Key, Files](list), list[str]()
+    inside = sorted(folder.iterdir()) if folder.is_dir() else ()
+    folds = {int(match[1] or match[2]): path for path in inside if (match := FOLD.fullmatch(path.name)) and path.is_dir()}
+    times = Counter(subject for split in asked.splits for subject in split.test)
+    for fold, path in (folds or {-1: folder}).items():
+        validation = path / "validation"  # where the training of nnU-Net leaves the maps of a fold
+        found = find_predictions(
+            validation if validation.is_dir() else path, asked.cases, asked.data.classes, asked.options.pattern
+        )
+        problems += [f"{name}: {problem}" for problem in found.problems]
+        surplus = [*found.surplus]
+        for case in (case for case in asked.cases if case.name in found.files):
+            tested = [split.index for split in asked.splits if case.subject in split.test and fold in (-1, split.index)]
+            if len(tested) > 1:
+                problems.append(
+                    f"{name}: {case.name} is tested in {times[case.subject]} splits: each has its own folder, fold_0 and on"
+                )
+            elif asked.splits and not tested:
+                surplus += found.files[case.name]
+            else:
+                files[tested[0] if tested else 0, case.name].append(found.files[case.name])
+        for extra in surplus:
+            note(f"{name}: {extra} is of no case that is tested; it is left out")
+    _refuse(problems)
+    return dict(files)
+
+
+def _yardstick(asked: Assessment) -> Yardstick:
+    """With the mean volumes of all cases. Raises UserError with a line for every case that cannot be read."""
+    found = list(over_processes(_volumes_of, asked.cases))
+    _refuse(problem for problem in found if isinstance(problem, str))
+    return Yardstick(
+        asked.data.classes, tuple(np.mean([volumes for volumes in found if not isinstance(volumes, str)], axis=0).tolist())
+    )
+
+
+def _volumes_of(case: Case) -> tuple[float, ...] | str:
+    try:
+        return OwnMasks.of(case.load()).mean_volumes_mm3
+    except UserError as error:
+        return str(error)
+
+
+def _run_of(place: str) -> tuple[RunData, str] | None:
+    """The run in a folder and its winner, or the candidate if the folder is runs/<study>/fits/<candidate>; None if it is no run."""
+    of_candidate = (Path(place) / "candidate.json").is_file()
+    if not (of_candidate or "://" in place or (Path(place) / "study.json").is_file()):
+        return None
+    copy = WorkingCopy(Path(place).absolute().parents[1] if of_candidate else place)
+    copy.pull(*REPORTED)
+    run = load_run(copy.folder)
+    return run, Path(place).name if of_candidate else summarise(run).winner.name
+
+
+def _rows_of_run(name: str, run: RunData, candidate: str, asked: Assessment, yardstick: Yardstick) -> pd.DataFrame:
+    """The rows of a candidate on the grids of the files; without given splits their means over splits, in split 0.
+
+    Raises UserError unless cases, classes, mean volumes and given splits are the same.
+    """
+    place, info, rows = asked.candidates[name], run.run.get("data") or {}, run.results
+    rows = rows[(rows["candidate"] == candidate) & (rows["grid"] == "own")].assign(candidate=name, study=asked.study["name"])
+    ours, theirs = dict(zip(yardstick.classes, yardstick.mean_volumes_mm3, strict=True)), info.get("mean_volumes_mm3") or ()
+    theirs = dict(zip(info.get("classes") or (), theirs, strict=False))
+    if rows.empty or list(theirs) != list(ours) or not np.allclose(list(theirs.values()), list(ours.values()), rtol=1e-6, atol=0):
+        of = [", ".join(f"{label} {volume:.6g} mm3" for label, volume in each.items()) or "not recorded" for each in (ours, theirs)]
+        raise UserError(
+            f"{name}: a run is compared if it was judged by the same masks: mean volumes are {of[0]}, got {of[1]} in {place}"
+        )
+    known = {(case.name, case.subject) for case in asked.cases}
+    if others := sorted(set(zip(rows["case"].astype(str), rows["subject"].astype(str), strict=True)) - known):
+        raise UserError(f"{name}: {place} has other cases than the data set: {listed([case for case, _ in others])}")
+    if asked.splits:
+        tests = {split.index: set(split.test) for split in run.splits}
+        if differing := [split.name for split in asked.splits if tests.get(split.index) != set(split.test)]:
+            raise UserError(f"{name}: the test sets of {place} are not those of --splits in split {listed(differing)}")
+        return rows
+    at_all = rows["threshold"].isna() | (rows["threshold"] == FIXED) | rows["metric"].astype(str).str.startswith("reliability")
+    at_all |= (rows["metric"] == "dice") & rows["threshold"].isin(CURVE)  # other thresholds are those of one fit
+    return rows[at_all].groupby(KEPT, observed=True, dropna=False)["value"].mean().reset_index().assign(split=0, repeat=0)
+
+
+def _wanted(asked: Assessment, have: Mapping[str, set[Key]], note: Note) -> set[Key]:
+    """What is compared. Raises UserError with a line for every case that a candidate lacks, unless `common` is asked for."""
+    tested = {(split.index, case.name) for split in asked.splits for case in asked.cases if case.subject in split.test}
+    wanted = tested or set[Key]().union(*have.values())
+    common = wanted.intersection(*have.values())
+    if asked.options.common:
+        wanted = common
+    where = {split: f" in split {split}" if asked.splits else "" for split, _ in wanted}
+    lacking = [(name, *key) for name, keys in have.items() for key in sorted(wanted - keys)]
+    if lacking and common:
+        note(f"--common compares the {len({case for _, case in common})} cases that all candidates have")
+    _refuse(f"{name}: no prediction of {case}{where[split]} in {asked.candidates[name]}" for name, split, case in lacking)
+    if not wanted:
+        raise UserError(
+            f"no file is of a case of the data set, which has {listed([case.name for case in asked.cases])}; see --pattern"
+        )
+    if left := sorted({case.name for case in asked.cases} - {case for _, case in wanted}):
+        note(f"{len(left)} of {len(asked.cases)} cases are not compared: {listed(left)}")
+    return wanted
+
+
+def _judge(
+    asked: Assessment, files: Mapping[str, Mapping[Key, Files]], wanted: set[Key], yardstick: Yardstick, folder: Path
+) -> dict[Fit, list[Path]]:
+    """The files of rows by candidate and split. Raises UserError with a line for every file that is no prediction, at the end."""
+    units: dict[str, list[tuple[Path, Head, Files]]] = defaultdict(list)
+    subject_of = {case.name: case.subject for case in asked.cases}
+    for name, of in files.items():
+        for split, case in sorted(wanted):
+            head = Head(asked.study["name"], name, split, "test", "own", subject_of[case], case)
+            units[case].append((folder / "fits" / name / f"{split:03d}" / "judged", head, of[split, case]))
+    judged = partial(_judge_case, yardstick, label_values(asked.data))
+    tasks = [(case, units[case.name]) for case in asked.cases if case.name in units]
+    parts, problems = defaultdict[Fit, list[Path]](list), list[str]()
+    for (_, of_case), done in zip(tasks, over_processes(judged, tasks), strict=True):
+        for (_, head, _), rows in zip(of_case, done, strict=True):
+            if isinstance(rows, Path):
+                parts[head.candidate, head.split].append(rows)
+            else:
+                problems.append(f"{head.candidate}: {rows}")
+    _refuse(problems)
+    return parts
+
+
+def _judge_case(
+    yardstick: Yardstick, values: Mapping[str, int], task: tuple[Case, Sequence[tuple[Path, Head, Files]]]
+) -> list[Path | str]:
+    """For each candidate and split the file of the rows of a case, or what is wrong with its maps."""
+    (case, units), done, data = task, list[Path | str](), None
+    own_code = [metric.fingerprint for metric in yardstick.metrics]
+    origin = [*case.sources(), str(yardstick), *own_code, str(values), str(softseg_dist.NUMERICS)]
+    for place, head, files in units:
+        try:
+            name = digest(canonical_json([origin, [[sha256_of(path) for path in of] for of in files]]))
+            if not (rows := place / f"{case.name}-{name}.parquet").exists():
+                data = data or case.load()
+                own = OwnMasks.of(data)
+                maps = (read_maps(of, data.geometry, values) for of in files)
+                measured = [judge(one, own, case.rater_names, yardstick, (FIXED,)) for one in maps]
+                place.mkdir(parents=True, exist_ok=True)
+                write_rows(head.rows(_mean(measured)), rows)
+            done.append(rows)
+        except UserError as error:
+            done.append(str(error))
+    return done
+
+
+def _mean(measured: Sequence[list[Measurement]]) -> list[Measurement]:
+    """The means of what was measured on several maps of one case."""
+    values: dict[Measurement, list[float]] = defaultdict(list)
+    for line in (line for lines in measured for line in lines):
+        values[line._replace(value=0.0)].append(line.value)
+    return [line._replace(value=float(np.mean(of))) for line, of in values.items()]
+
+
+def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, parts: Mapping[Fit, list[Path]], ledger: Ledger) -> None:
+    """Everything that a report reads."""
+    folder, subject_of = ledger.working, {case.name: case.subject for case in asked.cases}
+    splits = asked.splits or (Split(index=0, test=tuple(sorted({subject_of[case] for _, case in wanted}))),)
+    tables = {(name, split): cases_path(folder / "fits" / name / f"{split:03d}") for name, split in parts}
+    for fit, path in tables.items():
+        merge_tables(parts[fit], path)
+    merge_tables(tables.values(), folder / "results.parquet")
+    scores = soft_scores(pd.read_parquet(folder / "results.parquet"), row_of(asked.study["objective"]).name)
+    for number, name in enumerate(asked.candidates):
+        ledger.write_candidate(CandidateRecord(name=name, origin="fixed", number=number, recipe={}))
+        for split, score in split_means(scores.of(name), scores.splits).items():
+            ledger.write_result(
+                FitResult(candidate=name, split=split, state="finished", thresholds={"fixed": FIXED}, test_score=score)
+            )
+    sites = {case.subject: case.site for case in asked.cases}
+    data = {
+        "num_cases": len(asked.cases),
+        "num_subjects": len(sites),
+        "classes": yardstick.classes,
+        "raters": sorted({rater for case in asked.cases for rater in case.rater_names}),
+        "sites": dict(sorted(Counter(sites.values()).items())),
+        "site_of": sites,
+        "mean_volumes_mm3": yardstick.mean_volumes_mm3,
+    }
+    written = {"study.json": asked.study, "splits.json": [json_of(split) for split in splits]}
+    for file, content in (written | {"run.json": provenance(asked.options.command) | {"data": data}}).items():
+        (ledger.place / file).write(json.dumps(content, indent=1).encode())
