@@ -153,7 +153,7 @@ def check(
 ) -> None:
     """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
-    from softseg_dist.data.check import check_cases
+    from softseg_dist.data.check import Problem, check_cases
     from softseg_dist.data.montage import montage
     from softseg_dist.engine.cautions import Inspection
     from softseg_dist.engine.plan import splits_of
@@ -167,8 +167,13 @@ def check(
         usable.extend([sample] if len(usable) < MAX_SHOWN else [])
 
     problems = check_cases(cases, loaded.preprocess, look)
-    complete = all(problem.level != "error" for problem in problems)
-    problems += inspection.cautions(splits_of(loaded, data_root)[1] if complete else None)
+    splits = None
+    if all(problem.level != "error" for problem in problems):
+        try:
+            splits = splits_of(loaded, data_root)[1]
+        except UserError as error:
+            problems.append(Problem("", "error", "no splits", str(error)))
+    problems += inspection.cautions(splits)
     if usable:
         montage(usable, picture, loaded.data.classes)
     shown = str(picture) if usable else None

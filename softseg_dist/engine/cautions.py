@@ -33,7 +33,7 @@ from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Recipe, Study
 from softseg_dist.words import count, listed, percent
 
-FIRST = 24  # cases that `plan` looks at: it answers soon, whatever the size of the data set
+FIRST = 8  # cases that `plan` looks at: it answers soon, whatever the size of the data set
 DRAWS = 2  # of augmentation, per case, in which targets are compared
 CHANGED = 0.05  # relative change of a volume that is worth a line
 FEW = 3  # subjects that must have a class

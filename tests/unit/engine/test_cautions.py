@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import softseg_dist
 from softseg_dist import (
     AdaptiveWing,
     Affine,
@@ -30,7 +32,10 @@ from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.splits import Split
-from softseg_dist.engine.cautions import Inspection, inspect_first
+from softseg_dist.data.store import Store, build_store
+from softseg_dist.engine.cautions import Inspection, inspect_first, inspect_store
+from softseg_dist.errors import UserError
+from softseg_dist.pipeline import RunOptions
 
 SIZE = (12, 12, 4)
 BLOCK = np.zeros(SIZE, np.float32)
@@ -229,7 +234,38 @@ def test_commands_print_them(tmp_path: Path, command: str) -> None:
     assert "hard = soft" in " ".join(result.output.split())
 
 
+def test_a_check_of_too_few_subjects_still_shows_its_table(tmp_path: Path) -> None:
+    path = tmp_path / "study.py"
+    path.write_text(STUDY.replace("subjects=5", "subjects=2"))
+    result = CliRunner().invoke(app, ["check", str(path), "--picture", str(tmp_path / "m.png"), "--json"])
+    assert result.exit_code == 2
+    problems = {problem["rule"]: problem for problem in json.loads(result.output)["problems"]}
+    assert problems["no splits"]["level"] == "error"
+    assert "needs at least 3 subjects" in problems["no splits"]["detail"]
+    assert "identical targets" in problems
+
+
 def test_a_plan_names_the_cases_that_cannot_be_prepared() -> None:
     lost = study(data=Phantom(subjects=3, shape="lesions"), preprocess=Preprocess(crop=(8, 8), center="cord"))
     problems = inspect_first(lost, None)
     assert [problem.case for problem in problems if problem.rule == "unusable"] == ["sub-001", "sub-002", "sub-003"]
+
+
+@pytest.mark.engine
+def test_a_run_records_them_and_its_report_shows_them(tmp_path: Path) -> None:
+    path = tmp_path / "study.py"
+    network = "Recipe(network=UNet(filters=(4, 8)), optim=Optim(epochs=1))"
+    path.write_text(STUDY.replace("raters=1", "raters=1, size=(16, 16)").replace("Recipe()", network))
+    options = RunOptions(out=tmp_path / "runs", stores=tmp_path / "stores", final_model=False)
+    softseg_dist.run(path, local=True, options=options)
+    recorded = json.loads((tmp_path / "runs/t/run.json").read_text())["cautions"]
+    assert [caution["rule"] for caution in recorded] == ["identical targets", "binary targets"]
+    page = (tmp_path / "runs/t/report/index.html").read_text()
+    assert page.index("(hard = soft)") < page.index("Read with care")
+
+
+def test_a_run_with_a_class_that_nobody_has_is_refused(tmp_path: Path) -> None:
+    lost = study(data=Phantom(subjects=3, size=(16, 16)))
+    store = Store.open(build_store(tmp_path, drawn(NONE, NONE, NONE), lost.data, Preprocess()))
+    with pytest.raises(UserError, match=r"No case has a label of class GM, so it cannot be scored; check labels="):
+        inspect_store(lost, store, [])
