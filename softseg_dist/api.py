@@ -42,6 +42,7 @@ __all__ = ["Predictor", "Run", "evaluate", "load", "load_model", "run", "run_fil
 RESULTS: Final = {
     **dict.fromkeys(("study", "candidate"), "category"),
     "split": "int32",  # -1: several fits together
+    "repeat": "int32",
     **dict.fromkeys(("subset", "grid", "subject", "case", "class"), "category"),
     "reference": "category",  # "mean" of the raters, one of them by name, "raters", or "truth"
     "threshold": "float64",  # NaN: measured on the soft map
@@ -72,7 +73,7 @@ TESTS: Final = {
 }
 FITS: Final = {  # see `FitResult`
     "candidate": "string",
-    "split": "int64",
+    **dict.fromkeys(("split", "repeat"), "int64"),
     **dict.fromkeys(("state", "reason"), "string"),
     **dict.fromkeys(("score", "test_score", "dead_share", "duration_s", "peak_memory_mb"), "float64"),
     **dict.fromkeys(("epochs", "attempt", "num_workers"), "int64"),

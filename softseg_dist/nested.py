@@ -159,9 +159,9 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
 def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
     """One row, the mean without NaN, for each value that all fits of a candidate measured. A threshold of one fit is dropped."""
     grouped = rows.groupby(KEYS, observed=True, dropna=False)["value"].agg(["mean", "size"])
-    of_all = grouped[grouped["size"] == rows["split"].nunique()]
+    of_all = grouped[grouped["size"] == len(rows[["split", "repeat"]].drop_duplicates())]
     means = of_all["mean"].rename("value").reset_index()
-    return means.assign(candidate=label, split=split, subset="test", grid="own")
+    return means.assign(candidate=label, split=split, repeat=0, subset="test", grid="own")
 
 
 def _write(copy: WorkingCopy, record: OuterRecord, tables: list[pd.DataFrame]) -> None:

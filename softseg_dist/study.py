@@ -186,6 +186,8 @@ class Resources(Frozen):
 class Study(Frozen):
     """One question, one data set, splits and candidates.
 
+    `repeats` trains every candidate on every split so often, with other seeds, the same for all candidates: without it the noise of
+    seeds and that of splits cannot be told apart. Scores are means over repeats. A larger number extends a study.
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises: the name of one of the package,
     or a `Metric` of your own. It is never the loss, since losses of different candidates are not comparable. A search optimises
@@ -206,6 +208,7 @@ class Study(Frozen):
     data: DataSet
     preprocess: Preprocess = Preprocess()
     splits: Splits
+    repeats: PositiveInt = 1
     objective: str | Metric = "brier_skill"
     second_objective: str | Metric | None = None
     candidates: dict[str, Recipe] = {}
@@ -335,6 +338,7 @@ class Study(Frozen):
         return self.replace(
             name=f"{self.name}-debug",
             splits=self.splits.small(),
+            repeats=1,
             candidates=recipes,
             search=search,
             tune_each=tune,

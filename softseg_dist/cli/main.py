@@ -333,7 +333,8 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
     tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""
     at_most = "at most " if plan.trials else ""  # a race or a failure may end a trial early
-    console.print(f"{plan.study}: {candidates}, each on {plan.splits} splits{tuning}{nested}: {at_most}{plan.fits} fits")
+    repeats = f" with {plan.repeats} seeds" if plan.repeats > 1 else ""
+    console.print(f"{plan.study}: {candidates}, each on {plan.splits} splits{repeats}{tuning}{nested}: {at_most}{plan.fits} fits")
     if not plan.seconds_per_fit:
         console.print(f"The duration of a fit is not known yet: softseg run {study} --debug")
         run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")

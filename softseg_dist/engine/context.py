@@ -134,21 +134,22 @@ class RunContext:
         """The device for what runs in this process."""
         return "cuda" if torch.cuda.is_available() and self.resources.gpus_per_fit != 0 else "cpu"
 
-    def fit_task(self, candidate: str, recipe: Recipe, split: Split, attempt: int = 0) -> FitTask:
-        """The fit of a candidate on a split, in the folder that belongs to it."""
+    def fit_task(self, candidate: str, recipe: Recipe, split: Split, repeat: int = 0, attempt: int = 0) -> FitTask:
+        """A fit of a candidate on a split, in the folder that belongs to it."""
         return FitTask(
             study=self.study.name,
             seed=self.study.seed,
             candidate=candidate,
             recipe=recipe,
             split=split,
+            repeat=repeat,
             objective=self.study.objective,
             second_objective=self.study.second_objective,
             uncertainty=() if is_tuning(candidate) else self.study.uncertainty,
             validate_every=self.study.validate_every,
             store=self.prepared.uri,
             store_fingerprint=self.prepared.fingerprint,
-            folder=self.ledger.fit_folder(candidate, split),
+            folder=self.ledger.fit_folder(candidate, split, repeat),
             threads=self.resources.cpus_per_fit,
             checkpoint_every_s=self.resources.checkpoint_every_s,
             time_limit_s=self.resources.time_limit_s,

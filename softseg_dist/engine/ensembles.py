@@ -1,7 +1,7 @@
 """What the fits of a candidate predict together: an ensemble over splits, from the weights that they left behind.
 
-Repeated splits test a subject several times. None of these fits has seen it in training. So their mean is a fair prediction of it,
-and their spread is the uncertainty that the choice of training subjects causes.
+Repeated splits, and repeats of one split, test a subject several times. None of these fits has seen it in training. So their mean
+is a fair prediction of it, and their spread is the uncertainty that the choice of training subjects, and of seeds, causes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> Non
         if len(weights := of_subject.get(case.subject, [])) > 1
     }
     if not cases:
-        context.progress.note("no subject is tested in two splits, so there is no ensemble to measure; MonteCarlo splits do that")
+        context.progress.note(
+            "no subject is tested by two fits, so there is no ensemble to measure; MonteCarlo splits or repeats do that"
+        )
         return
     if _held(copy.folder / TABLE) == {key: len(weights) for key, weights in cases.items()}:
         return
@@ -55,10 +57,10 @@ def _members(context: RunContext, candidate: str) -> dict[str, list[Path]]:
     """The weights of all finished fits of a candidate by the subjects that they tested."""
     splits = {split.index: split for split in context.splits}
     members: dict[str, list[Path]] = {}
-    for (name, index), result in sorted(context.ledger.results().items()):
-        if name == candidate and result.state == "finished":
+    for _, result in sorted(context.ledger.results().items()):
+        if result.candidate == candidate and result.state == "finished":
             weights = context.weights_of(result)
-            for subject in splits[index].test:
+            for subject in splits[result.split].test:
                 members.setdefault(subject, []).append(weights)
     return members
 
@@ -73,7 +75,7 @@ def _rows(context: RunContext, candidate: str, cases: dict[tuple[str, str], list
         yardstick = Yardstick(store.classes, store.mean_volumes_mm3)
         measured = spread_rows(METHOD, ensemble_maps(model, weights, sample, context.device), sample, store, yardstick)
         measured += [Measurement(name, "mean", None, MEMBERS, float(len(weights))) for name in store.classes]
-        rows += results.Head(context.study.name, candidate, -1, "test", "own", sample.subject, sample.name).rows(measured)
+        rows += results.Head(context.study.name, candidate, -1, 0, "test", "own", sample.subject, sample.name).rows(measured)
     return rows
 
 

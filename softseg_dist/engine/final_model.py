@@ -33,7 +33,7 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
     Raises UserError if the study has no such candidate, or none of its fits has finished.
     """
     ledger = context.ledger
-    fits = [r for (name, _), r in ledger.results().items() if name == candidate and r.state == "finished"]
+    fits = [r for r in ledger.results().values() if r.candidate == candidate and r.state == "finished"]
     records = ledger.candidates()
     if candidate not in records:
         raise UserError(f"{ledger.folder}: has no candidate {candidate!r}; there are {', '.join(records) or 'none'}")

@@ -39,7 +39,7 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
         note(f"the held-out subjects stay closed: {given_up} fits were given up, run again to try them again")
         return
     names = [name for name in dict.fromkeys((winner, context.study.control)) if name]
-    fits = [result for (name, _), result in sorted(results.items()) if name in names and result.state == "finished"]
+    fits = [result for _, result in sorted(results.items()) if result.candidate in names and result.state == "finished"]
     _record(context, record, winner, fits)
     copy.pull("fits/*/*/holdout.parquet", *(f"fits/{name}/*/best.safetensors" for name in names))
     todo = [result for result in fits if not holdout_path(context.fit_folder(result)).exists()]
@@ -74,7 +74,7 @@ def _measure(context: RunContext, result: FitResult, subjects: tuple[str, ...]) 
     model, rows_path = context.model_of(result.candidate), holdout_path(context.fit_folder(result))
     load_weights(model, context.weights_of(result))
     split = next(split for split in context.splits if split.index == result.split)
-    task = context.fit_task(result.candidate, context.recipe_of(result.candidate), split).replace(uncertainty=())
+    task = context.fit_task(result.candidate, context.recipe_of(result.candidate), split, result.repeat).replace(uncertainty=())
     worker = Worker(device=context.device)
     write_rows(measure(model, task, context.prepared.store, "holdout", subjects, result.thresholds, worker), rows_path)
     context.copy.push(f"fits/{result.key}/{rows_path.name}")

@@ -61,11 +61,12 @@ class Plan:
     seconds_per_fit: float | None
     outer: int = 1
     tuning: int = 0
+    repeats: int = 1
 
     @property
     def fits(self) -> int:
-        """Every candidate, fixed or proposed, on every split, and the trials of learning rates, of every outer split."""
-        return ((self.candidates + self.trials) * self.splits + self.tuning) * self.outer
+        """Every candidate, fixed or proposed, on every split and repeat, and the trials of learning rates, of every outer split."""
+        return ((self.candidates + self.trials) * self.splits * self.repeats + self.tuning) * self.outer
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
         seconds_per_fit = _mean_seconds(study, splits, trials, per_candidate, Ledger(run))
     num_fixed = len(study.candidates)
     outers = max(1, len(outer))
-    return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate)
+    return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate, study.repeats)
 
 
 def splits_of(study: Study, data_root: Path | None) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
@@ -168,7 +169,7 @@ def _mean_seconds(study: Study, splits: Sequence[Split], trials: int, tuning: in
     the answer for s001 was 16 s instead of 6; from some fits of the study itself it is right.
     """
     rates = _seconds_per_subject_epoch(ledger)
-    recipes = [(name, recipe, 1.0 + tuning / len(splits)) for name, recipe in study.candidates.items()]
+    recipes = [(name, recipe, 1.0 + tuning / (len(splits) * study.repeats)) for name, recipe in study.candidates.items()]
     samples = sample_proposals(study)
     recipes += [(PROPOSED, recipe, trials / len(samples)) for recipe in samples.values()]
     subjects = sum(len(split.train) for split in splits) / len(splits)

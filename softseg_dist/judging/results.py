@@ -1,4 +1,4 @@
-"""The results table: one row per study, candidate, split, case, class, reference, threshold and metric, as Parquet."""
+"""The results table: one row per study, candidate, split, repeat, case, class, reference, threshold and metric, as Parquet."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         ("study", _NAME),
         ("candidate", _NAME),
         ("split", pa.int32()),  # -1 for an ensemble of several fits
+        ("repeat", pa.int32()),
         ("subset", _NAME),  # validation or test; holdout, in a table of its own
         ("grid", _NAME),  # "own": that of the file, against what the raters drew; "prepared": that of training, objectives only
         ("subject", _NAME),
@@ -41,6 +42,7 @@ class Head(NamedTuple):
     study: str
     candidate: str
     split: int
+    repeat: int
     subset: str
     grid: Literal["own", "prepared"]
     subject: str

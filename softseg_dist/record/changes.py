@@ -41,8 +41,8 @@ def study_changes(
     """Changes that would mix two studies in one table, and those that only add: one line for each, as `path: old -> new`.
 
     Studies and splits are JSON. `sources` has the texts of both studies, to show the code that has changed.
-    Allowed: more candidates, a search where there was none, more trials, more splits (the old ones first, unchanged; outer
-    ones as well), and whatever is in `FREE`. Everything else changes results.
+    Allowed: more candidates, a search where there was none, more trials, repeats, or splits (the old ones first, unchanged;
+    outer ones as well), and whatever is in `FREE`. Everything else changes results.
     """
     refused: list[str] = []
     extended: list[str] = []
@@ -70,6 +70,8 @@ def _extends(path: tuple[str, ...], old: Json, new: Json) -> bool:
         return bool(old.get("nested") and new.get("nested"))
     if path[0] == "candidates" and len(path) > 1:
         return path[1] not in old["candidates"]
+    if path == ("repeats",):
+        return bool(new["repeats"] >= old.get("repeats", 1))
     if path == ("search",):
         return old.get("search") is None
     return path == ("search", "trials") and bool(new["search"]["trials"] > old["search"]["trials"])

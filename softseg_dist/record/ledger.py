@@ -1,7 +1,7 @@
 """The ledger: the run folder's record of the study, its candidates and every fit that has ended.
 
     study.json  splits.json  store.json  code.json  sources/<digest>.py  holdout.json
-    fits/<candidate>/  candidate.json  race.json  <split>.json
+    fits/<candidate>/  candidate.json  race.json  <split>.json  <split>-r<repeat>.json from repeat 1 on
 
 It is the truth about a run: a new run reads it and starts only what is missing. Files appear whole or not at all, on any
 filesystem that pyarrow knows (a path, or a URI such as s3://bucket/runs/study).
@@ -25,7 +25,7 @@ from softseg_dist.places import Place, working_folder
 from softseg_dist.record.changes import Json, holdout_change, study_changes
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
-from softseg_dist.training.task import FitResult
+from softseg_dist.training.task import FitResult, fit_name, is_fit_name
 from softseg_dist.words import listed
 
 log = logging.getLogger(__name__)
@@ -159,9 +159,9 @@ class Ledger:
             self._write("study.json", now)
         return tuple(extended)
 
-    def fit_folder(self, candidate: str, split: Split) -> str:
+    def fit_folder(self, candidate: str, split: Split, repeat: int = 0) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
-        return str(self.place / "fits" / candidate / split.name)
+        return str(self.place / "fits" / candidate / fit_name(split.index, repeat))
 
     def write_candidate(self, record: CandidateRecord) -> None:
         """Record a candidate before its first fit is emitted."""
@@ -192,19 +192,19 @@ class Ledger:
                 )
         return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
 
-    def results(self) -> dict[tuple[str, int], FitResult]:
-        """Every fit that has ended, by (candidate, split index). A file that cannot be read is named in a warning and left out."""
+    def results(self) -> dict[str, FitResult]:
+        """Every fit that has ended, by its key. A file that cannot be read is named in a warning and left out."""
         found = {}
         for name in self.candidates():
             for file in (self.place / "fits" / name).names():
                 stem = file.removesuffix(".json")
-                if not (file.endswith(".json") and stem.isdecimal()):
+                if not (file.endswith(".json") and is_fit_name(stem)):
                     continue
                 result = self._record(FitResult, f"fits/{name}/{file}")
-                if result is None or (result.candidate, result.split) != (name, int(stem)):
+                if result is None or result.key != f"{name}/{stem}":
                     log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
                     continue
-                found[name, result.split] = result
+                found[result.key] = result
         return found
 
     def write_holdout(self, record: HoldoutRecord) -> None:

@@ -31,7 +31,8 @@ Json = dict[str, Any]
 class CandidateStatus:
     """One candidate: its fits that ended with a score, those that failed, and the mean score on validation so far.
 
-    `left` of its splits have not ended: none if it was `raced_out`, or has failed and is not one of the study file.
+    `splits` are its fits, one per split and repeat. `left` of them have not ended: none if it was `raced_out`, or has failed and is
+    not one of the study file.
     """
 
     name: str
@@ -79,7 +80,7 @@ def status_of(run: str) -> RunStatus:
     place = Place.at(run)
     with ThreadPoolExecutor(READERS) as readers:
         files = place.walk()
-        ended = {name for name in files if re.fullmatch(r"fits/[^/]+/\d+\.json", name)}
+        ended = {name for name in files if re.fullmatch(r"fits/[^/]+/\d+(-r\d+)?\.json", name)}
         known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
         raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
         names = ["study.json", "splits.json", *sorted(known), *sorted(ended)]
@@ -95,15 +96,16 @@ def status_of(run: str) -> RunStatus:
     results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
     tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
     tune_splits = min(len(splits), study["tune_each"]["splits"]) if tried else 0
+    num_fits = len(splits) * study.get("repeats", 1)
     rates = {record["name"]: record["name"].rpartition("~")[0] in records for record in tried}  # whether one has been chosen
     candidates = (
-        *(_candidate(name, results, len(splits), name in raced) for name in study["candidates"]),
+        *(_candidate(name, results, num_fits, name in raced) for name in study["candidates"]),
         *(_candidate(name, results, tune_splits, final=True, over=chosen) for name, chosen in rates.items()),
-        *(_candidate(name, results, len(splits), name in raced, final=True) for name in sorted(proposed)),
+        *(_candidate(name, results, num_fits, name in raced, final=True) for name in sorted(proposed)),
     )
     finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
     trials = (study.get("search") or {}).get("trials", 0)
-    not_asked = max(0, trials - len(proposed)) * len(splits)
+    not_asked = max(0, trials - len(proposed)) * num_fits
     planned = not_asked + finished + failed + sum(c.left for c in candidates)
     last = max((entry.modified_s for name, entry in files.items() if not name.startswith("report/")), default=0.0)
     here = working_folder(place)

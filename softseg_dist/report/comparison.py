@@ -246,7 +246,7 @@ def _party(run: _Scored) -> Party:
         objective=row_of(data.study["objective"]).name,
         num_splits=len(data.splits),
         num_tested=len(data.tested),
-        planned=len(data.candidates) * len(data.splits),
+        planned=len(data.candidates) * data.num_fits,
         finished=len(data.finished),
         spacing_mm=data.spacing_mm,
     )

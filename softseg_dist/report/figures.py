@@ -144,8 +144,8 @@ def curve_figure(summary: Summary) -> Figure:
     return figure
 
 
-def learning_figure(summary: Summary, histories: Mapping[tuple[str, int], pd.DataFrame]) -> Figure | None:
-    """Small multiples of the objective on validation by epoch, one thin line per split; None without any history."""
+def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.DataFrame]) -> Figure | None:
+    """Small multiples of the objective on validation by epoch, one thin line per fit; None without any history."""
     known = {key: history for key, history in histories.items() if summary.objective in history}
     fitted = {name for name, _ in known}
     names = [name for name in shown(summary) if name in fitted]

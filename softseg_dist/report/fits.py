@@ -102,7 +102,7 @@ def training_of(run: RunData, candidate: RecordedCandidate) -> TrainingSummary:
     fits = [fit for fit in run.fits if fit.candidate == candidate.name]
     finished = [fit for fit in fits if fit.state == "finished"]
     dead = [fit.dead_share for fit in finished if fit.dead_share is not None]
-    left = len(run.splits) - len(fits)
+    left = run.num_fits - len(fits)
     return TrainingSummary(
         name=candidate.name,
         finished=len(finished),

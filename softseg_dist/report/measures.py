@@ -66,7 +66,7 @@ def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:
             predicted=tuple((prediction / known).tolist()),
             observed=tuple((reference / known).tolist()),
             ece=float(np.abs(prediction - reference).sum() / voxels.sum()) if voxels.sum() else NAN,
-            num_cases=len(part[["split", "case"]].drop_duplicates()),
+            num_cases=len(part[["split", "repeat", "case"]].drop_duplicates()),
             num_subjects=int(part["subject"].nunique()),
         )
     return found
@@ -145,7 +145,7 @@ def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult], seed: int) -> dict
     for name, part in tables["lesions_true"].groupby("candidate", observed=True):
         sums = {metric: series[name].sort_index().to_numpy(np.float64) for metric, series in counts.items()}
         rates = {key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()}
-        false, num_cases = rates.pop("false"), len(part[["split", "case"]].drop_duplicates())
+        false, num_cases = rates.pop("false"), len(part[["split", "repeat", "case"]].drop_duplicates())
         found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
     return found
 
@@ -186,7 +186,7 @@ def surfaces_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Surf
     hd95, asd, dice = (tables_of(part, test) for part in rows)
     means = {name: (mean_of(hd95.of(name)), mean_of(asd.of(name)), mean_of(dice.of(name))) for name in hd95.tables}
     predicted = rows_at_rule(test, fits, "lesions_predicted", RULE)
-    keys = ["candidate", "split", "case", "class"]
+    keys = ["candidate", "split", "repeat", "case", "class"]
     there = rows[0][rows[0]["value"].notna()].merge(predicted[predicted["value"] == 0][keys], on=keys)
     missed = there.groupby("candidate", observed=True).size()
     return {name: Surfaces(name, *means[name], *counts, int(missed.get(name, 0))) for name, counts in undefined(rows[0]).items()}

@@ -31,7 +31,7 @@ from softseg_dist.report.tables import Summary
 from softseg_dist.training.evaluation import mean_reference
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, load_weights
-from softseg_dist.training.task import weights_path
+from softseg_dist.training.task import fit_name, weights_path
 from softseg_dist.words import number
 
 
@@ -107,7 +107,7 @@ def _zoom(overlay: Overlay) -> tuple[slice, slice]:
 def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     """One overlay for the best, the median and the worst test case of the winner; () if store or weights are not at hand.
 
-    A case that was tested in several splits counts once per split; each is predicted by the model of its own split.
+    A case that was tested by several fits counts once for each; each is predicted by its own model.
     """
     try:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
@@ -116,20 +116,22 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
     rows = soft_rows(run.results, summary.objective)
-    means = rows[rows["candidate"] == summary.winner.name].groupby(["split", "case"], observed=True)["value"].mean()
-    ranked = means.dropna().reset_index().sort_values(["value", "case", "split"], ascending=summary.sign < 0)  # the best first
-    if not all(_weights(run, summary, split).exists() for split in ranked["split"]):
+    means = rows[rows["candidate"] == summary.winner.name].groupby(["split", "repeat", "case"], observed=True)["value"].mean()
+    ranked = (
+        means.dropna().reset_index().sort_values(["value", "case", "split", "repeat"], ascending=summary.sign < 0)
+    )  # the best first
+    if not all(_weights(run, summary, row).exists() for _, row in ranked.iterrows()):
         return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     return tuple(_overlay(label, ranked.iloc[at], run, summary, store, model) for label, at in shown.items())
 
 
-def _weights(run: RunData, summary: Summary, split: int) -> Path:
-    return weights_path(run.folder / "fits" / summary.winner.name / f"{split:03d}")
+def _weights(run: RunData, summary: Summary, row: pd.Series) -> Path:
+    return weights_path(run.folder / "fits" / summary.winner.name / fit_name(row["split"], row["repeat"]))
 
 
 def _overlay(label: str, row: pd.Series, run: RunData, summary: Summary, store: Store, model: Model) -> Overlay:
-    load_weights(model, _weights(run, summary, row["split"]))
+    load_weights(model, _weights(run, summary, row))
     index = next(case.index for case in store.cases if case.name == row["case"])
     sample = store.sample(index)
     image, truth, prediction = _slice(sample, mean_reference(sample), predict_sample(model, sample))

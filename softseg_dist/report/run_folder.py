@@ -21,7 +21,7 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.numerics.metrics import row_of
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
-from softseg_dist.training.task import FitResult, cases_path, history_path
+from softseg_dist.training.task import FitResult, cases_path, history_path, is_fit_name
 
 NAMES = ("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric")  # columns of few different values
 RERUN = "remove it and run the study again"
@@ -73,7 +73,7 @@ class RunData:
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
     validation: pd.DataFrame
-    histories: Mapping[tuple[str, int], pd.DataFrame]
+    histories: Mapping[tuple[str, str], pd.DataFrame]
     trials: tuple[Trial, ...] = ()
     ensemble: pd.DataFrame | None = None
     holdout: pd.DataFrame | None = None
@@ -98,6 +98,11 @@ class RunData:
     def site_of(self) -> Mapping[str, str]:
         """The site of every subject, as far as the run recorded it."""
         return (self.run.get("data") or {}).get("site_of") or {}
+
+    @property
+    def num_fits(self) -> int:
+        """Of a candidate that runs all splits: one for each repeat."""
+        return len(self.splits) * int(self.study.get("repeats", 1))
 
     @property
     def subjects(self) -> set[str]:
@@ -136,7 +141,7 @@ def load_run(folder: Path) -> RunData:
         raise UserError(f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one")
     records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
     tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
-    paths = (path for path in sorted(folder.glob("fits/*/*.json")) if path.stem.isdecimal())
+    paths = (path for path in sorted(folder.glob("fits/*/*.json")) if is_fit_name(path.stem))
     ended = tuple(fit for path in paths if (fit := _record(FitResult, path, "a fit", RERUN)))
     fits = tuple(fit for fit in ended if fit.candidate not in tuning)
     finished = [fit for fit in fits if fit.state == "finished"]
@@ -144,7 +149,7 @@ def load_run(folder: Path) -> RunData:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
     results, validation = _results(folder, row_of(study["objective"]).name, finished, tuning)
-    histories = {(fit.candidate, fit.split): _history(folder / "fits" / fit.key) for fit in fits}
+    histories = {(fit.candidate, fit.key): _history(folder / "fits" / fit.key) for fit in fits}
     return RunData(
         folder=folder,
         study=study,
@@ -218,8 +223,8 @@ def _results(folder: Path, objective: str, finished: list[FitResult], left_out: 
     """The rows on test and on validation: those collected when a run ended, and those of fits that are not among them."""
     path = folder / "results.parquet"
     parts = [_shown(path, objective)] if path.exists() else []
-    held = {key for part in parts for key in part.groupby(["candidate", "split"], observed=True).groups}
-    for part in (cases_path(folder / "fits" / fit.key) for fit in finished if (fit.candidate, fit.split) not in held):
+    held = {key for part in parts for key in part.groupby(["candidate", "split", "repeat"], observed=True).groups}
+    for part in (cases_path(folder / "fits" / fit.key) for fit in finished if (fit.candidate, *fit.slot) not in held):
         if not part.exists():
             raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
         parts.append(_shown(part, objective))
@@ -268,7 +273,9 @@ SAID = {"data": "data", "preprocess": "preprocessing", "splits": "splits", "obje
 def origin_of(run: RunData) -> list[tuple[str, str]]:
     """What was run on what, as (what, value); what a run did not record is left out."""
     found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
-    found.append(("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name and the split"))
+    found.append(
+        ("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name, split and repeat")
+    )
     found += [(words, _written(run.study[field])) for field, words in SAID.items() if run.study.get(field)]
     return found
 

@@ -1,7 +1,8 @@
 """From rows of the results table to the unit of analysis: the score of one subject in one split.
 
-A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test; what
-is NaN (both maps empty) is left out. Tables are [subject x split], NaN where the subject was not tested.
+A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test, and then the mean
+over the repeats of the split; what is NaN (both maps empty) is left out. Tables are [subject x split], NaN where the subject was
+not tested.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def rows_at_rule(
     test: pd.DataFrame, fits: Iterable[FitResult], metric: str, rules: Sequence[str], reference: str = "mean"
 ) -> pd.DataFrame:
     """The rows of a thresholded metric at the threshold of each fit: that of the first of the `rules` that it has."""
-    chosen = {(f.candidate, f.split): f.thresholds[rule] for f in fits for rule in reversed(rules) if rule in f.thresholds}
+    chosen = {(f.candidate, *f.slot): f.thresholds[rule] for f in fits for rule in reversed(rules) if rule in f.thresholds}
     rows = test[(test["metric"] == metric) & (test["reference"] == reference) & test["threshold"].notna()]
     if rows.empty:
         return rows
-    keys = pd.MultiIndex.from_arrays([rows["candidate"].astype(str), rows["split"]])
+    keys = pd.MultiIndex.from_arrays([rows["candidate"].astype(str), rows["split"], rows["repeat"]])
     wanted = pd.Series(chosen, dtype=np.float64).reindex(keys).to_numpy()
     return rows[np.isclose(rows["threshold"], wanted, rtol=0, atol=1e-9)]
 
@@ -90,8 +91,11 @@ def undefined(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
 
 
 def _subject_means(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.Series[float]:
-    by_case = rows.groupby([*UNIT, *also, "case"], observed=True)["value"].mean()
-    return by_case.groupby([*UNIT, *also], observed=True).mean()
+    unit = [*UNIT, *also]
+    by_fit = [*unit, "repeat"] if rows["repeat"].any() else unit
+    by_case = rows.groupby([*by_fit, "case"], observed=True)["value"].mean()
+    means = by_case.groupby(by_fit, observed=True).mean()
+    return means if by_fit == unit else means.groupby(unit, observed=True).mean()
 
 
 def tables_of(rows: pd.DataFrame, test: pd.DataFrame) -> ScoreTables:

@@ -136,7 +136,7 @@ def summarise(run: RunData) -> Summary:
         reference=reference,
         chosen_on="test" if choice is scores else "validation",
         chosen_tested=len(set(choice.subjects) & run.tested),
-        num_planned=len(run.candidates) * len(run.splits) - sum(t.raced for t in training),
+        num_planned=len(run.candidates) * run.num_fits - sum(t.raced for t in training),
         num_subjects=len(everyone),
         num_tested=len(scores.subjects),
         num_cases=int(test["case"].nunique()),

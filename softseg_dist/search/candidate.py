@@ -13,7 +13,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.search.race import ScoresBySplit
 from softseg_dist.study import Recipe, TuneEach
-from softseg_dist.training.task import FitResult
+from softseg_dist.training.task import FitResult, FitTask, Slot
 
 Origin = Literal["fixed", "proposed", "tuning"]
 
@@ -26,11 +26,12 @@ class CandidateState:
     recipe: Recipe
     origin: Origin
     objectives: tuple[str, ...]
-    todo: deque[tuple[Split, int]]  # with the attempt that is due
-    running: set[int] = field(default_factory=set)
-    results: dict[int, FitResult] = field(default_factory=dict)
-    lost: dict[int, str] = field(default_factory=dict)  # split -> why it was given up in this session
-    moves: Counter[int] = field(default_factory=Counter)  # split -> how often it was lost blamelessly in this session
+    repeats: int  # of every split
+    todo: deque[tuple[Split, int, int]]  # with the repeat, and the attempt that is due
+    running: set[Slot] = field(default_factory=set)
+    results: dict[Slot, FitResult] = field(default_factory=dict)
+    lost: dict[Slot, str] = field(default_factory=dict)  # why it was given up in this session
+    moves: Counter[Slot] = field(default_factory=Counter)  # how often it was lost blamelessly in this session
     raced: RaceRecord | None = None
     tuning: bool = False  # it waits for the trials of its learning rate
     note: str = ""
@@ -57,19 +58,19 @@ class CandidateState:
 
     @property
     def scores(self) -> ScoresBySplit:
-        """Its values on validation by split, where all objectives have one."""
+        """Its values on validation by split, means over repeats, where all have ended and every objective has one."""
         found = {}
-        for split, result in sorted(self.results.items()):
-            values = tuple(value for value in self._values(result) if value is not None)
-            if len(values) == len(self.objectives):
-                found[split] = values
+        for split, fits in sorted(self._by_split.items()):
+            known = [[value for value in values if value is not None] for values in fits]
+            if len(fits) == self.repeats and all(len(values) == len(self.objectives) for values in known):
+                found[split] = tuple(map(fmean, zip(*known, strict=True)))
         return found
 
     @property
     def means(self) -> tuple[float, ...] | None:
         """The mean over splits of each objective; None if a fit has failed, or an objective is undefined in all of them."""
-        columns = zip(*map(self._values, self.results.values()), strict=True)
-        known = [[value for value in column if value is not None] for column in columns]
+        by_split = [[_mean(column) for column in zip(*fits, strict=True)] for fits in self._by_split.values()]
+        known = [[value for value in column if value is not None] for column in zip(*by_split, strict=True)]
         if self.failed or not all(known):
             return None
         return tuple(map(fmean, known))
@@ -79,13 +80,23 @@ class CandidateState:
         """What Optuna gets when it has ended: those of the race that it lost, else `means`; None if it failed."""
         return self.means if self.raced is None or self.failed else self.raced.values
 
-    def again(self, split: Split, attempt: int) -> None:
+    def again(self, task: FitTask, attempt: int) -> None:
         """A fit that was emitted did not end: it runs again, before all others, unless it is not needed any more."""
-        if not self.closed and split.index not in self.results:
-            self.todo.appendleft((split, attempt))
+        if not self.closed and task.slot not in self.results:
+            self.todo.appendleft((task.split, task.repeat, attempt))
 
-    def _values(self, result: FitResult) -> tuple[float | None, ...]:
-        return (result.score, *(result.scores.get(name) for name in self.objectives[1:]))
+    @property
+    def _by_split(self) -> dict[int, list[tuple[float | None, ...]]]:
+        """The values of its fits, one for each objective."""
+        found: dict[int, list[tuple[float | None, ...]]] = {}
+        for (split, _), result in self.results.items():
+            found.setdefault(split, []).append((result.score, *(result.scores.get(name) for name in self.objectives[1:])))
+        return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def tuning_name(candidate: str, number: int) -> str:

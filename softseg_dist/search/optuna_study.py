@@ -36,7 +36,7 @@ NO_LOCK = SimpleNamespace(acquire=lambda: True, release=lambda: None)
 class OptunaStudy:
     """Trials by number; `asked` is the number of the next one. `log` is the journal to write, None keeps the trials in memory.
 
-    A trial's intermediate values are its candidate's scores by split, if there is one objective.
+    A trial's intermediate values are its candidate's scores by fit, if there is one objective.
     """
 
     def __init__(self, study: Study, log: Path | None = None) -> None:
@@ -110,7 +110,10 @@ class OptunaStudy:
     def score(self, result: FitResult) -> None:
         """A fit has ended: if it is one of an open trial, its score is an intermediate value."""
         if len(self._study.objectives) == 1 and result.candidate in self._open and result.score is not None:
-            self._open[result.candidate].report(result.score, result.split)
+            self._open[result.candidate].report(result.score, self._step(result))
+
+    def _step(self, result: FitResult) -> int:
+        return result.split * self._study.repeats + result.repeat
 
     def tell(self, candidate: CandidateState) -> None:
         """How an ended candidate did, if it is an open trial: its values, FAIL without. One that was raced out is complete, too.
@@ -126,7 +129,7 @@ class OptunaStudy:
         """Add a trial that ended in an earlier session, with the values that it had then."""
         assert record.number == self.asked, (record.number, self.asked)
         self.asked += 1
-        scores = {split: result.score for split, result in candidate.results.items() if result.score is not None}
+        scores = {self._step(result): result.score for result in candidate.results.values() if result.score is not None}
         self._optuna.add_trial(
             create_trial(
                 params=record.params,

@@ -24,17 +24,17 @@ MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
 MAX_MOVES = 20  # so often a fit may lose its machine in a session: spot machines end, but a fit may also crash them
 PROPOSED = re.compile(r"trial-\d+")
 
-MakeTask = Callable[[str, Recipe, Split, int], FitTask]
-"""(candidate, recipe, split, attempt) -> the task, with folder and resources."""
+MakeTask = Callable[[str, Recipe, Split, int, int], FitTask]
+"""(candidate, recipe, split, repeat, attempt) -> the task, with folder and resources."""
 
 
 class StudySearcher:
     """Emits the fits of a study and keeps ledger and Optuna up to date.
 
-    Of all open candidates the one with the lowest split is next. A candidate in the race (proposed, or fixed with
-    `Race(fixed=True)`, but never the control) runs `Race.start` splits so. Then it waits for each of its results, which may end it,
-    and the one that looks best goes first: all others are tested against the best that has run fully. Only the leader does not
-    wait, as long as none has run fully or it looks no worse than the best that has.
+    Of all open candidates the one with the lowest split is next, and of one split that with the lowest repeat. A candidate in the
+    race (proposed, or fixed with `Race(fixed=True)`, but never the control) runs `Race.start` splits so. Then it waits for each of
+    its results, which may end it, and the one that looks best goes first: all others are tested against the best that has run
+    fully. Only the leader does not wait, as long as none has run fully or it looks no worse than the best that has.
 
     A new candidate is proposed only when the open ones have nothing to emit now, so each proposal knows as many results as
     possible; with a race all startup trials, which are random anyway, are opened at once. Where nothing else is left, candidates
@@ -54,7 +54,7 @@ class StudySearcher:
         self._signs = tuple(metric.row.sign for metric in study.objectives)
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
-        self._start = self._race.start if self._race else 0
+        self._start = self._race.start * study.repeats if self._race else 0  # fits
         self._optuna = OptunaStudy(study, ledger.working / OPTUNA_LOG) if study.search else None
         self._fixed = dict(sorted(study.candidates.items(), key=lambda item: item[0] != study.control))  # the control first
         self._records, self._results, self._races = ledger.candidates(), ledger.results(), ledger.races()
@@ -64,9 +64,9 @@ class StudySearcher:
         """The next fit to start; None if there is nothing to start now (see `ended`)."""
         if self.stopped or (candidate := self._next()) is None:
             return None
-        split, attempt = candidate.todo.popleft()
-        candidate.running.add(split.index)
-        return self._make_task(candidate.name, candidate.recipe, split, attempt)
+        task = self._make_task(candidate.name, candidate.recipe, *candidate.todo.popleft())
+        candidate.running.add(task.slot)
+        return task
 
     @property
     def ended(self) -> bool:
@@ -79,14 +79,14 @@ class StudySearcher:
     def num_planned(self) -> int:
         """Fits of the whole study, the ended ones included; those that a race or a failure saves are left out once it has."""
         asked = sum(candidate.num_planned for candidate in self.candidates.values())
-        return asked + self._num_to_ask * len(self.splits)
+        return asked + self._num_to_ask * len(self.splits) * self.study.repeats
 
     def finish(self, result: FitResult) -> None:
         """A fit has ended, finished or failed: record it."""
         candidate = self.candidates[result.candidate]
         self.ledger.write_result(result)
-        candidate.running.discard(result.split)
-        candidate.results[result.split] = result
+        candidate.running.discard(result.slot)
+        candidate.results[result.slot] = result
         if self._optuna:
             self._optuna.score(result)
         self._settle(candidate)
@@ -98,22 +98,22 @@ class StudySearcher:
         A given-up fit is not recorded in the ledger, so that running the study again tries it again.
         """
         candidate = self.candidates[task.candidate]
-        candidate.running.discard(task.split.index)
-        candidate.moves[task.split.index] += blameless
+        candidate.running.discard(task.slot)
+        candidate.moves[task.slot] += blameless
         attempt = task.attempt if blameless else task.attempt + 1
-        again = attempt < MAX_ATTEMPTS and candidate.moves[task.split.index] <= MAX_MOVES and not candidate.closed
+        again = attempt < MAX_ATTEMPTS and candidate.moves[task.slot] <= MAX_MOVES and not candidate.closed
         if again:
-            candidate.again(task.split, attempt)
+            candidate.again(task, attempt)
         elif candidate.raced is None:
-            candidate.lost[task.split.index] = reason
+            candidate.lost[task.slot] = reason
         self._settle(candidate)
         return again
 
     def interrupt(self, task: FitTask) -> None:
         """A fit was interrupted; it continues from its checkpoint in another session."""
         candidate = self.candidates[task.candidate]
-        candidate.running.discard(task.split.index)
-        candidate.again(task.split, task.attempt)
+        candidate.running.discard(task.slot)
+        candidate.again(task, task.attempt)
 
     # What is next.
 
@@ -132,7 +132,8 @@ class StudySearcher:
     def _order(self, candidate: CandidateState) -> tuple[float, float, float]:
         """Breadth-first; those that are underway in the race come last, the best-looking first."""
         if not self._is_underway(candidate):
-            return float(candidate.todo[0][0].index), 0.0, 0.0
+            split, repeat, _ = candidate.todo[0]
+            return float(split.index), float(repeat), 0.0
         first, then = self._look(candidate)
         return float(len(self.splits)), -first, -then
 
@@ -175,7 +176,7 @@ class StudySearcher:
     def _run_race(self) -> None:
         """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
         own_splits = [c for c in self.candidates.values() if c.origin != "tuning" and c.raced is None]
-        full = [c for c in own_splits if len(c.results) == len(self.splits) == len(c.scores)]
+        full = [c for c in own_splits if len(self.splits) == len(c.scores)]
         if self._race is None or not full:
             return
         self._best = max(full, key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
@@ -274,11 +275,13 @@ class StudySearcher:
 
     def _open(self, name: str, recipe: Recipe, origin: Origin) -> CandidateState:
         """A candidate with the fits that earlier sessions left."""
-        results = {split: result for (candidate, split), result in self._results.items() if candidate == name}
+        results = {result.slot: result for result in self._results.values() if result.candidate == name}
         race = self._races.get(name)
-        splits, objectives = self.splits, tuple(metric.row.name for metric in self.study.objectives)
+        splits, repeats = self.splits, self.study.repeats
+        objectives = tuple(metric.row.name for metric in self.study.objectives)
         if origin == "tuning" and self.study.tune_each is not None:
-            splits, objectives = splits[: self.study.tune_each.splits], objectives[:1]
-        todo = deque((split, 0) for split in splits if split.index not in results and race is None)
-        self.candidates[name] = CandidateState(name, recipe, origin, objectives, todo, results=results, raced=race)
+            splits, objectives, repeats = splits[: self.study.tune_each.splits], objectives[:1], 1
+        slots = [(split, repeat) for split in splits for repeat in range(repeats)]
+        todo = deque((*slot, 0) for slot in slots if (slot[0].index, slot[1]) not in results and race is None)
+        self.candidates[name] = CandidateState(name, recipe, origin, objectives, repeats, todo, results=results, raced=race)
         return self.candidates[name]

@@ -126,7 +126,7 @@ class Tracker:
     def candidate_ended(
         self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
     ) -> None:
-        """Nothing of a candidate runs any more: log mean and standard deviation over splits, and the winner of a lost race."""
+        """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
         for metric in ("score", "test_score", *(f"score_{second.row.name}" for second in self.study.objectives[1:])):
@@ -187,9 +187,10 @@ class Tracker:
         self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe), known=known)
 
     def _put_fit(self, key: str, recipe: Mapping[str, Any], tags: dict[str, str], *, known: bool = False) -> None:
-        candidate, split = key.rsplit("/", 1)
-        tags = {"softseg.candidate": candidate, "softseg.split": split} | tags
-        name = f"{split} {candidate}"  # MLflow's table cuts long names at their end
+        candidate, fit = key.rsplit("/", 1)
+        split, _, repeat = fit.partition("-r")
+        tags = {"softseg.candidate": candidate, "softseg.split": split, "softseg.repeat": repeat or "0"} | tags
+        name = f"{fit} {candidate}"  # MLflow's table cuts long names at their end
         self._put_open(key, name, candidate, tags, parameters(recipe), known=known)
 
     def _put_open(

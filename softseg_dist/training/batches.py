@@ -34,7 +34,7 @@ def cases_of(store: Store, subjects: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Batches:
-    """All training items of one fit. What is drawn, and how it is augmented, depends on (study, seed, split, epoch, item) alone.
+    """All training items of one fit. What is drawn, and how it is augmented, depends on (`FitTask.seeds`, epoch, item) alone.
 
     If the recipe has a patch, an item is seen through one, which every epoch cuts elsewhere.
     """
@@ -50,7 +50,7 @@ class Batches:
         times = range(1 if task.recipe.patch is None else task.recipe.patch.per_item)
         cases = cases_of(store, task.split.train)
         items = tuple((c, i) for c in cases for i in range(store.cases[c].num_items) for _ in times)
-        return cls(store, task.recipe, items, seed_of(task.study, task.seed, task.split.index))
+        return cls(store, task.recipe, items, seed_of(*task.seeds))
 
     @property
     def steps_per_epoch(self) -> int:

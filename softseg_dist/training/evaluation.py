@@ -125,7 +125,7 @@ class Judging:
     def uncertainty_rows(self, model: Model, subset: Subset, sample: Sample, device: str) -> list[Row]:
         """The study's uncertainty measurements of a case. Random draws depend on split and case only."""
         task = self.task
-        seed = seed_of(task.study, task.seed, task.split.index, "uncertainty", sample.name)
+        seed = seed_of(*task.seeds, "uncertainty", sample.name)
         found: list[Measurement] = []
         for method in task.uncertainty:
             drawn = sample_maps(model, sample, method, seed, device)
@@ -142,7 +142,7 @@ class Judging:
 
     def _head(self, subset: Subset, sample: Sample, grid: Literal["own", "prepared"]) -> Head:
         task = self.task
-        return Head(task.study, task.candidate, task.split.index, subset, grid, sample.subject, sample.name)
+        return Head(task.study, task.candidate, *task.slot, subset, grid, sample.subject, sample.name)
 
 
 def spread_rows(method: str, drawn: Iterable[np.ndarray], sample: Sample, store: Store, yardstick: Yardstick) -> list[Measurement]:

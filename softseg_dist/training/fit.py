@@ -132,6 +132,7 @@ class RunningFit:
         return FitResult(
             candidate=self.task.candidate,
             split=self.task.split.index,
+            repeat=self.task.repeat,
             epochs=self.progress.epoch,
             dead_share=self.progress.dead_share if isinstance(self.task.recipe.activation, NormReLU) else None,
             parameters=sum(p.numel() for p in self.model.parameters()),

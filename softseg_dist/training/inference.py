@@ -24,7 +24,7 @@ from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.training.gpu.capture import apart_from_captures
 from softseg_dist.training.model import Model, load_weights
 from softseg_dist.training.saved_model import ModelCard
-from softseg_dist.training.task import FitResult, weights_path
+from softseg_dist.training.task import FitResult, fit_name, is_fit_name, weights_path
 
 ITEMS_AT_ONCE = 16  # whole items in a batch; bounds memory; the result does not depend on it
 
@@ -109,11 +109,11 @@ def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
     """
     fits = folder.parent / "fits" / card.candidate
     try:
-        results = [FitResult.model_validate_json(p.read_bytes()) for p in fits.glob("*.json") if p.stem.isdecimal()]
+        results = [FitResult.model_validate_json(p.read_bytes()) for p in fits.glob("*.json") if is_fit_name(p.stem)]
     except ValidationError as error:
         raise UserError(f"{fits}: a record of a fit cannot be read ({error.title}); run the study again") from error
-    finished = sorted(result.split for result in results if result.state == "finished")
-    members = tuple(weights_path(fits / f"{split:03d}") for split in finished)
+    finished = sorted(result.slot for result in results if result.state == "finished")
+    members = tuple(weights_path(fits / fit_name(*slot)) for slot in finished)
     missing = [str(path) for path in members if not path.is_file()]
     if missing or len(members) < 2:
         found = f"{missing[0]} is missing" if missing else f"{fits} has {len(members)}"

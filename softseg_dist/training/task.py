@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,27 @@ from softseg_dist.numerics.metrics import Metric, metric_of
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.study import Recipe
 
+Slot = tuple[int, int]
+"""(split index, repeat): where a fit of a candidate stands."""
+
+
+def fit_name(split: int, repeat: int = 0) -> str:
+    """`003`, `003-r1`: a fit of a candidate in files, ledger and messages."""
+    return f"{split:03d}" + (f"-r{repeat}" if repeat else "")
+
+
+def is_fit_name(name: str) -> bool:
+    """Is this such a name?"""
+    return re.fullmatch(r"\d+(-r[1-9]\d*)?", name) is not None
+
 
 class FitTask(Frozen):
     """One fit: one candidate on one split. Everything that its result depends on, and where it may write.
 
-    `seed` is the study's; all randomness of the fit follows from (`study`, `seed`, split index), never from the candidate, so that
-    all candidates see the same initial weights, batches and augmentation. `store` is the path of the Arrow file and
-    `store_fingerprint` the name it must have. `folder` belongs to this fit alone. `uncertainty` is measured on the test cases.
+    `seed` is the study's; all randomness of the fit follows from `seeds` (`study`, `seed`, split index, `repeat`), never from the
+    candidate, so that all candidates see the same initial weights, batches and augmentation. `store` is the path of the Arrow
+    file and `store_fingerprint` the name it must have. `folder` belongs to this fit alone. `uncertainty` is measured on the test
+    cases.
     """
 
     study: str
@@ -30,6 +45,7 @@ class FitTask(Frozen):
     candidate: str
     recipe: Recipe
     split: Split
+    repeat: int = 0
     objective: str | Metric
     second_objective: str | Metric | None = None
     store: str
@@ -44,8 +60,18 @@ class FitTask(Frozen):
 
     @property
     def key(self) -> str:
-        """`hard-sigmoid-dice/003`: names the fit in the ledger, in MLflow and in messages."""
-        return f"{self.candidate}/{self.split.name}"
+        """`hard-sigmoid-dice/003`, `hard-sigmoid-dice/003-r1`: names the fit in the ledger, in MLflow and in messages."""
+        return f"{self.candidate}/{fit_name(*self.slot)}"
+
+    @property
+    def slot(self) -> Slot:
+        """Split index and repeat."""
+        return self.split.index, self.repeat
+
+    @property
+    def seeds(self) -> tuple[str | int, ...]:
+        """What `numerics.seeds.seed_of` takes for this fit."""
+        return (self.study, self.seed, self.split.index, *(("repeat", self.repeat) if self.repeat else ()))
 
     @property
     def objectives(self) -> tuple[Metric, ...]:
@@ -74,6 +100,7 @@ class FitResult(Frozen):
 
     candidate: str
     split: int
+    repeat: int = 0
     state: Literal["finished", "failed"]
     reason: str = ""
     score: float | None = None
@@ -100,7 +127,12 @@ class FitResult(Frozen):
     @property
     def key(self) -> str:
         """`hard-dice/003`, as `FitTask.key`."""
-        return f"{self.candidate}/{self.split:03d}"
+        return f"{self.candidate}/{fit_name(*self.slot)}"
+
+    @property
+    def slot(self) -> Slot:
+        """Split index and repeat."""
+        return self.split, self.repeat
 
 
 T = TypeVar("T")

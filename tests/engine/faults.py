@@ -99,8 +99,7 @@ def _session(folder: Path, address: str, workers: int) -> list[str]:
 def _left_in(folder: Path) -> dict[str, dict[str, Any]]:
     """What every fit of the study in `folder` has left, by its key."""
     results = Ledger(folder / "run").results()
-    keys = {f"{name}/{split:03d}": result for (name, split), result in results.items()}
-    return {key: _left_by(folder / "run" / "fits" / key, result) for key, result in keys.items()}
+    return {key: _left_by(folder / "run" / "fits" / key, result) for key, result in results.items()}
 
 
 def _left_by(folder: str | Path, result: FitResult) -> dict[str, Any]:

@@ -77,7 +77,13 @@ def _scripted(task: FitTask, worker: Worker) -> FitResult:
         _pause(worker, script.get("sleep_s", 0.0))
         if epoch == 2 and (task.attempt == 0 or script.get("always")):
             _go_wrong(script.get(task.key, ""))
-    known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt, "process": str(os.getpid())}
+    known = {
+        "candidate": task.candidate,
+        "split": task.split.index,
+        "repeat": task.repeat,
+        "attempt": task.attempt,
+        "process": str(os.getpid()),
+    }
     if script.get(task.key) == "nan":
         return FitResult(**known, state="failed", reason="loss is nan in epoch 2")
     return FitResult(**known, state="finished", score=score_of(task), test_score=0.5, epochs=NUM_EPOCHS, thresholds={"fixed": 0.5})

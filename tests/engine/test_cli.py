@@ -60,9 +60,11 @@ def write(folder: Path, text: str, epochs: int = 2) -> Path:
 
 
 def table(run: Path) -> pd.DataFrame:
-    keys = ["candidate", "split", "subset", "grid", "case", "class", "reference", "threshold", "metric"]
+    keys = ["candidate", "split", "repeat", "subset", "grid", "case", "class", "reference", "threshold", "metric"]
     rows = pd.read_parquet(run / "results.parquet")
-    return rows.astype({name: str for name in keys if name not in ("split", "threshold")}).sort_values(keys, ignore_index=True)
+    return rows.astype({name: str for name in keys if name not in ("split", "repeat", "threshold")}).sort_values(
+        keys, ignore_index=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_every_accident_of_a_fit_on_a_lane_is_survived(shared_ray: None, tmp_pat
     again = ("a/000", "a/001", "b/001", "b/002")
     assert starts(tmp_path) == expected | dict.fromkeys(again, 2)
     results = Ledger(tmp_path).results()
-    assert results["b", 0].reason == "loss is nan in epoch 2"
+    assert results["b/000"].reason == "loss is nan in epoch 2"
     assert {f"{name}/{split:03d}" for (name, split), result in results.items() if result.attempt == 1} == set(again)
     told = lines.getvalue()
     assert "a/000: one of its workers died" in told
@@ -77,7 +77,7 @@ def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs
         worker.report({"epoch": 3.0, "loss": 0.5})  # by every worker, and told by one
         if worker.leads:
             time.sleep(0.5)  # what others report comes before the answer, which ends the job
-        known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt}
+        known = {"candidate": task.candidate, "split": task.split.index, "repeat": task.repeat, "attempt": task.attempt}
         return FitResult(**known, state="finished", num_workers=worker.num_workers)
 
     for alone_s, ended in ((GROUP_PAYS_S / 2, (1, 1)), (GROUP_PAYS_S, (2, 0))):

@@ -180,7 +180,7 @@ def test_accidents_of_fits_in_a_pack_are_survived_and_those_that_had_one_are_tri
     told = driver(tmp_path, **faults).communicate(timeout=300)[0]
     assert json.loads(told.splitlines()[-1]) == {"finished": 5, "failed": 1, "unfinished": 0, "interrupted": False}
     results = Ledger(tmp_path).results()
-    assert results["b", 0].reason == "loss is nan in epoch 2"
+    assert results["b/000"].reason == "loss is nan in epoch 2"
     assert "a/001: ValueError: the fit broke" in told
     assert "b/002: took longer than its time limit of 5 s" in told
     assert {key for key, result in results.items() if result.attempt} == {("a", 1), ("b", 2)}

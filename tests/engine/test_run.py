@@ -52,8 +52,8 @@ def test_every_accident_of_a_fit_is_survived(shared_ray, tmp_path, capfd):
     expected = {f"{name}/{split:03d}": 1 for name in ("a", "b", "trial-000") for split in range(NUM_SPLITS)}
     assert starts(tmp_path) == expected | {"a/000": 2, "a/001": 2, "b/001": 2, "b/002": 2}
     results = Ledger(tmp_path).results()
-    assert results["b", 0].state == "failed"
-    assert results["b", 0].reason == "loss is nan in epoch 2"
+    assert results["b/000"].state == "failed"
+    assert results["b/000"].reason == "loss is nan in epoch 2"
     assert {key: result.attempt for key, result in results.items() if result.attempt} == {
         ("a", 0): 1,
         ("a", 1): 1,
@@ -74,7 +74,7 @@ def test_a_fit_that_dies_twice_is_given_up_and_tried_again_next_time(shared_ray,
     faults = {"a/001": "raise", "always": True}
     assert run(tmp_path, study, PlainLines(io.StringIO()), faults=faults) == Outcome(2, 1, 0, False)
     assert starts(tmp_path)["a/001"] == 2
-    assert ("a", 1) not in Ledger(tmp_path).results()
+    assert "a/001" not in Ledger(tmp_path).results()
     events = io.StringIO()
     assert run(tmp_path, study, JsonLines(events)) == Outcome(3, 0, 0, False)
     assert starts(tmp_path) == {"a/000": 1, "a/001": 3, "a/002": 1}
@@ -92,7 +92,7 @@ def test_a_study_is_tuned_and_raced_and_goes_on_the_same_way(shared_ray, tmp_pat
     ledger, results = Ledger(tmp_path), Ledger(tmp_path).results()
     assert ledger.candidates()["a"].recipe["optim"]["lr"] == 0.5
     assert sorted(ledger.races()) == ["trial-000", "trial-001", "trial-002"]
-    assert {key for key in results if key[0].startswith("a")} == {("a~0", 0), ("a~1", 0), *(("a", j) for j in range(5))}
+    assert {key for key in results if key.startswith("a")} == {"a~0/000", "a~1/000", *(f"a/00{j}" for j in range(5))}
     assert outcome == Outcome(len(results), 0, 0, False)
     assert len(results) < 2 + 5 + 3 * 5
     assert lines.getvalue().count("is out of the race") == 3
@@ -124,7 +124,7 @@ def test_a_mistake_in_propose_stops_the_study_and_keeps_what_ended(shared_ray, t
     study = make_study(("a",), num_splits=1).replace(search=Search(broken, trials=1))
     with pytest.raises(UserError, match="not today"):
         run(tmp_path, study, resources=Resources(max_concurrent=1))
-    assert list(Ledger(tmp_path).results()) == [("a", 0)]
+    assert list(Ledger(tmp_path).results()) == ["a/000"]
 
 
 def test_a_fit_that_no_machine_can_hold_is_refused_before_anything_starts(shared_ray, tmp_path):
@@ -158,16 +158,16 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path):
         pass
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    ended = {f"{name}/{split:03d}" for name, split in Ledger(tmp_path).results()}
+    ended = set(Ledger(tmp_path).results())
     assert len(ended) < 12
     second = driver(tmp_path, trials=2)
     out, err = second.communicate(timeout=240)
     assert (json.loads(out.splitlines()[-1]), err) == ({"finished": 12, "failed": 0, "unfinished": 0, "interrupted": False}, "")
     assert {key: count for key, count in starts(tmp_path).items() if key in ended} == dict.fromkeys(ended, 1)
 
-    for (name, split), result in Ledger(tmp_path).results().items():
-        lr = Ledger(tmp_path).candidates()[name].recipe["optim"]["lr"]
-        assert result.score == lr + split / 100  # what `score_of` gives: no result went to another fit
+    for result in Ledger(tmp_path).results().values():
+        lr = Ledger(tmp_path).candidates()[result.candidate].recipe["optim"]["lr"]
+        assert result.score == lr + result.split / 100  # what `score_of` gives: no result went to another fit
 
 
 def test_ctrl_c_lets_fits_end_and_a_second_one_does_not(tmp_path):

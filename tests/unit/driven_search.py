@@ -20,18 +20,19 @@ def searcher(folder: Path, study: Study) -> StudySearcher:
     ledger = Ledger(folder)
     ledger.open_study(study, splits)
 
-    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+    def make_task(candidate: str, recipe: Recipe, split: Split, repeat: int, attempt: int) -> FitTask:
         return FitTask(
             study=study.name,
             seed=study.seed,
             candidate=candidate,
             recipe=recipe,
             split=split,
+            repeat=repeat,
             objective=study.objective,
             second_objective=study.second_objective,
             store="",
             store_fingerprint="",
-            folder=ledger.fit_folder(candidate, split),
+            folder=ledger.fit_folder(candidate, split, repeat),
             attempt=attempt,
         )
 
@@ -39,8 +40,8 @@ def searcher(folder: Path, study: Study) -> StudySearcher:
 
 
 def score_of(task: FitTask) -> float:
-    """What depends on recipe and split alone."""
-    return task.recipe.optim.lr * 10 + task.split.index / 100
+    """What depends on recipe, split and repeat alone."""
+    return task.recipe.optim.lr * 10 + task.split.index / 100 + task.repeat / 1000
 
 
 def finished(task: FitTask, score: float | None = None, second: float | None = None) -> FitResult:
@@ -49,12 +50,13 @@ def finished(task: FitTask, score: float | None = None, second: float | None = N
     scores = {name: score_of(task) if score is None else score}
     if task.second_objective is not None and second is not None:
         scores[task.second_objective] = second
-    return FitResult(candidate=task.candidate, split=task.split.index, state="finished", score=scores[name], scores=scores)
+    known = {"candidate": task.candidate, "split": task.split.index, "repeat": task.repeat}
+    return FitResult(**known, state="finished", score=scores[name], scores=scores)
 
 
 def failed(task: FitTask) -> FitResult:
     """The result of a fit that diverged."""
-    return FitResult(candidate=task.candidate, split=task.split.index, state="failed", reason="loss is nan")
+    return FitResult(candidate=task.candidate, split=task.split.index, repeat=task.repeat, state="failed", reason="loss is nan")
 
 
 def run(search: StudySearcher, num_fits: int = 1000, end: Callable[[FitTask], FitResult] = finished) -> list[FitTask]:

@@ -180,7 +180,8 @@ def _rows(
     columns = ["subject", "class", "reference", "threshold", "metric", "value"]
     frame = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64"})
     frame["case"] = "sub-" + frame["subject"]
-    return frame.assign(study="s002_gray_matter", candidate=name, split=np.int32(split), subset="test", grid="own")
+    fit = {"candidate": name, "split": np.int32(split), "repeat": np.int32(0)}
+    return frame.assign(**fit, study="s002_gray_matter", subset="test", grid="own")
 
 
 def _validation(test: pd.DataFrame, values: dict[str, float], classes: Sequence[str]) -> pd.DataFrame:
@@ -215,8 +216,9 @@ def _with_measures(
             rows += [(subject, class_name, case, *row) for row in found]
     columns = ["subject", "class", "case", "reference", "threshold", "metric", "value"]
     extra = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64", "value": "float64"})
-    same = table.iloc[0][["study", "candidate", "split", "subset", "grid"]].to_dict()
-    return pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True).astype({"split": np.int32})
+    same = table.iloc[0][["study", "candidate", "split", "repeat", "subset", "grid"]].to_dict()
+    whole = pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True)
+    return whole.astype({"split": np.int32, "repeat": np.int32})
 
 
 def _run(num_subjects: int, classes: Sequence[str], raters: Sequence[str], subjects: Sequence[str]) -> dict[str, object]:

@@ -75,7 +75,7 @@ def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened
         for split in range(num_splits)
         for name in names
     ]
-    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
+    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"], repeat=0)
     about = {"study": "s002_gray_matter", "subset": "holdout", "grid": "own", "class": "GM", "reference": "mean"}
     soft = frame.assign(**about, metric="dice_dml", threshold=np.nan)
     hard = [soft.assign(metric="dice", threshold=tau) for tau in (0.4, 0.5)]
@@ -93,7 +93,7 @@ def nest(folder: Path, gain: float, num_outer: int = 5, control: str | None = "h
         for name in generator.choice(names, 6, replace=False)
         for candidate in filter(None, ("winner", control))
     ]
-    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"])
+    frame = pd.DataFrame(rows, columns=["candidate", "split", "subject", "value"]).assign(case=lambda t: t["subject"], repeat=0)
     about = {"study": "nested", "subset": "test", "grid": "own", "class": "GM", "reference": "mean", "metric": "dice_dml"}
     outer = [
         {

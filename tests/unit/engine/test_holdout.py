@@ -242,9 +242,9 @@ def test_winner_and_control_and_no_other_are_measured_on_all_held_out_subjects_b
     cells = table.groupby(["candidate", "split"], observed=True)["subject"].agg(lambda of_fit: tuple(sorted(set(of_fit))))
     assert cells.to_dict() == {(name, split): record.subjects for name in ("hard", "soft") for split in (0, 1)}
     assert set(table["subset"]) == {"holdout"}
-    for (name, split), result in run.ledger.results().items():
-        measured = table[(table["candidate"] == name) & (table["split"] == split)]["threshold"].dropna()
-        assert set(measured) >= ({*CURVE, *result.thresholds.values()} if name != "nearest" else set())
+    for result in run.ledger.results().values():
+        measured = table[(table["candidate"] == result.candidate) & (table["split"] == result.split)]["threshold"].dropna()
+        assert set(measured) >= ({*CURVE, *result.thresholds.values()} if result.candidate != "nearest" else set())
     (opening,) = record.opened
     assert (opening.winner, opening.control) == ("soft", "hard")
     assert opening.fits == ("hard/000", "hard/001", "soft/000", "soft/001")

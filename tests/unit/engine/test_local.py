@@ -65,7 +65,7 @@ class Run:
             self.faults[task.key](worker)
         if worker.stop():
             raise Interrupted
-        known = {"candidate": task.candidate, "split": task.split.index, "attempt": task.attempt}
+        known = {"candidate": task.candidate, "split": task.split.index, "repeat": task.repeat, "attempt": task.attempt}
         score = task.recipe.optim.lr + task.split.index / 100
         return FitResult(**known, state="finished", score=score, epochs=3, thresholds={"fixed": 0.5})
 
@@ -83,7 +83,7 @@ def test_accidents_are_recorded_as_through_ray_and_the_fits_run_again(tmp_path: 
     run.faults |= {"a/000": breaks, "a/001": hangs, "a/002": lambda worker: sys.exit(3)}
     assert run.search() == Outcome(3, 0, 0, False)
     assert run.starts == ["a/000", "a/000", "a/001", "a/001", "a/002", "a/002"]
-    assert {key: result.attempt for key, result in Ledger(tmp_path).results().items()} == {("a", j): 1 for j in range(3)}
+    assert {key: result.attempt for key, result in Ledger(tmp_path).results().items()} == {f"a/00{j}": 1 for j in range(3)}
     text = run.lines.getvalue()
     assert "a/000: ValueError: the fit broke (see " in text
     assert "a/001: took longer than its time limit of 0.3 s (see " in text
@@ -97,7 +97,7 @@ def test_a_fit_that_breaks_twice_is_given_up_with_its_traceback_and_tried_again_
     broken = replace(run.context, fit=lambda task, worker: breaks(worker) if task.split.index else run.fit(task, worker))
     assert run_search(broken) == Outcome(1, 2, 0, False)
     assert "in breaks\n" in (tmp_path / "fits/a/001/error.txt").read_text()
-    assert ("a", 1) not in Ledger(tmp_path).results()
+    assert "a/001" not in Ledger(tmp_path).results()
     run.starts.clear()
     assert run.search() == Outcome(3, 0, 0, False)
     assert run.starts == ["a/001", "a/002"]
@@ -119,7 +119,7 @@ def test_a_mistake_of_the_users_stops_the_study_with_its_text(tmp_path: Path) ->
     run.faults["a/001"] = mistaken
     with pytest.raises(UserError, match=r"^a/001: the store is missing$"):
         run.search()
-    assert list(Ledger(tmp_path).results()) == [("a", 0)]
+    assert list(Ledger(tmp_path).results()) == ["a/000"]
 
 
 def test_the_first_ctrl_c_lets_the_fit_end_and_the_second_does_not(tmp_path: Path) -> None:

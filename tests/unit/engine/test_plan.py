@@ -59,6 +59,7 @@ def finished_run(folder: Path, of: Study, splits: tuple[Split, ...], seconds: di
         ({"candidates": {}, "search": Search(propose, trials=5)}, 5 * 3),
         ({"splits": KFold(folds=4)}, 2 * 4),
         ({"tune_each": TuneEach(trials=4, splits=2)}, 2 * (3 + 4 * 2)),
+        ({"tune_each": TuneEach(trials=4, splits=2), "repeats": 5}, 2 * (3 * 5 + 4 * 2)),
         ({"tune_each": TuneEach(trials=4, splits=9)}, 2 * (3 + 4 * 3)),
         ({"subjects": 5, "splits": KFold(folds=5, count=2)}, 2 * 2),
         ({"holdout": 0.3}, 2 * 3),

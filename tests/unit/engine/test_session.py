@@ -33,7 +33,7 @@ def session_of(study: Study, folder: Path, progress: Progress) -> Session:
     ledger = Ledger(folder)
     ledger.open_study(study, splits)
 
-    def make_task(candidate: str, recipe: Recipe, split: Split, attempt: int) -> FitTask:
+    def make_task(candidate: str, recipe: Recipe, split: Split, repeat: int, attempt: int) -> FitTask:
         return FitTask(
             study=study.name,
             seed=0,
@@ -43,7 +43,8 @@ def session_of(study: Study, folder: Path, progress: Progress) -> Session:
             objective="dice_dml",
             store="",
             store_fingerprint="",
-            folder=ledger.fit_folder(candidate, split),
+            repeat=repeat,
+            folder=ledger.fit_folder(candidate, split, repeat),
             attempt=attempt,
         )
 
@@ -79,7 +80,7 @@ def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_
     assert f"cannot write {tmp_path}/fits/a/001.json: No space left on device" in str(session.error)
     assert "the same command goes on" in str(session.error)
     assert session.outcome() == Outcome(finished=2, failed=0, unfinished=1, interrupted=False)
-    assert [split for _, split in Ledger(tmp_path).results()] == [0, 2]
+    assert list(Ledger(tmp_path).results()) == ["a/000", "a/002"]
 
 
 def test_fits_that_cannot_be_asked_to_stop_do_not_hide_why(session: Session, tmp_path: Path) -> None:

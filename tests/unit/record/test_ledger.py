@@ -71,8 +71,24 @@ def test_a_result_comes_back_as_it_was_written(tmp_path_factory, state, score, r
     result = FitResult(candidate="dice", split=7, state=state, score=score, reason=reason, thresholds=thresholds)
     ledger.write_candidate(record("dice"))
     ledger.write_result(result)
-    assert ledger.results() == {("dice", 7): result}
+    assert ledger.results() == {"dice/007": result}
     assert ledger.candidates() == {"dice": record("dice")}
+
+
+def test_repeats_of_a_split_have_files_of_their_own(tmp_path):
+    ledger = opened(tmp_path)
+    ledger.write_candidate(record("dice"))
+    for repeat in (0, 1, 12):
+        ledger.write_result(FitResult(candidate="dice", split=3, repeat=repeat, state="finished", score=repeat))
+    assert sorted(ledger.results()) == ["dice/003", "dice/003-r1", "dice/003-r12"]
+    assert (tmp_path / "fits/dice/003-r1.json").is_file()
+    assert [Path(ledger.fit_folder("dice", splits_of(STUDY)[0], repeat)).name for repeat in (0, 1)] == ["000", "000-r1"]
+
+
+def test_fewer_repeats_than_have_run_are_refused(tmp_path):
+    Ledger(tmp_path).open_study(STUDY.replace(repeats=2), splits_of(STUDY))
+    assert "repeats: 2 -> 1" in refusal(tmp_path, STUDY)
+    assert Ledger(tmp_path).open_study(STUDY.replace(repeats=3), splits_of(STUDY)) == ("repeats: 2 -> 3",)
 
 
 def test_a_uri_and_a_path_are_the_same_folder(tmp_path):
@@ -87,7 +103,7 @@ def test_works_on_a_filesystem_that_is_not_local(tmp_path, monkeypatch):
     ledger.open_study(STUDY, splits_of(STUDY))
     ledger.write_candidate(record("dice"))
     ledger.write_result(FitResult(candidate="dice", split=0, state="finished", score=0.5))
-    assert ledger.results()["dice", 0].score == 0.5
+    assert ledger.results()["dice/000"].score == 0.5
 
 
 @pytest.mark.parametrize("content", [b"", b'{"candidate": "dice", "s', b"\xff\xfe\x00", b"[]", b'{"candidate": "dml"}'])
@@ -98,7 +114,7 @@ def test_a_torn_result_is_named_and_left_out(tmp_path, caplog, content):
         ledger.write_result(FitResult(candidate="dice", split=split, state="finished", score=0.5))
     (tmp_path / "fits/dice/000.json").write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert list(ledger.results()) == [("dice", 1)]
+        assert list(ledger.results()) == ["dice/001"]
     assert len(caplog.messages) == 1
     assert f"{tmp_path}/fits/dice/000.json" in caplog.messages[0]
 

@@ -158,3 +158,13 @@ def test_a_torn_result_is_not_counted(folder: str) -> None:
     written(folder)
     (Place.at(folder) / "fits/hard/001.json").write(b'{"candid')
     assert status_of(folder).failed == 1
+
+
+def test_repeats_count_as_fits(tmp_path: Path) -> None:
+    ledger = written(str(tmp_path))
+    ledger.open_study(STUDY.replace(repeats=2), STUDY.splits.make({f"sub-{i}": "" for i in range(10)}, STUDY.seed))
+    ledger.write_result(FitResult(candidate="soft", split=1, repeat=1, state="finished", score=0.25))
+    status = status_of(str(tmp_path))
+    counts = {c.name: (c.finished, c.failed, c.splits, c.left) for c in status.candidates}
+    assert counts == {"hard": (1, 1, 4, 2), "soft": (1, 0, 4, 3), "trial-000": (0, 1, 4, 0)}
+    assert status.planned == 4 + 4 + 1 + 2 * 4

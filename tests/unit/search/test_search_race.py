@@ -137,6 +137,14 @@ def test_more_trials_and_more_splits_keep_out_who_is_out(tmp_path):
     assert {name for name, c in again.candidates.items() if not c.raced and len(c.results) < NUM_SPLITS + 2} == set()
 
 
+def test_a_race_counts_splits_and_not_repeats(tmp_path):
+    once, twice = (searcher(tmp_path / str(r), make_study(repeats=r)) for r in (1, 2))
+    tasks = {search: run(search, end=end) for search in (once, twice)}
+    assert raced(twice) == raced(once), "repeats of equal scores decide nothing"
+    assert {name: c.values for name, c in once.candidates.items()} == {name: c.values for name, c in twice.candidates.items()}
+    assert len(tasks[twice]) == 2 * len(tasks[once])
+
+
 def test_the_control_and_fixed_candidates_run_all_splits_unless_the_race_is_for_all(tmp_path):
     candidates = {"control": BASE, "bad": BASE.replace(optim=Optim(lr=1.0)), "good": BASE.replace(optim=Optim(lr=1e-2))}
     search = searcher(tmp_path / "some", make_study(candidates=candidates))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from softseg_dist import BCE, Brier, Dice, Metric, MonteCarlo, Optim, Phantom, Recipe, Search, Study
+from softseg_dist import BCE, Brier, Dice, Metric, MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.errors import UserError
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.search.searcher import MAX_MOVES, StudySearcher
@@ -48,6 +48,41 @@ def test_every_fit_runs_once_breadth_first_the_control_before_all(tmp_path):
     keys = [task.key for task in run(search)]
     assert keys == [f"{candidate}/{split:03d}" for split in range(NUM_SPLITS) for candidate in "bac"]
     assert search.ended
+
+
+def test_every_candidate_runs_every_split_as_often_and_one_split_before_the_next(tmp_path):
+    search = searcher(tmp_path, FIXED.replace(repeats=2))
+    assert search.num_planned == 3 * NUM_SPLITS * 2
+    tasks = run(search)
+    names = [f"{split:03d}{repeat}" for split in range(NUM_SPLITS) for repeat in ("", "-r1")]
+    assert [task.key for task in tasks] == [f"{candidate}/{name}" for name in names for candidate in "bac"]
+    assert search.ended
+    assert len({task.seeds for task in tasks}) == NUM_SPLITS * 2, "the same for all candidates"
+    assert {task.seeds for task in tasks if not task.repeat} == {("s", 0, split) for split in range(NUM_SPLITS)}
+
+
+def test_another_repeat_extends_a_study_and_scores_are_means_over_repeats_first(tmp_path):
+    first = run(searcher(tmp_path, SEARCH))
+    more = searcher(tmp_path, SEARCH.replace(repeats=2))
+    assert {task.key for task in run(more)} == {f"{task.key}-r1" for task in first}, "what has ended does not run again"
+    a = more.candidates["a"]
+    assert a.scores == {split: (pytest.approx(BASE.optim.lr * 10 + split / 100 + 0.0005),) for split in range(NUM_SPLITS)}
+    assert trials(more)[0][2] == pytest.approx(more.candidates["trial-000"].means[0])
+
+
+def test_a_split_counts_when_all_its_repeats_have_a_score(tmp_path):
+    search = searcher(tmp_path, make_study({"a": BASE}).replace(repeats=2))
+    run(search, 3)
+    assert list(search.candidates["a"].scores) == [0]
+    run(search, 2, lambda task: failed(task) if task.split.index == 1 else finished(task))
+    assert list(search.candidates["a"].scores) == [0], "a repeat of the second split has failed"
+    assert search.candidates["a"].means is None
+
+
+def test_a_learning_rate_is_tried_once_on_each_of_its_splits(tmp_path):
+    search = searcher(tmp_path, make_study({"a": BASE}).replace(repeats=3, tune_each=TuneEach(trials=2, splits=1)))
+    assert [task.key for task in run(search)][:2] == ["a~0/000", "a~1/000"]
+    assert search.num_planned == 2 + 3 * NUM_SPLITS
 
 
 def test_fixed_candidates_come_before_proposed_ones(tmp_path):
@@ -126,7 +161,7 @@ def test_a_lost_fit_is_tried_twice_and_again_next_time(tmp_path):
     second = search.next_fit()
     assert (second.key, second.attempt) == (task.key, 1)
     assert search.lose(second, "killed") is False
-    assert search.candidates["b"].lost == {0: "killed"}
+    assert search.candidates["b"].lost == {(0, 0): "killed"}
     assert task.key not in [t.key for t in run(search)]
     assert [(t.key, t.attempt) for t in run(searcher(tmp_path, FIXED))] == [(task.key, 0)]
 
@@ -138,7 +173,7 @@ def test_a_fit_that_loses_its_machine_goes_on_as_the_same_attempt_but_not_for_ev
         assert (task.key, task.attempt) == ("b/000", 0)
         assert search.lose(task, "its machine was lost", blameless=True) is True
     assert search.lose(search.next_fit(), "its machine was lost", blameless=True) is False
-    assert search.candidates["b"].lost == {0: "its machine was lost"}
+    assert search.candidates["b"].lost == {(0, 0): "its machine was lost"}
 
 
 def test_a_proposal_that_lost_a_fit_is_completed_next_time(tmp_path):
