@@ -173,7 +173,7 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
         _write(asked, wanted, yardstick, parts, ledger)
         for name, (trained, candidate) in runs.items() if asked.splits else ():
             for fit in (fit for fit in trained.finished if fit.candidate == candidate):
-                known = {field: getattr(fit, field) for field in ("split", "state", "thresholds", "test_score")}
+                known = {field: getattr(fit, field) for field in ("split", "repeat", "state", "thresholds", "test_score")}
                 ledger.write_result(FitResult(candidate=name, **known))
     return folder
 
@@ -290,7 +290,7 @@ def _judge(
     subject_of = {case.name: case.subject for case in asked.cases}
     for name, of in files.items():
         for split, case in sorted(wanted):
-            head = Head(asked.study["name"], name, split, "test", "own", subject_of[case], case)
+            head = Head(asked.study["name"], name, split, 0, "test", "own", subject_of[case], case)
             units[case].append((folder / "fits" / name / f"{split:03d}" / "judged", head, of[split, case]))
     judged = partial(_judge_case, yardstick, label_values(asked.data))
     tasks = [(case, units[case.name]) for case in asked.cases if case.name in units]
