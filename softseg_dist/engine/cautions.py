@@ -155,7 +155,10 @@ class Inspection:
                 yield "class of few subjects", f"Class {name} is labelled in {of}: scores of it stand on fewer than {FEW}; {remedy}"
             if lacking := [split.name for split in splits if not having & {*split.train}]:
                 of = f"{len(lacking)} of {count(len(splits), 'split')} ({listed(lacking)})"
-                yield "class absent in training", f"No training case has class {name} in {of}: fits there cannot learn it; {remedy}"
+                yield (
+                    "class absent in training",
+                    f"Class {name} is in no training case of {of}: fits there cannot learn it; {remedy}",
+                )
 
     def _sides(self) -> Cautions:
         flipped = {name: recipe.augment for name, recipe in self.recipes.items()}

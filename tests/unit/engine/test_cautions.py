@@ -158,7 +158,7 @@ def test_a_class_that_no_training_case_of_a_split_has_is_named() -> None:
     two = [Drawn(f"sub-{i}", np.stack([BLOCK, BLOCK if i < 3 else NONE])[None]) for i in range(6)]
     of = study(("GM", "WM"))
     told = found(of, two, splits(["sub-0", "sub-3"], ["sub-3", "sub-4"], ["sub-5"]))
-    assert told["class absent in training"].startswith("No training case has class WM in 2 of 3 splits (001, 002)")
+    assert told["class absent in training"].startswith("Class WM is in no training case of 2 of 3 splits (001, 002)")
     assert "class of few subjects" not in told
     assert "class absent in training" not in found(of, two, splits(["sub-0", "sub-3"]))
 
