@@ -211,7 +211,8 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
     """What the tests had to say about themselves: {note: candidates}."""
     notes: dict[str, list[str]] = {}
     for comparison in summary.comparisons:
-        told = (*comparison.crossed.remarks, comparison.corrected.note, comparison.bootstrap.note)
+        beside = () if summary.of_models else (comparison.corrected.note, comparison.bootstrap.note)
+        told = (*comparison.crossed.remarks, *beside)
         for note in filter(None, dict.fromkeys(told)):
             notes.setdefault(note, []).append(comparison.candidate)
     return notes

@@ -267,15 +267,22 @@ RECORDED = {  # fields of run.json
     "store_digest": "digest of the prepared numbers",
     "started": "last started (UTC)",
 }
-SAID = {"data": "data", "preprocess": "preprocessing", "splits": "splits", "objective": "objective", "search": "search"}
+SAID = {
+    "predictions": "predictions",
+    "data": "data",
+    "preprocess": "preprocessing",
+    "splits": "splits",
+    "objective": "objective",
+    "search": "search",
+}
 
 
 def origin_of(run: RunData) -> list[tuple[str, str]]:
     """What was run on what, as (what, value); what a run did not record is left out."""
     found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
-    found.append(
-        ("seed", f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name, split and repeat")
-    )
+    if not run.study.get("predictions"):
+        seed = f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name, split and repeat"
+        found.append(("seed", seed))
     found += [(words, _written(run.study[field])) for field, words in SAID.items() if run.study.get(field)]
     return found
 

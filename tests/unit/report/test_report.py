@@ -534,7 +534,7 @@ def test_the_page_of_predictions_has_no_section_without_content(tmp_path: Path, 
     page = written_page(without_training(tmp_path, num_splits)).read_text()
     left_out = ["time of all fits", "fits finished", 'id="training"', 'id="cases"', ">grid<", ">Dice-optimal<", "or 0.5?"]
     assert not [text for text in left_out if text in page]
-    assert ("Split by split" in page) == (num_splits > 1)
+    assert ("Split by split" in page) == ("Wilcoxon" in page) == ("Bootstrap" in page) == (num_splits > 1)
     assert ("t-test over subjects (primary)" in page) == (num_splits == 1)
     assert ("crossed random effects (primary)" in page) == (num_splits > 1)
     assert "nan" not in re.sub("<style.*?</style>|<img[^>]*>", "", page, flags=re.S)
