@@ -135,7 +135,7 @@ def curve_figure(summary: Summary) -> Figure:
                 if tau is not None:
                     height = np.interp(tau, summary.curve_thresholds, curve)
                     axis.plot(tau, height, marker, color=colours[name], markersize=6, markeredgecolor="white", markeredgewidth=0.6)
-        for marker, label in MARKS.values():
+        for marker, label in (MARKS[rule] for rule in summary.used_rules):
             axis.plot([], [], marker, color=INK, markersize=5, linestyle="none", label=label)
         axis.axvline(0.5, color=QUIET, linewidth=0.8, linestyle=":")
         axis.set(xlabel="threshold", ylabel="mean Dice on test", xlim=(0, 1))
