@@ -55,8 +55,7 @@ class Case(ABC):
     def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """One line per source that determines the content, such as "name sha256"; equal lines mean equal voxels.
 
-        `parts` names further masks that are used, `sha256` gives the digest of a file. Raises UserError if a source cannot be
-        read.
+        `parts` names further masks that are used, `sha256` gives the digest of a file. Raises UserError if a source cannot be read.
         """
 
     @abstractmethod

@@ -26,8 +26,7 @@ ALIKE = "identical targets"  # the rule of a problem that a report shows above i
 class Problem:
     """A line of the table. An "error" stops `softseg prepare`, a "warning" should be looked at.
 
-    `case` is the case's name, or "" for what concerns several. `rule` names the kind of problem, `detail` has value and
-    place.
+    `case` is the case's name, or "" for what concerns several. `rule` names the kind of problem, `detail` has value and place.
     """
 
     case: str

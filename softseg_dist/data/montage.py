@@ -27,10 +27,9 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00")
 def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> int:
     """Write a PNG with `samples` and return their number.
 
-    Each tile is the axial slice with the most label, seen from below as radiologists do (left is right);
-    the line is where the mean of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per
-    class.
-    Raises UserError if there is no sample or the file cannot be written.
+    Each tile is the axial slice with the most label, seen from below as radiologists do (left is right); the line is where the mean
+    of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per class. Raises UserError if there is no
+    sample or the file cannot be written.
     """
     tiles = [(sample, *_fullest(sample)) for sample in samples]
     if not tiles:

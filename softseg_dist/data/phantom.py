@@ -78,8 +78,7 @@ class Ellipsoid:
 class Column:
     """A body along z: spinal cord or gray matter. Its section has radius sum_k a_k cos(k t) + b_k sin(k t) at angle t.
 
-    The section is scaled by `half_axes_mm`, by (1 + taper z / height) along z, and its centre drifts by `drift` mm
-    per mm of z.
+    The section is scaled by `half_axes_mm`, by (1 + taper z / height) along z, and its centre drifts by `drift` mm per mm of z.
     """
 
     height_mm: float
@@ -171,8 +170,7 @@ class Phantom(DataSet):
         size: voxels of an item; None is 48 x 48 (dim=2) or 32 x 32 x 32 (dim=3).
         num_slices: slices per case for dim=2.
         raters: number of raters, named "A", "B", ... Each has a bias of his own; all masks are binary.
-        disagreement_mm: half of the range of the raters' biases, and standard deviation of the rest of their boundary
-            shift.
+        disagreement_mm: half of the range of the raters' biases, and standard deviation of the rest of their boundary shift.
         sites: number of sites, named "site1", ...; contrast falls and noise rises from one to the next.
         noise: standard deviation of the noise at the first site (tissues differ by 0.25).
         bias_field: the slow brightness change over the image is about 1 +- this.

@@ -113,8 +113,7 @@ def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
 def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Float32:
     """`volume` [... *S], its last len(axes) axes resampled and cropped, without the padding; float32.
 
-    An axis that is not resampled is copied, so values stay bit-exact there; else they stay within the range of the
-    input.
+    An axis that is not resampled is copied, so values stay bit-exact there; else they stay within the range of the input.
     """
     lead = volume.ndim - len(axes)
     if method == "nearest":

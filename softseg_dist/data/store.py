@@ -193,11 +193,10 @@ def build_store(
     """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
 
     Cases that a store in `folder` has already, prepared in the same way from equal sources, are copied from it; so are those of an
-    unfinished one, so that an interrupted preparation goes on. `spread` prepares the rest: it calls a function on parts as
-    `map` does, in any processes that see `folder`, and is closed when no more is wanted. The file does not depend on it.
-    Each process has one case in memory at a time. `progress` is called with (cases done, cases in all, name) after each.
-    Several processes may build the same store at once: each writes a file of its own and the last one to finish puts an equal
-    file in place.
+    unfinished one, so that an interrupted preparation goes on. `spread` prepares the rest: it calls a function on parts as `map`
+    does, in any processes that see `folder`, and is closed when no more is wanted. The file does not depend on it. Each process has
+    one case in memory at a time. `progress` is called with (cases done, cases in all, name) after each. Several processes may build
+    the same store at once: each writes a file of its own and the last one to finish puts an equal file in place.
 
     Raises UserError if there is no case, if a case cannot be read (the first one that cannot is named), if sizes differ, or
     if the disk is full. No partial store stays; what has been prepared does, hidden, except if it is of no use.
@@ -259,8 +258,7 @@ class StoredCase:
 class Store:
     """An open store. Arrays of its samples are read-only views of the memory-mapped file.
 
-    `classes`, `dim`, `channels` and `size` (voxels of an item) hold for all cases; `fingerprint` is the name of the
-    file.
+    `classes`, `dim`, `channels` and `size` (voxels of an item) hold for all cases; `fingerprint` is the name of the file.
     """
 
     def __init__(self, path: Path, reader: pa.RecordBatchFileReader) -> None:

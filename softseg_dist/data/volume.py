@@ -128,9 +128,8 @@ def image_of(maps: NDArray[np.float32], geometry: Geometry, like: Any) -> Any:
 def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geometry: Geometry, like: Path | None = None) -> None:
     """Write `data` [X Y Z] (canonical; float32 or uint8) as NIfTI in the orientation and grid of `geometry`; atomic.
 
-    `like` is a file on that grid: its qform and sform, their codes and its units are copied to the last bit, so that
-    every tool puts the two at one place. Without it both forms say what `geometry` says.
-    Raises UserError if the file cannot be written.
+    `like` is a file on that grid: its qform and sform, their codes and its units are copied to the last bit, so that every tool
+    puts the two at one place. Without it both forms say what `geometry` says. Raises UserError if the file cannot be written.
     """
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
     stored = np.ascontiguousarray(geometry.from_canonical(data))

@@ -18,7 +18,7 @@ from softseg_dist.data.geometry import Float32
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.judging.rows import Measurement, Wanted, case_rows
 from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import Metric, Scale, reach_of
+from softseg_dist.numerics.metrics import Metric, Scale, bounding_box, reach_of
 
 Region = tuple[slice, ...]
 
@@ -101,13 +101,8 @@ def references_of(own: OwnMasks, rater_names: Sequence[str], yardstick: Yardstic
 def _region(maps: Float32, own: OwnMasks) -> Region:
     """The box around everything that is not 0 in a map or a mask, with the neighbourhood that counts for calibration."""
     found = np.zeros(own.shape, dtype=np.bool_)
+    found[tuple(slice(*edges) for edges in own.box)] = True
     for soft_map in maps:
         found |= soft_map > 0
-    parts = []
-    for axis, reach in enumerate(reach_of(own.spacing_mm)):
-        places = np.flatnonzero(found.any(axis=tuple(other for other in range(3) if other != axis)))
-        edges = [(int(places[0]), int(places[-1]) + 1)] if places.size else []
-        edges += [own.box[axis]] if own.box[axis][1] > 0 else []
-        start, stop = min((e[0] for e in edges), default=0), max((e[1] for e in edges), default=1)
-        parts.append(slice(max(0, start - reach), min(own.shape[axis], stop + reach)))
-    return tuple(parts)
+    parts = zip(bounding_box(found), reach_of(own.spacing_mm), own.shape, strict=True)
+    return tuple(slice(max(0, part.start - reach), min(n, part.stop + reach)) for part, reach, n in parts)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from softseg_dist.numerics.metrics import Map, dice_curve
+from softseg_dist.numerics.metrics import Map, confusion, hard_scores
 
 FIXED = 0.5
 CURVE: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05 to 0.95
@@ -28,7 +28,7 @@ class Evidence(NamedTuple):
 def evidence(prediction: Map, reference: Map) -> Evidence:
     """That of a map [N K *S] in [0, 1]; the reference is the mean of the raters."""
     optimal = [optimal_dice(prediction[:, k]) for k in range(prediction.shape[1])]
-    return Evidence(dice_curve(prediction, reference, CURVE), np.array(optimal))
+    return Evidence(hard_scores(confusion(prediction, reference, CURVE))["dice"], np.array(optimal))
 
 
 def choose_thresholds(cases: Sequence[Evidence]) -> dict[str, float]:

@@ -24,9 +24,7 @@ LEAST_ERROR = 1e-4  # of E, as a share of the variance of all differences
 MOST_STEPS, MOST_HALVINGS = 200, 20
 FEW_SPLITS = 3  # up to here a test keeps its level and decides nothing
 FEW_SUBJECTS = 60  # below, skewed subjects make p too small
-SKEWED = (
-    1.0  # skewness of subject means from which on it counts, or twice its standard error; by simulation, see docs/statistics.md
-)
+SKEWED = 1.0  # skewness of subject means from which on it counts, or twice its standard error; by simulation (docs/statistics.md)
 FAR = 6.0  # of one subject from the mean of the others, in their standard deviations; likewise
 
 

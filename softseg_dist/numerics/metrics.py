@@ -119,16 +119,13 @@ class Metric(Frozen, ABC):
     @model_serializer(mode="plain")
     def _tagged(self) -> dict[str, Any]:
         """With what a report shows of the metric, so that it need not run the code that defines it."""
-        row = {name: getattr(self.row, name) for name in ROW_FIELDS}
+        row = {name: getattr(self.row, name) for name in ("name", "title", "meaning", "higher_is_better")}
         return super()._tagged() | {"row": row}
 
     @model_validator(mode="before")
     @classmethod
     def _without_row(cls, data: Any) -> Any:
         return {name: value for name, value in data.items() if name != "row"} if isinstance(data, dict) else data
-
-
-ROW_FIELDS = ("name", "title", "meaning", "higher_is_better")
 
 
 NUM_BINS = 10
@@ -174,8 +171,9 @@ def reliability(prediction: Values, reference: Values) -> Reliability:
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
     """The smallest box around `mask` [*S]; without a voxel if it is empty."""
-    found = ndimage.find_objects(mask.view(np.uint8))
-    return found[0] if found else (slice(0, 0),) * mask.ndim
+    others = (tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim))
+    places = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
+    return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0) for at in places)
 
 
 def reach_of(spacing_mm: Sequence[float]) -> list[int]:
@@ -351,16 +349,9 @@ def objective_score(metric: Metric, prediction: Map, reference: Map, scale: Scal
 
 def soft_metrics(pair: Pair, *, against_mean: bool) -> dict[str, PerClass]:
     """All metrics that need no threshold, each an array [K], and both volumes; those against the raters' mean if it is that."""
-    names = (name for name in FORMULAS if against_mean or TABLE[name].against == "each")
-    volumes = {"volume_pred_mm3": pair.predicted, "volume_true_mm3": pair.true}
-    return {name: FORMULAS[name](pair) for name in names} | {
-        name: voxels * pair.scale.voxel_mm3 for name, voxels in volumes.items()
-    }
-
-
-def dice_curve(prediction: Map, reference: Map, thresholds: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Dice of {prediction >= tau} with {reference >= 0.5} per class and threshold: [K T]. NaN where the latter is empty."""
-    return hard_scores(confusion(prediction, reference, thresholds))["dice"]
+    values = {name: of(pair) for name, of in FORMULAS.items() if against_mean or TABLE[name].against == "each"}
+    voxel_mm3 = pair.scale.voxel_mm3
+    return values | {"volume_pred_mm3": pair.predicted * voxel_mm3, "volume_true_mm3": pair.true * voxel_mm3}
 
 
 class Confusion(NamedTuple):

@@ -42,12 +42,11 @@ class Network(Frozen, ABC):
 class UNet(Network):
     """U-Net: (conv 3 - norm - dropout - ReLU) x 2 per level, max pooling down, up-sampling and concatenation up, last conv.
 
-    `filters` gives the channels of every level, finest first, so its length is the depth. `norm` is "batch" or
-    "instance" (with learned scale and offset; convolutions before it have no bias, which it would remove).
-    `dropout` is the share of values set to 0. `upsample`: "interp" is a 1x1 convolution and linear interpolation,
-    "deconv" a strided transposed convolution. Sizes need not be even: upsampled maps are padded by replication.
-    `order`: "relu-norm-dropout" makes blocks (conv 3 with bias - ReLU - norm - dropout of whole channels) x 2 instead, and
-    `last_kernel` is the size of the last convolution: SoftSeg had that order and 3.
+    `filters` gives the channels of every level, finest first, so its length is the depth. `norm` is "batch" or "instance" (with
+    learned scale and offset; convolutions before it have no bias, which it would remove). `dropout` is the share of values set to
+    0. `upsample`: "interp" is a 1x1 convolution and linear interpolation, "deconv" a strided transposed convolution. Sizes need not
+    be even: upsampled maps are padded by replication. `order`: "relu-norm-dropout" makes blocks (conv 3 with bias - ReLU - norm -
+    dropout of whole channels) x 2 instead, and `last_kernel` is the size of the last convolution: SoftSeg had that order and 3.
 
     Source: Ronneberger et al., MICCAI 2015, doi 10.1007/978-3-319-24574-4_28; blocks of MONAI's BasicUNet.
     """

@@ -45,9 +45,7 @@ def surface_metrics(
     if not reference.any():
         return dict.fromkeys(SURFACE_METRICS, float("nan"))
     if not prediction.any():
-        far = (
-            math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing_mm, strict=True))) if diagonal_mm is None else diagonal_mm
-        )
+        far = diagonal_mm or math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing_mm, strict=True)))
         return dict(zip(SURFACE_METRICS, (far, far, 0.0), strict=True))
     # Importing monai takes seconds, which code that only reads the names of metrics need not wait for.
     from monai.metrics.utils import get_mask_edges

@@ -20,7 +20,7 @@ from softseg_dist.judging.results import Head, Row, write_rows
 from softseg_dist.judging.rows import Grid, Measurement
 from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
-from softseg_dist.numerics.metrics import TABLE, measured, objective_score
+from softseg_dist.numerics.metrics import TABLE, Map, Scale, measured, objective_score
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import cases_of
 from softseg_dist.training.inference import predict_sample, sample_maps
@@ -44,9 +44,7 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
     """
     scored = []
     for case, sample, prediction in _predict(model, store, task.split.validation, worker):
-        grid = _grid(sample)
-        maps, scale = (grid.case(prediction), grid.case(mean_reference(sample))), grid.scale(store.mean_volumes_mm3)
-        scored.append((case, objective_score(task.objectives[0], *maps, scale)))
+        scored.append((case, objective_score(task.objectives[0], *_prepared(sample, prediction, store))))
     scores: dict[str, list[float]] = {}
     for case, score in sorted(worker.gather(scored)):
         scores.setdefault(store.cases[case].subject, []).append(score)
@@ -117,7 +115,7 @@ class Judging:
             judged = judge(maps, sample.own, sample.rater_names, self.yardstick, sorted(set(thresholds.values())))
             rows = self._head(subset, sample, "own").rows(judged)
             if subset != "holdout":  # which chooses nothing, and is compared with nothing
-                rows += self._head(subset, sample, "prepared").rows(self._prepared(sample, prediction))
+                rows += self._head(subset, sample, "prepared").rows(self._objectives(sample, prediction))
             return case, rows
 
         return _over_threads(of_case, predicted, self.task.threads)
@@ -132,12 +130,11 @@ class Judging:
             found += spread_rows(method.short, drawn, sample, self.store, self.yardstick)
         return self._head(subset, sample, "own").rows(found)
 
-    def _prepared(self, sample: Sample, prediction: np.ndarray) -> Iterator[Measurement]:
+    def _objectives(self, sample: Sample, prediction: np.ndarray) -> Iterator[Measurement]:
         """The objectives on the grid of training."""
-        grid = _grid(sample)
-        maps, scale = (grid.case(prediction), grid.case(mean_reference(sample))), grid.scale(self.store.mean_volumes_mm3)
+        maps_and_scale = _prepared(sample, prediction, self.store)
         for metric in self.task.objectives:
-            for name, value in zip(self.store.classes, measured(metric, *maps, scale), strict=True):
+            for name, value in zip(self.store.classes, measured(metric, *maps_and_scale), strict=True):
                 yield Measurement(name, "mean", None, metric.row.name, float(value))
 
     def _head(self, subset: Subset, sample: Sample, grid: Literal["own", "prepared"]) -> Head:
@@ -154,9 +151,10 @@ def spread_rows(method: str, drawn: Iterable[np.ndarray], sample: Sample, store:
     return uncertainty_rows(method, spread, references.raters, yardstick.classes, references.scale)
 
 
-def _grid(sample: Sample) -> Grid:
-    """The grid on which a case is prepared."""
-    return Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+def _prepared(sample: Sample, prediction: np.ndarray, store: Store) -> tuple[Map, Map, Scale]:
+    """Prediction, mean of the raters and their scale on the grid on which a case is prepared."""
+    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+    return grid.case(prediction), grid.case(mean_reference(sample)), grid.scale(store.mean_volumes_mm3)
 
 
 def _over_threads(function: Callable[[Any], T], tasks: Iterable[Any], threads: int) -> list[T]:

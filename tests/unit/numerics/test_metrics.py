@@ -15,7 +15,6 @@ from softseg_dist.numerics.metrics import (
     Pair,
     PerClass,
     confusion,
-    dice_curve,
     hard_scores,
     mask_volume_error,
     objective_score,
@@ -168,9 +167,9 @@ def test_all_thresholds_at_once_give_what_each_gives_alone(seed: int, thresholds
         np.testing.assert_array_equal(counts.tn[:, t], (~above & ~hard).sum(axis=1))
 
 
-def test_dice_curve_is_the_dice_at_each_threshold():
+def test_dice_of_several_thresholds_is_that_at_each():
     prediction, reference = random_case(3)
-    curve = dice_curve(prediction, reference, (0.7, 0.2))
+    curve = hard_scores(confusion(prediction, reference, (0.7, 0.2)))["dice"]
     np.testing.assert_allclose(curve[:, 0], hard_metrics(prediction, reference, 0.7)["dice"])
     np.testing.assert_allclose(curve[:, 1], hard_metrics(prediction, reference, 0.2)["dice"])
 
