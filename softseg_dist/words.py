@@ -25,9 +25,9 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
 
 
 def interval(low: float, high: float, digits: int = 3, signed: bool = False) -> str:
-    """`0.830 to 0.854`, or an en dash."""
+    """`0.830 to 0.854`, or `not estimable`."""
     known = math.isfinite(low) and math.isfinite(high)
-    return f"{number(low, digits, signed)} to {number(high, digits, signed)}" if known else "–"
+    return f"{number(low, digits, signed)} to {number(high, digits, signed)}" if known else "not estimable"
 
 
 def p_value(p: float) -> str:

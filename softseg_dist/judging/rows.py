@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softseg_dist.numerics.metrics import (
+    FORMULAS,
     NUM_BINS,
     Map,
     Metric,
@@ -121,8 +122,9 @@ def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, sc
 
     Against every reference: soft metrics and, at each of the thresholds, overlap and volume error of the mask. Against "mean" also
     calibration, Dice at every threshold of the curve (a threshold that is in both appears once), surfaces and lesions at each of
-    the thresholds, and the reliability table, whose threshold is the lower edge of the bin. Against "raters", all at once: the
-    distances of distributions and, if there are two or more, their agreement with each other.
+    the thresholds, the reliability table, whose threshold is the lower edge of the bin, and "empty_map": the Brier skill of a map
+    that is 0 everywhere. Against "raters", all at once: the distances of distributions and, if there are two or more, their
+    agreement with each other.
 
     Args:
         prediction: [1 K *S] in [0, 1]: a case is one volume (see `Grid.case`).
@@ -140,10 +142,11 @@ def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, sc
             for tau, metric, values in lines
         ]
     raters = [reference for name, reference in references.items() if name not in NOT_RATERS] or [references["mean"]]
-    chosen = sorted(set(wanted.thresholds))
+    chosen, mean = sorted(set(wanted.thresholds)), references["mean"]
+    empty = FORMULAS["brier_skill"](Pair(np.broadcast_to(np.float32(0), mean.shape), mean, scale))
     for k, class_name in enumerate(wanted.classes):
         p = prediction[0, k]
-        found = [("mean", *line) for line in _shapes(p, references["mean"][0, k], chosen, scale)]
+        found = [("mean", None, "empty_map", float(empty[k])), *(("mean", *line) for line in _shapes(p, mean[0, k], chosen, scale))]
         for of_bins, values in pairs["mean"].tables[k]._asdict().items():
             found += [("mean", b / NUM_BINS, f"reliability_{of_bins}", float(value)) for b, value in enumerate(values)]
         volumes = np.array([rater[:, k].sum(dtype=np.float64) for rater in raters])

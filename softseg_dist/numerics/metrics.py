@@ -91,6 +91,14 @@ class Row:
         return 1 if self.higher_is_better else -1
 
     @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest value that it can have, as far as the table tells: none is better than a perfect one."""
+        if self.higher_is_better is None or math.isnan(self.best):
+            return -math.inf, math.inf
+        worst = self.when_prediction_empty if self.higher_is_better else None
+        return (0.0 if worst == 0 else -math.inf, self.best) if self.higher_is_better else (self.best, math.inf)
+
+    @property
     def may_lead(self) -> bool:
         """Whether it may be an objective: it has a direction, needs no threshold, and a perfect prediction has its best value."""
         return self.perfect == "always" and self.higher_is_better is not None

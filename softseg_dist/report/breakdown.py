@@ -1,16 +1,18 @@
-"""The objective by site, and overlap rater by rater beside what the raters reach among themselves."""
+"""What scores are made of: by site, case by case, beside an empty map, on the grid of training; and overlap rater by rater."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
 
-from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest
+from softseg_dist.numerics.metrics import Row
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_scores, tables_of
+from softseg_dist.report.paired_tests import estimated, paired_test, primary_test
+from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 
 RULE = ("grid", "fixed")  # the threshold that each fit chose on validation; 0.5 where there was none
@@ -62,7 +64,7 @@ def by_site(scores: ScoreTables, site_of: Mapping[str, str], one: str, other: st
     for site in sorted(set(sites.tolist())):
         here = sites == site
         scored, means = ~np.isnan(scores.of(one)[here]), (mean_of(scores.of(one)[here]), mean_of(scores.of(other)[here]))
-        difference = crossed_test(scores.difference(one, other)[here])
+        difference = estimated(scores.difference(one, other)[here])
         found.append(Site(site, int(scored.any(axis=1).sum()), int(scored.sum()), *means, difference))
     return tuple(found)
 
@@ -90,3 +92,108 @@ def _inter_rater(test: pd.DataFrame) -> tuple[float, float, float, int]:
         return NAN, NAN, NAN, 0
     low, high = np.quantile(subjects, [0.25, 0.75])
     return float(subjects.mean()), float(low), float(high), len(subjects)
+
+
+LARGEST = 3  # cases whose share of the volume is said
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """The objective of one tested case for winner and reference: means over classes, and over the splits that tested it.
+
+    `difference` (winner minus reference) is over the splits of both. `volume_mm3` is that of the mean of the raters, of all classes
+    together. What does not exist is NaN.
+    """
+
+    case: str
+    subject: str
+    num_splits: int
+    volume_mm3: float
+    winner: float
+    reference: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Brier skill of a candidate on test, and `crossed`: that minus the Brier skill of a map that is 0 everywhere."""
+
+    name: str
+    skill: float
+    crossed: CrossedTest
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval of the difference lies above 0; without an interval, whether the difference does."""
+        return self.crossed.mean > 0 and not self.crossed.low <= 0
+
+
+@dataclass(frozen=True)
+class ScoreChecks:
+    """Checks of the scores on test.
+
+    `empty_map` is the mean Brier skill of a map that is 0 everywhere, NaN if not recorded; `learned` compares winner and reference
+    with it. `prepared` has the differences to the reference on the grid of training, by candidate, and `case_skill` the Brier skill
+    of a case, in which small structures count as much as large ones. The `LARGEST` of all cases hold `largest_share` of the
+    reference volume, NaN if there are no more.
+    """
+
+    empty_map: float
+    learned: tuple[Learned, ...]
+    cases: tuple[CaseScore, ...]
+    largest_share: float
+    prepared: dict[str, float]
+    case_skill: dict[str, float]
+
+    @property
+    def unlearned(self) -> tuple[Learned, ...]:
+        """Those of `learned` that were not shown to be better than an empty map."""
+        return tuple(one for one in self.learned if not one.shown)
+
+
+def score_checks(
+    test: pd.DataFrame, prepared: pd.DataFrame, scores: ScoreTables, objective: Row, pair: tuple[str, str]
+) -> ScoreChecks:
+    """All checks of the rows on test; `prepared` are those of the `objective` on that grid, `pair` are winner and reference."""
+    on_training = replace(soft_scores(prepared, objective.name), of_models=scores.of_models)
+    differences = {name: paired_test(on_training, name, pair[1]).mean for name in on_training.tables if name != pair[1]}
+    skills, volumes = soft_scores(test, "brier_skill_case"), _volumes(test)
+    share = float(volumes.nlargest(LARGEST).sum() / volumes.sum()) if len(volumes) > LARGEST and volumes.sum() else NAN
+    empty, learned = _learned(test, scores.of_models, list(dict.fromkeys(pair)))
+    return ScoreChecks(
+        empty_map=empty,
+        learned=learned,
+        cases=_cases(soft_rows(test, objective.name), volumes, pair, objective.sign),
+        largest_share=share,
+        prepared=differences,
+        case_skill={name: mean_of(skills.of(name)) for name in skills.tables},
+    )
+
+
+def _learned(test: pd.DataFrame, of_models: bool, names: Sequence[str]) -> tuple[float, tuple[Learned, ...]]:
+    """The mean skill of the empty map, and the tests of `names` against it; (NaN, ()) where it was not recorded."""
+    skills, empty = soft_scores(test, "brier_skill"), soft_scores(test, "empty_map")
+    if not empty.tables:
+        return NAN, ()
+    of_subject = {s: mean_of(np.stack([t[i] for t in empty.tables.values()])) for i, s in enumerate(empty.subjects)}
+    column = np.array(list(of_subject.values()))[:, None]  # the same for all candidates and splits
+    tables = ScoreTables(skills.subjects, skills.splits, skills.tables, of_models)
+    found = [Learned(n, mean_of(tables.of(n)), primary_test(tables, tables.of(n) - column)) for n in names if n in tables.tables]
+    return mean_of(column + 0 * tables.of(names[0])), tuple(found)
+
+
+def _volumes(test: pd.DataFrame) -> pd.Series[float]:
+    """The reference volume of every case, all classes together."""
+    of_class = soft_rows(test, "volume_true_mm3").groupby(["case", "class"], observed=True)["value"].mean()
+    return of_class.groupby("case", observed=True).sum()
+
+
+def _cases(rows: pd.DataFrame, volumes: pd.Series[float], pair: tuple[str, str], sign: int) -> tuple[CaseScore, ...]:
+    """From the best to the worst case of the winner; cases without a score at the end."""
+    means = rows.groupby(["candidate", "subject", "case", "split"], observed=True)["value"].mean().unstack("candidate")
+    table = pd.DataFrame({"winner": means.get(pair[0], np.nan), "reference": means.get(pair[1], np.nan)}, index=means.index)
+    table["difference"] = table["winner"] - table["reference"]
+    of_case = table.groupby(["subject", "case"], observed=True)
+    found = of_case.mean().assign(num_splits=of_case.size()).sort_values("winner", ascending=sign < 0, kind="stable").reset_index()
+    found["volume_mm3"] = found["case"].map(volumes).astype(np.float64)
+    return tuple(CaseScore(*row) for row in found[[field.name for field in fields(CaseScore)]].itertuples(index=False))

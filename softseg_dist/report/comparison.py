@@ -17,10 +17,11 @@ import pandas as pd
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import TABLE, Row, row_of
 from softseg_dist.numerics.statistics import NAN, SplitTest, SubjectTest, corrected_t_test, holm, subject_test, wilcoxon_test
 from softseg_dist.record.changes import differences
+from softseg_dist.report.paired_tests import estimated
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import summarise
@@ -168,7 +169,7 @@ class _Scored:
         return pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
 
     def side(self, name: str) -> Side:
-        whole = crossed_test(self.scores.of(name))
+        whole = estimated(self.scores.of(name))
         counts = self.undefined.get(name, (0, 0))
         return Side(name, mean_of(self.scores.of(name)), whole.low, whole.high, whole.num_subjects, whole.num_splits, *counts)
 
@@ -303,7 +304,7 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
         winners=winners,
         changed=_changed(*recipes) if all(recipes) else {},
         paired_by="subject and split",
-        test=crossed_test(table, people),
+        test=estimated(table, people),
     )
     means = np.array([column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()])
     if len(means) >= ENOUGH:

@@ -1,4 +1,4 @@
-"""Figures of what is measured beside the objective: calibration, volumes, lesions, raters, two objectives at once."""
+"""Figures of what is measured beside the objective: calibration, volumes, two objectives at once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softseg_dist.report.breakdown import Raters
-from softseg_dist.report.look import BETTER, COLOURS, GRID, INK, QUIET, WORSE, new_figure, panels
-from softseg_dist.report.measures import SIZES, Agreement, ReliabilityTable
+from softseg_dist.report.look import BETTER, GRID, INK, QUIET, new_figure, panels
+from softseg_dist.report.measures import Agreement, ReliabilityTable
 from softseg_dist.report.search_tables import Pareto
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, number
 
-MARKERS = "osD^v<>Ph*"
 TICKS = (0, 0.5, 1), ("0", "0.5", "1")  # short, so that those of neighbouring panels do not touch
 MOST_LABELLED = 12  # points with their names beside
 
@@ -76,49 +74,6 @@ def _agreement(axis: Axes, agreement: Agreement, several: bool) -> None:
     axis.set_title(f"{title}\nbias {number(limits.bias, 1, signed=True)} mm³, n = {limits.n}", fontsize=8.5, color=INK)
     axis.margins(0.08, 0.15)
     axis.grid()
-
-
-def lesion_figure(summary: Summary, names: Sequence[str]) -> Figure:
-    """A panel per size of lesion, and one for false discoveries; a row per candidate, with 95 % intervals over subjects."""
-    found = [summary.measures.lesions[name] for name in names]
-    totals = {size: rate.total for size, rate in found[0].sensitivity.items() if rate.total}
-    panels = {f"{SIZES[s]}\n{total} lesions": [lesions.sensitivity[s] for lesions in found] for s, total in totals.items()}
-    false = panels["false discoveries\nof all predicted"] = [lesions.false_discovery for lesions in found]
-    with new_figure(9, 0.24 * len(found) + 1.15) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, rates) in zip(axes, panels.items(), strict=True):
-            for y, (lesions, rate) in enumerate(zip(found, rates, strict=True)):
-                colour = QUIET if lesions.name == summary.reference else BETTER
-                axis.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
-                axis.plot(rate.share, y, "s" if lesions.name == summary.reference else "o", color=colour, markersize=4.5)
-            axis.set(xlim=(-0.03, 1.03), ylim=(len(found) - 0.5, -0.5))
-            axis.set_xticks(*TICKS)
-            axis.set_title(title, fontsize=8, color=WORSE if rates is false else QUIET)
-            axis.grid(axis="x")
-            axis.tick_params(axis="y", length=0)
-        axes[0].set_yticks(range(len(found)), [lesions.name for lesions in found], color=INK)
-        figure.supxlabel("share of lesions found; last panel: share of predicted lesions that are false", fontsize=9)
-    return figure
-
-
-def rater_figure(raters: Raters, names: Sequence[str]) -> Figure:
-    """A row per candidate: its Dice against each rater; the line is the mean Dice of two raters with each other."""
-    with new_figure(8.2, 0.27 * len(names) + 1.0) as figure:
-        axis = figure.subplots()
-        if math.isfinite(raters.inter_rater):
-            axis.axvspan(raters.low, raters.high, color=GRID, label="raters in pairs, quartiles")
-            axis.axvline(raters.inter_rater, color=INK, linewidth=1.2, label="raters in pairs, mean")
-        for i, rater in enumerate(raters.names):
-            marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
-            dice = [raters.candidates[name].dice[rater] for name in names]
-            axis.plot(dice, range(len(names)), marker, color=colour, markersize=5, label=rater, alpha=0.9)
-        axis.set_yticks(range(len(names)), names, color=INK)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("mean Dice against a rater")
-        axis.grid(axis="x")
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    return figure
 
 
 def pareto_figure(summary: Summary, pareto: Pareto) -> Figure:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from softseg_dist.frozen import canonical_json
-from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.paired_tests import holm_corrected
+from softseg_dist.report.paired_tests import estimated, holm_corrected
 from softseg_dist.report.run_folder import RecordedCandidate
 from softseg_dist.report.scores import ScoreTables
 
@@ -95,7 +95,7 @@ def main_effects(design: Factorial, scores: ScoreTables) -> tuple[Effect, ...]:
     for i, ((factor, names), base) in enumerate(zip(design.factors.items(), design.base, strict=True)):
         of_level = np.moveaxis(table, i, 0).reshape(len(names), -1, *table.shape[-2:])  # [level cell subjects splits]
         for level in (level for level in range(len(names)) if level != base):
-            test = crossed_test((of_level[level] - of_level[base]).mean(axis=0), scores.subjects)
+            test = estimated((of_level[level] - of_level[base]).mean(axis=0), scores.subjects)
             found.append(Effect(factor, names[level], names[base], of_level.shape[1], test))
     return holm_corrected(found)
 
@@ -109,7 +109,7 @@ def interactions(design: Factorial, scores: ScoreTables) -> tuple[Interaction, .
         for level, other_level in itertools.product(range(len(names)), range(len(others))):
             if level != base and other_level != other_base:
                 effect = of_levels[level] - of_levels[base]  # [other level, cell, subjects, splits]
-                test = crossed_test((effect[other_level] - effect[other_base]).mean(axis=0), scores.subjects)
+                test = estimated((effect[other_level] - effect[other_base]).mean(axis=0), scores.subjects)
                 words = names[level], names[base], other, others[other_level], others[other_base]
                 found.append(Interaction(one, *words, of_levels.shape[2], test))
     return holm_corrected(found)

@@ -54,6 +54,8 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "lesions": list(measures.lesions.values()),
         "surfaces": list(measures.surfaces.values()),
         "sites": measures.sites,
+        "cases": summary.checks.cases,
+        "empty_map": summary.checks.learned,
         "raters": list(measures.raters.candidates.values()) if measures.raters else [],
         "uncertainty": [one for of_method in measures.uncertainty.values() for one in of_method],
         "importances": searched.importances,

@@ -1,4 +1,4 @@
-"""The figures of the answer: differences, splits, thresholds, learning curves."""
+"""The figures of the answer: differences, thresholds, learning curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from softseg_dist.report.effects import Effect
-from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, WORSE, new_figure, panels
+from softseg_dist.report.look import BETTER, COLOURS, INK, LOOK, QUIET, new_figure, panels
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, interval, number, p_value, verdict
@@ -43,7 +43,9 @@ def forest_figure(summary: Summary) -> Figure:
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, title, entries, summary.sign)
             _forest_words(beside, entries, axis.get_ylim())
-        grid[-1, 0].set_xlabel(f"difference in {summary.objective_title} ({direction(summary.sign)}), with 95 % interval")
+        grid[-1, 0].set_xlabel(
+            f"difference in {summary.objective_title} (test, own grid; {direction(summary.sign)}), with 95 % interval"
+        )
     return figure
 
 
@@ -69,52 +71,11 @@ def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]]
     axis.text(0.98, -0.85, "p, Holm", va="center", ha="right", color=QUIET)
     for y, (_, entry) in enumerate(entries):
         test = entry.crossed
-        reach = interval(test.low, test.high, signed=True) if math.isfinite(test.low) else "not tested"
+        reach = "not tested" if math.isnan(test.p) else interval(test.low, test.high, signed=True)
         axis.text(0.02, y, f"{number(test.mean, signed=True)}  ({reach})", va="center", color=INK)
         axis.text(0.98, y, p_value(entry.p_holm), va="center", ha="right", color=INK)
     axis.set(ylim=heights, xlim=(0, 1))
     axis.set_axis_off()
-
-
-def paired_figure(summary: Summary) -> Figure:
-    """One panel per candidate: box plots of the means of the splits, the reference beside it, each split joined by a line."""
-    names = set(shown(summary))
-    compared = [c for c in summary.comparisons if c.candidate in names]
-    columns = min(7, max(len(compared), 1))
-    height = 2.9 * max(1, math.ceil(len(compared) / columns)) + 0.2
-    standings = {s.name: s for s in summary.ranking}
-    label = "control" if summary.reference == summary.control else "reference"
-    with new_figure(max(1.32 * columns, 2.6), height) as figure:
-        for axis, comparison in zip(panels(figure, len(compared), columns), compared, strict=True):
-            one, other = standings[comparison.reference].by_split, standings[comparison.candidate].by_split
-            _pairs(axis, label, one, other, summary.sign)
-            name = comparison.candidate
-            axis.set_title(name.replace("-", "-\n", 2) if len(name) > 14 else name, fontsize=8, color=INK)
-        figure.supylabel(f"mean {summary.objective_title} of a split", fontsize=9)
-    return figure
-
-
-def _pairs(axis: Axes, label: str, reference: Mapping[int, float], candidate: Mapping[int, float], sign: int) -> None:
-    both = sorted(set(reference) & set(candidate))
-    boxes = axis.boxplot(
-        [[reference[j] for j in both], [candidate[j] for j in both]],
-        positions=[0, 1],
-        widths=0.5,
-        showfliers=False,
-        patch_artist=True,
-        medianprops={"color": INK, "linewidth": 1.4},
-    )
-    for box, colour in zip(boxes["boxes"], ("#e9e9e9", "#d6e6f2"), strict=True):
-        box.set(facecolor=colour, edgecolor=QUIET, linewidth=0.7)
-    for line in (*boxes["whiskers"], *boxes["caps"]):
-        line.set(color=QUIET, linewidth=0.7)
-    for j in both:
-        better = sign * (candidate[j] - reference[j]) > 0
-        colour, style = (BETTER, "-") if better else (WORSE, "--")
-        axis.plot([0, 1], [reference[j], candidate[j]], style, marker="o", color=colour, markersize=3, linewidth=0.9)
-    axis.set_xticks([0, 1], [label, "this"], fontsize=7.5)
-    axis.set_xlim(-0.45, 1.45)
-    axis.grid(axis="y")
 
 
 def curve_figure(summary: Summary) -> Figure:
@@ -138,7 +99,7 @@ def curve_figure(summary: Summary) -> Figure:
         for marker, label in (MARKS[rule] for rule in summary.used_rules):
             axis.plot([], [], marker, color=INK, markersize=5, linestyle="none", label=label)
         axis.axvline(0.5, color=QUIET, linewidth=0.8, linestyle=":")
-        axis.set(xlabel="threshold", ylabel="mean Dice on test", xlim=(0, 1))
+        axis.set(xlabel="threshold", ylabel="mean Dice (test, own grid)", xlim=(0, 1))
         axis.grid()
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
@@ -161,5 +122,5 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.Dat
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.grid()
         figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel(f"validation {summary.objective_title}", fontsize=9)
+        figure.supylabel(f"{summary.objective_title} (validation, prepared grid)", fontsize=9)
     return figure

@@ -7,7 +7,6 @@ shown". Caveats and exclusions name whatever weakens a number on the page, the m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.statistics import ALL_EQUAL
@@ -20,7 +19,6 @@ from softseg_dist.words import (
     SHOWN,
     capital,
     count,
-    dimensions,
     interval_clause,
     listed,
     metric_title,
@@ -31,7 +29,34 @@ from softseg_dist.words import (
     verdict,
 )
 
+WHERE = "on test, on the files' own grids"
 MOST_QUOTED = 2  # effects that a sentence gives with their numbers: the tables have all
+
+
+def scores_answer(summary: Summary) -> str:
+    """What control and winner score in themselves, and what an empty map would: to be read before any difference."""
+    pair = {summary.reference: "control " * (summary.reference == summary.control), summary.winner.name: "winner "}
+    if summary.reference == summary.winner.name:
+        pair = {summary.winner.name: "control and winner " if summary.reference == summary.control else "winner "}
+    standings = {s.name: s for s in summary.ranking}
+    parts = [f"{role}{name} {_score(standings[name])}" for name, role in pair.items()]
+    if summary.objective == "brier_skill" and math.isfinite(summary.checks.empty_map):
+        parts.append(f"a map that is 0 everywhere {number(summary.checks.empty_map)}")
+    return f"{capital(_metric(summary))} {WHERE}: {', '.join(parts)}."
+
+
+def _score(standing: Standing) -> str:
+    why = f": {standing.no_interval.removeprefix('interval not estimable: ')}" if standing.no_interval else ""
+    return f"{number(standing.mean)} ({interval_clause(standing.low, standing.high)}{why})"
+
+
+def learned_answer(summary: Summary) -> list[str]:
+    """A sentence about winner and control each that was not shown to be better than an empty map: nothing else matters then."""
+    return [
+        f"{one.name} has not learned the task: its Brier skill {WHERE} is {number(one.skill)}, that of a map that is 0 everywhere "
+        f"{number(summary.checks.empty_map)} (difference {effect_in_words(one.crossed, one.crossed.p)})."
+        for one in summary.checks.unlearned
+    ]
 
 
 def answer(summary: Summary) -> str:
@@ -168,13 +193,23 @@ def _verdict(comparison: Comparison | Effect, summary: Summary) -> str:
     return verdict(comparison.crossed.mean, comparison.p_holm, summary.sign)
 
 
-def caveats(summary: Summary, spacing_mm: Sequence[float] = ()) -> list[str]:
-    """Limits of the evidence on the page, the most serious first. `spacing_mm` is that of the prepared grid."""
-    found = [*_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
-    grid = f" ({dimensions(spacing_mm)} mm)" if spacing_mm else ""
-    if not summary.of_models:
-        found.append(f"Scores are measured on the prepared grid{grid}, against the mean of the raters, not on the original images.")
-    return found
+def caveats(summary: Summary) -> list[str]:
+    """Limits of the evidence on the page, the most serious first."""
+    return [*_grids(summary), *_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
+
+
+def _grids(summary: Summary) -> list[str]:
+    """Which differences have another sign on the grid of training than on the grids of the files."""
+    own = {c.candidate: c.crossed.mean for c in summary.comparisons}
+    turned = [(name, own[name], other) for name, other in summary.checks.prepared.items() if own.get(name, 0) * other < 0]
+    if not turned:
+        return []
+    quoted = [f"{name} {number(a, signed=True)} (own), {number(b, signed=True)} (prepared)" for name, a, b in turned]
+    what = (
+        f"The sign of the difference to {summary.reference} on test depends on the grid, own (of the file) or prepared (of "
+        "training)"
+    )
+    return [f"{what}: {listed(quoted, 4, '; ')}. The answer is about the files' own grids."]
 
 
 def _completeness(summary: Summary) -> list[str]:
@@ -283,19 +318,3 @@ def _data(summary: Summary) -> list[str]:
         total = sum(s.values for s in summary.ranking)
         found.append(f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out.")
     return found
-
-
-def left_out(summary: Summary) -> list[tuple[str, int, int]]:
-    """What is in no mean, as (what, how many, of how many); the first two lines are there even if they are 0."""
-    training, ranking, planned = summary.training, summary.ranking, summary.num_planned
-    surfaces = summary.measures.surfaces.values()
-    found = [
-        ("fits that failed", sum(t.failed for t in training), planned),
-        ("undefined values of the objective", sum(s.undefined for s in ranking), sum(s.values for s in ranking)),
-        ("fits not run yet", sum(t.missing for t in training), planned),
-        ("fits saved by giving up candidates", raced := sum(t.raced for t in training), planned + raced),
-        ("candidates without a score", sum(s.rank is None for s in ranking), len(ranking)),
-        ("values without a surface to measure", sum(s.undefined for s in surfaces), sum(s.values for s in surfaces)),
-        ("subjects in no test set", summary.num_subjects - summary.num_tested, summary.num_subjects),
-    ]
-    return [line for i, line in enumerate(found) if i < 2 or line[1]]

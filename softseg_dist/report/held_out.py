@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
+from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import row_of
-from softseg_dist.report.paired_tests import effect_in_words, paired_test
+from softseg_dist.report.paired_tests import effect_in_words, estimated, paired_test
 from softseg_dist.report.run_folder import OuterData, RunData
 from softseg_dist.report.scores import mean_of, scores_by_rule, soft_scores
 from softseg_dist.study import WINNER
@@ -57,7 +57,7 @@ def holdout_of(run: RunData, metric: str) -> HoldoutTable | None:
     scores, dice = soft_scores(rows, metric), scores_by_rule(rows, run.finished, "dice")
     found = []
     for name in dict.fromkeys(name for name in (winner, control) if name is not None and name in scores.tables):
-        test = crossed_test(scores.of(name))
+        test = estimated(scores.of(name), limits=row_of(run.study["objective"]).limits)
         cut = {rule: mean_of(of_rule.of(name)) for rule, of_rule in dice.items()}
         found.append(HeldOutScore(name, test.mean, test.low, test.high, cut, test.num_subjects, test.num_splits))
     crossed = paired_test(scores, found[0].name, found[1].name) if len(found) == 2 else None
@@ -120,8 +120,8 @@ def outer_table(outer: OuterData) -> OuterTable:
         control=control,
         planned=record["planned"],
         rows=tuple(OuterRow(*(found[field] for field in named)) for found in record["outer"]),
-        score=crossed_test(scores.of(WINNER)),
-        control_score=crossed_test(scores.of(control)) if control else None,
+        score=estimated(scores.of(WINNER), limits=objective.limits),
+        control_score=estimated(scores.of(control), limits=objective.limits) if control else None,
         difference=paired_test(scores, WINNER, control) if control else None,
     )
 

@@ -17,17 +17,19 @@ from matplotlib.figure import Figure
 from softseg_dist import words
 from softseg_dist.data.check import ALIKE
 from softseg_dist.numerics.metrics import TABLE
-from softseg_dist.report.diagrams import agreement_figure, lesion_figure, pareto_figure, rater_figure, reliability_figure
+from softseg_dist.report.diagrams import agreement_figure, pareto_figure, reliability_figure
 from softseg_dist.report.export import csv_tables
-from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, paired_figure, shown
+from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, shown
 from softseg_dist.report.findings import (
+    WHERE,
     answer,
     caveats,
     effects_answer,
     group_answer,
     holdout_answer,
     interactions_answer,
-    left_out,
+    learned_answer,
+    scores_answer,
     sites_answer,
 )
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
@@ -80,12 +82,14 @@ def summary_json(run: Path) -> dict[str, Any]:
     data = load_run(run)
     summary = summarise(data)
     return {
+        "not_learned": learned_answer(summary),
+        "scores_answer": scores_answer(summary),
         "answer": answer(summary),
         "effects_answer": effects_answer(summary),
         "interactions_answer": interactions_answer(summary),
         "group_answer": group_answer(summary),
         "holdout_answer": holdout_answer(summary),
-        "caveats": [*(text for _, text in data.cautions), *caveats(summary, data.spacing_mm)],
+        "caveats": [*(text for _, text in data.cautions), *caveats(summary)],
         **plain(summary),
         "run": plain(dict(data.run)),
     }
@@ -105,13 +109,11 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
     """Those that the run has data for, each with its text for readers who cannot see it."""
     title, measures, pareto = summary.objective_title, summary.measures, summary.searched.pareto
     names = shown(summary)
-    calibrated, with_lesions = ([n for n in names if n in part] for part in (measures.reliability, measures.lesions))
+    calibrated = [n for n in names if n in measures.reliability]
     pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
         found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
-    if summary.comparisons and len(summary.splits) > 1:
-        found["splits"] = paired_figure(summary), f"Box plots over splits of {title}, paired with {summary.reference}"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
     if pareto is not None and pareto.points:
@@ -120,13 +122,8 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
         found["reliability"] = reliability_figure(summary, calibrated), "Reliability diagrams, one per candidate"
     if pair:
         found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
-    if with_lesions:
-        found["lesions"] = lesion_figure(summary, with_lesions), "Lesions found by size; the counts are in the table"
-    if measures.raters is not None:
-        rated = [n for n in names if n in measures.raters.candidates]
-        found["raters"] = rater_figure(measures.raters, rated), "Dice against each rater; the values are in the table"
     if overlays:
-        found["overlays"] = (overlay_figure(overlays), "Image, soft truth, prediction and signed error of single test cases")
+        found["overlays"] = (overlay_figure(overlays), "Image, soft truth, predictions and signed errors of single test cases")
     if (learning := learning_figure(summary, data.histories)) is not None:
         found["learning"] = learning, f"Learning curves: {title} on validation by epoch"
     return found
@@ -148,10 +145,11 @@ def _sections(summary: Summary, pictures: Collection[str]) -> dict[str, str]:
         "sites": ("Sites", measures.sites),
         "raters": ("Raters", measures.raters),
         "uncertainty": ("Uncertainty", measures.uncertainty),
-        "cases": ("Cases", summary.trained or "overlays" in pictures),
+        "cases": ("Cases", summary.checks.cases),
         "training": ("Training", summary.trained),
-        "exclusions": ("Failures and exclusions", True),
+        "failures": ("Failed fits", summary.failures),
         "data": ("Data and splits", True),
+        "methods": ("Methods", True),
         "repeat": ("How to repeat this", True),
     }
     return {name: title for name, (title, there) in sections.items() if there}
@@ -177,11 +175,13 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         sections=_sections(summary, pictures),
         pictures=pictures,
         folder=data.run.get("run") or data.folder,
+        first=[*learned_answer(summary), *(text for rule, text in data.cautions if rule == ALIKE)],
+        scores=scores_answer(summary),
+        where=WHERE,
         answer=answer(summary),
         answers=tuple(say(summary) for say in (holdout_answer, sites_answer, group_answer, effects_answer, interactions_answer)),
         metric=_meaning(summary),
-        alike=[text for rule, text in data.cautions if rule == ALIKE],
-        caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary, data.spacing_mm)],
+        caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary)],
         shown=shown(summary),
         few=len(shown(summary)) < len(summary.ranking),
         most=MOST,
@@ -197,7 +197,6 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         recipe_fields=fields[:FEW_RECIPE_FIELDS],
         recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
         notes=_notes(summary),
-        left_out=left_out(summary),
         origin=origin_of(data),
     )
 

@@ -34,6 +34,8 @@ from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, scores_
 from softseg_dist.words import interval_clause, number, p_clause
 
 FEWEST_SITES = 3  # for a test over sites
+UNLIMITED = (-math.inf, math.inf)
+ONE_DF = 1.5  # below, degrees of freedom are one when rounded
 OF_MODELS = "t-test over subjects: it speaks about new subjects for these trained models, not about new training runs"
 
 
@@ -60,13 +62,29 @@ def paired_test(scores: ScoreTables, candidate: str, reference: str) -> CrossedT
     return primary_test(scores, scores.difference(candidate, reference))
 
 
-def primary_test(scores: ScoreTables, table: ScoreTable) -> CrossedTest:
+def primary_test(scores: ScoreTables, table: ScoreTable, limits: tuple[float, float] = UNLIMITED) -> CrossedTest:
     """The crossed test of values [subject x split]; of trained models the t-test over subjects, which says so."""
     if not scores.of_models:
-        return crossed_test(table, scores.subjects)
+        return estimated(table, scores.subjects, limits)
     test = subject_test(table[:, 0])
     warnings = (OF_MODELS,) if math.isfinite(test.p) else ()
-    return CrossedTest(**vars(test) | {"warnings": warnings}, num_splits=1, num_pairs=test.num_subjects)
+    return _estimable(CrossedTest(**vars(test) | {"warnings": warnings}, num_splits=1, num_pairs=test.num_subjects), limits)
+
+
+def estimated(table: ScoreTable, subjects: Sequence[str] = (), limits: tuple[float, float] = UNLIMITED) -> CrossedTest:
+    """The crossed test, without an interval that is not estimable: on one degree of freedom, or outside of the scale."""
+    return _estimable(crossed_test(table, subjects), limits)
+
+
+def _estimable(test: CrossedTest, limits: tuple[float, float]) -> CrossedTest:
+    """The test without such an interval, and why among its warnings."""
+    if test.df < ONE_DF:
+        why = "it stands on one degree of freedom"
+    elif test.low < limits[0] or test.high > limits[1]:
+        why = f"it leaves the scale of the score, which ends at {limits[0] if test.low < limits[0] else limits[1]:g}"
+    else:
+        return test
+    return replace(test, low=NAN, high=NAN, warnings=(*test.warnings, f"interval not estimable: {why}"))
 
 
 def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p") -> str:
@@ -74,7 +92,8 @@ def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p"
     difference = number(test.mean, signed=True)
     if math.isnan(test.p):
         return f"{difference}; not tested: {test.note}"
-    return f"{difference}, {interval_clause(test.low, test.high, signed=True)}, {p_clause(p, p_name)}"
+    why = " (one degree of freedom)" if math.isnan(test.low) else ""
+    return f"{difference}, {interval_clause(test.low, test.high, signed=True)}{why}, {p_clause(p, p_name)}"
 
 
 @dataclass(frozen=True)
@@ -173,5 +192,5 @@ def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[
     """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
     others = scores_by_rule(test, run.finished, "dice")
     base = others.pop("fixed")
-    tests = {(name, rule): crossed_test(dice.of(name) - base.of(name)) for name in names for rule, dice in others.items()}
+    tests = {(name, rule): estimated(dice.of(name) - base.of(name)) for name in names for rule, dice in others.items()}
     return holm_corrected([RuleTest(*of, crossed) for of, crossed in tests.items() if crossed.num_pairs])

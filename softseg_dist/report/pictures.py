@@ -1,12 +1,12 @@
-"""Slices of single test cases: image, soft truth, prediction and signed error, side by side.
+"""Slices of single test cases: image, soft truth, and predictions of control and winner with their signed errors, side by side.
 
-`choose_overlays` predicts the best, the median and the worst test case of the winner again, each with the fit of its own split;
+`choose_overlays` predicts the best, the median and the worst test case of the winner again, each with the fits of its own split;
 `overlay_figure` draws them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ from softseg_dist.words import number
 
 @dataclass(frozen=True)
 class Overlay:
-    """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective.
+    """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective for the winner.
 
-    `image`, `truth` and `prediction` are [X Y] in canonical order (x to the right, y up); truth and prediction in
+    `image`, `truth` and, by candidate, `predictions` are [X Y] in canonical order (x to the right, y up); truth and predictions in
     [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm` is the size of a
     pixel along X and Y.
     """
@@ -48,24 +48,31 @@ class Overlay:
     label: str
     image: npt.NDArray[np.floating]
     truth: npt.NDArray[np.floating]
-    prediction: npt.NDArray[np.floating]
+    predictions: Mapping[str, npt.NDArray[np.floating]]
     score: float
     spacing_mm: tuple[float, float]
     class_name: str = ""
 
 
 def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
-    """A row per case: image, then, enlarged, soft truth, prediction and signed error (prediction minus truth)."""
-    with new_figure(9, 1.98 * len(overlays) + 0.75) as figure:
-        grid = figure.add_gridspec(len(overlays) + 1, 4, height_ratios=[1.0] * len(overlays) + [0.05])
-        axes = np.array([[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(len(overlays))])
+    """A row per case: image, then, enlarged, soft truth and of every candidate prediction and signed error (minus the truth)."""
+    names = list(overlays[0].predictions)
+    titles = ["image", "soft truth", *(title for name in names for title in (_broken(name), "minus truth"))]
+    width = 9 / 4 * len(titles) if len(titles) < 5 else 12
+    with new_figure(width, (width - 1) / len(titles) * len(overlays) + 0.75) as figure:
+        grid = figure.add_gridspec(len(overlays) + 1, len(titles), height_ratios=[1.0] * len(overlays) + [0.05])
+        axes = np.array([[figure.add_subplot(grid[i, j]) for j in range(len(titles))] for i in range(len(overlays))])
         for row, overlay in zip(axes, overlays, strict=True):
             soft, error = _overlay_row(row, overlay)
-        for axis, title in zip(axes[0], ("image", "soft truth", "prediction", "prediction − truth"), strict=True):
-            axis.set_title(title, color=INK, loc="center")
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title, color=INK, loc="center", fontsize=8)
         figure.colorbar(soft, cax=figure.add_subplot(grid[-1, 1:3]), orientation="horizontal")
         figure.colorbar(error, cax=figure.add_subplot(grid[-1, 3]), orientation="horizontal")
     return figure
+
+
+def _broken(name: str) -> str:
+    return name.replace("-", "-\n", 1) if len(name) > 18 else name
 
 
 def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
@@ -80,7 +87,9 @@ def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
     row[0].set_ylabel("\n".join(word for word in words if word), rotation=0, ha="right", va="center", color=INK)
     soft: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(0, 1)}
     error: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-1, 1)}
-    layers = ((overlay.truth, soft), (overlay.prediction, soft), (overlay.prediction - overlay.truth, error))
+    layers = [(overlay.truth, soft)]
+    for prediction in overlay.predictions.values():
+        layers += [(prediction, soft), (prediction - overlay.truth, error)]
     for axis, (values, look) in zip(row[1:], layers, strict=True):
         seen = np.clip(3 * np.abs(values[zoom].T), 0, 0.9)  # what is near 0 lets the image through
         axis.imshow(overlay.image[zoom].T, **image)
@@ -94,7 +103,7 @@ def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:
 
 def _zoom(overlay: Overlay) -> tuple[slice, slice]:
     """The box of what is to be seen, with a margin of half its size, inside the image; the whole image if nothing is."""
-    seen = (overlay.truth > 0.02) | (overlay.prediction >= 0.5)
+    seen = np.any([overlay.truth > 0.02, *(p >= 0.5 for p in overlay.predictions.values())], axis=0)
     if not seen.any():
         return slice(0, seen.shape[0]), slice(0, seen.shape[1])
     edges = [(int(w.min()), int(w.max()) + 1) for w in np.nonzero(seen)]
@@ -107,51 +116,55 @@ def _zoom(overlay: Overlay) -> tuple[slice, slice]:
 def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     """One overlay for the best, the median and the worst test case of the winner; () if store or weights are not at hand.
 
-    A case that was tested by several fits counts once for each; each is predicted by its own model.
+    Reference and winner are shown, or the winner alone where the other has no weights. A case that was tested by several fits
+    counts once for each; each is predicted by the models of its own split and repeat.
     """
-    try:
-        store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
-        recipe = next(c.recipe for c in run.candidates if c.name == summary.winner.name)
-        model = Model.of_json(recipe, store.channels, len(store.classes), store.dim)
-    except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
-        return ()
     rows = soft_rows(run.results, summary.objective)
     means = rows[rows["candidate"] == summary.winner.name].groupby(["split", "repeat", "case"], observed=True)["value"].mean()
-    ranked = (
-        means.dropna().reset_index().sort_values(["value", "case", "split", "repeat"], ascending=summary.sign < 0)
-    )  # the best first
-    if not all(_weights(run, summary, row).exists() for _, row in ranked.iterrows()):
+    order = ["value", "case", "split", "repeat"]
+    ranked = means.dropna().reset_index().sort_values(order, ascending=summary.sign < 0)  # the best first
+    slots = list(ranked[["split", "repeat"]].drop_duplicates().itertuples(index=False))
+    pair = dict.fromkeys((summary.reference, summary.winner.name))
+    names = [name for name in pair if all(_weights(run, name, *slot).exists() for slot in slots)]
+    if summary.winner.name not in names:
+        return ()
+    try:
+        store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
+        recipes = {c.name: c.recipe for c in run.candidates}
+        models = {name: Model.of_json(recipes[name], store.channels, len(store.classes), store.dim) for name in names}
+    except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-    return tuple(_overlay(label, ranked.iloc[at], run, summary, store, model) for label, at in shown.items())
+    return tuple(_overlay(label, ranked.iloc[at], run, store, models) for label, at in shown.items())
 
 
-def _weights(run: RunData, summary: Summary, row: pd.Series) -> Path:
-    return weights_path(run.folder / "fits" / summary.winner.name / fit_name(row["split"], row["repeat"]))
+def _weights(run: RunData, name: str, split: int, repeat: int) -> Path:
+    return weights_path(run.folder / "fits" / name / fit_name(split, repeat))
 
 
-def _overlay(label: str, row: pd.Series, run: RunData, summary: Summary, store: Store, model: Model) -> Overlay:
-    load_weights(model, _weights(run, summary, row))
-    index = next(case.index for case in store.cases if case.name == row["case"])
-    sample = store.sample(index)
-    image, truth, prediction = _slice(sample, mean_reference(sample), predict_sample(model, sample))
+def _overlay(label: str, row: pd.Series, run: RunData, store: Store, models: Mapping[str, Model]) -> Overlay:
+    sample = store.sample(next(case.index for case in store.cases if case.name == row["case"]))
+    predictions = {}
+    for name, model in models.items():
+        load_weights(model, _weights(run, name, row["split"], row["repeat"]))
+        predictions[name] = _slice(sample, predict_sample(model, sample))
+    truth = _slice(sample, mean_reference(sample))
     k = int(truth.sum(axis=(1, 2)).argmax())
     return Overlay(
         case=f"{row['case']}, split {row['split']}",
         label=label,
-        image=image,
+        image=_slice(sample, sample.image)[0],
         truth=truth[k],
-        prediction=prediction[k],
+        predictions={name: maps[k] for name, maps in predictions.items()},
         score=float(row["value"]),
         spacing_mm=(sample.spacing_mm[0], sample.spacing_mm[1]),
         class_name=store.classes[k] if len(store.classes) > 1 else "",
     )
 
 
-def _slice(sample: Sample, truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image [X Y], truth and prediction [K X Y] of the axial slice with the largest labelled area."""
-    if sample.image.ndim == 4:  # 2D: [N C X Y]
-        at = int(truth.sum(axis=(1, 2, 3)).argmax())
-        return sample.image[at, 0], truth[at], prediction[at]
-    at = int(truth[0].sum(axis=(0, 1, 2)).argmax())
-    return sample.image[0, 0, :, :, at], truth[0, ..., at], prediction[0, ..., at]
+def _slice(sample: Sample, maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of maps [N C *S] the axial slice [C X Y] with the largest labelled area."""
+    truth = mean_reference(sample)
+    if maps.ndim == 4:  # 2D: [N C X Y]
+        return maps[int(truth.sum(axis=(1, 2, 3)).argmax())]
+    return maps[0, ..., int(truth[0].sum(axis=(0, 1, 2)).argmax())]

@@ -23,9 +23,9 @@ class Standing:
     """One candidate in the ranking (see `ranked`); `rank` is None without a score.
 
     `chosen_by` is the mean that ranks it: on validation, or on test in a run without scores on validation. `mean` is on test, over
-    all scores, one of a subject in a split; the 95 % interval from `low` to `high` is that of the crossed
-    random-effects model, which weighs them; `sd` is over the means of the splits. `beside` has further metrics; at the threshold
-    of each rule `dice` has the Dice, `mask_volume` the volume error of the mask; `thresholds` has the mean threshold chosen;
+    all scores, one of a subject in a split; the 95 % interval, `low` to `high`, is that of the crossed random-effects model, which
+    weighs them, and is NaN where `no_interval` says why; `sd` is over the means of the splits. `beside` has further metrics; at the
+    threshold of each rule `dice` has the Dice, `mask_volume` the volume error of the mask; `thresholds` has the mean one chosen;
     `by_reference` and `by_class` the objective against each rater and in each class. Of `values` (case, class, split)
     `undefined` are NaN.
     """
@@ -38,6 +38,7 @@ class Standing:
     sd: float
     low: float
     high: float
+    no_interval: str
     by_split: dict[int, float]
     num_subjects: int
     num_splits: int
@@ -83,7 +84,8 @@ def ranked(
 
 def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, choice: ScoreTables) -> list[Standing]:
     """A standing without rank for every candidate, in the order of the study; `scores` (test) and `choice` are of the objective."""
-    metric = row_of(run.study["objective"]).name
+    objective = row_of(run.study["objective"])
+    metric = objective.name
     references = [str(r) for r in sorted(test.loc[test["metric"] == metric, "reference"].unique()) if r != "mean"]
     classes = [str(c) for c in sorted(test["class"].unique())]
     tables = {
@@ -97,7 +99,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, choice: 
     standings = []
     for candidate in run.candidates:
         name = candidate.name
-        whole, by_split = primary_test(scores, scores.of(name)), split_means(scores.of(name), scores.splits)
+        whole, by_split = primary_test(scores, scores.of(name), objective.limits), split_means(scores.of(name), scores.splits)
         chosen = [fit.thresholds for fit in run.finished if fit.candidate == name]
         num_undefined, num_values = counts.get(name, (0, 0))
         standings.append(
@@ -110,6 +112,7 @@ def standings_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, choice: 
                 sd=float(np.std(list(by_split.values()), ddof=1)) if len(by_split) > 1 else NAN,
                 low=whole.low,
                 high=whole.high,
+                no_interval=whole.remarks[-1] if math.isnan(whole.low) else "",
                 by_split=by_split,
                 num_subjects=whole.num_subjects,
                 num_splits=whole.num_splits,

@@ -6,7 +6,7 @@ The study is read as plain JSON: its own losses may be defined in a study file t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,8 +59,8 @@ class Trial:
 class RunData:
     """Everything that a report is made of. `run` is {} until the run has ended once; `results` has the rows of `judging.results`.
 
-    `results` has rows about test subjects alone. `results` and `fits` are those of the candidates; tuning has its own.
-    `results` are the rows on test, `validation` those of the objective on validation, against the mean of the raters.
+    `results` are the rows on test, on the grids of the files. Of the objective against the mean of the raters, `validation` has the
+    rows on validation, and `prepared` those on test on the grid of training. All are of the candidates; tuning has its own `fits`.
     `ensemble` has what the fits of winner and control predict together, if that was measured. `holdout` has the rows about
     held-out subjects, None until they were opened; `holdout_record` names them and their openings, None if there are none.
     """
@@ -73,6 +73,7 @@ class RunData:
     fits: tuple[FitResult, ...]
     results: pd.DataFrame
     validation: pd.DataFrame
+    prepared: pd.DataFrame
     histories: Mapping[tuple[str, str], pd.DataFrame]
     trials: tuple[Trial, ...] = ()
     ensemble: pd.DataFrame | None = None
@@ -148,7 +149,7 @@ def load_run(folder: Path) -> RunData:
     if not finished:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
-    results, validation = _results(folder, row_of(study["objective"]).name, finished, tuning)
+    results, validation, prepared = _results(folder, row_of(study["objective"]).name, finished, tuning)
     histories = {(fit.candidate, fit.key): _history(folder / "fits" / fit.key) for fit in fits}
     return RunData(
         folder=folder,
@@ -159,6 +160,7 @@ def load_run(folder: Path) -> RunData:
         fits=fits,
         results=results,
         validation=validation,
+        prepared=prepared,
         histories={key: history for key, history in histories.items() if not history.empty},
         trials=tuple(
             Trial(name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
@@ -219,8 +221,8 @@ def _table(path: Path) -> pd.DataFrame | None:
     return _rows(path) if path.exists() else None
 
 
-def _results(folder: Path, objective: str, finished: list[FitResult], left_out: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows on test and on validation: those collected when a run ended, and those of fits that are not among them."""
+def _results(folder: Path, objective: str, finished: list[FitResult], left_out: Iterable[str]) -> Iterator[pd.DataFrame]:
+    """The rows on test, on validation, and on test on the prepared grid: those that a run collected at its end, and later ones."""
     path = folder / "results.parquet"
     parts = [_shown(path, objective)] if path.exists() else []
     held = {key for part in parts for key in part.groupby(["candidate", "split", "repeat"], observed=True).groups}
@@ -230,14 +232,15 @@ def _results(folder: Path, objective: str, finished: list[FitResult], left_out: 
         parts.append(_shown(part, objective))
     table = _compact(pd.concat(parts, ignore_index=True))
     table = table[~table["candidate"].isin(tuple(left_out))]
-    return table[table["subset"] == "test"], table[table["subset"] == "validation"]
+    wanted = ("test", "own"), ("validation", "own"), ("test", "prepared")
+    return (table[(table["subset"] == subset) & (table["grid"] == grid)] for subset, grid in wanted)
 
 
 def _shown(path: Path, metric: str) -> pd.DataFrame:
-    """The rows on the grids of the files about test subjects, and those about validation subjects that candidates are chosen by."""
-    own = ("grid", "==", "own")
-    chosen_by = [("subset", "==", "validation"), own, ("metric", "==", metric), ("reference", "==", "mean")]
-    return _rows(path, [[("subset", "==", "test"), own], chosen_by])
+    """The rows on the grids of the files about test subjects, and those of the objective on validation and on the prepared grid."""
+    own, objective = ("grid", "==", "own"), [("metric", "==", metric), ("reference", "==", "mean")]
+    chosen_by, prepared = [("subset", "==", "validation"), own], [("subset", "==", "test"), ("grid", "==", "prepared")]
+    return _rows(path, [[("subset", "==", "test"), own], chosen_by + objective, prepared + objective])
 
 
 def _rows(path: Path, filters: list[list[tuple[str, str, str]]] | None = None) -> pd.DataFrame:

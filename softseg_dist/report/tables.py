@@ -18,6 +18,7 @@ import numpy as np
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import row_of
+from softseg_dist.report.breakdown import ScoreChecks, score_checks
 from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
 from softseg_dist.report.fits import Compute, TrainingSummary, compute_of, learning_rates, training_of, varying_fields
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
@@ -67,6 +68,7 @@ class Summary:
     holdout: HoldoutTable | None
     searched: Searched
     measures: Measures
+    checks: ScoreChecks
     training: tuple[TrainingSummary, ...]
     failures: dict[str, str]
     notes: dict[str, str]
@@ -150,6 +152,7 @@ def summarise(run: RunData) -> Summary:
         holdout=holdout_of(run, objective.name),
         searched=searched_of(run, test, scores, reference),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
+        checks=score_checks(test, run.prepared, scores, objective, (ranking[0].name, reference)),
         training=training,
         failures={fit.key: fit.reason for fit in run.fits if fit.state == "failed"},
         notes={candidate.name: candidate.note for candidate in run.candidates if candidate.note},

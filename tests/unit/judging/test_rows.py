@@ -48,7 +48,7 @@ def test_rows_hold_every_metric_once():
     keys = [row[:4] for row in rows]
     against_each, against_mean = 3 * (10 + 2 + 2 * 6), 3 + 1
     on_shape, calibration = 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
-    assert len(set(keys)) == len(keys) == 2 * (against_each + against_mean + on_shape + calibration + 3)
+    assert len(set(keys)) == len(keys) == 2 * (against_each + against_mean + on_shape + calibration + 3 + 1)  # the empty map
     assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
     assert {row.threshold for row in rows if row.metric in ("iou", "hd95_mm", "lesion_fdr")} == {0.392, 0.5}
     assert {row.reference for row in rows if row.metric in ("hd95_mm", "lesions_true", "reliability_voxels")} == {"mean"}
@@ -62,6 +62,9 @@ def test_rows_say_what_the_metrics_say():
     assert found["WM", "mean", None, "volume_pred_mm3"] == pytest.approx(VOXEL_MM3 * prediction[:, 1].sum())
     skill = 1 - VOXEL_MM3 * np.square(prediction - references["mean"])[:, 1].sum(dtype=float) / MEAN_MM3[1]
     assert found["WM", "mean", None, "brier_skill"] == pytest.approx(skill)
+    empty = {row[:4]: row.value for row in rows_of(np.zeros_like(prediction), references)}
+    for class_name in ("GM", "WM"):  # what a map of zeros scores stands beside every prediction
+        assert found[class_name, "mean", None, "empty_map"] == empty[class_name, "mean", None, "brier_skill"] < 1
     masks = np.stack([references["rater0"], references["rater1"]])[:, :, 1] >= 0.5
     assert found["WM", "raters", None, "ged2"] == ged2(prediction[:, 1], masks)
 

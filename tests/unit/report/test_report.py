@@ -45,7 +45,8 @@ def summary(run: RunData) -> Summary:
 def overlay(label: str = "best", shape: tuple[int, int] = (40, 30)) -> Overlay:
     x, y = np.indices(shape)
     truth = np.clip(6 - np.hypot(x - 20, y - 12), 0, 1)
-    return Overlay("sub-001", label, truth + 0.1 * x, truth, np.roll(truth, 2, axis=0), 0.9, (0.5, 0.5), "GM")
+    predictions = {CONTROL: np.roll(truth, 2, axis=0), "soft-normrelu-wing": np.roll(truth, 1, axis=0)}
+    return Overlay("sub-001", label, truth + 0.1 * x, truth, predictions, 0.9, (0.5, 0.5), "GM")
 
 
 def test_mean_is_over_subjects_of_means_over_cases_of_means_over_classes(tmp_path: Path):
@@ -373,11 +374,11 @@ def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
     assert all(address.startswith("data:image/") for address in reader.loaded)
     assert reader.linked == reader.sections
     assert not re.search(r"@import|url\(|<script|<link", page.read_text())
-    assert len(reader.loaded) == len(reader.alts) == 6
+    assert len(reader.loaded) == len(reader.alts) == 4
     assert all(reader.alts)
-    names = {"differences", "splits", "thresholds", "raters", "overlays", "learning"}
+    names = {"differences", "thresholds", "overlays", "learning"}
     assert {path.stem for path in folder.glob("report/*.png")} == names
-    for said in (found["question"], found["answer"], found["effects_answer"], *found["caveats"]):
+    for said in (found["question"], found["answer"], found["effects_answer"], found["scores_answer"], *found["caveats"]):
         assert said in text
     for standing in found["ranking"]:
         assert standing["name"] in text
@@ -423,7 +424,7 @@ def test_the_same_run_gives_the_same_figure(summary: Summary):
 
 def test_an_empty_overlay_shows_the_whole_image():
     nothing = np.zeros((20, 16))
-    figure = overlay_figure([Overlay("sub-001", "worst", nothing, nothing, nothing, float("nan"), (0.5, 0.8))])
+    figure = overlay_figure([Overlay("sub-001", "worst", nothing, nothing, {"a": nothing}, float("nan"), (0.5, 0.8))])
     assert len(png(figure)) > 1000
 
 
@@ -532,9 +533,9 @@ def test_where_one_candidate_has_thresholds_from_validation_the_others_are_cut_a
 @pytest.mark.parametrize("num_splits", [1, 6])
 def test_the_page_of_predictions_has_no_section_without_content(tmp_path: Path, num_splits: int) -> None:
     page = written_page(without_training(tmp_path, num_splits)).read_text()
-    left_out = ["time of all fits", "fits finished", 'id="training"', 'id="cases"', ">grid<", ">Dice-optimal<", "or 0.5?"]
+    left_out = ["time of all fits", "fits finished", 'id="training"', "No pictures", ">grid<", ">Dice-optimal<", "or 0.5?"]
     assert not [text for text in left_out if text in page]
-    assert ("Split by split" in page) == ("Wilcoxon" in page) == ("Bootstrap" in page) == (num_splits > 1)
+    assert ("Wilcoxon" in page) == ("Bootstrap" in page) == (num_splits > 1)
     assert ("t-test over subjects (primary)" in page) == (num_splits == 1)
     assert ("crossed random effects (primary)" in page) == (num_splits > 1)
     assert "nan" not in re.sub("<style.*?</style>|<img[^>]*>", "", page, flags=re.S)

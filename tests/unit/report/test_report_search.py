@@ -226,7 +226,7 @@ def test_the_page_tells_all_of_a_search(tmp_path: Path):
         assert told in page
     assert "Opened once, at 2026-11-20 10:00 UTC" in page
     assert page.index("8 held-out subjects, in no split") < page.index("<nav")
-    assert page.count('class=" tied"') == len(summary.tied)
+    assert page.count('tied"><td class="rank">') == len(summary.tied)
     assert "the group may be too small" in page
     assert page.count("trial-0004") > 1
 
