@@ -21,6 +21,7 @@ import pandas as pd
 
 from softseg_dist.data.cases import DataSet
 from softseg_dist.data.splits import GivenSplits, Splits
+from softseg_dist.errors import UserError
 from softseg_dist.prediction import Predictor, load_model
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.findings import answer
@@ -157,6 +158,8 @@ def evaluate(
     """
     from softseg_dist.assessment import Assessment, EvaluateOptions, assess
 
+    if "://" in str(out):
+        raise UserError(f"predictions are judged into a folder of this machine, got {out}; give another --out")
     given = open_study(data).study if isinstance(data, str | Path | Study) else data
     rule = GivenSplits(splits).bound(Path()) if isinstance(splits, str | Path) else splits
     asked = Assessment.of(

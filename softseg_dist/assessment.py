@@ -127,7 +127,7 @@ class Assessment:
             "data": json_of(source),
             "objective": fields["objective"],
             "candidates": {candidate: {} for candidate in candidates},
-            "predictions": dict(candidates),
+            "predictions": {key: place if "://" in place else str(Path(place).absolute()) for key, place in candidates.items()},
             "control": control,
             "seed": fields["seed"],
         }
@@ -182,7 +182,9 @@ def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
     """The files of each case in each split, or in split 0 without given ones. Raises UserError with a line for each problem."""
     folder, files, problems = Path(asked.candidates[name]), defaultdict[Key, Files](list), list[str]()
     inside = sorted(folder.iterdir()) if folder.is_dir() else ()
-    folds = {int(match[1] or match[2]): path for path in inside if (match := FOLD.fullmatch(path.name)) and path.is_dir()}
+    names = {case.name for case in asked.cases}  # with a pattern a folder may be that of a case
+    folders = [path for path in inside if path.is_dir() and path.name not in names]
+    folds = {int(match[1] or match[2]): path for path in folders if (match := FOLD.fullmatch(path.name))}
     times = Counter(subject for split in asked.splits for subject in split.test)
     for fold, path in (folds or {-1: folder}).items():
         validation = path / "validation"  # where the training of nnU-Net leaves the maps of a fold

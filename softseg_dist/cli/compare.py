@@ -50,7 +50,7 @@ def evaluate(
     splits: Annotated[
         Path | None, typer.Option(help="File of splits (JSON, YAML, nnU-Net's splits_final.json) whose test sets were predicted")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for runs; the run folder is OUT/<name>")] = Path("runs"),
+    out: Annotated[str, typer.Option(help="Folder for runs, on this machine; the run folder is OUT/<name>")] = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: <study name>-evaluation")] = None,
     control: Annotated[str | None, typer.Option(help="Candidate that all others are compared with; default: the study's")] = None,
     pattern: Annotated[

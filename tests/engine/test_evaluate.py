@@ -142,6 +142,7 @@ def test_without_splits_a_run_is_averaged_over_its_splits(ran: Path) -> None:
         (["tiny.py", "--predictions", "maps"], "--predictions takes NAME=FOLDER, got 'maps'"),
         (["tiny.py", "--predictions", "a=maps", "--predictions", "a=maps"], "each candidate has its own name, got a, a"),
         (["tiny.py", "--predictions", "a=nowhere"], "there is no folder of predictions nowhere"),
+        (["tiny.py", "--predictions", "a=maps", "--out", "s3://lab/runs"], "a folder of this machine, got s3://lab/runs"),
         (["tiny.py", "--predictions", "a=maps", "--name", "tiny"], "holds the run of a study"),
         (["tiny.py", "--predictions", "a=maps", "--splits", "three.json"], "cannot read the splits three.json"),
     ],

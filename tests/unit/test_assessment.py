@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from softseg_dist import Bids, EvaluateOptions, GivenSplits, UserError
+from softseg_dist import Bids, DataSet, EvaluateOptions, GivenSplits, LabelledCase, MaskFile, UserError
 from softseg_dist.assessment import Assessment, assess
 from softseg_dist.numerics.metrics import TABLE
 from softseg_dist.report.findings import answer
@@ -162,6 +162,40 @@ def test_a_case_that_one_candidate_lacks_is_named_and_common_leaves_it_out(root:
     assert sorted(map(str, run.results["subject"].unique())) == SUBJECTS[:4]
     assert "2 of 6 cases are not compared: sub-04, sub-05" in notes
     assert run.run["data"]["mean_volumes_mm3"] == [np.mean([2 * (truth(i) == k).sum() for i in range(6)]) for k in (1, 2)]
+
+
+class Numbered(DataSet):
+    """Cases that are called 000, 001 and 002."""
+
+    folder: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ("head",)
+
+    @property
+    def rater_names(self) -> tuple[str, ...]:
+        return ("rater",)
+
+    def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
+        images = sorted(Path(self.folder).glob("image_*.nii.gz"))
+        return tuple(
+            LabelledCase(f"{number:03d}", [path], f"{number:03d}", "", {"rater": {"head": MaskFile(path, 1)}})
+            for number, path in enumerate(images)
+        )
+
+
+def test_with_a_pattern_the_folder_of_a_case_is_not_that_of_a_split(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / f"image_{number}.nii.gz", truth(number))
+        save(tmp_path / "p" / f"{number:03d}" / "seg.nii.gz", truth(number) == 1)
+    asked = Assessment.of(
+        Numbered(folder=str(tmp_path)), {"p": str(tmp_path / "p")}, None, None, EvaluateOptions(pattern="{case}/seg.nii.gz")
+    )
+    run = load_run(assess(asked, tmp_path / "runs", print))
+    rows = run.results[(run.results["metric"] == "brier_skill") & (run.results["reference"] == "mean")]
+    assert rows["value"].tolist() == [1.0, 1.0, 1.0]
+    assert run.study["predictions"] == {"p": str(tmp_path / "p")}
 
 
 def test_files_of_no_case_are_noted(root: Path) -> None:
