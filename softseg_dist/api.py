@@ -162,13 +162,8 @@ def evaluate(
         raise UserError(f"predictions are judged into a folder of this machine, got {out}; give another --out")
     given = open_study(data).study if isinstance(data, str | Path | Study) else data
     rule = GivenSplits(splits).bound(Path()) if isinstance(splits, str | Path) else splits
-    asked = Assessment.of(
-        given,
-        {name: str(place) for name, place in predictions.items()},
-        None if data_root is None else Path(data_root),
-        rule,
-        options or EvaluateOptions(),
-    )
+    places, root = {name: str(place) for name, place in predictions.items()}, None if data_root is None else Path(data_root)
+    asked = Assessment.of(given, places, root, rule, options or EvaluateOptions())
     judged = Run(str(assess(asked, Path(out), lambda line: print(line, file=sys.stderr))))
     judged.report()
     return judged
@@ -247,11 +242,9 @@ class Run:
     @cached_property
     def _copy(self) -> Path:
         """The folder on this machine that holds the files of the run."""
-        from softseg_dist.pipeline import REPORTED
+        from softseg_dist.pipeline import pulled
 
-        copy = WorkingCopy(self.folder)
-        copy.pull(*REPORTED)
-        return copy.folder
+        return pulled(self.folder).folder
 
     @cached_property
     def _data(self) -> RunData:

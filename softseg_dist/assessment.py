@@ -33,9 +33,8 @@ from softseg_dist.judging.results import Head, merge_tables, write_frame, write_
 from softseg_dist.judging.rows import Measurement
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
-from softseg_dist.pipeline import REPORTED, make_folder, provenance
+from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
@@ -45,18 +44,8 @@ from softseg_dist.words import listed
 
 EVALUATION = "Evaluation"  # the type in study.json
 FOLD = re.compile(r"fold_(\d+)|(\d{3})")  # the folder of a split: nnU-Net's, or ours
-KEPT = [
-    "study",
-    "candidate",
-    "subset",
-    "grid",
-    "subject",
-    "case",
-    "class",
-    "reference",
-    "threshold",
-    "metric",
-]  # in a mean over splits
+# In a mean over splits.
+KEPT = ["study", "candidate", "subset", "grid", "subject", "case", "class", "reference", "threshold", "metric"]
 Key = tuple[int, str]  # split, case
 Fit = tuple[str, int]  # candidate, split
 Files = list[tuple[Path, ...]]  # of a case, from each folder of a split that has it
@@ -102,7 +91,7 @@ class Assessment:
         cls,
         data: DataSet | Study,
         candidates: Mapping[str, str],
-        data_root: Path | None,
+        root: Path | None,
         splits: Splits | None,
         options: EvaluateOptions,
     ) -> Assessment:
@@ -115,7 +104,7 @@ class Assessment:
             raise UserError(f"names become folders: letters, digits, '.', '_' and '-' only, got {bad[0]!r}")
         if not candidates or (control and control not in candidates):
             raise UserError(f"the control {control} is not a candidate; there are {listed(list(candidates)) or 'none'}")
-        scanned = source.scan(data_root)
+        scanned = source.scan(root)
         kept = sorted({case.subject for case in scanned})[: study.subjects if study else None]
         cases = tuple(sorted((case for case in scanned if case.subject in kept), key=lambda case: case.name))
         _refuse(line for case in cases for line in case.missing())
@@ -157,10 +146,8 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
         files = {name: _files_of(name, asked, note) for name in asked.candidates if name not in runs}
         yardstick = _yardstick(asked)
         tables = {name: _rows_of_run(name, *run, asked, yardstick) for name, run in runs.items()}
-        of_runs = {
-            name: set(zip(table["split"].astype(int), table["case"].astype(str), strict=True)) for name, table in tables.items()
-        }
-        wanted = _wanted(asked, {name: set(of) for name, of in (files | of_runs).items()}, note)
+        seen = {name: set(zip(rows["split"].astype(int), rows["case"].astype(str), strict=True)) for name, rows in tables.items()}
+        wanted = _wanted(asked, {name: set(of) for name, of in (files | seen).items()}, note)
         parts = _judge(asked, files, wanted, yardstick, folder)
         for stale in (*folder.glob("fits/*/*.json"), folder / "results.parquet"):
             stale.unlink(missing_ok=True)
@@ -188,9 +175,8 @@ def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
     times = Counter(subject for split in asked.splits for subject in split.test)
     for fold, path in (folds or {-1: folder}).items():
         validation = path / "validation"  # where the training of nnU-Net leaves the maps of a fold
-        found = find_predictions(
-            validation if validation.is_dir() else path, asked.cases, asked.data.classes, asked.options.pattern
-        )
+        place = validation if validation.is_dir() else path
+        found = find_predictions(place, asked.cases, asked.data.classes, asked.options.pattern)
         problems += [f"{name}: {problem}" for problem in found.problems]
         surplus = [*found.surplus]
         for case in (case for case in asked.cases if case.name in found.files):
@@ -213,9 +199,8 @@ def _yardstick(asked: Assessment) -> Yardstick:
     """With the mean volumes of all cases. Raises UserError with a line for every case that cannot be read."""
     found = list(over_processes(_volumes_of, asked.cases))
     _refuse(problem for problem in found if isinstance(problem, str))
-    return Yardstick(
-        asked.data.classes, tuple(np.mean([volumes for volumes in found if not isinstance(volumes, str)], axis=0).tolist())
-    )
+    means = np.mean([volumes for volumes in found if not isinstance(volumes, str)], axis=0)
+    return Yardstick(asked.data.classes, tuple(means.tolist()))
 
 
 def _volumes_of(case: Case) -> tuple[float, ...] | str:
@@ -230,9 +215,7 @@ def _run_of(place: str) -> tuple[RunData, str] | None:
     of_candidate = (Path(place) / "candidate.json").is_file()
     if not (of_candidate or "://" in place or (Path(place) / "study.json").is_file()):
         return None
-    copy = WorkingCopy(Path(place).absolute().parents[1] if of_candidate else place)
-    copy.pull(*REPORTED)
-    run = load_run(copy.folder)
+    run = load_run(pulled(Path(place).absolute().parents[1] if of_candidate else place).folder)
     return run, Path(place).name if of_candidate else summarise(run).winner.name
 
 
@@ -243,8 +226,8 @@ def _rows_of_run(name: str, run: RunData, candidate: str, asked: Assessment, yar
     """
     place, info, rows = asked.candidates[name], run.run.get("data") or {}, run.results
     rows = rows[(rows["candidate"] == candidate) & (rows["grid"] == "own")].assign(candidate=name, study=asked.study["name"])
-    ours, theirs = dict(zip(yardstick.classes, yardstick.mean_volumes_mm3, strict=True)), info.get("mean_volumes_mm3") or ()
-    theirs = dict(zip(info.get("classes") or (), theirs, strict=False))
+    ours = dict(zip(yardstick.classes, yardstick.mean_volumes_mm3, strict=True))
+    theirs = dict(zip(info.get("classes") or (), info.get("mean_volumes_mm3") or (), strict=False))
     if rows.empty or list(theirs) != list(ours) or not np.allclose(list(theirs.values()), list(ours.values()), rtol=1e-6, atol=0):
         of = [", ".join(f"{label} {volume:.6g} mm3" for label, volume in each.items()) or "not recorded" for each in (ours, theirs)]
         raise UserError(
@@ -353,16 +336,7 @@ def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, parts: Map
             ledger.write_result(
                 FitResult(candidate=name, split=split, state="finished", thresholds={"fixed": FIXED}, test_score=score)
             )
-    sites = {case.subject: case.site for case in asked.cases}
-    data = {
-        "num_cases": len(asked.cases),
-        "num_subjects": len(sites),
-        "classes": yardstick.classes,
-        "raters": sorted({rater for case in asked.cases for rater in case.rater_names}),
-        "sites": dict(sorted(Counter(sites.values()).items())),
-        "site_of": sites,
-        "mean_volumes_mm3": yardstick.mean_volumes_mm3,
-    }
+    data = facts_of(asked.cases, yardstick.classes, yardstick.mean_volumes_mm3)
     written = {"study.json": asked.study, "splits.json": [json_of(split) for split in splits]}
     for file, content in (written | {"run.json": provenance(asked.options.command) | {"data": data}}).items():
         (ledger.place / file).write(json.dumps(content, indent=1).encode())

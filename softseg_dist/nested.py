@@ -78,13 +78,9 @@ class Nested:
     @property
     def outcome(self) -> Outcome:
         """Fits of all outer splits that the run reached."""
-        outcomes = [run.outcome for run in self.runs]
-        return Outcome(
-            finished=sum(outcome.finished for outcome in outcomes),
-            failed=sum(outcome.failed for outcome in outcomes),
-            unfinished=sum(outcome.unfinished for outcome in outcomes),
-            interrupted=self.interrupted,
-        )
+        kinds = ("finished", "failed", "unfinished")
+        sums = {kind: sum(getattr(run.outcome, kind) for run in self.runs) for kind in kinds}
+        return Outcome(**sums, interrupted=self.interrupted)
 
     def plain(self) -> dict[str, Any]:
         """For json.dumps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -44,20 +45,9 @@ from softseg_dist.training.task import cases_path
 
 PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
 
-REPORTED = (
-    "study.json",
-    "splits.json",
-    "run.json",
-    "results.parquet",
-    "holdout.json",
-    TABLE,
-    "ensemble.parquet",
-    "outer.json",
-    "outer.parquet",
-    "fits/*/*.json",
-    "fits/*/*/history.jsonl",
-    "fits/*/*/cases.parquet",
-)  # what a report is made of
+RECORDS = ("study.json", "splits.json", "run.json", "holdout.json", "outer.json")
+TABLES = ("results.parquet", "ensemble.parquet", "outer.parquet", TABLE)
+REPORTED = (*RECORDS, *TABLES, "fits/*/*.json", "fits/*/*/history.jsonl", "fits/*/*/cases.parquet")  # what a report is made of
 MODEL = "model"  # the folder of the winner, trained on all subjects
 
 
@@ -141,7 +131,7 @@ def run_prepared(
             progress.note(f"extended: {line}")
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
-        _describe_run(run, copy.folder, file, prepared, options, cautions)
+        _describe(run, copy.folder, file, prepared, options, cautions)
         copy.push("mlflow_run", "run.json")
         tracker = Tracker(options.tracking_uri, copy.folder, study)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
@@ -205,9 +195,8 @@ def make_folder(folder: Path) -> None:
 
 def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not, or of a nested study; returns its page, which is on this machine."""
-    copy = _pulled(run)
-    outer = load_outer(copy.folder)
-    if outer is None:
+    copy = pulled(run)
+    if (outer := load_outer(copy.folder)) is None:
         return _page(copy)
     page = write_outer_page(outer, copy.folder)
     copy.push("report")
@@ -216,14 +205,14 @@ def report_run(run: str | Path) -> Path:
 
 def numbers_of(run: str | Path) -> dict[str, Any]:
     """The numbers of the report of a run folder, or of a nested study, for machines."""
-    folder = _pulled(run).folder
+    folder = pulled(run).folder
     outer = load_outer(folder)
     return summary_json(folder) if outer is None else outer_json(outer)
 
 
 def csv_of(run: str | Path) -> list[Path]:
     """Write the tables of the report of a run folder as CSV files beside its page; returns their paths on this machine."""
-    copy = _pulled(run)
+    copy = pulled(run)
     written = write_csv(copy.folder)
     copy.push("report")
     return written
@@ -231,18 +220,18 @@ def csv_of(run: str | Path) -> list[Path]:
 
 def latex_of(run: str | Path) -> str:
     """Ranking and tests of a run folder, as LaTeX tables."""
-    return latex(summarise(load_run(_pulled(run).folder)))
+    return latex(summarise(load_run(pulled(run).folder)))
 
 
 def compare_runs(
     run_a: str | Path, run_b: str | Path, candidates: tuple[str | None, str | None] = (None, None), metric: str | None = None
 ) -> RunComparison:
     """In what two run folders differ, and by how much their scores do; see `report.comparison.compare`."""
-    loaded = load_run(_pulled(run_a).folder), load_run(_pulled(run_b).folder)
+    loaded = load_run(pulled(run_a).folder), load_run(pulled(run_b).folder)
     return compare(loaded, (str(run_a), str(run_b)), candidates, metric)
 
 
-def _pulled(run: str | Path) -> WorkingCopy:
+def pulled(run: str | Path) -> WorkingCopy:
     """A run folder with all that a report is made of."""
     copy = WorkingCopy(run)
     copy.pull(*REPORTED)
@@ -255,7 +244,7 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     That of the winner is `model` in the run folder, that of another candidate `model-<name>`.
     Raises UserError if the run has no such candidate, or its store is not to be had any more.
     """
-    copy = _pulled(run)
+    copy = pulled(run)
     loaded, ledger = load_run(copy.folder), Ledger(run)
     winner = summarise(loaded).winner.name
     if sources := ledger.sources():
@@ -267,9 +256,8 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     resources, backend = resources_of(study, options), backend_of(options)
     context = RunContext(study, ledger.splits(), prepared, ledger, copy, resources, backend, progress, sources=sources)
     name = candidate or winner
-    out = MODEL if name == winner else f"{MODEL}-{name}"
-    model = make_model(context, name, copy.folder / out)
-    copy.push(out)
+    model = make_model(context, name, copy.folder / (MODEL if name == winner else f"{MODEL}-{name}"))
+    copy.push(model.name)
     return model
 
 
@@ -299,25 +287,18 @@ def _collect(copy: WorkingCopy) -> bool:
     """Merge the fits' rows into the results table; False if no fit of it has finished. Trials of a learning rate are not in it."""
     copy.pull(*REPORTED)
     ledger = Ledger(copy.folder)
-    records = ledger.candidates()
-    ended = [
-        result.key
-        for result in ledger.results().values()
-        if result.state == "finished" and records[result.candidate].origin != "tuning"
-    ]
-    if not ended:
-        return False
-    merge_tables([cases_path(copy.folder / "fits" / key) for key in sorted(ended)], copy.folder / "results.parquet")
-    copy.push("results.parquet")
-    return True
+    tuning = {name for name, record in ledger.candidates().items() if record.origin == "tuning"}
+    keys = sorted(fit.key for fit in ledger.results().values() if fit.state == "finished" and fit.candidate not in tuning)
+    if keys:
+        merge_tables([cases_path(copy.folder / "fits" / key) for key in keys], copy.folder / "results.parquet")
+        copy.push("results.parquet")
+    return bool(keys)
 
 
-def _describe_run(
-    run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions, cautions: Sequence[Problem]
-) -> None:
+def _describe(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions, cautions: list[Problem]) -> None:
     """Write what is needed to run this again, and what the report shows about data, versions and machine."""
-    store, sites = prepared.store, list(prepared.sites.values())
-    sample = store.sample(0)
+    store = prepared.store
+    facts = facts_of(store.cases, store.classes, store.mean_volumes_mm3)
     record = provenance(options.command) | {
         "run": run.uri if run.path is None else None,  # a local one may be moved
         "tracking_uri": without_password(options.tracking_uri),
@@ -326,32 +307,29 @@ def _describe_run(
         "store": prepared.uri,
         "store_fingerprint": store.fingerprint,
         "store_digest": store.digest,
-        "data": {
-            "num_cases": len(store.cases),
-            "num_subjects": len(sites),
-            "classes": list(store.classes),
-            "raters": sorted({name for case in store.cases for name in case.rater_names}),
-            "sites": {site: sites.count(site) for site in sorted(set(sites))},
-            "site_of": dict(prepared.sites),
-            "size": list(store.size),
-            "spacing_mm": list(sample.spacing_mm),
-            "mean_volumes_mm3": list(store.mean_volumes_mm3),
-        },
+        "data": facts | {"size": list(store.size), "spacing_mm": list(store.sample(0).spacing_mm)},
         "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
     }
     replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
 
 
+def facts_of(cases: Sequence[Any], classes: Sequence[str], mean_volumes_mm3: Sequence[float]) -> dict[str, Any]:
+    """The fields of run.json about the cases of a data set or a store."""
+    site_of = {case.subject: case.site for case in cases}
+    return {
+        "num_cases": len(cases),
+        "num_subjects": len(site_of),
+        "classes": list(classes),
+        "raters": sorted({name for case in cases for name in case.rater_names}),
+        "sites": dict(sorted(Counter(site_of.values()).items())),
+        "site_of": site_of,
+        "mean_volumes_mm3": list(mean_volumes_mm3),
+    }
+
+
 def provenance(command: str) -> dict[str, Any]:
     """The fields of run.json about what made it, where and when."""
-    return {
-        "command": command,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "host": platform.node(),
-        },
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    host = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "host": platform.node()}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": command, "versions": versions, "machine": host, "started": started}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 from pyarrow import fs
@@ -41,8 +41,7 @@ def working_folder(run: Place) -> Path:
     return cache_folder() / "runs" / f"{name}-{hashlib.sha256(run.uri.encode()).hexdigest()[:12]}"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file in a listing: size, and when it was written (seconds since 1970)."""
 
     size: int
@@ -85,8 +84,7 @@ class Place:
         """The content of the file; None if there is no file."""
         try:
             with self._named("read"), self._files.open_input_stream(self._root) as stream:
-                content: bytes = stream.read()
-                return content
+                return stream.read()
         except FileNotFoundError:
             return None
 
@@ -111,11 +109,8 @@ class Place:
 
     def walk(self) -> dict[str, Entry]:
         """All files below this folder by their names relative to it, such as `fits/hard/000.json`."""
-        return {
-            entry.path[len(self._root) + 1 :]: Entry(entry.size, (entry.mtime_ns or 0) / 1e9)
-            for entry in self._list(recursive=True)
-            if entry.type == fs.FileType.File
-        }
+        files = (entry for entry in self._list(recursive=True) if entry.type == fs.FileType.File)
+        return {entry.path[len(self._root) + 1 :]: Entry(entry.size, (entry.mtime_ns or 0) / 1e9) for entry in files}
 
     def delete(self) -> None:
         """Remove the file, or the folder with what it holds; nothing happens if there is neither."""
@@ -130,12 +125,12 @@ class Place:
         """Copy the file to `to` on this machine, whole or not at all. Raises FileNotFoundError if it is not there."""
         to.parent.mkdir(parents=True, exist_ok=True)
         with (
-            _replacing(to) as partial,
-            partial.open("wb") as file,
+            _replacing(to) as part,
+            part.open("wb") as file,
             self._named("read"),
-            self._files.open_input_stream(self._root) as stream,
+            self._files.open_input_stream(self._root) as data,
         ):
-            shutil.copyfileobj(stream, file, CHUNK_BYTES)
+            shutil.copyfileobj(data, file, CHUNK_BYTES)
 
     def push(self, source: Path) -> None:
         """Copy the file `source` of this machine here."""
@@ -154,8 +149,7 @@ class Place:
     def _list(self, *, recursive: bool) -> list[Any]:
         with self._named("read"):
             selector = fs.FileSelector(self._root, recursive=recursive, allow_not_found=True)
-            found: list[Any] = self._files.get_file_info(selector)
-            return found
+            return self._files.get_file_info(selector)
 
     def _make_parent(self) -> None:
         if self._files.type_name not in FLAT:

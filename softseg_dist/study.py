@@ -386,16 +386,11 @@ def softseg_parity(fusion: str = "random_rater") -> dict[str, Recipe]:
     >>> {name: recipe.label for name, recipe in softseg_parity().items()}
     {'conventional': 'hard', 'softseg': 'soft'}
     """
-    conventional = Recipe(
-        network=UNet(filters=(64, 128, 256), dropout=0.5, order="relu-norm-dropout", last_kernel=3),
-        loss=BatchDice(over="batch and classes"),
-        label="hard",
-        fusion=fusion,
-        augment=(Affine(), Elastic()),
-        optim=Optim(precision="float32"),
-    )
+    network = UNet(filters=(64, 128, 256), dropout=0.5, order="relu-norm-dropout", last_kernel=3)
+    shared = Recipe(network=network, fusion=fusion, augment=(Affine(), Elastic()), optim=Optim(precision="float32"))
+    conventional = shared.replace(label="hard", loss=BatchDice(over="batch and classes"))
     ours = {"label": "soft", "activation": NormReLU(over="batch", share=True), "loss": AdaptiveWing(reduction="sum")}
-    return {"conventional": conventional, "softseg": conventional.replace(**ours)}
+    return {"conventional": conventional, "softseg": shared.replace(**ours)}
 
 
 def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:

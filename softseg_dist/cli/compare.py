@@ -111,14 +111,6 @@ def _row(contrast: CandidateContrast) -> tuple[str, ...]:
     from softseg_dist.report.comparison_words import called, sample
     from softseg_dist.words import interval, number, p_value
 
-    test = contrast.test
-    return (
-        called(contrast),
-        number(contrast.a.mean),
-        number(contrast.b.mean),
-        number(test.mean, signed=True),
-        interval(test.low, test.high, signed=True),
-        p_value(test.p),
-        p_value(contrast.p_holm),
-        sample(contrast),
-    )
+    test, means = contrast.test, (number(contrast.a.mean), number(contrast.b.mean))
+    difference = number(test.mean, signed=True), interval(test.low, test.high, signed=True)
+    return called(contrast), *means, *difference, p_value(test.p), p_value(contrast.p_holm), sample(contrast)

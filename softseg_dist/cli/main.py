@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,12 +137,9 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "store
     from softseg_dist.api import open_study
     from softseg_dist.engine.context import prepare as prepare_store
 
-    prepared = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
-    store = prepared.store
-    size = " x ".join(map(str, store.size))
-    typer.echo(
-        f"{prepared.uri}: {len(store.cases)} cases of {len(prepared.sites)} subjects, {size}, classes {', '.join(store.classes)}"
-    )
+    made = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
+    store, size = made.store, " x ".join(map(str, made.store.size))
+    typer.echo(f"{made.uri}: {len(store.cases)} cases of {len(made.sites)} subjects, {size}, classes {', '.join(store.classes)}")
 
 
 @app.command()
@@ -263,7 +261,7 @@ def status(run: RunArg, as_json: Json = False) -> None:
 
     found = status_of(run)
     if as_json:
-        typer.echo(json.dumps(found.plain(), indent=2))
+        typer.echo(json.dumps(asdict(found), indent=2))
     else:
         show(found, Console(highlight=False, soft_wrap=True))
 

@@ -11,12 +11,6 @@ import typer
 
 from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, say
 
-ModelArg = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run")]
-Images = Annotated[list[str], typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz")]
-Out = Annotated[Path, typer.Option(help="Folder for the maps")]
-CenterMasks = Annotated[
-    list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
-]
 Binary = Annotated[
     str | None,
     typer.Option(
@@ -24,17 +18,12 @@ Binary = Annotated[
         help="Also write masks: voxels of at least a number, or the threshold of a rule: fixed, grid, dice_optimal",
     ),
 ]
-OfRun = Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")]
-Ensemble = Annotated[bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")]
 Uncertainty = Annotated[
     bool,
     typer.Option(
         "--uncertainty", help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation"
     ),
 ]
-Samples = Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")]
-OnDevice = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")]
-Trust = Annotated[bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")]
 
 
 def refit(
@@ -54,17 +43,25 @@ def refit(
 
 
 def predict(
-    model: ModelArg,
-    images: Images,
-    out: Out,
-    center_mask: CenterMasks = None,
+    model: Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the maps")],
+    center_mask: Annotated[
+        list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
+    ] = None,
     binary: Binary = None,
-    candidate: OfRun = None,
-    ensemble: Ensemble = False,
+    candidate: Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")] = None,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")
+    ] = False,
     uncertainty: Uncertainty = False,
-    samples: Samples = None,
-    device: OnDevice = "auto",
-    trust: Trust = False,
+    samples: Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")] = "auto",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Predict the soft maps of new images with a study's model, on the grids of the images."""

@@ -42,15 +42,10 @@ def submit(
     from softseg_dist.study_file import load_study
 
     sources = with_given_splits(load_study(study))  # reports mistakes here, before the cluster is used
-    options = {
-        "--workers-per-fit": workers_per_fit,
-        "--gpus-per-fit": gpus_per_fit,
-        "--fits-per-gpu": fits_per_gpu,
-        "--max-concurrent": max_concurrent,
-        "--max-wait": max_wait,
-        "--tracking-uri": tracking_uri,
-    }
+    options: dict[str, float | None] = {"--workers-per-fit": workers_per_fit, "--gpus-per-fit": gpus_per_fit}
+    options |= {"--fits-per-gpu": fits_per_gpu, "--max-concurrent": max_concurrent, "--max-wait": max_wait}
     flags = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    flags += ["--tracking-uri", tracking_uri] if tracking_uri is not None else []
     flags += ["--debug"] * debug + ["--json"] * as_json
     job = start_job(sources, address, {"--data-root": data_root, "--out": out, "--stores": stores}, flags)
     try:

@@ -13,8 +13,8 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,7 @@ CUT_FROM = {"mask": "softseg", "whole": "npz"}  # a mask is not read where the s
 KEYS = ("probabilities", "softmax")  # of nnU-Net 2 and 1
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What a folder has: the files of each case (one for all classes, or one per class), problems as lines, files of no case."""
 
     files: Mapping[str, tuple[Path, ...]]
@@ -63,18 +62,16 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
     class_of = {name: label for label in classes for name in (re.sub(r"[^A-Za-z0-9.+-]+", "-", label), label)}
     forms = {form: _compiled(text, case_of, class_of) for form, text in ({"": pattern} if pattern else FORMS).items()}
     found: dict[str, dict[str, dict[str, list[Path]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    surplus = []
+    surplus: list[Path] = []
     for path in sorted(folder.rglob("*") if pattern else folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(SUFFIXES) or path.name.endswith(NOT_READ):
             continue
         name = path.relative_to(folder).as_posix()
-        matches = ((form, match) for form, rule in forms.items() if (match := rule.fullmatch(name)))
-        form, match = next(matches, ("", None))
-        if match is None:
-            surplus.append(path)
-        else:
+        matches = [(form, match) for form, rule in forms.items() if (match := rule.fullmatch(name))]
+        for form, match in matches[:1]:
             label = match.groupdict().get("label")
             found[case_of[match["case"]]][form][class_of[label] if label else ""].append(path)
+        surplus += [] if matches else [path]
     files, problems = _of_cases(found, classes, folder)
     return Found(files, tuple(problems), tuple(surplus))
 
@@ -97,10 +94,9 @@ def _of_cases(
     found: Mapping[str, Mapping[str, Mapping[str, list[Path]]]], classes: Sequence[str], folder: Path
 ) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
     """The files of each case, and what is wrong; `found`: case -> form -> class ("" for all) -> files."""
-    files, problems = {}, []
-    seen = {label for forms in found.values() for of in forms.values() for label in of}
+    files, seen = {}, {label for forms in found.values() for of in forms.values() for label in of}
     nowhere = [label for label in classes if found and "" not in seen and label not in seen]
-    problems += [f"class {label} is in no file of {folder}; there are {listed(sorted(seen))}" for label in nowhere]
+    problems = [f"class {label} is in no file of {folder}; there are {listed(sorted(seen))}" for label in nowhere]
     for case, forms in sorted(found.items()):
         kept = [of for form, of in forms.items() if CUT_FROM.get(form) not in forms]
         paths = {label: same for of in kept for label, same in of.items()}
@@ -157,14 +153,10 @@ def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) 
 
 def _voxels(path: Path, grid: Geometry) -> Float32:
     volume = read_volume(path)
-    _check_grid(volume.geometry, path, grid)
-    return volume.data
-
-
-def _check_grid(geometry: Geometry, path: Path, grid: Geometry) -> None:
-    image, found = (Geometry(of.canonical_shape, of.canonical_affine) for of in (grid, geometry))
+    image, found = (Geometry(of.canonical_shape, of.canonical_affine) for of in (grid, volume.geometry))
     if difference := image.difference(found):
         raise UserError(f"a prediction lies on the grid of its image: {difference} in {path}; resample it to the image first")
+    return volume.data
 
 
 def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,6 @@ class _Facts:
     subject: str
     image: str  # digest of its middle item
     soft: Mapping[str, float]
-    labelled: tuple[bool, ...]  # does any rater label this class?
     volumes_mm3: tuple[tuple[float, float], ...]  # of each class, mean of the raters: in the file and prepared
     num_over: int  # voxels in which the classes of a rater add up to more than 1
 
@@ -76,12 +75,11 @@ class Inspection:
         fusions = {SOFT_AS.get(recipe.fusion, recipe.fusion) for recipe in self.recipes.values() if recipe.label == "soft"}
         soft = {fusion: _soft_share(_target(sample, "soft", fusion)) for fusion in sorted(fusions) if _has_rater(sample, fusion)}
         image = hashlib.blake2b(np.ascontiguousarray(sample.image[len(sample.image) // 2]).data).hexdigest()
-        labelled = tuple(bool(sample.raters[:, :, k].any()) for k in range(len(self.classes)))
-        axes = (0, 1, *range(3, sample.raters.ndim))  # all but the classes
-        prepared = sample.raters.sum(axis=axes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
+        but_classes = (0, 1, *range(3, sample.raters.ndim))
+        prepared = sample.raters.sum(axis=but_classes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
         volumes = tuple(zip(sample.own.mean_volumes_mm3, prepared.tolist(), strict=True))
         num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax else 0
-        self._facts.append(_Facts(sample.name, sample.subject, image, soft, labelled, volumes, num_over))
+        self._facts.append(_Facts(sample.name, sample.subject, image, soft, volumes, num_over))
         same: dict[str, bool] = {}  # cells of a factorial share their targets
         self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, same)]
 
@@ -89,8 +87,7 @@ class Inspection:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
         rules = [self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()]
         rules += [self._own_masks()] if splits is None else [self._own_masks(), self._classes(splits)]
-        found = [pair for rule in rules for pair in rule]
-        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in found]
+        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in chain(*rules)]
 
     def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
         """Whether two candidates make the same targets of a case: of all items before augmentation, of the fullest one after it."""
@@ -105,7 +102,7 @@ class Inspection:
         return same[key]
 
     def _targets(self) -> Cautions:
-        if self._alike and any(any(facts.labelled) for facts in self._facts):
+        if self._alike and any(prepared for facts in self._facts for _, prepared in facts.volumes_mm3):
             pairs, num = listed([" = ".join(pair) for pair in self._alike]), count(len(self._facts), "case")
             text = (
                 f"Candidates that differ in label mode or fusion alone have identical targets in all of {num}, also augmented "
@@ -145,7 +142,7 @@ class Inspection:
     def _classes(self, splits: Sequence[Split]) -> Cautions:
         subjects = {facts.subject for facts in self._facts}
         for k, name in enumerate(self.classes):
-            having = {facts.subject for facts in self._facts if facts.labelled[k]}
+            having = {facts.subject for facts in self._facts if facts.volumes_mm3[k][1]}
             remedy = "add subjects who have it, or leave the class out."
             if not having:
                 yield (NOWHERE, f"No case has a label of class {name}, so it cannot be scored; check labels=... of the data set.")
@@ -155,10 +152,8 @@ class Inspection:
                 yield "class of few subjects", f"Class {name} is labelled in {of}: scores of it stand on fewer than {FEW}; {remedy}"
             if lacking := [split.name for split in splits if not having & {*split.train}]:
                 of = f"{len(lacking)} of {count(len(splits), 'split')} ({listed(lacking)})"
-                yield (
-                    "class absent in training",
-                    f"Class {name} is in no training case of {of}: fits there cannot learn it; {remedy}",
-                )
+                text = f"Class {name} is in no training case of {of}: fits there cannot learn it; {remedy}"
+                yield "class absent in training", text
 
     def _sides(self) -> Cautions:
         flipped = {name: recipe.augment for name, recipe in self.recipes.items()}

@@ -56,12 +56,8 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
 
 def _record(context: RunContext, record: HoldoutRecord, winner: str, fits: Sequence[FitResult]) -> None:
     """Record this opening, unless it is the same as the last one."""
-    opening = Opening(
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        winner=winner,
-        control=context.study.control,
-        fits=tuple(fit.key for fit in fits),
-    )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    opening = Opening(at=now, winner=winner, control=context.study.control, fits=tuple(fit.key for fit in fits))
     if record.opened:
         last = record.opened[-1]
         if last.replace(at=opening.at) == opening:

@@ -89,13 +89,11 @@ def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | No
     if run is not None and seconds_per_fit is not None:
         raise UserError("--seconds-per-fit and --run both say how long a fit takes; give one of them")
     outer, splits = splits_of(study, data_root)
-    trials = study.search.trials if study.search else 0
-    tune = study.tune_each
+    trials, tune = study.search.trials if study.search else 0, study.tune_each
     per_candidate = tune.trials * min(tune.splits, len(splits)) if tune else 0
     if run is not None:
         seconds_per_fit = _mean_seconds(study, splits, trials, per_candidate, Ledger(run))
-    num_fixed = len(study.candidates)
-    outers = max(1, len(outer))
+    num_fixed, outers = len(study.candidates), max(1, len(outer))
     return Plan(study.name, num_fixed, trials, len(splits), seconds_per_fit, outers, num_fixed * per_candidate, study.repeats)
 
 
@@ -106,14 +104,13 @@ def splits_of(study: Study, data_root: Path | None) -> tuple[tuple[Split, ...], 
     return outer, (study.inner(outer[0]) if outer else study).make_splits(sites, persons)
 
 
-def write_splits(study: Study, data_root: Path | None, path: Path) -> int:
-    """Write the splits of a study as nnU-Net's `splits_final.json`; returns their number. Raises UserError if it is nested."""
+def write_splits(study: Study, data_root: Path | None, path: Path) -> None:
+    """Write the splits of a study as nnU-Net's `splits_final.json`. Raises UserError if it is nested."""
     if study.nested:
         raise UserError("a nested study has splits for every outer split; write those of a study without nested=...")
     sites, persons = _people(study, data_root)
     splits = splits_final(study.make_splits(sites, persons), persons)
     replace_file(path, lambda partial: partial.write_text(json.dumps(splits, indent=1)))
-    return len(splits)
 
 
 def _people(study: Study, data_root: Path | None) -> tuple[dict[str, str], dict[str, str]]:
@@ -164,9 +161,8 @@ def load_prices(path: Path) -> Prices:
 def _mean_seconds(study: Study, splits: Sequence[Split], trials: int, tuning: int, ledger: Ledger) -> float:
     """Seconds of a fit on average, from those that a run has finished; `tuning` fits of each candidate find its learning rate.
 
-    A fit's time is taken to grow with its epochs and with its training subjects, so that a run with --debug (few of both)
-    tells of the whole study. What does not grow with them, such as the start of a fit, is counted as if it did: from --debug
-    the answer for s001 was 16 s instead of 6; from some fits of the study itself it is right.
+    A fit's time is taken to grow with its epochs and training subjects. What does not, such as its start, is counted as if it did:
+    from --debug the answer for s001 was 16 s instead of 6; from some fits of the study itself it is right.
     """
     rates = _seconds_per_subject_epoch(ledger)
     recipes = [(name, recipe, 1.0 + tuning / (len(splits) * study.repeats)) for name, recipe in study.candidates.items()]

@@ -131,8 +131,7 @@ class HostManager:
 
     def pids(self) -> list[int]:
         """Of all hosts."""
-        pids: list[int] = ray.get([host.pid.remote() for host in self._hosts.values()])
-        return pids
+        return ray.get([host.pid.remote() for host in self._hosts.values()])
 
 
 @contextmanager

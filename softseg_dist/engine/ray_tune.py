@@ -19,18 +19,8 @@ from typing import Any, Self
 from ray import tune
 from ray.tune.search import Searcher
 
+from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
-from softseg_dist.engine.ray_cluster import (
-    bundle_of,
-    fits_at_once,
-    node_is_gone,
-    one_ray,
-    places_for,
-    quiet,
-    ray_at,
-    wait_for_room,
-    wait_until_free,
-)
 from softseg_dist.engine.ray_lanes import Lane, Run, lane_of_process, run_alone
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
 from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
@@ -58,13 +48,13 @@ class RayBackend:
 
     def held(self) -> AbstractContextManager[None]:
         """One Ray for what runs while the block runs."""
-        return one_ray()
+        return ray_cluster.one_ray()
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
         try:
-            with quiet(), ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
-                wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
+            with ray_cluster.quiet(), ray_cluster.ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
+                ray_cluster.wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     check_package()
                     stores = context.prepared.uri.rpartition("/")[0]
@@ -83,10 +73,10 @@ class RayBackend:
         """
         alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
         run, note, place = _runner(context), context.progress.note, Place.at(task.folder)
-        with quiet(), ray_at(self.address):
-            wait_for_room(alone, self.max_wait_s, note, lambda: False)
-            bundle = bundle_of(alone)
-            num_workers = min(places_for(bundle, alone), task.recipe.optim.batch_size)
+        with ray_cluster.quiet(), ray_cluster.ray_at(self.address):
+            ray_cluster.wait_for_room(alone, self.max_wait_s, note, lambda: False)
+            bundle = ray_cluster.bundle_of(alone)
+            num_workers = min(ray_cluster.places_for(bundle, alone), task.recipe.optim.batch_size)
             if num_workers == 1 or alone_s < GROUP_PAYS_S:
                 return run_until_done(partial(run_alone, run, bundle), task, note)
             lane = Lane(run, num_workers, bundle, str(place / ".lane"))
@@ -94,7 +84,7 @@ class RayBackend:
                 return run_until_done(lane.run, task, note)
             finally:
                 lane.close()
-                wait_until_free()
+                ray_cluster.wait_until_free()
                 (place / ".lane").delete()
 
 
@@ -110,15 +100,15 @@ def _runner(context: RunContext) -> Run:
 
 def _tune(session: Session, context: RunContext) -> None:
     resources, folder = context.resources, context.ledger.place
-    bundle = bundle_of(resources)
+    bundle = ray_cluster.bundle_of(resources)
     alone = resources.workers_per_fit == 1
-    with _trainable(context, bundle, str(folder / ".tune")) as softseg_fit:
+    with _function(context, bundle, str(folder / ".tune")) as softseg_fit:
         tune.Tuner(
             tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if alone else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
                 search_alg=_TuneSearcher(session, context.stop_file),
                 num_samples=-1,
-                max_concurrent_trials=fits_at_once(resources),
+                max_concurrent_trials=ray_cluster.fits_at_once(resources),
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
@@ -132,13 +122,11 @@ def _tune(session: Session, context: RunContext) -> None:
             ),
         ).fit()
     if not alone:
-        wait_until_free()
+        ray_cluster.wait_until_free()
 
 
 @contextmanager
-def _trainable(
-    context: RunContext, bundle: Mapping[str, float], lanes: str
-) -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
+def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
     """The function of a Tune trial: it runs a fit itself, or on the workers of a lane, or in the host of a pack.
 
     A fit that was lost before runs in its trial's own process, where no other fit is lost with it.
@@ -189,7 +177,7 @@ class _TuneErrors(_Shared, tune.Callback):
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         # A preempted fit never comes here: Tune starts it again.
-        node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and node_is_gone(actor))
+        node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and ray_cluster.node_is_gone(actor))
         cause = "its machine was lost" if node_lost else cause_in(text)
         self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost))
 

@@ -85,9 +85,9 @@ class Session:
         for name in self.searcher.candidates:
             self._report_planned(name)
         self._raced |= {name for name, candidate in self.searcher.candidates.items() if candidate.raced}
-        self._open |= {result.candidate for result in done if not self.searcher.candidates[result.candidate].ended}
+        ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
+        self._open |= {result.candidate for result in done} - {*ended}
         if self.tracker is not None:
-            ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
             ledger = self.searcher.ledger
             self.tracker.recall(ledger.candidates(), done, ended, races=ledger.races())
 
@@ -183,11 +183,11 @@ class Session:
             self.tracker.fit_ended(result)
 
     def _lost(self, task: FitTask, reason: str, blameless: bool) -> None:
-        again = self.searcher.lose(task, reason, blameless)
-        given_up = "given up; running the study again tries it again"
-        if self.searcher.candidates[task.candidate].raced:
-            given_up = "given up, as its candidate is out of the race"
-        what_next = "trying again" if again else given_up
+        what_next = "given up; running the study again tries it again"
+        if again := self.searcher.lose(task, reason, blameless):
+            what_next = "trying again"
+        elif self.searcher.candidates[task.candidate].raced:
+            what_next = "given up, as its candidate is out of the race"
         self.progress.note(f"{task.key}: {reason}; {what_next}")
         self._stopped(task, None if again else "FAILED")
         self._num_given_up += not again
@@ -226,10 +226,8 @@ class Session:
 def _verdict(record: RaceRecord, study: Study) -> str:
     """`brier_skill -0.0312 (p = 0.0041) against hard-dice over 3 splits`."""
     names = [metric.row.name for metric in study.objectives]
-    differences = [(names[0], record.difference, record.p)]
-    if len(names) > 1 and record.second_difference is not None and record.second_p is not None:
-        differences.append((names[1], record.second_difference, record.second_p))
-    parts = ", ".join(f"{name} {difference:+.4f} (p = {p:.2g})" for name, difference, p in differences)
+    differences = zip(names, (record.difference, record.second_difference), (record.p, record.second_p), strict=False)
+    parts = ", ".join(f"{name} {mean:+.4f} (p = {p:.2g})" for name, mean, p in differences if mean is not None)
     return f"{parts} against {record.incumbent} over {record.after} splits"
 
 

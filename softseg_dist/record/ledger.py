@@ -274,5 +274,4 @@ class Ledger:
 
 def json_of(value: Frozen) -> Json:
     """The JSON of a frozen object, as reading it back from a file would give it."""
-    plain: Json = json.loads(canonical_json(value.model_dump(mode="json")))
-    return plain
+    return json.loads(canonical_json(value.model_dump(mode="json")))

@@ -9,8 +9,8 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -69,10 +69,6 @@ class RunStatus:
     quiet_s: float
     driver: str | None
     mlflow_waiting: int
-
-    def plain(self) -> Json:
-        """For json.dumps."""
-        return asdict(self)
 
 
 def status_of(run: str) -> RunStatus:
@@ -172,9 +168,7 @@ def _candidate(
     return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
 
 
-def _running(
-    place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: ThreadPoolExecutor
-) -> tuple[ActiveFit, ...]:
+def _running(place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: Executor) -> tuple[ActiveFit, ...]:
     written: dict[str, float] = {}
     for name, entry in files.items():
         parts = name.split("/")

@@ -5,13 +5,9 @@ have, looked at after `Race.start` splits and after each further one but the las
 p < level / sqrt(L). The looks overlap, so Bonferroni's 1 / L would be too strict: for equal candidates, 5 to 40 splits and a
 level of .1 the chance that any look puts one out is .09 to .11 (simulated; tests/unit/search/test_race.py).
 
-Why t: with 3 splits the smallest p of an exact Wilcoxon test, which is what Optuna's WilcoxonPruner computes, is 1/8, so that
-at a level of .1 it decides nothing before the fourth split, and with the correction nothing before the sixth. It needs a third
-to a half more fits for the same winners, or ones as good: .49 of 60 candidates x 15 splits instead of .33
-(tests/benchmarks/bench_racing.py).
-
-With two objectives a candidate is out only if one fully run candidate is significantly better in both at once. Demanding both
-of one opponent errs on the side of running on, so the number of opponents is not corrected for.
+Why t: the smallest p of an exact Wilcoxon test (Optuna's WilcoxonPruner) of 3 splits is 1/8: with the correction it decides nothing
+before the sixth, and needs a third to a half more fits (tests/benchmarks/bench_racing.py). With two objectives a candidate is out
+only if one opponent is significantly better in both. That errs on the side of running on: several opponents are not corrected for.
 """
 
 from __future__ import annotations
@@ -70,17 +66,9 @@ def raced_out(
     if not lost:
         return None
     _, winner, after, means, p = min(lost, key=lambda found: found[0])
-    values = np.mean(list(opponents[winner].values()), axis=0) + means
+    values = tuple(map(float, np.mean(list(opponents[winner].values()), axis=0) + means))
     second = {"second_difference": float(means[1]), "second_p": p[1]} if len(signs) > 1 else {}
-    return RaceRecord(
-        candidate=name,
-        incumbent=winner,
-        after=after,
-        difference=float(means[0]),
-        p=p[0],
-        values=tuple(float(value) for value in values),
-        **second,
-    )
+    return RaceRecord(candidate=name, incumbent=winner, after=after, difference=float(means[0]), p=p[0], values=values, **second)
 
 
 def look(sign: int, own: ScoresBySplit, best: ScoresBySplit | None) -> tuple[float, float]:

@@ -79,8 +79,7 @@ class MlflowServer:
                 self._ids[key] = run.info.run_id
                 if run.info.status in CLOSED:
                     self._ended.add(key)
-            token = page.token
-            if not token:
+            if not (token := page.token):
                 return
 
     def _open(self, record: TrackingRecord) -> None:

@@ -72,7 +72,7 @@ class Tracker:
     def recall(
         self,
         records: Mapping[str, CandidateRecord],
-        results: Iterable[FitResult],
+        results: Collection[FitResult],
         ended: Collection[str],
         curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
         races: Mapping[str, RaceRecord] | None = None,
@@ -82,20 +82,17 @@ class Tracker:
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
         with no fit left to run, `curve` gives the epochs of a fit if they are known, `races` the lost races.
         """
-        by_candidate: dict[str, list[FitResult]] = {}
-        for result in results:
-            by_candidate.setdefault(result.candidate, []).append(result)
         for name, record in records.items():
-            if name not in by_candidate:
+            if not (own := [result for result in results if result.candidate == name]):
                 continue
             self._put_candidate(name, record.recipe, known=True)
-            for result in by_candidate[name]:
+            for result in own:
                 self._put_fit(result.key, record.recipe, {}, known=True)
                 for metrics in curve(result):
                     self.epoch(result.key, metrics, known=True)
                 self.fit_ended(result, known=True)
             if name in ended:
-                self.candidate_ended(name, by_candidate[name], race=(races or {}).get(name), known=True)
+                self.candidate_ended(name, own, race=(races or {}).get(name), known=True)
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
@@ -123,9 +120,7 @@ class Tracker:
         self._open.pop(key, None)
         self._put(what="close", key=key, status=status, known=known)
 
-    def candidate_ended(
-        self, name: str, results: Sequence[FitResult], *, race: RaceRecord | None = None, known: bool = False
-    ) -> None:
+    def candidate_ended(self, name: str, results: list[FitResult], *, race: RaceRecord | None = None, known: bool = False) -> None:
         """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
