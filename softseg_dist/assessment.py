@@ -49,6 +49,7 @@ KEPT = ["study", "candidate", "subset", "grid", "subject", "case", "class", "ref
 Key = tuple[int, str]  # split, case
 Fit = tuple[str, int]  # candidate, split
 Files = list[tuple[Path, ...]]  # of a case, from each folder of a split that has it
+Unit = tuple[Path, Head, Files]  # what is judged of a case: the folder of its rows, what they are about, its files
 Note = Callable[[str], None]
 
 
@@ -88,22 +89,17 @@ class Assessment:
 
     @classmethod
     def of(
-        cls,
-        data: DataSet | Study,
-        candidates: Mapping[str, str],
-        root: Path | None,
-        splits: Splits | None,
-        options: EvaluateOptions,
+        cls, data: DataSet | Study, places: Mapping[str, str], root: Path | None, splits: Splits | None, options: EvaluateOptions
     ) -> Assessment:
         """Scan the data set. Raises UserError if a name is not valid, and with a line for everything that a case lacks."""
         study, source = (data, data.data) if isinstance(data, Study) else (None, data)
         fields = json_of(study) if study else {"objective": Study.model_fields["objective"].default, "seed": 0}
         name = options.name or (f"{study.name}-evaluation" if study else "evaluation")
-        control = options.control or (study.control if study and study.control in candidates else None)
-        if bad := [text for text in (name, *candidates) if not NAME.fullmatch(text)]:
+        control = options.control or (study.control if study and study.control in places else None)
+        if bad := [text for text in (name, *places) if not NAME.fullmatch(text)]:
             raise UserError(f"names become folders: letters, digits, '.', '_' and '-' only, got {bad[0]!r}")
-        if not candidates or (control and control not in candidates):
-            raise UserError(f"the control {control} is not a candidate; there are {listed(list(candidates)) or 'none'}")
+        if not places or (control and control not in places):
+            raise UserError(f"the control {control} is not a candidate; there are {listed(list(places)) or 'none'}")
         scanned = source.scan(root)
         kept = sorted({case.subject for case in scanned})[: study.subjects if study else None]
         cases = tuple(sorted((case for case in scanned if case.subject in kept), key=lambda case: case.name))
@@ -112,17 +108,17 @@ class Assessment:
         described = {
             "type": EVALUATION,
             "name": name,
-            "question": study.question if study else f"How do {' and '.join(candidates)} compare?",
+            "question": study.question if study else f"How do {' and '.join(places)} compare?",
             "data": json_of(source),
             "objective": fields["objective"],
-            "candidates": {candidate: {} for candidate in candidates},
-            "predictions": {key: place if "://" in place else str(Path(place).absolute()) for key, place in candidates.items()},
+            "candidates": {candidate: {} for candidate in places},
+            "predictions": {key: place if "://" in place else str(Path(place).absolute()) for key, place in places.items()},
             "control": control,
             "seed": fields["seed"],
         }
         given = splits.of_cases(sites, persons, fields["seed"]) if splits else ()
         own = tuple(metric for metric in (study.objectives if study else ()) if metric.row.name not in TABLE)
-        return cls(described, source, candidates, cases, given, own, options)
+        return cls(described, source, places, cases, given, own, options)
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -271,7 +267,7 @@ def _judge(
     asked: Assessment, files: Mapping[str, Mapping[Key, Files]], wanted: set[Key], yardstick: Yardstick, folder: Path
 ) -> dict[Fit, list[Path]]:
     """The files of rows by candidate and split. Raises UserError with a line for every file that is no prediction, at the end."""
-    units: dict[str, list[tuple[Path, Head, Files]]] = defaultdict(list)
+    units = defaultdict[str, list[Unit]](list)
     subject_of = {case.name: case.subject for case in asked.cases}
     for name, of in files.items():
         for split, case in sorted(wanted):
@@ -290,9 +286,7 @@ def _judge(
     return parts
 
 
-def _judge_case(
-    yardstick: Yardstick, values: Mapping[str, int], task: tuple[Case, Sequence[tuple[Path, Head, Files]]]
-) -> list[Path | str]:
+def _judge_case(yardstick: Yardstick, values: Mapping[str, int], task: tuple[Case, Sequence[Unit]]) -> list[Path | str]:
     """For each candidate and split the file of the rows of a case, or what is wrong with its maps."""
     (case, units), done, data = task, list[Path | str](), None
     own_code = [metric.fingerprint for metric in yardstick.metrics]
