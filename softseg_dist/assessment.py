@@ -196,7 +196,7 @@ def _yardstick(asked: Assessment) -> Yardstick:
     found = list(over_processes(_volumes_of, asked.cases))
     _refuse(problem for problem in found if isinstance(problem, str))
     means = np.mean([volumes for volumes in found if not isinstance(volumes, str)], axis=0)
-    return Yardstick(asked.data.classes, tuple(means.tolist()))
+    return Yardstick(asked.data.classes, tuple(means.tolist()), asked.metrics)
 
 
 def _volumes_of(case: Case) -> tuple[float, ...] | str:

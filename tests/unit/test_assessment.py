@@ -11,9 +11,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from softseg_dist import Bids, DataSet, EvaluateOptions, GivenSplits, LabelledCase, MaskFile, UserError
+from softseg_dist import (
+    Bids,
+    DataSet,
+    EvaluateOptions,
+    GivenSplits,
+    LabelledCase,
+    MaskFile,
+    Metric,
+    MonteCarlo,
+    Recipe,
+    Scale,
+    Study,
+    UserError,
+)
 from softseg_dist.assessment import Assessment, assess
-from softseg_dist.numerics.metrics import TABLE
+from softseg_dist.numerics.metrics import TABLE, Map, PerClass
 from softseg_dist.report.findings import answer
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import summarise
@@ -89,6 +102,31 @@ def test_the_references_as_predictions_have_the_perfect_value_of_every_metric(ro
             values = rows.loc[(rows["metric"] == name) & (rows["threshold"].isna() | (rows["threshold"] == 0.5)), "value"]
             assert len(values) == 2 * len(SUBJECTS), name
             assert (values.dropna() == row.best).all(), name
+
+
+class Overshoot(Metric):
+    """The share of the prediction that lies outside of the reference."""
+
+    short = "overshoot"
+    higher_is_better = False
+
+    def __call__(self, prediction: Map, reference: Map, scale: Scale) -> PerClass:
+        space = (0, *range(2, prediction.ndim))
+        return np.asarray((prediction * (1 - reference)).sum(axis=space) / np.maximum(prediction.sum(axis=space), 1e-9))
+
+
+def test_a_metric_of_the_study_is_judged_and_tested(root: Path) -> None:
+    study = Study(
+        name="own", question="?", data=DATA, splits=MonteCarlo(count=2), objective=Overshoot(), candidates={"itself": Recipe()}
+    )
+    folders = {"itself": str(predict(root / "p", same)), "moved": str(predict(root / "q", moved))}
+    asked = Assessment.of(study, folders, root, None, EvaluateOptions(control="itself"))
+    run = load_run(assess(asked, root / "runs", print))
+    rows = run.results[run.results["metric"] == "overshoot"]
+    assert len(rows) == 2 * 2 * len(SUBJECTS)
+    assert (rows.loc[rows["candidate"] == "itself", "value"] == 0).all()
+    (comparison,) = summarise(run).comparisons
+    assert comparison.crossed.mean > 0
 
 
 def test_a_folder_that_is_compared_with_itself_is_equal_to_the_digit(root: Path) -> None:
