@@ -41,7 +41,7 @@ def test_every_accident_of_a_fit_on_a_lane_is_survived(shared_ray: None, tmp_pat
     assert starts(tmp_path) == expected | dict.fromkeys(again, 2)
     results = Ledger(tmp_path).results()
     assert results["b/000"].reason == "loss is nan in epoch 2"
-    assert {f"{name}/{split:03d}" for (name, split), result in results.items() if result.attempt == 1} == set(again)
+    assert {key for key, result in results.items() if result.attempt == 1} == set(again)
     told = lines.getvalue()
     assert "a/000: one of its workers died" in told
     assert "a/001: ValueError: the fit broke" in told

@@ -183,7 +183,7 @@ def test_accidents_of_fits_in_a_pack_are_survived_and_those_that_had_one_are_tri
     assert results["b/000"].reason == "loss is nan in epoch 2"
     assert "a/001: ValueError: the fit broke" in told
     assert "b/002: took longer than its time limit of 5 s" in told
-    assert {key for key, result in results.items() if result.attempt} == {("a", 1), ("b", 2)}
+    assert {key for key, result in results.items() if result.attempt} == {"a/001", "b/002"}
     hosts = {result.process for result in results.values() if not result.attempt}
     assert len(hosts) <= 2  # one, and another after the fit that hung
     assert hosts.isdisjoint(result.process for result in results.values() if result.attempt)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from softseg_dist import Phantom
+from softseg_dist.study_file import load_study
 
 pytestmark = pytest.mark.engine
 
@@ -66,6 +67,10 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "study.py").write_text(study_of(README))
     data = Phantom(subjects=1).scan(None)[0].load()
     nib.save(nib.Nifti1Image(np.asarray(data.image[0]), data.affine), tmp_path / "IMAGE.nii.gz")
+    (tmp_path / "FOLDER").mkdir()
+    for case in load_study(tmp_path / "study.py").study.data.scan(None):  # what another program predicted: a mask of one rater
+        found = case.load()
+        nib.save(nib.Nifti1Image(found.raters[0, 0].astype(np.uint8), found.affine), tmp_path / "FOLDER" / f"{case.name}.nii.gz")
     for command in commands_of(README):
         if command.runs_here:
             done = run(command.text, tmp_path)

@@ -55,10 +55,10 @@ def test_every_accident_of_a_fit_is_survived(shared_ray, tmp_path, capfd):
     assert results["b/000"].state == "failed"
     assert results["b/000"].reason == "loss is nan in epoch 2"
     assert {key: result.attempt for key, result in results.items() if result.attempt} == {
-        ("a", 0): 1,
-        ("a", 1): 1,
-        ("b", 1): 1,
-        ("b", 2): 1,
+        "a/000": 1,
+        "a/001": 1,
+        "b/001": 1,
+        "b/002": 1,
     }
     told = lines.getvalue()
     assert "a/001: ValueError: the fit broke" in told
