@@ -147,6 +147,7 @@ def test_planted_components_come_back():
     assert result.low < 2.0 < result.high
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("setting", SHORT)
 def test_it_rejects_about_five_percent_of_studies_of_equal_candidates(setting: Setting):
     generator = np.random.default_rng(SHORT.index(setting))
@@ -278,6 +279,7 @@ def test_skewed_subjects_are_said_with_a_rank_test_beside():
     assert crossed_test(planted(stats.norm.ppf((np.arange(24) + 0.5) / 24), 3)).warnings == ()
 
 
+@pytest.mark.engine
 def test_warnings_are_rare_for_normal_subjects_and_frequent_for_skewed_or_dominating_ones():
     generator = np.random.default_rng(0)
     seen = {"normal": 0, "skewed": 0, "one": 0}

@@ -146,6 +146,7 @@ def test_hard_each_of_the_intersection_is_the_floored_mean_of_rounded_masks_that
     assert torch.equal(prepare_target(raters, None, "hard_each", "intersection", list("abcd")), floored)
 
 
+@pytest.mark.engine
 def test_it_is_the_intersection_that_takes_volume_not_rounding_after_every_step() -> None:
     """12 phantom subjects, 4 raters, one turn: the volume of the target relative to that of the soft mean."""
     phantom = Phantom(shape="lesions", subjects=12, disagreement_mm=0.4)

@@ -54,6 +54,7 @@ def text_of(page: Path) -> str:
     return " ".join(re.sub("<style.*?</style>|<[^>]*>", " ", page.read_text(), flags=re.S).split())
 
 
+@pytest.mark.engine
 def test_absolute_scores_come_before_differences(tmp_path: Path) -> None:
     summary = scored(tmp_path)
     text, standings = scores_answer(summary), {s.name: s for s in summary.ranking}
@@ -75,6 +76,7 @@ def test_the_empty_map_is_weighed_as_candidates_are(tmp_path: Path) -> None:
     assert not learned_answer(summary)
 
 
+@pytest.mark.engine
 def test_what_is_no_better_than_an_empty_map_has_not_learned_the_task(tmp_path: Path) -> None:
     summary = scored(tmp_path, skill=-0.8)
     found = learned_answer(summary)
@@ -92,6 +94,7 @@ def test_one_split_without_an_interval_is_judged_by_the_difference_itself(tmp_pa
     assert scored(tmp_path / "bad", skill=-0.9, num_splits=1).checks.unlearned
 
 
+@pytest.mark.engine
 def test_an_interval_beyond_a_perfect_score_is_not_printed_and_says_why(tmp_path: Path) -> None:
     summary = scored(tmp_path, skill=0.13)
     row = summary.winner
@@ -141,6 +144,7 @@ def test_a_difference_whose_sign_depends_on_the_grid_is_named(tmp_path: Path) ->
     assert not any("depends on the grid" in text for text in caveats(scored(tmp_path / "same", prepared=0.01)))
 
 
+@pytest.mark.engine
 def test_every_case_has_a_row_and_the_csv_has_all(tmp_path: Path) -> None:
     summary = scored(tmp_path, num_tested=9)
     cases, rows = summary.checks.cases, load_run(tmp_path).results
@@ -159,6 +163,7 @@ def test_every_case_has_a_row_and_the_csv_has_all(tmp_path: Path) -> None:
     assert page.count(f" {first.case} {first.subject} ") == 1
 
 
+@pytest.mark.engine
 def test_the_share_of_the_largest_cases_stands_beside_the_skill_of_a_case(tmp_path: Path) -> None:
     summary = scored(tmp_path)
     volumes = [case.volume_mm3 for case in summary.checks.cases]
@@ -168,6 +173,7 @@ def test_the_share_of_the_largest_cases_stands_beside_the_skill_of_a_case(tmp_pa
     assert f"the 3 largest of {len(volumes)} cases hold {share} of the reference volume" in text_of(written_page(tmp_path))
 
 
+@pytest.mark.engine
 def test_every_score_says_its_subset_and_its_grid(tmp_path: Path) -> None:
     scored(tmp_path)
     page = written_page(tmp_path).read_text().replace("&#39;", "'")
@@ -178,6 +184,7 @@ def test_every_score_says_its_subset_and_its_grid(tmp_path: Path) -> None:
         assert "own grid" in text
 
 
+@pytest.mark.engine
 def test_methods_name_what_was_done_and_cite_it(tmp_path: Path) -> None:
     summary = scored(tmp_path)
     text = text_of(written_page(tmp_path))
