@@ -3,7 +3,8 @@
 Run:    softseg demo      (the same study: softseg run studies/s001_quickstart.py, make demo)
 Debug:  softseg demo --debug
 Cost:   8 candidates x 6 splits = 48 fits of 4 s; 2 min on 2 cores, two fits at a time
-Result: No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .849. Main effects, with 95 % intervals of
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .849. Main effects, with 95 % intervals of
         the crossed test and Holm-corrected p: NormReLU +.030 (.010 to .049), p = .010; soft labels -.013 (-.015 to -.010),
         p < .001; Adaptive Wing -.030 (-.037 to -.024), p < .001. Calibration goes the other way: the lowest Brier score is that of
         soft-sigmoid-wing, .0049 against the control's .0058. n = 22 tested subjects, 6 splits, in bfloat16. After 12 epochs at one

@@ -3,7 +3,8 @@
 Run:    softseg run studies/s002_gray_matter.py --data-root DATA
 Debug:  softseg run studies/s002_gray_matter.py --data-root DATA --debug
 Cost:   8 candidates x 6 splits = 48 fits of 1.4 min; 35 min on 2 cores, two fits at a time
-Result: No arm was shown to differ from the control hard-sigmoid-dice (soft Dice .565). Main effects on test soft Dice (DML form),
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        No arm was shown to differ from the control hard-sigmoid-dice (soft Dice .565). Main effects on test soft Dice (DML form),
         95 % intervals of the crossed test, Holm-corrected p: soft instead of hard labels +.030 (-.095 to .154), p = .83; NormReLU
         instead of sigmoid -.047 (-.171 to .078), p = .83; Adaptive Wing instead of Dice -.140 (-.313 to .033), p = .27. Highest
         ranked: soft-normrelu-dice, .595, +.030 over the control (-.060 to .121), p = 1.0. n = 5 tested people in 6 splits: far too

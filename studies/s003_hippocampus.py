@@ -3,7 +3,8 @@
 Run:    softseg run studies/s003_hippocampus.py --data-root DATA
 Debug:  softseg run studies/s003_hippocampus.py --data-root DATA --debug
 Cost:   2 candidates x 10 splits = 20 fits of 45 s in bfloat16; 9 min on 2 cores, two fits at a time
-Result: A little, at the edge of what 10 splits can show. In float32 test soft Dice (DML form) is .812 with soft labels, .805 with
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        A little, at the edge of what 10 splits can show. In float32 test soft Dice (DML form) is .812 with soft labels, .805 with
         hard ones: difference +.007, 95 % interval .002 to .012, p = .005 (crossed test; 106 tested subjects, 10 splits, 240
         pairs); Wilcoxon over splits p = .006, corrected resampled t p = .09, bootstrap interval .001 to .013. In bfloat16 it is
         .810 and .805: +.005 (-.003 to .013), p = .22; one soft fit is .017 lower than in float32. Calibration gains more, and the

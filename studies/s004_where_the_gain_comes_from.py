@@ -3,7 +3,8 @@
 Run:    softseg run studies/s004_where_the_gain_comes_from.py
 Debug:  softseg run studies/s004_where_the_gain_comes_from.py --debug
 Cost:   4 candidates x 10 splits = 40 fits; 8 min on 2 cores that had other work
-Result: From both, in equal parts. Test soft Dice (DML form) .685 soft, .644 nearest, .638 hard (the control), .590 hard_each.
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        From both, in equal parts. Test soft Dice (DML form) .685 soft, .644 nearest, .638 hard (the control), .590 hard_each.
         Soft less hard +.047 (95 % interval of the crossed test .021 to .073, Holm-corrected p = .006); hard_each less hard -.047
         (-.082 to -.013), p = .021; nearest less hard +.007 (-.027 to .040), p = .67. So a gap of .094 between soft labels and the
         preprint's way of rounding is half an artefact of rounding again and again. Who pays: hard_each loses 17 % of the volume

@@ -3,7 +3,8 @@
 Run:    softseg run studies/s005_fusion_by_loss.py
 Debug:  softseg run studies/s005_fusion_by_loss.py --debug
 Cost:   20 candidates x 6 splits = 120 fits of 6 s; 7 min on 2 cores, two fits at a time
-Result: The mean of the raters with the soft Dice loss (DML), the control, has the best soft Dice (.832) and all but the best
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        The mean of the raters with the soft Dice loss (DML), the control, has the best soft Dice (.832) and all but the best
         calibration (ECE .029); only the mean with BCE is better calibrated (.026), at .805: these two are not dominated. With DML
         no other fusion was shown to differ in Dice (-.003 to -.005), but all nearly double the ECE (.053 to .056). Fusion depends
         on the loss: majority and both STAPLEs gain .014 to .015 over the mean with BCE where they lose .003 to .005 with DML

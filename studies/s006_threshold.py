@@ -3,7 +3,8 @@
 Run:    softseg run studies/s006_threshold.py
 Debug:  softseg run studies/s006_threshold.py --debug
 Cost:   3 candidates x 10 splits = 30 fits; 35 min on 2 cores busy with much else
-Result: It depends on the loss. At 0.5 the maps of BCE and Adaptive Wing are cut far too small: Dice .580 and .606, volume -42 %
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        It depends on the loss. At 0.5 the maps of BCE and Adaptive Wing are cut far too small: Dice .580 and .606, volume -42 %
         and -39 %. The grid (mean threshold .30 and .31) gains .073 (95 % interval .032 to .115, Holm-corrected p = .012) and .060
         (.030 to .090, p = .005), volume -3 % and -1 %; D*/2, which needs no labels (.28 and .27), gains as much: .072 and .053
         over 0.5, and was not shown to differ from the grid (-.001 and -.007). With DML, whose maps are nearly binary, nothing is

@@ -3,7 +3,8 @@
 Run:    softseg run studies/s007_search.py
 Debug:  softseg run studies/s007_search.py --debug
 Cost:   2 candidates and 20 trials x 10 splits, 151 of 220 fits of 4 s; on 2 busy cores 37 min
-Result: NormReLU with the soft Dice loss (DML, smooth .83), hard labels, an elastic augmentation and lr .009 (trial-014): test
+Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
+        NormReLU with the soft Dice loss (DML, smooth .83), hard labels, an elastic augmentation and lr .009 (trial-014): test
         soft Dice .866 against .846 of the control hard-sigmoid-dice, difference +.020 (95 % interval of the crossed test -.001 to
         .041, p = .06, Holm-corrected over 21 comparisons .84), not shown. On the 6 held-out subjects, opened once for these two,
         .856 against .838: +.018 (-.000 to .037), p = .051. Five of the six highest ranked have a DML loss; 12 of 20 trials were
