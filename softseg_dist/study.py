@@ -188,7 +188,7 @@ class Study(Frozen):
     """One question, one data set, splits and candidates.
 
     `repeats` trains every candidate on every split so often, with other seeds, the same for all candidates: without it the noise of
-    seeds and that of splits cannot be told apart. Scores are means over repeats. A larger number extends a study.
+    seeds and that of splits cannot be separated. Scores are means over repeats. A larger number extends a study.
     `candidates` maps names to recipes (see `factorial`); `control` names the one that all others are tested against.
     `objective` is the metric on validation that picks the best epoch and that a search maximises: the name of one of the package,
     or a `Metric` of your own. It is never the loss, since losses of different candidates are not comparable. A search optimises

@@ -301,8 +301,8 @@ def _training(summary: Summary) -> list[str]:
 
 def _data(summary: Summary) -> list[str]:
     weak = [(warning, c.candidate) for c in summary.comparisons for warning in c.crossed.warnings]
-    said = {text: [name for told, name in weak if told == text] for text, _ in weak}
-    found = [f"{capital(text)} ({listed(names)})." for text, names in said.items()]
+    by_warning = {text: [name for warning, name in weak if warning == text] for text, _ in weak}
+    found = [f"{capital(text)} ({listed(names)})." for text, names in by_warning.items()]
     if summary.num_tested < summary.num_subjects:
         never = summary.num_subjects - summary.num_tested
         found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")

@@ -211,8 +211,7 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
     notes: dict[str, list[str]] = {}
     for comparison in summary.comparisons:
         beside = () if summary.of_models else (comparison.corrected.note, comparison.bootstrap.note)
-        told = (*comparison.crossed.remarks, *beside)
-        for note in filter(None, dict.fromkeys(told)):
+        for note in filter(None, dict.fromkeys((*comparison.crossed.remarks, *beside))):
             notes.setdefault(note, []).append(comparison.candidate)
     return notes
 
