@@ -28,9 +28,9 @@ from softseg_dist.data.processes import over_processes
 from softseg_dist.data.splits import Split, Splits
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest
-from softseg_dist.judging.judge import Yardstick, judge
+from softseg_dist.judging.judge import judge
 from softseg_dist.judging.results import Head, merge_tables, write_frame, write_rows
-from softseg_dist.judging.rows import Measurement
+from softseg_dist.judging.rows import Measurement, Yardstick
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
 from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled

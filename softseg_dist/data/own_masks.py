@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softseg_dist.data.cases import CaseData
-from softseg_dist.data.geometry import Float32, Geometry, Shape3
+from softseg_dist.data.geometry import Float32, Geometry
 
 Masks = NDArray[np.bool_] | Float32
 
@@ -44,7 +44,8 @@ class OwnMasks:
         num_raters, num_classes = data.raters.shape[:2]
         masks = [*data.raters.reshape(-1, *data.raters.shape[2:]), *(() if data.truth is None else data.truth)]
         box = _box_of(masks, data.raters.shape[2:])
-        parts = [mask[_slices(box)] for mask in masks]
+        inside = tuple(slice(*edges) for edges in box)
+        parts = [mask[inside] for mask in masks]
         binary = tuple(bool(((part == 0) | (part == 1)).all()) for part in parts)
         flat = [
             np.packbits(part != 0) if is_binary else np.frombuffer(part.astype(np.float32).tobytes(), np.uint8)
@@ -62,16 +63,6 @@ class OwnMasks:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: what is neither the geometry nor packed."""
         return {name: getattr(self, name) for name in ("num_raters", "num_classes", "box", "binary")}
-
-    @property
-    def shape(self) -> Shape3:
-        """X, Y, Z."""
-        return self.geometry.canonical_shape
-
-    @property
-    def spacing_mm(self) -> tuple[float, ...]:
-        """Voxel size of the file along X, Y, Z."""
-        return self.geometry.spacing_mm
 
     @property
     def voxel_mm3(self) -> float:
@@ -96,13 +87,6 @@ class OwnMasks:
         sums = self.raters.sum(axis=(2, 3, 4), dtype=np.float64).sum(axis=0)
         return tuple((sums * self.voxel_mm3 / max(self.num_raters, 1)).tolist())
 
-    def full(self, array: NDArray[Any]) -> NDArray[Any]:
-        """[... *box] -> [... X Y Z], 0 outside the box."""
-        whole = np.zeros((*array.shape[:-3], *self.shape), array.dtype)
-        x, y, z = _slices(self.box)
-        whole[..., x, y, z] = array
-        return whole
-
     def _unpacked(self, first: int, end: int) -> Masks:
         extent = tuple(stop - start for start, stop in self.box)
         num_voxels = math.prod(extent)
@@ -113,10 +97,6 @@ class OwnMasks:
             data = self.packed[begins[number] : begins[number + 1]]
             mask[:] = np.unpackbits(data, count=num_voxels) if self.binary[number] else data.view(np.float32)
         return masks.reshape(end - first, *extent)
-
-
-def _slices(box: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
-    return tuple(slice(*edges) for edges in box)
 
 
 def _box_of(masks: Sequence[Float32], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -13,8 +13,7 @@ import pandas as pd
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging import results
-from softseg_dist.judging.judge import Yardstick
-from softseg_dist.judging.rows import Measurement
+from softseg_dist.judging.rows import Measurement, Yardstick
 from softseg_dist.training.evaluation import spread_rows
 from softseg_dist.training.inference import ensemble_maps
 

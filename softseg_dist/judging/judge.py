@@ -16,26 +16,10 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import Float32
 from softseg_dist.data.own_masks import OwnMasks
-from softseg_dist.judging.rows import Measurement, Wanted, case_rows
-from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import Metric, Scale, bounding_box, reach_of
+from softseg_dist.judging.rows import Measurement, Yardstick, case_rows
+from softseg_dist.numerics.metrics import Scale, bounding_box, reach_of
 
 Region = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What all maps of a data set are judged with.
-
-    Args:
-        classes: K names.
-        mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume.
-        metrics: those of the user, beside the ones of the table.
-    """
-
-    classes: tuple[str, ...]
-    mean_volumes_mm3: tuple[float, ...]
-    metrics: tuple[Metric, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,24 +54,24 @@ def judge(
         thresholds: those of the masks.
     """
     references = references_of(own, rater_names, yardstick, maps)
-    wanted = Wanted(yardstick.classes, tuple(thresholds), CURVE, yardstick.metrics)
-    return case_rows(references.part(maps), references.maps, wanted, references.scale)
+    return case_rows(references.part(maps), references.maps, yardstick, thresholds, references.scale)
 
 
 def references_of(own: OwnMasks, rater_names: Sequence[str], yardstick: Yardstick, maps: Float32) -> References:
     """What `maps` [K X Y Z] are judged against. A metric of the user sees the whole image, the others what is not empty."""
-    axes = [axis for axis, n in enumerate(own.shape) if n > 1] or [0, 1]  # a single slice is a plane
-    spacing_mm, shape = tuple(own.spacing_mm[axis] for axis in axes), tuple(own.shape[axis] for axis in axes)
+    whole_mm, whole = own.geometry.spacing_mm, own.geometry.canonical_shape
+    axes = [axis for axis, n in enumerate(whole) if n > 1] or [0, 1]  # a single slice is a plane
+    spacing_mm, shape = tuple(whole_mm[axis] for axis in axes), tuple(whole[axis] for axis in axes)
     scale = Scale(own.voxel_mm3, yardstick.mean_volumes_mm3, spacing_mm, shape)
-    region = tuple(slice(0, n) for n in own.shape) if yardstick.metrics else _region(maps, own)
+    region = tuple(slice(0, n) for n in whole) if yardstick.metrics else _region(maps, own)
     size = tuple(region[axis].stop - region[axis].start for axis in axes)
 
     def inside(masks: NDArray[Any]) -> NDArray[Any]:
         """[... *box] -> [1 ... *S]."""
-        whole = np.zeros((*masks.shape[:-3], *(part.stop - part.start for part in region)), masks.dtype)
+        placed = np.zeros((*masks.shape[:-3], *(part.stop - part.start for part in region)), masks.dtype)
         x, y, z = (slice(start - part.start, stop - part.start) for (start, stop), part in zip(own.box, region, strict=True))
-        whole[..., x, y, z] = masks
-        return whole.reshape(1, *masks.shape[:-3], *size)
+        placed[..., x, y, z] = masks
+        return placed.reshape(1, *masks.shape[:-3], *size)
 
     raters, truth = inside(own.raters), own.truth
     references = {"mean": raters.mean(axis=1, dtype=np.float32)}
@@ -100,9 +84,10 @@ def references_of(own: OwnMasks, rater_names: Sequence[str], yardstick: Yardstic
 
 def _region(maps: Float32, own: OwnMasks) -> Region:
     """The box around everything that is not 0 in a map or a mask, with the neighbourhood that counts for calibration."""
-    found = np.zeros(own.shape, dtype=np.bool_)
+    shape = own.geometry.canonical_shape
+    found = np.zeros(shape, dtype=np.bool_)
     found[tuple(slice(*edges) for edges in own.box)] = True
     for soft_map in maps:
         found |= soft_map > 0
-    parts = zip(bounding_box(found), reach_of(own.spacing_mm), own.shape, strict=True)
+    parts = zip(bounding_box(found), reach_of(own.geometry.spacing_mm), shape, strict=True)
     return tuple(slice(max(0, part.start - reach), min(n, part.stop + reach)) for part, reach, n in parts)

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import (
     FORMULAS,
     NUM_BINS,
@@ -101,23 +102,28 @@ class Measurement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is measured of every case of a study.
+class Yardstick:
+    """What all maps of a data set are judged with.
 
     Args:
         classes: K names.
-        thresholds: those that the fit chose (see `judging.thresholds`).
-        curve: thresholds of the curve of Dice.
+        mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume.
         metrics: those of the user, beside the ones of the table.
     """
 
     classes: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    curve: tuple[float, ...] = ()
+    mean_volumes_mm3: tuple[float, ...]
     metrics: tuple[Metric, ...] = ()
 
 
-def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, scale: Scale) -> list[Measurement]:
+def case_rows(
+    prediction: Map,
+    references: Mapping[str, Map],
+    yardstick: Yardstick,
+    thresholds: Sequence[float],
+    scale: Scale,
+    curve: Sequence[float] = CURVE,
+) -> list[Measurement]:
     """All measurements of one case. A value that the reference does not allow is NaN, whatever the prediction.
 
     Against every reference: soft metrics and, at each of the thresholds, overlap and volume error of the mask. Against "mean" also
@@ -129,22 +135,25 @@ def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, sc
     Args:
         prediction: [1 K *S] in [0, 1]: a case is one volume (see `Grid.case`).
         references: "mean", each rater's name, "truth" where it is known: [1 K *S] each.
-        wanted: classes, thresholds and metrics.
+        yardstick: classes and metrics.
+        thresholds: those of the masks.
         scale: the scale of the maps.
+        curve: thresholds of the curve of Dice.
     """
     pairs = {name: Pair(prediction, reference, scale) for name, reference in references.items()}
+    chosen = sorted(set(thresholds))
     rows: list[Measurement] = []
     for name, pair in pairs.items():
-        lines = list(_overlap(pair, wanted, against_mean=name == "mean"))
+        lines = list(_overlap(pair, yardstick, chosen, curve, against_mean=name == "mean"))
         rows += [
             Measurement(of, name, tau, metric, float(values[k]))
-            for k, of in enumerate(wanted.classes)
+            for k, of in enumerate(yardstick.classes)
             for tau, metric, values in lines
         ]
     raters = [reference for name, reference in references.items() if name not in NOT_RATERS] or [references["mean"]]
-    chosen, mean = sorted(set(wanted.thresholds)), references["mean"]
+    mean = references["mean"]
     empty = FORMULAS["brier_skill"](Pair(np.broadcast_to(np.float32(0), mean.shape), mean, scale))
-    for k, class_name in enumerate(wanted.classes):
+    for k, class_name in enumerate(yardstick.classes):
         p = prediction[0, k]
         found = [("mean", None, "empty_map", float(empty[k])), *(("mean", *line) for line in _shapes(p, mean[0, k], chosen, scale))]
         for of_bins, values in pairs["mean"].tables[k]._asdict().items():
@@ -161,14 +170,15 @@ def case_rows(prediction: Map, references: Mapping[str, Map], wanted: Wanted, sc
     return rows
 
 
-def _overlap(pair: Pair, wanted: Wanted, *, against_mean: bool) -> Iterator[tuple[float | None, str, PerClass]]:
+def _overlap(
+    pair: Pair, yardstick: Yardstick, chosen: Sequence[float], curve: Sequence[float], *, against_mean: bool
+) -> Iterator[tuple[float | None, str, PerClass]]:
     """Soft metrics, overlap and volume at the chosen thresholds, each with a value [K]; at those of the curve the Dice."""
     for metric, values in soft_metrics(pair, against_mean=against_mean).items():
         yield None, metric, values
-    for own in wanted.metrics:
+    for own in yardstick.metrics:
         yield None, own.row.name, measured(own, *pair.maps, pair.scale)
-    chosen = sorted(set(wanted.thresholds))
-    if taus := [*chosen, *(tau for tau in wanted.curve if against_mean and tau not in chosen)]:
+    if taus := [*chosen, *(tau for tau in curve if against_mean and tau not in chosen)]:
         counts = confusion(*pair.maps, taus, pair.voxels)
         for metric, scores in (hard_scores(counts) | {"mask_volume_error": mask_volume_error(counts, pair.true)}).items():
             yield from ((tau, metric, scores[:, t]) for t, tau in enumerate(taus if metric == "dice" else chosen))

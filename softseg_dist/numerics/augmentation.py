@@ -70,9 +70,7 @@ def augment(
     mode: LabelMode,
     spacing_mm: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The augmented image [B C *S] and the final target [B K *S].
-
-    It is `apply` with the parameters that `draw_all` draws.
+    """The augmented image [B C *S] and the final target [B K *S]: `apply` with the parameters that `draw_all` draws.
 
     Args:
         image: prepared images.
@@ -82,8 +80,7 @@ def augment(
         mode: the label mode.
         spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
 
-    Raises:
-        UserError: if a transform needs an axis that the images lack.
+    Raises UserError if a transform needs an axis that the images lack.
     """
     assert len(image) == len(target) == len(seeds), f"{len(image)} images, {len(target)} targets, {len(seeds)} seeds"
     assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
@@ -92,21 +89,13 @@ def augment(
     return apply(image, target, draw_all(transforms, seeds, frame), mode, frame)
 
 
-def draw_all(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
-    """The `transforms` that act on single samples, with the parameters of all samples, on the frame's device.
+def draw_all(
+    transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame, kinds: tuple[type, ...] = (Spatial, Intensity)
+) -> Drawn:
+    """The `transforms` of `kinds`, by default those of single samples, with the parameters of all samples, on the frame's device.
 
-    Raises UserError if a transform needs an axis that the images lack.
+    Each has its own seed, so that none changes the draws of another. Raises UserError if one needs an axis that the images lack.
     """
-    return _drawn(transforms, seeds, frame, (Spatial, Intensity))
-
-
-def draw_pairs(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame) -> Drawn:
-    """The `transforms` that join samples with partners, with their parameters as in `draw_all`."""
-    return _drawn(transforms, seeds, frame, (Pairing,))
-
-
-def _drawn(transforms: Sequence[Augmentation], seeds: Sequence[int], frame: Frame, kinds: tuple[type, ...]) -> Drawn:
-    """Each transform of these `kinds` has its own seed, so that none changes the draws of another."""
     generator, drawn = torch.Generator(), []
     for index, transform in enumerate(transforms):
         if isinstance(transform, kinds) and not transform.idle:
@@ -169,11 +158,11 @@ def mix(
         transforms, seeds, spacing_mm: as in `augment`, of the samples.
     """
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    return join(image, target, partner_image, partner_target, draw_pairs(transforms, seeds, frame))
+    return join(image, target, partner_image, partner_target, draw_all(transforms, seeds, frame, (Pairing,)))
 
 
 def join(image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
-    """`mix`, given the parameters that `draw_pairs` has drawn."""
+    """`mix`, given the parameters that `draw_all` has drawn for pairs."""
     for transform, parameters in drawn:
         assert isinstance(transform, Pairing), transform
         image = transform.mix(image, partner_image, parameters)
@@ -196,8 +185,7 @@ def augment_case(
         seed: of the random parameters.
         spacing_mm: distance of voxels along each axis of *S.
 
-    Raises:
-        UserError: if a transform needs an axis that the images lack.
+    Raises UserError if a transform needs an axis that the images lack.
     """
     frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
     drawn = [

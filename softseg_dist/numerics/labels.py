@@ -169,8 +169,7 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
         rater_names: names of the raters of this case, in the order of `raters`.
         draw: any integer, for "random_rater" only: the seed of this sample in this epoch.
 
-    Raises:
-        UserError: if `fusion` names a rater that this case does not have.
+    Raises UserError if `fusion` names a rater that this case does not have.
 
     >>> fuse(torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]]), "mean", ("a", "b"))
     tensor([[0.5000, 1.0000]])
@@ -225,8 +224,7 @@ def prepare_target(
         mode: one of `LABEL_MODES`.
         fusion, rater_names, draw, axis: as in `fuse`.
 
-    Raises:
-        UserError: if `fusion` names a rater that this case does not have.
+    Raises UserError if `fusion` names a rater that this case does not have.
     """
     if mode in ("nearest", "hard_each"):
         masks = harden(raters) if mode == "hard_each" or nearest is None else nearest.to(raters.dtype)

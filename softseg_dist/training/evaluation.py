@@ -12,12 +12,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from softseg_dist.data.geometry import Float32
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.judging.judge import Yardstick, judge, references_of
+from softseg_dist.judging.judge import judge, references_of
 from softseg_dist.judging.results import Head, Row, write_rows
-from softseg_dist.judging.rows import Grid, Measurement
+from softseg_dist.judging.rows import Grid, Measurement, Yardstick
 from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.numerics.metrics import TABLE, Map, Scale, measured, objective_score
@@ -94,13 +93,9 @@ class Judging:
         own = tuple(metric for metric in task.objectives if metric.row.name not in TABLE)
         self.yardstick = Yardstick(store.classes, store.mean_volumes_mm3, own)
 
-    def restored(self, sample: Sample, prediction: np.ndarray) -> Float32:
-        """A soft map [N K *S] on the grid of its file [K X Y Z]."""
-        return self.store.preprocess.restore(prediction, sample.placement)
-
     def evidence(self, sample: Sample, prediction: np.ndarray) -> Evidence:
         """What a validation case says about thresholds, on the grid of its file."""
-        maps = self.restored(sample, prediction)
+        maps = self.store.preprocess.restore(prediction, sample.placement)
         references = references_of(sample.own, sample.rater_names, self.yardstick, maps)
         return evidence(references.part(maps), references.maps["mean"])
 
@@ -111,7 +106,7 @@ class Judging:
 
         def of_case(part: tuple[int, Sample, np.ndarray]) -> tuple[int, list[Row]]:
             case, sample, prediction = part
-            maps = self.restored(sample, prediction)
+            maps = self.store.preprocess.restore(prediction, sample.placement)
             judged = judge(maps, sample.own, sample.rater_names, self.yardstick, sorted(set(thresholds.values())))
             rows = self._head(subset, sample, "own").rows(judged)
             if subset != "holdout":  # which chooses nothing, and is compared with nothing

@@ -43,8 +43,7 @@ from softseg_dist.engine.ray_tune import RayBackend
 from softseg_dist.engine.session import Session, run_search
 from softseg_dist.engine.worker import Ending, StopFile
 from softseg_dist.judging.results import merge_tables, write_frame
-from softseg_dist.judging.rows import Wanted, case_rows
-from softseg_dist.judging.thresholds import CURVE
+from softseg_dist.judging.rows import Yardstick, case_rows
 from softseg_dist.numerics.metrics import Scale
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
@@ -204,7 +203,8 @@ def measured(voxels: int, place: Path) -> Stages:
     references = {"mean": raters.mean(axis=0)[None]} | {str(r): mask[None] for r, mask in enumerate(raters)}
     prediction = ndimage.gaussian_filter(references["mean"], (0, 0, 1, 1, 1))
     with Clock(stages, "all rows of the results table"):
-        case_rows(prediction, references, Wanted(("cord",), (0.5, 0.45, 0.392), CURVE), Scale(1.0, (1e3,), (1.0, 1.0, 1.0)))
+        yardstick, scale = Yardstick(("cord",), (1e3,)), Scale(1.0, (1e3,), (1.0, 1.0, 1.0))
+        case_rows(prediction, references, yardstick, (0.5, 0.45, 0.392), scale)
     return stages
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from softseg_dist.data.store import Store
-from softseg_dist.numerics.augmentation import apply, draw_all, draw_pairs, join, pairs
+from softseg_dist.numerics.augmentation import apply, draw_all, join, pairs
 from softseg_dist.numerics.labels import rater_of
-from softseg_dist.numerics.transforms import Frame
+from softseg_dist.numerics.transforms import Frame, Pairing
 from softseg_dist.study import Recipe
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.targets import item_target
@@ -54,7 +54,7 @@ class DeviceBatches:
         self.draw_frame, self.pair_frame = (Frame(store.channels, size, spacing_mm, torch.device("cpu")) for size in sizes)
         self.in_pairs = pairs(batches.recipe.augment)
         self.changing = draw_all(batches.recipe.augment, [0], self.draw_frame)
-        self.joining = draw_pairs(batches.recipe.augment, [0], self.pair_frame)
+        self.joining = draw_all(batches.recipe.augment, [0], self.pair_frame, (Pairing,))
 
     def fields(self, size: int) -> Fields:
         """Inputs of a batch of `size` items."""
@@ -72,7 +72,7 @@ class DeviceBatches:
         for index, (_, parameters) in enumerate(draw_all(self.recipe.augment, seeds, self.draw_frame)):
             into[f"change{index}"].copy_(parameters)
         own = seeds[: len(members)]
-        for index, (_, parameters) in enumerate(draw_pairs(self.recipe.augment, own, self.pair_frame)):
+        for index, (_, parameters) in enumerate(draw_all(self.recipe.augment, own, self.pair_frame, (Pairing,))):
             into[f"join{index}"].copy_(parameters)
 
     def batch(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,14 @@ def data_of(raters: np.ndarray, truth: Float32 | None = None, affine: np.ndarray
     return CaseData(np.zeros((1, *raters.shape[2:]), np.float32), raters, truth, geometry.canonical_affine, geometry)
 
 
+def full(own: OwnMasks, masks: np.ndarray) -> np.ndarray:
+    """[... *box] -> [... X Y Z], 0 outside the box."""
+    x, y, z = (slice(*edges) for edges in own.box)
+    whole = np.zeros((*masks.shape[:-3], *own.geometry.canonical_shape), masks.dtype)
+    whole[..., x, y, z] = masks
+    return whole
+
+
 def boxes(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     """Masks [2 2 X Y Z] whose union is the box 1..3, 2..4, 1..5 (the ends are in it)."""
     raters = np.zeros((2, 2, *shape), np.float32)
@@ -45,11 +53,11 @@ def test_every_mask_comes_back_exactly(data: st.DataObject, num_raters: int, num
     raters = np.stack(masks).reshape(num_raters, num_classes, *SHAPE)
     truth = data.draw(st.none() | hnp.arrays(np.float32, (num_classes, *SHAPE), elements=st.floats(0, 1, width=32)))
     own = OwnMasks.of(data_of(raters, truth))
-    assert np.array_equal(own.full(own.raters), raters)
+    assert np.array_equal(full(own, own.raters), raters)
     assert (own.raters.dtype == bool) == bool(np.isin(raters, (0, 1)).all())
     assert (own.truth is None) == (truth is None)
     if truth is not None and own.truth is not None:
-        assert np.array_equal(own.full(own.truth), truth)
+        assert np.array_equal(full(own, own.truth), truth)
 
 
 def test_binary_masks_are_bits_in_the_box_around_all_of_them() -> None:
@@ -65,7 +73,7 @@ def test_one_soft_mask_leaves_the_others_bits() -> None:
     own = OwnMasks.of(data_of(raters))
     assert own.packed.nbytes == 3 * math.ceil(45 / 8) + 4 * 45
     assert own.raters.dtype == np.float32
-    assert np.array_equal(own.full(own.raters), raters)
+    assert np.array_equal(full(own, own.raters), raters)
 
 
 def test_a_healthy_control_takes_no_byte() -> None:
@@ -73,7 +81,7 @@ def test_a_healthy_control_takes_no_byte() -> None:
     assert own.box == ((0, 0), (0, 0), (0, 0))
     assert (own.packed.nbytes, own.raters.shape, own.raters.dtype) == (0, (3, 2, 0, 0, 0), bool)
     assert own.mean_volumes_mm3 == (0, 0)
-    whole = own.full(own.raters)
+    whole = full(own, own.raters)
     assert whole.shape == (3, 2, *SHAPE)
     assert not whole.any()
 
@@ -90,7 +98,7 @@ def test_a_label_at_the_border_of_the_image_is_kept(corner: tuple[int, int, int]
     raters[0, 0][corner] = 1
     own = OwnMasks.of(data_of(raters))
     assert own.box == tuple((at, at + 1) for at in corner)
-    assert np.array_equal(own.full(own.raters), raters)
+    assert np.array_equal(full(own, own.raters), raters)
     filled = OwnMasks.of(data_of(np.ones((1, 1, *SHAPE))))
     assert filled.box == tuple((0, n) for n in SHAPE)
 
@@ -101,7 +109,7 @@ def test_the_box_holds_the_truth_where_no_rater_drew() -> None:
     own = OwnMasks.of(data_of(boxes(), truth))
     assert own.box == ((1, 7), (0, 5), (0, 6))
     assert own.truth is not None
-    assert np.array_equal(own.full(own.truth), truth)
+    assert np.array_equal(full(own, own.truth), truth)
     assert own.raters.dtype == bool
 
 
@@ -120,10 +128,10 @@ def test_axes_are_canonical_however_the_file_is_stored() -> None:
     geometry = Geometry((4, 2, 3), affine)
     raters = RNG.integers(0, 2, (1, 1, 2, 3, 4)).astype(np.float32)
     own = OwnMasks.of(CaseData(raters[0], raters, None, geometry.canonical_affine, geometry))
-    assert own.shape == (2, 3, 4)
-    assert own.spacing_mm == pytest.approx((0.5, 0.7, 2.0))
+    assert own.geometry.canonical_shape == (2, 3, 4)
+    assert own.geometry.spacing_mm == pytest.approx((0.5, 0.7, 2.0))
     assert own.voxel_mm3 == pytest.approx(0.5 * 0.7 * 2.0)
-    assert np.array_equal(own.full(own.raters), raters)
+    assert np.array_equal(full(own, own.raters), raters)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -131,9 +139,9 @@ def test_a_phantoms_own_grid_is_the_one_that_it_is_drawn_on(dim: Any) -> None:
     phantom = Phantom(subjects=1, dim=dim, raters=3)
     data = phantom.cases(None)[0].load()
     own = OwnMasks.of(data)
-    assert (own.shape, own.spacing_mm) == (phantom.grid, phantom.spacing_mm)
+    assert (own.geometry.canonical_shape, own.geometry.spacing_mm) == (phantom.grid, phantom.spacing_mm)
     assert data.truth is not None
     assert own.truth is not None
-    assert np.array_equal(own.full(own.raters), data.raters)
-    assert np.array_equal(own.full(own.truth), data.truth)
+    assert np.array_equal(full(own, own.raters), data.raters)
+    assert np.array_equal(full(own, own.truth), data.truth)
     assert (own.raters.dtype, own.truth.dtype) == (bool, np.float32)

@@ -21,6 +21,7 @@ import pytest
 from softseg_dist.data.cases import Case, CaseData, LabelledCase, MaskFile
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32
+from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.store import FORMAT, KEY, SCHEMA, Store, build_store, fingerprint
@@ -77,7 +78,7 @@ def test_samples_come_out_as_they_went_in(built: Path) -> None:
             assert getattr(expected, field) == getattr(got, field), field
         assert np.array_equal(expected.own.packed, got.own.packed)
         assert expected.own.to_dict() == got.own.to_dict()
-        assert np.array_equal(got.own.full(got.own.raters), case.load().raters)
+        assert np.array_equal(got.own.raters, OwnMasks.of(case.load()).raters)
         assert got.placement.axes == expected.placement.axes
         assert np.array_equal(got.placement.geometry.affine, expected.placement.geometry.affine)
 

@@ -12,9 +12,8 @@ from softseg_dist import Phantom, Preprocess
 from softseg_dist.data.cases import CaseData
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.own_masks import OwnMasks
-from softseg_dist.judging.judge import Yardstick, judge
-from softseg_dist.judging.rows import Measurement, Wanted, case_rows
-from softseg_dist.judging.thresholds import CURVE
+from softseg_dist.judging.judge import judge
+from softseg_dist.judging.rows import Measurement, Yardstick, case_rows
 from softseg_dist.numerics.metrics import TABLE, Map, Metric, PerClass, Scale
 
 SHAPE = (20, 24, 9)
@@ -58,7 +57,7 @@ def test_a_part_of_the_image_gives_the_rows_of_the_whole() -> None:
     maps[:, 5:14, 7:18, 2:8] = np.random.default_rng(1).random((2, 9, 11, 6), dtype=np.float32)
     references = {"mean": raters.mean(axis=0)[None]} | {f"r{r}": raters[r][None] for r in range(3)}
     scale = Scale(0.8 * 0.7 * 3, YARDSTICK.mean_volumes_mm3, (0.8, 0.7, 3.0))
-    whole = values(case_rows(maps[None], references, Wanted(CLASSES, THRESHOLDS, CURVE), scale))
+    whole = values(case_rows(maps[None], references, YARDSTICK, THRESHOLDS, scale))
     found = judged(maps, raters)
     assert found.keys() == whole.keys()
     for key, value in whole.items():

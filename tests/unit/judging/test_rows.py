@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softseg_dist import Metric, Scale
-from softseg_dist.judging.rows import Grid, Measurement, Wanted, case_rows
+from softseg_dist.judging.rows import Grid, Measurement, Yardstick, case_rows
 from softseg_dist.numerics.metrics import METRICS, Map, PerClass, confusion, hard_scores
 from softseg_dist.numerics.raters import ged2
 from softseg_dist.numerics.structures import SURFACE_METRICS
@@ -18,6 +18,7 @@ from softseg_dist.numerics.structures import SURFACE_METRICS
 SPACING_MM, VOXEL_MM3 = (0.5, 0.5), 0.5  # slices 2 mm apart
 LESIONS = 4 * (1 + 3) + 3 + 1
 MEAN_MM3 = (10.0, 12.0)
+BOTH, GM = Yardstick(("GM", "WM"), MEAN_MM3), Yardstick(("GM",), MEAN_MM3[:1])
 
 
 def stack(*slices: int) -> Grid:
@@ -34,12 +35,19 @@ def random_case(seed: int, raters: int = 2) -> tuple[np.ndarray, dict[str, np.nd
 
 
 def rows_of(prediction: np.ndarray, references: dict[str, np.ndarray], grid: Grid | None = None) -> list[Measurement]:
-    return measured(prediction, references, Wanted(("GM", "WM"), (0.5, 0.392), (0.25, 0.5)), grid or stack(0, 1, 2))
+    return measured(prediction, references, BOTH, grid or stack(0, 1, 2), (0.5, 0.392), (0.25, 0.5))
 
 
-def measured(prediction: np.ndarray, references: dict[str, np.ndarray], wanted: Wanted, grid: Grid) -> list[Measurement]:
+def measured(
+    prediction: np.ndarray,
+    references: dict[str, np.ndarray],
+    yardstick: Yardstick,
+    grid: Grid,
+    thresholds: tuple[float, ...] = (0.5,),
+    curve: tuple[float, ...] = (),
+) -> list[Measurement]:
     maps = {name: grid.case(reference) for name, reference in references.items()}
-    return case_rows(grid.case(prediction), maps, wanted, grid.scale(MEAN_MM3[: len(wanted.classes)]))
+    return case_rows(grid.case(prediction), maps, yardstick, thresholds, grid.scale(yardstick.mean_volumes_mm3), curve)
 
 
 def test_rows_hold_every_metric_once():
@@ -101,7 +109,7 @@ class Faintest(Metric):
 
 def test_a_metric_of_the_user_is_measured_against_every_reference():
     prediction, references = random_case(1)
-    rows = measured(prediction, references, Wanted(("GM", "WM"), (0.5,), metrics=(Faintest(),)), stack(0, 1, 2))
+    rows = measured(prediction, references, Yardstick(("GM", "WM"), MEAN_MM3, (Faintest(),)), stack(0, 1, 2))
     found = {row[:4]: row.value for row in rows if row.metric == "faintest"}
     assert found == {
         (of, name, None, "faintest"): prediction[:, k].min() for k, of in enumerate(("GM", "WM")) for name in references
@@ -115,7 +123,7 @@ def test_slices_are_measured_as_a_volume_and_gaps_keep_them_apart():
     without_last[2] = 0
 
     def of(grid: Grid) -> dict[str, float]:
-        rows = measured(without_last, {"mean": maps}, Wanted(("GM",), (0.5,)), grid)
+        rows = measured(without_last, {"mean": maps}, GM, grid)
         return {row.metric: row.value for row in rows if row.threshold == 0.5}
 
     whole, gap = of(stack(4, 5, 6)), of(stack(4, 5, 9))
@@ -146,7 +154,6 @@ def test_a_case_is_measured_in_milliseconds():
     durations = []
     for _ in range(5):
         start = time.process_time()
-        wanted = Wanted(("GM",), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20))
-        measured(prediction, references, wanted, stack(*range(20)))
+        measured(prediction, references, GM, stack(*range(20)), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20))
         durations.append(time.process_time() - start)
     assert min(durations) < 0.2

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from softseg_dist.judging.rows import Wanted, case_rows
+from softseg_dist.judging.rows import Yardstick, case_rows
 from softseg_dist.numerics.metrics import METRICS, TABLE, Row, Scale
 
 PROPERTY = settings(max_examples=40, deadline=None)
@@ -39,8 +39,9 @@ def masks(seed: int, raters: int, soft: bool) -> np.ndarray:
 def measured(prediction: np.ndarray, raters: np.ndarray) -> Found:
     """All values of a case, by class, reference, threshold and metric."""
     each = {f"rater{r}": rater for r, rater in enumerate(raters)} if len(raters) > 1 else {}
-    wanted = Wanted(("a", "b"), THRESHOLDS)
-    rows = case_rows(prediction.astype(np.float32), {"mean": raters.mean(axis=0)} | each, wanted, SCALE)
+    references = {"mean": raters.mean(axis=0)} | each
+    yardstick = Yardstick(("a", "b"), SCALE.mean_volumes_mm3)
+    rows = case_rows(prediction.astype(np.float32), references, yardstick, THRESHOLDS, SCALE, curve=())
     return {row[:4]: row.value for row in rows}
 
 
