@@ -86,8 +86,7 @@ def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
     total = float(labelled.sum(dtype=np.float64))
     axes = sample.placement.axes
     window = tuple(slice(*(round(edge / axis.num_resampled * axis.num_in) for edge in axis.kept)) for axis in axes)
-    inside = float(labelled[window].sum(dtype=np.float64))
-    if total > 0 and (lost := 1 - inside / total) > LOST:
+    if total > 0 and (lost := 1 - float(labelled[window].sum(dtype=np.float64)) / total) > LOST:
         yield Problem(case.name, "warning", "label outside the crop", f"{lost:.1%} of the labelled voxels are cut off")
 
 
@@ -101,8 +100,7 @@ def _between(seen: Sequence[Seen]) -> Iterator[Problem]:
             yield Problem(name, "warning", "orientation", detail)
     median = np.median([grid.spacing_mm for _, grid, _ in seen], axis=0)
     for name, grid, _ in seen:
-        ratio = np.maximum(grid.spacing_mm / median, median / grid.spacing_mm)
-        if ratio.max() > SPACING_OUTLIER:
+        if np.maximum(grid.spacing_mm / median, median / grid.spacing_mm).max() > SPACING_OUTLIER:
             detail = f"{dimensions(grid.spacing_mm)} mm, the median is {dimensions(median.tolist())} mm"
             yield Problem(name, "warning", "resolution", detail)
     sizes: dict[tuple[int, ...], list[str]] = defaultdict(list)

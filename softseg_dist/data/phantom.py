@@ -310,8 +310,7 @@ def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[C
     cosines = size * (np.array([0.44, 0.0, 0.08, 0.0, -0.22, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     sines = size * (np.array([0.0, 0.03, 0.0, 0.04, 0.0, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     gray = Column(extent_mm[2], center, drift, (width, height), taper, cosines, sines)
-    cord = Column(extent_mm[2], center, drift, (width, height), taper / 2, np.array([1.0]), np.array([0.0]))
-    return gray, cord
+    return gray, Column(extent_mm[2], center, drift, (width, height), taper / 2, np.array([1.0]), np.array([0.0]))
 
 
 def _lesions(generator: np.random.Generator, extent_mm: Sequence[float], smallest_mm: float) -> list[Ellipsoid]:

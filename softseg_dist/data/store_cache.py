@@ -45,8 +45,7 @@ def shared_store(
     with remembered_sha256(here) as sha256:
         place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
     if not place.is_file():
-        path = build_store(here, cases, data, preprocess, progress, spread)
-        place.push(path)
+        place.push(build_store(here, cases, data, preprocess, progress, spread))
     return str(place)
 
 

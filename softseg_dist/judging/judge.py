@@ -37,8 +37,7 @@ class References:
 
     def part(self, maps: Float32) -> Float32:
         """Maps [K X Y Z] of the file's grid in the region [1 K *S]."""
-        inside = maps[(slice(None), *self.region)]
-        return inside.reshape(1, len(maps), *self.raters.shape[3:])
+        return maps[(slice(None), *self.region)].reshape(1, len(maps), *self.raters.shape[3:])
 
 
 def judge(

@@ -58,13 +58,6 @@ class Grid:
         """True if the items are several slices of one volume."""
         return self.slices is not None and len(self.slices) > 1
 
-    @property
-    def volume_spacing_mm(self) -> tuple[float, ...]:
-        """The spacing of `volume`: the distance of the slices, if there are several, then the spacing of *S."""
-        if not self.is_stack:
-            return self.spacing_mm
-        return (self.voxel_mm3 / math.prod(self.spacing_mm), *self.spacing_mm)
-
     def volume(self, items: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """Maps [N *S] as one volume: [*S], or [Z *S] with Z slices from the first to the last, 0 where one is left out."""
         if not self.is_stack or self.slices is None:
@@ -85,7 +78,8 @@ class Grid:
 
     def scale(self, mean_volumes_mm3: Sequence[float]) -> Scale:
         """The scale of `case`, in a data set with these mean volumes of its classes."""
-        return Scale(self.voxel_mm3, tuple(mean_volumes_mm3), self.volume_spacing_mm)
+        between_slices = (self.voxel_mm3 / math.prod(self.spacing_mm),) if self.is_stack else ()
+        return Scale(self.voxel_mm3, tuple(mean_volumes_mm3), (*between_slices, *self.spacing_mm))
 
 
 NOT_RATERS = ("mean", "truth")

@@ -173,8 +173,7 @@ class Reliability(NamedTuple):
 def reliability(prediction: Values, reference: Values) -> Reliability:
     """The table of voxels [n] of one class: p in [0, 1], soft y in [0, 1]."""
     bins = np.minimum((prediction * NUM_BINS).astype(np.intp), NUM_BINS - 1)
-    sums = (np.bincount(bins, of, NUM_BINS).astype(np.float64) for of in (None, prediction, reference))
-    return Reliability(*sums)
+    return Reliability(*(np.bincount(bins, of, NUM_BINS).astype(np.float64) for of in (None, prediction, reference)))
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -220,12 +219,12 @@ class Pair:
     @cached_property
     def predicted(self) -> PerClass:
         """sum p."""
-        return sums(self.maps[0])
+        return self._each(lambda p, _: p.sum(dtype=np.float64))
 
     @cached_property
     def true(self) -> PerClass:
         """sum y."""
-        return sums(self.maps[1])
+        return self._each(lambda _, y: y.sum(dtype=np.float64))
 
     @cached_property
     def product(self) -> PerClass:
@@ -417,11 +416,6 @@ def mask_volume_error(c: Confusion, true: PerClass) -> npt.NDArray[np.float64]:
     """
     soft = true[:, None]
     return np.where(c.tp + c.fn > 0, ratio(c.tp + c.fp - soft, soft), np.nan)
-
-
-def sums(maps: npt.NDArray[np.floating]) -> PerClass:
-    """Sum over everything but the class axis, in float64."""
-    return np.array([maps[:, k].sum(dtype=np.float64) for k in range(maps.shape[1])])
 
 
 def ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

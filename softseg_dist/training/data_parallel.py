@@ -151,8 +151,7 @@ def _has_unused_parameters(model: nn.Module, image: Tensor) -> bool:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prediction: Tensor = model.eval()(image[:1])
     model.train()
-    gradients = torch.autograd.grad(prediction.sum(), learned, allow_unused=True)
-    return any(gradient is None for gradient in gradients)
+    return any(gradient is None for gradient in torch.autograd.grad(prediction.sum(), learned, allow_unused=True))
 
 
 def _replace(module: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[Any], nn.Module]) -> None:

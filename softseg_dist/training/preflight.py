@@ -208,8 +208,7 @@ class _Trial:
 
     def run(self, recipe: Recipe) -> None:
         """Computes batch, logits, prediction, loss and gradient in training, and the prediction in evaluation. Raises any error."""
-        batches = Batches(self.store, recipe, self.items, seed=0)
-        image, target = batches.batch(epoch=0, members=[0, 1], device="cpu")
+        image, target = Batches(self.store, recipe, self.items, seed=0).batch(epoch=0, members=[0, 1], device="cpu")
         _check_finite(image, "the augmented image")
         _check_finite(target, "the target")
         trained, evaluated = self._logits_of(recipe, image)

@@ -11,13 +11,13 @@ from softseg_dist.judging.rows import Grid, bounding_box
 def test_a_volume_stays_as_it_is():
     grid, items = Grid((1.0, 2.0, 3.0), 6.0), np.ones((1, 4, 5, 6))
     assert grid.volume(items).shape == (4, 5, 6)
-    assert grid.volume_spacing_mm == (1.0, 2.0, 3.0)
+    assert grid.scale(()).spacing_mm == (1.0, 2.0, 3.0)
 
 
 def test_slices_are_as_far_apart_as_the_volume_of_a_voxel_says():
     grid, items = Grid((0.5, 0.5), 0.625, slices=(3, 4, 5)), np.ones((3, 4, 5))
     assert grid.volume(items) is items
-    assert grid.volume_spacing_mm == pytest.approx((2.5, 0.5, 0.5))
+    assert grid.scale(()).spacing_mm == pytest.approx((2.5, 0.5, 0.5))
 
 
 def test_slices_that_were_left_out_are_empty_and_keep_the_others_apart():
@@ -29,7 +29,7 @@ def test_slices_that_were_left_out_are_empty_and_keep_the_others_apart():
 def test_a_single_slice_is_a_plane():
     grid = Grid((1.0, 2.0), 10.0, slices=(4,))
     assert grid.volume(np.ones((1, 4, 5))).shape == (4, 5)
-    assert grid.volume_spacing_mm == (1.0, 2.0)
+    assert grid.scale(()).spacing_mm == (1.0, 2.0)
 
 
 def test_bounding_box_holds_all_voxels_and_no_more():
