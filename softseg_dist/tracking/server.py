@@ -18,8 +18,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the tracker reports what goes wrong, in one line
 }
-for _name, _value in ENVIRONMENT.items():  # MLflow reads some of them when it is imported
-    os.environ.setdefault(_name, _value)
+os.environ |= ENVIRONMENT | os.environ  # MLflow reads some of them when it is imported
 
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
@@ -38,6 +37,7 @@ class MlflowServer:
     """One experiment, named after the study, and in it the runs of one run folder, found by their tags."""
 
     def __init__(self, uri: str, folder: Path, study: str, run: str) -> None:
+        os.environ |= ENVIRONMENT | os.environ  # MLflow reads the others at each request
         # MLflow may have been imported before this module, by MONAI, without the environment above.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

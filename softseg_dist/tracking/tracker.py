@@ -162,6 +162,8 @@ class Tracker:
                 f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
                 "and are sent when the study runs again, or by softseg sync"
             )
+        if self._thread.is_alive():
+            notes.append(f"MLflow at {self.uri} did not answer in time; softseg sync sends it the content of the ledger")
         if self._num_unkept:
             notes.append(
                 f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "

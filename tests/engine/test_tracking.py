@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,21 @@ def test_what_a_killed_driver_did_not_send_is_told_from_the_ledger(tmp_path):
     assert runs["a"].data.metrics["score_mean"] == 0.5
 
 
-def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path):
+def test_a_server_that_does_not_answer_is_named_when_the_wait_ends(tmp_path, monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr("softseg_dist.tracking.tracker.CLOSE_S", 0.6)
+    monkeypatch.setattr("softseg_dist.tracking.tracker.connect", lambda *_: answered.wait(60))
+    tracker = Tracker("http://127.0.0.1:9", tmp_path, STUDY)
+    try:
+        (note,) = tracker.close(wait_s=0.6)
+    finally:
+        answered.set()
+    assert note == "MLflow at http://127.0.0.1:9 did not answer in time; softseg sync sends it the content of the ledger"
+
+
+def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path, monkeypatch):
+    import_module("softseg_dist.tracking.server")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)  # an environment that was restored after the import
     port, card = free_port(), card_of(Preprocess())
     model = saved(tmp_path / "model", card, model_of(card))
     tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path / "run", STUDY)
