@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from softseg_dist.numerics.statistics import ALL_EQUAL, NAN, Table, TTest, constant
+from softseg_dist.numerics.statistics import ALL_EQUAL, NAN, TTest, constant
 
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
@@ -32,8 +32,8 @@ FAR = 6.0  # of one subject from the mean of the others, in their standard devia
 class CrossedTest(TTest):
     """The result of `crossed_test`: `mean` is weighted by the model; `low` and `high` bound its 95 % interval.
 
-    Variances are per component, `var_split` may be 0. `warnings` say what weakens p: few splits, skewed subjects, or one subject
-    that carries the variance (`outlier`, its row). `rank_p` is Wilcoxon's over subject means, NaN unless they are skewed.
+    Variances are per component, `var_split` may be 0. `warnings` say what weakens p: few splits, one subject that carries the
+    variance, or skewed subjects, then with the p of Wilcoxon's test over subject means.
     """
 
     var_subject: float = NAN
@@ -41,11 +41,9 @@ class CrossedTest(TTest):
     var_error: float = NAN
     num_splits: int = 0
     num_pairs: int = 0
-    rank_p: float = NAN
-    outlier: int | None = None
 
 
-def crossed_test(differences: Table, subjects: Sequence[str] = ()) -> CrossedTest:
+def crossed_test(differences: Matrix, subjects: Sequence[str] = ()) -> CrossedTest:
     """Two-sided t-test of mean difference 0 under d_ij = mu + subject_i + split_j + error_ij, all effects random.
 
     The mean is weighted by the components S, F and E that restricted maximum likelihood (REML) finds, none below 0. Its variance
@@ -86,8 +84,8 @@ def crossed_test(differences: Table, subjects: Sequence[str] = ()) -> CrossedTes
     s, f, e = (float(component) for component in unit**2 * found.theta)
     parts = {"var_subject": s, "var_split": f, "var_error": e}
     result = CrossedTest.of(estimate, unit * math.sqrt(variance), df, **parts, **sizes)
-    numbers = [int(i) for i in rows]
-    return _with_warnings(result, np.nanmean(kept, axis=1), numbers, [subjects[i] if subjects else f"row {i}" for i in numbers])
+    names = [subjects[i] if subjects else f"row {i}" for i in rows.tolist()]
+    return replace(result, warnings=_warnings(b, np.nanmean(kept, axis=1), names))
 
 
 def _why_untestable(d: Vector, num_subjects: int, num_splits: int) -> str:
@@ -256,21 +254,21 @@ def _covariance(model: _Model, at: _Point) -> Matrix:
     return found
 
 
-def _with_warnings(test: CrossedTest, means: Vector, rows: Sequence[int], names: Sequence[str]) -> CrossedTest:
-    """The test with what weakens its p, as far as the splits and the `means` of the subjects show it."""
-    warnings, rank_p, outlier, top = [], NAN, None, int(np.argmax(np.abs(means - np.median(means))))
-    if (b := test.num_splits) <= FEW_SPLITS:
-        freedom = "1 degree" if b == 2 else f"{b - 1} degrees"
-        warnings.append(f"{b} splits, {freedom} of freedom: they decide nothing; at least 5 are advised, better 15")
+def _warnings(num_splits: int, means: Vector, names: Sequence[str]) -> tuple[str, ...]:
+    """What weakens the p of the test, as far as the splits and the `means` of the subjects show it."""
+    warnings, top = [], int(np.argmax(np.abs(means - np.median(means))))
+    if num_splits <= FEW_SPLITS:
+        freedom = "1 degree" if num_splits == 2 else f"{num_splits - 1} degrees"
+        warnings.append(f"{num_splits} splits, {freedom} of freedom: they decide nothing; at least 5 are advised, better 15")
     others = np.delete(means, top)
     if len(means) > 3 and abs(means[top] - others.mean()) > FAR * others.std(ddof=1) and not _skewed(others):
-        outlier, difference = rows[top], f"{names[top]}, mean difference {means[top]:+.3g}"
+        difference = f"{names[top]}, mean difference {means[top]:+.3g}"
         warnings.append(f"one subject carries the variance ({difference}): the test is nearly blind")
     elif len(means) < FEW_SUBJECTS and _skewed(means):
-        rank_p = float(stats.wilcoxon(means[means != 0]).pvalue)
-        beside = f"the rank test of the means of the {len(means)} subjects has p = {rank_p:.2g}"
+        p = float(stats.wilcoxon(means[means != 0]).pvalue)
+        beside = f"the rank test of the means of the {len(means)} subjects has p = {p:.2g}"
         warnings.append(f"differences are skewed: p can be two to three times too small; {beside}")
-    return replace(test, warnings=tuple(warnings), rank_p=rank_p, outlier=outlier)
+    return tuple(warnings)
 
 
 def _skewed(values: Vector) -> bool:

@@ -1,8 +1,7 @@
 """Is one candidate better than another? Tests and intervals for paired differences of cross-validated scores.
 
-Differences are a table [a b]: subject i in split j, NaN where subject i is not in the test set of split j. The
-primary test is `crossed_test.crossed_test`; these are reported beside it. Every test returns a result: where a p-value is undefined
-it is NaN and `note` says why.
+The primary test is `crossed_test.crossed_test`; these are reported beside it. Every test returns a result: where a p-value is
+undefined it is NaN and `note` says why.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Table = npt.NDArray[np.float64]  # [a b], NaN where not tested
 NAN = float("nan")
 LEVEL = 0.95  # of all intervals
 ROUNDING = 1e-12  # of float64, relative
@@ -57,22 +55,6 @@ class SplitTest:
     statistic: float = NAN
     p: float = NAN
     num_splits: int = 0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class SubjectTest(TTest):
-    """The result of `subject_test`. `low` and `high` bound the 95 % interval of `mean`."""
-
-
-@dataclass(frozen=True)
-class BootstrapInterval:
-    """The result of `paired_bootstrap`: percentile interval of the mean difference."""
-
-    mean: float
-    low: float = NAN
-    high: float = NAN
-    draws: int = 0
     note: str = ""
 
 
@@ -135,7 +117,7 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
     return SplitTest(mean, t, float(2 * stats.t.sf(abs(t), d.size - 1)), d.size)
 
 
-def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
+def subject_test(differences: npt.NDArray[np.float64]) -> TTest:
     """One-sample t-test over subjects, two-sided: t = mean d / sqrt(var d / a), df = a - 1.
 
     For candidates that were not tested in the same splits, which leaves one difference of means per subject. It generalises to
@@ -152,10 +134,10 @@ def subject_test(differences: npt.NDArray[np.float64]) -> SubjectTest:
     d = differences[~np.isnan(differences)]
     mean = float(d.mean()) if d.size else NAN
     if d.size < 2:
-        return SubjectTest(mean, num_subjects=d.size, note="fewer than two subjects: the variation is unknown")
+        return TTest(mean, num_subjects=d.size, note="fewer than two subjects: the variation is unknown")
     if constant(d):
-        return SubjectTest(mean, num_subjects=d.size, note=ALL_EQUAL)
-    return SubjectTest.of(mean, math.sqrt(float(d.var(ddof=1)) / d.size), d.size - 1.0, num_subjects=d.size)
+        return TTest(mean, num_subjects=d.size, note=ALL_EQUAL)
+    return TTest.of(mean, math.sqrt(float(d.var(ddof=1)) / d.size), d.size - 1.0, num_subjects=d.size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -172,33 +154,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[i] = largest
     return adjusted
-
-
-def paired_bootstrap(differences: Table, seed: int, draws: int = 2000) -> BootstrapInterval:
-    """95 % percentile interval of the mean difference; each draw resamples the subjects and, separately, the splits.
-
-    A check of the interval of `crossed_test`; somewhat wide, as the error is resampled twice. Draws without a pair are left
-    out. Source: Owen 2007, The pigeonhole bootstrap (doi 10.1214/07-AOAS122).
-
-    Args:
-        differences: [a b], NaN where subject i was not tested in split j.
-        seed: of the resampling; the same seed gives the same interval.
-        draws: number of resamplings.
-    """
-    tested = ~np.isnan(differences)
-    if not tested.any():
-        return BootstrapInterval(NAN, note="no pair of scores to compare")
-    d = differences[tested.any(axis=1)][:, tested.any(axis=0)]
-    (a, b), x, mean = d.shape, np.nan_to_num(d), float(np.nanmean(d))
-    if a == 1 or b == 1:
-        return BootstrapInterval(mean, note="fewer than two subjects or splits: nothing to resample")
-    generator = np.random.default_rng(seed)
-    subjects = generator.multinomial(a, np.full(a, 1 / a), draws).astype(np.float64)  # the count of each subject
-    splits = generator.multinomial(b, np.full(b, 1 / b), draws).astype(np.float64)
-    counts = np.einsum("db,db->d", subjects @ (~np.isnan(d)).astype(np.float64), splits)
-    means = np.einsum("db,db->d", subjects @ x, splits)[counts > 0] / counts[counts > 0]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return BootstrapInterval(mean, float(low), float(high), len(means))
 
 
 def bland_altman(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> BlandAltman:

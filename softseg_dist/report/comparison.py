@@ -17,9 +17,8 @@ import pandas as pd
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import TABLE, Row, row_of
-from softseg_dist.numerics.statistics import NAN, SplitTest, SubjectTest, corrected_t_test, holm, subject_test, wilcoxon_test
+from softseg_dist.numerics.statistics import NAN, SplitTest, TTest, corrected_t_test, holm, subject_test, wilcoxon_test
 from softseg_dist.record.changes import differences
 from softseg_dist.report.paired_tests import estimated
 from softseg_dist.report.run_folder import RunData
@@ -122,7 +121,7 @@ class CandidateContrast:
     winners: bool
     changed: Changed
     paired_by: Literal["subject and split", "subject", "nothing"]
-    test: CrossedTest | SubjectTest
+    test: TTest
     p_holm: float = NAN
     wilcoxon: SplitTest | None = None
     corrected: SplitTest | None = None
@@ -314,7 +313,7 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     over_subjects = subject_test((scores_b.mean(axis=1) - scores_a.mean(axis=1)).to_numpy(np.float64))
     if over_subjects.num_subjects:  # missing fits, too, may leave less than two splits
         return replace(contrast, paired_by="subject", test=over_subjects)
-    apart = SubjectTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)
+    apart = TTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)
     return replace(contrast, paired_by="nothing", test=apart)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softseg_dist.numerics.statistics import ALL_EQUAL, SubjectTest
+from softseg_dist.numerics.crossed_test import CrossedTest
+from softseg_dist.numerics.statistics import ALL_EQUAL
 from softseg_dist.report.comparison import ENOUGH, CandidateContrast, RunComparison
 from softseg_dist.report.paired_tests import effect_in_words
 from softseg_dist.report.tables import plain
@@ -80,7 +81,7 @@ def sample(contrast: CandidateContrast) -> str:
     test, people = contrast.test, count(contrast.test.num_subjects, "subject")
     if contrast.paired_by == "nothing":
         return "not paired"
-    if isinstance(test, SubjectTest):
+    if not isinstance(test, CrossedTest):
         return f"{people}, means over splits"
     return f"{count(test.num_pairs, 'pair')} of {people}, {count(test.num_splits, 'split')}"
 

@@ -210,7 +210,7 @@ def _notes(summary: Summary) -> dict[str, list[str]]:
     """What the tests had to say about themselves: {note: candidates}."""
     notes: dict[str, list[str]] = {}
     for comparison in summary.comparisons:
-        beside = () if summary.of_models else (comparison.corrected.note, comparison.bootstrap.note)
+        beside = () if summary.of_models else (comparison.corrected.note,)
         for note in filter(None, dict.fromkeys((*comparison.crossed.remarks, *beside))):
             notes.setdefault(note, []).append(comparison.candidate)
     return notes

@@ -2,7 +2,7 @@
 
 The primary test is the crossed random-effects test over subjects and splits. All comparisons with the control on the objective
 are the one primary family, the other tables are secondary families; each is corrected by Holm. Wilcoxon's test, the corrected
-t-test, the bootstrap and, from three sites on, a t-test over sites stand beside it without correction.
+t-test and, from three sites on, a t-test over sites stand beside it without correction.
 """
 
 from __future__ import annotations
@@ -16,19 +16,7 @@ import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
-from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.statistics import (
-    LEVEL,
-    NAN,
-    BootstrapInterval,
-    SplitTest,
-    SubjectTest,
-    corrected_t_test,
-    holm,
-    paired_bootstrap,
-    subject_test,
-    wilcoxon_test,
-)
+from softseg_dist.numerics.statistics import LEVEL, NAN, SplitTest, TTest, corrected_t_test, holm, subject_test, wilcoxon_test
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, scores_by_rule, split_means
 from softseg_dist.words import interval_clause, number, p_clause
@@ -87,7 +75,7 @@ def _estimable(test: CrossedTest, limits: tuple[float, float]) -> CrossedTest:
     return replace(test, low=NAN, high=NAN, warnings=(*test.warnings, f"interval not estimable: {why}"))
 
 
-def effect_in_words(test: CrossedTest | SubjectTest, p: float, p_name: str = "p") -> str:
+def effect_in_words(test: TTest, p: float, p_name: str = "p") -> str:
     """`+0.012, 95 % interval +0.001 to +0.023, p = 0.032`; without a p, the difference and why it was not tested."""
     difference = number(test.mean, signed=True)
     if math.isnan(test.p):
@@ -109,18 +97,16 @@ class Comparison:
     p_holm: float
     wilcoxon: SplitTest
     corrected: SplitTest
-    bootstrap: BootstrapInterval
     by_split: dict[int, float]
-    new_sites: SubjectTest | None = None
+    new_sites: TTest | None = None
 
 
 def comparisons_with(
-    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any], site_of: Mapping[str, str]
+    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, site_of: Mapping[str, str]
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
-    `scores` are of the objective, `ratio` is test over training subjects of a split; name and seed of the bootstrap are those
-    of the JSON of the `study`.
+    `scores` are of the objective, `ratio` is test over training subjects of a split.
     """
     found = []
     for name in (name for name in ranked if name != reference):
@@ -135,7 +121,6 @@ def comparisons_with(
                 p_holm=NAN,
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
-                bootstrap=paired_bootstrap(table, seed_of("bootstrap", study["name"], study.get("seed", 0))),
                 by_split=by_split,
                 new_sites=new_sites_test(table, scores.subjects, site_of),
             )
@@ -143,7 +128,7 @@ def comparisons_with(
     return holm_corrected(found)
 
 
-def new_sites_test(differences: ScoreTable, subjects: Sequence[str], site_of: Mapping[str, str]) -> SubjectTest | None:
+def new_sites_test(differences: ScoreTable, subjects: Sequence[str], site_of: Mapping[str, str]) -> TTest | None:
     """The t-test over sites, which speaks about new sites: the mean difference of a site is that of its subjects' means.
 
     None for fewer than three sites.

@@ -25,7 +25,6 @@ from softseg_dist.record.ledger import CandidateRecord, json_of
 from softseg_dist.search.candidate import CandidateState
 from softseg_dist.study import Recipe, Study
 from softseg_dist.study_file import check_restart, describe
-from softseg_dist.training.task import FitResult
 
 OPTUNA_LOG = "optuna.log"
 CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with a trial
@@ -34,10 +33,7 @@ NO_LOCK = SimpleNamespace(acquire=lambda: True, release=lambda: None)
 
 
 class OptunaStudy:
-    """Trials by number; `asked` is the number of the next one. `log` is the journal to write, None keeps the trials in memory.
-
-    A trial's intermediate values are its candidate's scores by fit, if there is one objective.
-    """
+    """Trials by number; `asked` is the number of the next one. `log` is the journal to write, None keeps the trials in memory."""
 
     def __init__(self, study: Study, log: Path | None = None) -> None:
         assert study.search is not None
@@ -107,14 +103,6 @@ class OptunaStudy:
         self._open[record.name] = trial
         return record, recipe
 
-    def score(self, result: FitResult) -> None:
-        """A fit has ended: if it is one of an open trial, its score is an intermediate value."""
-        if len(self._study.objectives) == 1 and result.candidate in self._open and result.score is not None:
-            self._open[result.candidate].report(result.score, self._step(result))
-
-    def _step(self, result: FitResult) -> int:
-        return result.split * self._study.repeats + result.repeat
-
     def tell(self, candidate: CandidateState) -> None:
         """How an ended candidate did, if it is an open trial: its values, FAIL without. One that was raced out is complete, too.
 
@@ -129,7 +117,6 @@ class OptunaStudy:
         """Add a trial that ended in an earlier session, with the values that it had then."""
         assert record.number == self.asked, (record.number, self.asked)
         self.asked += 1
-        scores = {self._step(result): result.score for result in candidate.results.values() if result.score is not None}
         self._optuna.add_trial(
             create_trial(
                 params=record.params,
@@ -137,7 +124,6 @@ class OptunaStudy:
                 state=TrialState.COMPLETE if candidate.values else TrialState.FAIL,
                 values=candidate.values,
                 user_attrs={CANDIDATE: record.name} | ({RACED: candidate.raced.incumbent} if candidate.raced else {}),
-                intermediate_values=scores if len(self._study.objectives) == 1 else {},
             )
         )
 

@@ -87,8 +87,6 @@ class StudySearcher:
         self.ledger.write_result(result)
         candidate.running.discard(result.slot)
         candidate.results[result.slot] = result
-        if self._optuna:
-            self._optuna.score(result)
         self._settle(candidate)
 
     def lose(self, task: FitTask, reason: str, blameless: bool = False) -> bool:
@@ -268,10 +266,7 @@ class StudySearcher:
         record, recipe = self._optuna.ask(known)
         if known is None:
             self.ledger.write_candidate(record)
-        candidate = self._open(record.name, recipe, "proposed")
-        for result in candidate.results.values():
-            self._optuna.score(result)
-        return candidate
+        return self._open(record.name, recipe, "proposed")
 
     def _open(self, name: str, recipe: Recipe, origin: Origin) -> CandidateState:
         """A candidate with the fits that earlier sessions left."""

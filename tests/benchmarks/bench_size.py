@@ -87,7 +87,7 @@ def diagnoses(studies: int) -> None:
         for _ in range(studies):
             noise = simulate(generator, number, 15, tested, (0.0, *sd[1:]))
             found.append(crossed_test(noise + sd[0] * draw(generator, number)[:, None]))
-        skewed, one = np.mean([not np.isnan(t.rank_p) for t in found]), np.mean([t.outlier is not None for t in found])
+        skewed, one = (np.mean([said in " ".join(t.warnings) for t in found]) for said in ("skewed", "one subject"))
         sds, rejects = ", ".join(f"{part:.2f}" for part in sd), np.mean([test.p < LEVEL for test in found])
         print(f"{kind:<12}{number:>8}{sds:>18}{skewed:>10.2f}{one:>10.2f}{rejects:>10.3f}", flush=True)
 

@@ -263,7 +263,6 @@ def test_one_subject_that_carries_the_variance_is_named():
     table = planted(subject, 2)
     names = [f"sub-{i:03d}" for i in range(30)]
     result = crossed_test(table, names)
-    assert result.outlier == 29
     assert "sub-029" in result.warnings[0]
     assert "nearly blind" in result.warnings[0]
     assert crossed_test(table[:29], names[:29]).warnings == ()
@@ -275,7 +274,7 @@ def test_skewed_subjects_are_said_with_a_rank_test_beside():
     result = crossed_test(table)
     assert "two to three times too small" in result.warnings[0]
     means = np.nanmean(table[~np.isnan(table).all(axis=1)], axis=1)
-    assert result.rank_p == pytest.approx(stats.wilcoxon(means).pvalue)
+    assert f"p = {stats.wilcoxon(means).pvalue:.2g}" in result.warnings[0]
     assert crossed_test(planted(stats.norm.ppf((np.arange(24) + 0.5) / 24), 3)).warnings == ()
 
 
@@ -287,7 +286,7 @@ def test_warnings_are_rare_for_normal_subjects_and_frequent_for_skewed_or_domina
         normal = generator.normal(size=30)
         seen["normal"] += bool(crossed_test(planted(normal, seed)).warnings)
         seen["skewed"] += bool(crossed_test(planted(np.exp(normal), seed)).warnings)
-        seen["one"] += crossed_test(planted(np.append(normal[1:], 8.0), seed)).outlier == 29
+        seen["one"] += "row 29" in " ".join(crossed_test(planted(np.append(normal[1:], 8.0), seed)).warnings)
     assert seen["normal"] <= 8
     assert seen["skewed"] >= 60
     assert seen["one"] >= 80

@@ -56,7 +56,7 @@ def raced(search: StudySearcher) -> dict[str, int]:
 
 
 def told(search: StudySearcher) -> list[tuple[object, ...]]:
-    return [(t.params, t.state, t.values, t.user_attrs, t.intermediate_values) for t in optuna_trials(search)]
+    return [(t.params, t.state, t.values, t.user_attrs) for t in optuna_trials(search)]
 
 
 def test_the_startup_trials_run_breadth_first_up_to_the_start_of_the_race(tmp_path):
@@ -243,7 +243,7 @@ def test_a_trial_whose_second_objective_is_undefined_has_failed_for_optuna(tmp_p
 
 def journal(folder: Path) -> list[tuple[object, ...]]:
     study = load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(folder / OPTUNA_LOG))))
-    return [(t.params, t.state, t.values, t.user_attrs, t.intermediate_values) for t in study.trials]
+    return [(t.params, t.state, t.values, t.user_attrs) for t in study.trials]
 
 
 def test_the_journal_is_what_optuna_knows_whatever_was_left_in_the_file(tmp_path):
