@@ -58,7 +58,6 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "empty_map": summary.checks.learned,
         "raters": list(measures.raters.candidates.values()) if measures.raters else [],
         "uncertainty": [one for of_method in measures.uncertainty.values() for one in of_method],
-        "importances": searched.importances,
         "pareto": searched.pareto.points if searched.pareto else [],
         "given_up": [plain(race) for race in searched.raced.values()],
         "tuning": searched.tuned,

@@ -39,15 +39,22 @@ def scores_answer(summary: Summary) -> str:
     if summary.reference == summary.winner.name:
         pair = {summary.winner.name: "control and winner " if summary.reference == summary.control else "winner "}
     standings = {s.name: s for s in summary.ranking}
-    parts = [f"{role}{name} {_score(standings[name])}" for name, role in pair.items()]
+    parts = [f"{role}{name} {_score(standings[name], summary)}" for name, role in pair.items()]
     if summary.objective == "brier_skill" and math.isfinite(summary.checks.empty_map):
         parts.append(f"a map that is 0 everywhere {number(summary.checks.empty_map)}")
     return f"{capital(_metric(summary))} {WHERE}: {', '.join(parts)}."
 
 
-def _score(standing: Standing) -> str:
-    why = f": {standing.no_interval.removeprefix('interval not estimable: ')}" if standing.no_interval else ""
-    return f"{number(standing.mean)} ({interval_clause(standing.low, standing.high)}{why})"
+def _score(standing: Standing, summary: Summary) -> str:
+    why = standing.no_interval.removeprefix("interval not estimable: ")
+    said = f": {why}" if why not in ("", _untestable(summary)) else ""
+    return f"{number(standing.mean)} ({interval_clause(standing.low, standing.high)}{said})"
+
+
+def _untestable(summary: Summary) -> str:
+    """Why no comparison could be tested, which the answer says once; "" if any could, or there is none."""
+    comparisons = summary.comparisons
+    return comparisons[0].crossed.note if comparisons and all(math.isnan(c.crossed.p) for c in comparisons) else ""
 
 
 def learned_answer(summary: Summary) -> list[str]:
@@ -71,10 +78,10 @@ def answer(summary: Summary) -> str:
         )
     if summary.reference != summary.control:
         return _without_control(summary)
-    if all(math.isnan(c.crossed.p) for c in summary.comparisons):
+    if why := _untestable(summary):
         first = summary.comparisons[0]
         return (
-            f"Nothing could be tested ({first.crossed.note}): {summary.winner.name} ranks highest, and {first.candidate} differs "
+            f"Nothing could be tested ({why}): {summary.winner.name} ranks highest, and {first.candidate} differs "
             f"from the control {summary.reference} by {number(first.crossed.mean, signed=True)} in {_metric(summary)}."
         )
     return _against_control(summary)
@@ -309,7 +316,7 @@ def _data(summary: Summary) -> list[str]:
     if (num := len(summary.splits)) < 6 and not summary.of_models:
         smallest = f"its smallest p is {2.0 ** (1 - num):.3g}"
         found.append(f"With {count(num, 'split')} Wilcoxon's test cannot reach p < 0.05 ({smallest}).")
-    if summary.num_tested < 12:
+    if 1 < summary.num_tested < 12:
         found.append(
             f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
             "are imprecise: intervals are approximate."

@@ -1,4 +1,4 @@
-"""Candidates and their fits: how recipes differ, how training went, what it took, how learning rates were tuned."""
+"""Candidates and their fits: how recipes differ, how training went and what it took."""
 
 from __future__ import annotations
 
@@ -86,17 +86,6 @@ class Compute:
     engines: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """How one candidate was tuned: what its `num_trials` trials varied, what was chosen, the best and worst score on validation."""
-
-    name: str
-    num_trials: int
-    chosen: dict[str, str]
-    best: float
-    worst: float
-
-
 def training_of(run: RunData, candidate: RecordedCandidate) -> TrainingSummary:
     """How the fits of one candidate went."""
     fits = [fit for fit in run.fits if fit.candidate == candidate.name]
@@ -134,20 +123,6 @@ def compute_of(run: RunData) -> Compute:
         most_workers=max(fit.num_workers for fit in fits),
         engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)),
     )
-
-
-def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
-    """One entry per tuned candidate, in the order of the study; trials without a finished fit have no score."""
-    found = []
-    for candidate in run.candidates:
-        if not (trials := [trial for trial in run.trials if trial.candidate == candidate.name]):
-            continue
-        chosen, tried = flattened(candidate.recipe), [flattened(trial.recipe) for trial in trials]
-        varied = {field: value for field, value in chosen.items() if any(recipe.get(field) != value for recipe in tried)}
-        means = [float(np.mean(known)) for trial in trials if (known := [f.score for f in trial.fits if f.score is not None])]
-        ordered = sorted(means, key=lambda mean: sign * mean) or [NAN]
-        found.append(Tuned(candidate.name, len(trials), varied, best=ordered[-1], worst=ordered[0]))
-    return tuple(found)
 
 
 def _median(values: Sequence[float]) -> float:

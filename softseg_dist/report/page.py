@@ -17,9 +17,16 @@ from matplotlib.figure import Figure
 from softseg_dist import words
 from softseg_dist.data.check import ALIKE
 from softseg_dist.numerics.metrics import TABLE
-from softseg_dist.report.diagrams import agreement_figure, pareto_figure, reliability_figure
 from softseg_dist.report.export import csv_tables
-from softseg_dist.report.figures import MOST, curve_figure, forest_figure, learning_figure, shown
+from softseg_dist.report.figures import (
+    MOST,
+    agreement_figure,
+    curve_figure,
+    forest_figure,
+    learning_figure,
+    reliability_figure,
+    shown,
+)
 from softseg_dist.report.findings import (
     WHERE,
     answer,
@@ -107,8 +114,7 @@ def write_csv(run: Path) -> list[Path]:
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
     """Those that the run has data for, each with its text for readers who cannot see it."""
-    title, measures, pareto = summary.objective_title, summary.measures, summary.searched.pareto
-    names = shown(summary)
+    title, measures, names = summary.objective_title, summary.measures, shown(summary)
     calibrated = [n for n in names if n in measures.reliability]
     pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
@@ -116,8 +122,6 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
         found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
     if summary.curves:
         found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
-    if pareto is not None and pareto.points:
-        found["pareto"] = pareto_figure(summary, pareto), "Candidates in two objectives; the front is in the table"
     if calibrated:
         found["reliability"] = reliability_figure(summary, calibrated), "Reliability diagrams, one per candidate"
     if pair:

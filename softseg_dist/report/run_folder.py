@@ -33,15 +33,13 @@ class RecordedCandidate:
     """A candidate as recorded: its name, the JSON of its recipe, and whether a search proposed it.
 
     `recipe` is the one that was trained, `planned` the one of the study file, which may have been tuned since; {} for a
-    proposed one, whose `params` the search drew. `raced` is None unless it was given up early; `note` is what a reader of its
-    results should know.
+    proposed one. `raced` is None unless it was given up early; `note` is what a reader of its results should know.
     """
 
     name: str
     recipe: Mapping[str, Any]
     proposed: bool
     planned: Mapping[str, Any]
-    params: Mapping[str, Any]
     raced: RaceRecord | None = None
     note: str = ""
 
@@ -209,7 +207,6 @@ def _candidates(
             recipe=records.get(name, {}).get("recipe") or fixed.get(name) or {},
             proposed=name not in fixed,
             planned=fixed.get(name) or {},
-            params=records.get(name, {}).get("params") or {},
             raced=_record(RaceRecord, folder / "fits" / name / "race.json", "a race", RERUN),
             note=records.get(name, {}).get("note") or "",
         )

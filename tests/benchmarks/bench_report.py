@@ -20,7 +20,6 @@ from record import Headline, record
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from synthetic_measures import ALL
 from synthetic_run import CELLS, write_run
-from synthetic_search import draw_parameters
 
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
@@ -47,7 +46,6 @@ def main(candidates: int, splits: int) -> None:
             raters=("rater1", "rater2", "rater3", "rater4"),
             measured=ALL,
         )
-        draw_parameters(folder)
         num_rows = _add_validation(folder)
         seconds = {}
         before = time.perf_counter()

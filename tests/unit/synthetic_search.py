@@ -20,25 +20,6 @@ def give_up(folder: Path, candidate: str, after: int, incumbent: str) -> None:
     table[(table["candidate"] != candidate) | (table["split"] < after)].to_parquet(folder / "results.parquet")
 
 
-def draw_parameters(folder: Path, seed: int = 0) -> dict[str, dict[str, object]]:
-    """Give all proposed candidates parameters: `omega`, which follows their score on test, and two that mean nothing."""
-    generator = np.random.default_rng(seed)
-    table = pd.read_parquet(folder / "results.parquet")
-    rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean") & (table["subset"] == "test")]
-    means, drawn = rows.groupby("candidate")["value"].mean(), {}
-    for path in sorted(folder.glob("fits/*/candidate.json")):
-        record = json.loads(path.read_text())
-        if record["origin"] == "proposed":
-            params = {
-                "omega": float(100 * means[record["name"]] - 70),
-                "lr": float(10 ** generator.uniform(-4, -2)),
-                "loss": str(generator.choice(["dice", "wing"])),
-            }
-            drawn[record["name"]] = params
-            _write(path, record | {"params": params})
-    return drawn
-
-
 def tune(folder: Path, candidate: str, rates: dict[float, float], chosen: float) -> None:
     """One trial of one fit per learning rate, with its score on validation; the candidate's recipe gets the `chosen` one."""
     path = folder / "fits" / candidate / "candidate.json"

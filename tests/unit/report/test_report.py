@@ -18,7 +18,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.figures import MOST, forest_figure, shown
-from softseg_dist.report.findings import answer, caveats, effects_answer, sites_answer
+from softseg_dist.report.findings import answer, caveats, effects_answer, scores_answer, sites_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
@@ -276,6 +276,13 @@ def test_what_weakens_a_test_is_read_with_care(tmp_path: Path):
     said = [text for text in caveats(summarise(load_run(folder))) if "nearly blind" in text]
     assert len(said) == 1
     assert f"({subject}, mean difference" in said[0]
+
+
+def test_one_tested_subject_is_said_once_and_makes_no_interval_approximate(tmp_path: Path):
+    summary = summarise(load_run(write_run(tmp_path, candidates=CELLS[:4], num_splits=1, num_tested=1)))
+    said = [scores_answer(summary), answer(summary), *caveats(summary)]
+    assert sum("only one subject" in text for text in said) == 1
+    assert not any("intervals are approximate" in text for text in said)
 
 
 def test_a_control_without_scores_is_not_compared_with(tmp_path: Path):

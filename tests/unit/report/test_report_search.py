@@ -6,11 +6,10 @@ import json
 from html import unescape
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from synthetic_run import CELLS, write_run, written_page
-from synthetic_search import draw_parameters, give_up, hold_out, nest, tune
+from synthetic_search import give_up, hold_out, nest, tune
 
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
@@ -55,36 +54,6 @@ def test_a_candidate_that_was_given_up_never_leads_whatever_its_few_splits_say(t
     assert after.winner.name == before.ranking[1].name
     assert after.ranking[-1].name == leader
     assert after.ranking[-1].rank == len(after.ranking)
-
-
-def test_the_parameter_that_decides_comes_first_and_noise_has_a_small_share(tmp_path: Path):
-    folder = searched(tmp_path)
-    drawn = draw_parameters(folder)
-    found = {importance.parameter: importance for importance in summary_of(folder).searched.importances}
-    assert next(iter(found)) == "omega"
-    assert found["omega"].correlation == pytest.approx(1)
-    assert found["omega"].num_candidates == len(TRIALS)
-    assert found["omega"].share > 0.7
-    assert max(found["lr"].share, found["loss"].share) < 0.5
-    best = sorted(params["omega"] for params in drawn.values())[-4:]  # type: ignore[type-var]
-    assert found["omega"].best == f"{best[0]:.3g} to {best[-1]:.3g}"
-    assert np.isnan(found["loss"].correlation)
-
-
-def test_a_conditional_parameter_counts_only_those_that_have_it(tmp_path: Path):
-    folder = searched(tmp_path)
-    draw_parameters(folder)
-    for i, name in enumerate(TRIALS):
-        path = folder / "fits" / name / "candidate.json"
-        record = json.loads(path.read_text())
-        kept = ("lr",) if i < 2 else ("lr", "omega") if i < 9 else ("lr", "loss")
-        _keep(path, record, kept)
-    found = {importance.parameter: importance.num_candidates for importance in summary_of(folder).searched.importances}
-    assert found == {"lr": 12, "omega": 7}  # of "loss" there are only three
-
-
-def _keep(path: Path, record: dict[str, dict[str, object]], kept: tuple[str, ...]) -> None:
-    path.write_text(json.dumps(record | {"params": {k: v for k, v in record["params"].items() if k in kept}}))
 
 
 def test_nobody_on_the_front_is_beaten_in_both_objectives(tmp_path: Path):
@@ -215,14 +184,13 @@ def test_an_interaction_is_found_and_said(tmp_path: Path):
 @pytest.mark.engine
 def test_the_page_tells_all_of_a_search(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], proposed=TRIALS[:6], num_splits=2, num_tested=4)
-    draw_parameters(folder)
     give_up(folder, "trial-0004", after=1, incumbent="trial-0001")
     tune(folder, CONTROL, {0.0003: 0.8, 0.003: 0.86}, chosen=0.003)
     study = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(study | {"second_objective": "brier"}))
     hold_out(folder, summary_of(folder).winner.name, CONTROL, gain=0.03)
     page, summary = written_page(folder).read_text(), summary_of(folder)
-    for told in ("Two objectives", "Which parameters mattered", "Given up early", "Tuning of each", "optim.lr 0.003"):
+    for told in ("Two objectives", "Given up early", "Tuning of each", "optim.lr 0.003"):
         assert told in page
     assert "Opened once, at 2026-11-20 10:00 UTC" in page
     assert page.index("8 held-out subjects, in no split") < page.index("<nav")
