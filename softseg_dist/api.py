@@ -68,6 +68,7 @@ TESTS: Final = {
     **dict.fromkeys(("difference", "low", "high"), "float64"),  # candidate minus reference, and its 95 % interval
     **dict.fromkeys(("p", "p_holm", "df"), "float64"),  # of the crossed test
     **dict.fromkeys(("p_wilcoxon", "p_corrected"), "float64"),  # over splits: Wilcoxon, corrected resampled t-test
+    **dict.fromkeys(("bootstrap_low", "bootstrap_high"), "float64"),
     **dict.fromkeys(("num_subjects", "num_splits", "num_pairs"), "int64"),
     "note": "string",
 }
@@ -212,6 +213,7 @@ class Run:
         rows = []
         for c in self._summary.comparisons:
             beside = {"p_wilcoxon": c.wilcoxon.p, "p_corrected": c.corrected.p}
+            beside |= dict(zip(("bootstrap_low", "bootstrap_high"), c.bootstrap, strict=True))
             rows.append(vars(c) | vars(c.crossed) | {"difference": c.crossed.mean} | beside)
         return _frame(rows, TESTS)
 

@@ -2,7 +2,7 @@
 
 The primary test is the crossed random-effects test over subjects and splits. All comparisons with the control on the objective
 are the one primary family, the other tables are secondary families; each is corrected by Holm. Wilcoxon's test, the corrected
-t-test and, from three sites on, a t-test over sites stand beside it without correction.
+t-test, the bootstrap and, from three sites on, a t-test over sites stand beside it without correction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ import numpy as np
 import pandas as pd
 
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
-from softseg_dist.numerics.statistics import LEVEL, NAN, SplitTest, TTest, corrected_t_test, holm, subject_test, wilcoxon_test
+from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.statistics import (
+    LEVEL,
+    NAN,
+    SplitTest,
+    TTest,
+    corrected_t_test,
+    holm,
+    paired_bootstrap,
+    subject_test,
+    wilcoxon_test,
+)
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, scores_by_rule, split_means
 from softseg_dist.words import interval_clause, number, p_clause
@@ -97,16 +108,18 @@ class Comparison:
     p_holm: float
     wilcoxon: SplitTest
     corrected: SplitTest
+    bootstrap: tuple[float, float]  # the ends of its interval
     by_split: dict[int, float]
     new_sites: TTest | None = None
 
 
 def comparisons_with(
-    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, site_of: Mapping[str, str]
+    ranked: Sequence[str], reference: str, scores: ScoreTables, ratio: float, study: Mapping[str, Any], site_of: Mapping[str, str]
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
-    `scores` are of the objective, `ratio` is test over training subjects of a split.
+    `scores` are of the objective, `ratio` is test over training subjects of a split; name and seed of the bootstrap are those
+    of the JSON of the `study`.
     """
     found = []
     for name in (name for name in ranked if name != reference):
@@ -121,6 +134,7 @@ def comparisons_with(
                 p_holm=NAN,
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
+                bootstrap=paired_bootstrap(table, seed_of("bootstrap", study["name"], study.get("seed", 0))),
                 by_split=by_split,
                 new_sites=new_sites_test(table, scores.subjects, site_of),
             )

@@ -145,7 +145,7 @@ def summarise(run: RunData) -> Summary:
         test_to_train=ratio,
         tested_times=(min(times[s] for s in everyone), max(times[s] for s in everyone)),
         ranking=ranking,
-        comparisons=comparisons_with(names, reference, scores, ratio, run.site_of),
+        comparisons=comparisons_with(names, reference, scores, ratio, run.study, run.site_of),
         rivals=rivals_of(names, scores),
         effects=main_effects(design, scores) if design else (),
         interactions=interactions(design, scores) if design else (),

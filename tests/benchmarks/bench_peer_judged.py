@@ -4,9 +4,9 @@ Run:     SOFTSEG_TEST_DATA=DATA python tests/benchmarks/bench_peer_judged.py --p
 Target:  its training takes at most 20 minutes
 
 The study is `nnunet_study.py`. Its folds go to nnU-Net through `softseg plan --write-splits`. nnU-Net plans and preprocesses its 2D
-configuration and trains both folds at once on a thread each: its own trainer, network, augmentation and schedule, but for batches of
-32 slices (it plans 366), few of them, and predictions without mirrored copies. So the table shows that predictions of nnU-Net are judged as ours are; which program
-is better after a full training, it does not show.
+configuration and trains both folds at once on a thread each: its own trainer, network, augmentation and schedule, but for
+batches of 32 slices (it plans 366), few of them, and predictions without mirrored copies. So the table shows that predictions
+of nnU-Net are judged as ours are; which program is better after a full training, it does not show.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def train_nnunet(python: Path, folder: Path, splits: Path, batches: int) -> None
     train = [str(python), "-c", TRAIN, NUMBER]
     numbers = [str(EPOCHS), str(batches)]
     folds = [subprocess.Popen([*train, str(fold), *numbers], env=settings, stdout=said, stderr=said) for fold in range(FOLDS)]
-    if any([fold.wait() for fold in folds]):
+    ended = [fold.wait() for fold in folds]
+    if any(ended):
         raise RuntimeError(f"nnU-Net has failed: {(folder / 'nnunet.log').read_text()[-2000:]}")
 
 

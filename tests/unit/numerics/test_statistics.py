@@ -1,4 +1,4 @@
-"""Statistics: the tests that stand beside the primary one, and Holm's correction."""
+"""Statistics: the tests that stand beside the primary one, Holm's correction and the bootstrap."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated_studies import simulate
 
-from softseg_dist.numerics.statistics import bland_altman, corrected_t_test, holm, subject_test, wilcoxon_test
+from softseg_dist.numerics.crossed_test import crossed_test
+from softseg_dist.numerics.statistics import bland_altman, corrected_t_test, holm, paired_bootstrap, subject_test, wilcoxon_test
 
 NAN = float("nan")
 PROPERTY = settings(max_examples=30, deadline=None)
@@ -66,6 +68,21 @@ def test_holm_by_hand():
 
 def test_holm_leaves_nan_out_of_the_count():
     assert holm([0.02, NAN, 0.5]) == pytest.approx([2 * 0.02, NAN, 0.5], nan_ok=True)
+
+
+def test_bootstrap_agrees_with_the_crossed_interval_within_a_factor():
+    table = simulate(np.random.default_rng(8), effect=0.4)
+    crossed, (low, high) = crossed_test(table), paired_bootstrap(table, seed=0)
+    assert low < np.nanmean(table) < high
+    assert 0.7 * (crossed.high - crossed.low) < high - low < 1.6 * (crossed.high - crossed.low)
+
+
+def test_bootstrap_is_reproducible_and_undefined_without_two_subjects_and_splits():
+    table = simulate(np.random.default_rng(9), subjects=8, splits=4, tested=2)
+    assert paired_bootstrap(table, seed=1) == paired_bootstrap(table, seed=1)
+    assert paired_bootstrap(table, seed=1) != paired_bootstrap(table, seed=2)
+    assert np.isnan(paired_bootstrap(np.full((2, 2), NAN), seed=0)).all()
+    assert np.isnan(paired_bootstrap(np.array([[0.1, 0.2]]), seed=0)).all()
 
 
 def test_limits_of_agreement_by_hand():
