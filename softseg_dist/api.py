@@ -22,6 +22,7 @@ import pandas as pd
 from softseg_dist.data.cases import DataSet
 from softseg_dist.data.splits import GivenSplits, Splits
 from softseg_dist.errors import UserError
+from softseg_dist.judging.results import SCHEMA
 from softseg_dist.prediction import Predictor, load_model
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.findings import answer
@@ -40,16 +41,8 @@ if TYPE_CHECKING:  # what imports Ray, MLflow or Optuna
 
 __all__ = ["Predictor", "Run", "evaluate", "load", "load_model", "run", "run_file"]
 
-RESULTS: Final = {
-    **dict.fromkeys(("study", "candidate"), "category"),
-    "split": "int32",  # -1: several fits together
-    "repeat": "int32",
-    **dict.fromkeys(("subset", "grid", "subject", "case", "class"), "category"),
-    "reference": "category",  # "mean" of the raters, one of them by name, "raters", or "truth"
-    "threshold": "float64",  # NaN: measured on the soft map
-    "metric": "category",
-    "value": "float64",
-}
+# The columns of `judging.results`, which says what they mean; a split is -1 where several fits together were measured.
+RESULTS: Final = {field.name: {"int32": "int32", "double": "float64"}.get(str(field.type), "category") for field in SCHEMA}
 RANKING: Final = {
     "rank": "Int64",  # from 1; missing without a score
     "candidate": "string",

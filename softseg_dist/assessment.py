@@ -1,8 +1,8 @@
 """Predictions that exist already, judged as a study judges its own: folders of maps and finished runs as candidates of one run.
 
 Every map is judged on the grid of its image, against what each rater drew. The rows of a case are a file that is named by all they
-follow from, so that the same call goes on where it ended. Without given splits a candidate is the models that it comes from: it
-has one value per subject, the mean over its splits where there are several.
+follow from, so that the same call goes on where it ended. Without given splits a candidate is the models that it comes from. Of
+several fits that predict a case, in splits or repeats, it has the mean of what all of them measure.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest
 from softseg_dist.judging.judge import judge
 from softseg_dist.judging.results import Head, merge_tables, write_frame, write_rows
-from softseg_dist.judging.rows import Measurement, Yardstick
+from softseg_dist.judging.rows import Yardstick
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
 from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled
@@ -39,17 +40,15 @@ from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
 from softseg_dist.study import NAME, Study
-from softseg_dist.training.task import FitResult, cases_path
+from softseg_dist.training.task import FitResult
 from softseg_dist.words import listed
 
 EVALUATION = "Evaluation"  # the type in study.json
 FOLD = re.compile(r"fold_(\d+)|(\d{3})")  # the folder of a split: nnU-Net's, or ours
-# In a mean over splits.
-KEPT = ["study", "candidate", "subset", "grid", "subject", "case", "class", "reference", "threshold", "metric"]
+KEPT = ["study", "candidate", "split", "subset", "grid", "subject", "case", "class", "reference", "threshold", "metric"]
 Key = tuple[int, str]  # split, case
-Fit = tuple[str, int]  # candidate, split
-Files = list[tuple[Path, ...]]  # of a case, from each folder of a split that has it
-Unit = tuple[Path, Head, Files]  # what is judged of a case: the folder of its rows, what they are about, its files
+Files = list[tuple[Path, ...]]  # of each map of a case: one for all classes, or one per class
+Unit = tuple[Head, tuple[Path, ...]]  # a map that is judged: what its rows are about, and its files
 Note = Callable[[str], None]
 
 
@@ -144,20 +143,12 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
         tables = {name: _rows_of_run(name, *run, asked, yardstick) for name, run in runs.items()}
         seen = {name: set(zip(rows["split"].astype(int), rows["case"].astype(str), strict=True)) for name, rows in tables.items()}
         wanted = _wanted(asked, {name: set(of) for name, of in (files | seen).items()}, note)
-        parts = _judge(asked, files, wanted, yardstick, folder)
-        for stale in (*folder.glob("fits/*/*.json"), folder / "results.parquet"):
-            stale.unlink(missing_ok=True)
-        for name, table in tables.items():
-            for split in {split for split, _ in wanted}:
-                parts[name, split] = [folder / "fits" / name / f"{split:03d}" / "run.parquet"]
-                parts[name, split][0].parent.mkdir(parents=True, exist_ok=True)
-                cases = [case for of_case, case in wanted if of_case == split]
-                write_frame(table[(table["split"] == split) & table["case"].isin(cases)], parts[name, split][0])
-        _write(asked, wanted, yardstick, parts, ledger)
-        for name, (trained, candidate) in runs.items() if asked.splits else ():
-            for fit in (fit for fit in trained.finished if fit.candidate == candidate):
-                known = {field: getattr(fit, field) for field in ("split", "repeat", "state", "thresholds", "test_score")}
-                ledger.write_result(FitResult(candidate=name, **known))
+        judged = _judge(asked, files, wanted, yardstick, folder)
+        for stale in folder.glob("fits/*/*.json"):
+            stale.unlink()
+        merge_tables(judged, folder / "results.parquet")
+        rows = pd.concat([pd.read_parquet(folder / "results.parquet"), *tables.values()], ignore_index=True)
+        _write(asked, wanted, yardstick, rows, ledger)
     return folder
 
 
@@ -216,7 +207,7 @@ def _run_of(place: str) -> tuple[RunData, str] | None:
 
 
 def _rows_of_run(name: str, run: RunData, candidate: str, asked: Assessment, yardstick: Yardstick) -> pd.DataFrame:
-    """The rows of a candidate on the grids of the files; without given splits their means over splits, in split 0.
+    """The rows of a candidate on the grids of the files, of all its fits; without given splits they are in split 0.
 
     Raises UserError unless cases, classes, mean volumes and given splits are the same.
     """
@@ -236,10 +227,11 @@ def _rows_of_run(name: str, run: RunData, candidate: str, asked: Assessment, yar
         tests = {split.index: set(split.test) for split in run.splits}
         if differing := [split.name for split in asked.splits if tests.get(split.index) != set(split.test)]:
             raise UserError(f"{name}: the test sets of {place} are not those of --splits in split {listed(differing)}")
-        return rows
+    else:
+        rows = rows.assign(split=0)
     at_all = rows["threshold"].isna() | (rows["threshold"] == FIXED) | rows["metric"].astype(str).str.startswith("reliability")
     at_all |= (rows["metric"] == "dice") & rows["threshold"].isin(CURVE)  # other thresholds are those of one fit
-    return rows[at_all].groupby(KEPT, observed=True, dropna=False)["value"].mean().reset_index().assign(split=0, repeat=0)
+    return rows[at_all]
 
 
 def _wanted(asked: Assessment, have: Mapping[str, set[Key]], note: Note) -> set[Key]:
@@ -265,65 +257,51 @@ def _wanted(asked: Assessment, have: Mapping[str, set[Key]], note: Note) -> set[
 
 def _judge(
     asked: Assessment, files: Mapping[str, Mapping[Key, Files]], wanted: set[Key], yardstick: Yardstick, folder: Path
-) -> dict[Fit, list[Path]]:
-    """The files of rows by candidate and split. Raises UserError with a line for every file that is no prediction, at the end."""
+) -> list[Path]:
+    """The files of rows. Raises UserError with a line for every file that is no prediction, at the end."""
     units = defaultdict[str, list[Unit]](list)
     subject_of = {case.name: case.subject for case in asked.cases}
     for name, of in files.items():
         for split, case in sorted(wanted):
             head = Head(asked.study["name"], name, split, 0, "test", "own", subject_of[case], case)
-            units[case].append((folder / "fits" / name / f"{split:03d}" / "judged", head, of[split, case]))
-    judged = partial(_judge_case, yardstick, label_values(asked.data))
+            units[case] += [(head, paths) for paths in of[split, case]]
+    judged = partial(_judge_case, yardstick, label_values(asked.data), folder)
     tasks = [(case, units[case.name]) for case in asked.cases if case.name in units]
-    parts, problems = defaultdict[Fit, list[Path]](list), list[str]()
-    for (_, of_case), done in zip(tasks, over_processes(judged, tasks), strict=True):
-        for (_, head, _), rows in zip(of_case, done, strict=True):
-            if isinstance(rows, Path):
-                parts[head.candidate, head.split].append(rows)
-            else:
-                problems.append(f"{head.candidate}: {rows}")
-    _refuse(problems)
-    return parts
+    done = list(chain(*over_processes(judged, tasks)))
+    _refuse(problem for problem in done if isinstance(problem, str))
+    return [rows for rows in done if isinstance(rows, Path)]
 
 
-def _judge_case(yardstick: Yardstick, values: Mapping[str, int], task: tuple[Case, Sequence[Unit]]) -> list[Path | str]:
-    """For each candidate and split the file of the rows of a case, or what is wrong with its maps."""
+def _judge_case(
+    yardstick: Yardstick, values: Mapping[str, int], folder: Path, task: tuple[Case, Sequence[Unit]]
+) -> list[Path | str]:
+    """For every map of a case the file of its rows, or what is wrong with it."""
     (case, units), done, data = task, list[Path | str](), None
     own_code = [metric.fingerprint for metric in yardstick.metrics]
     origin = [*case.sources(), str(yardstick), *own_code, str(values), str(softseg_dist.NUMERICS)]
-    for place, head, files in units:
+    for head, files in units:
         try:
-            name = digest(canonical_json([origin, [[sha256_of(path) for path in of] for of in files]]))
-            if not (rows := place / f"{case.name}-{name}.parquet").exists():
+            name = digest(canonical_json([origin, [sha256_of(path) for path in files]]))
+            rows = folder / "fits" / head.candidate / f"{head.split:03d}" / "judged" / f"{case.name}-{name}.parquet"
+            if not rows.exists():
                 data = data or case.load()
-                own = OwnMasks.of(data)
-                maps = (read_maps(of, data.geometry, values) for of in files)
-                measured = [judge(one, own, case.rater_names, yardstick, (FIXED,)) for one in maps]
-                place.mkdir(parents=True, exist_ok=True)
-                write_rows(head.rows(_mean(measured)), rows)
+                measured = judge(read_maps(files, data.geometry, values), OwnMasks.of(data), case.rater_names, yardstick, (FIXED,))
+                rows.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(head.rows(measured), rows)
             done.append(rows)
         except UserError as error:
-            done.append(str(error))
+            done.append(f"{head.candidate}: {error}")
     return done
 
 
-def _mean(measured: Sequence[list[Measurement]]) -> list[Measurement]:
-    """The means of what was measured on several maps of one case."""
-    values: dict[Measurement, list[float]] = defaultdict(list)
-    for line in (line for lines in measured for line in lines):
-        values[line._replace(value=0.0)].append(line.value)
-    return [line._replace(value=float(np.mean(of))) for line, of in values.items()]
-
-
-def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, parts: Mapping[Fit, list[Path]], ledger: Ledger) -> None:
-    """Everything that a report reads."""
+def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, rows: pd.DataFrame, ledger: Ledger) -> None:
+    """Everything that a report reads; `rows` are those of all maps and fits."""
     folder, subject_of = ledger.working, {case.name: case.subject for case in asked.cases}
     splits = asked.splits or (Split(index=0, test=tuple(sorted({subject_of[case] for _, case in wanted}))),)
-    tables = {(name, split): cases_path(folder / "fits" / name / f"{split:03d}") for name, split in parts}
-    for fit, path in tables.items():
-        merge_tables(parts[fit], path)
-    merge_tables(tables.values(), folder / "results.parquet")
-    scores = soft_scores(pd.read_parquet(folder / "results.parquet"), row_of(asked.study["objective"]).name)
+    rows = rows[[key in wanted for key in zip(rows["split"], rows["case"], strict=True)]]
+    rows = rows.groupby(KEPT, observed=True, dropna=False, sort=False)["value"].mean().reset_index().assign(repeat=0)
+    write_frame(rows, folder / "results.parquet")
+    scores = soft_scores(rows, row_of(asked.study["objective"]).name)
     for number, name in enumerate(asked.candidates):
         ledger.write_candidate(CandidateRecord(name=name, origin="fixed", number=number, recipe={}))
         for split, score in split_means(scores.of(name), scores.splits).items():

@@ -9,12 +9,12 @@ whole procedure is worth, search included; each outer split may have another win
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from softseg_dist.engine.context import prepare
@@ -27,9 +27,10 @@ from softseg_dist.pipeline import Finished, RunOptions, backend_of, make_folder,
 from softseg_dist.places import Place, replace_file
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
-from softseg_dist.report.scores import soft_scores
+from softseg_dist.report.scores import mean_of, soft_scores
 from softseg_dist.study import WINNER, Study
 from softseg_dist.study_file import StudyFile
+from softseg_dist.words import number
 
 KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what a row is about
 
@@ -51,28 +52,18 @@ class OuterWinner(Frozen):
 
     def line(self, control: str | None) -> str:
         """The outer split in one line."""
-        beside = f", {control} {_shown(self.control_holdout_score)}" if control not in (None, self.winner) else ""
-        scores = f"validation {_shown(self.validation_score)}, outer test {_shown(self.holdout_score)}{beside}"
+        beside = f", {control} {number(self.control_holdout_score, 4)}" if control not in (None, self.winner) else ""
+        scores = f"validation {number(self.validation_score, 4)}, outer test {number(self.holdout_score, 4)}{beside}"
         return f"Outer split {self.split:03d}: {self.winner} won, {scores}"
-
-
-class OuterRecord(Frozen):
-    """The outer splits that are complete, as `outer.json`."""
-
-    study: str
-    objective: str | dict[str, Any]  # as in study.json
-    control: str | None
-    planned: int
-    outer: tuple[OuterWinner, ...] = ()
 
 
 @dataclass(frozen=True)
 class Nested:
-    """The outcome of a nested run: one `Finished` for every outer split that it reached, and the record of the complete ones."""
+    """The outcome of a nested run: one `Finished` for every outer split that it reached; the complete ones as in `outer.json`."""
 
     folder: str
     runs: tuple[Finished, ...]
-    record: OuterRecord
+    record: dict[str, Any]
     interrupted: bool
 
     @property
@@ -84,7 +75,7 @@ class Nested:
 
     def plain(self) -> dict[str, Any]:
         """For json.dumps."""
-        return {"run": self.folder, "reports": [str(run.report) for run in self.runs], **json_of(self.record)}
+        return {"run": self.folder, "reports": [str(run.report) for run in self.runs], **self.record}
 
 
 def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Nested:
@@ -102,8 +93,9 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
         one.make_splits(prepared.sites, prepared.persons)
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
-    objective = study.model_dump(mode="json")["objective"]
-    record = OuterRecord(study=study.name, objective=objective, control=study.control, planned=len(splits))
+    outer: list[dict[str, Any]] = []
+    record = {"study": study.name, "objective": json_of(study)["objective"], "control": study.control}
+    record |= {"planned": len(splits), "outer": outer}
     runs: list[Finished] = []
     tables: list[pd.DataFrame] = []
     interrupted = False
@@ -119,7 +111,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
                 if runs[-1].outcome.interrupted:
                     break
                 if (found := _outer_winner(one, split.index, name, run)) is not None:
-                    record = record.replace(outer=(*record.outer, found[0]))
+                    outer.append(json_of(found[0]))
                     tables.append(found[1])
                     _write(copy, record, tables)
                     shown.note(found[0].line(study.control))
@@ -137,6 +129,10 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
     winner, control = holdout.opened[-1].winner, study.control
     rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / TABLE)
     scores = soft_scores(rows, study.objectives[0].row.name)
+
+    def known(candidate: str) -> float | None:
+        return None if math.isnan(mean := mean_of(scores.of(candidate))) else mean
+
     on_validation = [r.score for r in ledger.results().values() if r.candidate == winner and r.score is not None]
     found = OuterWinner(
         split=split,
@@ -144,8 +140,8 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
         winner=winner,
         recipe=ledger.candidates()[winner].recipe,
         validation_score=fmean(on_validation),
-        holdout_score=_mean(scores.of(winner)),
-        control_holdout_score=None if control is None else _mean(scores.of(control)),
+        holdout_score=known(winner),
+        control_holdout_score=None if control is None else known(control),
     )
     shown = {WINNER: winner} | ({} if control is None else {control: control})
     of_each = [_over_fits(rows[rows["candidate"] == name], label, split) for label, name in shown.items()]
@@ -160,17 +156,8 @@ def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
     return means.assign(candidate=label, split=split, repeat=0, subset="test", grid="own")
 
 
-def _write(copy: WorkingCopy, record: OuterRecord, tables: list[pd.DataFrame]) -> None:
-    write_frame(pd.concat(tables, ignore_index=True).assign(study=record.study), copy.folder / "outer.parquet")
-    text = json.dumps(json_of(record), indent=1)
+def _write(copy: WorkingCopy, record: dict[str, Any], tables: list[pd.DataFrame]) -> None:
+    write_frame(pd.concat(tables, ignore_index=True).assign(study=record["study"]), copy.folder / "outer.parquet")
+    text = json.dumps(record, indent=1)
     replace_file(copy.folder / "outer.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     copy.push("outer.parquet", "outer.json")
-
-
-def _mean(table: Any) -> float | None:
-    known = table[~np.isnan(table)]
-    return float(known.mean()) if known.size else None
-
-
-def _shown(score: float | None) -> str:
-    return "undefined" if score is None else f"{score:.4f}"

@@ -298,8 +298,8 @@ def _end(outcome: Outcome) -> tuple[str, str, int]:
 
 
 def _say_outer(nested: Nested) -> None:
-    record = nested.record
-    typer.echo(f"Numbers  {nested.folder}/outer.json and outer.parquet: {len(record.outer)} of {record.planned} outer splits")
+    done, planned = len(nested.record["outer"]), nested.record["planned"]
+    typer.echo(f"Numbers  {nested.folder}/outer.json and outer.parquet: {done} of {planned} outer splits")
     for run in nested.runs:
         if run.report is not None:
             typer.echo(f"Report   {run.report}")

@@ -23,6 +23,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
+ROUNDING = 1e-6  # values this far outside [0, 1] are clipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +99,6 @@ class DataSet(Frozen, ABC):
             if lacks := case.missing():
                 raise UserError(lacks[0])
         return cases
-
-
-ROUNDING = 1e-6  # labels this far outside [0, 1] are rounding errors of the tool that wrote them, and are clipped
 
 
 @dataclass(frozen=True)
@@ -265,13 +263,16 @@ def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
         if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
             raise UserError(f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}")
         return (values == mask.value).astype(np.float32)
+    return within_0_1(
+        values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
+    )
+
+
+def within_0_1(values: Float32, what: str, place: str) -> Float32:
+    """The values, without rounding errors of the tool that wrote them. Raises UserError if one is NaN or lies outside [0, 1]."""
     low, high = float(values.min()), float(values.max())
-    if low < -ROUNDING or high > 1 + ROUNDING:
-        worst = high if high > 1 + ROUNDING else low
-        raise UserError(
-            f"{what}: labels must lie in [0, 1], got {worst:g} in {mask.path}; "
-            'scale it, or name one value of an integer map in the study file as "part:value"'
-        )
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise UserError(f"{what} must lie in [0, 1], got {high if high > 1 + ROUNDING else low:g} in {place}")
     return values.clip(0, 1)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase
+from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase, within_0_1
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.volume import read_volume, stem_of
@@ -35,6 +35,7 @@ FORMS = {  # of names
 }
 CUT_FROM = {"mask": "softseg", "whole": "npz"}  # a mask is not read where the soft map that it was cut from lies beside it
 KEYS = ("probabilities", "softmax")  # of nnU-Net 2 and 1
+Match = tuple[str, str, Path]  # a file of a case: the form of its name, its class ("" for all), where it is
 
 
 class Found(NamedTuple):
@@ -61,17 +62,18 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
     case_of = {name: case.name for case in reversed(cases) for name in _names_of(case)}
     class_of = {name: label for label in classes for name in (re.sub(r"[^A-Za-z0-9.+-]+", "-", label), label)}
     forms = {form: _compiled(text, case_of, class_of) for form, text in ({"": pattern} if pattern else FORMS).items()}
-    found: dict[str, dict[str, dict[str, list[Path]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found = defaultdict[str, list[Match]](list)
     surplus: list[Path] = []
     for path in sorted(folder.rglob("*") if pattern else folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(SUFFIXES) or path.name.endswith(NOT_READ):
             continue
         name = path.relative_to(folder).as_posix()
-        matches = [(form, match) for form, rule in forms.items() if (match := rule.fullmatch(name))]
-        for form, match in matches[:1]:
+        for form, match in ((form, match) for form, rule in forms.items() if (match := rule.fullmatch(name))):
             label = match.groupdict().get("label")
-            found[case_of[match["case"]]][form][class_of[label] if label else ""].append(path)
-        surplus += [] if matches else [path]
+            found[case_of[match["case"]]].append((form, class_of[label] if label else "", path))
+            break
+        else:
+            surplus.append(path)
     files, problems = _of_cases(found, classes, folder)
     return Found(files, tuple(problems), tuple(surplus))
 
@@ -91,24 +93,26 @@ def _compiled(form: str, case_of: Mapping[str, str], class_of: Mapping[str, str]
 
 
 def _of_cases(
-    found: Mapping[str, Mapping[str, Mapping[str, list[Path]]]], classes: Sequence[str], folder: Path
+    found: Mapping[str, Sequence[Match]], classes: Sequence[str], folder: Path
 ) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """The files of each case, and what is wrong; `found`: case -> form -> class ("" for all) -> files."""
-    files, seen = {}, {label for forms in found.values() for of in forms.values() for label in of}
+    """The files of each case, and what is wrong."""
+    files: dict[str, tuple[Path, ...]] = {}
+    seen = {label for matches in found.values() for _, label, _ in matches}
     nowhere = [label for label in classes if found and "" not in seen and label not in seen]
     problems = [f"class {label} is in no file of {folder}; there are {listed(sorted(seen))}" for label in nowhere]
-    for case, forms in sorted(found.items()):
-        kept = [of for form, of in forms.items() if CUT_FROM.get(form) not in forms]
-        paths = {label: same for of in kept for label, same in of.items()}
-        if len(kept) > 1 or any(len(same) > 1 for same in paths.values()) or ("" in paths and len(paths) > 1):
-            several = listed([path for of in kept for same in of.values() for path in same])
+    for case, matches in sorted(found.items()):
+        forms = {form for form, _, _ in matches}
+        kept = [(label, path) for form, label, path in matches if CUT_FROM.get(form) not in forms]
+        paths = dict(kept)
+        if len(paths) < len(kept) or ("" in paths and len(paths) > 1):
+            several = listed([path for _, path in kept])
             problems.append(f"case {case}: one file, or one per class, got {several}; remove what is not meant, or give a pattern")
         elif "" in paths:
-            files[case] = tuple(paths[""])
+            files[case] = (paths[""],)
         elif lacking := [label for label in classes if label not in (*paths, *nowhere)]:
             problems.append(f"case {case} has no file of class {', '.join(lacking)} in {folder}")
         elif not nowhere:
-            files[case] = tuple(paths[label][0] for label in classes)
+            files[case] = tuple(paths[label] for label in classes)
     return files, problems
 
 
@@ -135,12 +139,12 @@ def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) 
     Raises UserError that names rule, value and file if it lies on another grid, is NaN or outside [0, 1], or has unknown values.
     """
     if files[0].suffix == ".npz":
-        return _in_range(_probabilities(files[0], grid, len(values)), files[0])
+        return _soft(_probabilities(files[0], grid, len(values)), files[0])
     if len(files) > 1:
-        return np.stack([_in_range(_voxels(path, grid), path) for path in files])
+        return np.stack([_soft(_voxels(path, grid), path) for path in files])
     whole = _voxels(files[0], grid)
     if len(values) == 1 and (whole.max() <= 1 + ROUNDING or (whole != np.rint(whole)).any()):
-        return _in_range(whole[None], files[0])
+        return _soft(whole[None], files[0])
     maps = np.stack([whole == value for value in values.values()])
     if (unknown := whole[~maps.any(axis=0) & (whole != 0)]).size:
         meant = ", ".join(f"{value} ({label})" for label, value in values.items())
@@ -178,9 +182,5 @@ def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
     return np.ascontiguousarray(grid.to_canonical(stored[-num_classes:].astype(np.float32).transpose(0, 3, 2, 1)))
 
 
-def _in_range(maps: Float32, path: Path) -> Float32:
-    low, high = float(maps.min()), float(maps.max())
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        worst = low if low < -ROUNDING or np.isnan(low) else high
-        raise UserError(f"a prediction must lie in [0, 1], got {worst:g} in {path}; scale it")
-    return maps.clip(0, 1)
+def _soft(maps: Float32, path: Path) -> Float32:
+    return within_0_1(maps, "a prediction", f"{path}; scale it")

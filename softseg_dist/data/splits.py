@@ -65,10 +65,6 @@ class Splits(Frozen, ABC):
         there are too few people.
         """
 
-    @abstractmethod
-    def first(self, num_splits: int) -> Self:
-        """The same rule, cut to its first `num_splits` splits, which stay what they were."""
-
     def of_cases(self, subjects: Mapping[str, str], cases: Mapping[str, str], seed: int) -> tuple[Split, ...]:
         """As `make`, for rules that know cases by name: `cases` maps each to its person."""
         return self.make(subjects, seed)
@@ -78,8 +74,8 @@ class Splits(Frozen, ABC):
         return self
 
     def small(self) -> Splits:
-        """The rule of --debug, which keeps a few subjects: two splits."""
-        return self.first(2)
+        """Two splits, for --debug: it keeps a few subjects, which may be of one site, or not those that a file names."""
+        return MonteCarlo(count=2)
 
 
 class MonteCarlo(Splits):
@@ -117,9 +113,9 @@ class MonteCarlo(Splits):
             splits.append(Split(index=index, train=train, validation=validation, test=test))
         return tuple(splits)
 
-    def first(self, num_splits: int) -> Self:
-        """See `Splits.first`."""
-        return self.replace(count=min(num_splits, self.count))
+    def small(self) -> Splits:
+        """See `Splits.small`."""
+        return self.replace(count=min(2, self.count))
 
 
 class KFold(Splits):
@@ -140,7 +136,7 @@ class KFold(Splits):
         if len(subjects) < needed:
             raise UserError(f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
         splits = []
-        for index in range(self._num_splits):
+        for index in range(self.folds * self.rounds)[: self.count]:
             number, fold = divmod(index, self.folds)
             order = _spread(subjects, f"{seed}/kfold" + (f"/round/{number}" if number else ""))
             begin, end = (len(order) * k // self.folds for k in (fold, fold + 1))
@@ -151,13 +147,9 @@ class KFold(Splits):
             splits.append(Split(index=index, train=train, validation=validation, test=tuple(sorted(order[begin:end]))))
         return tuple(splits)
 
-    def first(self, num_splits: int) -> Self:
-        """See `Splits.first`."""
-        return self.replace(count=min(num_splits, self._num_splits))
-
-    @property
-    def _num_splits(self) -> int:
-        return min(self.count or self.folds * self.rounds, self.folds * self.rounds)
+    def small(self) -> Splits:
+        """See `Splits.small`."""
+        return self.replace(count=min(2, self.count or 2))
 
 
 class LeaveOneSiteOut(Splits):
@@ -192,14 +184,6 @@ class LeaveOneSiteOut(Splits):
             test = tuple(sorted(subjects.keys() - others.keys()))
             splits.append(Split(index=index, train=train, validation=validation, test=test))
         return tuple(splits)
-
-    def first(self, num_splits: int) -> Self:
-        """See `Splits.first`."""
-        return self.replace(count=min(num_splits, self.count or num_splits))
-
-    def small(self) -> Splits:
-        """See `Splits.small`: a few subjects may be of one site."""
-        return MonteCarlo(count=2)
 
 
 class GivenSplit(Frozen):
@@ -249,14 +233,6 @@ class GivenSplits(Splits):
             parts = (tuple(sorted(part)) for part in (train - validation, validation, test))
             splits.append(Split(index=index, **dict(zip(("train", "validation", "test"), parts, strict=True))))
         return tuple(splits)
-
-    def first(self, num_splits: int) -> Self:
-        """See `Splits.first`."""
-        return self.replace(given=self.bound(Path()).given[:num_splits])
-
-    def small(self) -> Splits:
-        """See `Splits.small`: the file names people who are left out."""
-        return MonteCarlo(count=2)
 
 
 def read_splits(path: Path) -> tuple[GivenSplit, ...]:

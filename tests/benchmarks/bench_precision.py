@@ -72,7 +72,7 @@ def _hippocampus() -> Study:
     recipe = study.candidates["soft"]
     recipe = recipe.replace(optim=recipe.optim.replace(epochs=12, patience=None))
     return study.replace(
-        subjects=30, splits=study.splits.first(SPLITS), candidates={"soft": recipe}, control=None, objective="dice_dml"
+        subjects=30, splits=study.splits.replace(count=SPLITS), candidates={"soft": recipe}, control=None, objective="dice_dml"
     )
 
 

@@ -29,7 +29,7 @@ FEWER_SPLITS = """
 from pathlib import Path
 from softseg_dist.study_file import load_study
 STUDY = load_study(Path({path!r})).study
-STUDY = STUDY.replace(splits=STUDY.splits.first({splits}))
+STUDY = STUDY.replace(splits=STUDY.splits.replace(count={splits}))
 """
 SMALL = """
 from softseg_dist import *

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -26,7 +27,9 @@ from softseg_dist import (
     UserError,
 )
 from softseg_dist.assessment import Assessment, assess
+from softseg_dist.judging.results import write_frame
 from softseg_dist.numerics.metrics import TABLE, Map, PerClass
+from softseg_dist.record.ledger import Ledger
 from softseg_dist.report.findings import answer
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import summarise
@@ -177,6 +180,20 @@ def test_with_given_splits_subjects_and_splits_are_crossed(root: Path, per_split
     tested = run.results.groupby("split")["subject"].unique()
     assert [sorted(map(str, tested[split])) for split in range(3)] == [[SUBJECTS[i] for i in test] for test in tests]
     assert {fit.key for fit in run.fits} == {f"{name}/{split:03d}" for name in ("p", "itself") for split in range(3)}
+
+
+def test_a_run_with_repeats_is_averaged_over_them(root: Path) -> None:
+    tests = [[0, 1], [2, 3], [4, 5]]
+    run = judged(root, {"p": predict(root / "p", moved)}, folds(root, tests), name="once")[0]
+    again = run.results.assign(repeat=1, value=run.results["value"] + 0.5)
+    write_frame(pd.concat([run.results, again]), run.folder / "results.parquet")
+    for fit in run.fits:
+        Ledger(run.folder).write_result(fit.replace(repeat=1))
+    twice = judged(root, {"p": root / "p", "run": run.folder / "fits/p"}, folds(root, tests), control="p")[0]
+    assert {fit.key for fit in twice.fits} == {f"{name}/{split:03d}" for name in ("p", "run") for split in range(3)}
+    summary = summarise(twice)
+    assert summary.comparisons[0].crossed.mean == pytest.approx(0.25)
+    assert [fits.missing for fits in summary.training] == [0, 0]
 
 
 def test_a_subject_in_several_test_sets_needs_a_folder_per_split(root: Path) -> None:

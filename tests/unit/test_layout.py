@@ -65,7 +65,7 @@ LAYERS = {
         "engine",
         "report",
     },
-    "nested": {"frozen", "places", "judging", "study", "study_file", "record", "engine", "report", "pipeline"},
+    "nested": {"frozen", "places", "words", "judging", "study", "study_file", "record", "engine", "report", "pipeline"},
     "assessment": {
         "errors",
         "frozen",
@@ -83,6 +83,7 @@ LAYERS = {
     "api": {
         "errors",
         "data",
+        "judging",
         "study",
         "study_file",
         "record",

@@ -49,9 +49,19 @@ def test_another_seed_gives_other_splits(rule: Splits) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_first_splits_of_a_rule_are_its_own(rule: Splits) -> None:
-    assert rule.first(2).make(PEOPLE, 3) == rule.make(PEOPLE, 3)[:2]
-    assert rule.first(100).make(PEOPLE, 3) == rule.make(PEOPLE, 3)
+def test_a_small_rule_has_the_first_two_splits(rule: Splits) -> None:
+    assert rule.small().make(PEOPLE, 3) == rule.make(PEOPLE, 3)[:2]
+
+
+def test_a_smaller_count_keeps_the_first_splits() -> None:
+    for rule in (MonteCarlo(), KFold(), KFold(rounds=2), LeaveOneSiteOut()):
+        assert rule.replace(count=2).make(SITES, 3) == rule.make(SITES, 3)[:2]
+    assert KFold(count=100).make(PEOPLE, 3) == KFold().make(PEOPLE, 3)
+
+
+@pytest.mark.parametrize("rule", [LeaveOneSiteOut(), GIVEN], ids=str)
+def test_a_rule_that_needs_all_people_has_a_small_one_that_does_not(rule: Splits) -> None:
+    assert len(rule.small().make(dict.fromkeys("xyz", ""), 0)) == 2
 
 
 def test_a_larger_count_extends_monte_carlo_splits() -> None:
@@ -152,7 +162,6 @@ def test_leaving_out_sites_needs_three_that_are_known() -> None:
         LeaveOneSiteOut().make({f"p{i}": "AB"[i % 2] for i in range(9)}, 0)
     with pytest.raises(UserError, match=r"got none for p3; .*participants.tsv"):
         LeaveOneSiteOut().make({f"p{i}": "ABC-"[i % 4].strip("-") for i in range(6)} | {"p5": "B"}, 0)
-    assert LeaveOneSiteOut().first(2).make(SITES, 0) == LeaveOneSiteOut().make(SITES, 0)[:2]
 
 
 def write(tmp_path: Path, content: object, name: str = "splits_final.json") -> GivenSplits:
@@ -172,7 +181,6 @@ def test_what_nnunet_validates_on_is_the_test_set_and_a_fifth_of_its_training_se
     assert splits == rule.make(TEN, 0)
     assert [split.validation for split in splits] != [split.validation for split in rule.make(TEN, 1)]
     assert splits_final(splits, {s: s for s in TEN}) == json.loads((tmp_path / "splits_final.json").read_text())
-    assert rule.first(1).make(TEN, 0) == splits[:1]
 
 
 def test_the_splits_of_a_run_can_be_given_and_come_back(tmp_path: Path) -> None:
