@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -29,30 +29,17 @@ from softseg_dist.data.geometry import Float32, Float64, Geometry, Shape3
 from softseg_dist.errors import UserError
 
 Vector3 = tuple[float, float, float]
+Wobble = Callable[[Float64], Float64]  # how far a rater moves the boundary: directions [P 3] -> mm [P]
 
 TRUTH_POINTS = (8, 8, 4)  # sample points per voxel and axis for the exact partial volume (volumes are right to 0.5 %)
 RATER_POINTS = (4, 4, 2)  # where fewer points are enough: a rater's mask asks only whether the partial volume reaches 1/2
 FAR = 3.0  # half axes: no rater draws an ellipsoid that large
 
 
-@dataclass(frozen=True, eq=False)
-class Wobble:
-    """A smooth random function of direction: bias + sd sqrt(2/M) sum_m cos(waves_m . n + phases_m), in mm."""
-
-    bias_mm: float
-    sd_mm: float
-    waves: Float64  # [M 3]
-    phases: Float64  # [M]
-
-    @classmethod
-    def draw(cls, generator: np.random.Generator, bias_mm: float, sd_mm: float, num_waves: int = 6) -> Wobble:
-        """Waves of about two periods around the body."""
-        return cls(bias_mm, sd_mm, generator.normal(0, 2.0, (num_waves, 3)), generator.uniform(0, 2 * math.pi, num_waves))
-
-    def __call__(self, directions: Float64) -> Float64:
-        """[P 3] -> [P]"""
-        waves = np.cos(directions @ self.waves.T + self.phases).sum(axis=1)
-        return self.bias_mm + self.sd_mm * math.sqrt(2 / len(self.phases)) * waves
+def draw_wobble(generator: np.random.Generator, bias_mm: float, sd_mm: float) -> Wobble:
+    """A smooth random function of direction: bias + sd sqrt(2/6) sum_m cos(waves_m . n + phases_m), of about two periods."""
+    waves, phases = generator.normal(0, 2.0, (6, 3)), generator.uniform(0, 2 * math.pi, 6)
+    return lambda directions: bias_mm + sd_mm * math.sqrt(2 / 6) * np.cos(directions @ waves.T + phases).sum(axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +114,15 @@ def partial_volume(
     centers = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing_mm, strict=True)]
     grid = np.stack(np.meshgrid(*centers, indexing="ij"), axis=-1).reshape(-1, 3)
     coarse = [max(1, round(s / min(spacing_mm) / 2)) for s in spacing_mm]
-    looks = [_union(bodies, grid + offset, wobble) for offset in _offsets(coarse, spacing_mm)]
+
+    def union(places: Float64) -> NDArray[np.bool_]:
+        return np.any([body.inside(places, wobble) for body in bodies], axis=0)
+
+    looks = [union(grid + offset) for offset in _offsets(coarse, spacing_mm)]
     some, every = (combine(looks, axis=0).reshape(shape) for combine in (np.any, np.all))
     mixed = np.flatnonzero(ndimage.grey_dilation(some, (3, 3, 3)) != ndimage.grey_erosion(every, (3, 3, 3)))
-    hits = np.zeros(len(mixed))
-    for offset in _offsets(points, spacing_mm):
-        hits += _union(bodies, grid[mixed] + offset, wobble)
     share = every.astype(np.float32).reshape(-1)
-    share[mixed] = hits / math.prod(points)
+    share[mixed] = sum(union(grid[mixed] + offset).astype(float) for offset in _offsets(points, spacing_mm)) / math.prod(points)
     return share.reshape(shape)
 
 
@@ -142,13 +130,6 @@ def _offsets(points: Sequence[int], spacing_mm: Sequence[float]) -> Float64:
     """Regular places within a voxel, from its centre [prod(points) 3]."""
     places = [((np.arange(n) + 0.5) / n - 0.5) * s for n, s in zip(points, spacing_mm, strict=True)]
     return np.array(list(itertools.product(*places)))
-
-
-def _union(bodies: Sequence[Body], points: Float64, wobble: Wobble | None) -> NDArray[np.bool_]:
-    inside = np.zeros(len(points), dtype=bool)
-    for body in bodies:
-        inside |= body.inside(points, wobble)
-    return inside
 
 
 SPACING_MM: dict[int, Vector3] = {2: (0.5, 0.5, 2.5), 3: (1.0, 1.0, 1.0)}
@@ -251,7 +232,7 @@ class PhantomCase(Case):
         truth = partial_volume(target, grid, phantom.spacing_mm)
         masks = []
         for rater, bias_mm in enumerate(phantom.rater_biases_mm()):
-            wobble = Wobble.draw(self._generator("rater", rater), bias_mm, phantom.disagreement_mm)
+            wobble = draw_wobble(self._generator("rater", rater), bias_mm, phantom.disagreement_mm)
             share = partial_volume(target, grid, phantom.spacing_mm, RATER_POINTS, wobble)
             masks.append((share >= 0.5).astype(np.float32))
         around = partial_volume(surround, grid, phantom.spacing_mm, RATER_POINTS) if surround else None

@@ -14,7 +14,6 @@ import json
 import signal
 import sys
 import threading
-import time
 import traceback
 from bdb import BdbQuit
 from collections.abc import Iterator, Mapping
@@ -93,15 +92,13 @@ def time_limit(limit_s: float | None, stacks: Path) -> Iterator[None]:
                 faulthandler.dump_traceback(file)
             raise TimeLimitExceeded
 
-    before, began_s = signal.signal(signal.SIGALRM, overrun), time.monotonic()
-    outer_s, _ = signal.setitimer(signal.ITIMER_REAL, limit_s)
+    before = signal.signal(signal.SIGALRM, overrun)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if outer_s:  # another timer ran before, such as that of a test
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer_s - (time.monotonic() - began_s)))
 
 
 def _in_debugger() -> bool:

@@ -68,10 +68,6 @@ class Host:
         if (job := self._jobs.get(key)) is not None:
             job.join()
 
-    def pid(self) -> int:
-        """That of this process."""
-        return os.getpid()
-
     def _work(self, message: Any, worker: Worker, news: SimpleQueue[tuple[str, Any]]) -> None:
         stream = self._streams.get()  # the same few again and again: memory that a stream has freed is for that stream
         too_large = False
@@ -128,10 +124,6 @@ class HostManager:
             self._overran[host] = {name for name, job in jobs.items() if now_s - job.since_s >= limit_s}
         del self._jobs[key]
         return bool(self._overran[host] - {key}) and key not in self._overran[host]
-
-    def pids(self) -> list[int]:
-        """Of all hosts."""
-        return ray.get([host.pid.remote() for host in self._hosts.values()])
 
 
 @contextmanager

@@ -220,7 +220,7 @@ class Session:
             if candidate.ended and name in self._open:
                 self._open.discard(name)
                 if self.tracker is not None:
-                    self.tracker.candidate_ended(name, list(candidate.results.values()), race=candidate.raced)
+                    self.tracker.candidate_ended(name, list(candidate.results.values()), candidate.raced)
 
 
 def _verdict(record: RaceRecord, study: Study) -> str:

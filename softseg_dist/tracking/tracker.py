@@ -54,6 +54,7 @@ class Tracker:
         self._records: queue.SimpleQueue[TrackingRecord | None] = queue.SimpleQueue()
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
+        self._known = False  # records are those of earlier sessions, which MLflow may have
         self._spool = Spool(self.folder / SPOOL)
         self.num_late = 0  # of the spooled records, those that were sent
         self._num_unkept = 0
@@ -82,17 +83,19 @@ class Tracker:
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
         with no fit left to run, `curve` gives the epochs of a fit if they are known, `races` the lost races.
         """
+        self._known = True
         for name, record in records.items():
             if not (own := [result for result in results if result.candidate == name]):
                 continue
-            self._put_candidate(name, record.recipe, known=True)
+            self._put_candidate(name, record.recipe)
             for result in own:
-                self._put_fit(result.key, record.recipe, {}, known=True)
+                self._put_fit(result.key, record.recipe, {})
                 for metrics in curve(result):
-                    self.epoch(result.key, metrics, known=True)
-                self.fit_ended(result, known=True)
+                    self.epoch(result.key, metrics)
+                self.fit_ended(result)
             if name in ended:
-                self.candidate_ended(name, own, race=(races or {}).get(name), known=True)
+                self.candidate_ended(name, own, (races or {}).get(name))
+        self._known = False
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
@@ -102,25 +105,23 @@ class Tracker:
             self._put_candidate(task.candidate, recipe)
         self._put_fit(task.key, recipe, {"softseg.attempt": str(task.attempt)})
 
-    def epoch(self, key: str, metrics: Mapping[str, float], *, known: bool = False) -> None:
+    def epoch(self, key: str, metrics: Mapping[str, float]) -> None:
         """A fit has finished an epoch; `metrics["epoch"]` is the step."""
-        step = int(metrics.get("epoch", 0))
-        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=step, known=known)
+        self._put_log(key, {name: value for name, value in metrics.items() if name != "epoch"}, step=int(metrics.get("epoch", 0)))
 
-    def fit_ended(self, result: FitResult, *, known: bool = False) -> None:
+    def fit_ended(self, result: FitResult) -> None:
         """A fit has ended, finished or failed."""
-        key = result.key
         texts = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
         tags = {f"softseg.{name}": text for name, text in texts.items() if text}
-        self._put_log(key, self._numbers(result), tags=tags, known=known)
-        self.close_run(key, "FINISHED" if result.state == "finished" else "FAILED", known=known)
+        self._put_log(result.key, self._numbers(result), tags=tags)
+        self.close_run(result.key, "FINISHED" if result.state == "finished" else "FAILED")
 
-    def close_run(self, key: str, status: str, *, known: bool = False) -> None:
+    def close_run(self, key: str, status: str) -> None:
         """Close a run. That of a fit without a result is "KILLED" if it was interrupted, "FAILED" if its processes died."""
         self._open.pop(key, None)
-        self._put(what="close", key=key, status=status, known=known)
+        self._put(what="close", key=key, status=status)
 
-    def candidate_ended(self, name: str, results: list[FitResult], *, race: RaceRecord | None = None, known: bool = False) -> None:
+    def candidate_ended(self, name: str, results: list[FitResult], race: RaceRecord | None = None) -> None:
         """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race."""
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
@@ -131,8 +132,8 @@ class Tracker:
             if len(values) > 1:
                 metrics[f"{metric}_sd"] = statistics.stdev(values)
         self._running.discard(name)
-        self._put_log(name, metrics, tags={"softseg.raced_out_by": race.incumbent} if race else {}, known=known)
-        self.close_run(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED", known=known)
+        self._put_log(name, metrics, tags={"softseg.raced_out_by": race.incumbent} if race else {})
+        self.close_run(name, "FINISHED" if any(r.score is not None for r in results) else "FAILED")
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Store a file with the study run, under `folder`. One of the run folder is known by its place in it: that may move."""
@@ -178,31 +179,27 @@ class Tracker:
         return numbers | second | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}
 
     def _put(self, **record: Any) -> None:
-        self._records.put({**record, "ms": int(time.time() * 1000)})
+        self._records.put({**record, "ms": int(time.time() * 1000), "known": self._known})
 
-    def _put_candidate(self, name: str, recipe: Mapping[str, Any], *, known: bool = False) -> None:
-        self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe), known=known)
+    def _put_candidate(self, name: str, recipe: Mapping[str, Any]) -> None:
+        self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe))
 
-    def _put_fit(self, key: str, recipe: Mapping[str, Any], tags: dict[str, str], *, known: bool = False) -> None:
+    def _put_fit(self, key: str, recipe: Mapping[str, Any], tags: dict[str, str]) -> None:
         candidate, fit = key.rsplit("/", 1)
         split, _, repeat = fit.partition("-r")
         tags = {"softseg.candidate": candidate, "softseg.split": split, "softseg.repeat": repeat or "0"} | tags
         name = f"{fit} {candidate}"  # MLflow's table cuts long names at their end
-        self._put_open(key, name, candidate, tags, parameters(recipe), known=known)
+        self._put_open(key, name, candidate, tags, parameters(recipe))
 
-    def _put_open(
-        self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str], *, known: bool = False
-    ) -> None:
+    def _put_open(self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str]) -> None:
         self._open[key] = None
-        self._put(what="open", key=key, name=name, parent=parent, tags=tags, known=known)
-        self._put_log(key, {}, params=params, known=known)
+        self._put(what="open", key=key, name=name, parent=parent, tags=tags)
+        self._put_log(key, {}, params=params)
 
-    def _put_log(
-        self, key: str, metrics: Mapping[str, float], step: int = 0, params: Texts = None, tags: Texts = None, known: bool = False
-    ) -> None:
+    def _put_log(self, key: str, metrics: Mapping[str, float], step: int = 0, params: Texts = None, tags: Texts = None) -> None:
         ms = int(time.time() * 1000)
         finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
-        self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {}, known=known)
+        self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {})
 
     # What follows runs in the thread.
 

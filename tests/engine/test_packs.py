@@ -40,7 +40,8 @@ at_once = threading.Barrier(SIZE)
 
 
 def train(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-    """A job: a fit that begins when as many as a host takes are there."""
+    """A job: a fit that begins when as many as a host takes are there; it leaves the host's process id beside its folder."""
+    Path(f"{json.loads(config['task'])['folder']}.pid").write_text(str(os.getpid()))
     at_once.wait(timeout=60)
     return run_fit(config, fit, None, worker, report)
 
@@ -92,6 +93,10 @@ def lost(job: Callable[[], Any]) -> LostJob:
     return raised.value
 
 
+def hosts_in(folder: Path) -> set[int]:
+    return {int(file.read_text()) for file in folder.glob("*.pid")}
+
+
 def assert_ends(pids: set[int]) -> None:
     until = time.monotonic() + 15
     while any(map(psutil.pid_exists, pids)):
@@ -106,14 +111,13 @@ def test_fits_in_one_host_end_as_if_they_were_alone_and_the_host_ends_with_the_s
     ran = [task.replace(folder=str(tmp_path / name)) for name, task in tasks.items()]
     with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
         together = list(trials.map(lambda task: in_pack(manager, task, epochs.append), ran))
-        pids = ray.get(manager.pids.remote())
-    assert len(pids) == 1
+    assert len(hosts_in(tmp_path)) == 1
     assert len(epochs) == sum(result["epochs"] for result in together)
     for name, result in zip(tasks, together, strict=True):
         folder, expected = alone[name]
         assert result == json.loads(json.dumps(expected)), name
         assert_same_files(Path(folder), tmp_path / name)
-    assert_ends(set(pids))
+    assert_ends(hosts_in(tmp_path))
 
 
 @pytest.mark.long
@@ -124,7 +128,7 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
         return lost(lambda: in_pack(manager, task, lambda report: both_train.wait(timeout=60) and None))
 
     ran = {name: tasks[name].replace(folder=str(tmp_path / name), checkpoint_every_s=0) for name in tasks}
-    both_train = threading.Barrier(SIZE, action=lambda: os.kill(*ray.get(manager.pids.remote()), 9))
+    both_train = threading.Barrier(SIZE, action=lambda: os.kill(*hosts_in(tmp_path), 9))
     with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
         ends = list(trials.map(ask, ran.values()))
         for name, task in ran.items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softseg_dist.data.cases import CaseData
-from softseg_dist.data.phantom import Body, Column, Ellipsoid, Phantom, PhantomCase, Wobble, partial_volume
+from softseg_dist.data.phantom import Body, Column, Ellipsoid, Phantom, PhantomCase, partial_volume
 from softseg_dist.errors import UserError
 
 KINDS = [Phantom(subjects=2, raters=3, shape=shape, dim=dim) for shape in ("cord", "lesions") for dim in (2, 3)]
@@ -58,8 +58,8 @@ def test_partial_volumes_are_those_of_dense_sampling() -> None:
 
 
 def test_a_constant_wobble_grows_a_ball_by_that_distance() -> None:
-    grown = Wobble(0.5, 0.0, np.zeros((1, 3)), np.zeros(1))
-    share = partial_volume([Ellipsoid((0, 0, 0), (3, 3, 3))], (10, 10, 10), (1, 1, 1), wobble=grown)
+    ball = [Ellipsoid((0, 0, 0), (3, 3, 3))]
+    share = partial_volume(ball, (10, 10, 10), (1, 1, 1), wobble=lambda directions: np.full(len(directions), 0.5))
     assert share.sum() == pytest.approx(4 / 3 * np.pi * 3.5**3, rel=0.005)
 
 
