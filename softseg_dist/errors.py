@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+def in_words(error: BaseException) -> str:
+    """Type and text of an exception, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def no_room(error: BaseException) -> str | None:
     """What to tell people if `error` means that a disk is full or may not be written; None if it means something else."""
     if not isinstance(error, OSError) or error.errno not in NO_ROOM_OR_RIGHTS:

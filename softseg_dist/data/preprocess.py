@@ -229,17 +229,16 @@ class Preprocess(Frozen):
     def _slices(self, case: Case, raters: Float32) -> tuple[int, ...] | None:
         if self.dim == 3:
             return None
+        every = tuple(range(len(raters)))
         if self.slices == "all" or not case.rater_names:  # an image to predict has no raters: all its slices count
-            return tuple(range(len(raters)))
+            return every
         labelled = np.flatnonzero(raters.any(axis=tuple(range(1, raters.ndim))))
-        if labelled.size:
-            return tuple(labelled.tolist())
-        if self.slices == "labelled|all":
-            return tuple(range(len(raters)))
-        raise UserError(
-            f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all slices '
-            "of such a case"
-        )
+        if not labelled.size and self.slices == "labelled":
+            raise UserError(
+                f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all '
+                "slices of such a case"
+            )
+        return tuple(labelled.tolist()) or every
 
 
 def _chosen(items: NDArray[Voxel], slices: tuple[int, ...] | None) -> NDArray[Voxel]:

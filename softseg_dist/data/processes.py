@@ -45,11 +45,6 @@ def num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def one_by_one(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[Result, None, None]:
-    """`map(function, tasks)`, in this process."""
-    yield from map(function, tasks)
-
-
 def over_processes(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None = None, pays_s: float = POOL_PAYS_S
 ) -> Generator[Result, None, None]:

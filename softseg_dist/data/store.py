@@ -33,7 +33,7 @@ from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remo
 from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
-from softseg_dist.data.processes import num_processors, one_by_one
+from softseg_dist.data.processes import num_processors, over_processes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
 from softseg_dist.words import dimensions
@@ -188,7 +188,7 @@ def build_store(
     data: DataSet,
     preprocess: Preprocess,
     progress: ProgressCallback | None = None,
-    spread: PartMap = one_by_one,
+    spread: PartMap = over_processes,
 ) -> Path:
     """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
 
@@ -411,10 +411,9 @@ def _records(
     first: CaseRecord | None = None
     for done, part in enumerate(parts, start=1):
         record = known.get(part.identity)
-        if record is None:
-            record = _only_record(next(prepared))
-        elif not record.is_intact():
-            record = _only_record(prepare_part(part))
+        if record is None or not record.is_intact():
+            path = next(prepared) if record is None else prepare_part(part)
+            record = next(read_records(path)[1])
         first = first or record
         if record.shape[1:] != first.shape[1:]:
             got = " and ".join(f"{dimensions(each.shape[1:])} for {each.about['name']}" for each in (first, record))
@@ -425,8 +424,3 @@ def _records(
         part.path.unlink(missing_ok=True)
         if progress is not None:
             progress(done, len(parts), part.case.name)
-
-
-def _only_record(path: Path) -> CaseRecord:
-    (record,) = read_records(path)[1]
-    return record

@@ -7,8 +7,7 @@ from pathlib import Path
 from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.file_digests import remembered_sha256
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.processes import one_by_one
-from softseg_dist.data.store import PartMap, ProgressCallback, Store, build_store, fingerprint
+from softseg_dist.data.store import ProgressCallback, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.locks import hold
 from softseg_dist.places import Place, cache_folder
@@ -30,22 +29,17 @@ def local_store(where: str | Path) -> Path:
 
 
 def shared_store(
-    folder: str | Path,
-    cases: tuple[Case, ...],
-    data: DataSet,
-    preprocess: Preprocess,
-    progress: ProgressCallback | None = None,
-    spread: PartMap = one_by_one,
+    folder: str | Path, cases: tuple[Case, ...], data: DataSet, preprocess: Preprocess, progress: ProgressCallback | None = None
 ) -> str:
     """Where the store of these cases is in `folder`, a path or URI; it is built on this machine if it is not there yet."""
     place = Place.at(folder)
     if place.path is not None:  # absolute: workers have their own working directories
-        return str(build_store(place.path, cases, data, preprocess, progress, spread))
+        return str(build_store(place.path, cases, data, preprocess, progress))
     here = cached_path(place).parent
     with remembered_sha256(here) as sha256:
         place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
     if not place.is_file():
-        place.push(build_store(here, cases, data, preprocess, progress, spread))
+        place.push(build_store(here, cases, data, preprocess, progress))
     return str(place)
 
 

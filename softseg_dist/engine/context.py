@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from softseg_dist.data.processes import over_processes
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store, shared_store
@@ -89,7 +88,7 @@ def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Call
         if done % max(1, total // 10) == 0:
             note(f"prepared {done} of {total} cases, the last one {name}")
 
-    return Prepared(shared_store(stores, cases, study.data, study.preprocess, say, over_processes))
+    return Prepared(shared_store(stores, cases, study.data, study.preprocess, say))
 
 
 class Backend(Protocol):

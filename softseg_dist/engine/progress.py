@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -19,7 +20,6 @@ from typing_extensions import override
 from softseg_dist.training.task import FitResult
 from softseg_dist.words import duration
 
-SHOWN_CANDIDATES = 24  # rows of the live table; a long search shows its first, the controls among them, and its latest
 LINE_EVERY_S = 10.0  # plain lines: at most one per fit and this long
 
 
@@ -32,16 +32,10 @@ def progress_for(stream: TextIO, *, as_json: bool = False, live: bool = True) ->
 
 @dataclass
 class Tally:
-    """One candidate's row."""
+    """A candidate: the fits that it will run, and the scores of those that have ended, None where one has failed."""
 
     splits: int = 0
-    scores: list[float] = field(default_factory=list)
-    failed: int = 0
-
-    @property
-    def mean(self) -> float | None:
-        """Mean score so far."""
-        return sum(self.scores) / len(self.scores) if self.scores else None
+    scores: list[float | None] = field(default_factory=list)
 
 
 class Progress:
@@ -74,7 +68,7 @@ class Progress:
 
     def finished(self, result: FitResult) -> None:
         """A fit has ended, with a score or failed."""
-        self.running.pop(result.key, None)
+        self.gone(result.key)
         self._count(result)
 
     def gone(self, key: str) -> None:
@@ -94,11 +88,7 @@ class Progress:
 
     def _count(self, result: FitResult) -> None:
         self.num_done += 1
-        tally = self.tallies[result.candidate]
-        if result.score is None:
-            tally.failed += 1
-        else:
-            tally.scores.append(result.score)
+        self.tallies[result.candidate].scores.append(result.score)
 
 
 class PlainLines(Progress):
@@ -168,7 +158,7 @@ class JsonLines(Progress):
 
 
 class LiveTable(Progress):
-    """A table of candidates that is redrawn in place, with the running fits and the time left below it."""
+    """The time left, the running fits and a table of candidates, redrawn in place; what is too long for the terminal is cut."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__(stream)
@@ -188,23 +178,16 @@ class LiveTable(Progress):
         self._live.stop()
 
     def render(self) -> RenderableType:
-        """The table as it stands. Called from rich's own thread, so it works on copies."""
-        table = Table("candidate", "fits", "mean score", box=None, header_style="bold", pad_edge=False)
-        rows = list(self.tallies.items())
-        hidden = len(rows) - SHOWN_CANDIDATES
-        if hidden > 0:
-            rows = rows[: SHOWN_CANDIDATES // 2] + rows[-SHOWN_CANDIDATES // 2 :]
-        for name, tally in rows:
-            failed = f", {tally.failed} failed" if tally.failed else ""
-            mean = "" if tally.mean is None else f"{tally.mean:.4f}"
-            table.add_row(name, f"{len(tally.scores) + tally.failed}/{tally.splits}{failed}", mean)
-        lines: list[RenderableType] = [table]
-        if hidden > 0:
-            lines.append(Text(f"and {hidden} more candidates", style="dim"))
-        lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
+        """The display as it stands. Called from rich's own thread, so it works on copies."""
         left = self.remaining_s()
-        lines.append(Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else "")))
-        return Group(*lines)
+        lines = [Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else ""))]
+        lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
+        table = Table("candidate", "fits", "mean score", box=None, header_style="bold", pad_edge=False)
+        for name, tally in self.tallies.copy().items():
+            scores = [score for score in tally.scores if score is not None]
+            failed = f", {len(tally.scores) - len(scores)} failed" if len(scores) < len(tally.scores) else ""
+            table.add_row(name, f"{len(tally.scores)}/{tally.splits}{failed}", f"{fmean(scores):.4f}" if scores else "")
+        return Group(*lines, table)
 
 
 def describe(metrics: dict[str, float]) -> str:

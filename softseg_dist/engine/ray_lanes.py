@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
 from softseg_dist.engine.worker import LostJob, Report
+from softseg_dist.errors import in_words
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import Worker
 
@@ -33,40 +35,38 @@ Run = Callable[[Any, Worker, Report], Any]
 """(message, worker, report) -> answer: a job, run by all workers of a lane with one message; rank 0's reports and answer count."""
 
 
+Event = tuple[str, Any]
+"""("report", what a job reports) while it runs, and then ("answer", its answer) or ("lost", why there is none)."""
+
+
 @dataclass
 class _Job:
-    number: int = 0
-    message: Any = None
-    taken: bool = True
-    reports: list[dict[str, str]] = field(default_factory=list)
-    answer: Any = None
-    lost: str | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.answer is not None or self.lost is not None
+    number: int
+    message: Any
+    taken: bool = False
+    ended: bool = False
+    events: list[Event] = field(default_factory=list)
 
 
 class Mailbox:
-    """Passes one job at a time to rank 0 of the group, and its reports and answer back. An actor."""
+    """Passes one job at a time to rank 0 of the group, and its events back. An actor."""
 
     def __init__(self) -> None:
-        self._job = _Job()
+        self._job = _Job(0, None, taken=True, ended=True)
         self._changed = asyncio.Condition()
         self._closed = False
 
     async def put(self, message: Any) -> None:
         """Give a job; the former one has ended."""
         async with self._changed:
-            self._job = _Job(self._job.number + 1, message, taken=False)
+            self._job = _Job(self._job.number + 1, message)
             self._changed.notify_all()
 
     async def take(self) -> tuple[int, Any] | None:
         """The next job with its number, for rank 0; None to call again. A job that was taken before died with its group."""
+        if self._job.taken:
+            await self.tell(self._job.number, "lost", "one of its workers died (killed, out of memory, or its machine was lost)")
         async with self._changed:
-            if self._job.taken and not self._job.ended and self._job.number:
-                self._job.lost = "one of its workers died (killed, out of memory, or its machine was lost)"
-                self._changed.notify_all()
             await self._until(lambda: self._closed or not self._job.taken)
             if self._closed:
                 return 0, None
@@ -75,24 +75,20 @@ class Mailbox:
             self._job.taken = True
             return self._job.number, self._job.message
 
-    async def report(self, number: int, report: dict[str, str]) -> None:
-        """Pass on a report."""
-        await self._change(number, lambda job: job.reports.append(report))
-
-    async def answer(self, number: int, answer: Any) -> None:
-        """The job has ended."""
-        await self._change(number, lambda job: setattr(job, "answer", answer))
-
-    async def lose(self, number: int, reason: str) -> None:
-        """The job will never be answered. The first reason counts."""
-        await self._change(number, lambda job: setattr(job, "lost", job.lost or reason))
-
-    async def news(self) -> tuple[list[dict[str, str]], Any, str | None]:
-        """New reports, the answer, the reason why there is none; waits for one of them."""
+    async def tell(self, number: int, kind: str, value: Any) -> None:
+        """Pass on an event of a job that has not ended; one that has was given up."""
         async with self._changed:
-            await self._until(lambda: bool(self._job.reports) or self._job.ended)
-            reports, self._job.reports = self._job.reports, []
-            return reports, self._job.answer, self._job.lost
+            if number == self._job.number and not self._job.ended:
+                self._job.events.append((kind, value))
+                self._job.ended = kind != "report"
+                self._changed.notify_all()
+
+    async def news(self) -> list[Event]:
+        """The new events; waits for one of them, but not for ever."""
+        async with self._changed:
+            await self._until(lambda: bool(self._job.events))
+            events, self._job.events = self._job.events, []
+            return events
 
     async def close(self) -> None:
         """Let the group end."""
@@ -100,17 +96,9 @@ class Mailbox:
             self._closed = True
             self._changed.notify_all()
 
-    async def _change(self, number: int, change: Callable[[_Job], None]) -> None:
-        async with self._changed:
-            if number == self._job.number and not self._job.ended:  # else it comes from a job that was given up
-                change(self._job)
-                self._changed.notify_all()
-
     async def _until(self, predicate: Callable[[], bool]) -> None:
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait_for(predicate), WAIT_S)
-        except TimeoutError:
-            return
 
 
 class Lane:
@@ -149,13 +137,12 @@ class Lane:
         nodes = _nodes()
         ray.get(self._mailbox.put.remote(message))
         while True:
-            reports, answer, lost = ray.get(self._mailbox.news.remote())
-            for news in reports:
-                report(news)
-            if answer is not None:
-                return answer
-            if lost is not None:
-                raise LostJob(lost, blameless=not nodes <= _nodes())
+            for kind, value in ray.get(self._mailbox.news.remote()):
+                if kind == "answer":
+                    return value
+                if kind == "lost":
+                    raise LostJob(value, blameless=not nodes <= _nodes())
+                report(value)
             if not self.alive:
                 raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
 
@@ -192,7 +179,7 @@ def run_alone(run: Run, resources: dict[str, float], message: Any, report: Repor
     raise AssertionError("a job answers or raises")
 
 
-def _do_job(run: Run, message: Any, device: str) -> Iterator[tuple[str, Any]]:
+def _do_job(run: Run, message: Any, device: str) -> Iterator[Event]:
     """The job's reports while it runs, then its answer."""
     reports: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1) as thread:
@@ -234,23 +221,19 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
 
         def send(report: dict[str, str], number: int = number) -> None:
             if rank == 0:
-                mailbox.report.remote(number, report)
+                mailbox.tell.remote(number, "report", report)
 
         worker = Worker(device=str(device), rank=rank, num_workers=num_workers)
         try:
             answer = run(message, worker, send)
         except Exception as error:
-            ray.get(mailbox.lose.remote(number, _in_words(error)))
+            died = "one of its workers died (killed, or out of memory)"
+            ray.get(mailbox.tell.remote(number, "lost", died if partner_died(error) else in_words(error)))
             raise
         if rank == 0:
-            ray.get(mailbox.answer.remote(number, answer))
+            ray.get(mailbox.tell.remote(number, "answer", answer))
 
 
 def _last_line(error: BaseException | None) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def _in_words(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return "one of its workers died (killed, or out of memory)" if partner_died(error) else text

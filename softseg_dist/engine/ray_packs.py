@@ -21,9 +21,10 @@ import torch
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softseg_dist.engine.ray_lanes import Run
+from softseg_dist.engine.ray_lanes import Event, Run
 from softseg_dist.engine.ray_private import cause_in, id_of_actor
 from softseg_dist.engine.worker import LostJob, Report
+from softseg_dist.errors import in_words
 from softseg_dist.numerics.seeds import drawing
 from softseg_dist.training.task import Worker
 
@@ -47,12 +48,12 @@ class Host:
             self._streams.put(torch.cuda.Stream() if gpu != CPU and torch.cuda.is_available() else None)
         self._jobs: dict[str, threading.Thread] = {}
 
-    def run(self, key: str, message: Any, client: int) -> Iterator[tuple[str, Any]]:
+    def run(self, key: str, message: Any, client: int) -> Iterator[Event]:
         """Run a job for the process `client`: ("began", None), reports, and at last ("answer", ...) or ("lost", why).
 
         The job stops when its client has died.
         """
-        news: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        news: SimpleQueue[Event] = SimpleQueue()
         worker = Worker(device=self._device, stop=lambda: not _is_alive(client))
         self._jobs[key] = threading.Thread(target=self._work, args=(message, worker, news), name=key, daemon=True)
         self._jobs[key].start()
@@ -68,7 +69,7 @@ class Host:
         if (job := self._jobs.get(key)) is not None:
             job.join()
 
-    def _work(self, message: Any, worker: Worker, news: SimpleQueue[tuple[str, Any]]) -> None:
+    def _work(self, message: Any, worker: Worker, news: SimpleQueue[Event]) -> None:
         stream = self._streams.get()  # the same few again and again: memory that a stream has freed is for that stream
         too_large = False
         try:
@@ -78,7 +79,7 @@ class Host:
             if isinstance(error, torch.AcceleratorError):
                 os._exit(1)  # no thread can use the GPU any more
             too_large = isinstance(error, torch.OutOfMemoryError)
-            ended = "lost", " ".join(f"{type(error).__name__}: {error}".split())
+            ended = "lost", in_words(error)
         if too_large:  # it is tried again in a process of its own, which needs what it has freed here
             with drawing:
                 torch.cuda.empty_cache()

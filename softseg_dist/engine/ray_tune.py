@@ -110,14 +110,14 @@ def _tune(session: Session, context: RunContext) -> None:
                 num_samples=-1,
                 max_concurrent_trials=ray_cluster.fits_at_once(resources),
                 reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
+                trial_name_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 storage_path=str(context.ledger.working),  # on this machine: nothing of Tune's is kept
                 name=".tune",
                 verbose=0,
-                callbacks=[_TuneErrors(session)] if alone else [_TuneErrors(session), _Sweeper()],
+                callbacks=[_TuneEvents(session)],
                 failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
             ),
         ).fit()
@@ -153,10 +153,6 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
         yield softseg_fit
 
 
-def _trial_name(trial: Any) -> str:
-    return str(trial.trial_id)
-
-
 class _Shared:
     """Tune pickles and copies what it is given; a session must be neither."""
 
@@ -167,11 +163,16 @@ class _Shared:
         return self
 
 
-class _TuneErrors(_Shared, tune.Callback):
-    """Reports fits whose process died or raised to the session."""
+class _TuneEvents(_Shared, tune.Callback):
+    """Reports fits whose process died or raised to the session, and frees the resources of lanes that were killed."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._session, self._next_s = session, 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + SWEEP_S
+            free_orphans()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
@@ -180,18 +181,6 @@ class _TuneErrors(_Shared, tune.Callback):
         node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and ray_cluster.node_is_gone(actor))
         cause = "its machine was lost" if node_lost else cause_in(text)
         self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost))
-
-
-class _Sweeper(_Shared, tune.Callback):
-    """Frees, between two steps of Tune, the resources of lanes that were killed."""
-
-    def __init__(self) -> None:
-        self._next_s = 0.0
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + SWEEP_S
-            free_orphans()
 
 
 class _TuneSearcher(_Shared, Searcher):
@@ -212,7 +201,7 @@ class _TuneSearcher(_Shared, Searcher):
             self._session.epoch(trial_id, json.loads(result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        if not error:  # errors come through `_TuneErrors`, which knows their cause
+        if not error:  # errors come through `_TuneEvents`, which knows their cause
             ending = (result or {}).get("ending", '{"kind": "lost"}')
             self._session.ended_as(trial_id, Ending.model_validate(json.loads(ending)))
 

@@ -75,7 +75,6 @@ class Session:
         self._running: dict[str, FitTask] = {}
         self._raced: set[str] = set()  # whose end by the race was reported
         self._noted: set[str] = set()
-        self._open: set[str] = set()  # candidates whose run the tracker holds open
         self._num_ended = self._num_given_up = 0
 
     def start(self) -> None:
@@ -85,10 +84,8 @@ class Session:
         for name in self.searcher.candidates:
             self._report_planned(name)
         self._raced |= {name for name, candidate in self.searcher.candidates.items() if candidate.raced}
-        ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
-        self._open |= {result.candidate for result in done} - {*ended}
         if self.tracker is not None:
-            ledger = self.searcher.ledger
+            ledger, ended = self.searcher.ledger, [name for name, each in self.searcher.candidates.items() if each.ended]
             self.tracker.recall(ledger.candidates(), done, ended, races=ledger.races())
 
     @property
@@ -107,7 +104,6 @@ class Session:
         if task is None:
             return None
         self._running[fit_id] = task
-        self._open.add(task.candidate)
         if task.candidate not in self.progress.tallies:
             self._report_planned(task.candidate)
         if self.tracker is not None:
@@ -217,10 +213,8 @@ class Session:
                 self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
             if candidate.note:
                 self._note_once(f"{name}: {candidate.note}")
-            if candidate.ended and name in self._open:
-                self._open.discard(name)
-                if self.tracker is not None:
-                    self.tracker.candidate_ended(name, list(candidate.results.values()), candidate.raced)
+            if candidate.ended and self.tracker is not None:
+                self.tracker.candidate_ended(name, list(candidate.results.values()), candidate.raced)
 
 
 def _verdict(record: RaceRecord, study: Study) -> str:

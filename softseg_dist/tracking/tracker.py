@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softseg_dist.errors import in_words
 from softseg_dist.frozen import leaves
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
 from softseg_dist.record.spool import SPOOL, Spool, TrackingRecord
@@ -122,7 +123,12 @@ class Tracker:
         self._put(what="close", key=key, status=status)
 
     def candidate_ended(self, name: str, results: list[FitResult], race: RaceRecord | None = None) -> None:
-        """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race."""
+        """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race.
+
+        Nothing happens if its run is not open.
+        """
+        if name not in self._open:
+            return
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
         numbers = [self._numbers(r) for r in results]
         for metric in ("score", "test_score", *(f"score_{second.row.name}" for second in self.study.objectives[1:])):
@@ -269,7 +275,7 @@ class Connection:
             # A server or database that cannot write now, as when its disk is full, takes the record later.
             unavailable = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE"
             self.lost = unavailable or self._server is None or self.reach() is not None
-            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return in_words(error)[:300]
         return None
 
     def reach(self) -> str | None:
@@ -279,7 +285,7 @@ class Connection:
             self._server.ping()
         except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
             self._server = None
-            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return in_words(error)[:300]
         return None
 
 

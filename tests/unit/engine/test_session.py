@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
-from softseg_dist.engine.progress import PlainLines, Progress
+from softseg_dist.engine.progress import LiveTable, PlainLines, Progress
 from softseg_dist.engine.session import Outcome, Session
 from softseg_dist.engine.worker import Ending, StopFile
 from softseg_dist.record.ledger import Ledger
@@ -151,3 +152,16 @@ def test_what_a_machine_could_not_do_is_told_once_however_many_fits_say_it(tmp_p
         ended = FitResult(candidate="a", split=split, state="finished", score=0.5, notes=(note,))
         session.ended_as(fit_id, Ending(kind="result", result=ended))
     assert [line for line in told.getvalue().splitlines() if note in line] == [f"a/000: {note}"]
+
+
+def test_the_live_table_shows_what_has_ended_and_what_runs() -> None:
+    table, text = LiveTable(io.StringIO()), io.StringIO()
+    table.planned("a", 4, 4)
+    for split, score in enumerate((0.5, 0.75, None)):
+        known = {"candidate": "a", "split": split, "score": score}
+        table.finished(FitResult(**known, **({"state": "finished"} if score else {"state": "failed", "reason": "nan"})))
+    table.epoch("a/003", {"epoch": 2.0, "loss": 0.25})
+    Console(file=text, width=80).print(table.render())
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    assert lines[0].startswith("3/4 fits, ")
+    assert lines[1:] == ["a/003 epoch 2 loss 0.25", "candidate fits mean score", "a 3/4, 1 failed 0.6250"]
