@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
@@ -123,17 +123,13 @@ def status_of(run: str) -> RunStatus:
 
 
 def show(status: RunStatus, console: Console) -> None:
-    """Print a status: a table on a terminal, one line per candidate elsewhere."""
+    """Print a status, with a line per candidate."""
     counts = f"{status.finished} of {status.planned} fits finished, {status.failed} failed"
     console.print(f"{status.study}: {counts}, {len(status.running)} running, {status.left} left")
-    if console.is_terminal:
-        table = Table("candidate", "fits", f"mean {status.objective}", box=None, header_style="bold", pad_edge=False)
-        for row in map(_row, status.candidates):
-            table.add_row(*row)
-        console.print(table)
-    else:
-        for row in map(_row, status.candidates):
-            console.print("  ".join(row).rstrip())
+    rows = [("candidate", "fits", f"mean {status.objective}"), *map(_row, status.candidates)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  ".join(map(str.ljust, row, widths)).rstrip())
     for fit in status.running:
         console.print(f"running {fit.key}: {fit.epochs} epochs, wrote {duration(fit.quiet_s)} ago", style="dim")
     goes_on = ", the same command goes on" if status.left or status.running else ""
@@ -169,14 +165,14 @@ def _candidate(
 
 
 def _running(place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: Executor) -> tuple[ActiveFit, ...]:
-    written: dict[str, float] = {}
+    written: defaultdict[str, float] = defaultdict(float)
     for name, entry in files.items():
-        parts = name.split("/")
-        if parts[0] == "fits" and len(parts) == 4:
-            written[f"{parts[1]}/{parts[2]}"] = max(written.get(f"{parts[1]}/{parts[2]}", 0.0), entry.modified_s)
-    checkpoint_s = study.get("resources", {}).get("checkpoint_every_s", 0.0)
-    left = {key: at for key, at in written.items() if f"fits/{key}.json" not in ended and f"fits/{key}/result.json" not in files}
-    quiet = {key: max(0.0, time.time() - at) for key, at in left.items()}
-    keys = sorted(key for key, seconds in quiet.items() if seconds < max(SEEMS_TO_RUN_S, 3 * checkpoint_s))
+        folder = name.rpartition("/")[0]
+        if re.fullmatch("fits/[^/]+/[^/]+", folder) and f"{folder}.json" not in ended and f"{folder}/result.json" not in files:
+            key = folder.removeprefix("fits/")
+            written[key] = max(written[key], entry.modified_s)
+    quiet = {key: max(0.0, time.time() - at) for key, at in written.items()}
+    limit_s = max(SEEMS_TO_RUN_S, 3 * study.get("resources", {}).get("checkpoint_every_s", 0.0))
+    keys = sorted(key for key, seconds in quiet.items() if seconds < limit_s)
     histories = readers.map(lambda key: (place / "fits" / key / "history.jsonl").read() or b"", keys)
     return tuple(ActiveFit(key, rows.count(b"\n"), quiet[key]) for key, rows in zip(keys, histories, strict=True))
