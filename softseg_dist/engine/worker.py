@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -71,8 +71,6 @@ Fit = Callable[[FitTask, Worker], FitResult]
 Report = Callable[[dict[str, str]], None]
 Job = Callable[[dict[str, str], Report], Mapping[str, str]]
 """(message of `message_of`, report) -> what `run_fit` returns; raises `LostJob`."""
-TimeLimit = Callable[[float | None, Path], AbstractContextManager[None]]
-"""(limit in s, file for the stacks) -> what ends the block if it takes longer."""
 
 
 class LostJob(Exception):
@@ -130,9 +128,7 @@ def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
     return {"task": json.dumps(task.model_dump(mode="json")), "stop": stop_file}
 
 
-def run_fit(
-    message: Mapping[str, Any], fit: Fit, sources: Sources | None, worker: Worker, report: Report, limit: TimeLimit = time_limit
-) -> dict[str, str]:
+def run_fit(message: Mapping[str, Any], fit: Fit, sources: Sources | None, worker: Worker, report: Report) -> dict[str, str]:
     """Run the fit of a `message_of`; returns {"ending": JSON of `Ending`}. Each of several workers calls this.
 
     The task's JSON may name classes of the study's `sources`.
@@ -149,18 +145,18 @@ def run_fit(
         ending = Ending(kind="interrupted")
     else:
         reporting = replace(worker, report=lambda metrics: report({"epoch": json.dumps(metrics)}), stop=stop)
-        ending = _guarded(task, fit, reporting, limit)
+        ending = _guarded(task, fit, reporting)
     return {"ending": json.dumps(ending.model_dump(mode="json"))}
 
 
-def _guarded(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> Ending:
+def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
     try:
         local_store(task.store)  # a node fetches it once, outside of any fit's time limit
         if not worker.leads:
             with tempfile.TemporaryDirectory() as scratch:  # the fit's own folder belongs to rank 0
-                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker, limit))
+                return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker))
         with mirrored(task) as (here, saved):
-            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved), limit))
+            return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))
     except Interrupted:
         return Ending(kind="interrupted")
     except UserError as error:
@@ -171,12 +167,12 @@ def _guarded(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> Endin
         return Ending(kind="user_error", text=text)  # every other fit would fail in the same way
 
 
-def _watched(task: FitTask, fit: Fit, worker: Worker, limit: TimeLimit) -> FitResult:
+def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     try:
-        with limit(task.time_limit_s, folder / STACK):
+        with time_limit(task.time_limit_s, folder / STACK):
             return fit(task, worker)
     except (Interrupted, UserError):
         raise

@@ -1,4 +1,4 @@
-"""Fits in this process end as they do through Ray: accidents, time limits, Ctrl-C, races and tuning; and Ray is not imported."""
+"""Fits in this process end as they do through Ray: accidents, Ctrl-C, races and tuning; and Ray is not imported."""
 
 from __future__ import annotations
 
@@ -74,22 +74,16 @@ def breaks(worker: Worker) -> None:
     raise ValueError("the fit broke")
 
 
-def hangs(worker: Worker) -> None:
-    time.sleep(60)
-
-
 def test_accidents_are_recorded_as_through_ray_and_the_fits_run_again(tmp_path: Path) -> None:
-    run, before = Run(tmp_path, study_of("a"), Resources(time_limit_s=0.3)), signal.getsignal(signal.SIGALRM)
-    run.faults |= {"a/000": breaks, "a/001": hangs, "a/002": lambda worker: sys.exit(3)}
+    run = Run(tmp_path, study_of("a"))
+    run.faults |= {"a/000": breaks, "a/002": lambda worker: sys.exit(3)}
     assert run.search() == Outcome(3, 0, 0, False)
-    assert run.starts == ["a/000", "a/000", "a/001", "a/001", "a/002", "a/002"]
-    assert {key: result.attempt for key, result in Ledger(tmp_path).results().items()} == {f"a/00{j}": 1 for j in range(3)}
+    assert run.starts == ["a/000", "a/000", "a/001", "a/002", "a/002"]
+    assert [result.attempt for _, result in sorted(Ledger(tmp_path).results().items())] == [1, 0, 1]
     text = run.lines.getvalue()
     assert "a/000: ValueError: the fit broke (see " in text
-    assert "a/001: took longer than its time limit of 0.3 s (see " in text
     assert "a/002: it ended with SystemExit(3)" in text
     assert "Traceback" not in text
-    assert signal.getsignal(signal.SIGALRM) is before
 
 
 def test_a_fit_that_breaks_twice_is_given_up_with_its_traceback_and_tried_again_next_time(tmp_path: Path) -> None:
@@ -155,14 +149,8 @@ def test_quitting_the_debugger_stops_the_study_and_loses_nothing(tmp_path: Path)
 
 
 def test_a_debugger_may_hold_a_fit_longer_than_its_time_limit(tmp_path: Path) -> None:
-    def traced(worker: Worker) -> None:
-        before = sys.gettrace()
-        sys.settrace(lambda *event: None)
-        time.sleep(0.3)
-        sys.settrace(before)
-
     run = Run(tmp_path, study_of("a", splits=1), Resources(time_limit_s=0.1))
-    run.faults["a/000"] = traced
+    run.faults["a/000"] = lambda worker: time.sleep(0.3)
     run.search()
     assert run.starts == ["a/000"]
 
