@@ -206,9 +206,8 @@ class Phantom(DataSet):
 
     def rater_biases_mm(self) -> list[float]:
         """How far outside the true boundary each rater draws on average; they add up to 0."""
-        if self.raters == 1:
-            return [0.0]
-        return [float(bias) for bias in np.linspace(-self.disagreement_mm, self.disagreement_mm, self.raters)]
+        outermost = self.disagreement_mm if self.raters > 1 else 0.0
+        return [float(bias) for bias in np.linspace(-outermost, outermost, self.raters)]
 
 
 class PhantomCase(Case):

@@ -87,15 +87,13 @@ def _nodes_for_fits() -> list[Mapping[str, Any]]:
 
 def _problems(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> list[str]:
     """What nodes answer, if it is not "", after a node's address and the start of its id: several may share a machine."""
-    asking: dict[str, tuple[str, Any]] = {}
+    waiting = []
     for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question)
-        name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-        asking[name] = node["NodeID"], task.remote(*given)
-    answers = {name: (node, _answer(waiting)) for name, (node, waiting) in asking.items()}
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return [f"{name} {answer}" for name, (node, answer) in answers.items() if answer and node in alive]  # one may have gone
+        waiting.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question).remote(*given))
+    answers = {node["NodeID"]: (node["NodeManagerAddress"], _answer(task)) for node, task in zip(nodes, waiting, strict=True)}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one may have gone
+    return [f"{address} ({node[:6]}) {answer}" for node, (address, answer) in answers.items() if answer and node in alive]
 
 
 def _answer(waiting: Any) -> str:
