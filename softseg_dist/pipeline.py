@@ -29,7 +29,7 @@ from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Place, replace_file
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
-from softseg_dist.record.spool import SPOOL
+from softseg_dist.record.status import SPOOL
 from softseg_dist.report.comparison import RunComparison, compare
 from softseg_dist.report.export import latex
 from softseg_dist.report.page import outer_json, summary_json, write_csv, write_outer_page, write_page

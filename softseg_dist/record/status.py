@@ -19,9 +19,9 @@ from rich.console import Console
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
 from softseg_dist.places import Entry, Place, working_folder
-from softseg_dist.record.spool import SPOOL
 from softseg_dist.words import duration
 
+SPOOL = "mlflow_spool.jsonl"  # in a run folder: records that MLflow has not got yet
 SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
 READERS = 16  # files that are read at a time: an object store takes some 30 ms for each
 Json = dict[str, Any]

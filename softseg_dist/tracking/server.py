@@ -23,7 +23,7 @@ os.environ |= ENVIRONMENT | os.environ  # MLflow reads some of them when it is i
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 
-from softseg_dist.record.spool import TrackingRecord  # noqa: E402
+from softseg_dist.tracking.tracker import TrackingRecord  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
 CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
-from softseg_dist.record.spool import SPOOL, Spool
-from softseg_dist.record.status import status_of
+from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
-from softseg_dist.tracking.tracker import Connection, Tracker, connect, default_uri
+from softseg_dist.tracking.tracker import Connection, Spool, Tracker, connect, default_uri
 from softseg_dist.training.task import FitResult, history_path
 
 

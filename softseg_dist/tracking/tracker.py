@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
 import re
 import statistics
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from softseg_dist.errors import in_words
 from softseg_dist.frozen import leaves
+from softseg_dist.places import replace_file
 from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
-from softseg_dist.record.spool import SPOOL, Spool, TrackingRecord
+from softseg_dist.record.status import SPOOL
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, FitTask
 
@@ -35,6 +37,7 @@ RETRY_S = 30.0  # pause between two tries to reach a server that is down
 CLOSE_S = 60.0  # longest wait for the thread at the end of a run; what is left then is spooled
 STUDY = "study"  # key of the study's run
 Texts = dict[str, str] | None
+TrackingRecord = dict[str, Any]
 NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
 
 
@@ -251,6 +254,43 @@ class Tracker:
         if spooled:
             self._spool.replace([])
         return True
+
+
+class Spool:
+    """Records that could not be sent yet, oldest first, in a file of JSON lines. A line torn by a crash is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[TrackingRecord]:
+        """All records, oldest first."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def append(self, records: Sequence[TrackingRecord]) -> None:
+        """Add records at the end. Raises OSError if not all could be written; adding them again does no harm."""
+        if not records:
+            return
+        with self.path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # ends a line that a crash or a full disk has torn
+            file.write(_lines(records))
+
+    def replace(self, records: Sequence[TrackingRecord]) -> None:
+        """Make `records` the whole content; none removes the file. Raises OSError, with nothing changed, if that cannot be."""
+        if records:
+            replace_file(self.path, lambda partial: partial.write_bytes(_lines(records)))
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def _lines(records: Sequence[TrackingRecord]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 class Connection:

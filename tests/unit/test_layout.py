@@ -31,7 +31,7 @@ LAYERS = {
     "training": {"errors", "frozen", "sources", "places", "numerics", "data", "judging", "study", "study_file"},
     "record": {"errors", "frozen", "sources", "places", "locks", "words", "data", "study", "training"},
     "search": {"errors", "numerics", "data", "study", "study_file", "training", "record"},
-    "tracking": {"errors", "frozen", "study", "study_file", "training", "record"},
+    "tracking": {"errors", "frozen", "places", "study", "study_file", "training", "record"},
     "engine": {
         "errors",
         "frozen",
@@ -201,7 +201,6 @@ SIZES = {
     "demo.py": "a copy of the quickstart study, which is that short",
     "errors.py": "every layer may raise UserError, so it imports nothing of the package",
     "numerics/seeds.py": "training, engine and report derive their seeds here, and none of them may import another",
-    "record/spool.py": "a queue on disk that tracking fills and `softseg sync` empties",
 }
 
 

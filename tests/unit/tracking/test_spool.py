@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Study
-from softseg_dist.record.spool import SPOOL, Spool
-from softseg_dist.tracking.tracker import Tracker, without_password
+from softseg_dist.tracking.tracker import SPOOL, Spool, Tracker, without_password
 
 RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
 
