@@ -75,7 +75,7 @@ def augment(
     Args:
         image: prepared images.
         target: the output of `labels.prepare_target`, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
-        transforms: those of a recipe; may be empty. A `Pairing` is left to `mix`.
+        transforms: those of a recipe; may be empty. A `Pairing` is left to `join`.
         seeds: one for each sample in this epoch.
         mode: the label mode.
         spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
@@ -85,7 +85,7 @@ def augment(
     assert len(image) == len(target) == len(seeds), f"{len(image)} images, {len(target)} targets, {len(seeds)} seeds"
     assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
     assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
-    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
+    frame = Frame.of(image, spacing_mm)
     return apply(image, target, draw_all(transforms, seeds, frame), mode, frame)
 
 
@@ -141,28 +141,8 @@ def pairs(transforms: Sequence[Augmentation]) -> bool:
     return any(isinstance(transform, Pairing) and not transform.idle for transform in transforms)
 
 
-def mix(
-    image: Tensor,
-    target: Tensor,
-    partner_image: Tensor,
-    partner_target: Tensor,
-    transforms: Sequence[Augmentation],
-    seeds: Sequence[int],
-    spacing_mm: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """Samples joined with their partners by every `Pairing` of `transforms`, in order; targets are soft then.
-
-    Args:
-        image, target: the output of `augment` for the samples, [B C *S] and [B K *S].
-        partner_image, partner_target: its output for their partners, each with its own seed and spacing.
-        transforms, seeds, spacing_mm: as in `augment`, of the samples.
-    """
-    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    return join(image, target, partner_image, partner_target, draw_all(transforms, seeds, frame, (Pairing,)))
-
-
 def join(image: Tensor, target: Tensor, partner_image: Tensor, partner_target: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
-    """`mix`, given the parameters that `draw_all` has drawn for pairs."""
+    """Augmented samples joined with their partners, given what `draw_all` has drawn for each `Pairing`; targets are soft then."""
     for transform, parameters in drawn:
         assert isinstance(transform, Pairing), transform
         image = transform.mix(image, partner_image, parameters)
@@ -187,11 +167,8 @@ def augment_case(
 
     Raises UserError if a transform needs an axis that the images lack.
     """
-    frame = Frame(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
-    drawn = [
-        (transform, parameters.expand(len(image), *parameters.shape[1:]))
-        for transform, parameters in draw_all(transforms, [seed], frame)
-    ]
+    frame = Frame.of(image, spacing_mm)
+    drawn = [(transform, p.expand(len(image), *p.shape[1:])) for transform, p in draw_all(transforms, [seed], frame)]
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Invertible)]
     if steps:
         image = _move(steps, frame)(image, "bilinear", "border")

@@ -34,7 +34,7 @@ class Loss(Frozen, ABC):
     """A number to minimise. A subclass implements `per_sample`, and the loss is its mean; plain torch, no `.item()`.
 
     A loss whose sums run over all samples of a batch, such as `BatchDice`, also gives `averaged`, `num_averaged` and
-    `of_averages`, or `of_batch` if the number of samples matters: then its value is the same for any number of workers.
+    `of_averages`: then its value is the same for any number of workers.
     Every `per_sample` and `averaged`, those of a subclass too, raises UserError if the shapes of prediction and target
     differ: broadcasting would hide the mistake.
     """
@@ -56,17 +56,13 @@ class Loss(Frozen, ABC):
         """M, for `classes` classes."""
         return 1
 
-    def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches, given the means [... M] of what `averaged` returns, for `classes` classes."""
+    def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The loss [...] of batches, given the means [... M] of what `averaged` returns over so many `samples`, of all workers."""
         return averages[..., 0]
-
-    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
-        """As `of_averages`, for batches of so many `samples`, those of all workers; training calls this one."""
-        return self.of_averages(averages, classes)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of the batch, a scalar."""
-        return self.of_batch(self.averaged(prediction, target).mean(dim=0), prediction.shape[1], len(prediction))
+        return self.of_averages(self.averaged(prediction, target).mean(dim=0), prediction.shape[1], len(prediction))
 
 
 Method = Callable[[Loss, Tensor, Tensor], Tensor]
@@ -123,14 +119,10 @@ class Sum(Loss):
         """The sum of all terms' M, for `classes` classes."""
         return sum(term.num_averaged(classes) for term in self.terms)
 
-    def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches of one sample, given the means [... M] of all terms."""
-        return self.of_batch(averages, classes, 1)
-
-    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
-        """The loss [...] of batches of so many samples, given the means [... M] of all terms."""
+    def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The loss [...] of batches, given the means [... M] of all terms."""
         of_terms = averages.split([term.num_averaged(classes) for term in self.terms], dim=-1)
-        return self._weighted([term.of_batch(m, classes, samples) for term, m in zip(self.terms, of_terms, strict=True)])
+        return self._weighted([term.of_averages(m, classes, samples) for term, m in zip(self.terms, of_terms, strict=True)])
 
     def _weighted(self, losses: list[Tensor]) -> Tensor:
         return torch.stack([w * loss for w, loss in zip(self.weights, losses, strict=True)]).sum(dim=0)
@@ -175,9 +167,9 @@ class AdaptiveWing(Loss):
         of_voxel = (curve + slope * (distance - self.theta).relu()).flatten(1)
         return of_voxel.sum(dim=1) if self.reduction == "sum" else of_voxel.mean(dim=1)
 
-    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+    def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
         """The mean or the sum [...] over the samples of batches, given the means [... 1] over them."""
-        return self.of_averages(averages, classes) * (samples if self.reduction == "sum" else 1)
+        return averages[..., 0] * (samples if self.reduction == "sum" else 1)
 
 
 class BCE(Loss):
@@ -482,7 +474,7 @@ class BatchDice(Loss):
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss [B] of each sample of `prediction` and `target` [B K *S] if it were a batch of its own."""
-        return self.of_averages(self.averaged(prediction, target), prediction.shape[1])
+        return self.of_averages(self.averaged(prediction, target), prediction.shape[1], 1)
 
     def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
         """sum p + sum y - 2 sum p y of every class, then sum p + sum y of every class [B 2K]."""
@@ -492,12 +484,8 @@ class BatchDice(Loss):
         """2K, for `classes` classes."""
         return 2 * classes
 
-    def of_averages(self, averages: Tensor, classes: int) -> Tensor:
-        """The loss [...] of batches of one sample, given the means [... 2K] of both sums."""
-        return self.of_batch(averages, classes, 1)
-
-    def of_batch(self, averages: Tensor, classes: int, samples: int) -> Tensor:
-        """The loss [...] of batches of so many samples, given the means [... 2K] of both sums."""
+    def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
+        """The loss [...] of batches, given the means [... 2K] of both sums."""
         mismatch, both = averages.split(classes, dim=-1)
         smooth = self.smooth
         if self.over == "batch and classes":

@@ -6,7 +6,6 @@ before `build` to start from the same weights.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -85,7 +84,8 @@ class _UNetModule(nn.Module):
         levels = list(pairwise(filters))
         self.first = TwoConv(dim, in_channels, filters[0], **blocks)
         self.down = nn.ModuleList(Down(dim, fine, coarse, **blocks) for fine, coarse in levels)
-        self.up = nn.ModuleList(UpCat(dim, coarse, fine, fine, **blocks, upsample=upsample) for fine, coarse in reversed(levels))
+        ups = (UpCat(dim, coarse, fine, fine, **blocks, upsample=upsample) for fine, coarse in reversed(levels))
+        self.up = nn.ModuleList(map(_UpsampleAndConcatenate, ups))
         for block in [module for module in self.modules() if relu_first and isinstance(module, Convolution)]:
             block.adn = ADN("AND", block.out_channels, blocks["act"], norm, dim, config.dropout, dropout_dim=dim)
         self.last = Conv["conv", dim](filters[0], out_channels, kernel_size=config.last_kernel, padding=config.last_kernel // 2)
@@ -117,32 +117,15 @@ def _num_outputs(layer: nn.Module) -> int | None:
     return layer.out_features if isinstance(layer, nn.Linear) else None
 
 
-def replace_upsampling(module: nn.Module) -> None:
-    """Replace MONAI's `UpCat` blocks inside `module` by faster ones; parameters and their names stay.
-
-    MONAI's blocks pad, and so copy, where nothing is missing. Their type checks also break a compiled network into parts.
-    """
-    if (blocks := sys.modules.get("monai.networks.nets.basic_unet")) is None:  # then `module` has no such block
-        return
-    for name, child in module.named_children():
-        if type(child) is blocks.UpCat:
-            setattr(module, name, _UpsampleAndConcatenate(child))
-        else:
-            replace_upsampling(child)
-
-
 class _UpsampleAndConcatenate(nn.Module):
-    """Upsamples a coarse map, concatenates it with the finer one of the `skip` connection, if any, and convolves both."""
+    """MONAI's `UpCat`, which pads, and so copies, where nothing is missing, and whose type checks break a compiled network into parts."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.upsample, self.convs = block.upsample, block.convs
-        self.train(block.training)
 
-    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.upsample(x)
-        if skip is not None:
-            missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, skip.shape[axis] - x.shape[axis])]
-            x = torch.cat([skip, pad(x, missing, "replicate") if any(missing) else x], dim=1)
-        y: Tensor = self.convs(x)
+        missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, skip.shape[axis] - x.shape[axis])]
+        y: Tensor = self.convs(torch.cat([skip, pad(x, missing, "replicate") if any(missing) else x], dim=1))
         return y

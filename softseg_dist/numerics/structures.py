@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,10 +87,9 @@ class Components(NamedTuple):
     sizes: npt.NDArray[np.intp]
 
 
-def components(mask: Mask, neighbours: Literal[26, 18] = 26) -> Components:
-    """The components of `mask`, to be compared with those of any number of other masks. With 18, corners alone do not connect."""
-    structure = ndimage.generate_binary_structure(mask.ndim, mask.ndim if neighbours == 26 else 2)
-    labels, number = ndimage.label(mask, structure=structure)
+def components(mask: Mask) -> Components:
+    """The components of `mask`, to be compared with those of any number of other masks."""
+    labels, number = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
     return Components(mask, labels, np.bincount(labels[mask], minlength=number + 1)[1:])
 
 

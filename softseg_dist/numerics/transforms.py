@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import AfterValidator, Field, PositiveFloat
@@ -57,6 +57,11 @@ class Frame:
     size: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     device: torch.device
+
+    @classmethod
+    def of(cls, image: Tensor, spacing_mm: Sequence[float]) -> Self:
+        """The grid of `image` [B C *S]."""
+        return cls(image.shape[1], tuple(image.shape[2:]), tuple(spacing_mm), image.device)
 
     @cached_property
     def _kept(self) -> dict[Hashable, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.numerics.augmentation import augment, mix, moves, pairs
+from softseg_dist.numerics.augmentation import augment, draw_all, join, moves, pairs
 from softseg_dist.numerics.patches import Window
 from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.transforms import Frame, Pairing
 from softseg_dist.study import Recipe
 from softseg_dist.training.targets import item_target, labelled_voxels
 from softseg_dist.training.task import FitTask
@@ -79,7 +80,8 @@ class Batches:
             for spacing_mm, rows in self._by_spacing(members).items():
                 part = image[rows], target[rows], partner_image[rows], partner_target[rows]
                 seeds = [self.augment_seed(epoch, members[row]) for row in rows]
-                image[rows], target[rows] = mix(*part, self.recipe.augment, seeds, spacing_mm)
+                drawn = draw_all(self.recipe.augment, seeds, Frame.of(image, spacing_mm), (Pairing,))
+                image[rows], target[rows] = join(*part, drawn)
         return image, target
 
     def partner(self, epoch: int, member: int) -> int:

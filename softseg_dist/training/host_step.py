@@ -97,7 +97,7 @@ class HostStepper(Stepper):
             mine[2] = self.checkpoint_is_due()
         sums = self.worker.sum(torch.cat([mine, shares.detach().double().sum(0)]))
         means = sums[3:].requires_grad_()
-        loss = self.recipe.loss.of_batch(means, prediction.shape[1], self.group.share.num_items)
+        loss = self.recipe.loss.of_averages(means, prediction.shape[1], self.group.share.num_items)
         (slope,) = torch.autograd.grad(loss, means)
         agreed: list[float] = torch.cat([loss.detach().reshape(1), sums[:3]]).tolist()
         return slope, agreed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from softseg_dist.data.preprocess import Sample
@@ -70,9 +70,6 @@ def _image(sample: Sample, device: str) -> Tensor:
 def _on_cpu(maps: Tensor) -> np.ndarray:
     on_cpu: np.ndarray = maps.float().cpu().numpy()
     return on_cpu
-
-
-AUGMENTATION: TypeAdapter[Augmentation] = TypeAdapter(Augmentation)
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def _invertible(card: ModelCard) -> tuple[Augmentation, ...]:
     found = []
     for description in card.recipe.get("augment", ()):
         try:
-            transform = AUGMENTATION.validate_python(description)
+            transform = Augmentation.model_validate(description)
         except ValidationError:  # a class of the study file, which is executed for a network only
             continue
         if isinstance(transform, UNDOABLE) and not transform.idle:

@@ -12,22 +12,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.activations import Activation
-from softseg_dist.numerics.networks import Network, replace_upsampling
+from softseg_dist.numerics.networks import Network
 from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.places import replace_file
 from softseg_dist.study import Recipe
 from softseg_dist.training.execution import Precision
 from softseg_dist.training.task import FitTask, checkpoint_path
-
-NETWORK: TypeAdapter[Network] = TypeAdapter(Network)
-ACTIVATION: TypeAdapter[Activation] = TypeAdapter(Activation)
-PATCH: TypeAdapter[Patch | None] = TypeAdapter(Patch | None)
 
 
 class Model(nn.Module):
@@ -47,7 +42,6 @@ class Model(nn.Module):
         self.network = network.build(channels, self.num_logits, dim)
         if not isinstance(self.network, nn.Module):
             raise UserError(f"build of {type(network).__name__} must return a torch.nn.Module, got {type(self.network).__name__}")
-        replace_upsampling(self.network)
         self.activation = activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
@@ -64,9 +58,9 @@ class Model(nn.Module):
 
         Raises pydantic.ValidationError if network, activation or patch are unknown.
         """
-        network = NETWORK.validate_python(recipe.get("network"))
-        activation = ACTIVATION.validate_python(recipe.get("activation"))
-        return cls(network, activation, channels, classes, dim, PATCH.validate_python(recipe.get("patch")))
+        network, activation = Network.model_validate(recipe.get("network")), Activation.model_validate(recipe.get("activation"))
+        patch = None if recipe.get("patch") is None else Patch.model_validate(recipe["patch"])
+        return cls(network, activation, channels, classes, dim, patch)
 
     def on(self, device: str) -> Self:
         """The model on `device`, with exact float32: by default torch lets a GPU round it to 10 bits in convolutions (TF32)."""

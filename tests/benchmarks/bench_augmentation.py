@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from record import Headline, record
 
-from softseg_dist import Affine, BiasField, Blur, Contrast, Elastic, Gamma, LowResolution, Mixup, Noise
-from softseg_dist.numerics.augmentation import augment, mix
+from softseg_dist import Affine, BiasField, Blur, Contrast, Elastic, Frame, Gamma, LowResolution, Mixup, Noise, Pairing
+from softseg_dist.numerics.augmentation import augment, draw_all, join
 from softseg_dist.numerics.labels import LabelMode
 
 BATCH, SIZE, REPEATS = 16, 96, 30
@@ -55,7 +55,11 @@ def main() -> None:
         work = partial(augment, image, target, (transform,), range(BATCH), "soft", SPACING_MM)
         name = type(transform).__name__
         rows[f"{name.lower()}_ms"] = f"{name} alone", work
-    mixed = partial(mix, image, target, image.flip(0), target.flip(0), (Mixup(),), range(BATCH), SPACING_MM)
+
+    def mixed() -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = draw_all((Mixup(),), range(BATCH), Frame.of(image, SPACING_MM), (Pairing,))
+        return join(image, target, image.flip(0), target.flip(0), drawn)
+
     rows["mixup_ms"] = "Mixup alone, partners at hand", mixed
     figures = {key: _milliseconds(work) for key, (_, work) in rows.items()}
     print(f"{'16 slices of 96 x 96, image and label':<48}{'ms':>8}{'ratio':>8}")

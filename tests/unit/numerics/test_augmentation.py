@@ -22,15 +22,17 @@ from softseg_dist import (
     Contrast,
     Elastic,
     Flip,
+    Frame,
     Gamma,
     Intensity,
     LowResolution,
     Mixup,
     Noise,
+    Pairing,
     Spatial,
 )
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.augmentation import augment, mix, pairs
+from softseg_dist.numerics.augmentation import augment, draw_all, join, pairs
 from softseg_dist.numerics.labels import LabelMode, harden
 
 Chain = tuple[Augmentation, ...]
@@ -85,7 +87,7 @@ def through(
     """Image and target after the whole chain; the partner of a sample has values of its own, by the sample's seed."""
     image, target = augment(image, target, chain, seeds, mode, spacing_mm)
     partners = [torch.stack([uniform(*maps.shape[1:], seed=seed % 997) for seed in seeds]).to(maps) for maps in (image, target)]
-    return mix(image, target, *partners, chain, seeds, spacing_mm)
+    return join(image, target, *partners, draw_all(chain, seeds, Frame.of(image, spacing_mm), (Pairing,)))
 
 
 def test_the_suite_runs_over_every_public_augmentation() -> None:

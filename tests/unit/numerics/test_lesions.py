@@ -93,14 +93,6 @@ def test_pairs_are_taken_by_falling_overlap_and_each_lesion_once():
     assert found["lesion_f1"] == 2 * 1 / (2 + 2)
 
 
-def test_18_neighbours_do_not_connect_by_a_corner():
-    mask = np.zeros((4, 4, 4), dtype=bool)
-    mask[1, 1, 1] = mask[2, 2, 2] = True
-    assert components(mask, neighbours=18).sizes.tolist() == [1, 1]
-    mask[1, 2, 2] = True
-    assert components(mask, neighbours=18).sizes.tolist() == [3]
-
-
 def test_false_lesions_are_counted_by_their_own_size():
     reference, prediction = line(30, 5), line(30, 5)
     reference[:] = False

@@ -166,7 +166,7 @@ def test_loss_and_gradient_of_a_batch_follow_from_the_averages_of_its_parts(loss
     whole = loss(prediction, target)
     shares = [loss.averaged(p, y) / 5 for p, y in zip(prediction.split(2), target.split(2), strict=True)]
     means = sum(share.detach().sum(0) for share in shares).requires_grad_()
-    in_parts = loss.of_batch(means, 2, 5)
+    in_parts = loss.of_averages(means, 2, 5)
     torch.testing.assert_close(in_parts, whole, rtol=1e-12, atol=0)
     (slope,) = torch.autograd.grad(in_parts, means)
     (of_parts,) = torch.autograd.grad(sum((share * slope).sum() for share in shares), prediction)
@@ -224,7 +224,7 @@ class AveragesTwo(Loss):
     def num_averaged(self, classes: int) -> int:
         return 2
 
-    def of_averages(self, averages: Tensor, classes: int) -> Tensor:
+    def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
         return averages.sum(dim=-1)
 
 

@@ -7,13 +7,14 @@ import itertools
 import pytest
 import torch
 from monai.networks.nets import BasicUNet, DynUNet
+from monai.networks.nets.basic_unet import UpCat
 from public_classes import assert_covered
 from pydantic import ValidationError
 from torch import nn
 
 from softseg_dist import Recipe
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.networks import Network, UNet, replace_upsampling
+from softseg_dist.numerics.networks import Network, UNet, _UpsampleAndConcatenate
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.training.model import build_model
 
@@ -148,15 +149,14 @@ def test_impossible_networks_are_refused(fields: dict[str, object]) -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (32, 40, 35)])
-def test_monais_own_network_computes_the_same_with_faster_upsampling_and_a_compiler_follows(size: tuple[int, ...]) -> None:
-    module = BasicUNet(len(size), 1, 2, features=(2, 2, 4, 4, 4, 2))
-    image, names = torch.randn(2, 1, *size), list(module.state_dict())
-    expected = module(image)
-    gradients = torch.autograd.grad(expected.sum(), list(module.parameters()))
-    replace_upsampling(module)
-    assert list(module.state_dict()) == names
-    assert torch.equal(module(image), expected)
-    found = torch.autograd.grad(module(image).sum(), list(module.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(gradients, found, strict=True))
-    compiled = torch.compile(module, dynamic=False, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(image), expected)
+def test_upsampling_computes_what_monais_block_does_and_a_compiler_follows(size: tuple[int, ...]) -> None:
+    block = UpCat(len(size), 4, 2, 2, "relu", ("batch", {"affine": True}), bias=False, upsample="nontrainable")
+    ours = _UpsampleAndConcatenate(block)
+    skip, coarse = torch.randn(2, 2, *size), torch.randn(2, 4, *(n // 2 for n in size))
+    expected, found = block(coarse, skip), ours(coarse, skip)
+    assert list(ours.state_dict()) == list(block.state_dict())
+    assert torch.equal(found, expected)
+    both = [torch.autograd.grad(output.sum(), list(block.parameters())) for output in (expected, found)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    compiled = torch.compile(ours, dynamic=False, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(coarse, skip), expected)
