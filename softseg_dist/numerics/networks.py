@@ -118,7 +118,7 @@ def _num_outputs(layer: nn.Module) -> int | None:
 
 
 class _UpsampleAndConcatenate(nn.Module):
-    """MONAI's `UpCat`, which pads, and so copies, where nothing is missing, and whose type checks break a compiled network into parts."""
+    """MONAI's `UpCat` without its copies, by padding where nothing is missing, and type checks, which a compiler stops at."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()

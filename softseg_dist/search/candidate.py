@@ -81,7 +81,7 @@ class CandidateState:
         return self.means if self.raced is None or self.failed else self.raced.values
 
     def again(self, task: FitTask, attempt: int) -> None:
-        """A fit that was emitted did not end: it runs again, before all others, unless it is not needed any more."""
+        """A fit that was emitted did not end: it runs again, before all others, if it is still needed."""
         if not self.closed and task.slot not in self.results:
             self.todo.appendleft((task.split, task.repeat, attempt))
 

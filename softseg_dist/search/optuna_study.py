@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution, distribution_to_json, json_to_distribution
 from optuna.samplers import TPESampler
-from optuna.storages import InMemoryStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
@@ -33,22 +33,20 @@ NO_LOCK = SimpleNamespace(acquire=lambda: True, release=lambda: None)
 
 
 class OptunaStudy:
-    """Trials by number; `asked` is the number of the next one. `log` is the journal to write, None keeps the trials in memory."""
+    """Trials by number; `asked` is the number of the next one. `log` is the journal to write."""
 
-    def __init__(self, study: Study, log: Path | None = None) -> None:
+    def __init__(self, study: Study, log: Path) -> None:
         assert study.search is not None
         self._study, self._search, self.asked = study, study.search, 0
         self._open: dict[str, optuna.Trial] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what is experimental may change; Optuna is pinned
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.unlink(missing_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
         self._optuna = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK)) if log else InMemoryStorage(),
+            storage=JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK)),
             study_name=study.name,
             directions=["maximize" if metric.row.sign > 0 else "minimize" for metric in study.objectives],
-            pruner=optuna.pruners.NopPruner(),
         )
         self._optuna.set_metric_names([metric.row.name for metric in study.objectives])
 
@@ -104,9 +102,9 @@ class OptunaStudy:
         return record, recipe
 
     def tell(self, candidate: CandidateState) -> None:
-        """How an ended candidate did, if it is an open trial: its values, FAIL without. One that was raced out is complete, too.
+        """How an ended candidate did, if it is an open trial: its values, FAIL without.
 
-        Optuna would rank a pruned trial by its last split alone.
+        One that was raced out is complete, too: Optuna would rank a pruned trial by its last split alone.
         """
         if (trial := self._open.pop(candidate.name, None)) is not None:
             if candidate.raced:
@@ -158,17 +156,14 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
     return recipe
 
 
-def sample_proposals(study: Study, count: int = 3) -> dict[str, Recipe]:
-    """A few random recipes of `propose`, which are not used: they show its mistakes before the first fit.
-
-    Raises UserError as the search would.
-    """
+def sample_proposals(study: Study) -> dict[str, Recipe]:
+    """Three random recipes of `propose`, which are not used: they show its mistakes, as UserErrors, before the first fit."""
     if study.search is None:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.RandomSampler(seed=seed_of(study.seed, "sample") % 2**32)
     trials = optuna.create_study(sampler=sampler)
-    return {trial_name(number): proposed_recipe(study, trials.ask()) for number in range(count)}
+    return {trial_name(number): proposed_recipe(study, trials.ask()) for number in range(3)}
 
 
 def _show(params: dict[str, Any]) -> str:

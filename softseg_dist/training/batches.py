@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
-from softseg_dist.numerics.augmentation import augment, draw_all, join, moves, pairs
+from softseg_dist.numerics.augmentation import Drawn, apply, draw_all, join, moves, pairs
 from softseg_dist.numerics.patches import Window
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.transforms import Frame, Pairing
@@ -102,16 +102,21 @@ class Batches:
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""
         image, target = (maps.to(device) for maps in self.read(epoch, members))
-        groups = self._by_spacing(members)
+        groups, parts = self._by_spacing(members), []
         for spacing_mm, rows in groups.items():
-            seeds = [self.augment_seed(epoch, members[row]) for row in rows]
-            part = image[rows], target[rows], self.recipe.augment, seeds
-            image[rows], target[rows] = augment(*part, self.recipe.label, spacing_mm)
+            frame, seeds = Frame.of(image, spacing_mm), [self.augment_seed(epoch, members[row]) for row in rows]
+            parts.append(self.augmented(image[rows], target[rows], draw_all(self.recipe.augment, seeds, frame), frame))
+        place = torch.tensor([row for rows in groups.values() for row in rows], device=device).argsort()
+        images, targets = zip(*parts, strict=True)
+        return torch.cat(images)[place], torch.cat(targets)[place]
+
+    def augmented(self, image: Tensor, target: Tensor, drawn: Drawn, frame: Frame) -> tuple[Tensor, Tensor]:
+        """What was read of items of one spacing as the network sees it: augmented as `drawn`, cut to the patch, smoothed."""
+        image, target = apply(image, target, drawn, self.recipe.label, frame)
         if self.recipe.patch is not None:
             image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
         if self.recipe.smoothing is not None:
-            for spacing_mm, rows in groups.items():
-                target[rows] = self.recipe.smoothing(target[rows], image[rows], spacing_mm)
+            target = self.recipe.smoothing(target, image, frame.spacing_mm)
         return image, target
 
     def read(self, epoch: int, members: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from softseg_dist.data.store import Store
-from softseg_dist.numerics.augmentation import apply, draw_all, join, pairs
+from softseg_dist.numerics.augmentation import draw_all, join, pairs
 from softseg_dist.numerics.labels import rater_of
 from softseg_dist.numerics.transforms import Frame, Pairing
 from softseg_dist.study import Recipe
@@ -78,11 +78,7 @@ class DeviceBatches:
     def batch(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Augmented images [B C *S] and targets [B K *S]."""
         drawn = [(transform, inputs[f"change{i}"]) for i, (transform, _) in enumerate(self.changing)]
-        image, target = apply(*self.source.read(inputs), drawn, self.recipe.label, self.frame)
-        if self.recipe.patch is not None:
-            image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
-        if self.recipe.smoothing is not None:
-            target = self.recipe.smoothing(target, image, self.frame.spacing_mm)
+        image, target = self.batches.augmented(*self.source.read(inputs), drawn, self.frame)
         if not self.in_pairs:
             return image, target
         size = len(image) // 2
