@@ -24,11 +24,12 @@ from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.activations import Softmax
-from softseg_dist.numerics.augmentation import augment
+from softseg_dist.numerics.augmentation import apply, draw_all
 from softseg_dist.numerics.labels import LabelMode, prepare_target
 from softseg_dist.numerics.sampling import TTA
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Flip
+from softseg_dist.numerics.transforms import Frame
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Recipe, Study
 from softseg_dist.words import count, listed, percent
@@ -235,7 +236,8 @@ def _trained(sample: Sample, recipe: Recipe, item: int | None, draw: int) -> Ten
     target = _target(sample, recipe.label, recipe.fusion, draw)[rows]
     image = torch.from_numpy(np.array(sample.image[rows]))
     seeds = [seed_of("cautions", sample.name, "augment", draw)] * len(image)
-    return augment(image, target, () if item is None else recipe.augment, seeds, recipe.label, sample.spacing_mm)[1]
+    frame = Frame.of(image, sample.spacing_mm)
+    return apply(image, target, draw_all(() if item is None else recipe.augment, seeds, frame), recipe.label, frame)[1]
 
 
 def _soft_share(target: Tensor) -> float:

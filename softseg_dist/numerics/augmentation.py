@@ -57,36 +57,8 @@ class Mixup(Pairing):
         return partners + per_sample(parameters, maps) * (maps - partners)
 
 
-Step = tuple[Spatial, Tensor]  # a transform and the parameters of all samples
 Drawn = Sequence[tuple[Augmentation, Tensor]]
 """Transforms in their order, each with the random parameters of all samples, stacked [B ...]."""
-
-
-def augment(
-    image: Tensor,
-    target: Tensor,
-    transforms: Sequence[Augmentation],
-    seeds: Sequence[int],
-    mode: LabelMode,
-    spacing_mm: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """The augmented image [B C *S] and the final target [B K *S]: `apply` with the parameters that `draw_all` draws.
-
-    Args:
-        image: prepared images.
-        target: the output of `labels.prepare_target`, in [0, 1]; 0 or 1 for "nearest" and "hard_each".
-        transforms: those of a recipe; may be empty. A `Pairing` is left to `join`.
-        seeds: one for each sample in this epoch.
-        mode: the label mode.
-        spacing_mm: distance of voxels along each axis of *S, the same for all samples; call once per spacing.
-
-    Raises UserError if a transform needs an axis that the images lack.
-    """
-    assert len(image) == len(target) == len(seeds), f"{len(image)} images, {len(target)} targets, {len(seeds)} seeds"
-    assert image.shape[2:] == target.shape[2:], f"image {tuple(image.shape)}, target {tuple(target.shape)}"
-    assert image.ndim == 2 + len(spacing_mm), f"image {tuple(image.shape)}, spacing {tuple(spacing_mm)} mm"
-    frame = Frame.of(image, spacing_mm)
-    return apply(image, target, draw_all(transforms, seeds, frame), mode, frame)
 
 
 def draw_all(
@@ -112,6 +84,11 @@ def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: F
     follow, in their order. Outside its field of view an image has its border values, and a label is 0. The target depends on
     `mode` (see `labels`): "soft" is never rounded, and bit-exact unless something interpolates; "hard" is rounded here, once,
     last; "nearest" takes the nearest voxel; "hard_each" is resampled and rounded transform by transform.
+
+    Args:
+        image, target: prepared images, and what `labels.prepare_target` makes: in [0, 1]; 0 or 1 for "nearest" and "hard_each".
+        drawn: a `Pairing` in it is left to `join`.
+        frame: that of `image`, for all samples: call once per spacing.
     """
     steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Spatial)]
     if steps:
@@ -178,7 +155,7 @@ def augment_case(
     return image, _move_back(steps, frame)
 
 
-def _move(steps: Sequence[Step], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
+def _move(steps: Sequence[tuple[Spatial, Tensor]], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
     """A function that applies all `steps` to maps [B C *S]: one interpolation, or none if all steps mirror."""
     mirrors = [(transform, parameters) for transform, parameters in steps if isinstance(transform, Flip)]
     if len(mirrors) == len(steps):

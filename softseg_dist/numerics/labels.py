@@ -215,7 +215,7 @@ def prepare_target(
 ) -> Tensor:
     """The target before augmentation: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
 
-    The top of this file lists the label modes. `augment` rounds "hard", once, last.
+    The top of this file lists the label modes. `augmentation.apply` rounds "hard", once, last.
 
     Args:
         raters: label values in [0, 1] after linear or area-weighted resampling, float.

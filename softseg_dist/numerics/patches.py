@@ -44,7 +44,7 @@ class Window:
         return Window(start, tuple(last + more for last, more in zip(self.stop, margin, strict=True)))
 
     def of(self, maps: NDArray[Any], outside: Literal["edge", "constant"]) -> NDArray[Any]:
-        """`maps` [... *S] within the window; outside the image the border values ("edge") or 0 ("constant"), as in `augment`."""
+        """`maps` [... *S] within the window; outside the image the border values ("edge") or 0 ("constant"), as in `apply`."""
         ends = list(zip(self.start, self.stop, maps.shape[-len(self.start) :], strict=True))
         inside: Index = (..., *(slice(max(0, first), min(last, whole)) for first, last, whole in ends))
         part = maps[inside]

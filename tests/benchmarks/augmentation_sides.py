@@ -35,16 +35,21 @@ def slices() -> tuple[Tensor, Tensor]:
 
 def ours(job_json: str, turns: Turns) -> None:
     """One map for the whole batch."""
-    from softseg_dist import Affine, Elastic
-    from softseg_dist.numerics.augmentation import augment
+    from softseg_dist import Affine, Elastic, Frame
+    from softseg_dist.numerics.augmentation import apply, draw_all
     from softseg_dist.training.host_step import kept_heap
 
     job, (image, label) = Job.model_validate_json(job_json), slices()
     affine = Affine(degrees=DEGREES, scale=SCALE, shift=SHIFT)
     transforms = (affine, Elastic(spacing_mm=CONTROL_MM, std_mm=BEND_MM)) if job.elastic else (affine,)
     spacing_mm = (SPACING_MM, SPACING_MM)
+
+    def augment() -> object:
+        frame = Frame.of(image, spacing_mm)
+        return apply(image, label, draw_all(transforms, range(BATCH), frame), "soft", frame)
+
     with kept_heap():  # as in a fit
-        serve(job, turns, lambda: augment(image, label, transforms, range(BATCH), "soft", spacing_mm))
+        serve(job, turns, augment)
 
 
 def monai(job_json: str, turns: Turns) -> None:

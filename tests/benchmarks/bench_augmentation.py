@@ -10,20 +10,33 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from record import Headline, record
 
-from softseg_dist import Affine, BiasField, Blur, Contrast, Elastic, Frame, Gamma, LowResolution, Mixup, Noise, Pairing
-from softseg_dist.numerics.augmentation import augment, draw_all, join
+from softseg_dist import (
+    Affine,
+    Augmentation,
+    BiasField,
+    Blur,
+    Contrast,
+    Elastic,
+    Frame,
+    Gamma,
+    LowResolution,
+    Mixup,
+    Noise,
+    Pairing,
+)
+from softseg_dist.numerics.augmentation import apply, draw_all, join
 from softseg_dist.numerics.labels import LabelMode
 
 BATCH, SIZE, REPEATS = 16, 96, 30
 MOVES = (Affine(degrees=20, scale=0.1, shift=0.03), Elastic(spacing_mm=8, std_mm=1))
 ALONE = (Noise(), Gamma(), Contrast(), BiasField(), Blur(), LowResolution())
-SPACING_MM = (0.5, 0.5)
+SPACING_MM, EVERY = (0.5, 0.5), list(range(BATCH))
 HEADLINES = (
     Headline(
         key="batched_ms",
@@ -39,20 +52,21 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     image, target = torch.rand(2, BATCH, 1, SIZE, SIZE, generator=generator)
 
-    def batched(mode: LabelMode) -> None:
-        augment(image, target, MOVES, range(BATCH), mode, SPACING_MM)
+    def augment(transforms: Sequence[Augmentation], seeds: Sequence[int], mode: LabelMode = "soft") -> None:
+        frame = Frame.of(image, SPACING_MM)
+        apply(image[seeds], target[seeds], draw_all(transforms, seeds, frame), mode, frame)
 
     def one_by_one() -> None:
         for i in range(BATCH):
-            augment(image[i : i + 1], target[i : i + 1], MOVES, [i], "soft", SPACING_MM)
+            augment(MOVES, [i])
 
     rows: dict[str, tuple[str, Callable[[], object]]] = {
-        "batched_ms": ("batched, soft", partial(batched, "soft")),
-        "hard_each_ms": ("batched, hard_each (label interpolated twice)", partial(batched, "hard_each")),
+        "batched_ms": ("batched, soft", partial(augment, MOVES, EVERY)),
+        "hard_each_ms": ("batched, hard_each (label interpolated twice)", partial(augment, MOVES, EVERY, "hard_each")),
         "one_by_one_ms": ("one slice after the other, soft", one_by_one),
     }
     for transform in ALONE:
-        work = partial(augment, image, target, (transform,), range(BATCH), "soft", SPACING_MM)
+        work = partial(augment, (transform,), EVERY)
         name = type(transform).__name__
         rows[f"{name.lower()}_ms"] = f"{name} alone", work
 

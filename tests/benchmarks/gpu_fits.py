@@ -16,8 +16,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from softseg_dist.numerics.augmentation import augment
+from softseg_dist.numerics.augmentation import apply, draw_all
 from softseg_dist.numerics.seeds import seed_of
+from softseg_dist.numerics.transforms import Frame
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.evaluation import validation_score
 from softseg_dist.training.fit import RunningFit
@@ -91,9 +92,9 @@ class EagerFit:
             self.adam.param_groups[0]["lr"] = learning_rate(self.recipe.optim, done, self.batches.num_steps)
             members = order[step * size : (step + 1) * size]
             seeds = [seed_of(seed, "augment", self.epoch, member) for member in members]  # what the fit draws, too
-            image, target = augment(
-                self.images[members], self.targets[members], self.recipe.augment, seeds, "soft", self.spacing_mm
-            )
+            frame = Frame.of(self.images, self.spacing_mm)
+            drawn = draw_all(self.recipe.augment, seeds, frame)
+            image, target = apply(self.images[members], self.targets[members], drawn, "soft", frame)
             prediction = self.model.activation(self.model.network(image))
             loss = self.recipe.loss(prediction, target)
             self.adam.zero_grad()

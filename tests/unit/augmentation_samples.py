@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from softseg_dist.numerics.transforms import Frame
+from softseg_dist.numerics.augmentation import apply, draw_all
+from softseg_dist.numerics.labels import LabelMode
+from softseg_dist.numerics.transforms import Augmentation, Frame
 
 SPACES = {(17, 24): (0.5, 0.7), (9, 12, 7): (1.0, 0.8, 3.0)}  # size: spacing in mm
 
@@ -15,6 +19,18 @@ every_space = pytest.mark.parametrize("size", SPACES, ids=str)
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def augment(
+    image: Tensor,
+    target: Tensor,
+    transforms: Sequence[Augmentation],
+    seeds: Sequence[int],
+    mode: LabelMode,
+    spacing_mm: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    frame = Frame.of(image, spacing_mm)
+    return apply(image, target, draw_all(transforms, seeds, frame), mode, frame)
 
 
 def frame_of(size: tuple[int, ...], spacing_mm: tuple[float, ...], channels: int = 1) -> Frame:

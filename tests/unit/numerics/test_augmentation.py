@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from augmentation_samples import SPACES, ball, every_space, frame_of, uniform
+from augmentation_samples import SPACES, augment, ball, every_space, frame_of, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_classes import assert_covered
@@ -32,7 +32,7 @@ from softseg_dist import (
     Spatial,
 )
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.augmentation import augment, draw_all, join, pairs
+from softseg_dist.numerics.augmentation import draw_all, join, pairs
 from softseg_dist.numerics.labels import LabelMode, harden
 
 Chain = tuple[Augmentation, ...]

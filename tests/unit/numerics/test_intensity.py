@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from augmentation_samples import SPACES, every_space, frame_of, uniform
+from augmentation_samples import SPACES, augment, every_space, frame_of, uniform
 from scipy.ndimage import gaussian_filter
 from torch.nn.functional import avg_pool2d, interpolate
 
 from softseg_dist import BiasField, Blur, Contrast, Gamma, LowResolution, Noise
-from softseg_dist.numerics.augmentation import augment
 
 # ---------------------------------------------------------------- Noise, Gamma, Contrast
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from augmentation_samples import augment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from softseg_dist import Affine, Phantom, Preprocess
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.augmentation import augment
 from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, check_fusion, fuse, harden, prepare_target
 
 NAMES = ("ann", "bob", "cas")

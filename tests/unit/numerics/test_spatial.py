@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from augmentation_samples import SPACES, ball, every_space, frame_of, uniform
+from augmentation_samples import SPACES, augment, ball, every_space, frame_of, uniform
 from pydantic import ValidationError
 from torch import Tensor
 
 from softseg_dist import Affine, Elastic, Flip, Spatial
-from softseg_dist.numerics.augmentation import apply, augment, draw_all
+from softseg_dist.numerics.augmentation import apply, draw_all
 from softseg_dist.numerics.labels import LabelMode
 from softseg_dist.numerics.transforms import Frame
 
