@@ -17,7 +17,7 @@ from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging.results import merge_tables, write_rows
 from softseg_dist.record.ledger import HoldoutRecord, Opening
-from softseg_dist.training.evaluation import measure
+from softseg_dist.training.evaluation import Chosen, measure
 from softseg_dist.training.model import load_weights
 from softseg_dist.training.task import FitResult, Worker, holdout_path
 
@@ -72,5 +72,6 @@ def _measure(context: RunContext, result: FitResult, subjects: tuple[str, ...]) 
     split = next(split for split in context.splits if split.index == result.split)
     task = context.fit_task(result.candidate, context.recipe_of(result.candidate), split, result.repeat).replace(uncertainty=())
     worker = Worker(device=context.device)
-    write_rows(measure(model, task, context.prepared.store, "holdout", subjects, result.thresholds, worker), rows_path)
+    chosen = Chosen(result.thresholds, result.recalibration)
+    write_rows(measure(model, task, context.prepared.store, "holdout", subjects, chosen, worker), rows_path)
     context.copy.push(f"fits/{result.key}/{rows_path.name}")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from softseg_dist.judging.recalibration import Recalibration, recalibrated
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import (
     FORMULAS,
     NUM_BINS,
+    RECALIBRATED,
     Map,
     Metric,
     Pair,
@@ -103,11 +105,13 @@ class Yardstick:
         classes: K names.
         mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume.
         metrics: those of the user, beside the ones of the table.
+        recalibration: that of each class which validation gave; {} for none.
     """
 
     classes: tuple[str, ...]
     mean_volumes_mm3: tuple[float, ...]
     metrics: tuple[Metric, ...] = ()
+    recalibration: Mapping[str, Recalibration] = field(default_factory=dict)
 
 
 def case_rows(
@@ -122,9 +126,9 @@ def case_rows(
 
     Against every reference: soft metrics and, at each of the thresholds, overlap and volume error of the mask. Against "mean" also
     calibration, Dice at every threshold of the curve (a threshold that is in both appears once), surfaces and lesions at each of
-    the thresholds, the reliability table, whose threshold is the lower edge of the bin, and "empty_map": the Brier skill of a map
-    that is 0 everywhere. Against "raters", all at once: the distances of distributions and, if there are two or more, their
-    agreement with each other.
+    the thresholds, the reliability table, whose threshold is the lower edge of the bin, "empty_map": the Brier skill of a map
+    that is 0 everywhere, and metrics of the recalibrated map. Against "raters", all at once: the distances of distributions and, if
+    there are two or more, their agreement with each other.
 
     Args:
         prediction: [1 K *S] in [0, 1]: a case is one volume (see `Grid.case`).
@@ -161,7 +165,21 @@ def case_rows(
         if len(raters) > 1:
             found += [("raters", None, "inter_rater_dice", pairwise_dice(masks))]
         rows += [Measurement(class_name, *line) for line in found]
-    return rows
+    return rows + list(_recalibrated(pairs["mean"], yardstick))
+
+
+def _recalibrated(pair: Pair, yardstick: Yardstick) -> Iterator[Measurement]:
+    """Metrics of the recalibrated map, and the volume of the reference where the map is 0, which stays 0."""
+    if not yardstick.recalibration:
+        return
+    p, mean = pair.maps
+    again = Pair(recalibrated(p, [yardstick.recalibration[name] for name in yardstick.classes]), mean, pair.scale)
+    again.near = pair.near
+    values = {f"{name}_recalibrated": FORMULAS[name](again) for name in RECALIBRATED}
+    for k, of in enumerate(yardstick.classes):
+        missed_mm3 = pair.scale.voxel_mm3 * mean[:, k].sum(where=p[:, k] == 0, dtype=np.float64)
+        for name, value in {**{name: each[k] for name, each in values.items()}, "volume_at_0_mm3": missed_mm3}.items():
+            yield Measurement(of, "mean", None, name, float(value))
 
 
 def _overlap(

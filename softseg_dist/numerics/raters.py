@@ -65,10 +65,11 @@ def volume_crps(prediction: Values, volumes: npt.NDArray[np.floating]) -> float:
 
     Source: Gneiting and Raftery 2007 (doi 10.1198/016214506000001437).
     """
-    falling = np.sort(prediction[prediction > 0])[::-1].astype(np.float64)
-    largest = np.concatenate([[0.0], falling.cumsum()])
-    of_raters = volumes - 2 * np.interp(volumes, np.arange(len(largest)), largest)
-    return float(np.square(falling).sum() + of_raters.mean())
+    num = min(prediction.size, int(volumes.max()) + 1)
+    falling = np.sort(np.partition(prediction, -num, axis=None)[-num:])[::-1]
+    largest = np.concatenate([[0.0], falling.cumsum(dtype=np.float64)])
+    of_raters = volumes - 2 * np.interp(volumes, np.arange(num + 1), largest)
+    return float(np.square(prediction, dtype=np.float64).sum() + of_raters.mean())
 
 
 def _common_voxels(masks: Masks) -> npt.NDArray[np.float64]:

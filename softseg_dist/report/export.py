@@ -43,6 +43,7 @@ def csv_tables(summary: Summary) -> dict[str, str]:
             ({"name": t.name}, {"edge": t.edges, "voxels": t.voxels, "predicted": t.predicted, "observed": t.observed})
             for t in measures.reliability.values()
         ),
+        "recalibrated": list(measures.recalibrated.values()),
         "volumes": _long(
             (
                 {"name": one.name, "class": one.class_name},

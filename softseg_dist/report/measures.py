@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from softseg_dist.numerics.metrics import TABLE
+from softseg_dist.numerics.metrics import RECALIBRATED, TABLE
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.statistics import LEVEL, NAN, BlandAltman, bland_altman
 from softseg_dist.numerics.structures import SURFACE_METRICS
@@ -72,7 +72,30 @@ def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:
     return found
 
 
-PREDICTED, TRUE = "volume_pred_mm3", "volume_true_mm3"
+PREDICTED, TRUE, AT_0 = "volume_pred_mm3", "volume_true_mm3", "volume_at_0_mm3"
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """Means over subjects and splits of one candidate, by metric; `missed` is the share of the reference where its map is 0."""
+
+    name: str
+    before: dict[str, float]
+    after: dict[str, float]
+    missed: float
+
+
+def recalibrated_of(test: pd.DataFrame) -> dict[str, Recalibrated]:
+    """Of every candidate all of whose fits are recalibrated, by name."""
+    after, found = {name: f"{name}_recalibrated" for name in RECALIBRATED}, {}
+    rows = soft_rows(test, *after, *after.values(), TRUE, AT_0)
+    for name, part in rows.groupby("candidate", observed=True):
+        of = {str(metric): values for metric, values in part.groupby("metric", observed=True)["value"]}
+        if AT_0 in of and len(of[AT_0]) == len(of[TRUE]):
+            means = {metric: mean_of(soft_scores(part, metric).of(str(name))) for metric in (*after, *after.values())}
+            both = {m: means[m] for m in after}, {m: means[of_m] for m, of_m in after.items()}
+            found[str(name)] = Recalibrated(str(name), *both, float(of[AT_0].sum() / of[TRUE].sum()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -245,6 +268,7 @@ class Measures:
     """By candidate: calibration, volumes, lesions, surfaces; by site: winner and reference; all raters; by method: uncertainty."""
 
     reliability: dict[str, ReliabilityTable]
+    recalibrated: dict[str, Recalibrated]
     agreements: dict[str, tuple[Agreement, ...]]
     lesions: dict[str, Lesions]
     surfaces: dict[str, Surfaces]
@@ -257,6 +281,7 @@ def measures_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, winner: s
     """Of the rows on test; `scores` are of the objective, which is broken down by site for `winner` and `reference`."""
     return Measures(
         reliability=reliability_of(test),
+        recalibrated=recalibrated_of(test),
         agreements=agreements_of(test),
         lesions=lesions_of(test, run.finished, run.study.get("seed", 0)),
         surfaces=surfaces_of(test, run.finished),

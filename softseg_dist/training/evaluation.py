@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.judging.judge import judge, references_of
+from softseg_dist.judging.recalibration import Histogram, Recalibration, fit_recalibration, histogram
 from softseg_dist.judging.results import Head, Row, write_rows
 from softseg_dist.judging.rows import Grid, Measurement, Yardstick
 from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
@@ -27,7 +29,15 @@ from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitTask, Worker, cases_path
 
 Subset = Literal["validation", "test", "holdout"]
+Predicted = tuple[int, Sample, np.ndarray]  # case, sample, prediction [N K *S]
 T = TypeVar("T")
+
+
+class Chosen(NamedTuple):
+    """What the validation cases of a fit chose: a threshold by each rule, and the recalibration of each class; {} for none."""
+
+    thresholds: dict[str, float]
+    recalibration: dict[str, Recalibration]
 
 
 def mean_reference(sample: Sample) -> np.ndarray:
@@ -51,16 +61,17 @@ def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) 
 
 
 def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[str, Any]:
-    """Choose thresholds on validation, judge validation and test, and write the fit's rows of the results table.
+    """Choose thresholds and recalibration on validation, judge validation and test, and write the fit's rows of the results table.
 
     Returns what of it belongs into the `FitResult`.
     """
     judging = Judging(task, store)
     predicted = list(_predict(model, store, task.split.validation, worker))
-    found = [(case, judging.evidence(sample, p)) for case, sample, p in predicted]
-    thresholds = choose_thresholds([of_case for _, of_case in sorted(worker.gather(found), key=lambda part: part[0])])
-    rows = _in_order(worker, judging.rows("validation", predicted, thresholds))
-    rows += measure(model, task, store, "test", task.split.test, thresholds, worker)
+    found = sorted(worker.gather(_over_threads(judging.evidence, predicted, task.threads)), key=lambda part: part[0])
+    recalibration = fit_recalibration([shape for _, _, shape in found], store.classes)
+    chosen = Chosen(choose_thresholds([of_case for _, of_case, _ in found]), recalibration)
+    rows = _in_order(worker, judging.rows("validation", predicted, chosen))
+    rows += measure(model, task, store, "test", task.split.test, chosen, worker)
     if worker.leads:
         write_rows(rows, cases_path(task.folder))
     names = [metric.row.name for metric in task.objectives]
@@ -69,16 +80,16 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[
         "score": scores[names[0]],
         "test_score": _score(rows, names[0], "test", "own"),
         "scores": {name: score for name, score in scores.items() if score is not None},
-        "thresholds": thresholds,
+        **chosen._asdict(),
     }
 
 
 def measure(
-    model: Model, task: FitTask, store: Store, subset: Subset, subjects: Sequence[str], thresholds: dict[str, float], worker: Worker
+    model: Model, task: FitTask, store: Store, subset: Subset, subjects: Sequence[str], chosen: Chosen, worker: Worker
 ) -> list[Row]:
-    """The rows of the results table of all cases of `subjects`, the `subset` of the fit, at thresholds chosen before."""
+    """The rows of the results table of all cases of `subjects`, the `subset` of the fit, with what was chosen before."""
     judging, predicted = Judging(task, store), list(_predict(model, store, subjects, worker))
-    parts = judging.rows(subset, predicted, thresholds)
+    parts = judging.rows(subset, predicted, chosen)
     if task.uncertainty:
         unsure = {case: judging.uncertainty_rows(model, subset, sample, worker.device) for case, sample, _ in predicted}
         parts = [(case, rows + unsure[case]) for case, rows in parts]
@@ -93,21 +104,22 @@ class Judging:
         own = tuple(metric for metric in task.objectives if metric.row.name not in TABLE)
         self.yardstick = Yardstick(store.classes, store.mean_volumes_mm3, own)
 
-    def evidence(self, sample: Sample, prediction: np.ndarray) -> Evidence:
-        """What a validation case says about thresholds, on the grid of its file."""
+    def evidence(self, part: Predicted) -> tuple[int, Evidence, Histogram]:
+        """What a validation case says about thresholds and recalibration, on the grid of its file."""
+        case, sample, prediction = part
         maps = self.store.preprocess.restore(prediction, sample.placement)
         references = references_of(sample.own, sample.rater_names, self.yardstick, maps)
-        return evidence(references.part(maps), references.maps["mean"])
+        seen = references.part(maps), references.maps["mean"]
+        return case, evidence(*seen), histogram(*seen, references.scale.spacing_mm)
 
-    def rows(
-        self, subset: Subset, predicted: Iterable[tuple[int, Sample, np.ndarray]], thresholds: dict[str, float]
-    ) -> list[tuple[int, list[Row]]]:
-        """All rows of each case."""
+    def rows(self, subset: Subset, predicted: Iterable[Predicted], chosen: Chosen) -> list[tuple[int, list[Row]]]:
+        """All rows of each case; of recalibrated maps, too, but of the cases that chose the recalibration."""
+        yardstick = replace(self.yardstick, recalibration={} if subset == "validation" else chosen.recalibration)
 
-        def of_case(part: tuple[int, Sample, np.ndarray]) -> tuple[int, list[Row]]:
+        def of_case(part: Predicted) -> tuple[int, list[Row]]:
             case, sample, prediction = part
             maps = self.store.preprocess.restore(prediction, sample.placement)
-            judged = judge(maps, sample.own, sample.rater_names, self.yardstick, sorted(set(thresholds.values())))
+            judged = judge(maps, sample.own, sample.rater_names, yardstick, sorted(set(chosen.thresholds.values())))
             rows = self._head(subset, sample, "own").rows(judged)
             if subset != "holdout":  # which chooses nothing, and is compared with nothing
                 rows += self._head(subset, sample, "prepared").rows(self._objectives(sample, prediction))
@@ -164,8 +176,8 @@ def _in_order(worker: Worker, parts: list[tuple[int, list[Row]]]) -> list[Row]:
     return [row for _, rows in sorted(worker.gather(parts), key=lambda part: part[0]) for row in rows]
 
 
-def _predict(model: Model, store: Store, subjects: Sequence[str], worker: Worker) -> Iterator[tuple[int, Sample, np.ndarray]]:
-    """This worker's cases of `subjects`: index, sample, prediction."""
+def _predict(model: Model, store: Store, subjects: Sequence[str], worker: Worker) -> Iterator[Predicted]:
+    """This worker's cases of `subjects`."""
     for case in cases_of(store, subjects)[worker.rank :: worker.num_workers]:
         sample = store.sample(case)
         yield case, sample, predict_sample(model, sample, worker.device)

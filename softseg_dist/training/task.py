@@ -91,11 +91,11 @@ class FitResult(Frozen):
     `score` is the objective on validation at the best epoch, on the prepared grid; `test_score` the same metric on the test
     subjects, on the grids of their files (both means over subjects, NaN cases left out). `scores` are as `score`, of all objectives
     of the study, by metric; one that is undefined on every case is left out. `validate_every` is the number of epochs from one
-    validation to the next. `thresholds` maps rule to the value chosen on validation. `converged` is False if the best epoch lies in
-    the last 5 % of the budget. `dead_share` is the share of training samples, in the last epoch, whose NormReLU output was 0
-    everywhere; None without NormReLU. A "failed" fit has a `reason` and no score.
-    `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say how it was trained,
-    and `notes` what was not used for it, and why (see `training.execution`).
+    validation to the next. `thresholds` maps rule to the value chosen on validation, `recalibration` class to a and b, {} if the
+    maps hold too few values for it. `converged` is False if the best epoch lies in the last 5 % of the budget. `dead_share` is the
+    share of training samples, in the last epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has
+    a `reason` and no score. `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say
+    how it was trained, and `notes` what was not used for it, and why (see `training.execution`).
     """
 
     candidate: str
@@ -111,6 +111,7 @@ class FitResult(Frozen):
     converged: bool | None = None
     dead_share: float | None = None
     thresholds: dict[str, float] = {}
+    recalibration: dict[str, tuple[float, float]] = {}
     parameters: int | None = None
     duration_s: float = 0.0
     peak_memory_mb: float = 0.0

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-ALL = ("overlap", "reliability", "volume", "surface", "lesions", "raters", "uncertainty")
+ALL = ("overlap", "reliability", "recalibrated", "volume", "surface", "lesions", "raters", "uncertainty")
 Measured = tuple[str, float | None, str, float]  # reference, threshold, metric, value
 
 LESIONS = {"lt20": 4, "20to100": 3, "gt100": 2}  # true lesions of a case, by size
 FOUND = {"lt20": 0.4, "20to100": 0.75, "gt100": 0.95}  # planted sensitivities
 OVERCONFIDENCE = 0.05  # what the reference lies below the prediction, in every bin
+RECALIBRATED = {"brier_skill": (0.7, 0.8), "ece": (None, 0.01), "ece_max": (0.3, 0.1)}  # before and after it; ece is in every run
+MISSED = 0.02  # of the volume of the reference: where the map is 0
 VOLUME_BIAS = 0.1  # of the true volume
 INTER_RATER = 0.82
 OF_SAMPLES = ("entropy", "expected_entropy", "mutual_information", "variance", "volume_cv", "pairwise_dice")
@@ -37,6 +39,10 @@ def measured_rows(
             rows += [("mean", tau, metric, value) for metric, value in _lesions(generator).items()]
     if "reliability" in measured:
         rows += _reliability(generator)
+    if "recalibrated" in measured:
+        rows += [("mean", None, name, before) for name, (before, _) in RECALIBRATED.items() if before is not None]
+        rows += [("mean", None, f"{name}_recalibrated", after) for name, (_, after) in RECALIBRATED.items()]
+        rows += [("mean", None, "volume_at_0_mm3", MISSED * true_mm3)]
     if "volume" in measured:
         predicted = true_mm3 * (1 + VOLUME_BIAS) + generator.normal(0, 0.03 * true_mm3)
         rows += [("mean", None, "volume_pred_mm3", float(predicted)), ("mean", None, "volume_true_mm3", true_mm3)]

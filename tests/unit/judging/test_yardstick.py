@@ -40,7 +40,7 @@ def measured(prediction: np.ndarray, raters: np.ndarray) -> Found:
     """All values of a case, by class, reference, threshold and metric."""
     each = {f"rater{r}": rater for r, rater in enumerate(raters)} if len(raters) > 1 else {}
     references = {"mean": raters.mean(axis=0)} | each
-    yardstick = Yardstick(("a", "b"), SCALE.mean_volumes_mm3)
+    yardstick = Yardstick(("a", "b"), SCALE.mean_volumes_mm3, (), {"a": (1.2, -0.3), "b": (1.2, -0.3)})
     rows = case_rows(prediction.astype(np.float32), references, yardstick, THRESHOLDS, SCALE, curve=())
     return {row[:4]: row.value for row in rows}
 

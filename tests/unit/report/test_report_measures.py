@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, OVERCONFIDENCE, VOLUME_BIAS
+from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, MISSED, OVERCONFIDENCE, RECALIBRATED, VOLUME_BIAS
 from synthetic_run import CELLS, write_run, written_page
 
-from softseg_dist.report.measures import reliability_of
+from softseg_dist.report.measures import recalibrated_of, reliability_of
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import Summary, summarise
 
@@ -51,6 +51,24 @@ def test_reliability_tables_add_up_over_cases_and_splits(run: RunData, summary: 
     assert table.ece == pytest.approx(OVERCONFIDENCE)
     assert sum(table.shares) == pytest.approx(1)
     assert (table.num_cases, table.num_subjects) == (4 * 6 * 2, summary.num_tested)
+
+
+def test_recalibrated_scores_stand_beside_those_before(summary: Summary):
+    assert list(summary.measures.recalibrated) == sorted(NAMES)
+    for name, one in summary.measures.recalibrated.items():
+        assert one.name == name
+        assert list(one.before) == list(one.after) == list(RECALIBRATED)
+        assert one.after == pytest.approx({metric: after for metric, (_, after) in RECALIBRATED.items()})
+        (standing,) = (standing for standing in summary.ranking if standing.name == name)
+        assert one.before == pytest.approx({"brier_skill": 0.7, "ece": standing.beside["ece"], "ece_max": 0.3})
+        assert one.missed == pytest.approx(MISSED)
+
+
+def test_a_candidate_with_a_fit_that_is_not_recalibrated_has_no_such_line(run: RunData):
+    rows = run.results[run.results["subset"] == "test"]
+    lacks = (rows["candidate"] == CONTROL) & (rows["split"] == 1)
+    lacks &= rows["metric"].str.endswith("_recalibrated") | (rows["metric"] == "volume_at_0_mm3")
+    assert set(recalibrated_of(rows[~lacks])) == set(NAMES) - {CONTROL}
 
 
 def test_an_empty_bin_has_no_mean_and_no_weight(run: RunData):
@@ -168,6 +186,7 @@ def test_every_figure_has_a_caption_that_says_n(folder: Path):
     for section in ("calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
         assert f'<section id="{section}">' in page
         assert f'<a href="#{section}">' in page
+    assert "A difference in calibration that vanishes after recalibration was a matter of scale" in page
     captions = [part.split("</figcaption>")[0] for part in page.split("<figcaption>")[1:]]
     assert len(captions) == page.count("<img ")
     assert all("n = " in caption or "(n in the title)" in caption for caption in captions)
@@ -184,6 +203,7 @@ def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
     page = written_page(folder).read_text()
     for section in ("holdout", "search", "calibration", "volumes", "objects", "sites", "raters", "uncertainty"):
         assert f'id="{section}"' not in page
+    assert "recalibrat" not in page.lower()
     assert 'id="threshold"' in page
 
 

@@ -34,11 +34,21 @@ from softseg_dist import (
 )
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.judging.thresholds import CURVE
+from softseg_dist.numerics.metrics import RECALIBRATED
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import build_model, load_checkpoint
-from softseg_dist.training.task import FitTask, Interrupted, Worker, cases_path, checkpoint_path, history_path, weights_path
+from softseg_dist.training.task import (
+    FitResult,
+    FitTask,
+    Interrupted,
+    Worker,
+    cases_path,
+    checkpoint_path,
+    history_path,
+    weights_path,
+)
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 RECIPE = Recipe(
@@ -93,6 +103,22 @@ def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(task: 
     left, right = load_file(weights_path(whole.folder)), load_file(weights_path(parts.folder))
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert (resumed.score, resumed.test_score, resumed.thresholds) == (straight.score, straight.test_score, straight.thresholds)
+    assert resumed.recalibration == straight.recalibration
+
+
+def test_test_cases_are_also_measured_recalibrated_and_the_cases_that_chose_it_are_not(task: FitTask, tmp_path: Path) -> None:
+    result = fit(task.replace(folder=str(tmp_path)))
+    assert FitResult.model_validate_json(result.model_dump_json()).recalibration == result.recalibration
+    assert all(0.05 <= a <= 20 and np.isfinite(b) for a, b in result.recalibration.values())
+    rows = pd.read_parquet(cases_path(tmp_path))
+    classes = set(rows["class"])
+    assert set(result.recalibration) == classes
+    for name in (*(f"{of}_recalibrated" for of in RECALIBRATED), "volume_at_0_mm3"):
+        of = rows[rows["metric"] == name]
+        assert set(of["subset"]) == {"test"}
+        assert set(of["reference"]) == {"mean"}
+        assert len(of) == len(classes) * rows[rows["subset"] == "test"]["case"].nunique()
+        assert of["value"].notna().all()
 
 
 def test_a_fit_of_everybody_has_weights_at_its_end_only_also_if_it_was_stopped(task: FitTask, tmp_path: Path) -> None:
