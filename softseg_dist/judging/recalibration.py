@@ -47,7 +47,7 @@ def fit_recalibration(cases: Sequence[Histogram], classes: Sequence[str]) -> dic
     """a and b of every class, (1, 0) of one without evidence; {} if the maps hold fewer than 20 different values inside (0, 1)."""
     if not cases or len(np.unique(np.concatenate([case.values for case in cases]))) < FEWEST_VALUES:
         return {}
-    by_class = np.sum([case.bins for case in cases], axis=0, dtype=np.float64)
+    by_class = np.stack([case.bins for case in cases]).sum(axis=0, dtype=np.float64)
     return {name: least_log_loss(*bins) for name, bins in zip(classes, by_class, strict=True)}
 
 
