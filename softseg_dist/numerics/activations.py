@@ -29,8 +29,7 @@ class Activation(Frozen, ABC):
     def initial_bias(self, mean_label: Tensor) -> Tensor:
         """The initial bias [num_logits] of the last layer, given each class's mean training label [K] in [0, 1].
 
-        It makes different activations start from comparable predictions, so that a short training does not just compare
-        initialisations.
+        It makes activations start from comparable predictions: else a short training would compare initialisations.
         """
 
     def num_logits(self, classes: int) -> int:
@@ -39,10 +38,10 @@ class Activation(Frozen, ABC):
 
     def build(self, classes: int) -> nn.Module:
         """The activation as the last module of a network for `classes` classes; its state is saved with the weights."""
-        return Stateless(self)
+        return _Stateless(self)
 
 
-class Stateless(nn.Module):
+class _Stateless(nn.Module):
     """An activation without state, as a module."""
 
     def __init__(self, activation: Activation) -> None:
@@ -50,7 +49,6 @@ class Stateless(nn.Module):
         self.activation = activation
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The prediction [B K *S] of `logits` [B num_logits *S]."""
         return self.activation(logits)
 
 
@@ -156,7 +154,7 @@ class NormReLU(Activation):
 
     def build(self, classes: int) -> nn.Module:
         """The activation as a module; in "running" its buffer `maximum` is saved with the weights."""
-        return _NormReLUModule(self) if self.over in ("global", "running") else Stateless(self)
+        return _NormReLUModule(self) if self.over in ("global", "running") else _Stateless(self)
 
 
 def _num_workers() -> int:

@@ -82,8 +82,8 @@ def apply(image: Tensor, target: Tensor, drawn: Drawn, mode: LabelMode, frame: F
 
     All spatial transforms, in their order, are composed into one map and interpolated once, linearly; intensity transforms
     follow, in their order. Outside its field of view an image has its border values, and a label is 0. The target depends on
-    `mode` (see `labels`): "soft" is never rounded, and bit-exact unless something interpolates; "hard" is rounded here, once,
-    last; "nearest" takes the nearest voxel; "hard_each" is resampled and rounded transform by transform.
+    `mode`: "soft" is never rounded, and bit-exact unless something interpolates; "hard" is rounded here, once, last; "nearest"
+    takes the nearest voxel; "hard_each" is resampled and rounded transform by transform.
 
     Args:
         image, target: prepared images, and what `labels.prepare_target` makes: in [0, 1]; 0 or 1 for "nearest" and "hard_each".

@@ -46,13 +46,9 @@ class CrossedTest(TTest):
 def crossed_test(differences: Matrix, subjects: Sequence[str] = ()) -> CrossedTest:
     """Two-sided t-test of mean difference 0 under d_ij = mu + subject_i + split_j + error_ij, all effects random.
 
-    The mean is weighted by the components S, F and E that restricted maximum likelihood (REML) finds, none below 0. Its variance
-    is not the model's, which is too small where F was found to be 0: it comes from the totals of the weighted residuals of each
-    split, plus what splits share through common subjects. Degrees of freedom by Satterthwaite at S, F and E, between
-    min(a, b) - 1 and n - 1. It generalises to new subjects of the same sites and to new training runs.
-
-    With each subject tested once and equal folds it is the t-test on the means of the folds; with one subject per split and one
-    split per subject it is the one-sample t-test.
+    The mean is weighted by the components S, F and E that restricted maximum likelihood (REML) finds. Its variance is not the
+    model's, which is too small where F was found to be 0 (docs/statistics.md). It generalises to new subjects of the same sites and
+    to new training runs. With each subject tested once and equal folds it is the t-test on the means of the folds.
 
     Args:
         differences: [a b], NaN where subject i was not tested in split j.

@@ -1,17 +1,7 @@
 """Label modes and rater fusion: from the masks of several raters to the target of a training sample; STAPLE among them.
 
 Legend: R raters, N items, K classes, *S space (STAPLE: any number of axes), V voxels, M distinct columns of decisions.
-Targets are float and stay soft unless the label mode says otherwise:
-
-    "soft"       fused, never rounded; bit-exact where nothing is interpolated
-    "hard"       fused, rounded once, last, after augmentation (what ivadomed does today)
-    "hard_each"  every rater rounded, fused, rounded, and rounded again after each step of the augmentation. With the fusion
-                 "intersection" it is what ivadomed did at the time of the preprint (arXiv 2011.09041), where it is the
-                 fusion, not the rounding, that takes most of the volume
-    "nearest"    masks resampled by nearest neighbour, fused, rounded, augmented by nearest neighbour (most toolboxes)
-
-STAPLE estimates the hidden true mask and the quality of each rater together, from the masks alone. Its `decisions` are
-[R *S] in [0, 1].
+Targets are float and stay soft unless the label mode says otherwise: docs/training.md has the table of label modes and of fusions.
 """
 
 from __future__ import annotations
@@ -48,15 +38,11 @@ class Consensus:
 
 
 def staple(decisions: Tensor) -> Consensus:
-    """The most likely truth and raters behind `decisions` [R *S] of one class, by expectation maximisation.
+    """The most likely truth and raters behind `decisions` [R *S] of one class, by expectation maximisation (docs/training.md).
 
-        W_i = a_i / (a_i + b_i),  a_i = pi prod_j P_j^D_ij (1-P_j)^(1-D_ij),  b_i = (1-pi) prod_j Q_j^(1-D_ij) (1-Q_j)^D_ij
-        P_j = sum W D_j / sum W,  Q_j = sum (1-W)(1-D_j) / sum (1-W),
-
-    alternating from P = Q = 0.99, with pi = mean D, in log space. Sums run over the bounding box of all voxels that any
-    rater labelled, dilated by 3 voxels; outside it W is 0. A rater with P + Q <= 1, no better than chance, is left out of
-    that step, so that truth and its complement cannot be exchanged. If all raters agree everywhere (a single rater and
-    empty masks included) nothing is left to estimate: W is their mask, P = Q = 1.
+    Sums run over the bounding box of all voxels that any rater labelled, dilated by 3 voxels; outside it W is 0. A rater with
+    P + Q <= 1, no better than chance, is left out of that step, so that truth and its complement cannot be exchanged. If all raters
+    agree everywhere (a single rater and empty masks included) nothing is left to estimate: W is their mask, P = Q = 1.
 
     A soft decision enters as an exponent (soft STAPLE): D = 0.3 is 0.3 of a vote for and 0.7 of one against. The formula
     for P maximises the expected sum W (D ln P + (1-D) ln(1-P)) for any D in [0, 1], and that for Q likewise, so the same
@@ -161,11 +147,8 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
 
     Args:
         raters: label values in [0, 1], one entry per name of `rater_names` along `axis`.
-        fusion: "mean"; "majority" (mean >= 0.5); "intersection" and "union" (minimum and maximum over the raters); "staple"
-            (STAPLE's posterior of the rounded masks, >= 0.5); "soft_staple" (STAPLE's posterior of the masks as they are);
-            "random_rater" (the one that `draw` picks, the same for all classes and items of `raters`); "rater:<name>". STAPLE
-            runs class by class over everything in `raters`, so pass the whole case. For a single rater "majority" and "staple" are
-            the mask rounded, the others the mask.
+        fusion: see docs/training.md. STAPLE runs class by class over everything in `raters`, so pass the whole case. For a single
+            rater "majority" and "staple" are the mask rounded, the others the mask.
         rater_names: names of the raters of this case, in the order of `raters`.
         draw: any integer, for "random_rater" only: the seed of this sample in this epoch.
 
@@ -215,14 +198,14 @@ def prepare_target(
 ) -> Tensor:
     """The target before augmentation: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
 
-    The top of this file lists the label modes. `augmentation.apply` rounds "hard", once, last.
+    `augmentation.apply` rounds "hard", once, last.
 
     Args:
         raters: label values in [0, 1] after linear or area-weighted resampling, float.
         nearest: the raters' masks resampled by nearest neighbour, 0 or 1, of the shape of `raters`; None if nothing was
             resampled, then they are `raters` >= 0.5.
-        mode: one of `LABEL_MODES`.
-        fusion, rater_names, draw, axis: as in `fuse`.
+        mode, fusion: see docs/training.md.
+        rater_names, draw, axis: as in `fuse`.
 
     Raises UserError if `fusion` names a rater that this case does not have.
     """

@@ -375,19 +375,16 @@ def confusion(prediction: Map, reference: Map, thresholds: Sequence[float], voxe
 
     `voxels` is the number in the image, if the maps are a part of it outside of which both are 0.
     """
-    taus = np.sort(np.asarray(thresholds, dtype=prediction.dtype))
-    order = np.argsort(np.argsort(np.asarray(thresholds)))
-    tp, fp, positives = [], [], []
+    taus, order = np.unique(np.asarray(thresholds, dtype=prediction.dtype), return_inverse=True)
+    reaching, positives = [], []
     for k in range(prediction.shape[1]):
         p, y = prediction[:, k].ravel(), reference[:, k].ravel() >= 0.5
         above = np.flatnonzero(p >= taus[0])  # the others are background at every threshold
         level = np.searchsorted(taus, p[above], side="right") - 1  # the highest threshold that the voxel reaches
         counts = np.bincount(2 * level + y[above], minlength=2 * len(taus)).reshape(-1, 2)
-        reaching = counts[::-1].cumsum(axis=0)[::-1][order]
-        tp.append(reaching[:, 1])
-        fp.append(reaching[:, 0])
+        reaching.append(counts[::-1].cumsum(axis=0)[::-1][order])
         positives.append(np.count_nonzero(y))
-    hits, false = np.array(tp, dtype=np.float64), np.array(fp, dtype=np.float64)
+    false, hits = np.moveaxis(np.array(reaching, dtype=np.float64), 2, 0)
     actual = np.array(positives, dtype=np.float64)[:, None]
     return Confusion(hits, false, actual - hits, (voxels or prediction.size // prediction.shape[1]) - actual - false)
 

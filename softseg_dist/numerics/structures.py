@@ -3,8 +3,8 @@
 Legend: *S space (2 or 3 axes), L lesions. The surface of a mask is made of its voxels that share a face with the background,
 or with the end of the image. Edges and surface distances are MONAI's.
 
-A lesion is a connected component of voxels that touch by faces, edges or corners: 26 neighbours in a volume, 8 in a plane.
-Lesions of two masks are matched one to one, greedily by their overlap, so that one blob over everything finds one.
+A lesion is a connected component of voxels that touch by faces, edges or corners. Lesions of two masks are matched one to one,
+greedily by their overlap, so that one blob over everything finds one.
 """
 
 from __future__ import annotations
@@ -96,14 +96,10 @@ def components(mask: Mask) -> Components:
 def lesion_metrics(prediction: Components, reference: Components) -> dict[str, float]:
     """How many lesions were found, and how many of the predicted ones are false.
 
-    A lesion of the reference and a predicted one may match if they share at least min(3, the size of either) voxels. Pairs are
-    taken by falling overlap, among equal ones by lower index, each lesion once. That is greedy: it need not find the largest
-    possible number of pairs.
-
-    `lesions_true` and `lesions_found` count those of the reference, `lesions_predicted` and `false_lesions` the predicted ones;
-    each also by the size of the lesion (fewer than 20, 20 to 100, more than 100 voxels). `lesion_sensitivity` is found / true,
-    `lesion_fdr`, the false discovery rate, is false / predicted (0 without any), `lesion_f1` is 2 found / (true + predicted). All
-    three are NaN without a lesion in the reference.
+    Which lesions match is in docs/yardstick.md. `lesions_true` and `lesions_found` count those of the reference,
+    `lesions_predicted` and `false_lesions` the predicted ones; each also by the size of the lesion. `lesion_sensitivity` is found /
+    true, `lesion_fdr`, the false discovery rate, is false / predicted (0 without any), `lesion_f1` is 2 found / (true + predicted).
+    All three are NaN without a lesion in the reference.
     """
     found, false = _matched(prediction, reference)
     counts = (

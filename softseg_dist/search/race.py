@@ -1,14 +1,10 @@
 """The rule of the race: a candidate that is significantly worse than one that has run fully gets no more splits.
 
-Splits, seeds and weights are shared, and whether a subject has a score depends on its reference alone, so both means of a split
-are over the same subjects. They are compared split by split: a paired, one-sided t-test over the splits that both have, looked at
-after `Race.start` splits and after each further one but the last. With L looks a candidate is out at p < level / sqrt(L). The looks
-overlap, so Bonferroni's 1 / L would be too strict: for equal candidates, 5 to 40 splits and a level of .1 the chance that any look
-puts one out is .09 to .11 (simulated; tests/unit/search/test_race.py).
-
-Why t: the smallest p of an exact Wilcoxon test (Optuna's WilcoxonPruner) of 3 splits is 1/8: with the correction it decides nothing
-before the sixth, and needs a third to a half more fits (tests/benchmarks/bench_racing.py). With two objectives a candidate is out
-only if one opponent is significantly better in both. That errs on the side of running on: several opponents are not corrected for.
+The rule is in docs/statistics.md. The looks overlap, so Bonferroni's 1 / L in place of 1 / sqrt(L) would be too strict: for equal
+candidates, 5 to 40 splits and a level of .1 the chance that any look puts one out is .09 to .11 (simulated;
+tests/unit/search/test_race.py). Why t: the smallest p of an exact Wilcoxon test (Optuna's WilcoxonPruner) of 3 splits is 1/8, so it
+needs a third to a half more fits (tests/benchmarks/bench_racing.py). With two objectives a candidate is out only if one opponent is
+significantly better in both.
 """
 
 from __future__ import annotations
