@@ -16,7 +16,7 @@ from softseg_dist.study import Optim
 
 Precision = Literal["float32", "bfloat16"]
 
-# To compile a U-Net takes about a minute, once per study, as what is compiled is kept, and some seconds in every further process.
+# To compile a U-Net takes about a minute, once per machine, where torch keeps it, and some seconds in every further process.
 # It saves tenths of a millisecond (2D) to milliseconds (3D) of a step that is a graph anyway: about so many pay for the seconds.
 COMPILE_STEPS = 5000
 

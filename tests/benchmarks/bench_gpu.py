@@ -100,7 +100,7 @@ def dice(folder: Path, scale: Scale, say: Say) -> Measured:
 def cost(folder: Path, scale: Scale, say: Say) -> Measured:
     """Seconds until a fit has made its first step: compiled for the first time, and when that has been done before.
 
-    What is compiled is kept in the run folder of the fits; this part has one of its own.
+    Torch keeps what it compiles; this part has a folder of its own for it.
     """
     work, compiled = scale.works[0], list(scale.ways.values())[-1]
     tasks = [work.task(folder / "cost", index, **compiled) for index in range(3)]

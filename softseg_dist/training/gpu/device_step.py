@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class DeviceStepper(Stepper):
         self.execution = self.execution.replace(notes=(*self.execution.notes, *notes))
         self.dropout_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
         count_dropout(self.model.network, self.dropout_seed)
-        self.network = compiled(self.model.network, self.task.folder) if self.execution.compiled else None
+        self.network = compiled(self.model.network) if self.execution.compiled else None
         self.adam = torch.optim.AdamW(
             self.model.parameters(),
             lr=torch.tensor(self.optim.lr, device=self.device),
@@ -182,33 +182,32 @@ class DeviceStepper(Stepper):
         if not (self.execution.compiled or self.execution.graph):
             return None
         with apart_from_captures(self.device), unchanged(self.model, self.adam):
-            if self.execution.graph and (reason := self._without_network(step)) is not None:
-                self.execution = self.execution.without("graph", reason)
-            if self.execution.compiled:
-                try:
-                    step()
-                except SERIOUS:
-                    raise
-                except Exception as error:  # noqa: BLE001 - whatever a compiler raises: there is another way
-                    self.network = None
-                    self.execution = self.execution.without("compiled", _in_words(error))
             if self.execution.graph:
-                try:
+                network, self.network = self.network, None  # a compiled one hides its operations
+                reason = obstacle(step)
+                self.network = network
+                if reason is not None:
+                    self.execution = self.execution.without("graph", reason)
+            if self.execution.compiled:
+                with self._or_without("compiled"):
+                    step()
+                self.network = self.network if self.execution.compiled else None
+            if self.execution.graph:
+                with self._or_without("graph"):
                     self._pool = self._pool or torch.cuda.graph_pool_handle()
                     return captured(step, self._pool)
-                except SERIOUS:
-                    raise
-                except Exception as error:  # noqa: BLE001 - whatever the device refuses: there is another way
-                    self.execution = self.execution.without("graph", _in_words(error))
         return None
 
-    def _without_network(self, step: Step) -> str | None:
-        """What prevents a graph, with the network as it is: a compiled one hides its operations."""
-        network, self.network = self.network, None
+    @contextmanager
+    def _or_without(self, part: Literal["compiled", "graph"]) -> Iterator[None]:
+        """Train on without `part`, with a note, if a compiler or the device refuses what the block does."""
         try:
-            return obstacle(step)
-        finally:
-            self.network = network
+            yield
+        except SERIOUS:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever they raise: there is another way
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # torch's errors go on for pages
+            self.execution = self.execution.without(part, words)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -234,8 +233,3 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
         _of_thread.stream = torch.cuda.Stream(device)
     stream: torch.cuda.Stream = _of_thread.stream
     return stream
-
-
-def _in_words(error: Exception) -> str:
-    """The beginning of an error in one line; torch's go on for pages."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

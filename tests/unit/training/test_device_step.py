@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from device_fits import PATCHES, PLAIN, RECIPES, batches_of, device_stepper, hos
 
 from softseg_dist import BatchDice, Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Recipe, Sigmoid, UNet, softseg_parity
 from softseg_dist.training.fit import RunningFit, fit
-from softseg_dist.training.gpu.capture import keep_compiled, obstacle, unchanged
+from softseg_dist.training.gpu.capture import obstacle, unchanged
 from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, Resident, Streamed, device_batches
 from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper, Feed, PackedTensors
 from softseg_dist.training.host_step import HostStepper
@@ -320,15 +319,3 @@ def test_a_model_in_bfloat16_keeps_weights_logits_and_prediction_in_float32(task
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not torch.equal(logits, exact)
     torch.testing.assert_close(logits, exact, rtol=0.1, atol=0.1)
-
-
-def test_compiled_kernels_are_kept_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    keep_compiled(str(tmp_path / "scratch"))
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    keep_compiled(str(tmp_path / "run/fits/hard-dice/003"))
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run/.compiled")
-    keep_compiled(str(tmp_path / "other/fits/hard-dice/003"))
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run/.compiled")
