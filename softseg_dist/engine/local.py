@@ -36,6 +36,8 @@ class LocalBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`."""
+        if context.resources.time_limit_s:
+            context.progress.note("the time limit of fits does not hold in this process; Ctrl-C stops one that hangs")
         with signals(session):
             for number in map(str, count()):
                 if (task := session.next_fit(number)) is None:

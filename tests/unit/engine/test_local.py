@@ -153,6 +153,7 @@ def test_a_debugger_may_hold_a_fit_longer_than_its_time_limit(tmp_path: Path) ->
     run.faults["a/000"] = lambda worker: time.sleep(0.3)
     run.search()
     assert run.starts == ["a/000"]
+    assert "the time limit of fits does not hold in this process" in run.lines.getvalue()
 
 
 def test_a_study_is_tuned_and_raced_and_goes_on_the_same_way(tmp_path: Path) -> None:
