@@ -39,6 +39,7 @@ class Bids(DataSet):
             that sessions with names of their own stay together. None takes `sub-...` as it is.
         site: column of participants.tsv, upper or lower case; the site is "" where it is absent.
         derivatives: which folders of `derivatives/` have the masks; "*" looks in all.
+        exclude: cases or subjects that are left out, by name.
 
     >>> Bids("spine", image="T2w", labels={"GM": "label-GM_desc-{rater}_mask"}).classes
     ('GM',)
@@ -50,6 +51,7 @@ class Bids(DataSet):
     person: str | None = None
     site: str = "site"
     derivatives: str = "*"
+    exclude: tuple[str, ...] = ()
 
     def __init__(self, folder: str, **fields: Any) -> None:
         super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
@@ -103,6 +105,9 @@ class Bids(DataSet):
         sites = _sites(root, self.site)
         images_in, masks_in = _by_folder(images), _by_folder(masks)
         cases = [self._case(root, anchor, images_in[anchor.folder], masks_in.get(anchor.folder, ()), sites) for anchor in anchors]
+        if unknown := set(self.exclude) - {name for case in cases for name in (case.name, case.subject)}:
+            raise UserError(f"exclude names {listed(sorted(unknown))}, but the cases are {listed([case.name for case in cases])}")
+        cases = [case for case in cases if {case.name, case.subject}.isdisjoint(self.exclude)]
         self._check_parts(root, cases, masks)
         by_name: dict[str, LabelledCase] = {}
         for case in cases:

@@ -185,7 +185,7 @@ class Preprocess(Frozen):
                 return tuple(float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total for plane, n in planes)
         raise UserError(
             f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there; name what is taken then, as in "
-            f'center="{self.center}|image"'
+            f'center="{self.center}|image", or leave the case out: Bids(exclude=("{case.name}",))'
         )
 
     def _image(self, case: Case, volume: Float32, axes: tuple[Axis, ...]) -> Float32:
@@ -236,7 +236,7 @@ class Preprocess(Frozen):
         if not labelled.size and self.slices == "labelled":
             raise UserError(
                 f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all '
-                "slices of such a case"
+                f'slices of such a case, Bids(exclude=("{case.name}",)) leaves it out'
             )
         return tuple(labelled.tolist()) or every
 

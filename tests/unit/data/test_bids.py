@@ -77,6 +77,19 @@ def test_sessions_runs_and_people(tmp_path: Path) -> None:
         Bids("set", image="T2w", labels={"c": "seg"}, person="nobody").cases(tmp_path)
 
 
+def test_cases_and_subjects_are_left_out_by_name_and_only_those_that_there_are(tmp_path: Path) -> None:
+    for stem in ("sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1", "sub-03_ses-1"):
+        put(tmp_path, f"{stem.split('_')[0]}/anat/{stem}_T2w", IMAGE)
+    for stem in ("sub-01_ses-1", "sub-02_ses-1"):
+        put(tmp_path, f"derivatives/d/{stem.split('_')[0]}/anat/{stem}_T2w_seg")
+    data = Bids("set", image="T2w", labels={"c": "seg"})
+    kept = data.replace(exclude=("sub-01_ses-2", "sub-03")).cases(tmp_path)  # what is incomplete may be left out, too
+    assert [case.name for case in kept] == ["sub-01_ses-1", "sub-02_ses-1"]
+    assert [case.name for case in data.replace(exclude=("sub-01", "sub-03")).cases(tmp_path)] == ["sub-02_ses-1"]
+    with pytest.raises(UserError, match=r"exclude names sub-04, but the cases are sub-01_ses-1"):
+        data.replace(exclude=("sub-01", "sub-04")).cases(tmp_path)
+
+
 def test_raters_are_found_by_name_and_may_be_absent_from_a_case(tmp_path: Path) -> None:
     for subject, raters in (("01", "ab"), ("02", "b")):
         put(tmp_path, f"sub-{subject}/anat/sub-{subject}_T2w", IMAGE)
