@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from softseg_dist.cli.options import DataRoot, Json, StudyArg
 from softseg_dist.errors import UserError
@@ -38,7 +37,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison_json(found), indent=2, allow_nan=False))
     else:
-        _show(found, Console(highlight=False, soft_wrap=True))
+        _show(found)
 
 
 def evaluate(
@@ -80,31 +79,30 @@ def evaluate(
         typer.echo(f"{run.answer}\nReport   {page}\nNumbers  softseg report {run.folder} --json")
 
 
-def _show(found: RunComparison, console: Console) -> None:
+def _show(found: RunComparison) -> None:
     from softseg_dist.report.comparison_words import answer, called, caveats, metric_of, pairing_sentence
 
     for side, p in (("A", found.a), ("B", found.b)):
-        size = f"{p.num_splits} splits, {p.num_tested} tested subjects"
-        console.print(f"{side}: {p.run} ({p.study}; {size})", markup=False)
+        typer.echo(f"{side}: {p.run} ({p.study}; {p.num_splits} splits, {p.num_tested} tested subjects)")
     changed = {"Studies": found.study, "Versions": found.versions}
     changed |= {f"Recipes of {called(contrast)}": contrast.changed for contrast in found.contrasts}
     for what, fields in changed.items():
         if fields:
-            console.print(f"{what} differ:", markup=False)
+            typer.echo(f"{what} differ:")
         for field, (a, b) in fields.items():
-            console.print(f"  {field}: {a} -> {b}", markup=False)
+            typer.echo(f"  {field}: {a} -> {b}")
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
-            console.print(f"Only in {side}: {listed(names)}", markup=False)
-    console.print(f"\nB minus A in {metric_of(found)} on test. {pairing_sentence(found)}", markup=False)
-    console.print("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
+            typer.echo(f"Only in {side}: {listed(names)}")
+    typer.echo(f"\nB minus A in {metric_of(found)} on test. {pairing_sentence(found)}")
+    typer.echo("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
     rows = [COLUMNS, *map(_row, found.contrasts)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
-        console.print("  ".join(map(str.ljust, row, widths)).rstrip(), markup=False)
-    console.print(f"\n{answer(found)}", markup=False)
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    typer.echo(f"\n{answer(found)}")
     for text in caveats(found):
-        console.print(f"Note: {text}", markup=False)
+        typer.echo(f"Note: {text}")
 
 
 def _row(contrast: CandidateContrast) -> tuple[str, ...]:

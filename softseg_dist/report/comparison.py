@@ -18,7 +18,7 @@ import pandas as pd
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.metrics import TABLE, Row, row_of
-from softseg_dist.numerics.statistics import NAN, SplitTest, TTest, corrected_t_test, holm, subject_test, wilcoxon_test
+from softseg_dist.numerics.statistics import NAN, TTest, holm, subject_test
 from softseg_dist.record.changes import differences
 from softseg_dist.report.paired_tests import estimated
 from softseg_dist.report.run_folder import RunData
@@ -78,7 +78,7 @@ Changed = dict[str, tuple[str, str]]  # field, joined by dots: its value in A an
 
 @dataclass(frozen=True)
 class Party:
-    """One of the two runs. `run` is its folder or URI as given, `planned` and `finished` count fits."""
+    """One of the two runs. `run` is its folder or URI as given, `planned` and `finished` count fits, `spacing_mm` was prepared."""
 
     run: str
     study: str
@@ -112,8 +112,7 @@ class CandidateContrast:
     """A candidate of B minus one of A. `changed` are the fields in which their recipes differ.
 
     `test` is the crossed test if scores are paired by subject and split, the t-test over subjects if by subject alone, and
-    a difference of means without p if by nothing; `p_holm` adjusts it over all contrasts. Wilcoxon's and the corrected
-    test over splits stand beside the crossed one.
+    a difference of means without p if by nothing; `p_holm` adjusts it over all contrasts.
     """
 
     a: Side
@@ -123,8 +122,6 @@ class CandidateContrast:
     paired_by: Literal["subject and split", "subject", "nothing"]
     test: TTest
     p_holm: float = NAN
-    wilcoxon: SplitTest | None = None
-    corrected: SplitTest | None = None
 
 
 @dataclass(frozen=True)
@@ -296,25 +293,14 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     people, splits_a, splits_b = list(pairing.subjects), [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
     scores_a, scores_b = a.table(name_a).reindex(people), b.table(name_b).reindex(people)
     table = (scores_b.reindex(columns=splits_b).to_numpy() - scores_a.reindex(columns=splits_a).to_numpy()).astype(np.float64)
-    recipes = a.recipes[name_a], b.recipes[name_b]
-    contrast = CandidateContrast(
-        a=a.side(name_a),
-        b=b.side(name_b),
-        winners=winners,
-        changed=_changed(*recipes) if all(recipes) else {},
-        paired_by="subject and split",
-        test=estimated(table, people),
-    )
-    means = np.array([column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()])
-    if len(means) >= ENOUGH:
-        ratio = float(np.mean([len(s.test) / len(s.train) for s in a.data.splits if s.index in splits_a]))
-        corrected = corrected_t_test(means, ratio)
-        return replace(contrast, wilcoxon=wilcoxon_test(means), corrected=corrected)
+    crossed, sides, recipes = estimated(table, people), (a.side(name_a), b.side(name_b)), (a.recipes[name_a], b.recipes[name_b])
+    contrast = CandidateContrast(*sides, winners, _changed(*recipes) if all(recipes) else {}, "subject and split", crossed)
+    if crossed.num_splits >= ENOUGH:
+        return contrast
     over_subjects = subject_test((scores_b.mean(axis=1) - scores_a.mean(axis=1)).to_numpy(np.float64))
     if over_subjects.num_subjects:  # missing fits, too, may leave less than two splits
         return replace(contrast, paired_by="subject", test=over_subjects)
-    apart = TTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED)
-    return replace(contrast, paired_by="nothing", test=apart)
+    return replace(contrast, paired_by="nothing", test=TTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED))
 
 
 def _study_changes(a: RunData, b: RunData) -> Changed:

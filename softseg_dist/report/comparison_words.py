@@ -6,6 +6,7 @@ A is the first run, B the second; all differences are B minus A. No sentence cla
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from softseg_dist.numerics.crossed_test import CrossedTest
@@ -112,64 +113,52 @@ def _equal(contrast: CandidateContrast) -> bool:
     return contrast.test.mean == 0 and contrast.test.note == ALL_EQUAL
 
 
-def _data(comparison: RunComparison) -> list[str]:
+def _data(comparison: RunComparison) -> Iterator[str]:
     a, b, fields = comparison.a, comparison.b, [field.partition(".")[0] for field in comparison.study]
-    found = []
-    if a.spacing_mm != b.spacing_mm:
+    if a.spacing_mm != b.spacing_mm or "preprocess" in fields:
         of_a, of_b = (f"{dimensions(run.spacing_mm)} mm" if run.spacing_mm else "unknown" for run in (a, b))
-        found.append(f"Scores are measured on different grids ({of_a} in A, {of_b} in B). A difference may come from the grids.")
-    elif "preprocess" in fields:
-        found.append(
-            "Images were prepared in different ways, and each run is scored on its own prepared grid. A difference may come "
-            "from the preparation."
-        )
+        yield f"Images were prepared in different ways (grid: {of_a} in A, {of_b} in B): a difference may come from that."
     if "data" in fields and comparison.pairing.subjects:
-        found.append("The data sets are read in different ways: images or labels of one subject may not be the same in both.")
+        yield "The data sets are read in different ways: images or labels of one subject may not be the same in both."
     if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
-        found.append("The prepared data differ although both studies describe the same data: images or labels have changed.")
-    return found
+        yield "The prepared data differ although both studies describe the same data: images or labels have changed."
 
 
-def _tests(comparison: RunComparison) -> list[str]:
-    found, contrasts = [], comparison.contrasts
+def _tests(comparison: RunComparison) -> Iterator[str]:
+    contrasts = comparison.contrasts
     if any(c.paired_by == "subject" for c in contrasts):
-        found.append(
+        yield (
             "A test over subject means speaks about these trained models: it ignores the variation between training runs, so for "
             "new runs it calls too many differences significant. Give both studies the same splits to get the crossed test."
         )
     if any(c.paired_by == "subject and split" for c in contrasts) and not comparison.same_seeds:
-        found.append(
+        yield (
             "Paired fits did not start from the same weights and batches, which follow from the study's name, its seed and the "
             "number of the split: this adds variation, which the crossed test counts."
         )
     noted = [c for c in contrasts if c.paired_by != "nothing" and not _equal(c)]
-    notes = dict.fromkeys(note for c in noted for note in c.test.remarks)
-    found += [f"{listed([called(c) for c in noted if note in c.test.remarks])}: {note}." for note in notes]
-    return found
+    for note in dict.fromkeys(note for c in noted for note in c.test.remarks):
+        yield f"{listed([called(c) for c in noted if note in c.test.remarks])}: {note}."
 
 
-def _selection(comparison: RunComparison) -> list[str]:
-    found = []
+def _selection(comparison: RunComparison) -> Iterator[str]:
     if any(c.winners for c in comparison.contrasts):
         chosen = "Each winner was chosen on validation subjects, who are tested in other splits"
-        found.append(f"{chosen}: the difference of the winners describes, it does not confirm.")
+        yield f"{chosen}: the difference of the winners describes, it does not confirm."
     if comparison.other_trials:
         trials = count(len(comparison.other_trials), "candidate")
-        found.append(f"{trials} of both searches share a name but not the recipe, and are not compared.")
-    return found
+        yield f"{trials} of both searches share a name but not the recipe, and are not compared."
 
 
-def _completeness(comparison: RunComparison) -> list[str]:
-    a, b = comparison.a, comparison.b
+def _completeness(comparison: RunComparison) -> Iterator[str]:
+    parties = {"A": comparison.a, "B": comparison.b}
+    for side, party in parties.items():
+        if party.finished < party.planned:
+            lacking = f"{party.planned - party.finished} of {party.planned} fits have no score"
+            yield f"{side}: {lacking}; tests use what both have."
     sides = {(run, s.candidate): s for c in comparison.contrasts for run, s in (("A", c.a), ("B", c.b))}.values()
-    found = [
-        f"{side}: {party.planned - party.finished} of {party.planned} fits have no score; tests use what both have."
-        for side, party in (("A", a), ("B", b))
-        if party.finished < party.planned
-    ]
     if undefined := sum(side.undefined for side in sides):
         total = sum(side.values for side in sides)
-        found.append(f"{undefined} of {total} values of the metric are undefined (the reference is empty) and are left out.")
-    if objectives := sorted({a.objective, b.objective} - {comparison.metric}):
-        found.append(f"{' and '.join(objectives)} chose the epochs, not the metric that is compared.")
-    return found
+        yield f"{undefined} of {total} values of the metric are undefined (the reference is empty) and are left out."
+    if objectives := sorted({party.objective for party in parties.values()} - {comparison.metric}):
+        yield f"{' and '.join(objectives)} chose the epochs, not the metric that is compared."

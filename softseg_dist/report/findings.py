@@ -7,6 +7,8 @@ shown". Caveats and exclusions name whatever weakens a number on the page, the m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.statistics import ALL_EQUAL
@@ -31,6 +33,20 @@ from softseg_dist.words import (
 
 WHERE = "on test, on the files' own grids"
 MOST_QUOTED = 2  # effects that a sentence gives with their numbers: the tables have all
+
+
+def sentences(summary: Summary) -> dict[str, Any]:
+    """All findings by name, as `softseg report --json` writes them; what there is nothing to say of is empty."""
+    return {
+        "not_learned": learned_answer(summary),
+        "scores_answer": scores_answer(summary),
+        "answer": answer(summary),
+        "effects_answer": effects_answer(summary),
+        "interactions_answer": interactions_answer(summary),
+        "group_answer": group_answer(summary),
+        "sites_answer": sites_answer(summary),
+        "holdout_answer": holdout_answer(summary),
+    }
 
 
 def scores_answer(summary: Summary) -> str:
@@ -205,123 +221,103 @@ def caveats(summary: Summary) -> list[str]:
     return [*_grids(summary), *_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
 
 
-def _grids(summary: Summary) -> list[str]:
+def _grids(summary: Summary) -> Iterator[str]:
     """Which differences have another sign on the grid of training than on the grids of the files."""
     own = {c.candidate: c.crossed.mean for c in summary.comparisons}
-    turned = [(name, own[name], other) for name, other in summary.checks.prepared.items() if own.get(name, 0) * other < 0]
-    if not turned:
-        return []
-    quoted = [f"{name} {number(a, signed=True)} (own), {number(b, signed=True)} (prepared)" for name, a, b in turned]
-    what = (
-        f"The sign of the difference to {summary.reference} on test depends on the grid, own (of the file) or prepared (of "
-        "training)"
-    )
-    return [f"{what}: {listed(quoted, 4, '; ')}. The answer is about the files' own grids."]
+    turned = {name: other for name, other in summary.checks.prepared.items() if own.get(name, 0) * other < 0}
+    if turned:
+        quoted = [f"{n} {number(own[n], signed=True)} (own), {number(b, signed=True)} (prepared)" for n, b in turned.items()]
+        yield (
+            f"The sign of the difference to {summary.reference} on test depends on the grid, own (of the file) or prepared (of "
+            f"training): {listed(quoted, 4, '; ')}. The answer is about the files' own grids."
+        )
 
 
-def _completeness(summary: Summary) -> list[str]:
+def _completeness(summary: Summary) -> Iterator[str]:
     lacking = {"failed": sum(t.failed for t in summary.training), "not run yet": sum(t.missing for t in summary.training)}
-    found = []
     if total := sum(lacking.values()):
-        found.append(
+        yield (
             f"{total} of {summary.num_planned} fits have no score ({', '.join(f'{n} {why}' for why, n in lacking.items() if n)}). "
             "Comparisons use the subjects and splits that both sides have, and ranks follow these comparisons; a mean in the "
             "ranking is over what its candidate has."
         )
     if raced := summary.searched.raced:
         saved = sum(t.raced for t in summary.training)
-        found.append(
+        yield (
             f"Given up after a few splits, as worse than the best on these: {len(raced)} of {len(summary.ranking)} candidates "
             f"({count(saved, 'fit')} saved). They are ranked and tested on the splits that they have."
         )
     if unscored := [s.name for s in summary.ranking if s.rank is None]:
-        found.append(f"Without any score, and so left out of all comparisons: {', '.join(unscored)}.")
-    return found
+        yield f"Without any score, and so left out of all comparisons: {', '.join(unscored)}."
 
 
-def _selection(summary: Summary) -> list[str]:
-    found = []
+def _selection(summary: Summary) -> Iterator[str]:
+    best, held = summary.winner.name, summary.holdout
     if summary.reference != summary.control:
-        found.append(
-            f"All are compared with the highest ranked, which was chosen {_choice(summary)}: the p-values describe, they do not "
-            "confirm."
-        )
-    held = summary.holdout
-    if held is not None and held.scores and held.winner == summary.winner.name:
-        found.append(
-            f"The mean of {summary.winner.name} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the "
-            "held-out subjects is not."
+        chosen = f"All are compared with the highest ranked, which was chosen {_choice(summary)}"
+        yield f"{chosen}: the p-values describe, they do not confirm."
+    if held is not None and held.scores and held.winner == best:
+        yield (
+            f"The mean of {best} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the held-out "
+            "subjects is not."
         )
         if len(held.opened) > 1:
-            found.append(
+            yield (
                 f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: a result "
                 "of one opening may have led to the next, so they confirm less than subjects opened once."
             )
-        return found
+        return
     if held is not None:
         why = "not opened yet" if not held.scores else f"opened for {held.winner}, which no longer ranks highest"
-        found.append(f"{count(held.num_subjects, 'subject')} in no split: {why}.")
+        yield f"{count(held.num_subjects, 'subject')} in no split: {why}."
     if summary.winner.proposed:
-        found.append(
-            f"{summary.winner.name} was found by a search on validation subjects who are test subjects of other splits: "
-            "its score is optimistic by an unknown amount. Confirm it on subjects that are in no split, or in a new study "
-            "that has it as a fixed candidate."
+        yield (
+            f"{best} was found by a search on validation subjects who are test subjects of other splits: its score is optimistic "
+            "by an unknown amount. Confirm it on subjects that are in no split, or in a new study that has it as a fixed candidate."
         )
     elif len(summary.comparisons) > 1 and summary.chosen_tested:
-        found.append(
+        yield (
             f"The mean of the highest of several candidates is optimistic, as it was chosen {_choice(summary)}. "
             "Holm's correction protects the tests against that, not the mean."
         )
-    return found
 
 
 def _choice(summary: Summary) -> str:
     """By whose scores the highest ranked was chosen."""
     if summary.chosen_on == "test":
         return "by the same scores that it is tested on, for lack of scores on validation"
-    tested = f", {summary.chosen_tested} of whom are tested in some split" if summary.chosen_tested else ", none of whom is tested"
-    return f"by its mean on validation subjects{tested}"
+    tested = f"{summary.chosen_tested} of whom are tested in some split" if summary.chosen_tested else "none of whom is tested"
+    return f"by its mean on validation subjects, {tested}"
 
 
-def _training(summary: Summary) -> list[str]:
-    found = []
+def _training(summary: Summary) -> Iterator[str]:
     if slow := [f"{t.name} {t.not_converged} of {t.finished}" for t in summary.training if t.not_converged]:
         why = "best epoch in the last 5 % of the budget, so that more epochs might have changed the result"
-        found.append(f"Not converged ({why}): {listed(slow, 6)}.")
+        yield f"Not converged ({why}): {listed(slow, 6)}."
     if dead := [f"{t.name} {percent(t.dead_share)}" for t in summary.training if (t.dead_share or 0) > ALPHA]:
-        what = "gave an output of 0 everywhere, without a gradient"
-        found.append(f"More than 5 % of the training samples {what}: {', '.join(dead)}.")
+        yield f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {', '.join(dead)}."
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
-        found.append(
+        yield (
             f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ: a part of a difference between "
             'candidates may come from the precision. Optim(precision="float32") makes it equal.'
         )
-    found += [f"{name}: {note}." for name, note in summary.notes.items()]
+    yield from (f"{name}: {note}." for name, note in summary.notes.items())
     if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
-        found.append(
+        yield (
             f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "
             "of them: a part of a difference may come from how well that rate suits each."
         )
-    return found
 
 
-def _data(summary: Summary) -> list[str]:
-    weak = [(warning, c.candidate) for c in summary.comparisons for warning in c.crossed.warnings]
-    by_warning = {text: [name for warning, name in weak if warning == text] for text, _ in weak}
-    found = [f"{capital(text)} ({listed(names)})." for text, names in by_warning.items()]
-    if summary.num_tested < summary.num_subjects:
-        never = summary.num_subjects - summary.num_tested
-        found.append(f"{never} of {summary.num_subjects} subjects were in no test set, only in training and validation sets.")
-    if (num := len(summary.splits)) < 6 and not summary.of_models:
-        smallest = f"its smallest p is {2.0 ** (1 - num):.3g}"
-        found.append(f"With {count(num, 'split')} Wilcoxon's test cannot reach p < 0.05 ({smallest}).")
+def _data(summary: Summary) -> Iterator[str]:
+    for warning in dict.fromkeys(warning for c in summary.comparisons for warning in c.crossed.warnings):
+        yield f"{capital(warning)} ({listed([c.candidate for c in summary.comparisons if warning in c.crossed.warnings])})."
     if 1 < summary.num_tested < 12:
-        found.append(
+        yield (
             f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
             "are imprecise: intervals are approximate."
         )
     if undefined := sum(s.undefined for s in summary.ranking):
         total = sum(s.values for s in summary.ranking)
-        found.append(f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out.")
-    return found
+        yield f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."

@@ -27,18 +27,7 @@ from softseg_dist.report.figures import (
     reliability_figure,
     shown,
 )
-from softseg_dist.report.findings import (
-    WHERE,
-    answer,
-    caveats,
-    effects_answer,
-    group_answer,
-    holdout_answer,
-    interactions_answer,
-    learned_answer,
-    scores_answer,
-    sites_answer,
-)
+from softseg_dist.report.findings import WHERE, caveats, sentences
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
 from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
@@ -89,13 +78,7 @@ def summary_json(run: Path) -> dict[str, Any]:
     data = load_run(run)
     summary = summarise(data)
     return {
-        "not_learned": learned_answer(summary),
-        "scores_answer": scores_answer(summary),
-        "answer": answer(summary),
-        "effects_answer": effects_answer(summary),
-        "interactions_answer": interactions_answer(summary),
-        "group_answer": group_answer(summary),
-        "holdout_answer": holdout_answer(summary),
+        **sentences(summary),
         "caveats": [*(text for _, text in data.cautions), *caveats(summary)],
         **plain(summary),
         "run": plain(dict(data.run)),
@@ -170,6 +153,7 @@ def _environment() -> Environment:
 
 def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str, str]]) -> str:
     fields = list(dict.fromkeys(f for recipe in summary.varying.values() for f in recipe))
+    said = sentences(summary)
     template = _environment().get_template("page.html")
     return template.render(
         s=summary,
@@ -179,17 +163,13 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         sections=_sections(summary, pictures),
         pictures=pictures,
         folder=data.run.get("run") or data.folder,
-        first=[*learned_answer(summary), *(text for rule, text in data.cautions if rule == ALIKE)],
-        scores=scores_answer(summary),
+        said=said,
+        first=[*said["not_learned"], *(text for rule, text in data.cautions if rule == ALIKE)],
         where=WHERE,
-        answer=answer(summary),
-        answers=tuple(say(summary) for say in (holdout_answer, sites_answer, group_answer, effects_answer, interactions_answer)),
         metric=_meaning(summary),
         caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary)],
         shown=shown(summary),
-        few=len(shown(summary)) < len(summary.ranking),
         most=MOST,
-        rules=summary.used_rules,
         cut=_cut(summary),
         rule_names=RULE_NAMES,
         to_best={rival.candidate: rival for rival in summary.rivals},
