@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
-from softseg_dist.study import NAME, Study
+from softseg_dist.study import Study, check_name
 from softseg_dist.training.task import FitResult
 from softseg_dist.words import listed
 
@@ -95,8 +95,8 @@ class Assessment:
         fields = json_of(study) if study else {"objective": Study.model_fields["objective"].default, "seed": 0}
         name = options.name or (f"{study.name}-evaluation" if study else "evaluation")
         control = options.control or (study.control if study and study.control in places else None)
-        if bad := [text for text in (name, *places) if not NAME.fullmatch(text)]:
-            raise UserError(f"names become folders: letters, digits, '.', '_' and '-' only, got {bad[0]!r}")
+        for folder in (name, *places):
+            check_name(folder)
         if not places or (control and control not in places):
             raise UserError(f"the control {control} is not a candidate; there are {listed(list(places)) or 'none'}")
         scanned = source.scan(root)
@@ -159,7 +159,6 @@ def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
     names = {case.name for case in asked.cases}  # with a pattern a folder may be that of a case
     folders = [path for path in inside if path.is_dir() and path.name not in names]
     folds = {int(match[1] or match[2]): path for path in folders if (match := FOLD.fullmatch(path.name))}
-    times = Counter(subject for split in asked.splits for subject in split.test)
     for fold, path in (folds or {-1: folder}).items():
         validation = path / "validation"  # where the training of nnU-Net leaves the maps of a fold
         place = validation if validation.is_dir() else path
@@ -169,9 +168,7 @@ def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
         for case in (case for case in asked.cases if case.name in found.files):
             tested = [split.index for split in asked.splits if case.subject in split.test and fold in (-1, split.index)]
             if len(tested) > 1:
-                problems.append(
-                    f"{name}: {case.name} is tested in {times[case.subject]} splits: each has its own folder, fold_0 and on"
-                )
+                problems.append(f"{name}: {case.name} is tested in {len(tested)} splits: each has its own folder, fold_0 and on")
             elif asked.splits and not tested:
                 surplus += found.files[case.name]
             else:
@@ -217,9 +214,7 @@ def _rows_of_run(name: str, run: RunData, candidate: str, asked: Assessment, yar
     theirs = dict(zip(info.get("classes") or (), info.get("mean_volumes_mm3") or (), strict=False))
     if rows.empty or list(theirs) != list(ours) or not np.allclose(list(theirs.values()), list(ours.values()), rtol=1e-6, atol=0):
         of = [", ".join(f"{label} {volume:.6g} mm3" for label, volume in each.items()) or "not recorded" for each in (ours, theirs)]
-        raise UserError(
-            f"{name}: a run is compared if it was judged by the same masks: mean volumes are {of[0]}, got {of[1]} in {place}"
-        )
+        raise UserError(f"{name}: a run is compared if it was judged by the same masks: mean volumes {of[0]}, in {place} {of[1]}")
     known = {(case.name, case.subject) for case in asked.cases}
     if others := sorted(set(zip(rows["case"].astype(str), rows["subject"].astype(str), strict=True)) - known):
         raise UserError(f"{name}: {place} has other cases than the data set: {listed([case for case, _ in others])}")
@@ -241,15 +236,13 @@ def _wanted(asked: Assessment, have: Mapping[str, set[Key]], note: Note) -> set[
     common = wanted.intersection(*have.values())
     if asked.options.common:
         wanted = common
-    where = {split: f" in split {split}" if asked.splits else "" for split, _ in wanted}
     lacking = [(name, *key) for name, keys in have.items() for key in sorted(wanted - keys)]
     if lacking and common:
         note(f"--common compares the {len({case for _, case in common})} cases that all candidates have")
-    _refuse(f"{name}: no prediction of {case}{where[split]} in {asked.candidates[name]}" for name, split, case in lacking)
+    in_split = " in split {}" if asked.splits else ""
+    _refuse(f"{name}: no prediction of {case}{in_split.format(at)} in {asked.candidates[name]}" for name, at, case in lacking)
     if not wanted:
-        raise UserError(
-            f"no file is of a case of the data set, which has {listed([case.name for case in asked.cases])}; see --pattern"
-        )
+        raise UserError(f"no file is of a case of the data set: {listed([case.name for case in asked.cases])}; see --pattern")
     if left := sorted({case.name for case in asked.cases} - {case for _, case in wanted}):
         note(f"{len(left)} of {len(asked.cases)} cases are not compared: {listed(left)}")
     return wanted

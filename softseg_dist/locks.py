@@ -40,10 +40,8 @@ def is_locked_here(file: IO[Any], wait_s: float = 0.0) -> bool:
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-        raise UserError(
-            f"{Path(file.name).parent}: its file system does not support locks ({error.strerror}); give a folder on a local "
-            "disk or a bucket URI (--out for runs, --stores for stores, SOFTSEG_CACHE for the cache)"
-        ) from error
+        to_do = "give a folder on a local disk or a bucket URI by --out (runs), --stores (stores) or SOFTSEG_CACHE (the cache)"
+        raise UserError(f"{Path(file.name).parent}: its file system does not support locks ({error.strerror}); {to_do}") from error
     return True
 
 

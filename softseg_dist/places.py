@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 from pyarrow import fs
@@ -90,13 +91,11 @@ class Place:
 
     def write(self, content: bytes) -> None:
         """Make the file hold `content`: whole or as it was, even after a crash. Makes the folders above it."""
-        if self.path is not None:
-            _write_durably(self.path, content)
-            return
-        with self._named("write"):
-            self._make_parent()
-            with self._files.open_output_stream(self._root) as stream:  # appears when the stream is closed, not before
-                stream.write(content)
+        if self.path is None:
+            self._upload(io.BytesIO(content))
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, lambda partial: _write_durably(partial, content))
 
     def is_file(self) -> bool:
         """Whether there is a file here."""
@@ -137,10 +136,15 @@ class Place:
         if self.path is not None:
             Place.at(source).pull(self.path)
             return
-        with source.open("rb") as file, self._named("write"):
-            self._make_parent()
-            with self._files.open_output_stream(self._root) as stream:
-                shutil.copyfileobj(file, stream, CHUNK_BYTES)
+        with source.open("rb") as file:
+            self._upload(file)
+
+    def _upload(self, data: IO[bytes]) -> None:
+        with self._named("write"):
+            if self._files.type_name not in FLAT:
+                self._files.create_dir(self._root.rpartition("/")[0], recursive=True)
+            with self._files.open_output_stream(self._root) as stream:  # appears when the stream is closed, not before
+                shutil.copyfileobj(data, stream, CHUNK_BYTES)
 
     def _kind(self) -> Any:
         with self._named("read"):
@@ -150,10 +154,6 @@ class Place:
         with self._named("read"):
             selector = fs.FileSelector(self._root, recursive=recursive, allow_not_found=True)
             return self._files.get_file_info(selector)
-
-    def _make_parent(self) -> None:
-        if self._files.type_name not in FLAT:
-            self._files.create_dir(self._root.rpartition("/")[0], recursive=True)
 
     @contextmanager
     def _named(self, doing: str) -> Iterator[None]:
@@ -174,15 +174,10 @@ def _with_patience(uri: str) -> str:
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """Write beside the place, force it to the disk, rename: after a crash the file is there whole, or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _replacing(path) as partial, partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # writing, unlike opening, does not say which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -207,22 +202,19 @@ FULL_BYTES = 2**16  # a disk with less than this left is full
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(partial)` and rename `partial` to `path`; nothing is left behind if `write` raises.
 
-    Raises OSError with the errno ENOSPC or EDQUOT and the name of the file if the disk is full, whatever `write` makes of that.
+    An OSError about `partial` names `path`. It has the errno ENOSPC or EDQUOT if the disk is full, whatever `write` makes of that:
+    safetensors hides it in its text, torch does not tell it, and writing, unlike opening, does not say which file.
     """
     path = Path(path)
     try:
         with _replacing(path) as partial:
             write(partial)
     except Exception as error:
-        if (full := _full(error, path)) is not None:
-            raise OSError(full, os.strerror(full), str(path)) from error
+        hidden = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
+        if number is None and shutil.disk_usage(path.parent).free < FULL_BYTES:
+            number = errno.ENOSPC
+        about_it = isinstance(error, OSError) and error.filename in (None, str(partial))
+        if number in (errno.ENOSPC, errno.EDQUOT) or (number is not None and about_it):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
-
-
-def _full(error: Exception, path: Path) -> int | None:
-    """The errno of a full disk if that is what `error` is about: safetensors hides it in its text, torch does not tell it."""
-    hidden = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
-    if number is None and shutil.disk_usage(path.parent).free < FULL_BYTES:
-        return errno.ENOSPC
-    return number if number in (errno.ENOSPC, errno.EDQUOT) else None

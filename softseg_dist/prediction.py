@@ -30,6 +30,7 @@ from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
+from softseg_dist.words import count
 
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
@@ -181,9 +182,7 @@ def _folder(model: Path, candidate: str | None) -> Path:
 
 def _source(model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None) -> MapSource:
     if samples is not None and (ensemble or not uncertainty):
-        raise UserError(
-            "--samples is the number of predictions for --uncertainty of one model: leave it out, or give both without --ensemble"
-        )
+        raise UserError("--samples is of --uncertainty of one model: leave it out, or give --uncertainty and no --ensemble")
     if ensemble:
         return MapSource(model, card.study, members=weights_of_fits(folder, card), with_entropy=uncertainty)
     return MapSource(model, card.study, method=method_of(card, model, samples) if uncertainty else None)
@@ -194,10 +193,8 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
         if card.study_source is None:
             raise UserError(f"{folder}: its network is defined in the study file of {card.study}, which it does not carry")
         if not trust:
-            raise UserError(
-                f"{folder}: its network is defined in {', '.join(card.study_source.texts)}, whose code must be executed to "
-                f"predict; if you trust the origin of this model, give --trust (in Python: trust=True)"
-            )
+            code = f"its network is code in {', '.join(card.study_source.texts)}, which predicting executes"
+            raise UserError(f"{folder}: {code}; if you trust the origin of this model, give --trust (in Python: trust=True)")
         load_sources(card.study_source)
     return read_model(folder, card)
 
@@ -208,10 +205,8 @@ def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequ
     masks: list[MaskFile | None] = [None] * len(images)
     if parts := card.preprocess.mask_parts:
         if len(center_masks) != len(images):
-            raise UserError(
-                f"this model's crop is centred on the mask {parts[0]!r}: give --center-mask FILE once per image, in their order; "
-                f"got {len(center_masks)} for {len(images)} image{'s' * (len(images) > 1)}, the first of which is {images[0][0]}"
-            )
+            got = f"got {len(center_masks)} for {count(len(images), 'image')}, the first of which is {images[0][0]}"
+            raise UserError(f"this model's crop is centred on the mask {parts[0]!r}: give --center-mask FILE once per image; {got}")
         _, _, value = parts[0].partition(":")  # "part:value" is one value of an integer map, as in training
         masks = [MaskFile(path, int(value) if value else None) for path in center_masks]
     elif center_masks:
@@ -221,7 +216,7 @@ def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequ
 
 def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:
     if found != card.channels:
-        takes = f"this model takes {card.channels} channel{'s' * (card.channels > 1)} per image, in the order of training"
+        takes = f"this model takes {count(card.channels, 'channel')} per image, in the order of training"
         raise UserError(f"{takes}, got {found}{detail}")
 
 
@@ -253,9 +248,9 @@ def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
     for output in outputs:
         for path in (*output.maps.values(), *output.masks.values(), *output.entropies.values()):
             if path.resolve() in taken:
+                to_do = "give another --out, and predict images of one name one by one"
                 raise UserError(
-                    f"{output.image}: its map would be written over {path}, which is an input or the map of another image; "
-                    "give another --out, and predict images of one name one by one"
+                    f"{output.image}: its map would be written over {path}, an input or the map of another image; {to_do}"
                 )
             taken.add(path.resolve())
 

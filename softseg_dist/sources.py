@@ -206,10 +206,8 @@ def _file_beside(folder: Path, parts: list[str]) -> str | None:
 def _refuse_installed(folder: Path, file: str, name: str, helper: str) -> None:
     found = _installed(folder, name)
     if found is not None and Path(found).resolve() != (folder / helper).resolve():
-        raise UserError(
-            f"{folder / file} imports {name!r}, which is {helper} beside the study and an installed module ({found}); "
-            "rename the file beside the study"
-        )
+        both = f"{helper} beside the study and an installed module ({found}); rename the file beside the study"
+        raise UserError(f"{folder / file} imports {name!r}, which is {both}")
 
 
 def _installed(folder: Path, name: str) -> str | None:

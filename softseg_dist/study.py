@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from softseg_dist.data.cases import DataSet
 from softseg_dist.data.preprocess import Preprocess
@@ -34,6 +34,13 @@ from softseg_dist.numerics.transforms import Augmentation
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RAY_UNITS = 10_000  # of a GPU or CPU: Ray rounds shares to one of them
 WINNER = "winner"  # the winners of all outer splits are reported under this name
+
+
+def check_name(name: str) -> str:
+    """A name of a study or a candidate. Raises UserError if it cannot be that of a folder."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"a name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
+    return name
 
 
 class Optim(Frozen):
@@ -161,15 +168,11 @@ class Resources(Frozen):
     @model_validator(mode="after")
     def _one_way_to_share(self) -> Self:
         if self.fits_per_gpu is not None and self.gpus_per_fit is not None:
-            raise ValueError(
-                "--fits-per-gpu (fits in one process) and --gpus-per-fit (a process each) both say how fits share GPUs, "
-                f"got {self.fits_per_gpu} and {self.gpus_per_fit:g}; give one of them"
-            )
+            both = f"--fits-per-gpu {self.fits_per_gpu} (in one process) and --gpus-per-fit {self.gpus_per_fit:g} (a process each)"
+            raise ValueError(f"{both} both say how fits share GPUs; give one of them")
         if self.fits_per_gpu is not None and self.workers_per_fit > 1:
-            raise ValueError(
-                f"--fits-per-gpu {self.fits_per_gpu} is for fits of one worker, which --workers-per-fit "
-                f"{self.workers_per_fit} are not; give one of them"
-            )
+            both = f"--fits-per-gpu {self.fits_per_gpu} is for fits of one worker, not --workers-per-fit {self.workers_per_fit}"
+            raise ValueError(f"{both}; give one of them")
         return self
 
     @property
@@ -204,7 +207,7 @@ class Study(Frozen):
 
     DEBUG_SUBJECTS: ClassVar[int] = 6
 
-    name: str
+    name: Annotated[str, AfterValidator(check_name)]
     question: str
     data: DataSet
     preprocess: Preprocess = Preprocess()
@@ -212,7 +215,7 @@ class Study(Frozen):
     repeats: PositiveInt = 1
     objective: str | Metric = "brier_skill"
     second_objective: str | Metric | None = None
-    candidates: dict[str, Recipe] = {}
+    candidates: dict[Annotated[str, AfterValidator(check_name)], Recipe] = {}
     control: str | None = None
     search: Search | None = None
     tune_each: TuneEach | None = None
@@ -223,13 +226,6 @@ class Study(Frozen):
     holdout: float | tuple[str, ...] | None = None
     nested: Splits | None = None
     resources: Resources = Resources()
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"a study's name becomes a folder: letters, digits, '.', '_' and '-' only, got {value!r}")
-        return value
 
     @field_validator("objective", "second_objective")
     @classmethod
@@ -268,8 +264,6 @@ class Study(Frozen):
         if len({metric.row.name for metric in self.objectives}) < len(self.objectives):
             raise ValueError(f"second_objective must differ from the objective, got {self.objectives[0].row.name!r} for both")
         for name, recipe in self.candidates.items():
-            if not NAME.fullmatch(name):
-                raise ValueError(f"a candidate's name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
             self.check_recipe(name, recipe)
         if self.control is not None and self.control not in self.candidates:
             raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
@@ -325,10 +319,8 @@ class Study(Frozen):
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
             raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
         if recipe.patch is not None and len(recipe.patch.size) != self.preprocess.dim:
-            raise ValueError(
-                f"candidate {name}: a patch needs {self.preprocess.dim} numbers for dim={self.preprocess.dim} of Preprocess, "
-                f"got {recipe.patch.size}"
-            )
+            dim = self.preprocess.dim
+            raise ValueError(f"candidate {name}: a patch needs {dim} numbers for Preprocess(dim={dim}), got {recipe.patch.size}")
 
     def debug(self) -> Study:
         """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""

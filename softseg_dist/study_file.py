@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import PydanticUserError, ValidationError
 
@@ -191,8 +191,7 @@ def _put_back(names: Iterable[str], before: Mapping[str, ModuleType]) -> None:
             sys.modules.pop(name, None)
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """A module to be: the file in `sources`, shown under a name in messages and to debuggers."""
 
     sources: Sources

@@ -251,9 +251,9 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
         content = tuple(line.rpartition(" ")[2] for line in lines[: len(case.images)])
         first = known.setdefault(content, case)
         if first.subject != case.subject:
+            two = f"{first.name} ({first.subject}) and {case.name} ({case.subject})"
             raise UserError(
-                f"the images of {first.name} ({first.subject}) and {case.name} ({case.subject}) have equal content: one would "
-                "train a model that the other tests; remove one, or give both one person"
+                f"the images of {two} are equal: one would train what the other tests; remove one, or give both one person"
             )
 
 

@@ -97,9 +97,12 @@ class Bids(DataSet):
         """See `DataSet.scan`. Reads names and participants.tsv only."""
         root = self._root(data_root)
         images = _names(root, root.glob("sub-*"))
-        if not (anchors := [name for name in images if name.has_contrast(self.contrasts[0])]):
-            others = sorted({name.stem.rsplit("_", 1)[-1] for name in images})
-            raise UserError(f"no image sub-*_{self.contrasts[0]}.nii.gz in {root}; there are {listed(others) or 'no images'}")
+        first = self.contrasts[0]
+        ends = {image: image.stem.rpartition("_")[2] for image in images}
+        anchors = [image for image in images if _words(first) <= image.words and ends[image] == first.rpartition("_")[2]]
+        if not anchors:
+            others = sorted(set(ends.values()))
+            raise UserError(f"no image sub-*_{first}.nii.gz in {root}; there are {listed(others) or 'no images'}")
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
         masks = [name for folder in below for name in _names(folder, folder.glob("sub-*"))]
         sites = _sites(root, self.site)
@@ -164,10 +167,8 @@ class Bids(DataSet):
             if not any(label in by_class for case in cases for by_class in case.labels.values()):
                 image_words = {word for case in cases for path in case.images for word in stem_of(path).split("_")}
                 parts = {"_".join(w for w in mask.stem.split("_") if w not in image_words) for mask in masks}
-                raise UserError(
-                    f"class {label}: no mask in {root}/derivatives/{self.derivatives} has the part {part!r}; "
-                    f"there are {listed(sorted(parts)) or 'no masks'}"
-                )
+                known = listed(sorted(parts)) or "no masks"
+                raise UserError(f"class {label}: no mask in {root}/derivatives/{self.derivatives} has {part!r}; there are {known}")
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,6 @@ class _Name:
     folder: str
     stem: str
     words: frozenset[str]
-
-    def has_contrast(self, contrast: str) -> bool:
-        return _words(contrast) <= self.words and self.stem.split("_")[-1] == contrast.split("_")[-1]
 
 
 @dataclass(frozen=True)
@@ -202,12 +200,9 @@ class _Masks:
                 if base <= mask.words and (rater := _rater(mask.words - base, words)) is not None:
                     found[rater].append(mask.path)
             if found:
-                several = [
-                    f"case {self.name}: {len(paths)} masks fit {part!r}: {listed(paths)}; say derivatives=..."
-                    for paths in found.values()
-                    if len(paths) > 1
-                ]
-                return {rater: MaskFile(paths[0], value) for rater, paths in found.items()}, several
+                several = [f"{len(paths)} masks fit {part!r}: {listed(paths)}" for paths in found.values() if len(paths) > 1]
+                problems = [f"case {self.name}: {fit}; say derivatives=..." for fit in several]
+                return {rater: MaskFile(paths[0], value) for rater, paths in found.items()}, problems
         looked = f"derivatives/*/{self.anchor.folder}/{self.anchor.stem}_{'_'.join(words)}.nii.gz"
         return {}, [f"case {self.name} has no mask {part!r}: looked for {looked} in {self.root}"]
 

@@ -148,10 +148,8 @@ def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) 
     maps = np.stack([whole == value for value in values.values()])
     if (unknown := whole[~maps.any(axis=0) & (whole != 0)]).size:
         meant = ", ".join(f"{value} ({label})" for label, value in values.items())
-        raise UserError(
-            f"a map of all classes has the integers 0, {meant}, got {unknown[0]:g} in one of {unknown.size} other voxels of "
-            f"{files[0]}; soft maps of several classes have a file each"
-        )
+        got = f"{unknown[0]:g} in one of {unknown.size} other voxels of {files[0]}"
+        raise UserError(f"a map of all classes has the integers 0, {meant}, got {got}; soft maps have a file for each class")
     return maps.astype(np.float32)
 
 
@@ -175,10 +173,8 @@ def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
         raise UserError(f"an .npz of nnU-Net has {' or '.join(KEYS)}, got {listed(names) or 'nothing'} in {path}")
     wanted = [(num, *reversed(grid.shape)) for num in (num_classes + 1, num_classes)]  # the second without background: regions
     if stored.shape not in wanted:
-        raise UserError(
-            f"probabilities are [classes + 1, Z, Y, X] of the image as stored, {dimensions(wanted[0])}, "
-            f"got {dimensions(stored.shape)} in {path}"
-        )
+        shapes = f"{dimensions(wanted[0])}, got {dimensions(stored.shape)}"
+        raise UserError(f"probabilities are [classes + 1, Z, Y, X] of the image as stored, {shapes} in {path}")
     return np.ascontiguousarray(grid.to_canonical(stored[-num_classes:].astype(np.float32).transpose(0, 3, 2, 1)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,6 +20,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.words import listed
 
+PARTS = ("train", "validation", "test")
 Share = Annotated[float, Field(gt=0, lt=1)]
 KEYS = ({"train", "val"}, {"train", "test"}, {"train", "val", "test"}, {"train", "validation", "test"})
 """What a split in a file may have. `val` beside `train` alone is nnU-Net's, which never trains on it: our test set."""
@@ -44,9 +45,8 @@ class Split(Frozen):
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        everyone = (*self.train, *self.validation, *self.test)
-        if len(set(everyone)) < len(everyone):
-            twice = sorted({s for s in everyone if everyone.count(s) > 1})
+        times = Counter((*self.train, *self.validation, *self.test))
+        if twice := sorted(subject for subject in times if times[subject] > 1):
             raise ValueError(f"split {self.index}: a subject must be in one part only, got {', '.join(twice)} in two")
         parts = [bool(part) for part in (self.train, self.validation, self.test)]
         if parts not in ([True, True, True], [True, False, False], [False, False, True]):
@@ -102,10 +102,7 @@ class MonteCarlo(Splits):
         """See `Splits.make`."""
         num_validation, num_test = (max(1, round(share * len(subjects))) for share in self.fractions[1:])
         if len(subjects) < num_validation + num_test + 1:
-            raise UserError(
-                f"{self} needs at least 3 subjects (train, validation, test), got {len(subjects)}: "
-                f"{listed(sorted(subjects)) or 'none'}"
-            )
+            raise UserError(f"{self} needs at least 3 subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
         splits = []
         for index in range(self.count):
             order = _spread(subjects, f"{seed}/montecarlo/{index}")
@@ -167,16 +164,12 @@ class LeaveOneSiteOut(Splits):
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
         """See `Splits.make`. Raises UserError if somebody's site is unknown, or there are fewer than 3 sites."""
         if unknown := sorted(subject for subject, site in subjects.items() if not site):
-            raise UserError(
-                f"{self} needs the site of every subject, got none for {listed(unknown)}; the layout names where sites are read "
-                "(of Bids: a column of participants.tsv)"
-            )
+            where = "the layout reads them (Bids: a column of participants.tsv)"
+            raise UserError(f"{self} needs the site of every subject, got none for {listed(unknown)}; {where}")
         sites = sorted(set(subjects.values()))
         if len(sites) < 3:
-            raise UserError(
-                f"{self} needs at least 3 sites, got {len(sites)}: {listed(sites) or 'none'}; "
-                "use MonteCarlo() or KFold(), which spread each part over the sites"
-            )
+            found = f"{len(sites)}: {listed(sites) or 'none'}"
+            raise UserError(f"{self} needs at least 3 sites, got {found}; use MonteCarlo() or KFold(): each part has all sites")
         splits = []
         for index, site in enumerate(sites[: self.count]):
             others = {subject: at for subject, at in subjects.items() if at != site}
@@ -225,13 +218,12 @@ class GivenSplits(Splits):
         splits = []
         for index, one in enumerate(self.bound(Path()).given):
             part_of = _parts_of(one, cases, f"{self.file}, split {index}")
-            train, validation, test = ({s for s in part_of if part_of[s] == part} for part in ("train", "validation", "test"))
+            train, validation, test = (tuple(sorted(s for s in part_of if part_of[s] == part)) for part in PARTS)
             if not validation and len(train) < 2:
-                raise UserError(f"{self.file}, split {index}: the validation set is drawn from train, got {listed(sorted(train))}")
+                raise UserError(f"{self.file}, split {index}: the validation set is drawn from train, got {listed(train)}")
             if not validation:
-                validation = set(_validating({s: subjects[s] for s in train}, self.validation, f"{seed}/given/{index}")[0])
-            parts = (tuple(sorted(part)) for part in (train - validation, validation, test))
-            splits.append(Split(index=index, **dict(zip(("train", "validation", "test"), parts, strict=True))))
+                validation, train = _validating({s: subjects[s] for s in train}, self.validation, f"{seed}/given/{index}")
+            splits.append(Split(index=index, train=train, validation=validation, test=test))
         return tuple(splits)
 
 
@@ -284,9 +276,8 @@ def _given(one: Any, place: str) -> GivenSplit:
     keys = set(one) - {"index", "type"} if isinstance(one, dict) else set()
     if keys not in KEYS:
         allowed = " or ".join("/".join(sorted(keys, reverse=True)) for keys in KEYS)
-        raise UserError(
-            f"{place}: a split has {allowed}, got {'/'.join(map(str, one)) if isinstance(one, dict) else repr(one)[:60]}"
-        )
+        got = "/".join(map(str, one)) if isinstance(one, dict) else f"{one!r:.60}"
+        raise UserError(f"{place}: a split has {allowed}, got {got}")
     for part in keys:
         if not isinstance(one[part], list) or not one[part] or not all(isinstance(name, str) for name in one[part]):
             wrong = [x for x in one[part] if not isinstance(x, str)] if isinstance(one[part], list) else [one[part]]
@@ -302,21 +293,18 @@ def _parts_of(split: GivenSplit, cases: Mapping[str, str], place: str) -> dict[s
     for case, person in cases.items():
         of_person[person].append(case)
     part_of: dict[str, str] = {}  # of a case
-    for part in ("train", "validation", "test"):
+    for part in PARTS:
         for name in getattr(split, part):
             found = of_person.get(name) or [case for case in (name,) if case in cases]
             if not found:
                 known = listed(sorted(of_person), most=4)
-                raise UserError(
-                    f"{place}: {part} names {name!r}, neither a case nor a subject that is in the splits; such as {known}"
-                )
+                raise UserError(f"{place}: {part} names {name!r}, neither a case nor a subject in the splits, such as {known}")
             if twice := [case for case in found if case in part_of]:
                 raise UserError(f"{place}: {name!r} is in {part_of[twice[0]]} and in {part}; a name stands once in a split")
             part_of |= dict.fromkeys(found, part)
     if missing := sorted(cases.keys() - part_of.keys()):
-        raise UserError(
-            f"{place}: {listed(missing)} of the data set in no part; name them there, or give Study(holdout=(...)) their subjects"
-        )
+        to_do = "name them there, or give Study(holdout=(...)) their subjects"
+        raise UserError(f"{place}: {listed(missing)} of the data set in no part; {to_do}")
     for person, own in of_person.items():
         if other := [case for case in own if part_of[case] != part_of[own[0]]]:
             where = f"{own[0]} in {part_of[own[0]]}, {other[0]} in {part_of[other[0]]}"

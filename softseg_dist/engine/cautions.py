@@ -22,7 +22,6 @@ from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.activations import Softmax
 from softseg_dist.numerics.augmentation import apply, draw_all
 from softseg_dist.numerics.labels import LabelMode, prepare_target
@@ -69,7 +68,9 @@ class Inspection:
         self.recipes = {**study.candidates, **sample_proposals(study)}
         self.softmax = [name for name, recipe in self.recipes.items() if isinstance(recipe.activation, Softmax)]
         self._facts: list[_Facts] = []
-        self._alike = list(_pairs(study.candidates))  # their targets were identical in every case so far
+        plain = {name: recipe.replace(label="soft", fusion="mean") for name, recipe in study.candidates.items()}
+        pairs = combinations(plain, 2)  # those that differ in label mode and fusion alone, and had identical targets so far
+        self._alike = [(one, other) for one, other in pairs if plain[one] == plain[other]]
 
     def look(self, sample: Sample) -> None:
         """Take down what the cautions need of a prepared case. Raises UserError if a transform does not fit its images."""
@@ -79,16 +80,16 @@ class Inspection:
         but_classes = (0, 1, *range(3, sample.raters.ndim))
         prepared = sample.raters.sum(axis=but_classes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
         volumes = tuple(zip(sample.own.mean_volumes_mm3, prepared.tolist(), strict=True))
-        num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax else 0
+        num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax and len(self.classes) > 1 else 0
         self._facts.append(_Facts(sample.name, sample.subject, image, soft, volumes, num_over))
         same: dict[str, bool] = {}  # cells of a factorial share their targets
         self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, same)]
 
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
-        rules = [self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()]
-        rules += [self._own_masks()] if splits is None else [self._own_masks(), self._classes(splits)]
-        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in chain(*rules)]
+        of_cases = self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()
+        found = chain(*of_cases, self._own_masks(), () if splits is None else self._classes(splits))
+        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in found]
 
     def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
         """Whether two candidates make the same targets of a case: of all items before augmentation, of the fullest one after it."""
@@ -145,13 +146,13 @@ class Inspection:
         for k, name in enumerate(self.classes):
             having = {facts.subject for facts in self._facts if facts.volumes_mm3[k][1]}
             remedy = "add subjects who have it, or leave the class out."
+            lacking = [split.name for split in splits if not having & {*split.train}]
             if not having:
-                yield (NOWHERE, f"No case has a label of class {name}, so it cannot be scored; check labels=... of the data set.")
-                continue
-            if len(having) < FEW:
+                yield NOWHERE, f"No case has a label of class {name}, so it cannot be scored; check labels=... of the data set."
+            elif len(having) < FEW:
                 of = f"{len(having)} of {count(len(subjects), 'subject')} ({listed(sorted(having))})"
                 yield "class of few subjects", f"Class {name} is labelled in {of}: scores of it stand on fewer than {FEW}; {remedy}"
-            if lacking := [split.name for split in splits if not having & {*split.train}]:
+            if having and lacking:
                 of = f"{len(lacking)} of {count(len(splits), 'split')} ({listed(lacking)})"
                 text = f"Class {name} is in no training case of {of}: fits there cannot learn it; {remedy}"
                 yield "class absent in training", text
@@ -168,8 +169,8 @@ class Inspection:
             yield "left and right mirrored", text
 
     def _overlaps(self) -> Cautions:
-        if over := {facts.name: facts.num_over for facts in self._facts if facts.num_over and len(self.classes) > 1}:
-            worst = max(over, key=lambda name: over[name])
+        if over := {facts.name: facts.num_over for facts in self._facts if facts.num_over}:
+            worst = max(over, key=over.__getitem__)
             text = (
                 f"Labels of several classes add up to more than 1 in {len(over)} of {count(len(self._facts), 'case')}, most in "
                 f"{worst} ({count(over[worst], 'voxel')}): Softmax cannot predict that ({listed(self.softmax)}); use Sigmoid."
@@ -208,14 +209,6 @@ def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
     cases, inspection = study.data.cases(data_root)[:FIRST], Inspection(study)
     found = check_cases(cases, study.preprocess, inspection.look)
     return [*(problem for problem in found if problem.level == "error"), *inspection.cautions(None)]
-
-
-def _pairs(candidates: Mapping[str, Recipe]) -> Iterator[tuple[str, str]]:
-    """Candidates that differ in nothing but label mode and fusion."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, recipe in candidates.items():
-        groups[canonical_json(recipe.replace(label="soft", fusion="mean").model_dump(mode="json"))].append(name)
-    return (pair for names in groups.values() for pair in combinations(names, 2))
 
 
 def _has_rater(sample: Sample, fusion: str) -> bool:

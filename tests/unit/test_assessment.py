@@ -338,9 +338,9 @@ def test_the_run_of_a_study_is_not_overwritten_and_names_become_folders(root: Pa
     (root / "runs/taken/study.json").write_text('{"type": "Study"}')
     with pytest.raises(UserError, match="holds the run of a study; give another --name"):
         judged(root, {"p": folder}, name="taken")
-    with pytest.raises(UserError, match=r"names become folders.*got 'a/b'"):
+    with pytest.raises(UserError, match=r"a name becomes a folder.*got 'a/b'"):
         judged(root, {"a/b": folder})
     with pytest.raises(UserError, match="the control q is not a candidate; there are p"):
         judged(root, {"p": folder}, control="q")
-    with pytest.raises(UserError, match="no file is of a case of the data set, which has sub-00"):
+    with pytest.raises(UserError, match="no file is of a case of the data set: sub-00"):
         judged(root, {"p": folder}, pattern="x{case}.nii.gz")

@@ -337,7 +337,7 @@ def test_one_model_tells_what_it_is_unsure_of_and_predicts_the_same(tmp_path: Pa
 def test_a_model_that_has_one_answer_only_says_so(tmp_path: Path) -> None:
     model, out, images = random_model(tmp_path / "model", WHOLE), tmp_path / "out", [[scan(tmp_path / "a.nii")]]
     assert "use all fits of its run folder with --ensemble" in refused(model, images, out, uncertainty=True)
-    assert "--samples is the number of predictions for --uncertainty" in refused(model, images, out, samples=3)
+    assert "--samples is of --uncertainty of one model" in refused(model, images, out, samples=3)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:

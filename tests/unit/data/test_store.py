@@ -351,5 +351,5 @@ def test_images_of_equal_content_under_two_subjects_are_refused_with_both_names(
     if one_person:
         assert len(Store.open(build_store(tmp_path, cases, DATA, Preprocess())).cases) == 2
     else:
-        with pytest.raises(UserError, match=r"the images of a \(a\) and b \(b\) have equal content"):
+        with pytest.raises(UserError, match=r"the images of a \(a\) and b \(b\) are equal: one would train what the other tests"):
             build_store(tmp_path, cases, DATA, Preprocess())

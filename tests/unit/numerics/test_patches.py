@@ -310,7 +310,7 @@ def study(recipe: Recipe) -> Study:
 def test_a_patch_has_the_axes_of_its_images(size: tuple[int, ...]) -> None:
     with pytest.raises(ValidationError):
         Patch(size=size)
-    with pytest.raises(ValidationError, match=r"candidate a: a patch needs 2 numbers for dim=2 of Preprocess, got \(96"):
+    with pytest.raises(ValidationError, match=r"candidate a: a patch needs 2 numbers for Preprocess\(dim=2\), got \(96"):
         study(Recipe(patch=Patch()))
 
 
