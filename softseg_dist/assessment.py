@@ -291,7 +291,7 @@ def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, rows: pd.D
     """Everything that a report reads; `rows` are those of all maps and fits."""
     folder, subject_of = ledger.working, {case.name: case.subject for case in asked.cases}
     splits = asked.splits or (Split(index=0, test=tuple(sorted({subject_of[case] for _, case in wanted}))),)
-    rows = rows[[key in wanted for key in zip(rows["split"], rows["case"], strict=True)]]
+    rows = rows[pd.MultiIndex.from_frame(rows[["split", "case"]]).isin(list(wanted))]
     rows = rows.groupby(KEPT, observed=True, dropna=False, sort=False)["value"].mean().reset_index().assign(repeat=0)
     write_frame(rows, folder / "results.parquet")
     scores = soft_scores(rows, row_of(asked.study["objective"]).name)

@@ -73,10 +73,6 @@ class Nested:
         sums = {kind: sum(getattr(run.outcome, kind) for run in self.runs) for kind in kinds}
         return Outcome(**sums, interrupted=self.interrupted)
 
-    def plain(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {"run": self.folder, "reports": [str(run.report) for run in self.runs], **self.record}
-
 
 def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Nested:
     """Run or continue a nested study: its outer splits one after the other, each as `run_study` would, but without a model.

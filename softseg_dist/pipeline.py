@@ -143,7 +143,7 @@ def run_prepared(
 def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
     """Search, and when the search is complete, all that follows from it."""
     copy = context.copy
-    status, page, model = "FAILED", None, None
+    status, page, model, outcome = "FAILED", None, None, Outcome(0, 0, 0, interrupted=True)
     try:
         with context.backend.held():
             outcome = run_search(context)
@@ -159,7 +159,7 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
                     model = make_model(context, winner, copy.folder / MODEL)
                     copy.push(MODEL)
                     tracker.model(model)
-    except KeyboardInterrupt:  # after the search: the next run continues holdout and model
+    except KeyboardInterrupt:  # before or after the search: the next run goes on there
         status, outcome = "KILLED", replace(outcome, interrupted=True)
     finally:
         for line in tracker.close(status):

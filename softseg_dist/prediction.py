@@ -248,8 +248,8 @@ def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
     for output in outputs:
         for path in (*output.maps.values(), *output.masks.values(), *output.entropies.values()):
             if path.resolve() in taken:
-                to_do = "give another --out, and predict images of one name one by one"
-                raise UserError(f"{output.image}: its map would be written over {path}, an input or another map; {to_do}")
+                do = "give another --out, and predict images of one name one by one"
+                raise UserError(f"{output.image}: its map would be written over {path}, an input or the map of another image; {do}")
             taken.add(path.resolve())
 
 

@@ -119,7 +119,8 @@ def run(
     ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json, live=live))
     end, text, code = _end(ended.outcome)
     if isinstance(ended, Nested):
-        places, say_where = ended.plain(), partial(_say_outer, ended)
+        places = {"run": ended.folder, "reports": [str(run.report) for run in ended.runs], **ended.record}
+        say_where = partial(_say_outer, ended)
     else:
         places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
         say_where = partial(_say_where, ended)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach
+from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach, pipeline
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines
@@ -27,6 +28,7 @@ from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
+from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
 BASE = Recipe(optim=Optim(epochs=3))
@@ -137,6 +139,18 @@ def test_the_first_ctrl_c_lets_the_fit_end_and_the_second_does_not(tmp_path: Pat
     assert signal.getsignal(signal.SIGINT) is before
     run.faults.clear()
     assert run.search() == Outcome(3, 0, 0, False)
+
+
+@pytest.mark.engine  # MLflow
+def test_ctrl_c_before_the_search_is_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(backend: LocalBackend) -> AbstractContextManager[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalBackend, "held", held)
+    context = Run(tmp_path / "s", study_of("a")).context
+    ended = pipeline._run(context, Tracker(None, tmp_path / "s", context.study), final_model=False)
+    assert ended.outcome.interrupted
+    assert ended.report is None
 
 
 def test_quitting_the_debugger_stops_the_study_and_loses_nothing(tmp_path: Path) -> None:
