@@ -274,7 +274,7 @@ def sync(
     as_json: Json = False,
 ) -> None:
     """Send to MLflow the records that it did not receive during a run because its server did not answer."""
-    from softseg_dist.tracking.sync import sync_run
+    from softseg_dist.tracking.tracker import sync_run
 
     synced = sync_run(run, tracking_uri)
     if as_json:

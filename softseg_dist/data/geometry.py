@@ -92,8 +92,7 @@ class Geometry:
         """How the two grids differ, in words, or "" if they are the same within `SAME_GRID_TOLERANCE`."""
         if self.shape != other.shape:
             return f"shape {dimensions(other.shape)} against {dimensions(self.shape)}"
-        apart = worst_corner_mm(self.shape, self.affine, other.affine)
-        if apart > SAME_GRID_TOLERANCE * min(self.spacing_mm):
+        if apart := corners_apart_mm(self.shape, self.affine, other.affine):
             return f"affines put one corner {apart:.3g} mm apart (voxel {dimensions(self.spacing_mm)} mm)"
         return ""
 
@@ -103,7 +102,8 @@ def spacing_of(affine: Affine4) -> tuple[float, ...]:
     return tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
 
 
-def worst_corner_mm(shape: Shape3, one: Affine4, other: Affine4) -> float:
-    """The largest distance between a corner voxel's places under two affines."""
+def corners_apart_mm(shape: Shape3, one: Affine4, other: Affine4) -> float:
+    """The largest distance between a corner voxel's places under two affines; 0 within `SAME_GRID_TOLERANCE` of the first one's."""
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=np.float64)
-    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
+    apart = float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
+    return apart if apart > SAME_GRID_TOLERANCE * min(spacing_of(one)) else 0.0

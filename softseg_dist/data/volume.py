@@ -21,7 +21,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from softseg_dist.data.geometry import SAME_GRID_TOLERANCE, Affine4, Geometry, Shape3, spacing_of, worst_corner_mm
+from softseg_dist.data.geometry import Affine4, Geometry, Shape3, corners_apart_mm, spacing_of
 from softseg_dist.errors import UserError
 from softseg_dist.places import replace_file
 from softseg_dist.words import dimensions
@@ -145,7 +145,7 @@ def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
     image = nib.Nifti1Image(stored, geometry.affine)
     image.set_sform(geometry.affine, code=1)
     image.set_qform(geometry.affine, code=1, strip_shears=True)
-    if worst_corner_mm(geometry.shape, image.get_qform(), geometry.affine) > SAME_GRID_TOLERANCE * min(geometry.spacing_mm):
+    if corners_apart_mm(geometry.shape, geometry.affine, image.get_qform()):
         image.header["qform_code"] = 0  # a qform cannot hold shears
     return image
 
@@ -237,13 +237,11 @@ def _affine(raw: nib.Nifti1Header, shape: Shape3, path: Path) -> Affine4:
     for kind, affine in found.items():
         if not _is_invertible(affine):
             raise UserError(f"the affine must be finite and invertible, got the {kind} {_rows(affine)} in {path}")
-    if len(found) == 2:
-        apart = worst_corner_mm(shape, found["sform"], found["qform"])
-        if apart > SAME_GRID_TOLERANCE * min(spacing_of(found["sform"])):
-            raise UserError(
-                f"sform and qform disagree by up to {apart:.3g} mm in {path}: sform {_rows(found['sform'])}, "
-                f"qform {_rows(found['qform'])}; set the wrong one's code to 0"
-            )
+    if len(found) == 2 and (apart := corners_apart_mm(shape, found["sform"], found["qform"])):
+        raise UserError(
+            f"sform and qform disagree by up to {apart:.3g} mm in {path}: sform {_rows(found['sform'])}, "
+            f"qform {_rows(found['qform'])}; set the wrong one's code to 0"
+        )
     return next(iter(found.values()))
 
 

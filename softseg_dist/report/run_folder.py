@@ -21,7 +21,7 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.numerics.metrics import row_of
 from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
-from softseg_dist.training.task import FitResult, cases_path, history_path, is_fit_name
+from softseg_dist.training.task import FitResult, cases_path, history_of, is_fit_name
 
 NAMES = ("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric")  # columns of few different values
 RERUN = "remove it and run the study again"
@@ -148,7 +148,7 @@ def load_run(folder: Path) -> RunData:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
     results, validation, prepared = _results(folder, row_of(study["objective"]).name, finished, tuning)
-    histories = {(fit.candidate, fit.key): _history(folder / "fits" / fit.key) for fit in fits}
+    histories = {(fit.candidate, fit.key): pd.DataFrame(history_of(folder / "fits" / fit.key)) for fit in fits}
     return RunData(
         folder=folder,
         study=study,
@@ -252,12 +252,6 @@ def _rows(path: Path, filters: list[list[tuple[str, str, str]]] | None = None) -
 
 def _compact(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(dict.fromkeys(NAMES, "category"))
-
-
-def _history(folder: Path) -> pd.DataFrame:
-    path = history_path(folder)
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return pd.DataFrame([json.loads(row) for row in rows])
 
 
 RECORDED = {  # fields of run.json

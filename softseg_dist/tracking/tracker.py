@@ -1,8 +1,8 @@
 """MLflow: study run > candidate run > fit run, written by one background thread of the driver alone.
 
 The driver never waits for MLflow. Each event becomes a record (a small JSON object); the thread sends records in order. What
-cannot be sent goes to `mlflow_spool.jsonl` in the run folder and is sent later: during the run, at its end, or when the
-study runs again. Runs are found again by their tags, so sending a record twice does no harm.
+cannot be sent goes to `mlflow_spool.jsonl` in the run folder and is sent later: during the run, at its end, when the study runs
+again, or by `sync_run`. Runs are found again by their tags, so sending a record twice does no harm.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softseg_dist.errors import in_words
 from softseg_dist.frozen import leaves
 from softseg_dist.places import replace_file
-from softseg_dist.record.ledger import CandidateRecord, RaceRecord, json_of
-from softseg_dist.record.status import SPOOL
+from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
+from softseg_dist.record.remote import WorkingCopy
+from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
-from softseg_dist.training.task import FitResult, FitTask
+from softseg_dist.training.task import FitResult, FitTask, history_of
 
 if TYPE_CHECKING:
     from softseg_dist.tracking.server import MlflowServer
@@ -371,3 +373,46 @@ def without_password(uri: str | None) -> str | None:
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A recipe's JSON as flat parameters: `loss` is "AdaptiveWing", `loss.omega` is "14.0"."""
     return {path: value if isinstance(value, str) else json.dumps(value) for path, value in leaves(recipe)}
+
+
+@dataclass(frozen=True)
+class Synced:
+    """`sent` of the records that had waited were sent, `waiting` wait still; `notes` are lines for the user."""
+
+    tracking_uri: str
+    sent: int
+    waiting: int
+    notes: tuple[str, ...]
+
+
+def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
+    """Send the records that wait in a run folder, and then all of its ledger that MLflow does not have yet.
+
+    Without `tracking_uri` they go to that of the run. Raises UserError if `run` is no run folder, or a driver uses it.
+    """
+    status = status_of(run)
+    ledger, copy = Ledger(run), WorkingCopy(run)
+    with ledger.lock():
+        copy.pull(SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "report/*", "fits/*/*/history.jsonl")
+        record = copy.folder / "run.json"
+        recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        uri = tracking_uri or recorded.get("tracking_uri") or default_uri(copy.folder)
+        if problem := Connection(lambda: connect(uri, copy.folder, status.study)).reach():
+            return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
+        tracker = Tracker(uri, copy.folder, _study(copy))  # its thread sends first what waits
+        ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
+        results, fits = list(ledger.results().values()), copy.folder / "fits"
+        tracker.recall(ledger.candidates(), results, ended, lambda result: history_of(fits / result.key), ledger.races())
+        for path in sorted((copy.folder / "report").glob("*")):
+            tracker.artifact(path, "report")
+        complete = status.finished + status.failed == status.planned
+        notes = tracker.close("FINISHED" if complete else "KILLED", wait_s=None)
+        waiting = len(Spool(copy.folder / SPOOL).read())
+        copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
+    return Synced(uri, tracker.num_late, waiting, notes)
+
+
+def _study(copy: WorkingCopy) -> Study:
+    """The recorded study. Its classes stay JSON: to make them would run the study's code."""
+    recorded = json.loads((copy.folder / "study.json").read_bytes())
+    return Study.model_construct(**{name: value for name, value in recorded.items() if name not in ("type", "code")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -198,3 +199,9 @@ checkpoint_path = _in_folder("checkpoint.pt")  # the state of a fit that has not
 weights_path = _in_folder("best.safetensors")  # of the best epoch
 cases_path = _in_folder("cases.parquet")  # the fit's rows of the results table
 holdout_path = _in_folder("holdout.parquet")  # its rows about held-out subjects; written by the driver when the search is complete
+
+
+def history_of(folder: str | Path) -> list[dict[str, float]]:
+    """The epochs that the fit of a folder has finished, each with its numbers."""
+    path = history_path(folder)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
