@@ -85,8 +85,8 @@ class Session:
             self._report_planned(name)
         self._raced |= {name for name, candidate in self.searcher.candidates.items() if candidate.raced}
         if self.tracker is not None:
-            ledger, ended = self.searcher.ledger, [name for name, each in self.searcher.candidates.items() if each.ended]
-            self.tracker.recall(ledger.candidates(), done, ended, races=ledger.races())
+            ended = [name for name, candidate in self.searcher.candidates.items() if candidate.ended]
+            self.tracker.recall(self.searcher.ledger, done, ended)
 
     @property
     def ended(self) -> bool:

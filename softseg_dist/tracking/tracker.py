@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from softseg_dist.errors import in_words
 from softseg_dist.frozen import leaves
 from softseg_dist.places import replace_file
-from softseg_dist.record.ledger import CandidateRecord, Ledger, RaceRecord, json_of
+from softseg_dist.record.ledger import Ledger, RaceRecord, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
@@ -39,6 +39,7 @@ RETRY_S = 30.0  # pause between two tries to reach a server that is down
 CLOSE_S = 60.0  # longest wait for the thread at the end of a run; what is left then is spooled
 STUDY = "study"  # key of the study's run
 Texts = dict[str, str] | None
+Curve = Callable[[FitResult], list[dict[str, float]]]  # a fit -> its epochs
 TrackingRecord = dict[str, Any]
 NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
 
@@ -76,21 +77,14 @@ class Tracker:
         """Record on the study run which data it used; `digest` identifies the content."""
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
 
-    def recall(
-        self,
-        records: Mapping[str, CandidateRecord],
-        results: Collection[FitResult],
-        ended: Collection[str],
-        curve: Callable[[FitResult], Iterable[Mapping[str, float]]] = lambda result: (),
-        races: Mapping[str, RaceRecord] | None = None,
-    ) -> None:
+    def recall(self, ledger: Ledger, results: list[FitResult], ended: list[str], curve: Curve = lambda result: []) -> None:
         """Send the ledger's records of earlier sessions; runs that MLflow has closed already stay as they are.
 
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run, `curve` gives the epochs of a fit if they are known, `races` the lost races.
+        with no fit left to run, `curve` gives the epochs of a fit if they are known.
         """
-        self._known = True
-        for name, record in records.items():
+        self._known, races = True, ledger.races()
+        for name, record in ledger.candidates().items():
             if not (own := [result for result in results if result.candidate == name]):
                 continue
             self._put_candidate(name, record.recipe)
@@ -100,7 +94,7 @@ class Tracker:
                     self.epoch(result.key, metrics)
                 self.fit_ended(result)
             if name in ended:
-                self.candidate_ended(name, own, (races or {}).get(name))
+                self.candidate_ended(name, own, races.get(name))
         self._known = False
 
     def fit_started(self, task: FitTask) -> None:
@@ -402,7 +396,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         tracker = Tracker(uri, copy.folder, _study(copy))  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
         results, fits = list(ledger.results().values()), copy.folder / "fits"
-        tracker.recall(ledger.candidates(), results, ended, lambda result: history_of(fits / result.key), ledger.races())
+        tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key))
         for path in sorted((copy.folder / "report").glob("*")):
             tracker.artifact(path, "report")
         complete = status.finished + status.failed == status.planned

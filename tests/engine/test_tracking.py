@@ -23,7 +23,7 @@ from scripted import BASE, make_study, run, splits_of
 
 from softseg_dist import AdaptiveWing, Affine, Flip, Preprocess
 from softseg_dist.engine.progress import PlainLines
-from softseg_dist.record.ledger import CandidateRecord, json_of
+from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.tracking.tracker import Tracker, coalesced, default_uri, parameters
 from softseg_dist.training.saved_model import read_card, read_model
 from softseg_dist.training.task import FitResult, FitTask
@@ -157,6 +157,13 @@ def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def ledger_of(folder: Path) -> Ledger:
+    """With candidate a."""
+    ledger = Ledger(folder)
+    ledger.write_candidate(CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE)))
+    return ledger
+
+
 def test_an_interrupted_study_leaves_nothing_running_and_goes_on_in_the_same_runs(tmp_path):
     uri = default_uri(tmp_path)
     tracker = Tracker(None, tmp_path, STUDY)
@@ -171,8 +178,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on_in_the_same_run
         "a/001": "KILLED",
     }
     tracker = Tracker(None, tmp_path, STUDY)
-    record = CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE))
-    tracker.recall({"a": record}, [result(0)], ended=())
+    tracker.recall(ledger_of(tmp_path), [result(0)], ended=[])
     run_fit(tracker, 1)
     tracker.candidate_ended("a", [result(0), result(1)])
     assert tracker.close() == ()
@@ -183,9 +189,8 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on_in_the_same_run
 
 
 def test_what_a_killed_driver_did_not_send_is_told_from_the_ledger(tmp_path):
-    record = CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(BASE))
     with closing(Tracker(None, tmp_path, STUDY)) as tracker:
-        tracker.recall({"a": record}, [result(split, 0.5) for split in range(3)], ended=["a"])
+        tracker.recall(ledger_of(tmp_path), [result(split, 0.5) for split in range(3)], ended=["a"])
     runs = runs_of(default_uri(tmp_path))
     assert set(runs) == {"study", "a", "a/000", "a/001", "a/002"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
