@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -39,7 +39,7 @@ class Tally:
 
 
 class Progress:
-    """Receives the events of a search and counts fits. It shows nothing; subclasses override what they show on `stream`.
+    """Receives the events of a search and counts fits; a subclass shows them on `stream`, this one nothing.
 
     `total` and `done` count fits; a fit's `key` is `candidate/split`.
     """
@@ -56,6 +56,7 @@ class Progress:
         self.total, self.num_before, self.started = total, len(done), time.monotonic()
         for result in done:
             self._count(result)
+        self.show("start", total=total, done=len(done))
 
     def planned(self, candidate: str, splits: int, total: int) -> None:
         """A candidate is known that will run `splits` fits; the study now has `total`."""
@@ -65,11 +66,14 @@ class Progress:
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
         """A running fit has finished an epoch."""
         self.running[key] = metrics
+        self.show("epoch", fit=key, metrics=metrics)
 
     def finished(self, result: FitResult) -> None:
         """A fit has ended, with a score or failed."""
         self.gone(result.key)
         self._count(result)
+        shown = {name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")}
+        self.show("fit", fit=result.key, done=self.num_done, total=self.total, **shown)
 
     def gone(self, key: str) -> None:
         """A fit no longer runs and has no result: its process died, or it was interrupted."""
@@ -77,9 +81,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line for the user."""
+        self.show("note", text=text)
 
     def close(self) -> None:
         """The search is over; notes may follow."""
+        self.show("end", done=self.num_done, total=self.total)
+
+    def show(self, event: str, **fields: Any) -> None:
+        """Show one event, as a line of `JsonLines` has it."""
 
     def remaining_s(self) -> float | None:
         """Time left, from the pace of this session; None before its first fit has ended."""
@@ -91,6 +100,14 @@ class Progress:
         self.tallies[result.candidate].scores.append(result.score)
 
 
+class JsonLines(Progress):
+    """One JSON object per line: {"event": "start" | "epoch" | "fit" | "note" | "end", ...}."""
+
+    @override
+    def show(self, event: str, **fields: Any) -> None:
+        print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
+
+
 class PlainLines(Progress):
     """One line per event, for log files and pipes."""
 
@@ -99,62 +116,24 @@ class PlainLines(Progress):
         self._last: dict[str, float] = {}
 
     @override
-    def start(self, total: int, done: Sequence[FitResult]) -> None:
-        super().start(total, done)
-        self.note(f"{total} fits" + (f", {len(done)} of them done before" if done else ""))
+    def show(self, event: str, **fields: Any) -> None:
+        if text := self._line(event, fields):
+            print(text, file=self._stream, flush=True)
 
-    @override
-    def epoch(self, key: str, metrics: dict[str, float]) -> None:
-        super().epoch(key, metrics)
-        now = time.monotonic()
-        if now - self._last.setdefault(key, now) >= LINE_EVERY_S:
-            self._last[key] = now
-            self.note(f"{key}  {describe(metrics)}")
-
-    @override
-    def finished(self, result: FitResult) -> None:
-        super().finished(result)
-        left = self.remaining_s()
-        eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
-        outcome = f"failed: {result.reason}"
-        if result.score is not None:
-            outcome = f"score {result.score:.4f}  ({duration(result.duration_s)})"
-        self.note(f"{self.num_done}/{self.total}  {result.key}  {outcome}{eta}")
-
-    @override
-    def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-
-class JsonLines(Progress):
-    """One JSON object per line: {"event": "fit" | "epoch" | "start" | "note" | "end", ...}."""
-
-    @override
-    def start(self, total: int, done: Sequence[FitResult]) -> None:
-        super().start(total, done)
-        self._emit("start", total=total, done=len(done))
-
-    @override
-    def epoch(self, key: str, metrics: dict[str, float]) -> None:
-        super().epoch(key, metrics)
-        self._emit("epoch", fit=key, metrics=metrics)
-
-    @override
-    def finished(self, result: FitResult) -> None:
-        super().finished(result)
-        shown = {name: getattr(result, name) for name in ("state", "reason", "score", "test_score", "duration_s", "attempt")}
-        self._emit("fit", fit=result.key, done=self.num_done, total=self.total, **shown)
-
-    @override
-    def note(self, text: str) -> None:
-        self._emit("note", text=text)
-
-    @override
-    def close(self) -> None:
-        self._emit("end", done=self.num_done, total=self.total)
-
-    def _emit(self, event: str, **fields: object) -> None:
-        print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
+    def _line(self, event: str, fields: dict[str, Any]) -> str:
+        if event == "start":
+            return f"{self.total} fits" + (f", {self.num_before} of them done before" if self.num_before else "")
+        if event == "epoch" and (now := time.monotonic()) - self._last.setdefault(fields["fit"], now) >= LINE_EVERY_S:
+            self._last[fields["fit"]] = now
+            return f"{fields['fit']}  {describe(fields['metrics'])}"
+        if event == "fit":
+            left = self.remaining_s()
+            eta = f"  {duration(left)} left" if left and self.num_done < self.total else ""
+            outcome = f"failed: {fields['reason']}"
+            if fields["score"] is not None:
+                outcome = f"score {fields['score']:.4f}  ({duration(fields['duration_s'])})"
+            return f"{self.num_done}/{self.total}  {fields['fit']}  {outcome}{eta}"
+        return str(fields.get("text", ""))
 
 
 class LiveTable(Progress):
