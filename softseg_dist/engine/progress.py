@@ -7,7 +7,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, TextIO
 
@@ -30,14 +29,6 @@ def progress_for(stream: TextIO, *, as_json: bool = False, live: bool = True) ->
     return LiveTable(stream) if live and stream.isatty() else PlainLines(stream)
 
 
-@dataclass
-class Tally:
-    """A candidate: the fits that it will run, and the scores of those that have ended, None where one has failed."""
-
-    splits: int = 0
-    scores: list[float | None] = field(default_factory=list)
-
-
 class Progress:
     """Receives the events of a search and counts fits; a subclass shows them on `stream`, this one nothing.
 
@@ -47,7 +38,8 @@ class Progress:
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         self._stream = stream
         self.total = self.num_done = self.num_before = 0
-        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self.planned_fits: dict[str, int] = {}  # of each candidate
+        self.scores: defaultdict[str, list[float | None]] = defaultdict(list)  # of its fits that have ended; None: it has failed
         self.running: dict[str, dict[str, float]] = {}
         self.started = time.monotonic()
 
@@ -58,10 +50,10 @@ class Progress:
             self._count(result)
         self.show("start", total=total, done=len(done))
 
-    def planned(self, candidate: str, splits: int, total: int) -> None:
-        """A candidate is known that will run `splits` fits; the study now has `total`."""
+    def planned(self, candidate: str, fits: int, total: int) -> None:
+        """A candidate is known that will run so many fits; the study now has `total`."""
         self.total = total
-        self.tallies[candidate].splits = splits
+        self.planned_fits[candidate] = fits
 
     def epoch(self, key: str, metrics: dict[str, float]) -> None:
         """A running fit has finished an epoch."""
@@ -97,7 +89,7 @@ class Progress:
 
     def _count(self, result: FitResult) -> None:
         self.num_done += 1
-        self.tallies[result.candidate].scores.append(result.score)
+        self.scores[result.candidate].append(result.score)
 
 
 class JsonLines(Progress):
@@ -162,10 +154,11 @@ class LiveTable(Progress):
         lines = [Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else ""))]
         lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
         table = Table("candidate", "fits", "mean score", box=None, header_style="bold", pad_edge=False)
-        for name, tally in self.tallies.copy().items():
-            scores = [score for score in tally.scores if score is not None]
-            failed = f", {len(tally.scores) - len(scores)} failed" if len(scores) < len(tally.scores) else ""
-            table.add_row(name, f"{len(tally.scores)}/{tally.splits}{failed}", f"{fmean(scores):.4f}" if scores else "")
+        for name, planned in self.planned_fits.copy().items():
+            ended = self.scores.get(name, [])
+            scores = [score for score in ended if score is not None]
+            failed = f", {len(ended) - len(scores)} failed" if len(scores) < len(ended) else ""
+            table.add_row(name, f"{len(ended)}/{planned}{failed}", f"{fmean(scores):.4f}" if scores else "")
         return Group(*lines, table)
 
 

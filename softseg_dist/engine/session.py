@@ -104,7 +104,7 @@ class Session:
         if task is None:
             return None
         self._running[fit_id] = task
-        if task.candidate not in self.progress.tallies:
+        if task.candidate not in self.progress.planned_fits:
             self._report_planned(task.candidate)
         if self.tracker is not None:
             self.tracker.fit_started(task)

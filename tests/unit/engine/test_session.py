@@ -124,7 +124,7 @@ def test_who_is_out_of_the_race_is_told_once_and_nothing_of_it_is_counted_as_mis
     assert raced.outcome() == Outcome(finished=5 + 3, failed=0, unfinished=0, interrupted=False)
     assert told.getvalue().count("trial-000 is out of the race: brier_skill -1.0000 (p = ") == 1
     assert told.getvalue().count(") against a over 3 splits") == 1
-    assert (raced.progress.total, raced.progress.tallies["trial-000"].splits) == (8, 3)
+    assert (raced.progress.total, raced.progress.planned_fits["trial-000"]) == (8, 3)
     loser = raced.searcher.candidates["trial-000"]
     assert loser.raced is not None
     assert (loser.raced.incumbent, loser.values) == ("a", loser.raced.values)
