@@ -21,9 +21,8 @@ from softseg_dist import Affine, Dice, Flip, Gamma, Noise, Optim, Recipe, Sigmoi
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.networks import Filters
-from softseg_dist.training.batches import cases_of, open_store
+from softseg_dist.training.batches import cases_of, item_target, open_store
 from softseg_dist.training.fit import fit
-from softseg_dist.training.targets import item_target
 from softseg_dist.training.task import FitTask, Worker
 
 DEGREES, SCALE, SHIFT, NOISE, GAMMA = 20.0, 0.1, 0.03, 0.1, (0.7, 1.5)

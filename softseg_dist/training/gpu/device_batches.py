@@ -23,8 +23,7 @@ from softseg_dist.numerics.augmentation import draw_all, join, pairs
 from softseg_dist.numerics.labels import rater_of
 from softseg_dist.numerics.transforms import Frame, Pairing
 from softseg_dist.study import Recipe
-from softseg_dist.training.batches import Batches
-from softseg_dist.training.targets import item_target
+from softseg_dist.training.batches import Batches, item_target
 
 SHARE = 0.5  # of the memory that is free: the rest is for training, and for other fits on the device
 MOST_KEPT = 4  # tensors: images and targets of two stores, or images of one and targets of three kinds

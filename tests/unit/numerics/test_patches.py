@@ -44,14 +44,13 @@ from softseg_dist.numerics.patches import Window
 from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.record.changes import study_changes
 from softseg_dist.record.ledger import json_of
-from softseg_dist.training import targets
-from softseg_dist.training.batches import Batches
+from softseg_dist.training import batches as kept_targets
+from softseg_dist.training.batches import Batches, labelled_voxels
 from softseg_dist.training.fit import fit
 from softseg_dist.training.inference import predict_sample, sample_maps
 from softseg_dist.training.model import Model
 from softseg_dist.training.preflight import check_recipes
 from softseg_dist.training.saved_model import read_card, read_model
-from softseg_dist.training.targets import labelled_voxels
 from softseg_dist.training.task import FitTask, Interrupted, Worker, weights_path
 
 SHAPE = (18, 15, 13)
@@ -131,7 +130,7 @@ def test_so_many_voxels_that_not_all_are_remembered_still_lie_everywhere(store: 
     few, tissue = labelled_voxels(store, 0, 0)
     assert few.tolist() == [int(np.ravel_multi_index((2, 12, z), SHAPE)) for z in (5, 6)]
     assert len(tissue) == np.prod(SHAPE)
-    monkeypatch.setattr(targets, "MOST_VOXELS", 13 * 15)
+    monkeypatch.setattr(kept_targets, "MOST_VOXELS", 13 * 15)
     _, some = labelled_voxels.__wrapped__(store, 0, 0)
     assert len(set(some.tolist())) == 13 * 15
     assert [len(set(at)) for at in np.unravel_index(some, SHAPE)] == list(SHAPE)

@@ -17,7 +17,7 @@ from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, harden, staple
-from softseg_dist.training import targets
+from softseg_dist.training import batches as kept_targets
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.preflight import check_recipes
 
@@ -84,22 +84,22 @@ def test_targets_that_were_dropped_are_made_again_alike(store: Store, monkeypatc
     ready = batches(store, Recipe(fusion="soft_staple"))
     kept = all_targets(ready)
     limit = kept.nbytes // 2  # two of four cases
-    monkeypatch.setattr(targets, "KEPT_BYTES", limit)
-    monkeypatch.setattr(targets, "_kept", type(targets._kept)())
+    monkeypatch.setattr(kept_targets, "KEPT_BYTES", limit)
+    monkeypatch.setattr(kept_targets, "_kept", type(kept_targets._kept)())
     for _ in range(2):
         assert torch.equal(all_targets(ready), kept)
-        assert 0 < sum(target.nbytes for target in targets._kept.values()) <= limit
+        assert 0 < sum(target.nbytes for target in kept_targets._kept.values()) <= limit
 
 
 def test_fits_of_one_process_share_what_staple_found_unless_mode_or_fusion_differ(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "_kept", type(targets._kept)())
+    monkeypatch.setattr(kept_targets, "_kept", type(kept_targets._kept)())
     for recipe in (Recipe(fusion="staple"), Recipe(fusion="staple", augment=(Affine(),)), Recipe(fusion="mean")):
         all_targets(batches(store, recipe))
-    assert len(targets._kept) == len(store.cases)
+    assert len(kept_targets._kept) == len(store.cases)
     all_targets(batches(store, Recipe(fusion="staple", label="nearest")))
-    assert len(targets._kept) == 2 * len(store.cases)
+    assert len(kept_targets._kept) == 2 * len(store.cases)
 
 
 def test_a_rater_is_drawn_for_every_sample_and_epoch_and_the_same_in_every_fit(store: Store) -> None:
