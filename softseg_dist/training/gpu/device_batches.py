@@ -111,23 +111,32 @@ def device_batches(batches: Batches, device: torch.device) -> tuple[DeviceBatche
     """The batches of a fit on `device`, and a note on what could not be had."""
     cases = {case for case, _ in batches.items}
     if len({batches.store.sample(case).spacing_mm for case in cases}) > 1:
-        return ReadyBatches(batches, device), (
-            "augmentation: voxels differ in size from case to case, so batches are made outside of the step",
-        )
-    source, notes = _source_of(batches, device)
-    return DeviceBatches(batches, source, device), notes
+        note = "augmentation: voxels differ in size from case to case, so batches are made outside of the step"
+        return ReadyBatches(batches, device), (note,)
+    try:
+        return DeviceBatches(batches, Resident(batches, device), device), ()
+    except _NoRoom:
+        note = "images: they take too much of the device's memory, so every batch is sent there"
+        return DeviceBatches(batches, Streamed(batches), device), (note,)
 
 
 class Resident:
-    """All items of the store in the device's memory: the host only says which ones, and from where on."""
+    """All items of the store in the device's memory: the host only says which ones, and from where on.
 
-    def __init__(self, batches: Batches, images: Tensor, targets: Tensor) -> None:
-        self.batches, self.images, self.targets = batches, images, targets
-        cases = batches.store.cases
-        self.num_targets = _targets_per_item(batches.store, batches.recipe.fusion)
-        self.first_item = list(accumulate((case.num_items for case in cases), initial=0))
-        counts = (case.num_items * num for case, num in zip(cases, self.num_targets, strict=True))
+    An item has one target if raters are fused the same way in every epoch, else one for each rater.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        store, recipe = batches.store, batches.recipe
+        self.batches = batches
+        self.num_targets = [len(case.rater_names) if recipe.fusion == "random_rater" else 1 for case in store.cases]
+        self.first_item = list(accumulate((case.num_items for case in store.cases), initial=0))
+        counts = (case.num_items * num for case, num in zip(store.cases, self.num_targets, strict=True))
         self.first_target = list(accumulate(counts, initial=0))
+        shape, key = (self.first_item[-1], store.channels, *store.size), ("images", store.fingerprint)
+        self.images = _keep(key, shape, device, lambda maps: _fill_images(maps, store))
+        shape, key = (self.first_target[-1], len(store.classes), *store.size), ("targets", store.fingerprint)
+        self.targets = _keep((*key, recipe.label, recipe.fusion), shape, device, lambda maps: _fill_targets(maps, store, recipe))
 
     def fields(self, rows: int) -> Fields:
         """Rows of images and targets, and where patches start."""
@@ -188,33 +197,6 @@ Source = Resident | Streamed
 """Gives a device the items of a batch: `read` returns images [R C *W] and targets [R K *W] on it."""
 
 
-def _source_of(batches: Batches, device: torch.device) -> tuple[Source, tuple[str, ...]]:
-    """The best source that there is memory for, and a note if it is not the device's own."""
-    store, recipe = batches.store, batches.recipe
-    num_targets = _targets_per_item(store, recipe.fusion)
-    count = sum(case.num_items * num for case, num in zip(store.cases, num_targets, strict=True))
-    images = _keep(
-        ("images", store.fingerprint, str(device)),
-        (sum(case.num_items for case in store.cases), store.channels, *store.size),
-        device,
-        lambda maps: _fill_images(maps, store),
-    )
-    targets = _keep(
-        ("targets", store.fingerprint, recipe.label, recipe.fusion, str(device)),
-        (count, len(store.classes), *store.size),
-        device,
-        lambda maps: _fill_targets(maps, store, recipe),
-    )
-    if images is None or targets is None:
-        return Streamed(batches), ("images: they take too much of the device's memory, so every batch is sent there",)
-    return Resident(batches, images, targets), ()
-
-
-def _targets_per_item(store: Store, fusion: str) -> list[int]:
-    """Of each case: one if raters are fused the same way in every epoch, else one for each rater."""
-    return [len(case.rater_names) if fusion == "random_rater" else 1 for case in store.cases]
-
-
 def _fill_images(images: Tensor, store: Store) -> None:
     for case, part in zip(store.cases, images.split([case.num_items for case in store.cases]), strict=True):
         part.copy_(torch.from_numpy(np.array(store.sample(case.index).image)))
@@ -249,15 +231,19 @@ def _at(maps: Tensor, row: Tensor, place: Tensor) -> Tensor:
     return values.movedim(-1, 1).reshape(len(row), maps.shape[1], *place.shape[2:])
 
 
-def _keep(key: tuple[str, ...], shape: tuple[int, ...], device: torch.device, fill: Callable[[Tensor], None]) -> Tensor | None:
-    """Maps that `fill` fills in, kept for the fits that follow in this process; None if they take too much of the memory."""
-    num_bytes = math.prod(shape) * torch.float32.itemsize
+class _NoRoom(Exception):
+    """Maps take too much of a device's memory."""
+
+
+def _keep(kind: tuple[str, ...], shape: tuple[int, ...], device: torch.device, fill: Callable[[Tensor], None]) -> Tensor:
+    """Maps that `fill` fills in, kept for the fits that follow in this process. Raises _NoRoom if they take too much memory."""
+    key, num_bytes = (*kind, str(device)), math.prod(shape) * torch.float32.itemsize
     with _keeping:
         while key not in _kept and _kept and num_bytes > SHARE * _free_bytes(device):
             _kept.popitem(last=False)  # what was used longest ago; a fit that uses it keeps it for itself
         if key not in _kept:
             if num_bytes > SHARE * _free_bytes(device):
-                return None
+                raise _NoRoom
             maps = torch.empty(shape, device=device)
             fill(maps)
             _kept[key] = maps
