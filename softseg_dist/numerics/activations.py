@@ -58,7 +58,6 @@ class Sigmoid(Activation):
     short: ClassVar[str] = "sigmoid"
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The prediction [B K *S] in [0, 1] of `logits` [B K *S]."""
         return torch.sigmoid(logits)
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:
@@ -79,7 +78,6 @@ class Softmax(Activation):
     short: ClassVar[str] = "softmax"
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The prediction [B K *S] in [0, 1] of `logits` [B K+1 *S]."""
         return torch.softmax(logits, dim=1)[:, 1:]
 
     def initial_bias(self, mean_label: Tensor) -> Tensor:

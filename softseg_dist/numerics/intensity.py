@@ -34,7 +34,6 @@ class Noise(Intensity):
         return torch.randn(frame.channels, *frame.size, generator=generator) * std
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] plus the noise."""
         return image + parameters
 
 
@@ -53,7 +52,6 @@ class Gamma(Intensity):
         return log_uniform(self.range, generator)
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] with the same minimum and maximum."""
         space = tuple(range(2, image.ndim))
         low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
         span = high - low
@@ -77,7 +75,6 @@ class Contrast(Intensity):
         return log_uniform(self.range, generator)
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] with f times the standard deviation and the same mean."""
         # A sum in double precision does not depend on how torch splits the batch.
         mean = image.mean(tuple(range(2, image.ndim)), keepdim=True, dtype=torch.float64).to(image.dtype)
         return mean + per_sample(parameters, image) * (image - mean)
@@ -108,7 +105,6 @@ class BiasField(Intensity):
         return torch.cat([largest, torch.randn(len(self._terms(frame)), generator=generator)])
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S], multiplied by the field above its minimum."""
         low = image.amin(tuple(range(2, image.ndim)), keepdim=True)
         return low + (image - low) * self.field(parameters, frame)
 
@@ -146,7 +142,6 @@ class Blur(Intensity):
         return torch.rand((), generator=generator) * self.sigma_mm
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S], blurred."""
         for axis, (n, step_mm) in enumerate(zip(frame.size, frame.spacing_mm, strict=True)):
             reach = min(n - 1, math.ceil(TRUNCATE * self.sigma_mm / step_mm))
             image = _weighted_sum(image, 2 + axis, _gaussian(parameters.double() / step_mm, reach))
@@ -175,7 +170,6 @@ class LowResolution(Intensity):
 
     @property
     def idle(self) -> bool:
-        """True if the resolution never changes."""
         return self.range == (1, 1) or self.axes == ()
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:
@@ -184,7 +178,6 @@ class LowResolution(Intensity):
         return log_uniform(self.range, generator)
 
     def change(self, image: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """`image` [B C *S] at a lower resolution, on the same grid."""
         for axis in range(len(frame.size)) if self.axes is None else self.axes:
             n = frame.size[axis]
             reach = min(n - 1, math.ceil(1.5 * self.range[1] + 0.5))  # to the far edge of the second-nearest voxel

@@ -108,19 +108,15 @@ class Sum(Loss):
         return self
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return self._weighted([term.per_sample(prediction, target) for term in self.terms])
 
     def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The numbers of all terms, concatenated [B M]."""
         return torch.cat([term.averaged(prediction, target) for term in self.terms], dim=1)
 
     def num_averaged(self, classes: int) -> int:
-        """The sum of all terms' M, for `classes` classes."""
         return sum(term.num_averaged(classes) for term in self.terms)
 
     def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
-        """The loss [...] of batches, given the means [... M] of all terms."""
         of_terms = averages.split([term.num_averaged(classes) for term in self.terms], dim=-1)
         return self._weighted([term.of_averages(m, classes, samples) for term, m in zip(self.terms, of_terms, strict=True)])
 
@@ -156,7 +152,6 @@ class AdaptiveWing(Loss):
     reduction: Literal["mean", "sum"] = "mean"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         distance = (target - prediction).abs()
         exponent = self.alpha - target
         # A d - C is the curve at theta plus the slope A beyond it. Clipping d at theta, instead of torch.where on two
@@ -185,7 +180,6 @@ class BCE(Loss):
     short: ClassVar[str] = "bce"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return _cross_entropy(prediction, target).flatten(1).mean(dim=1)
 
 
@@ -208,7 +202,6 @@ class Focal(Loss):
     gamma: float = Field(2.0, ge=1)  # below 1 the gradient at p = y is infinite
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         weight = (target - prediction).abs().pow(self.gamma)
         return (weight * _cross_entropy(prediction, target)).flatten(1).mean(dim=1)
 
@@ -232,7 +225,6 @@ class Brier(Loss):
     short: ClassVar[str] = "brier"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return (prediction - target).square().flatten(1).mean(dim=1)
 
 
@@ -249,7 +241,6 @@ class L1(Loss):
     short: ClassVar[str] = "l1"
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return (prediction - target).abs().flatten(1).mean(dim=1)
 
 
@@ -269,7 +260,6 @@ class Huber(Loss):
     delta: float = Field(0.5, gt=0, le=1)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         distance = (prediction - target).abs()
         near = distance.clamp(max=self.delta)
         return (near * (distance - near / 2)).flatten(1).mean(dim=1)
@@ -296,7 +286,6 @@ class Dice(Loss):
     smooth: float = Field(1.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         # The same number as 1 - ratio, without the cancellation, and 0 instead of 0/0 when both are empty.
         mismatch = prediction + target - 2 * prediction * target
         return _ratio(mismatch, prediction + target, self.smooth).mean(dim=1)
@@ -319,7 +308,6 @@ class DiceSemimetric(Loss):
     smooth: float = Field(0.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return _ratio((prediction - target).abs(), prediction + target, self.smooth).mean(dim=1)
 
 
@@ -340,7 +328,6 @@ class JaccardMetric(Loss):
     smooth: float = Field(0.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         mismatch = (prediction - target).abs()
         return _ratio(2 * mismatch, prediction + target + mismatch, self.smooth).mean(dim=1)
 
@@ -365,7 +352,6 @@ class Tversky(Loss):
     smooth: float = Field(1.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         return self._per_class(prediction, target).mean(dim=1)
 
     def _per_class(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -393,7 +379,6 @@ class TverskySemimetric(Loss):
     smooth: float = Field(0.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         false, missed = (prediction - target).relu(), (target - prediction).relu()
         mismatch = self.alpha * false + self.beta * missed
         return _ratio(mismatch, prediction - false + mismatch, self.smooth).mean(dim=1)
@@ -417,7 +402,6 @@ class FocalTversky(Tversky):
     gamma: PositiveFloat = 4 / 3
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         of_class = self._per_class(prediction, target)
         return (of_class * of_class.clamp_min(SMALLEST_ERROR).pow(1 / self.gamma - 1)).mean(dim=1)
 
@@ -441,7 +425,6 @@ class GeneralizedDice(Loss):
     smooth: float = Field(1.0, ge=0)
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss [B] of `prediction` and `target` [B K *S] in [0, 1]."""
         volume = target.flatten(2).sum(dim=2)
         inverse = (volume > 0) / volume.clamp_min(1)
         weight = torch.where(volume > 0, inverse / inverse.amax(dim=1, keepdim=True), 1).square()
@@ -481,11 +464,9 @@ class BatchDice(Loss):
         return torch.cat(_mismatch_and_both(prediction, target), dim=1)
 
     def num_averaged(self, classes: int) -> int:
-        """2K, for `classes` classes."""
         return 2 * classes
 
     def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
-        """The loss [...] of batches, given the means [... 2K] of both sums."""
         mismatch, both = averages.split(classes, dim=-1)
         smooth = self.smooth
         if self.over == "batch and classes":

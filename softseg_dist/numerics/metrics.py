@@ -315,11 +315,9 @@ class SoftMetric(Metric):
 
     @property
     def row(self) -> Row:
-        """Its line of the table."""
         return TABLE[self.name]
 
     def __call__(self, prediction: Map, reference: Map, scale: Scale) -> PerClass:
-        """The value per class [K] of maps [N K *S] in [0, 1]."""
         return FORMULAS[self.name](Pair(prediction, reference, scale))
 
 

@@ -59,10 +59,7 @@ class UNet(Network):
     last_kernel: Literal[1, 3] = 1
 
     def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
-        """A new U-Net: images [B in_channels *S] to logits [B out_channels *S], with `dim` axes in *S (2 or 3).
-
-        The module raises UserError if an image is too small for the depth.
-        """
+        """A new U-Net, which raises UserError if an image is too small for its depth."""
         return _UNetModule(self, in_channels, out_channels, dim)
 
 

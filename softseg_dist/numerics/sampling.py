@@ -50,12 +50,10 @@ class MCDropout(Uncertainty):
     samples: Annotated[int, Field(ge=2)] = 20
 
     def check(self, model: nn.Module) -> None:
-        """Raises UserError if `model` has no dropout."""
         if not active_dropout(model):
             raise UserError(f"{self} needs a network with dropout, and this one has none: set it, as in UNet(dropout=0.2)")
 
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
-        """The soft map [N K *S] of `image` [N C *S] with the dropout that `seed` draws."""
         layers = active_dropout(model)
         try:
             for layer in layers:
@@ -102,6 +100,5 @@ class TTA(Uncertainty):
         """Accepts every model."""
 
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
-        """The soft map [N K *S] of `image` [N C *S], transformed as `seed` draws it."""
         changed, undo = augment_case(image, self.transforms, seed, spacing_mm)
         return undo(predict(changed))

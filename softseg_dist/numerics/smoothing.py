@@ -49,7 +49,6 @@ class UniformSmoothing(Smoothing):
     epsilon: float = Field(0.1, ge=0, le=1)
 
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """The smoothed `target`, which does not depend on the image."""
         return target * (1 - self.epsilon) + self.epsilon / 2
 
 
@@ -72,7 +71,6 @@ class SVLS(Smoothing):
     sigma: PositiveFloat = 1.0
 
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """The smoothed `target`, which does not depend on the image."""
         beside = math.exp(-0.5 / self.sigma**2)  # the weight of a neighbour over that of the centre
         axes = [axis for axis in range(2, target.ndim) if target.shape[axis] > 1]
         middle = (1 + 2 * beside) ** -len(axes)
@@ -119,7 +117,6 @@ class GeoLS(Smoothing):
     alpha: float = Field(0.1, ge=0, le=1)
 
     def __call__(self, target: Tensor, image: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """The smoothed `target`."""
         shape = len(target), image.shape[1], *target.shape[1:]  # [B C K *S]
         seeds = _skeleton((target >= 0.5).to(target.dtype).flatten(0, 1)).reshape(target.shape)
         seeds, intensity = seeds[:, None].expand(shape).flatten(0, 2), image[:, :, None].expand(shape).flatten(0, 2)

@@ -81,7 +81,6 @@ class Flip(AffineMap):
 
     @property
     def idle(self) -> bool:
-        """True if no axis is ever mirrored."""
         return not self.axes or self.p == 0
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:

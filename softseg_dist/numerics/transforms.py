@@ -181,11 +181,9 @@ class AffineMap(Invertible):
         """The matrix of the inverse."""
 
     def move(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """M x' + t for output `positions` x'."""
         return frame.affine(positions, self.matrix(parameters, frame))
 
     def move_back(self, positions: Tensor, parameters: Tensor, frame: Frame) -> Tensor:
-        """M^-1 (x - t) for input `positions` x."""
         return frame.affine(positions, self.inverse_matrix(parameters, frame))
 
 

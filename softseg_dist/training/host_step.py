@@ -49,7 +49,6 @@ class HostStepper(Stepper):
         self._order: tuple[int, list[int]] = -1, []
 
     def advance(self, progress: FitProgress) -> Request:
-        """Learn from the next batch."""
         if self._order[0] != progress.epoch:
             self._order = progress.epoch, self.batches.order(progress.epoch)
         first = progress.step * self.optim.batch_size

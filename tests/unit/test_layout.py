@@ -183,6 +183,21 @@ def test_no_function_takes_more_than_six_arguments() -> None:
     assert {(path, f.name) for path, f in functions if len(_arguments(f)) > MOST_ARGUMENTS} == excused
 
 
+def test_every_public_method_has_a_docstring_its_own_or_that_of_the_method_it_overrides() -> None:
+    """As `help` shows it. Ruff's D102 asks for its own one, which would say the same again."""
+    classes = {node.name: node for path in FILES for node in nodes_of(path) if isinstance(node, ast.ClassDef)}
+
+    def explained(owner: str, method: str) -> bool:
+        if (node := classes.get(owner)) is None:
+            return False
+        own = [f for f in node.body if isinstance(f, FUNCTIONS) and f.name == method and ast.get_docstring(f)]
+        return bool(own) or any(explained(ast.unparse(base).rpartition(".")[2], method) for base in node.bases)
+
+    methods = [(c.name, f.name) for c in classes.values() for f in c.body if isinstance(f, FUNCTIONS)]
+    public = [(c, f) for c, f in methods if not c.startswith("_") and (f == "__call__" or not f.startswith("_"))]
+    assert [f"{c}.{f}" for c, f in public if not explained(c, f)] == []
+
+
 def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
