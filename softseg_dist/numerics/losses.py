@@ -88,9 +88,7 @@ class Sum(Loss):
     """sum_i w_i L_i: several losses at once, the first weight for the first term.
 
     Its minimum on soft targets is at p = y if that of every term is; otherwise it is a compromise that depends on the
-    weights. Weights need not add up to 1. A single term of weight 1 equals that term.
-
-    Raises ValueError if there are not as many weights as terms.
+    weights, which need not add up to 1. Raises ValueError if there are not as many weights as terms.
 
     >>> from softseg_dist import BCE, Dice
     >>> Sum(terms=(Dice(smooth=0), BCE()), weights=(1, 0.5))(torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2))
@@ -108,7 +106,7 @@ class Sum(Loss):
         return self
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return self._weighted([term.per_sample(prediction, target) for term in self.terms])
+        return self.of_averages(self.averaged(prediction, target), prediction.shape[1], 1)
 
     def averaged(self, prediction: Tensor, target: Tensor) -> Tensor:
         return torch.cat([term.averaged(prediction, target) for term in self.terms], dim=1)
@@ -118,10 +116,8 @@ class Sum(Loss):
 
     def of_averages(self, averages: Tensor, classes: int, samples: int) -> Tensor:
         of_terms = averages.split([term.num_averaged(classes) for term in self.terms], dim=-1)
-        return self._weighted([term.of_averages(m, classes, samples) for term, m in zip(self.terms, of_terms, strict=True)])
-
-    def _weighted(self, losses: list[Tensor]) -> Tensor:
-        return torch.stack([w * loss for w, loss in zip(self.weights, losses, strict=True)]).sum(dim=0)
+        parts = zip(self.weights, self.terms, of_terms, strict=True)
+        return torch.stack([weight * term.of_averages(m, classes, samples) for weight, term, m in parts]).sum(dim=0)
 
 
 SMALLEST_PROBABILITY = 1e-7  # logarithms are clipped here: no voxel costs more than 16.1

@@ -268,11 +268,6 @@ def _volume_error(pair: Pair) -> PerClass:
     return ratio(pair.predicted - pair.true, pair.true)
 
 
-def _dice_dml(pair: Pair) -> PerClass:
-    total = pair.predicted + pair.true
-    return _if_labelled(pair, ratio(total - pair.absolute, total))
-
-
 def _qubiq(pair: Pair) -> PerClass:
     """Where no vote share reaches 0.1 there is no level to compare at: NaN."""
 
@@ -297,7 +292,7 @@ FORMULAS: dict[str, Callable[[Pair], PerClass]] = {  # of the metrics of soft ma
     "brier": lambda pair: pair.squared / pair.voxels,
     "mse": lambda pair: pair.squared / pair.voxels,
     "mae": lambda pair: pair.absolute / pair.voxels,
-    "dice_dml": _dice_dml,
+    "dice_dml": lambda p: _if_labelled(p, ratio(p.predicted + p.true - p.absolute, p.predicted + p.true)),
     "dice_soft": lambda pair: _if_labelled(pair, ratio(2 * pair.product, pair.predicted + pair.true)),
     "volume_error": _volume_error,
     "volume_error_abs": lambda pair: np.abs(_volume_error(pair)),

@@ -18,8 +18,6 @@ from torch.nn.functional import pad
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
-Filters = tuple[Annotated[int, Field(ge=2)], ...]
-
 
 class Network(Frozen, ABC):
     """The description of a network, which is built where it is trained. A subclass implements `build`; the rest has defaults."""
@@ -51,7 +49,7 @@ class UNet(Network):
     """
 
     short: ClassVar[str] = "unet"
-    filters: Filters = Field((16, 32, 64, 128), min_length=2)
+    filters: tuple[Annotated[int, Field(ge=2)], ...] = Field((16, 32, 64, 128), min_length=2)
     norm: Literal["batch", "instance"] = "batch"
     dropout: float = Field(0.0, ge=0, lt=1)
     upsample: Literal["interp", "deconv"] = "interp"

@@ -69,8 +69,6 @@ class Patch(Frozen):
     NormReLU(over="sample") gives each a peak of 1, an empty one too; "running" does not. Monte Carlo dropout draws anew in each
     patch. Training images must be at least as large as a patch; a smaller image is padded with its border values to be predicted.
 
-    For volumes ivadomed's code takes UNet(norm="instance") and Optim(lr=5e-5).
-
     Source: nnU-Net, Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z, whose code has the same defaults of
     `foreground` and `overlap`. MONAI averages the overlapping patches.
     """

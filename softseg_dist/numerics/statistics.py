@@ -76,9 +76,8 @@ def constant(d: npt.NDArray[np.float64]) -> bool:
 def wilcoxon_test(differences: npt.NDArray[np.float64]) -> SplitTest:
     """Wilcoxon signed-rank test over splits, two-sided and exact: the test of the SoftSeg paper.
 
-    Splits share subjects, so it rejects too often (14 % instead of 5 % with 15 random splits): reported, never primary.
-    Differences of 0 are dropped, as in scipy; if all are 0, p = 1. Beyond 50 splits, or with equal differences among more
-    than 13, scipy takes the normal approximation.
+    Splits share subjects, so it rejects too often: reported, never primary. Differences of 0 are dropped, as in scipy; if all are
+    0, p = 1. Beyond 50 splits, or with equal differences among more than 13, scipy takes the normal approximation.
 
     Args:
         differences: [J], one mean difference per split; NaN is left out.
@@ -120,9 +119,8 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
 def subject_test(differences: npt.NDArray[np.float64]) -> TTest:
     """One-sample t-test over subjects, two-sided: t = mean d / sqrt(var d / a), df = a - 1.
 
-    For candidates that were not tested in the same splits, which leaves one difference of means per subject. It generalises to
-    new subjects for these trained models, not to new training runs: read as that it rejects too often, as every test over
-    subject means does. Never primary where `crossed_test` is defined. Over the mean differences of sites it speaks about new sites.
+    For candidates that were not tested in the same splits. It generalises to new subjects for these trained models, not to new
+    training runs: read as that it rejects too often. Over the mean differences of sites it speaks about new sites.
 
     Args:
         differences: [a], one mean difference per subject; NaN is left out.

@@ -41,9 +41,7 @@ class StudySearcher:
     that wait emit. With `tune_each` a fixed candidate waits for the trials of its learning rate, which are candidates, too.
 
     A failed fit (a loss that is not finite) is final. A fixed candidate runs its other splits, so that the report can count
-    failures; a proposed one, or a trial of a rate, emits no more, and is FAIL in Optuna.
-
-    Raises UserError if `propose` raises, returns no Recipe, or uses choices that cannot be stored.
+    failures; a proposed one, or a trial of a rate, emits no more, and is FAIL in Optuna. Raises UserError as `OptunaStudy.ask`.
     """
 
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
