@@ -49,15 +49,13 @@ def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int
     """
     on_cuda = device.startswith("cuda")
     precision = _best_precision(on_cuda) if optim.precision == "auto" else optim.precision
-    execution = Execution(precision=precision, compiled=on_cuda, graph=on_cuda)
+    execution = Execution(precision=precision, compiled=on_cuda and optim.compile != "off", graph=on_cuda)
     if not on_cuda:  # torch 2.13 fails to compile a channels-last U-Net there
         return execution.without("compiled", "a CPU runs the network as it is") if optim.compile == "on" else execution
     if num_workers > 1:
         why = "several workers share each batch and exchange gradients in every step"
         execution = execution.without("graph", why)
-        return execution.replace(compiled=False) if optim.compile == "auto" else execution.without("compiled", why)
-    if optim.compile == "off":
-        return execution.replace(compiled=False)
+        return execution.without("compiled", why) if optim.compile == "on" else execution.replace(compiled=False)
     if optim.compile == "auto" and num_steps < COMPILE_STEPS:
         return execution.without("compiled", f"a fit of fewer than {COMPILE_STEPS} steps ends before it pays; compile='on' does it")
     return execution

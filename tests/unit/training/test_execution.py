@@ -42,10 +42,11 @@ def test_a_gpu_runs_graphs_and_compiles_where_that_pays(
     assert len(execution.notes) == notes
 
 
-def test_several_workers_start_every_step_from_the_host() -> None:
-    execution = choose_execution(Optim(precision="float32"), "cuda", 2, COMPILE_STEPS)
+@pytest.mark.parametrize(("compile_it", "noted"), [("auto", ["graph"]), ("off", ["graph"]), ("on", ["graph", "compiled"])])
+def test_several_workers_start_every_step_from_the_host(compile_it: Literal["auto", "on", "off"], noted: list[str]) -> None:
+    execution = choose_execution(Optim(precision="float32", compile=compile_it), "cuda", 2, COMPILE_STEPS)
     assert execution.name == "float32"
-    assert [note.split(":")[0] for note in execution.notes] == ["graph"]
+    assert [note.split(":")[0] for note in execution.notes] == noted
 
 
 def test_an_execution_is_named_by_what_it_uses() -> None:
