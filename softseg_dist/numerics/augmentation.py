@@ -146,13 +146,8 @@ def augment_case(
     """
     frame = Frame.of(image, spacing_mm)
     drawn = [(transform, p.expand(len(image), *p.shape[1:])) for transform, p in draw_all(transforms, [seed], frame)]
-    steps = [(transform, parameters) for transform, parameters in drawn if isinstance(transform, Invertible)]
-    if steps:
-        image = _move(steps, frame)(image, "bilinear", "border")
-    for transform, parameters in drawn:
-        if isinstance(transform, Intensity):
-            image = transform.change(image, parameters, frame)
-    return image, _move_back(steps, frame)
+    changed, _ = apply(image, image[:, :0], drawn, "soft", frame)  # there is no label
+    return changed, _move_back([(transform, p) for transform, p in drawn if isinstance(transform, Invertible)], frame)
 
 
 def _move(steps: Sequence[tuple[Spatial, Tensor]], frame: Frame) -> Callable[[Tensor, str, str], Tensor]:
