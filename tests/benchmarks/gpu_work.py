@@ -12,7 +12,6 @@ from torch import nn
 from softseg_dist import AdaptiveWing, Affine, Elastic, MonteCarlo, Network, NormReLU, Optim, Phantom, Preprocess, Recipe, UNet
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import build_store, fingerprint
-from softseg_dist.numerics.networks import Filters
 from softseg_dist.training.task import FitTask
 
 
@@ -20,7 +19,7 @@ class MonaiBasicUNet(Network):
     """MONAI's BasicUNet as it comes: five levels, instance norm, leaky ReLU, transposed convolutions. `features` are its own."""
 
     short: ClassVar[str] = "basicunet"
-    features: Filters = (32, 32, 64, 128, 256, 32)
+    features: tuple[int, ...] = (32, 32, 64, 128, 256, 32)
 
     def build(self, in_channels: int, out_channels: int, dim: int) -> nn.Module:
         from monai.networks.nets import BasicUNet

@@ -20,7 +20,6 @@ from torch import Tensor
 from softseg_dist import Affine, Dice, Flip, Gamma, Noise, Optim, Recipe, Sigmoid
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
-from softseg_dist.numerics.networks import Filters
 from softseg_dist.training.batches import cases_of, item_target, open_store
 from softseg_dist.training.fit import fit
 from softseg_dist.training.task import FitTask, Worker
@@ -35,7 +34,7 @@ class Job(Frozen):
     store: str
     store_fingerprint: str
     subjects: tuple[str, ...]
-    features: Filters
+    features: tuple[int, ...]
     threads: int
     workers: int = 0
     optim: Optim = Optim(lr=1e-3, batch_size=16, epochs=200, patience=None, schedule="constant")
