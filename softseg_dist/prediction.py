@@ -268,11 +268,9 @@ def _predict(source: MapSource, preprocess: Preprocess, case: ImageCase, output:
             write(output.masks, (maps >= threshold).astype(np.uint8))
         if unsure is not None:
             write(output.entropies, preprocess.restore(unsure, sample.placement))
-    except UserError as error:
-        text = str(error)
-        return Prediction(case.images[0], error=text if str(case.images[0]) in text else f"{case.images[0]}: {text}")
-    except torch.OutOfMemoryError:
-        return Prediction(case.images[0], error=f"{case.images[0]}: the memory of the GPU is too small for it; use --device cpu")
+    except (UserError, torch.OutOfMemoryError) as error:
+        text = str(error) if isinstance(error, UserError) else "the memory of the GPU is too small for it; use --device cpu"
+        return Prediction(output.image, error=text if str(output.image) in text else f"{output.image}: {text}")
     return replace(output, covered=_covered(sample.placement))
 
 

@@ -81,13 +81,11 @@ class Recipe(Frozen):
     activation: Activation = Sigmoid()
     loss: Loss = Dice()
     label: LabelMode = "soft"
-    fusion: str = "mean"
+    fusion: Annotated[str, AfterValidator(check_fusion)] = "mean"
     augment: tuple[Augmentation, ...] = ()
     smoothing: Smoothing | None = None
     patch: Patch | None = None
     optim: Optim = Optim()
-
-    _check_fusion = field_validator("fusion")(check_fusion)
 
 
 class Race(Frozen):
@@ -240,21 +238,6 @@ class Study(Frozen):
             raise ValueError(f"{kind} needs a name of its own for its column, such as short = 'my_metric', got {name!r}")
         return value
 
-    @field_validator("holdout")
-    @classmethod
-    def _some_are_held_out(cls, value: float | tuple[str, ...] | None) -> float | tuple[str, ...] | None:
-        if value == () or (isinstance(value, float) and not 0 < value <= 0.5):
-            raise ValueError(f"holdout is a share of subjects in (0, 0.5], or names of at least one subject, got {value}")
-        return value
-
-    @field_validator("uncertainty")
-    @classmethod
-    def _one_of_each_kind(cls, value: tuple[Uncertainty, ...]) -> tuple[Uncertainty, ...]:
-        kinds = [method.short for method in value]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"uncertainty takes one of each kind, or their rows would have one name, got {value}")
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.candidates and self.search is None:
@@ -267,6 +250,10 @@ class Study(Frozen):
             self.check_recipe(name, recipe)
         if self.control is not None and self.control not in self.candidates:
             raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
+        if self.holdout == () or (isinstance(self.holdout, float) and not 0 < self.holdout <= 0.5):
+            raise ValueError(f"holdout is a share of subjects in (0, 0.5], or names of at least one subject, got {self.holdout}")
+        if len({method.short for method in self.uncertainty}) < len(self.uncertainty):
+            raise ValueError(f"uncertainty takes one of each kind, or their rows would have one name, got {self.uncertainty}")
         if self.nested is not None and self.holdout is not None:
             raise ValueError("nested holds out the test subjects of its outer splits: give holdout=... or nested=..., not both")
         if self.nested is not None and WINNER in self.candidates:

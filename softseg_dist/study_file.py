@@ -120,8 +120,8 @@ def _check_names(thing: Frozen, where: str) -> None:
         elif "<lambda>" in part.__qualname__:
             problem = "a lambda, which has no name after a restart; use a function made with def, outside of any other"
         elif "<locals>" in part.__qualname__:
-            problem = f"{part.__qualname__}, which is made in a function and has no name after a restart; "
-            problem += "move it out of the function, and make what varies a field of its class"
+            what = f"{part.__qualname__}, which is made in a function and has no name after a restart"
+            problem = f"{what}; move it out of the function, and make what varies a field of its class"
         else:
             problem = f"{part.__qualname__}, but this name means something else in its file now; give each its own name"
         raise UserError(f"{where}: {place} is {problem}")
