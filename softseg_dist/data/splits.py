@@ -279,8 +279,8 @@ def _given(one: Any, place: str) -> GivenSplit:
         got = "/".join(map(str, one)) if isinstance(one, dict) else f"{one!r:.60}"
         raise UserError(f"{place}: a split has {allowed}, got {got}")
     for part in keys:
-        if not isinstance(one[part], list) or not one[part] or not all(isinstance(name, str) for name in one[part]):
-            wrong = [x for x in one[part] if not isinstance(x, str)] if isinstance(one[part], list) else [one[part]]
+        wrong = [name for name in one[part] if not isinstance(name, str)] if isinstance(one[part], list) else [one[part]]
+        if wrong or not one[part]:
             raise UserError(f"{place}: {part} is a list of at least one name, as text, got {listed(wrong) or 'none'}")
     test = one["test"] if "test" in keys else one["val"]
     validation = one.get("validation", one["val"] if keys >= {"val", "test"} else ())

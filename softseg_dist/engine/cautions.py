@@ -105,12 +105,9 @@ class Inspection:
 
     def _targets(self) -> Cautions:
         if self._alike and any(prepared for facts in self._facts for _, prepared in facts.volumes_mm3):
-            pairs, num = listed([" = ".join(pair) for pair in self._alike]), count(len(self._facts), "case")
-            text = (
-                f"Candidates that differ in label mode or fusion alone have identical targets in all of {num}, also augmented "
-                f"({pairs}); they differ if masks are resampled (spacing_mm), soft, of several raters, or moved by Affine."
-            )
-            yield ALIKE, text
+            of = f"{count(len(self._facts), 'case')}, also augmented ({listed([' = '.join(pair) for pair in self._alike])})"
+            what = f"Candidates that differ in label mode or fusion alone have identical targets in all of {of}"
+            yield ALIKE, f"{what}; they differ if masks are resampled (spacing_mm), soft, of several raters, or moved by Affine."
 
     def _softness(self) -> Cautions:
         for fusion in dict.fromkeys(fusion for facts in self._facts for fusion in facts.soft):
@@ -118,12 +115,10 @@ class Inspection:
             rest = [share for share in shares.values() if share > 0]
             if binary := [name for name, share in shares.items() if share == 0]:
                 named = f" of {listed(binary)} ({percent(min(rest))} to {percent(max(rest))} of the others)" if rest else ""
-                text = (
-                    f'label="soft" with fusion="{fusion}" is binary before augmentation in {len(binary)} of '
-                    f"{count(len(shares), 'labelled case')}: 0 % of the labelled voxels{named} lie strictly between 0 and 1; "
-                    "they would if masks were resampled (spacing_mm), soft, or of several raters."
-                )
-                yield "binary targets", text
+                what = f'label="soft" with fusion="{fusion}" is binary before augmentation in {len(binary)} of'
+                share = f"0 % of the labelled voxels{named} lie strictly between 0 and 1"
+                remedy = "they would if masks were resampled (spacing_mm), soft, or of several raters."
+                yield "binary targets", f"{what} {count(len(shares), 'labelled case')}: {share}; {remedy}"
 
     def _volumes(self) -> Cautions:
         changed = [
@@ -134,12 +129,10 @@ class Inspection:
         ]
         if cases := list(dict.fromkeys(case for _, case, *_ in sorted(changed, reverse=True))):
             _, case, name, old, new = max(changed)
-            text = (
-                f"Preparation changes a labelled volume by more than {percent(CHANGED, 0)} in {len(cases)} of "
-                f"{count(len(self._facts), 'case')} ({listed(cases)}): class {name} of {case} has {old:.4g} mm3 in the file, "
-                f'{new:.4g} after it; a larger crop, a finer spacing_mm or label_resampling="area" keeps it.'
-            )
-            yield "volume changed", text
+            of = f"{len(cases)} of {count(len(self._facts), 'case')} ({listed(cases)})"
+            what = f"Preparation changes a labelled volume by more than {percent(CHANGED, 0)} in {of}: class {name} of {case} has"
+            remedy = 'a larger crop, a finer spacing_mm or label_resampling="area" keeps it.'
+            yield "volume changed", f"{what} {old:.4g} mm3 in the file, {new:.4g} after it; {remedy}"
 
     def _classes(self, splits: Sequence[Split]) -> Cautions:
         subjects = {facts.subject for facts in self._facts}
@@ -162,20 +155,16 @@ class Inspection:
         flipped |= {f"TTA of {method.short}": method.transforms for method in self.study.uncertainty if isinstance(method, TTA)}
         users = [n for n, each in flipped.items() if any(isinstance(t, Flip) and not t.idle and 0 in t.axes for t in each)]
         if users and (pairs := list(_side_pairs(self.classes))):
-            text = (
-                f"Flip of axis 0 mirrors left and right in {listed(users)}, but does not exchange the classes {listed(pairs)}: "
-                "mirrored images are trained with the wrong side; leave axis 0 out, as in Flip(axes=(1,))."
-            )
-            yield "left and right mirrored", text
+            what = f"Flip of axis 0 mirrors left and right in {listed(users)}, but does not exchange the classes {listed(pairs)}"
+            remedy = "mirrored images are trained with the wrong side; leave axis 0 out, as in Flip(axes=(1,))."
+            yield "left and right mirrored", f"{what}: {remedy}"
 
     def _overlaps(self) -> Cautions:
         if over := {facts.name: facts.num_over for facts in self._facts if facts.num_over}:
             worst = max(over, key=over.__getitem__)
-            text = (
-                f"Labels of several classes add up to more than 1 in {len(over)} of {count(len(self._facts), 'case')}, most in "
-                f"{worst} ({count(over[worst], 'voxel')}): Softmax cannot predict that ({listed(self.softmax)}); use Sigmoid."
-            )
-            yield "classes overlap", text
+            of = f"{len(over)} of {count(len(self._facts), 'case')}, most in {worst} ({count(over[worst], 'voxel')})"
+            what = f"Labels of several classes add up to more than 1 in {of}"
+            yield "classes overlap", f"{what}: Softmax cannot predict that ({listed(self.softmax)}); use Sigmoid."
 
     def _twins(self) -> Cautions:
         same: dict[str, list[str]] = defaultdict(list)
