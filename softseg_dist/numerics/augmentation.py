@@ -134,13 +134,7 @@ def augment_case(
 
     All items share one draw, as all slices of a head have one pose. If spatial transforms only flip, the inverse is a mirror,
     bit-exact; otherwise it interpolates linearly with the inverse map. A voxel that was moved out of the field of view gets the
-    value of the nearest one within it.
-
-    Args:
-        image: a prepared case.
-        transforms: `Invertible` and `Intensity` ones.
-        seed: of the random parameters.
-        spacing_mm: distance of voxels along each axis of *S.
+    value of the nearest one within it. `transforms` are `Invertible` and `Intensity` ones.
 
     Raises UserError if a transform needs an axis that the images lack.
     """

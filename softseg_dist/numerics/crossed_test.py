@@ -157,10 +157,7 @@ class _Point:
 
 
 def _score_and_information(model: _Model, at: _Point) -> tuple[Vector, Matrix]:
-    """First derivatives [3] of the log likelihood, and its expected information [3 3].
-
-    Those of S and F come from the blocks of Z'PZ; those of E follow, as P V P = P.
-    """
+    """First derivatives [3] of the log likelihood, and its expected information [3 3]. Those of E follow, as P V P = P."""
     (n_i, _, y_i, y_j, _), g, m, k = model.sums, at.g, at.m, at.k
     gn, w = g[:, None] * model.tested, g @ model.tested
     u = y_j - (at.ratios[0] * g * y_i) @ model.tested

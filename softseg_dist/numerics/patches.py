@@ -116,10 +116,7 @@ class Patch(Frozen):
         return maps[inside].contiguous()
 
     def stitch(self, network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        """The logits [N L *S] of whole items [N C *S], by a `network` that gets batches of their patches.
-
-        The memory for activations is that of `VOXELS_AT_ONCE`, independent of the size of the items.
-        """
+        """The logits [N L *S] of items [N C *S], by a `network` that gets batches of patches of about `VOXELS_AT_ONCE` voxels."""
         # Importing monai takes seconds, which a study file that only names a patch need not wait for.
         from monai.inferers.utils import sliding_window_inference
 

@@ -27,9 +27,7 @@ def pairwise_dice(masks: Masks) -> float:
 
 
 def ged2(prediction: Values, raters: Masks) -> float:
-    """`energy_distance` of a soft map [*S] in [0, 1] from raters [R *S]: its samples are the level sets {p >= tau}.
-
-    tau = .1, .3, .5, .7, .9.
+    """`energy_distance` of a soft map [*S] in [0, 1] from raters [R *S]: its samples are the level sets {p >= tau} of `LEVELS`.
 
     >>> ged2(np.array([1.0, 0.0]), np.array([[True, False], [False, False]]))  # 2 * .5 - 0 - .5
     0.5

@@ -24,11 +24,7 @@ def seed_of(*parts: str | int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's own generators start from `seed`, and no other thread draws from them, while the block runs.
-
-    A process has one generator for each device, which all its threads share: fits that run side by side would shift each
-    other's draws.
-    """
+    """Torch's own generators, which all threads share, start from `seed` and serve no other thread while the block runs."""
     with drawing:
         torch.manual_seed(seed)
         yield

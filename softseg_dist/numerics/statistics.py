@@ -74,13 +74,10 @@ def constant(d: npt.NDArray[np.float64]) -> bool:
 
 
 def wilcoxon_test(differences: npt.NDArray[np.float64]) -> SplitTest:
-    """Wilcoxon signed-rank test over splits, two-sided and exact: the test of the SoftSeg paper.
+    """Wilcoxon signed-rank test over splits, two-sided and exact, of `differences` [J] without NaN: the test of the SoftSeg paper.
 
     Splits share subjects, so it rejects too often: reported, never primary. Differences of 0 are dropped, as in scipy; if all are
     0, p = 1. Beyond 50 splits, or with equal differences among more than 13, scipy takes the normal approximation.
-
-    Args:
-        differences: [J], one mean difference per split; NaN is left out.
     """
     d = differences[~np.isnan(differences)]
     mean = float(d.mean()) if d.size else NAN
@@ -117,13 +114,10 @@ def corrected_t_test(differences: npt.NDArray[np.float64], test_to_train: float)
 
 
 def subject_test(differences: npt.NDArray[np.float64]) -> TTest:
-    """One-sample t-test over subjects, two-sided: t = mean d / sqrt(var d / a), df = a - 1.
+    """One-sample t-test over subjects of `differences` [a], two-sided: t = mean d / sqrt(var d / a), df = a - 1; NaN is left out.
 
     For candidates that were not tested in the same splits. It generalises to new subjects for these trained models, not to new
     training runs: read as that it rejects too often. Over the mean differences of sites it speaks about new sites.
-
-    Args:
-        differences: [a], one mean difference per subject; NaN is left out.
 
     >>> result = subject_test(np.array([0.02, 0.03, 0.01, 0.025, 0.015]))
     >>> round(result.t, 6), result.df
@@ -155,15 +149,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_bootstrap(differences: npt.NDArray[np.float64], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean difference; each draw resamples the subjects and, separately, the splits.
+    """95 % percentile interval of the mean of `differences` [a b]; each draw resamples the subjects and, separately, the splits.
 
     A check of the interval of `crossed_test`; somewhat wide, as the error is resampled twice. Draws without a pair are left
     out; NaN for fewer than two subjects or splits. Source: Owen 2007, The pigeonhole bootstrap (doi 10.1214/07-AOAS122).
-
-    Args:
-        differences: [a b], NaN where subject i was not tested in split j.
-        seed: of the resampling; the same seed gives the same interval.
-        draws: number of resamplings.
     """
     tested = ~np.isnan(differences)
     d = differences[tested.any(axis=1)][:, tested.any(axis=0)]

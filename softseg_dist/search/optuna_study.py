@@ -102,10 +102,7 @@ class OptunaStudy:
         return record, recipe
 
     def tell(self, candidate: CandidateState) -> None:
-        """How an ended candidate did, if it is an open trial: its values, FAIL without.
-
-        One that was raced out is complete, too: Optuna would rank a pruned trial by its last split alone.
-        """
+        """Tell Optuna how an ended candidate did. One that was raced out is complete: a pruned one is ranked by its last split."""
         if (trial := self._open.pop(candidate.name, None)) is not None:
             if candidate.raced:
                 trial.set_user_attr(RACED, candidate.raced.incumbent)

@@ -33,8 +33,7 @@ def num_looks(race: Race, num_splits: int) -> int:
 def p_worse(differences: npt.ArrayLike, rounding: float = ROUNDING) -> float:
     """One-sided p of the paired t-test that the mean of `differences` [n] is below 0; small is worse.
 
-    n >= 2. Equal differences have no variance: p is 0 if they are below 0 by more than `rounding`, 1 if above, and 1/2
-    if they are 0.
+    n >= 2. Equal differences have no variance: p is 0, 1/2 or 1 if they are below, at or above 0, up to `rounding`.
     """
     values = np.asarray(differences, dtype=np.float64)
     mean, error = values.mean(), values.std(ddof=1) / math.sqrt(values.size)

@@ -103,10 +103,7 @@ class Batches:
         return (member + 1 + draw % max(1, len(self.items) - 1)) % len(self.items)
 
     def mean_label(self) -> Tensor:
-        """Share of foreground per class [K] over all training items, as targets of epoch 0 before augmentation and smoothing.
-
-        Items count whole, and once, whatever patches are taken of them.
-        """
+        """Share of foreground per class [K] over all training items, each whole and once, before augmentation and smoothing."""
         members = range(0, len(self.items), 1 if self.recipe.patch is None else self.recipe.patch.per_item)
         total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in members)
         assert isinstance(total, Tensor), "a split has training items"
@@ -176,11 +173,10 @@ class Batches:
 
 
 def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, window: Window | None = None) -> Tensor:
-    """The target [K *S] of an item, or of a window of it, as `labels.prepare_target` makes it.
+    """The target [K *S] of an item, or of a window of it, as `labels.prepare_target` makes it; `draw` is its seed in this epoch.
 
-    `draw` is the seed of this item in this epoch. Beyond the image's border nothing is labelled.
-
-    STAPLE sees all items of the case together, once for all fits of this process. Do not change the result in place.
+    Beyond the image's border nothing is labelled. STAPLE sees all items of the case together, once for all fits of this process. Do
+    not change the result in place.
     """
     if recipe.fusion in STAPLE_FUSIONS:
         whole = _case_target(store, case, recipe.label, recipe.fusion)[item]

@@ -109,10 +109,7 @@ class _SharedModel(nn.Module):
 
 
 class _SharedDropout(nn.Module):
-    """Dropout as `dropout` does it for the whole batch: all workers' generators start from the same seed.
-
-    In evaluation a worker has cases of its own, of which it drops what `dropout` does: nothing, unless that is made active.
-    """
+    """Dropout of the whole batch in training, from the same seed on all workers; in evaluation that of the worker's own cases."""
 
     def __init__(self, dropout: nn.Module, share: BatchShare) -> None:
         super().__init__()

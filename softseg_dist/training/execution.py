@@ -43,10 +43,7 @@ class Execution(Frozen):
 
 
 def choose_execution(optim: Optim, device: str, num_workers: int, num_steps: int) -> Execution:
-    """The execution of a fit of `num_steps` on `device` ("cpu", "cuda", "cuda:1") of each of `num_workers`.
-
-    "auto" precision follows from the hardware alone, or candidates of one study would differ in it.
-    """
+    """The execution of a fit of `num_steps` on `device` ("cpu", "cuda:1"); "auto" precision follows from the hardware alone."""
     on_cuda = device.startswith("cuda")
     precision = _best_precision(on_cuda) if optim.precision == "auto" else optim.precision
     execution = Execution(precision=precision, compiled=on_cuda and optim.compile != "off", graph=on_cuda)

@@ -211,8 +211,7 @@ class RunningFit:
 def validation_interval(batches: Batches, validation: Sequence[str]) -> int:
     """Epochs from one validation to the next, so that it takes about a tenth of the time: max(1, ceil(10 n_val / (3 n_train))).
 
-    n are voxels that a validation and an epoch see. They depend on study and store alone, never on the clock, so every candidate
-    with the same patches validates equally often.
+    n are voxels that a validation and an epoch see: candidates with the same patches validate equally often, on any machine.
     """
     store, patch = batches.store, batches.recipe.patch
     num_items = sum(store.cases[case].num_items for case in cases_of(store, validation))

@@ -85,10 +85,7 @@ class HostStepper(Stepper):
         return Request(stop > 0, save > 0)
 
     def _agree(self, shares: Tensor, prediction: Tensor) -> tuple[Tensor, list[float]]:
-        """The slope [M] of the loss by the means over the whole batch, and [loss, dead samples, stop, save] of it.
-
-        They are equal on all workers, after one all-reduce of everything that the workers exchange here.
-        """
+        """The slope [M] of the loss by the means over the batch, and [loss, dead samples, stop, save], in one all-reduce."""
         mine = torch.zeros(3, dtype=torch.float64, device=shares.device)
         mine[0] = dead_samples(prediction.detach())
         if self.worker.leads:

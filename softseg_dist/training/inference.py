@@ -34,7 +34,6 @@ def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndar
     """Soft map [N K *S] float32 of all items of one case.
 
     The activation gets all items of the case at once: a maximum over "the batch" is one over the case, independent of other cases.
-    A model with patches computes the logits of an item patch by patch (see `Patch`).
     """
     model.eval()
     return _on_cpu(_soft_map(model, _image(sample, device)))
@@ -100,10 +99,7 @@ class MapSource:
 
 
 def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
-    """The weights of all finished fits of a model's candidate, in the run folder that contains the model.
-
-    Raises UserError if there are fewer than two, or one is missing.
-    """
+    """The weights of all finished fits of a model's candidate in its run folder. Raises UserError if fewer than two are there."""
     fits = folder.parent / "fits" / card.candidate
     try:
         results = [FitResult.model_validate_json(p.read_bytes()) for p in fits.glob("*.json") if is_fit_name(p.stem)]
@@ -119,10 +115,7 @@ def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
 
 
 def method_of(card: ModelCard, model: Model, samples: int | None) -> Uncertainty:
-    """The uncertainty method for one model: dropout if it has any, else the invertible part of its augmentation.
-
-    Raises UserError if it has neither.
-    """
+    """The method for one model: dropout if it has any, else the invertible part of its augmentation, else a UserError."""
     settings = {} if samples is None else {"samples": samples}
     if active_dropout(model):
         return MCDropout(**settings)

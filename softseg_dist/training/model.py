@@ -110,9 +110,8 @@ def _keep_plain_layout(network: nn.Module) -> None:
 def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:
     """A new model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
 
-    The last bias starts where the activation gives the mean training label. Otherwise a model with a sigmoid would spend its
-    first hundreds of steps on learning that most voxels are background (docs/training.md, "Fairness of a
-    comparison"). A network without a last bias keeps its own start.
+    The last bias starts where the activation gives the mean training label (docs/training.md, "Fairness of a comparison"). A
+    network without a last bias keeps its own start.
     """
     with seeded(seed):
         model = Model.of(recipe, channels, classes, dim)
@@ -151,11 +150,7 @@ def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(task: FitTask) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` wrote; None if there is none to resume from.
-
-    A checkpoint of another task (the recipe has changed), or one that cannot be read, is ignored: a restart gives the same
-    result, later.
-    """
+    """The state that `save_checkpoint` wrote; None if there is none, or if it is of another recipe or cannot be read."""
     path = checkpoint_path(task.folder)
     if not path.exists():
         return None

@@ -46,10 +46,7 @@ ROUNDING = 1e-6  # a prediction may leave [0, 1] by this much
 
 
 def start_child() -> subprocess.Popen[bytes]:
-    """Start the child process of `preflight`: its imports take seconds, which can pass while data are prepared.
-
-    Without a task it ends when its standard input is closed.
-    """
+    """Start the child of `preflight`: its imports take seconds, which can pass while data are prepared. A closed input ends it."""
     path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" is the working directory
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONBREAKPOINT": "0"}
     # -P: a module in the working directory must not shadow another one.

@@ -86,10 +86,7 @@ def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a model folder; executes nothing of the study file.
-
-    Raises UserError if the folder holds no model, or if the card is damaged or of another format.
-    """
+    """The card of a model folder; executes no study file. Raises UserError if it is missing, damaged or of another format."""
     path = folder / CARD
     try:
         content = json.loads(path.read_bytes())

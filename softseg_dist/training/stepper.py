@@ -76,8 +76,7 @@ class Stepper(ABC):
     def advance(self, progress: FitProgress) -> Request:
         """Train on from `progress.step` until a step after which something is requested, or to the end of the epoch.
 
-        May return earlier, after any step; keeps `step`, `losses` and `dead` of `progress` right. Raises Diverged if a loss is
-        not finite.
+        May return earlier. Keeps `step`, `losses` and `dead` of `progress` right. Raises Diverged if a loss is not finite.
         """
 
     def state(self) -> dict[str, Any]:

@@ -37,8 +37,7 @@ class FitTask(Frozen):
 
     `seed` is the study's; all randomness of the fit follows from `seeds` (`study`, `seed`, split index, `repeat`), never from the
     candidate, so that all candidates see the same initial weights, batches and augmentation. `store` is the path of the Arrow
-    file and `store_fingerprint` the name it must have. `folder` belongs to this fit alone. `uncertainty` is measured on the test
-    cases.
+    file and `store_fingerprint` the name it must have. `folder` belongs to this fit alone.
     """
 
     study: str

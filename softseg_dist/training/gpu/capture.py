@@ -91,10 +91,7 @@ def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
 
 
 class _Watch(TorchFunctionMode):
-    """Looks at every call of torch by Python code; `found` is the first that cannot be captured.
-
-    What it cannot see, inside of torch, makes the capture itself fail.
-    """
+    """Looks at every call of torch by Python code; `found` is the first that cannot be captured. Others make the capture fail."""
 
     found: str | None = None
 

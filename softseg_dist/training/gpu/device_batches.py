@@ -121,10 +121,7 @@ def device_batches(batches: Batches, device: torch.device) -> tuple[DeviceBatche
 
 
 class Resident:
-    """All items of the store in the device's memory: the host only says which ones, and from where on.
-
-    An item has one target if raters are fused the same way in every epoch, else one for each rater.
-    """
+    """All items of the store in the device's memory: the host only says which ones, and from where on."""
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
         store, recipe = batches.store, batches.recipe

@@ -90,10 +90,7 @@ class Feed:
 
 
 class DeviceStepper(Stepper):
-    """Returns after every epoch, or when something is requested of the fit.
-
-    Changes dropout layers of `model`, not its state. `execution` is what is really used, once it has begun.
-    """
+    """Returns after every epoch, or when something is requested of the fit. Changes dropout layers of `model`, not its state."""
 
     def _begin(self) -> None:
         self.device = next(self.model.parameters()).device
