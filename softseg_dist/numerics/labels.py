@@ -38,7 +38,7 @@ class Consensus:
 
 
 def staple(decisions: Tensor) -> Consensus:
-    """The most likely truth and raters behind `decisions` [R *S] of one class, by expectation maximisation (docs/training.md).
+    """The most likely truth and raters behind `decisions` [R *S] in [0, 1] of one class, by EM (docs/training.md).
 
     Sums run over the bounding box of all voxels that any rater labelled, dilated by 3 voxels; outside it W is 0. A rater with
     P + Q <= 1, no better than chance, is left out of that step, so that truth and its complement cannot be exchanged. If all raters
@@ -47,9 +47,6 @@ def staple(decisions: Tensor) -> Consensus:
     A soft decision enters as an exponent (soft STAPLE): D = 0.3 is 0.3 of a vote for and 0.7 of one against. The formula
     for P maximises the expected sum W (D ln P + (1-D) ln(1-P)) for any D in [0, 1], and that for Q likewise, so the same
     steps increase the same likelihood [derived]; its normalisation over continuous D is left out.
-
-    Args:
-        decisions: label values in [0, 1]; any number of raters and axes.
 
     Source: Warfield, Zou, Wells, IEEE TMI 23(7), 2004 (doi 10.1109/TMI.2004.828354). Box, guard and non-integer exponents are ours.
 

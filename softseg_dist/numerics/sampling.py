@@ -24,10 +24,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Uncertainty(Frozen, ABC):
-    """A method that draws `samples` soft maps of a case from a model, which `judging.uncertainty` compares; a call draws one.
-
-    `short` is the prefix of its rows in the results table.
-    """
+    """A method that draws `samples` soft maps of a case from a model, one per call. `short` is the prefix of its rows."""
 
     samples: Annotated[int, Field(ge=2)]
 

@@ -74,7 +74,7 @@ def constant(d: npt.NDArray[np.float64]) -> bool:
 
 
 def wilcoxon_test(differences: npt.NDArray[np.float64]) -> SplitTest:
-    """Wilcoxon signed-rank test over splits, two-sided and exact, of `differences` [J] without NaN: the test of the SoftSeg paper.
+    """Wilcoxon signed-rank test over splits, two-sided and exact, of `differences` [J], NaN left out: the SoftSeg paper's test.
 
     Splits share subjects, so it rejects too often: reported, never primary. Differences of 0 are dropped, as in scipy; if all are
     0, p = 1. Beyond 50 splits, or with equal differences among more than 13, scipy takes the normal approximation.
@@ -166,10 +166,7 @@ def paired_bootstrap(differences: npt.NDArray[np.float64], seed: int, draws: int
 
 
 def bland_altman(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> BlandAltman:
-    """Bias and limits of agreement of paired measurements: mean and mean -+ 1.96 sd of `first` minus `second`.
-
-    Args:
-        first, second: [n], paired by index, n > 0; with a single pair the limits are NaN.
+    """Bias and limits of agreement of n > 0 pairs: mean and mean -+ 1.96 sd of `first` minus `second` [n]; NaN limits for one.
 
     Source: Bland and Altman 1986 (doi 10.1016/S0140-6736(86)90837-8).
 
