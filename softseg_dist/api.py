@@ -234,7 +234,6 @@ class Run:
 
     @cached_property
     def _copy(self) -> Path:
-        """The folder on this machine that holds the files of the run."""
         from softseg_dist.pipeline import pulled
 
         return pulled(self.folder).folder

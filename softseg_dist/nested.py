@@ -21,7 +21,6 @@ from softseg_dist.engine.context import prepare
 from softseg_dist.engine.holdout import TABLE
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
-from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import write_frame
 from softseg_dist.pipeline import Finished, RunOptions, backend_of, make_folder, run_prepared
 from softseg_dist.places import Place, replace_file
@@ -33,28 +32,6 @@ from softseg_dist.study_file import StudyFile
 from softseg_dist.words import number
 
 KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what a row is about
-
-
-class OuterWinner(Frozen):
-    """The winner of the inner study of one outer split, and its and the control's scores on the outer test subjects.
-
-    `validation_score` is the mean over the inner splits; the other two are means over outer test subjects and inner splits, of the
-    study's objective. None: undefined everywhere, or no control. `run` is the folder of the inner run in that of the study.
-    """
-
-    split: int
-    run: str
-    winner: str
-    recipe: dict[str, Any]
-    validation_score: float | None
-    holdout_score: float | None
-    control_holdout_score: float | None
-
-    def line(self, control: str | None) -> str:
-        """The outer split in one line."""
-        beside = f", {control} {number(self.control_holdout_score, 4)}" if control not in (None, self.winner) else ""
-        scores = f"validation {number(self.validation_score, 4)}, outer test {number(self.holdout_score, 4)}{beside}"
-        return f"Outer split {self.split:03d}: {self.winner} won, {scores}"
 
 
 @dataclass(frozen=True)
@@ -107,17 +84,21 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
                 if runs[-1].outcome.interrupted:
                     break
                 if (found := _outer_winner(one, split.index, name, run)) is not None:
-                    outer.append(json_of(found[0]))
+                    outer.append(found[0])
                     tables.append(found[1])
                     _write(copy, record, tables)
-                    shown.note(found[0].line(study.control))
+                    shown.note(_line(found[0], study.control))
         except KeyboardInterrupt:  # between two searches
             interrupted = True
     return Nested(run.uri, tuple(runs), record, interrupted or any(run.outcome.interrupted for run in runs))
 
 
-def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[OuterWinner, pd.DataFrame] | None:
-    """The record of an inner run, and its rows of the outer table; None if its held-out subjects were not opened yet."""
+def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[dict[str, Any], pd.DataFrame] | None:
+    """The record of an inner run, and its rows of the outer table; None if its held-out subjects were not opened yet.
+
+    `validation_score` is the mean over the inner splits; the other two are means over outer test subjects and inner splits, of the
+    study's objective. None: undefined everywhere, or no control.
+    """
     ledger = Ledger((run / name).uri)
     holdout = ledger.holdout()
     if holdout is None or not holdout.opened:
@@ -130,18 +111,25 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[Oute
         return None if math.isnan(mean := mean_of(scores.of(candidate))) else mean
 
     on_validation = [r.score for r in ledger.results().values() if r.candidate == winner and r.score is not None]
-    found = OuterWinner(
-        split=split,
-        run=name,
-        winner=winner,
-        recipe=ledger.candidates()[winner].recipe,
-        validation_score=fmean(on_validation),
-        holdout_score=known(winner),
-        control_holdout_score=None if control is None else known(control),
-    )
+    found = {
+        "split": split,
+        "run": name,
+        "winner": winner,
+        "recipe": ledger.candidates()[winner].recipe,
+        "validation_score": fmean(on_validation),
+        "holdout_score": known(winner),
+        "control_holdout_score": None if control is None else known(control),
+    }
     shown = {WINNER: winner} | ({} if control is None else {control: control})
     of_each = [_over_fits(rows[rows["candidate"] == name], label, split) for label, name in shown.items()]
     return found, pd.concat(of_each)
+
+
+def _line(found: dict[str, Any], control: str | None) -> str:
+    names = {"validation": "validation_score", "outer test": "holdout_score"}
+    names |= {control: "control_holdout_score"} if control not in (None, found["winner"]) else {}
+    scores = ", ".join(f"{what} {number(found[score], 4)}" for what, score in names.items())
+    return f"Outer split {found['split']:03d}: {found['winner']} won, {scores}"
 
 
 def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:

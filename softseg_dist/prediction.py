@@ -76,7 +76,6 @@ class Predictor:
 
 
 def _channels(image: Any, affine: Affine4 | None) -> list[Volume]:
-    """The channels of an image as `Predictor.predict` takes it."""
     if isinstance(image, np.ndarray):
         if affine is None:
             raise UserError("an array needs an affine, which takes its voxel index to mm: predict(array, affine)")

@@ -188,7 +188,6 @@ class LabelledCase(Case):
         return image, first.geometry
 
     def _read_on_grid(self, path: Path, geometry: Geometry) -> Float32:
-        """The voxels of a file that must lie on the grid of the image."""
         volume = read_volume(path)
         _check_grid(volume.geometry, path, geometry, self.images[0])
         return volume.data
@@ -258,7 +257,6 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
 
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
-    """The label that the voxels of a file say."""
     if mask.value is not None:
         if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
             raise UserError(f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}")

@@ -215,7 +215,6 @@ class _Masks:
 
 
 def _part(part: str) -> tuple[tuple[str, ...], int | None]:
-    """The words of a part, and the value after its colon."""
     text, colon, value = part.partition(":")
     if colon and not re.fullmatch(r"-?\d+", value):
         raise UserError(f'the value in "part:value" must be an integer, got {part!r}')

@@ -95,7 +95,6 @@ def _compiled(form: str, case_of: Mapping[str, str], class_of: Mapping[str, str]
 def _of_cases(
     found: Mapping[str, Sequence[Match]], classes: Sequence[str], folder: Path
 ) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
-    """The files of each case, and what is wrong."""
     files: dict[str, tuple[Path, ...]] = {}
     seen = {label for matches in found.values() for _, label, _ in matches}
     nowhere = [label for label in classes if found and "" not in seen and label not in seen]

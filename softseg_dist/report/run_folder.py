@@ -121,7 +121,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class OuterData:
-    """Outer splits of a nested study: `record` is outer.json as `nested.OuterRecord` writes it, `results` the outer test rows."""
+    """Outer splits of a nested study: `record` is outer.json as `nested` writes it, `results` the outer test rows."""
 
     question: str
     record: Mapping[str, Any]
