@@ -31,7 +31,7 @@ def compare(
 ) -> None:
     """Show how the settings and the scores of two runs differ, paired by subject and split where both have them."""
     from softseg_dist.pipeline import compare_runs
-    from softseg_dist.report.comparison_words import comparison_json
+    from softseg_dist.report.comparison import comparison_json
 
     found = compare_runs(run_a, run_b, (candidate_a, candidate_b), metric)
     if as_json:
@@ -80,12 +80,12 @@ def evaluate(
 
 
 def _show(found: RunComparison) -> None:
-    from softseg_dist.report.comparison_words import answer, called, caveats, metric_of, pairing_sentence
+    from softseg_dist.report.comparison import answer, caveats, metric_of, pairing_sentence, title_of
 
     for side, p in (("A", found.a), ("B", found.b)):
         typer.echo(f"{side}: {p.run} ({p.study}; {p.num_splits} splits, {p.num_tested} tested subjects)")
     changed = {"Studies": found.study, "Versions": found.versions}
-    changed |= {f"Recipes of {called(contrast)}": contrast.changed for contrast in found.contrasts}
+    changed |= {f"Recipes of {title_of(contrast)}": contrast.changed for contrast in found.contrasts}
     for what, fields in changed.items():
         if fields:
             typer.echo(f"{what} differ:")
@@ -106,9 +106,9 @@ def _show(found: RunComparison) -> None:
 
 
 def _row(contrast: CandidateContrast) -> tuple[str, ...]:
-    from softseg_dist.report.comparison_words import called, sample
+    from softseg_dist.report.comparison import sample, title_of
     from softseg_dist.words import interval, number, p_value
 
     test, means = contrast.test, (number(contrast.a.mean), number(contrast.b.mean))
     difference = number(test.mean, signed=True), interval(test.low, test.high, signed=True)
-    return called(contrast), *means, *difference, p_value(test.p), p_value(contrast.p_holm), sample(contrast)
+    return title_of(contrast), *means, *difference, p_value(test.p), p_value(contrast.p_holm), sample(contrast)

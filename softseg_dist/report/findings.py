@@ -12,8 +12,7 @@ from typing import Any
 
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.statistics import ALL_EQUAL
-from softseg_dist.report.effects import Effect, Interaction
-from softseg_dist.report.paired_tests import Comparison, effect_in_words
+from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, effect_in_words
 from softseg_dist.report.ranking import Standing
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import (

@@ -22,14 +22,15 @@ from softseg_dist.report.figures import (
     MOST,
     agreement_figure,
     curve_figure,
+    data_uri,
     forest_figure,
     learning_figure,
+    png,
     reliability_figure,
     shown,
 )
 from softseg_dist.report.findings import WHERE, caveats, sentences
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
-from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of

@@ -24,7 +24,7 @@ from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
-from softseg_dist.report.look import INK, new_figure
+from softseg_dist.report.figures import INK, new_figure
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import soft_rows
 from softseg_dist.report.tables import Summary

@@ -19,15 +19,34 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import row_of
 from softseg_dist.report.breakdown import ScoreChecks, score_checks
-from softseg_dist.report.effects import Effect, Interaction, factorial_of, interactions, main_effects
-from softseg_dist.report.fits import Compute, TrainingSummary, compute_of, learning_rates, training_of, varying_fields
+from softseg_dist.report.fits import (
+    Compute,
+    Searched,
+    TrainingSummary,
+    compute_of,
+    learning_rates,
+    searched_of,
+    training_of,
+    varying_fields,
+)
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
-from softseg_dist.report.paired_tests import Comparison, Rival, RuleTest, comparisons_with, rivals_of, rule_tests
+from softseg_dist.report.paired_tests import (
+    Comparison,
+    Effect,
+    Interaction,
+    Rival,
+    RuleTest,
+    comparisons_with,
+    factorial_of,
+    interactions,
+    main_effects,
+    rivals_of,
+    rule_tests,
+)
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import RULES, dice_curves, soft_rows, soft_scores, tables_of
-from softseg_dist.report.search_tables import Searched, searched_of
 
 
 @dataclass(frozen=True)

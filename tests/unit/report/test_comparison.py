@@ -21,8 +21,15 @@ from softseg_dist.cli.main import app, main
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
-from softseg_dist.report.comparison import CandidateContrast, RunComparison, compare
-from softseg_dist.report.comparison_words import answer, caveats, comparison_json, pairing_sentence
+from softseg_dist.report.comparison import (
+    CandidateContrast,
+    RunComparison,
+    answer,
+    caveats,
+    compare,
+    comparison_json,
+    pairing_sentence,
+)
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
 

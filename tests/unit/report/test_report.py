@@ -17,10 +17,9 @@ from synthetic_run import CELLS, GAIN, write_run, written_page
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
-from softseg_dist.report.figures import MOST, forest_figure, shown
+from softseg_dist.report.figures import MOST, data_uri, forest_figure, png, shown
 from softseg_dist.report.findings import answer, caveats, effects_answer, scores_answer, sites_answer
 from softseg_dist.report.fits import varying_fields
-from softseg_dist.report.look import data_uri, png
 from softseg_dist.report.page import summary_json
 from softseg_dist.report.paired_tests import OF_MODELS
 from softseg_dist.report.pictures import Overlay, overlay_figure
