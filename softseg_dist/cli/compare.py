@@ -22,9 +22,7 @@ COLUMNS = ("candidate", "A", "B", "B minus A", "95 % interval", "p", "p (Holm)",
 def compare(
     run_a: Annotated[str, typer.Argument(metavar="RUN_A", help="A run folder or its URI, e.g. runs/s001")],
     run_b: Annotated[str, typer.Argument(metavar="RUN_B", help="Another run folder; or the same one, with two candidates")],
-    candidate_a: Annotated[
-        str | None, typer.Option(help="Candidate of RUN_A; default: all with the same name, and the winners")
-    ] = None,
+    candidate_a: Annotated[str | None, typer.Option(help="Candidate of RUN_A; default: all of one name, and the winners")] = None,
     candidate_b: Annotated[str | None, typer.Option(help="Candidate of RUN_B; a name given once applies to both runs")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric to compare by; default: the objective of both")] = None,
     as_json: Json = False,
@@ -53,10 +51,7 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: <study name>-evaluation")] = None,
     control: Annotated[str | None, typer.Option(help="Candidate that all others are compared with; default: the study's")] = None,
     pattern: Annotated[
-        str,
-        typer.Option(
-            help="Names of the files, such as {case}_{class}.nii.gz; default: those of the images, of nnU-Net, of predict"
-        ),
+        str, typer.Option(help="File names, such as {case}_{class}.nii.gz; default: those of the images, of nnU-Net, of predict")
     ] = "",
     common: Annotated[bool, typer.Option("--common", help="Compare only the cases that all candidates have")] = False,
     as_json: Json = False,

@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,17 +75,13 @@ def run(
     data_root: DataRoot = None,
     out: Out = "runs",
     stores: Stores = "stores",
-    max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Fits at a time; default: as many as the machine can hold")
-    ] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Fits at a time; default: as many as there is room for")] = None,
     workers_per_fit: Annotated[int | None, typer.Option(min=1, help="Processes that share every batch of a fit")] = None,
     gpus_per_fit: Annotated[
         float | None, typer.Option(min=0, help="GPUs of each worker; 0.25: four share one; default: 1 if there is any")
     ] = None,
     fits_per_gpu: FitsPerGpu = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; default: a SQLite file in the run folder")
-    ] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database; default: a file in the run folder")] = None,
     address: Address = None,
     max_wait: MaxWait = None,
     local: Local = False,
@@ -120,15 +115,10 @@ def run(
     end, text, code = _end(ended.outcome)
     if isinstance(ended, Nested):
         places = {"run": ended.folder, "reports": [str(run.report) for run in ended.runs], **ended.record}
-        say_where = partial(_say_outer, ended)
+        lines = _outer_places(ended)
     else:
-        places = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}
-        say_where = partial(_say_where, ended)
-    if as_json:
-        typer.echo(json.dumps({"end": end, **places, **vars(ended.outcome)}))
-    else:
-        typer.echo(text)
-        say_where()
+        places, lines = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}, _places(ended)
+    typer.echo(json.dumps({"end": end, **places, **vars(ended.outcome)}) if as_json else "\n".join([text, *lines]))
     raise typer.Exit(code)
 
 
@@ -223,10 +213,7 @@ def plan(
     data_root: DataRoot = None,
     prices: Annotated[Path | None, typer.Option(help="Price list; default: cluster/prices.yaml if it is there")] = None,
     seconds_per_fit: Annotated[float | None, typer.Option(min=0.001, help="Duration of one fit")] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(help="A run folder, such as that of --debug; the duration of a fit is measured on its finished fits"),
-    ] = None,
+    run: Annotated[str | None, typer.Option(help="A run folder, e.g. that of --debug, whose fits say how long one takes")] = None,
     splits: Annotated[Path | None, typer.Option("--write-splits", help="Write the splits as nnU-Net's splits_final.json")] = None,
     as_json: Json = False,
 ) -> None:
@@ -235,8 +222,7 @@ def plan(
     from softseg_dist.engine.cautions import inspect_first
     from softseg_dist.engine.plan import load_prices, offers, plan_study, write_splits
 
-    if prices is None and PRICES.exists():
-        prices = PRICES
+    prices = prices or (PRICES if PRICES.exists() else None)
     listed = load_prices(prices) if prices else None
     loaded = open_study(study).study
     planned = plan_study(loaded, data_root, seconds_per_fit, run)
@@ -277,12 +263,8 @@ def sync(
     from softseg_dist.tracking.tracker import sync_run
 
     synced = sync_run(run, tracking_uri)
-    if as_json:
-        typer.echo(json.dumps(vars(synced)))
-    else:
-        for note in synced.notes:
-            typer.echo(note)
-        typer.echo(f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} not sent yet")
+    sent = f"{synced.sent} records sent to {synced.tracking_uri}, {synced.waiting} not sent yet"
+    typer.echo(json.dumps(vars(synced)) if as_json else "\n".join([*synced.notes, sent]))
     raise typer.Exit(1 if synced.waiting or synced.notes else 0)
 
 
@@ -298,25 +280,21 @@ def _end(outcome: Outcome) -> tuple[str, str, int]:
     return "done", "Done.", 0
 
 
-def _say_outer(nested: Nested) -> None:
+def _outer_places(nested: Nested) -> Iterator[str]:
     done, planned = len(nested.record["outer"]), nested.record["planned"]
-    typer.echo(f"Numbers  {nested.folder}/outer.json and outer.parquet: {done} of {planned} outer splits")
-    for run in nested.runs:
-        if run.report is not None:
-            typer.echo(f"Report   {run.report}")
-    typer.echo("Model    none: for one, run the study without nested=..., under another name")
+    yield f"Numbers  {nested.folder}/outer.json and outer.parquet: {done} of {planned} outer splits"
+    yield from (f"Report   {run.report}" for run in nested.runs if run.report is not None)
+    yield "Model    none: for one, run the study without nested=..., under another name"
 
 
-def _say_where(finished: Finished) -> None:
-    if finished.report is not None:
-        page = finished.report.resolve().as_uri()
-        typer.echo(f"Report   {finished.report}\n         open it: {_installed('python')} -m webbrowser -t {page}")
-    uri = finished.tracking_uri
-    typer.echo(f"MLflow   {uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {uri}")
-    typer.echo(f"Numbers  {_installed('softseg')} report {finished.folder} --json")
-    if finished.model is not None:
-        model = finished.model
-        typer.echo(f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps")
+def _places(finished: Finished) -> Iterator[str]:
+    report, uri, model = finished.report, finished.tracking_uri, finished.model
+    if report is not None:
+        yield f"Report   {report}\n         open it: {_installed('python')} -m webbrowser -t {report.resolve().as_uri()}"
+    yield f"MLflow   {uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {uri}"
+    yield f"Numbers  {_installed('softseg')} report {finished.folder} --json"
+    if model is not None:
+        yield f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps"
 
 
 def _installed(command: str) -> str:

@@ -11,20 +11,6 @@ import typer
 
 from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, say
 
-Binary = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RULE|NUMBER",
-        help="Also write masks: voxels of at least a number, or the threshold of a rule: fixed, grid, dice_optimal",
-    ),
-]
-Uncertainty = Annotated[
-    bool,
-    typer.Option(
-        "--uncertainty", help="Also write the entropy in bits: of the ensemble, else of one model under dropout or augmentation"
-    ),
-]
-
 
 def refit(
     run: RunArg,
@@ -51,12 +37,16 @@ def predict(
     center_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
     ] = None,
-    binary: Binary = None,
+    binary: Annotated[
+        str | None, typer.Option(metavar="RULE|NUMBER", help="Also write masks, cut at a number or by fixed, grid or dice_optimal")
+    ] = None,
     candidate: Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")] = None,
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")
     ] = False,
-    uncertainty: Uncertainty = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also write the entropy (bits) of the ensemble, or under dropout or augmentation")
+    ] = False,
     samples: Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")] = "auto",
     trust: Annotated[

@@ -22,9 +22,7 @@ MaxWait = Annotated[
 ]
 FitsPerGpu = Annotated[int | None, typer.Option(min=1, help="Fits that share a GPU in one process")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
-Address = Annotated[
-    str | None, typer.Option(help="A running Ray: auto for that of this machine, or HOST:PORT; default: start one here")
-]
+Address = Annotated[str | None, typer.Option(help="A running Ray: auto (of this machine) or HOST:PORT; default: start one here")]
 
 
 def say(level: Literal["error", "warning"], message: str) -> None:

@@ -6,7 +6,8 @@ test. What does not exist is left empty. LaTeX uses nothing but `tabular` and `\
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,29 +37,29 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "training": summary.training,
         "splits": summary.splits,
         "recipes": [{"name": name} | fields for name, fields in summary.varying.items()],
-        "threshold_curves": _long(
-            ({"name": name}, {"threshold": summary.curve_thresholds, "dice": dice}) for name, dice in summary.curves.items()
-        ),
-        "reliability": _long(
-            ({"name": t.name}, {"edge": t.edges, "voxels": t.voxels, "predicted": t.predicted, "observed": t.observed})
+        "threshold_curves": [
+            {"name": name, "threshold": threshold, "dice": dice}
+            for name, curve in summary.curves.items()
+            for threshold, dice in zip(summary.curve_thresholds, curve, strict=True)
+        ],
+        "reliability": [
+            {"name": t.name, "edge": edge, "voxels": voxels, "predicted": predicted, "observed": observed}
             for t in measures.reliability.values()
-        ),
+            for edge, voxels, predicted, observed in zip(t.edges, t.voxels, t.predicted, t.observed, strict=True)
+        ],
         "recalibrated": list(measures.recalibrated.values()),
-        "volumes": _long(
-            (
-                {"name": one.name, "class": one.class_name},
-                {"subject": one.subjects, "true_mm3": one.true_mm3, "predicted_mm3": one.predicted_mm3},
-            )
-            for of_classes in measures.agreements.values()
-            for one in of_classes
-        ),
+        "volumes": [
+            {"name": one.name, "class": one.class_name, "subject": subject, "true_mm3": true, "predicted_mm3": predicted}
+            for one in itertools.chain.from_iterable(measures.agreements.values())
+            for subject, true, predicted in zip(one.subjects, one.true_mm3, one.predicted_mm3, strict=True)
+        ],
         "lesions": list(measures.lesions.values()),
         "surfaces": list(measures.surfaces.values()),
         "sites": measures.sites,
         "cases": summary.checks.cases,
         "empty_map": summary.checks.learned,
         "raters": list(measures.raters.candidates.values()) if measures.raters else [],
-        "uncertainty": [one for of_method in measures.uncertainty.values() for one in of_method],
+        "uncertainty": list(itertools.chain.from_iterable(measures.uncertainty.values())),
         "pareto": searched.pareto.points if searched.pareto else [],
         "given_up": [plain(race) for race in searched.raced.values()],
         "tuning": searched.tuned,
@@ -110,11 +111,6 @@ def latex(summary: Summary) -> str:
 def _tested(c: Comparison) -> list[str]:
     size = number(c.crossed.mean, signed=True), interval(c.crossed.low, c.crossed.high, signed=True)
     return [c.candidate, *size, *map(p_value, (c.crossed.p, c.p_holm, c.wilcoxon.p)), str(c.crossed.num_pairs)]
-
-
-def _long(parts: Iterable[tuple[dict[str, str], dict[str, Sequence[Any]]]]) -> list[dict[str, Any]]:
-    """A row per entry of the columns of each part, which all begin with what the part is about."""
-    return [about | dict(zip(columns, row, strict=True)) for about, columns in parts for row in zip(*columns.values(), strict=True)]
 
 
 def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:

@@ -193,6 +193,11 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.Dat
     return figure
 
 
+def broken(name: str) -> str:
+    """A long name in two lines."""
+    return name.replace("-", "-\n", 1) if len(name) > 18 else name
+
+
 def reliability_figure(summary: Summary, names: Sequence[str]) -> Figure:
     """One panel per candidate: mean reference against mean prediction in each bin, over bars of the bins' shares of the voxels."""
     tables = [summary.measures.reliability[name] for name in names]
@@ -217,7 +222,7 @@ def _reliability(axis: Axes, table: ReliabilityTable, colour: str) -> None:
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.set_xticks(*TICKS)
     axis.set_yticks(*TICKS)
-    axis.set_title(table.name.replace("-", "-\n", 1) if len(table.name) > 18 else table.name, fontsize=7.5, color=INK)
+    axis.set_title(broken(table.name), fontsize=7.5, color=INK)
     axis.text(0.04, 0.96, f"ECE {number(table.ece)}", transform=axis.transAxes, va="top", fontsize=7.5, color=INK)
 
 

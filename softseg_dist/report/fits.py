@@ -86,9 +86,7 @@ class Compute:
     num_tuning: int
     hours: float
     duration_s: float
-    longest_s: float
     peak_memory_mb: float
-    most_workers: int
     engines: dict[str, int]
 
 
@@ -118,15 +116,12 @@ def compute_of(run: RunData) -> Compute:
     """Time and memory of all fits that have ended."""
     tuning = [fit for trial in run.trials for fit in trial.fits]
     fits = [*run.fits, *tuning]
-    finished = [fit.duration_s for fit in run.finished]
     return Compute(
         num_fits=len(fits),
         num_tuning=len(tuning),
         hours=sum(fit.duration_s * fit.num_workers for fit in fits) / 3600,
-        duration_s=_median(finished),
-        longest_s=max(finished),
+        duration_s=_median([fit.duration_s for fit in run.finished]),
         peak_memory_mb=max(fit.peak_memory_mb for fit in fits) or NAN,
-        most_workers=max(fit.num_workers for fit in fits),
         engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)),
     )
 

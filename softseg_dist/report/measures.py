@@ -121,10 +121,10 @@ def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
     means = means.reindex(columns=[PREDICTED, TRUE]).dropna()
     found: dict[str, tuple[Agreement, ...]] = {}
     for (name, class_name), part in means.groupby(["candidate", "class"], observed=True):
-        subjects = tuple(part.index.get_level_values("subject").astype(str))
-        true, predicted = (part[metric].to_numpy(np.float64) for metric in (TRUE, PREDICTED))
-        pairs, limits = (tuple(true.tolist()), tuple(predicted.tolist())), bland_altman(predicted, true)
-        found[str(name)] = (*found.get(str(name), ()), Agreement(str(name), str(class_name), subjects, *pairs, limits))
+        subjects, true, predicted = part.index.get_level_values("subject").astype(str), part[TRUE], part[PREDICTED]
+        limits = bland_altman(predicted.to_numpy(np.float64), true.to_numpy(np.float64))
+        one = Agreement(str(name), str(class_name), tuple(subjects), tuple(true.tolist()), tuple(predicted.tolist()), limits)
+        found[str(name)] = (*found.get(str(name), ()), one)
     return found
 
 

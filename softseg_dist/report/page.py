@@ -193,12 +193,9 @@ def _meaning(table: Summary | OuterTable) -> str:
 
 def _notes(summary: Summary) -> dict[str, list[str]]:
     """What the tests had to say about themselves: {note: candidates}."""
-    notes: dict[str, list[str]] = {}
-    for comparison in summary.comparisons:
-        beside = () if summary.of_models else (comparison.corrected.note,)
-        for note in filter(None, dict.fromkeys((*comparison.crossed.remarks, *beside))):
-            notes.setdefault(note, []).append(comparison.candidate)
-    return notes
+    said = {c.candidate: [*c.crossed.remarks, "" if summary.of_models else c.corrected.note] for c in summary.comparisons}
+    notes = filter(None, dict.fromkeys(note for remarks in said.values() for note in remarks))
+    return {note: [name for name, remarks in said.items() if note in remarks] for note in notes}
 
 
 def _cut(summary: Summary) -> str:

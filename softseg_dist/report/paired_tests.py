@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from softseg_dist.frozen import canonical_json
@@ -228,27 +227,13 @@ class Interaction:
     p_holm: float = NAN
 
 
-@dataclass(frozen=True)
-class Factorial:
-    """A complete factorial: {factor: names of its levels}, the index of each one's base level, and the candidates of all cells.
+def factorial_tests(
+    candidates: Sequence[RecordedCandidate], control: str | None, scores: ScoreTables
+) -> tuple[tuple[Effect, ...], tuple[Interaction, ...]]:
+    """What every factor does, and how far that depends on another, if the candidates of the study file are a complete factorial.
 
-    Candidates are in the order of `itertools.product` over the levels.
-    """
-
-    factors: Mapping[str, Sequence[str]]
-    base: Sequence[int]
-    candidates: Sequence[str]
-
-    def scores(self, scores: ScoreTables) -> npt.NDArray[np.float64]:
-        """[L1 L2 .. subjects splits]: an axis for the levels of every factor, then the scores of a cell."""
-        tables = np.array([scores.of(name) for name in self.candidates])
-        return tables.reshape(*map(len, self.factors.values()), *tables.shape[1:])
-
-
-def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -> Factorial | None:
-    """The factorial that the candidates of the study file are, with the levels of the control as base.
-
-    None unless it is complete and has at least two factors.
+    Levels are compared with those of the control. A subject in a split counts if all candidates were tested on it. Holm corrects
+    over all effects, and over all interactions. Both are () unless there are two factors or more.
     """
     fixed = [c for c in candidates if c.planned]
     fields = fixed[0].planned if fixed else ()
@@ -256,37 +241,38 @@ def factorial_of(candidates: Sequence[RecordedCandidate], control: str | None) -
     factors = {f: _level_names(values) for f, values in levels.items() if len(values) > 1}  # {field: {JSON of a level: its name}}
     cells = {tuple(canonical_json(c.planned[f]) for f in factors): c.name for c in fixed}
     if len(factors) < 2 or not len(fixed) == len(cells) == np.prod([len(named) for named in factors.values()]):
-        return None
+        return (), ()
     start = next((c for c in fixed if c.name == control), fixed[0])
-    base = [list(named).index(canonical_json(start.planned[f])) for f, named in factors.items()]
     names = {f: list(named.values()) for f, named in factors.items()}
-    return Factorial(names, base, [cells[cell] for cell in itertools.product(*factors.values())])
+    base = [list(named).index(canonical_json(start.planned[f])) for f, named in factors.items()]
+    of_cells = np.array([scores.of(cells[cell]) for cell in itertools.product(*factors.values())])
+    table = of_cells.reshape(*map(len, names.values()), *of_cells.shape[1:])  # [L1 L2 .. subjects splits]
+    return _main_effects(names, base, table, scores.subjects), _interactions(names, base, table, scores.subjects)
 
 
-def main_effects(design: Factorial, scores: ScoreTables) -> tuple[Effect, ...]:
-    """Crossed tests of every factor's levels against its base; Holm over all of them.
-
-    A subject in a split counts if all candidates were tested on it.
-    """
-    found, table = [], design.scores(scores)
-    for i, ((factor, names), base) in enumerate(zip(design.factors.items(), design.base, strict=True)):
+def _main_effects(
+    factors: Mapping[str, Sequence[str]], bases: Sequence[int], table: ScoreTable, subjects: Sequence[str]
+) -> tuple[Effect, ...]:
+    found = []
+    for i, ((factor, names), base) in enumerate(zip(factors.items(), bases, strict=True)):
         of_level = np.moveaxis(table, i, 0).reshape(len(names), -1, *table.shape[-2:])  # [level cell subjects splits]
         for level in (level for level in range(len(names)) if level != base):
-            test = estimated((of_level[level] - of_level[base]).mean(axis=0), scores.subjects)
+            test = estimated((of_level[level] - of_level[base]).mean(axis=0), subjects)
             found.append(Effect(factor, names[level], names[base], of_level.shape[1], test))
     return holm_corrected(found)
 
 
-def interactions(design: Factorial, scores: ScoreTables) -> tuple[Interaction, ...]:
-    """Crossed tests of every two factors' levels against their bases; Holm over all of them."""
-    found, table = [], design.scores(scores)
-    for (i, (one, names)), (j, (other, others)) in itertools.combinations(enumerate(design.factors.items()), 2):
-        base, other_base = design.base[i], design.base[j]
+def _interactions(
+    factors: Mapping[str, Sequence[str]], bases: Sequence[int], table: ScoreTable, subjects: Sequence[str]
+) -> tuple[Interaction, ...]:
+    found = []
+    for (i, (one, names)), (j, (other, others)) in itertools.combinations(enumerate(factors.items()), 2):
+        base, other_base = bases[i], bases[j]
         of_levels = np.moveaxis(table, (i, j), (0, 1)).reshape(len(names), len(others), -1, *table.shape[-2:])
         for level, other_level in itertools.product(range(len(names)), range(len(others))):
             if level != base and other_level != other_base:
                 effect = of_levels[level] - of_levels[base]  # [other level, cell, subjects, splits]
-                test = estimated((effect[other_level] - effect[other_base]).mean(axis=0), scores.subjects)
+                test = estimated((effect[other_level] - effect[other_base]).mean(axis=0), subjects)
                 words = names[level], names[base], other, others[other_level], others[other_base]
                 found.append(Interaction(one, *words, of_levels.shape[2], test))
     return holm_corrected(found)

@@ -24,7 +24,7 @@ from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError
-from softseg_dist.report.figures import INK, new_figure
+from softseg_dist.report.figures import INK, broken, new_figure
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import soft_rows
 from softseg_dist.report.tables import Summary
@@ -57,7 +57,7 @@ class Overlay:
 def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
     """A row per case: image, then, enlarged, soft truth and of every candidate prediction and signed error (minus the truth)."""
     names = list(overlays[0].predictions)
-    titles = ["image", "soft truth", *(title for name in names for title in (_broken(name), "minus truth"))]
+    titles = ["image", "soft truth", *(title for name in names for title in (broken(name), "minus truth"))]
     width = 9 / 4 * len(titles) if len(titles) < 5 else 12
     with new_figure(width, (width - 1) / len(titles) * len(overlays) + 0.75) as figure:
         grid = figure.add_gridspec(len(overlays) + 1, len(titles), height_ratios=[1.0] * len(overlays) + [0.05])
@@ -69,10 +69,6 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
         figure.colorbar(soft, cax=figure.add_subplot(grid[-1, 1:3]), orientation="horizontal")
         figure.colorbar(error, cax=figure.add_subplot(grid[-1, 3]), orientation="horizontal")
     return figure
-
-
-def _broken(name: str) -> str:
-    return name.replace("-", "-\n", 1) if len(name) > 18 else name
 
 
 def _overlay_row(row: npt.NDArray[Any], overlay: Overlay) -> tuple[Any, Any]:

@@ -261,14 +261,7 @@ RECORDED = {  # fields of run.json
     "store_digest": "digest of the prepared numbers",
     "started": "last started (UTC)",
 }
-SAID = {
-    "predictions": "predictions",
-    "data": "data",
-    "preprocess": "preprocessing",
-    "splits": "splits",
-    "objective": "objective",
-    "search": "search",
-}
+SAID = ("predictions", "data", "preprocess", "splits", "objective", "search")  # fields of study.json
 
 
 def origin_of(run: RunData) -> list[tuple[str, str]]:
@@ -277,8 +270,7 @@ def origin_of(run: RunData) -> list[tuple[str, str]]:
     if not run.study.get("predictions"):
         seed = f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name, split and repeat"
         found.append(("seed", seed))
-    found += [(words, _written(run.study[field])) for field, words in SAID.items() if run.study.get(field)]
-    return found
+    return found + [(field, _written(run.study[field])) for field in SAID if run.study.get(field)]
 
 
 def _written(value: Any) -> str:

@@ -38,9 +38,7 @@ from softseg_dist.report.paired_tests import (
     Rival,
     RuleTest,
     comparisons_with,
-    factorial_of,
-    interactions,
-    main_effects,
+    factorial_tests,
     rivals_of,
     rule_tests,
 )
@@ -140,7 +138,7 @@ def summarise(run: RunData) -> Summary:
     sizes = [{"index": s.index, "train": len(s.train), "validation": len(s.validation), "test": len(s.test)} for s in run.splits]
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]
-    design = factorial_of(run.candidates, control)
+    effects, interactions = factorial_tests(run.candidates, control, scores)
     by_name = {candidate.name: candidate for candidate in run.candidates}
     training = tuple(training_of(run, by_name[standing.name]) for standing in ranking)
     everyone = run.subjects
@@ -166,8 +164,8 @@ def summarise(run: RunData) -> Summary:
         ranking=ranking,
         comparisons=comparisons_with(names, reference, scores, ratio, run.study, run.site_of),
         rivals=rivals_of(names, scores),
-        effects=main_effects(design, scores) if design else (),
-        interactions=interactions(design, scores) if design else (),
+        effects=effects,
+        interactions=interactions,
         holdout=holdout_of(run, objective.name),
         searched=searched_of(run, test, scores, reference),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
