@@ -17,10 +17,7 @@ DROPOUTS = (nn.Dropout, *WHOLE_CHANNELS, nn.AlphaDropout, nn.FeatureAlphaDropout
 
 
 def count_dropout(module: nn.Module, seed: Tensor) -> int:
-    """Replace every dropout layer inside `module` by one that drops by `seed`, an int32 tensor [1]; returns how many there are.
-
-    Layers of other kinds, such as alpha dropout, stay as they are.
-    """
+    """Replace all dropout inside `module`, but alpha dropout, by layers that drop by `seed`, int32 [1]; returns how many."""
     found = [
         (parent, name, child)
         for parent in module.modules()

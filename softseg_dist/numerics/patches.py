@@ -84,21 +84,18 @@ class Patch(Frozen):
         """The voxels that augmentation needs beyond the patch on each side."""
         return tuple(math.ceil(n * MARGIN) for n in self.size)
 
-    def check(self, size: Sequence[int]) -> None:
-        """Raises UserError if training items of `size` are smaller than a patch."""
-        if any(n > whole for n, whole in zip(self.size, size, strict=True)):
-            raise UserError(
-                f"a patch of {_by(self.size)} voxels does not fit in images of {_by(size)}: give Patch a smaller size, "
-                "or Preprocess a larger crop, which pads images"
-            )
-
     def draw(self, generator: torch.Generator, size: Sequence[int], labelled: Sequence[NDArray[np.integer]]) -> Window:
         """A random patch of an item of `size`, whose labelled voxels of each class are given as flat indices.
 
         Raises UserError if the item is smaller than a patch.
         """
-        self.check(size)
         free = [whole - n for n, whole in zip(self.size, size, strict=True)]
+        if min(free) < 0:
+            patch, whole = (" x ".join(map(str, voxels)) for voxels in (self.size, size))
+            raise UserError(
+                f"a patch of {patch} voxels does not fit in images of {whole}: give Patch a smaller size, "
+                "or Preprocess a larger crop, which pads images"
+            )
         present = [voxels for voxels in labelled if len(voxels)]
         if torch.rand((), generator=generator).item() < self.foreground and present:
             voxels = present[_below(len(present), generator)]
@@ -129,7 +126,3 @@ class Patch(Frozen):
 
 def _below(end: int, generator: torch.Generator) -> int:
     return int(torch.randint(end, (), generator=generator))
-
-
-def _by(size: Sequence[int]) -> str:
-    return " x ".join(map(str, size))

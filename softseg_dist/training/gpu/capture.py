@@ -54,10 +54,7 @@ def apart_from_captures(device: torch.device) -> AbstractContextManager[object]:
 
 
 def captured(step: Step, pool: Any) -> Step:
-    """What does `step` again as a graph, on the current stream, which captures it. Graphs of one `pool` share its memory.
-
-    Does the step some times; raises whatever torch raises if it cannot be captured.
-    """
+    """`step` as a graph of the current stream, after some steps. Graphs of one `pool` share memory. Raises whatever torch does."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     cudnn = torch.backends.cudnn
     with drawing:  # one at a time in a process: a capture looks at the whole device, and takes hold of its generator
