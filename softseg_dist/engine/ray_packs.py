@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
@@ -30,7 +29,7 @@ from softseg_dist.training.task import Worker
 
 CPU = "cpu"  # stands for the GPU of a host without one
 TRIES = 3  # a host that dies before it has begun a job was dying already; another one will do
-OVERRUN = "the process that it shared was ended, as another fit in it took longer than its time limit"
+ENDED = "the process that it shared with other fits has ended"
 
 
 class Host:
@@ -87,19 +86,13 @@ class Host:
         news.put(ended)
 
 
-class _Placed(NamedTuple):
-    host: Any
-    since_s: float
-
-
 class HostManager:
-    """Knows which host runs which job. An actor. `limit_s` is the time limit of a job."""
+    """Knows which host runs which job. An actor."""
 
-    def __init__(self, run: Run, size: int, limit_s: float | None) -> None:
-        self._run, self._size, self._limit_s = run, size, limit_s
+    def __init__(self, run: Run, size: int) -> None:
+        self._run, self._size = run, size
         self._hosts: dict[tuple[str, str], Any] = {}
-        self._jobs: dict[str, _Placed] = {}
-        self._overran: dict[str, set[str]] = {}  # id of a dead host -> the jobs that took too long
+        self._jobs: dict[str, Any] = {}
 
     def place(self, key: str, node: str, gpu: str) -> Any:
         """The host of a GPU, started if there is none; the job `key` is going to run there."""
@@ -107,31 +100,24 @@ class HostManager:
             here = NodeAffinitySchedulingStrategy(node, soft=False)
             host = ray.remote(num_cpus=0)(Host).options(max_concurrency=self._size + 1, scheduling_strategy=here)
             self._hosts[node, gpu] = host.remote(self._run, self._size, gpu)
-        self._jobs[key] = _Placed(self._hosts[node, gpu], time.monotonic())
-        return self._jobs[key].host
+        self._jobs[key] = self._hosts[node, gpu]
+        return self._jobs[key]
 
     def release(self, key: str) -> Any:
         """The job has ended, or is going to run elsewhere. Returns the host where it may still run, if its client died before."""
-        placed = self._jobs.pop(key, None)
-        return placed and placed.host
+        return self._jobs.pop(key, None)
 
-    def host_died(self, key: str) -> bool:
-        """Remove the dead host of a job. True if another job caused the death, because it overran its time limit."""
-        host, now_s = id_of_actor(self._jobs[key].host), time.monotonic()
+    def host_died(self, key: str) -> None:
+        """Remove a job and its dead host."""
+        host = id_of_actor(self._jobs.pop(key))
         self._hosts = {where: other for where, other in self._hosts.items() if id_of_actor(other) != host}
-        if host not in self._overran:  # the first call still finds all jobs of the host
-            jobs = {name: job for name, job in self._jobs.items() if id_of_actor(job.host) == host}
-            limit_s = float("inf") if self._limit_s is None else self._limit_s
-            self._overran[host] = {name for name, job in jobs.items() if now_s - job.since_s >= limit_s}
-        del self._jobs[key]
-        return bool(self._overran[host] - {key}) and key not in self._overran[host]
 
 
 @contextmanager
-def packs(run: Run, size: int, limit_s: float | None) -> Iterator[Any]:
+def packs(run: Run, size: int) -> Iterator[Any]:
     """The manager of packs of up to `size` jobs, while the block runs; at its end all hosts end. `run` must be importable."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    manager = ray.remote(num_cpus=0)(HostManager).options(scheduling_strategy=here).remote(run, size, limit_s)
+    manager = ray.remote(num_cpus=0)(HostManager).options(scheduling_strategy=here).remote(run, size)
     try:
         yield manager
     finally:
@@ -143,7 +129,7 @@ def run_in_pack(manager: Any, key: str, message: Any, report: Report) -> Any:
     wait_until_released(manager, key)
     node = ray.get_runtime_context().get_node_id()
     gpu = ",".join(map(str, ray.get_gpu_ids())) or CPU
-    cause = ""
+    cause = ENDED
     for _ in range(TRIES):
         began = False
         host = ray.get(manager.place.remote(key, node, gpu))
@@ -159,10 +145,10 @@ def run_in_pack(manager: Any, key: str, message: Any, report: Report) -> Any:
                         raise LostJob(value)
                     return value
         except RayActorError as error:
-            cause = cause_in(str(error))
-            blameless = ray.get(manager.host_died.remote(key))
+            cause = cause_in(str(error)) or ENDED
+            ray.get(manager.host_died.remote(key))
             if began:
-                raise LostJob(OVERRUN if blameless else cause, blameless) from None
+                break
     raise LostJob(cause)
 
 

@@ -148,7 +148,7 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
             wait_until_released(manager, task["folder"])
         return dict(run(config, Worker(device=device), tune.report))
 
-    together = packs(run, size, resources.time_limit_s) if size is not None and size > 1 else nullcontext()
+    together = packs(run, size) if size is not None and size > 1 else nullcontext()
     with together as manager:
         yield softseg_fit
 

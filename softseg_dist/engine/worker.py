@@ -76,7 +76,7 @@ Job = Callable[[dict[str, str], Report], Mapping[str, str]]
 class LostJob(Exception):
     """A job that has no answer, as a worker died or raised; the text gives the cause, if it is known.
 
-    `blameless`: the job is not the cause; a machine of the cluster was lost, or another job ended the process that both shared.
+    `blameless`: the job is not the cause, as a machine of the cluster was lost.
     """
 
     def __init__(self, reason: str, blameless: bool = False) -> None:

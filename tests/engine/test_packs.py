@@ -27,7 +27,7 @@ from scripted import make_study, processes, run, starts
 from softseg_dist import Dice, MCDropout, NormReLU, Resources, UNet
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_packs import OVERRUN, packs, run_in_pack, wait_until_released
+from softseg_dist.engine.ray_packs import ENDED, packs, run_in_pack, wait_until_released
 from softseg_dist.engine.worker import LostJob, Report, run_fit, time_limit
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
@@ -109,7 +109,7 @@ def test_fits_in_one_host_end_as_if_they_were_alone_and_the_host_ends_with_the_s
 ) -> None:
     epochs: list[dict[str, str]] = []
     ran = [task.replace(folder=str(tmp_path / name)) for name, task in tasks.items()]
-    with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
+    with packs(train, SIZE) as manager, ThreadPoolExecutor(SIZE) as trials:
         together = list(trials.map(lambda task: in_pack(manager, task, epochs.append), ran))
     assert len(hosts_in(tmp_path)) == 1
     assert len(epochs) == sum(result["epochs"] for result in together)
@@ -129,7 +129,7 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
 
     ran = {name: tasks[name].replace(folder=str(tmp_path / name), checkpoint_every_s=0) for name in tasks}
     both_train = threading.Barrier(SIZE, action=lambda: os.kill(*hosts_in(tmp_path), 9))
-    with packs(train, SIZE, None) as manager, ThreadPoolExecutor(SIZE) as trials:
+    with packs(train, SIZE) as manager, ThreadPoolExecutor(SIZE) as trials:
         ends = list(trials.map(ask, ran.values()))
         for name, task in ran.items():
             wait_until_released(manager, task.folder)
@@ -141,8 +141,10 @@ def test_fits_of_a_host_that_is_killed_go_on_alone_from_their_checkpoints(
     assert [end.blameless for end in ends] == [False] * SIZE
 
 
-def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(shared_ray: None, tmp_path: Path) -> None:
-    with packs(linger, SIZE, LIMIT_S) as manager, ThreadPoolExecutor(SIZE) as trials:
+def test_a_job_that_takes_too_long_ends_its_host_with_the_other_jobs_and_leaves_its_stacks(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    with packs(linger, SIZE) as manager, ThreadPoolExecutor(SIZE) as trials:
         late: list[Any] = []
 
         def start_late(report: dict[str, str]) -> None:
@@ -152,15 +154,14 @@ def test_who_takes_too_long_ends_its_host_and_is_blamed_and_the_others_are_not(s
         for name in ("first", "late"):
             (tmp_path / name).mkdir()
         first = lost(lambda: run_in_pack(manager, "first", {"folder": str(tmp_path / "first")}, start_late))
-        assert (str(late[0].result()), late[0].result().blameless) == (OVERRUN, True)
-        assert not first.blameless
+        assert (str(first), str(late[0].result())) == (ENDED, ENDED)
         assert "linger" in (tmp_path / "first" / "stack.txt").read_text()
         assert (tmp_path / "late" / "stack.txt").read_text() == ""
 
 
 def test_a_job_whose_client_dies_is_asked_to_stop_and_runs_nowhere_else_before(shared_ray: None, tmp_path: Path) -> None:
     config = {"folder": str(tmp_path)}
-    with packs(linger, SIZE, LIMIT_S) as manager:
+    with packs(linger, SIZE) as manager:
 
         def die(report: dict[str, str]) -> None:
             os.kill(os.getpid(), 9)
@@ -187,7 +188,7 @@ def test_accidents_of_fits_in_a_pack_are_survived_and_those_that_had_one_are_tri
     assert results["b/000"].reason == "loss is nan in epoch 2"
     assert "a/001: ValueError: the fit broke" in told
     assert "b/002: took longer than its time limit of 5 s" in told
-    assert {key for key, result in results.items() if result.attempt} == {"a/001", "b/002"}
+    assert {key for key, result in results.items() if result.attempt} >= {"a/001", "b/002"}  # and who shared b/002's process
     hosts = {result.process for result in results.values() if not result.attempt}
     assert len(hosts) <= 2  # one, and another after the fit that hung
     assert hosts.isdisjoint(result.process for result in results.values() if result.attempt)
