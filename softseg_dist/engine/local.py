@@ -58,7 +58,7 @@ class LocalBackend:
     def _run(self, context: RunContext, worker: Worker, message: dict[str, str], report: Report) -> dict[str, str]:
         """Raises LostJob where a worker's process would have died, and KeyboardInterrupt if the fit's debugger was quit."""
         try:
-            return run_fit(message, context.fit, context.sources, worker, report)
+            return run_fit(context.fit, context.sources, message, worker, report)
         except BdbQuit:
             raise KeyboardInterrupt from None
         except (Exception, SystemExit) as error:

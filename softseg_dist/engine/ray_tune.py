@@ -21,12 +21,12 @@ from ray.tune.search import Searcher
 
 from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
-from softseg_dist.engine.ray_lanes import Lane, Run, lane_of_process, run_alone
+from softseg_dist.engine.ray_lanes import Lane, lane_of_process, run_alone
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
 from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
 from softseg_dist.engine.ray_reach import check_package, check_reach
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import Ending, LostJob, Report, message_of, run_fit, run_until_done
+from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit, run_until_done
 from softseg_dist.places import Place
 from softseg_dist.training.task import FitResult, FitTask, Worker
 
@@ -72,7 +72,7 @@ class RayBackend:
         UserError also if there is no room for one worker.
         """
         alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
-        run, note, place = _runner(context), context.progress.note, Place.at(task.folder)
+        run, note, place = partial(run_fit, context.fit, context.sources), context.progress.note, Place.at(task.folder)
         with ray_cluster.quiet(), ray_cluster.ray_at(self.address):
             ray_cluster.wait_for_room(alone, self.max_wait_s, note, lambda: False)
             bundle = ray_cluster.bundle_of(alone)
@@ -86,16 +86,6 @@ class RayBackend:
                 lane.close()
                 ray_cluster.wait_until_free()
                 (place / ".lane").delete()
-
-
-def _runner(context: RunContext) -> Run:
-    """`run_fit` for the fits of a run, with what can be pickled of its context."""
-    fit, sources = context.fit, context.sources
-
-    def run(message: dict[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-        return run_fit(message, fit, sources, worker, report)
-
-    return run
 
 
 def _tune(session: Session, context: RunContext) -> None:
@@ -131,8 +121,8 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
 
     A fit that was lost before runs in its trial's own process, where no other fit is lost with it.
     """
-    run, resources, device = _runner(context), context.resources, "cuda" if "GPU" in bundle else "cpu"
-    workers, size = resources.workers_per_fit, resources.fits_per_gpu
+    run, device = partial(run_fit, context.fit, context.sources), "cuda" if "GPU" in bundle else "cpu"
+    workers, size = context.resources.workers_per_fit, context.resources.fits_per_gpu
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         task = json.loads(config["task"])

@@ -128,7 +128,7 @@ def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
     return {"task": json.dumps(task.model_dump(mode="json")), "stop": stop_file}
 
 
-def run_fit(message: Mapping[str, Any], fit: Fit, sources: Sources | None, worker: Worker, report: Report) -> dict[str, str]:
+def run_fit(fit: Fit, sources: Sources | None, message: Mapping[str, Any], worker: Worker, report: Report) -> dict[str, str]:
     """Run the fit of a `message_of`; returns {"ending": JSON of `Ending`}. Each of several workers calls this.
 
     The task's JSON may name classes of the study's `sources`.

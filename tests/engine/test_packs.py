@@ -43,7 +43,7 @@ def train(config: dict[str, Any], worker: Worker, report: Report) -> dict[str, s
     """A job: a fit that begins when as many as a host takes are there; it leaves the host's process id beside its folder."""
     Path(f"{json.loads(config['task'])['folder']}.pid").write_text(str(os.getpid()))
     at_once.wait(timeout=60)
-    return run_fit(config, fit, None, worker, report)
+    return run_fit(fit, None, config, worker, report)
 
 
 def linger(config: dict[str, Any], worker: Worker, report: Report) -> str:

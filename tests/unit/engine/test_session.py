@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
-from softseg_dist.engine.progress import LiveTable, PlainLines, Progress
+from softseg_dist.engine.progress import JsonLines, LiveTable, PlainLines, Progress
 from softseg_dist.engine.session import Outcome, Session
 from softseg_dist.engine.worker import Ending, StopFile
 from softseg_dist.record.ledger import Ledger
@@ -165,3 +166,22 @@ def test_the_live_table_shows_what_has_ended_and_what_runs() -> None:
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert lines[0].startswith("3/4 fits, ")
     assert lines[1:] == ["a/003 epoch 2 loss 0.25", "candidate fits mean score", "a 3/4, 1 failed 0.6250"]
+
+
+def test_lines_say_what_was_done_before_and_what_ends() -> None:
+    plain, lines = io.StringIO(), io.StringIO()
+    for shown in (PlainLines(plain), JsonLines(lines)):
+        shown.start(3, [FitResult(candidate="a", split=0, state="finished", score=0.5)])
+        shown.epoch("a/001", {"epoch": 1.0, "loss": 0.25})
+        shown.finished(FitResult(candidate="a", split=1, state="finished", score=0.75, duration_s=9))
+        shown.finished(FitResult(candidate="a", split=2, state="failed", reason="loss is nan"))
+        shown.close()
+        shown.note("done")
+    first, scored, failed, note = plain.getvalue().splitlines()
+    assert (first, note) == ("3 fits, 1 of them done before", "done")
+    assert scored.startswith("2/3  a/001  score 0.7500  (9.0 s)  ")
+    assert failed == "3/3  a/002  failed: loss is nan"
+    events = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["start", "epoch", "fit", "fit", "end", "note"]
+    assert events[1] == {"event": "epoch", "fit": "a/001", "metrics": {"epoch": 1.0, "loss": 0.25}}
+    assert (events[3]["fit"], events[3]["state"], events[3]["done"], events[3]["total"]) == ("a/002", "failed", 3, 3)

@@ -45,7 +45,7 @@ def remote(s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def run(folder: str, fit, **changes: object) -> dict[str, str]:
     """The fit as a worker runs it."""
     config = {"task": task(folder, **changes).model_dump_json(), "stop": str(Place.at(folder) / ".stop")}
-    return run_fit(config, fit, None, Worker(), lambda metrics: None)
+    return run_fit(fit, None, config, Worker(), lambda metrics: None)
 
 
 def names(folder: str) -> list[str]:
