@@ -40,10 +40,9 @@ class Geometry:
         return cast(Shape3, best)
 
     @cached_property
-    def flips(self) -> tuple[bool, bool, bool]:
+    def flips(self) -> tuple[bool, ...]:
         """For each canonical axis: True if the stored axis runs the other way."""
-        x, y, z = (bool(self.affine[world, stored] < 0) for world, stored in enumerate(self.order))
-        return x, y, z
+        return tuple(bool(self.affine[world, stored] < 0) for world, stored in enumerate(self.order))
 
     @property
     def canonical_shape(self) -> Shape3:

@@ -147,25 +147,22 @@ def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Se
 
 @contextmanager
 def ray_at(address: str | None) -> Iterator[None]:
-    """A Ray to run on: the one that runs in this process already, that at `address`, or a new one on this machine.
+    """A Ray to run on, which prints nothing: that of this process, if it has one, that at `address`, or a new one on this machine.
 
     Raises UserError if there is none at `address`, it wants a token, or it is of another version.
     """
     ours = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE" or not address}
     for name, value in ours.items():  # without RAY_AUTH_MODE: the users of a cluster decide how it is guarded
         os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        yield
-        return
-    if address:
-        found = _reachable(address)
-        known = {name: os.environ[name] for name in ours} | {"RAY_ADDRESS": found}  # there may be other Rays
-        where: dict[str, Any] = {"address": found, "runtime_env": {"env_vars": known}}
-    else:
-        where = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(**where, job_config=JobWithoutPaths(), logging_level=logging.CRITICAL, log_to_driver=False)
-    with ExitStack() as stack:
-        (_HELD[0] if _HELD else stack).callback(ray.shutdown)
+    with quiet(), ExitStack() as stack:
+        if not ray.is_initialized():
+            where: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+            if address:
+                found = _reachable(address)
+                known = {name: os.environ[name] for name in ours} | {"RAY_ADDRESS": found}  # there may be other Rays
+                where = {"address": found, "runtime_env": {"env_vars": known}}
+            ray.init(**where, job_config=JobWithoutPaths(), logging_level=logging.CRITICAL, log_to_driver=False)
+            (_HELD[0] if _HELD else stack).callback(ray.shutdown)
         yield
 
 

@@ -53,7 +53,7 @@ class RayBackend:
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
         try:
-            with ray_cluster.quiet(), ray_cluster.ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
+            with ray_cluster.ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
                 ray_cluster.wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     check_package()
@@ -73,7 +73,7 @@ class RayBackend:
         """
         alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
         run, note, place = partial(run_fit, context.fit, context.sources), context.progress.note, Place.at(task.folder)
-        with ray_cluster.quiet(), ray_cluster.ray_at(self.address):
+        with ray_cluster.ray_at(self.address):
             ray_cluster.wait_for_room(alone, self.max_wait_s, note, lambda: False)
             bundle = ray_cluster.bundle_of(alone)
             num_workers = min(ray_cluster.places_for(bundle, alone), task.recipe.optim.batch_size)
