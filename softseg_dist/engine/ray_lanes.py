@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,55 +38,49 @@ Event = tuple[str, Any]
 """("report", what a job reports) while it runs, and then ("answer", its answer) or ("lost", why there is none)."""
 
 
-@dataclass
-class _Job:
-    number: int
-    message: Any
-    taken: bool = False
-    ended: bool = False
-    events: list[Event] = field(default_factory=list)
-
-
 class Mailbox:
     """Passes one job at a time to rank 0 of the group, and its events back. An actor."""
 
     def __init__(self) -> None:
-        self._job = _Job(0, None, taken=True, ended=True)
+        self._number, self._message = 0, None  # of the present job
+        self._events: list[Event] = []
+        self._taken = self._ended = True
         self._changed = asyncio.Condition()
         self._closed = False
 
     async def put(self, message: Any) -> None:
         """Give a job; the former one has ended."""
         async with self._changed:
-            self._job = _Job(self._job.number + 1, message)
+            self._number, self._message, self._events = self._number + 1, message, []
+            self._taken = self._ended = False
             self._changed.notify_all()
 
     async def take(self) -> tuple[int, Any] | None:
         """The next job with its number, for rank 0; None to call again. A job that was taken before died with its group."""
-        if self._job.taken:
-            await self.tell(self._job.number, "lost", "one of its workers died (killed, out of memory, or its machine was lost)")
+        if self._taken:
+            await self.tell(self._number, "lost", "one of its workers died (killed, out of memory, or its machine was lost)")
         async with self._changed:
-            await self._until(lambda: self._closed or not self._job.taken)
+            await self._until(lambda: self._closed or not self._taken)
             if self._closed:
                 return 0, None
-            if self._job.taken:
+            if self._taken:
                 return None
-            self._job.taken = True
-            return self._job.number, self._job.message
+            self._taken = True
+            return self._number, self._message
 
     async def tell(self, number: int, kind: str, value: Any) -> None:
         """Pass on an event of a job that has not ended; one that has was given up."""
         async with self._changed:
-            if number == self._job.number and not self._job.ended:
-                self._job.events.append((kind, value))
-                self._job.ended = kind != "report"
+            if number == self._number and not self._ended:
+                self._events.append((kind, value))
+                self._ended = kind != "report"
                 self._changed.notify_all()
 
     async def news(self) -> list[Event]:
         """The new events; waits for one of them, but not for ever."""
         async with self._changed:
-            await self._until(lambda: bool(self._job.events))
-            events, self._job.events = self._job.events, []
+            await self._until(lambda: bool(self._events))
+            events, self._events = self._events, []
             return events
 
     async def close(self) -> None:
