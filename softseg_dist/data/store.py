@@ -108,7 +108,6 @@ def record_of(sample: Sample, identity: str) -> CaseRecord:
 
 
 def _arrays_of(sample: Sample) -> dict[str, NDArray[Any] | None]:
-    """The numbers of a case by column."""
     return {column: sample.own.packed if column == "own" else getattr(sample, column) for column in COLUMNS}
 
 

@@ -147,7 +147,6 @@ def _client(address: str) -> Any:
 
 @contextmanager
 def _as_user_error(address: str) -> Iterator[None]:
-    """Raise a refusal of the cluster, or the lack of an answer, as a UserError."""
     try:
         yield
     except AuthenticationError as error:

@@ -174,8 +174,6 @@ class _TuneEvents(_Shared, tune.Callback):
 
 
 class _TuneSearcher(_Shared, Searcher):
-    """Tune's view of a session."""
-
     def __init__(self, session: Session, stop_file: str) -> None:
         super().__init__(metric=None, mode=None)
         self._session, self._stop_file = session, stop_file

@@ -149,10 +149,10 @@ class Session:
 
     def outcome(self) -> Outcome:
         """How the study stands."""
-        candidates = list(self.searcher.candidates.values())
-        results = [result for candidate in candidates for result in candidate.results.values()]
-        finished = sum(result.state == "finished" for result in results)
-        failed = len(results) - finished + sum(len(candidate.lost) for candidate in candidates)
+        candidates = self.searcher.candidates.values()
+        states = [result.state for candidate in candidates for result in candidate.results.values()]
+        finished = states.count("finished")
+        failed = len(states) - finished + sum(len(candidate.lost) for candidate in candidates)
         return Outcome(finished, failed, self.searcher.num_planned - finished - failed, self.interrupted)
 
     def _abort(self, error: UserError) -> None:
