@@ -36,15 +36,15 @@ from softseg_dist.training.task import FitResult, FitTask, weights_path
 if TYPE_CHECKING:
     from softseg_dist.engine.session import Session
 
-RAY = (2, 60)  # the minor version that the tests have run
+RAY = "2.60"  # the minor version that the tests have run
 SUBMITTED_BY = "SOFTSEG_SUBMITTED_BY"  # names, in a job's environment, the version of softseg_dist that submitted it
 
 
 def check_ray() -> None:
     """Raise UserError if the installed Ray is not the tested one, or if this is a job that another softseg_dist submitted."""
-    installed, wanted = version("ray"), ".".join(map(str, RAY))
-    if tuple(installed.split(".")[:2]) != tuple(map(str, RAY)):
-        raise UserError(f'Ray {installed} is not supported: pip install "ray[default,tune,train]=={wanted}.*", or run with --local')
+    installed = version("ray")
+    if not installed.startswith(f"{RAY}."):
+        raise UserError(f'Ray {installed} is not supported: pip install "ray[default,tune,train]=={RAY}.*", or run with --local')
     submitter, ours = os.environ.get(SUBMITTED_BY), version("softseg_dist")
     if submitter not in (None, ours):
         raise UserError(f"submitted by softseg_dist {submitter}, but the cluster has {ours}; install one version in both places")

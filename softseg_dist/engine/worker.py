@@ -30,8 +30,6 @@ from softseg_dist.study_file import describe, load_sources
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
-LEAST_S = 1e-3  # the interpreter's timer takes no time that has passed
-
 _limits: dict[TextIO, float] = {}  # the file that takes the stacks, and when
 _changing = threading.Lock()
 
@@ -60,7 +58,8 @@ def _set(file: TextIO, deadline_s: float | None) -> None:
         faulthandler.cancel_dump_traceback_later()
         if _limits:
             file, next_s = min(_limits.items(), key=lambda limit: limit[1])
-            faulthandler.dump_traceback_later(max(LEAST_S, next_s - time.monotonic()), exit=True, file=file)
+            left_s = max(1e-3, next_s - time.monotonic())  # the timer takes no time that has passed
+            faulthandler.dump_traceback_later(left_s, exit=True, file=file)
 
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file, at most after every step

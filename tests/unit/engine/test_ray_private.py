@@ -37,7 +37,7 @@ def test_a_name_that_the_package_uses_exists_in_this_ray(module: str, name: str)
 
 def test_another_ray_is_refused_with_the_version_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_ray()
-    monkeypatch.setattr(context, "RAY", (2, 1))
+    monkeypatch.setattr(context, "RAY", "2.1")
     with pytest.raises(UserError, match=r"^Ray \S+ is not supported: pip install .*==2\.1\.\*\", or run with --local$"):
         check_ray()
 
