@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import pyarrow
 from pyarrow import fs
@@ -40,13 +40,6 @@ def working_folder(run: Place) -> Path:
         return run.path
     name = run.uri.partition("?")[0].rpartition("/")[2]
     return cache_folder() / "runs" / f"{name}-{hashlib.sha256(run.uri.encode()).hexdigest()[:12]}"
-
-
-class Entry(NamedTuple):
-    """A file in a listing: size, and when it was written (seconds since 1970)."""
-
-    size: int
-    modified_s: float
 
 
 @dataclass(frozen=True)
@@ -106,10 +99,10 @@ class Place:
         kind = fs.FileType.Directory if folders else fs.FileType.File
         return sorted(entry.base_name for entry in self._list(recursive=False) if entry.type == kind)
 
-    def walk(self) -> dict[str, Entry]:
-        """All files below this folder by their names relative to it, such as `fits/hard/000.json`."""
+    def walk(self) -> dict[str, float]:
+        """When the files below this folder were written, in seconds since 1970, by names relative to it: `fits/hard/000.json`."""
         files = (entry for entry in self._list(recursive=True) if entry.type == fs.FileType.File)
-        return {entry.path[len(self._root) + 1 :]: Entry(entry.size, (entry.mtime_ns or 0) / 1e9) for entry in files}
+        return {entry.path[len(self._root) + 1 :]: (entry.mtime_ns or 0) / 1e9 for entry in files}
 
     def delete(self) -> None:
         """Remove the file, or the folder with what it holds; nothing happens if there is neither."""

@@ -103,14 +103,14 @@ class WorkingCopy:
             return
         there = self.place.walk()
         matching = [name for name in there if any(PurePosixPath(name).match(pattern) for pattern in patterns)]
-        newer = [name for name in matching if _modified_s(self.folder / name) < there[name].modified_s]
+        newer = [name for name in matching if _modified_s(self.folder / name) < there[name]]
         for path in self.folder.glob("fits/**/*"):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in there:
                 path.unlink()
 
         def fetch(name: str) -> None:
             (self.place / name).pull(self.folder / name)
-            os.utime(self.folder / name, (there[name].modified_s, there[name].modified_s))
+            os.utime(self.folder / name, (there[name], there[name]))
 
         with ThreadPoolExecutor(COPIERS) as copiers:
             list(copiers.map(fetch, newer))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
-from softseg_dist.places import Entry, Place, working_folder
+from softseg_dist.places import Place, working_folder
 from softseg_dist.words import duration
 
 SPOOL = "mlflow_spool.jsonl"  # in a run folder: records that MLflow has not got yet
@@ -103,7 +103,7 @@ def status_of(run: str) -> RunStatus:
     trials = (study.get("search") or {}).get("trials", 0)
     not_asked = max(0, trials - len(proposed)) * num_fits
     planned = not_asked + finished + failed + sum(c.left for c in candidates)
-    last = max((entry.modified_s for name, entry in files.items() if not name.startswith("report/")), default=0.0)
+    last = max((written_s for name, written_s in files.items() if not name.startswith("report/")), default=0.0)
     here = working_folder(place)
     spooled = (Place.at(here) / SPOOL).read() or (place / SPOOL).read() or b""  # the driver leaves it in the run folder at its end
     return RunStatus(
@@ -164,13 +164,13 @@ def _candidate(
     return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
 
 
-def _running(place: Place, files: Mapping[str, Entry], ended: set[str], study: Json, readers: Executor) -> tuple[ActiveFit, ...]:
+def _running(place: Place, files: Mapping[str, float], ended: set[str], study: Json, readers: Executor) -> tuple[ActiveFit, ...]:
     written: defaultdict[str, float] = defaultdict(float)
-    for name, entry in files.items():
+    for name, written_s in files.items():
         folder = name.rpartition("/")[0]
         if re.fullmatch("fits/[^/]+/[^/]+", folder) and f"{folder}.json" not in ended and f"{folder}/result.json" not in files:
             key = folder.removeprefix("fits/")
-            written[key] = max(written[key], entry.modified_s)
+            written[key] = max(written[key], written_s)
     quiet = {key: max(0.0, time.time() - at) for key, at in written.items()}
     limit_s = max(SEEMS_TO_RUN_S, 3 * study.get("resources", {}).get("checkpoint_every_s", 0.0))
     keys = sorted(key for key, seconds in quiet.items() if seconds < limit_s)

@@ -35,7 +35,7 @@ def test_what_is_written_is_read_and_listed(place: Place) -> None:
     assert (place / "a/b.json").is_file()
     assert not (place / "a").is_file()
     assert (place.names(), place.names(folders=True)) == (["c.json"], ["a"])
-    assert {name: entry.size for name, entry in place.walk().items()} == {"a/b.json": 6, "c.json": 0}
+    assert set(place.walk()) == {"a/b.json", "c.json"}
     assert Place.at(str(place / "a")).names() == ["b.json"]
 
 
