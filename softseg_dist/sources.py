@@ -12,6 +12,7 @@ import difflib
 import importlib.machinery
 import symtable
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,7 +131,7 @@ class Definition(NamedTuple):
 
 class _Module(NamedTuple):
     definitions: dict[str, Definition]
-    imports: dict[str, tuple[tuple[str, str], ...]]  # local name -> (module, name in it; "" for the module itself)
+    imports: dict[str, list[tuple[str, str]]]  # local name -> (module, name in it; "" for the module itself)
     stars: tuple[str, ...]  # modules of `from ... import *`
 
 
@@ -233,27 +234,26 @@ def _parsed(text: str, file: str) -> _Module:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):  # in a helper whose import may fail
         return _Module({}, {}, ())
-    statements: dict[str, list[ast.stmt]] = {}
+    statements = defaultdict[str, list[ast.stmt]](list)
     kept = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")]
     for statement in kept:
         for name, part in _bound(statement):
-            statements.setdefault(name, []).append(part)
+            statements[name].append(part)
     own = {name for name, parts in statements.items() if not isinstance(parts[0], ast.Import | ast.ImportFrom)}
     for statement in kept:  # one that changes a definition belongs to it; one that changes another module counts for all
         if (touched := _touched(statement)) is not None:
             for name in touched & own or {AT_IMPORT}:
-                statements.setdefault(name, []).append(statement)
-    imports: dict[str, list[tuple[str, str]]] = {}
+                statements[name].append(statement)
+    imports = defaultdict[str, list[tuple[str, str]]](list)
     for node in ast.walk(tree):
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
             if isinstance(node, ast.ImportFrom):
                 target = _absolute(node, file), alias.name
             else:
                 target = alias.name if alias.asname else _local_name(alias), ""
-            imports.setdefault(_local_name(alias), []).append(target)
+            imports[_local_name(alias)].append(target)
     stars = tuple(module for module, _ in imports.pop("*", []))
-    targets = {name: tuple(found) for name, found in imports.items()}
-    return _Module({name: _definition(parts) for name, parts in statements.items()}, targets, stars)
+    return _Module({name: _definition(parts) for name, parts in statements.items()}, imports, stars)
 
 
 def _definition(parts: list[ast.stmt]) -> Definition:

@@ -103,12 +103,9 @@ class MonteCarlo(Splits):
         num_validation, num_test = (max(1, round(share * len(subjects))) for share in self.fractions[1:])
         if len(subjects) < num_validation + num_test + 1:
             raise UserError(f"{self} needs at least 3 subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
-        splits = []
-        for index in range(self.count):
-            order = _spread(subjects, f"{seed}/montecarlo/{index}")
-            test, validation, train = _cut(order, num_test, num_validation)
-            splits.append(Split(index=index, train=train, validation=validation, test=test))
-        return tuple(splits)
+        orders = (_spread(subjects, f"{seed}/montecarlo/{index}") for index in range(self.count))
+        parts = enumerate(_cut(order, num_test, num_validation) for order in orders)
+        return tuple(Split(index=index, train=train, validation=val, test=test) for index, (test, val, train) in parts)
 
     def small(self) -> Splits:
         """See `Splits.small`."""
