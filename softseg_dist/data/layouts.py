@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile
 from softseg_dist.data.volume import stem_of
@@ -56,17 +56,8 @@ class Bids(DataSet):
     def __init__(self, folder: str, **fields: Any) -> None:
         super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
 
-    @field_validator("person")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"person must be a regular expression, got {value!r}: {error}") from error
-        return value
-
     @model_validator(mode="after")
-    def _labels_are_meant(self) -> Self:
+    def _consistent(self) -> Self:
         if not self.labels or not self.contrasts or "" in (*self.labels, *self.labels.values(), *self.contrasts):
             raise ValueError("image and labels must name at least one contrast and one class, none of them empty")
         with_rater = [name for name, part in self.labels.items() if RATER in part]
@@ -76,6 +67,10 @@ class Bids(DataSet):
             _part(part)
         if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
             raise ValueError(f"a part may have {RATER} once, got {twice[0]!r}")
+        try:
+            re.compile(self.person or "")
+        except re.error as error:
+            raise ValueError(f"person must be a regular expression, got {self.person!r}: {error}") from error
         return self
 
     @property
