@@ -226,7 +226,7 @@ class GivenSplits(Splits):
 
 def read_splits(path: Path) -> tuple[GivenSplit, ...]:
     """The splits in a JSON or YAML file. Raises UserError with file, split and what a split has instead."""
-    import yaml  # JSON is read without it
+    import yaml  # few studies need it
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -242,13 +242,8 @@ def read_splits(path: Path) -> tuple[GivenSplit, ...]:
 
 def splits_final(splits: Sequence[Split], cases: Mapping[str, str]) -> list[dict[str, list[str]]]:
     """nnU-Net's `splits_final.json`: train and validation together are its `train`, the test set is its `val`; names of cases."""
-    return [
-        {
-            "train": sorted(case for case, subject in cases.items() if subject in {*split.train, *split.validation}),
-            "val": sorted(case for case, subject in cases.items() if subject in split.test),
-        }
-        for split in splits
-    ]
+    parts = [{"train": {*split.train, *split.validation}, "val": {*split.test}} for split in splits]
+    return [{part: sorted(case for case in cases if cases[case] in who) for part, who in of.items()} for of in parts]
 
 
 def held_out(holdout: float | tuple[str, ...] | None, subjects: Mapping[str, str], seed: int) -> tuple[str, ...]:
