@@ -173,16 +173,15 @@ class Resources(Frozen):
             raise ValueError(f"{both}; give one of them")
         return self
 
-    @property
-    def share_of_gpu(self) -> float | None:
-        """GPUs that each worker of a fit holds; None: one where there is any.
+    def gpus_of_worker(self, any_gpu: bool) -> float:
+        """GPUs that each worker of a fit holds. Where the study does not say, it gets one if there is any.
 
-        >>> Resources(fits_per_gpu=3).share_of_gpu  # rounded down to what Ray counts, so that three are not more than one
+        >>> Resources(fits_per_gpu=3).gpus_of_worker(True)  # rounded down to what Ray counts, so that three are not more than one
         0.3333
         """
         if self.fits_per_gpu is not None:
             return math.floor(RAY_UNITS / self.fits_per_gpu) / RAY_UNITS
-        return self.gpus_per_fit
+        return float(any_gpu) if self.gpus_per_fit is None else self.gpus_per_fit
 
 
 class Study(Frozen):

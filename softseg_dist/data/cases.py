@@ -143,7 +143,6 @@ class LabelledCase(Case):
         self.find_mask = find_mask
 
     def missing(self) -> tuple[str, ...]:
-        """See `Case.missing`."""
         return self.problems
 
     def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
@@ -173,7 +172,6 @@ class LabelledCase(Case):
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
-        """See `Case.mask`."""
         mask = self.find_mask(part)
         return _label(self._read_on_grid(mask.path, read_geometry(self.images[0])), mask, part)
 

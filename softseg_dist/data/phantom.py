@@ -225,7 +225,6 @@ class PhantomCase(Case):
         return (f"phantom {VERSION} case {self.index} {self.phantom.replace(subjects=1).fingerprint}",)
 
     def load(self) -> CaseData:
-        """See `Case.load`."""
         phantom, grid = self.phantom, self.phantom.grid
         target, surround = self.bodies()
         truth = partial_volume(target, grid, phantom.spacing_mm)

@@ -99,7 +99,6 @@ class MonteCarlo(Splits):
         return self
 
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
-        """See `Splits.make`."""
         num_validation, num_test = (max(1, round(share * len(subjects))) for share in self.fractions[1:])
         if len(subjects) < num_validation + num_test + 1:
             raise UserError(f"{self} needs at least 3 subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
@@ -108,7 +107,6 @@ class MonteCarlo(Splits):
         return tuple(Split(index=index, train=train, validation=val, test=test) for index, (test, val, train) in parts)
 
     def small(self) -> Splits:
-        """See `Splits.small`."""
         return self.replace(count=min(2, self.count))
 
 
@@ -125,7 +123,6 @@ class KFold(Splits):
     count: int | None = Field(None, ge=1)
 
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
-        """See `Splits.make`."""
         needed = max(self.folds, 3)
         if len(subjects) < needed:
             raise UserError(f"{self} needs at least {needed} subjects, got {len(subjects)}: {listed(sorted(subjects)) or 'none'}")
@@ -142,7 +139,6 @@ class KFold(Splits):
         return tuple(splits)
 
     def small(self) -> Splits:
-        """See `Splits.small`."""
         return self.replace(count=min(2, self.count or 2))
 
 
@@ -200,7 +196,6 @@ class GivenSplits(Splits):
         super().__init__(file=str(file), **fields)  # type: ignore[call-arg]
 
     def bound(self, folder: Path) -> GivenSplits:
-        """See `Splits.bound`."""
         return self if self.given else self.replace(given=read_splits(folder / self.file))
 
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:

@@ -137,10 +137,8 @@ def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tup
 
 
 def places_on(machine: Machine, resources: Resources) -> int:
-    """How many fits run side by side on a machine. Where the study does not say, a fit gets one GPU if there is any."""
-    gpus = resources.share_of_gpu
-    if gpus is None:
-        gpus = 1.0 if machine.gpus else 0.0
+    """How many fits run side by side on a machine."""
+    gpus = resources.gpus_of_worker(machine.gpus > 0)
     by_gpu = math.floor(machine.gpus / gpus + 1e-9) if gpus else machine.cpus
     places = min(machine.cpus // resources.cpus_per_fit, by_gpu)
     return min(places, resources.max_concurrent or places)

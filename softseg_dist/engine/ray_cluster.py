@@ -56,10 +56,8 @@ except Exception as error:
 
 
 def bundle_of(resources: Resources) -> dict[str, float]:
-    """What one worker of a fit holds. Where the study does not say, it gets one GPU if there is any."""
-    gpus = resources.share_of_gpu
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) > 0 else 0.0
+    """What one worker of a fit holds."""
+    gpus = resources.gpus_of_worker(ray.cluster_resources().get("GPU", 0.0) > 0)
     return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
 
 

@@ -186,7 +186,7 @@ def test_fits_that_share_a_gpu_in_one_process_exclude_other_ways_to_use_it(other
 
 @pytest.mark.parametrize("size", range(1, 40))
 def test_as_many_shares_of_a_gpu_as_asked_for_are_no_more_than_one_as_ray_counts(size: int) -> None:
-    share = Resources(fits_per_gpu=size).share_of_gpu
+    share = Resources(fits_per_gpu=size).gpus_of_worker(True)
     assert share is not None
     parts = round(share * 10_000)
     assert parts == pytest.approx(share * 10_000)
