@@ -1,9 +1,8 @@
 """Independent tasks over the processors of this machine, in processes that are started only where they pay.
 
-Work begins in this process. If after a second of it (the first task is slow: it loads what it needs) the rest would need more than
-`POOL_PAYS_S` of processor time at that pace, it goes on in one process per processor; so a small data set never waits for
-processes to start (about 1 s), and a large one loses a second, or one task's time. Processor time, because on a machine that is
-busy with other things everything seems long, and nothing gets shorter by being shared.
+Work begins in this process. If after a second the rest would need more than `POOL_PAYS_S` of processor time at that pace, it goes
+on in one process per processor: a small data set never waits for processes to start (about 1 s). Processor time, because on a
+busy machine everything seems long, and nothing gets shorter by being shared.
 
 Nothing is forked from this process, whose threads and locks may be in any state: a server process imports the package once, and
 workers are forked from that (Python's "forkserver").

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from softseg_dist.numerics.metrics import RECALIBRATED, TABLE
-from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.statistics import LEVEL, NAN, BlandAltman, bland_altman
+from softseg_dist.numerics.statistics import NAN, BlandAltman, bland_altman
 from softseg_dist.numerics.structures import SURFACE_METRICS
 from softseg_dist.report.breakdown import RULE, Raters, Site, by_site, raters_of
 from softseg_dist.report.run_folder import RunData
@@ -129,18 +127,15 @@ def agreements_of(test: pd.DataFrame) -> dict[str, tuple[Agreement, ...]]:
 
 
 SIZES = {"lt20": "below 20 voxels", "20to100": "20 to 100 voxels", "gt100": "above 100 voxels", "": "all"}
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class LesionRate:
-    """`count` of `total` lesions, pooled over cases, classes and splits; the 95 % interval resamples subjects."""
+    """`count` of `total` lesions, pooled over cases, classes and splits."""
 
     count: int
     total: int
     share: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -158,32 +153,22 @@ class Lesions:
     num_cases: int
 
 
-def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult], seed: int) -> dict[str, Lesions]:
-    """The pooled counts of every candidate that has them, by name; `seed` is that of the intervals."""
+def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Lesions]:
+    """The pooled counts of every candidate that has them, by name."""
     pairs = {size: (f"lesions_found_{size}".rstrip("_"), f"lesions_true_{size}".rstrip("_")) for size in SIZES}
     pairs["false"] = "false_lesions", "lesions_predicted"
     tables = {metric: rows_at_rule(test, fits, metric, RULE) for pair in pairs.values() for metric in pair}
-    counts = {metric: rows.groupby(["candidate", "subject"], observed=True)["value"].sum() for metric, rows in tables.items()}
+    sums = {metric: rows.groupby("candidate", observed=True)["value"].sum() for metric, rows in tables.items()}
     found = {}
     for name, part in tables["lesions_true"].groupby("candidate", observed=True):
-        sums = {metric: series[name].sort_index().to_numpy(np.float64) for metric, series in counts.items()}
-        rates = {key: _rate(sums[count], sums[total], seed_of("lesions", seed)) for key, (count, total) in pairs.items()}
+        rates = {key: _rate(int(sums[count][name]), int(sums[total][name])) for key, (count, total) in pairs.items()}
         false, num_cases = rates.pop("false"), len(part[["split", "repeat", "case"]].drop_duplicates())
         found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
     return found
 
 
-def _rate(counts: npt.NDArray[np.float64], totals: npt.NDArray[np.float64], seed: int) -> LesionRate:
-    """The ratio of the sums over subjects; its interval from draws of as many subjects, those without any lesion left out."""
-    num, count, total = len(totals), float(counts.sum()), float(totals.sum())
-    if not total:
-        return LesionRate(0, 0, NAN, NAN, NAN)
-    low = high = NAN
-    if num > 1:
-        drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS)
-        over, under = drawn @ counts, drawn @ totals
-        low, high = np.quantile(over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return LesionRate(int(count), int(total), count / total, low, high)
+def _rate(count: int, total: int) -> LesionRate:
+    return LesionRate(count, total, count / total if total else NAN)
 
 
 @dataclass(frozen=True)
@@ -283,7 +268,7 @@ def measures_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, winner: s
         reliability=reliability_of(test),
         recalibrated=recalibrated_of(test),
         agreements=agreements_of(test),
-        lesions=lesions_of(test, run.finished, run.study.get("seed", 0)),
+        lesions=lesions_of(test, run.finished),
         surfaces=surfaces_of(test, run.finished),
         sites=by_site(scores, run.site_of, winner, reference) if run.site_of else (),
         raters=raters_of(test, run.finished, list(scores.tables)),
