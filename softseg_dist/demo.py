@@ -2,14 +2,12 @@
 
 Run:    softseg demo      (the same study: softseg run studies/s001_quickstart.py, make demo)
 Debug:  softseg demo --debug
-Cost:   8 candidates x 6 splits = 48 fits of 4 s; 2 min on 2 cores, two fits at a time
-Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
-        No arm was shown to beat the control hard-sigmoid-dice on soft Dice (DML form), .849. Main effects, with 95 % intervals of
-        the crossed test and Holm-corrected p: NormReLU +.030 (.010 to .049), p = .010; soft labels -.013 (-.015 to -.010),
-        p < .001; Adaptive Wing -.030 (-.037 to -.024), p < .001. Calibration goes the other way: the lowest Brier score is that of
-        soft-sigmoid-wing, .0049 against the control's .0058. n = 22 tested subjects, 6 splits, in bfloat16. After 12 epochs at one
-        learning rate many fits have not converged, and sigmoid arms with Adaptive Wing still draw 20 % too much volume: a
-        demonstration, not a verdict.
+Cost:   8 candidates x 6 splits = 48 fits of 4 s; 2.6 min on 2 cores, two fits at a time, with report and model
+Result: No candidate was shown to beat the control hard-sigmoid-dice on Brier skill, .882; the winner soft-sigmoid-wing has .901
+        (+.019, 95 % interval .005 to .034, Holm-corrected p = .12). Main effects: Adaptive Wing +.020 (.008 to .032), p = .017;
+        NormReLU -.024 (-.036 to -.011), p = .014; soft labels +.005 (-.002 to .013), p = .12, but .019 more with Adaptive Wing
+        than with Dice. Sigmoid with Adaptive Wing draws 20 % too much volume. n = 22 tested subjects, 6 splits, in bfloat16. After
+        12 epochs at one learning rate a third of the fits have not converged: a demonstration, not a verdict.
 """
 
 from softseg_dist import (

@@ -34,7 +34,7 @@ def test_a_flag_that_says_how_fits_share_a_gpu_takes_the_place_of_what_the_study
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (RunOptions(fits_per_gpu=4, gpus_per_fit=0.25), "--fits-per-gpu .*--gpus-per-fit .*got 4 and 0.25"),
+        (RunOptions(fits_per_gpu=4, gpus_per_fit=0.25), "--fits-per-gpu 4 .*--gpus-per-fit 0.25"),
         (RunOptions(fits_per_gpu=3, workers_per_fit=2), "--fits-per-gpu 3 .*--workers-per-fit 2"),
     ],
 )
