@@ -30,7 +30,7 @@ demo: $(VENV)/.ready
 	@$(BIN)/softseg run studies/s001_quickstart.py --out $(RUNS)
 
 test: check
-	$(BIN)/python -m pytest -m "gpu or engine and not timed and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -m "gpu or engine and not timed and not long" --numprocesses 2 --dist loadfile tests
 	$(BIN)/python -m pytest -m "engine and timed" tests
 
 test-long: $(VENV)/.ready

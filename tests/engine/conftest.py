@@ -10,14 +10,6 @@ import pytest
 
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
 
-LONGEST = ("test_remote.py", "test_run.py", "test_readme.py", "test_lanes.py", "test_packs.py", "test_cluster.py", "test_cli.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: one that begins last keeps one worker busy for minutes while the other has nothing to do."""
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-
 
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[None]:
