@@ -116,7 +116,10 @@ finally:
 """
 
 
-def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(done: Path, tmp_path: Path) -> None:
+def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)  # a Ray of an earlier test in this process leaves its own
     text = STUDY.replace("        return 0.5", "        stop_once()\n        return 0.5").replace("class Halved", STOP_ONCE)
     command = [sys.executable, "-c", WITHOUT_RAY, "run", str(write(tmp_path, text)), "--local"]
     script = "p 'six times seven is', 6 * 7\ncontinue\n"
