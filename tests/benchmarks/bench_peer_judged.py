@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from nnunet_sides import DATASET, NUMBER, lay_out, variables
-from peers import add_peer_options, environment, version
+from peers import add_peer_options, environment, may_run_nnunet, version
 from record import Headline, record
 
 from softseg_dist import load
@@ -106,9 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("--keep", type=Path, help="where the runs stay, to look at; default: nowhere")
     parser.add_argument("--batches", type=int, default=20, help=f"of each of nnU-Net's {EPOCHS} epochs")
     options = parser.parse_args()
-    if not options.peer:
-        print("left out: --peer installs nnU-Net v2 from PyPI and runs it")
-    elif not (Path(os.environ.get("SOFTSEG_TEST_DATA", "")) / "hippocampus_msd").is_dir():
-        print("left out: SOFTSEG_TEST_DATA names no folder with hippocampus_msd")
-    else:
+    if may_run_nnunet(options.peer):
         main(options.envs, options.keep, options.batches)

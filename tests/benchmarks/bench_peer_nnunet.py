@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from bench_prepare import STUDY, Preparing
 from nnunet_sides import CONFIGURATION, NUMBER, Job, lay_out, nnunet, ours, plans, variables
-from peers import Side, Watched, add_peer_options, environment, take_turns, version, watch
+from peers import Side, Watched, add_peer_options, environment, may_run_nnunet, take_turns, version, watch
 from record import Headline, record
 
 EPOCH = 250  # batches of nnU-Net's
@@ -113,9 +113,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, default=2)
     options = parser.parse_args()
-    if not options.peer:
-        print("left out: --peer installs nnU-Net v2 from PyPI and runs it")
-    elif not (Path(os.environ.get("SOFTSEG_TEST_DATA", "")) / "hippocampus_msd").is_dir():
-        print("left out: SOFTSEG_TEST_DATA names no folder with hippocampus_msd")
-    else:
+    if may_run_nnunet(options.peer):
         main(options.envs, options.rounds, options.batches)

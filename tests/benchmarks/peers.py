@@ -38,6 +38,16 @@ def add_peer_options(parser: ArgumentParser) -> None:
     parser.add_argument("--envs", type=Path, default=ENVS, help="where environments of peers are made, and kept")
 
 
+def may_run_nnunet(peer: bool) -> bool:
+    """Was `--peer` given, and is hippocampus_msd at hand? Prints what is missing."""
+    at_hand = (Path(os.environ.get("SOFTSEG_TEST_DATA", "")) / "hippocampus_msd").is_dir()
+    if not peer:
+        print("left out: --peer installs nnU-Net v2 from PyPI and runs it")
+    elif not at_hand:
+        print("left out: SOFTSEG_TEST_DATA names no folder with hippocampus_msd")
+    return peer and at_hand
+
+
 def environment(envs: Path, package: str) -> Path:
     """The interpreter of an environment that has `package`, made when it is not there yet (one or two minutes)."""
     folder = envs / package
