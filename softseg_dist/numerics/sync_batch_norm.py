@@ -12,6 +12,7 @@ import os
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup, Work
@@ -50,53 +51,55 @@ class GlooSyncBatchNorm(nn.Module):
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-            unbiased = variance * float(count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            unbiased = variance * (count / max(count - 1, 1.0))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         return output
 
 
 class _Normalize(torch.autograd.Function):
-    """(x - mean) / sd * weight + bias, and its gradient. Returns mean, variance [C] and the number of values of a channel, too."""
+    """(x - mean) / sd * weight + bias, and its gradient. Returns mean, variance [C] and the number of values of a channel, too.
+
+    Numbers per channel are NumPy's: a dozen operations of torch's cost more than a pass over a small map.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: ProcessGroup, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums = x.new_zeros(2 * x.shape[1] + 1, dtype=torch.float64)
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        channels = x.shape[1]
+        sums = np.zeros(2 * channels + 1)
         if len(x):
-            count = x.numel() // x.shape[1]
-            mean, variance = (m.double() for m in torch.batch_norm_update_stats(x, None, None, 0.0))
-            sums = count * torch.cat([mean, variance + mean.square(), mean.new_ones(1)])
-        _wait_for(distributed.all_reduce(sums, group=group, async_op=True))
-        total = sums[-1]
-        mean, squares = (sums[:-1] / total).chunk(2)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        mean, variance = mean.to(dtype), (squares - mean.square()).clamp(min=0).to(dtype)
-        ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.group, ctx.eps = group, eps
-        ctx.mark_non_differentiable(mean, variance, total)
-        return functional.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, total
+            own_mean, own_variance = (moment.double().numpy() for moment in torch.batch_norm_update_stats(x, None, None, 0.0))
+            sums[:] = *own_mean, *(own_variance + own_mean**2), 1.0
+            sums *= x.numel() // channels
+        _wait_for(distributed.all_reduce(torch.from_numpy(sums), group=group, async_op=True))
+        count = max(sums[-1].item(), 1.0)
+        means, squares = (sums[:-1] / count).reshape(2, channels)
+        moments = np.stack([means, np.maximum(squares - means**2, 0)])
+        mean, variance = torch.from_numpy(moments).to(torch.promote_types(x.dtype, torch.float32))
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.group, ctx.eps, ctx.count = group, eps, count
+        ctx.mark_non_differentiable(mean, variance)
+        return functional.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (x, weight, mean, variance, total), grad = ctx.saved_tensors, grad_outputs[0]
-        sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        (x, weight, mean, variance), grad, eps = ctx.saved_tensors, grad_outputs[0], ctx.eps
+        own = mean.new_zeros(2, len(mean))  # sums of dy xhat and of dy
         if len(x):
-            fixed = weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-            sums = torch.stack(torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)[1:]).double()
-        own = (None, None) if weight is None else sums.to(weight.dtype).unbind()
-        totals = sums.clone()  # of float64 weights `own` are views
-        sent = distributed.all_reduce(totals, group=ctx.group, async_op=True)
-        # weight / sd * (dy - mean dy - xhat mean(dy xhat)) is a line in dy, computed while the sums travel, plus a line in x
-        inverse = 1 / (variance.double() + ctx.eps).sqrt()
-        scale = inverse if weight is None else weight.double() * inverse
-        of_x = _line(grad, scale, torch.zeros_like(scale))
+            fixed = weight, mean, variance, None, None, False, eps, [False, True, True]
+            own = torch.stack(torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)[1:])
+        sums = own.to(torch.float64, copy=True)
+        sent = distributed.all_reduce(sums, group=ctx.group, async_op=True)
+        # weight / sd * (dy - mean dy - xhat mean(dy xhat)): the first term is computed while the sums travel.
+        of_grad = functional.batch_norm(grad, torch.zeros_like(mean), variance, weight, None, eps=eps)
+        scale = (1 if weight is None else weight.detach().numpy()) / np.sqrt(variance.double().numpy() + eps)
         _wait_for(sent)
-        by_normal, by_one = totals / total
-        slope = -scale * by_normal * inverse
-        offset = -scale * by_one - slope * mean.double()
-        return of_x.add_(_line(x, slope, offset)), *own, None, None
+        slope, offset = torch.from_numpy(-scale * sums.numpy() / ctx.count).to(mean.dtype)
+        of_x = functional.batch_norm(x, mean, variance, slope, offset, eps=eps)
+        of_weight, of_bias = (None, None) if weight is None else own.to(weight.dtype)
+        return of_grad.add_(of_x), of_weight, of_bias, None, None
 
 
 def _wait_for(sent: Work) -> None:
@@ -105,10 +108,3 @@ def _wait_for(sent: Work) -> None:
     while not sent.is_completed() and time.monotonic() < until:
         os.sched_yield()
     sent.wait()
-
-
-def _line(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """slope x + offset, of x [b C *S] and slope and offset [C], by a batch norm of mean 0, variance 1: one pass, bfloat16 too."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    zero, one = torch.zeros_like(slope, dtype=dtype), torch.ones_like(slope, dtype=dtype)
-    return functional.batch_norm(x, zero, one, slope.to(dtype), offset.to(dtype), eps=0.0)
