@@ -46,7 +46,6 @@ STUDY = Study(
     data=Bids("gm_challenge", image="T2starw", labels={"GM": "gmseg-manual"}, person=r"sub-(\d+)"),
     preprocess=Preprocess(dim=2, spacing_mm=(0.5, 0.5), crop=(96, 96), center="seg-manual"),
     splits=MonteCarlo(count=6),
-    objective="dice_dml",
     candidates=factorial(BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())),
     control="hard-sigmoid-dice",
 )

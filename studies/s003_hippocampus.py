@@ -32,9 +32,9 @@ STUDY = Study(
     data=Bids(
         "hippocampus_msd", image="T1w", labels={"anterior": "label-hippocampus_dseg:1", "posterior": "label-hippocampus_dseg:2"}
     ),
-    preprocess=Preprocess(dim=3, spacing_mm=(2, 2, 2), crop=(24, 32, 24), label_resampling="area"),
+    preprocess=Preprocess(dim=3, spacing_mm=(2, 2, 2), crop=(24, 32, 24)),
     splits=MonteCarlo(count=10),
-    objective="dice_dml",
+    repeats=3,
     candidates=factorial(BASE, label=("hard", "soft")),
     control="hard",
 )

@@ -194,6 +194,7 @@ def test_a_changed_study_is_refused_with_what_changed_and_fits_stay(done: Path) 
     pd.testing.assert_frame_equal(table(done), before)
 
 
+@pytest.mark.long  # also of a driver that is killed: test_run.py, and test_remote.py compares the tables
 def test_kill_minus_nine_and_the_same_command_again_give_the_same_table(done: Path, tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
     command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json"]
