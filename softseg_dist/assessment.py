@@ -99,9 +99,8 @@ class Assessment:
             check_name(folder)
         if not places or (control and control not in places):
             raise UserError(f"the control {control} is not a candidate; there are {listed(list(places)) or 'none'}")
-        scanned = source.scan(root)
-        kept = sorted({case.subject for case in scanned})[: study.subjects if study else None]
-        cases = tuple(sorted((case for case in scanned if case.subject in kept), key=lambda case: case.name))
+        scanned = study.kept(source.scan(root)) if study else source.scan(root)
+        cases = tuple(sorted(scanned, key=lambda case: case.name))
         _refuse(line for case in cases for line in case.missing())
         sites, persons = {case.subject: case.site for case in cases}, {case.name: case.subject for case in cases}
         described = {

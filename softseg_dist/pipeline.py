@@ -165,7 +165,7 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
         for line in tracker.close(status):
             context.progress.note(line)
         copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
-    return Finished(context.ledger.folder, outcome, page, model, tracker.uri)
+    return Finished(context.ledger.folder, outcome, page, model, str(without_password(tracker.uri)))
 
 
 def backend_of(options: RunOptions) -> Backend:
@@ -332,4 +332,4 @@ def provenance(command: str) -> dict[str, Any]:
     host = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "host": platform.node()}
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": command, "versions": versions, "machine": host, "started": started}
+    return {"command": without_password(command), "versions": versions, "machine": host, "started": started}

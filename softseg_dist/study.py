@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from softseg_dist.data.cases import DataSet
+from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
@@ -326,6 +326,11 @@ class Study(Frozen):
             holdout=self.holdout and 1 / few,  # names may be of later subjects
             nested=self.nested and self.nested.small(),
         )
+
+    def kept(self, cases: Sequence[Case]) -> tuple[Case, ...]:
+        """The cases of the first `subjects` subjects, by name."""
+        first = sorted({case.subject for case in cases})[: self.subjects]
+        return tuple(case for case in cases if case.subject in first)
 
 
 def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:

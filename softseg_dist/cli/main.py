@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ def run(
         gpus_per_fit=gpus_per_fit,
         fits_per_gpu=fits_per_gpu,
         tracking_uri=tracking_uri,
-        command=" ".join(["softseg", *sys.argv[1:]]),
+        command=shlex.join(["softseg", *sys.argv[1:]]),
         address=address,
         max_wait_s=max_wait,
         final_model=not debug,
@@ -142,13 +143,14 @@ def check(
 ) -> None:
     """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
+    from softseg_dist.data.cases import check_apart
     from softseg_dist.data.check import Problem, check_cases
     from softseg_dist.data.montage import montage
     from softseg_dist.engine.cautions import Inspection
     from softseg_dist.engine.plan import splits_of
 
     loaded = open_study(study).study
-    cases, inspection = loaded.data.scan(data_root), Inspection(loaded)
+    cases, inspection = loaded.kept(loaded.data.scan(data_root)), Inspection(loaded)
     usable: list[Sample] = []
 
     def look(sample: Sample) -> None:
@@ -159,9 +161,10 @@ def check(
     splits = None
     if all(problem.level != "error" for problem in problems):
         try:
+            check_apart(cases, [case.sources() for case in cases])
             splits = splits_of(loaded, data_root)[1]
         except UserError as error:
-            problems.append(Problem("", "error", "no splits", str(error)))
+            problems.append(Problem("", "error", "cannot be split", str(error)))
     problems += inspection.cautions(splits)
     if usable:
         montage(usable, picture, loaded.data.classes)
@@ -170,6 +173,7 @@ def check(
         typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
     else:
         console, table = Console(), Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
+        table.columns[-1].overflow = "fold"  # and not cut: it has the names of files
         for problem in problems:
             table.add_row(problem.case, problem.level, problem.rule, problem.detail)
         if problems:
@@ -236,7 +240,7 @@ def plan(
         more = {"fits": planned.fits, "prices_written": written, "machines": machines, "cautions": list(map(vars, cautions))}
         typer.echo(json.dumps(vars(planned) | more))
     else:
-        _print_plan(planned, found, listed, study)
+        _print_plan(planned, found, listed, shlex.join([str(study), *(["--data-root", str(data_root)] if data_root else [])]))
         for caution in cautions:
             say(caution.level, caution.detail)
 
@@ -291,10 +295,12 @@ def _places(finished: Finished) -> Iterator[str]:
     report, uri, model = finished.report, finished.tracking_uri, finished.model
     if report is not None:
         yield f"Report   {report}\n         open it: {_installed('python')} -m webbrowser -t {report.resolve().as_uri()}"
-    yield f"MLflow   {uri}\n         open it: {_installed('mlflow')} ui --backend-store-uri {uri}"
-    yield f"Numbers  {_installed('softseg')} report {finished.folder} --json"
+    how = uri if uri.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
+    yield f"MLflow   {uri}\n         open it: {how}"
+    yield f"Numbers  {_installed('softseg')} report {shlex.quote(str(finished.folder))} --json"
     if model is not None:
-        yield f"Model    {model}\n         use it:  {_installed('softseg')} predict {model} IMAGE.nii.gz --out maps"
+        yield f"Model    {model}"
+        yield f"         use it:  {_installed('softseg')} predict {shlex.quote(str(model))} IMAGE.nii.gz --out maps"
 
 
 def _installed(command: str) -> str:
@@ -304,7 +310,7 @@ def _installed(command: str) -> str:
     return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
 
 
-def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: Path) -> None:
+def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
     candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""

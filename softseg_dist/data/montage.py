@@ -24,16 +24,14 @@ TILE_INCHES = 2.0
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00")
 
 
-def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> int:
-    """Write a PNG with `samples` and return their number.
+def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> None:
+    """Write a picture of `samples`, of which there is at least one.
 
     Each tile is the axial slice with the most label, seen from below as radiologists do (left is right); the line is where the mean
-    of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per class. Raises UserError if there is no
-    sample or the file cannot be written.
+    of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per class. Raises UserError if the
+    file cannot be written.
     """
     tiles = [(sample, *_fullest(sample)) for sample in samples]
-    if not tiles:
-        raise UserError("there is no usable case to show")
     columns = min(COLUMNS, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     figure = Figure(figsize=(columns * TILE_INCHES, rows * (TILE_INCHES + 0.25) + 0.4), dpi=120, layout="constrained")
@@ -56,10 +54,9 @@ def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> in
     FigureCanvasAgg(figure)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    return len(tiles)
+        figure.savefig(path, format=path.suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # a suffix that matplotlib does not know
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _fullest(sample: Sample) -> tuple[Float32, Float32]:

@@ -195,7 +195,7 @@ def inspect_store(study: Study, store: Store, splits: Sequence[Split]) -> list[P
 
 def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
     """The cautions about the first cases of a data set, with the errors in these: what can be said before they are prepared."""
-    cases, inspection = study.data.cases(data_root)[:FIRST], Inspection(study)
+    cases, inspection = study.kept(study.data.cases(data_root))[:FIRST], Inspection(study)
     found = check_cases(cases, study.preprocess, inspection.look)
     return [*(problem for problem in found if problem.level == "error"), *inspection.cautions(None)]
 

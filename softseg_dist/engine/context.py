@@ -80,9 +80,7 @@ class Prepared:
 
 def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Callable[[str], None]) -> Prepared:
     """Build the study's store, or find it built; `note` gets lines about progress. Raises UserError on data that cannot be used."""
-    cases = study.data.cases(data_root)
-    kept = sorted({case.subject for case in cases})[: study.subjects]
-    cases = tuple(case for case in cases if case.subject in kept)
+    cases = study.kept(study.data.cases(data_root))
 
     def say(done: int, total: int, name: str) -> None:
         if done % max(1, total // 10) == 0:

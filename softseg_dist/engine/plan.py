@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from softseg_dist.data.splits import Split, splits_final
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
-from softseg_dist.places import replace_file
+from softseg_dist.places import Place
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Resources, Study
@@ -110,15 +110,13 @@ def write_splits(study: Study, data_root: Path | None, path: Path) -> None:
         raise UserError("a nested study has splits for every outer split; write those of a study without nested=...")
     sites, persons = _people(study, data_root)
     splits = splits_final(study.make_splits(sites, persons), persons)
-    replace_file(path, lambda partial: partial.write_text(json.dumps(splits, indent=1)))
+    Place.at(path).write(json.dumps(splits, indent=1).encode())
 
 
 def _people(study: Study, data_root: Path | None) -> tuple[dict[str, str], dict[str, str]]:
     """The site of each subject, and the subject of each case; only the names of the data set are read."""
-    cases = study.data.cases(data_root)
-    kept = sorted({case.subject for case in cases})[: study.subjects]
-    sites = {case.subject: case.site for case in cases}
-    return {subject: sites[subject] for subject in kept}, {case.name: case.subject for case in cases if case.subject in kept}
+    cases = sorted(study.kept(study.data.cases(data_root)), key=lambda case: case.subject)
+    return {case.subject: case.site for case in cases}, {case.name: case.subject for case in cases}
 
 
 def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tuple[Offer, ...]:
@@ -150,7 +148,7 @@ def load_prices(path: Path) -> Prices:
         return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot read the price list: {error.strerror}; name one with --prices") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise UserError(f"{path}: not a price list: {describe(error)}") from None

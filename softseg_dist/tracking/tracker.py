@@ -175,7 +175,7 @@ class Tracker:
                 f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "
                 "softseg sync sends MLflow the content of the ledger"
             )
-        return tuple(notes)
+        return tuple(str(without_password(note)) for note in notes)
 
     def _numbers(self, result: FitResult) -> dict[str, float]:
         numbers = {name: float(value) for name in NUMBERS if (value := getattr(result, name)) is not None}

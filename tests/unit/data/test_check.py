@@ -121,13 +121,18 @@ def test_the_montage_shows_the_cases_without_errors(tmp_path: Path, dim: int) ->
     seen: list[Sample] = []
     check_cases(cases, Preprocess(dim=dim), seen.append)  # type: ignore[arg-type]
     path = tmp_path / "new" / "montage.png"
-    assert montage(seen, path, ["GM"]) == 2
+    assert len(seen) == 2
+    montage(seen, path, ["GM"])
     picture = pictures.imread(path)
     assert picture.shape[0] > 100
     colours = picture[..., :3].max(axis=-1) - picture[..., :3].min(axis=-1)
     assert (colours > 0.5).sum() > 50  # the contours
 
 
-def test_a_montage_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no usable case"):
-        montage([], tmp_path / "a.png", ["GM"])
+def test_a_picture_of_an_unknown_kind_is_refused_and_one_without_a_suffix_is_written(tmp_path: Path) -> None:
+    seen: list[Sample] = []
+    check_cases(Phantom(subjects=1, size=(24, 24)).cases(None), Preprocess(dim=2), seen.append)
+    with pytest.raises(UserError, match=r"cannot write .*m\.txt: .*not supported"):
+        montage(seen, tmp_path / "m.txt", ["GM"])
+    montage(seen, tmp_path / "m", ["GM"])
+    assert (tmp_path / "m").read_bytes().startswith(b"\x89PNG")

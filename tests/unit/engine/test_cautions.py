@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -240,9 +241,25 @@ def test_a_check_of_too_few_subjects_still_shows_its_table(tmp_path: Path) -> No
     result = CliRunner().invoke(app, ["check", str(path), "--picture", str(tmp_path / "m.png"), "--json"])
     assert result.exit_code == 2
     problems = {problem["rule"]: problem for problem in json.loads(result.output)["problems"]}
-    assert problems["no splits"]["level"] == "error"
-    assert "needs at least 3 subjects" in problems["no splits"]["detail"]
+    assert problems["cannot be split"]["level"] == "error"
+    assert "needs at least 3 subjects" in problems["cannot be split"]["detail"]
     assert "identical targets" in problems
+
+
+def test_a_check_refuses_what_a_run_would_and_looks_at_the_subjects_of_the_study_alone(tmp_path: Path) -> None:
+    for number in range(6):
+        image = np.random.default_rng(number % 5).normal(size=SIZE).astype(np.float32)  # of the sixth subject that of the first
+        for part, voxels in (("T2w", image), ("T2w_seg", BLOCK)):
+            name = f"sub-{number}"
+            path = tmp_path / ("ds" if part == "T2w" else "ds/derivatives/labels") / name / "anat" / f"{name}_{part}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    text = STUDY.replace("Phantom(subjects=5, raters=1)", 'Bids("ds", image="T2w", labels={"GM": "seg"})')
+    path, words = tmp_path / "study.py", ["--data-root", str(tmp_path), "--picture", str(tmp_path / "m.png"), "--json"]
+    for few, code in (("", 2), ("subjects=5, ", 0)):
+        path.write_text(text.replace("splits=", f"{few}splits="))
+        result = CliRunner().invoke(app, ["check", str(path), *words])
+        assert (result.exit_code, "are equal: one would train what the other tests" in result.output) == (code, code == 2)
 
 
 def test_a_plan_names_the_cases_that_cannot_be_prepared() -> None:

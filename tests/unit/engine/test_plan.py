@@ -182,6 +182,9 @@ def test_what_is_no_yaml_or_not_there_is_said(tmp_path: Path) -> None:
         load_prices(tmp_path / "torn.yaml")
     with pytest.raises(UserError, match=r"none\.yaml: cannot read the price list: No such file.*--prices"):
         load_prices(tmp_path / "none.yaml")
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match=r"picture\.yaml: not YAML: .*decode"):
+        load_prices(tmp_path / "picture.yaml")
 
 
 S001 = str(Path(__file__).parents[3] / "studies/s001_quickstart.py")
@@ -189,8 +192,9 @@ S001 = str(Path(__file__).parents[3] / "studies/s001_quickstart.py")
 
 def test_the_command_says_what_to_do_when_the_time_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    said = CliRunner().invoke(app, ["plan", S001])
+    said = CliRunner().invoke(app, ["plan", S001, "--data-root", "my data"])
     assert said.exit_code == 0
+    assert f"softseg run {S001} --data-root 'my data' --debug" in said.output
     assert "8 candidates, each on 6 splits: 48 fits" in said.output
     assert "--debug" in said.output
     assert "USD" not in said.output
@@ -211,15 +215,17 @@ def test_the_command_shows_every_machine_and_says_the_same_as_json(monkeypatch: 
 
 def test_the_command_writes_the_splits_for_nnunet_and_they_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    said = CliRunner().invoke(app, ["plan", S001, "--write-splits", "splits_final.json"])
+    said = CliRunner().invoke(app, ["plan", S001, "--write-splits", "new/splits_final.json"])
     assert said.exit_code == 0, said.output
     of, cases = load_study(S001).study, {case.name: case for case in load_study(S001).study.data.cases(None)}
     sites = {case.subject: case.site for case in cases.values()}
     ours = of.make_splits(sites)
-    written = json.loads((tmp_path / "splits_final.json").read_text())
+    written = json.loads((tmp_path / "new/splits_final.json").read_text())
     assert [sorted(cases[name].subject for name in split["val"]) for split in written] == [list(split.test) for split in ours]
     assert all({*split["train"], *split["val"]} == cases.keys() for split in written)
-    given = of.replace(splits=GivenSplits("splits_final.json")).make_splits(sites, {name: c.subject for name, c in cases.items()})
+    given = of.replace(splits=GivenSplits("new/splits_final.json")).make_splits(
+        sites, {name: c.subject for name, c in cases.items()}
+    )
     assert [split.test for split in given] == [split.test for split in ours]
 
 

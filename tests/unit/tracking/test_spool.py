@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Study
+from softseg_dist.cli.main import _places
+from softseg_dist.engine.session import Outcome
+from softseg_dist.pipeline import Finished, provenance
 from softseg_dist.tracking.tracker import SPOOL, Spool, Tracker, without_password
 
 RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
@@ -53,3 +56,15 @@ def test_a_tracking_uri_is_recorded_without_its_password() -> None:
     assert without_password("https://me:secret@mlflow.lab:5000/a@b") == "https://mlflow.lab:5000/a@b"
     assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
     assert without_password(None) is None
+    assert (
+        provenance("softseg run s.py --tracking-uri http://me:secret@lab")["command"]
+        == "softseg run s.py --tracking-uri http://lab"
+    )
+
+
+def test_commands_that_a_run_prints_can_be_typed() -> None:
+    ended = Finished("my runs/one", Outcome(1, 0, 0, False), None, Path("my runs/one/model"), "http://lab:5000")
+    printed = "\n".join(_places(ended))
+    assert "report 'my runs/one' --json" in printed
+    assert "predict 'my runs/one/model' IMAGE.nii.gz" in printed
+    assert "open it: http://lab:5000" in printed, "a server has its own page"
