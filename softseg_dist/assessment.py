@@ -270,7 +270,7 @@ def _judge_case(
     """For every map of a case the file of its rows, or what is wrong with it."""
     (case, units), done, data = task, list[Path | str](), None
     own_code = [metric.fingerprint for metric in yardstick.metrics]
-    origin = [*case.sources(), str(yardstick), *own_code, str(values), str(softseg_dist.NUMERICS)]
+    origin = [*case.sources(), case.subject, case.rater_names, str(yardstick), *own_code, str(values), str(softseg_dist.NUMERICS)]
     for head, files in units:
         try:
             name = digest(canonical_json([origin, [sha256_of(path) for path in files]]))

@@ -139,7 +139,12 @@ class LabelledCase(Case):
         self.images = tuple(images)
         self.rater_names = tuple(labels)
         self.labels = labels
-        self.problems = tuple(problems) if subject else (*problems, f"case {name} has no subject: its subject is an empty text")
+        classes, place = [*next(iter(labels.values()), {})], f"case {name}"
+        wrong = [
+            f"{place}: {r} has masks of {', '.join(m)}, not {', '.join(classes)}" for r, m in labels.items() if [*m] != classes
+        ]
+        wrong += [f"{place}: a rater cannot be called {r}, as a reference is" for r in labels if r in ("mean", "truth")]
+        self.problems = (*problems, *wrong, *([] if subject else [f"{place} has no subject: its subject is an empty text"]))
         self.find_mask = find_mask
 
     def missing(self) -> tuple[str, ...]:

@@ -1,7 +1,4 @@
-"""One picture of many cases: is the label where it should be?
-
-The only module of `data` that knows matplotlib.
-"""
+"""One picture of many cases: is the label where it should be?"""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) 
     Raises UserError that names rule, value and file if it lies on another grid, is NaN or outside [0, 1], or has unknown values.
     """
     if files[0].suffix == ".npz":
-        return _soft(_probabilities(files[0], grid, len(values)), files[0])
+        channels = np.argsort(np.argsort([*values.values()]))  # they come in the order of the values
+        return _soft(_probabilities(files[0], grid, len(values))[channels], files[0])
     if len(files) > 1:
         return np.stack([_soft(_voxels(path, grid), path) for path in files])
     whole = _voxels(files[0], grid)

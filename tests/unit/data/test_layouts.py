@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from public_classes import assert_covered
 
-from softseg_dist.data.cases import Case, DataSet, LabelledCase
+from softseg_dist.data.cases import Case, DataSet, LabelledCase, MaskFile
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom
 
@@ -111,3 +111,10 @@ def test_cases_are_sorted_in_whatever_order_a_data_set_finds_them() -> None:
 def test_a_case_whose_subject_is_an_empty_text_says_so() -> None:
     nobody = LabelledCase("-x", [Path("-x.nii.gz")], subject="", site="", labels={}, problems=["it has no mask"])
     assert nobody.missing() == ("it has no mask", "case -x has no subject: its subject is an empty text")
+
+
+def test_raters_who_drew_other_classes_or_are_called_as_a_reference_is_are_named() -> None:
+    mask = MaskFile(Path("mask.nii"))
+    labels = {"anna": {"GM": mask, "WM": mask}, "ben": {"WM": mask}, "mean": {"GM": mask, "WM": mask}}
+    case = LabelledCase("x", [Path("x.nii.gz")], subject="x", site="", labels=labels)
+    assert case.missing() == ("case x: ben has masks of WM, not GM, WM", "case x: a rater cannot be called mean, as a reference is")

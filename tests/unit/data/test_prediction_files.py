@@ -144,6 +144,8 @@ def test_probabilities_of_nnunet_have_the_axes_of_simpleitk_and_the_background_f
     assert np.array_equal(read_maps([tmp_path / "a.npz"], GRID, VALUES), soft[:, ::-1])
     np.savez(tmp_path / "b.npz", **{key: soft.transpose(0, 3, 2, 1)})  # of regions: no background
     assert np.array_equal(read_maps([tmp_path / "b.npz"], GRID, VALUES), soft[:, ::-1])
+    turned = dict(reversed(VALUES.items()))  # channels come in the order of the values, whatever order the classes have
+    assert np.array_equal(read_maps([tmp_path / "b.npz"], GRID, turned), soft[::-1, ::-1])
 
 
 def bad(tmp_path: Path, kind: str) -> list[Path]:
