@@ -46,7 +46,7 @@ class ReliabilityTable:
     @property
     def shares(self) -> tuple[float, ...]:
         """The share of all voxels that is in each bin."""
-        return tuple(count / sum(self.voxels) for count in self.voxels)
+        return tuple(count / (sum(self.voxels) or 1) for count in self.voxels)
 
 
 def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:

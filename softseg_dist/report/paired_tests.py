@@ -147,11 +147,11 @@ def comparisons_with(
 def new_sites_test(differences: ScoreTable, subjects: Sequence[str], site_of: Mapping[str, str]) -> TTest | None:
     """The t-test over sites, which speaks about new sites: the mean difference of a site is that of its subjects' means.
 
-    None for fewer than three sites.
+    None for fewer than three sites; subjects of an unknown site, "", are left out.
     """
     of_site: dict[str, list[float]] = {}
     for subject, row in zip(subjects, differences, strict=True):
-        if subject in site_of and not np.isnan(row).all():
+        if site_of.get(subject) and not np.isnan(row).all():
             of_site.setdefault(site_of[subject], []).append(mean_of(row))
     return subject_test(np.array([np.mean(means) for means in of_site.values()])) if len(of_site) >= FEWEST_SITES else None
 

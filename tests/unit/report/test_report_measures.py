@@ -12,7 +12,8 @@ import pytest
 from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, MISSED, OVERCONFIDENCE, RECALIBRATED, VOLUME_BIAS
 from synthetic_run import CELLS, write_run, written_page
 
-from softseg_dist.report.measures import recalibrated_of, reliability_of
+from softseg_dist.report.measures import NAN, ReliabilityTable, recalibrated_of, reliability_of
+from softseg_dist.report.paired_tests import new_sites_test
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import Summary, summarise
 
@@ -218,3 +219,14 @@ def test_an_ensemble_over_splits_is_read_from_its_own_table(tmp_path: Path):
     assert {entry.name for entry in measured["ensemble"]} == set(NAMES[:2])
     assert measured["ensemble"][0].measures["members"] == 2
     assert measured["ensemble"][0].num_subjects == 6
+
+
+def test_a_reliability_table_without_a_voxel_has_shares_of_zero() -> None:
+    empty = ReliabilityTable("a", (0.0, 0.5), (0.0, 0.0), (NAN, NAN), (NAN, NAN), NAN, 1, 1)
+    assert empty.shares == (0.0, 0.0)
+
+
+def test_subjects_of_an_unknown_site_are_no_site() -> None:
+    differences, site_of = np.arange(10.0).reshape(5, 2), {"a": "A", "b": "B", "c": "", "d": ""}
+    assert new_sites_test(differences, "abcde", site_of) is None
+    assert new_sites_test(differences, "abcde", {**site_of, "c": "C"}) is not None
