@@ -36,7 +36,7 @@ from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
 from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.run_folder import RunData, load_run, read_json
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
 from softseg_dist.study import Study, check_name
@@ -114,7 +114,13 @@ class Assessment:
             "control": control,
             "seed": fields["seed"],
         }
-        given = splits.of_cases(sites, persons, fields["seed"]) if splits else ()
+        given: tuple[Split, ...] = ()
+        if splits:
+            given = (
+                study.replace(splits=splits).make_splits(sites, persons)
+                if study
+                else splits.of_cases(sites, persons, fields["seed"])
+            )
         own = tuple(metric for metric in (study.objectives if study else ()) if metric.row.name not in TABLE)
         return cls(described, source, places, cases, given, own, options)
 
@@ -134,7 +140,7 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
     make_folder(folder)
     ledger = Ledger(folder)
     with ledger.lock():
-        if (folder / "study.json").exists() and json.loads((folder / "study.json").read_text()).get("type") != EVALUATION:
+        if (read_json(folder / "study.json") or {"type": EVALUATION}).get("type") != EVALUATION:
             raise UserError(f"{folder}: holds the run of a study; give another --name or --out")
         runs = {name: run for name, place in asked.candidates.items() if (run := _run_of(place))}
         files = {name: _files_of(name, asked, note) for name in asked.candidates if name not in runs}
@@ -154,10 +160,9 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
 def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
     """The files of each case in each split, or in split 0 without given ones. Raises UserError with a line for each problem."""
     folder, files, problems = Path(asked.candidates[name]), defaultdict[Key, Files](list), list[str]()
-    inside = sorted(folder.iterdir()) if folder.is_dir() else ()
-    names = {case.name for case in asked.cases}  # with a pattern a folder may be that of a case
-    folders = [path for path in inside if path.is_dir() and path.name not in names]
-    folds = {int(match[1] or match[2]): path for path in folders if (match := FOLD.fullmatch(path.name))}
+    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder.is_dir() else {}
+    named = {int(match[1] or match[2]): path for name, path in inside.items() if (match := FOLD.fullmatch(name))}
+    folds = named if inside.keys().isdisjoint(case.name for case in asked.cases) else {}  # with a pattern folders may be of cases
     for fold, path in (folds or {-1: folder}).items():
         validation = path / "validation"  # where the training of nnU-Net leaves the maps of a fold
         place = validation if validation.is_dir() else path

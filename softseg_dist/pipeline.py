@@ -119,8 +119,8 @@ def run_prepared(
     study, splits = file.study, file.study.make_splits(prepared.sites, prepared.persons)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}
-    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources, child)
     cautions = inspect_store(study, prepared.store, splits)
+    preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources, child)
     for caution in cautions:
         progress.note(f"warning: {caution.detail}")
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)

@@ -174,11 +174,12 @@ def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = F
                 for name in files:
                     importlib.import_module(name)
         except Exception as error:
+            place = line_of(error) or shown[study or next(iter(files))]
             _TEXTS.known = known
             TEXT_MODULES.clear()
             TEXT_MODULES.update(made)
             _put_back(files, before)
-            raise UserError(f"{_place(error, list(shown.values()))}: {describe(error)}") from error
+            raise UserError(f"{place}: {describe(error)}") from error
         _put_back(files.keys() - made.keys(), before)  # what a notebook has imported stays what it is there
         return TEXT_MODULES.get(study)
 
@@ -243,9 +244,10 @@ def describe(error: Exception) -> str:
     return f"{place}: {message}{value}" + (f" (and {more} more)" if more else "")
 
 
-def _place(error: Exception, files: Sequence[str]) -> str:
-    """`s009_mine.py, line 3`: the last line of the study's files on the way to an error."""
+def line_of(error: Exception) -> str:
+    """`s009_mine.py, line 3`: the last line of a study file or helper on the way to an error; "" if there is none."""
+    files = {text.shown for text in _TEXTS.known.values()}
     if isinstance(error, SyntaxError) and error.filename in files:
         return f"{error.filename}, line {error.lineno or 0}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    return f"{frames[-1].filename}, line {frames[-1].lineno or 0}" if frames else files[0]
+    return f"{frames[-1].filename}, line {frames[-1].lineno or 0}" if frames else ""

@@ -166,7 +166,7 @@ def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = list(arrays)
-            stored = next((arrays[key] for key in KEYS if key in names), None)
+            stored = next((arrays[key].astype(np.float32) for key in KEYS if key in names), None)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path}, or it is cut off: {error}") from error
     if stored is None:
@@ -175,7 +175,7 @@ def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
     if stored.shape not in wanted:
         shapes = f"{dimensions(wanted[0])}, got {dimensions(stored.shape)}"
         raise UserError(f"probabilities are [classes + 1, Z, Y, X] of the image as stored, {shapes} in {path}")
-    return np.ascontiguousarray(grid.to_canonical(stored[-num_classes:].astype(np.float32).transpose(0, 3, 2, 1)))
+    return np.ascontiguousarray(grid.to_canonical(stored[-num_classes:].transpose(0, 3, 2, 1)))
 
 
 def _soft(maps: Float32, path: Path) -> Float32:

@@ -37,7 +37,7 @@ FIRST = 8  # cases that `plan` looks at: it answers soon, whatever the size of t
 DRAWS = 2  # of augmentation, per case, in which targets are compared
 CHANGED = 0.05  # relative change of a volume that is worth a line
 FEW = 3  # subjects that must have a class
-NOWHERE = "class in no case"  # the rule that refuses a run
+REFUSED = NOWHERE, NOBODY = "class in no case", "unknown rater"  # the rules that refuse a run
 ROUNDING = 1e-4  # labels of a voxel may add up to so much more than 1
 SOFT_AS = {"staple": "majority", "soft_staple": "mean"}  # soft in the same voxels, without STAPLE's cost
 SIDES = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"), ("lh", "rh"), ("LH", "RH"), ("L", "R"), ("l", "r"))
@@ -71,9 +71,12 @@ class Inspection:
         plain = {name: recipe.replace(label="soft", fusion="mean") for name, recipe in study.candidates.items()}
         pairs = combinations(plain, 2)  # those that differ in label mode and fusion alone, and had identical targets so far
         self._alike = [(one, other) for one, other in pairs if plain[one] == plain[other]]
+        self._lacking: dict[str, list[str]] = defaultdict(list)  # cases without the rater whom a fusion names
 
     def look(self, sample: Sample) -> None:
         """Take down what the cautions need of a prepared case. Raises UserError if a transform does not fit its images."""
+        for fusion in {recipe.fusion for recipe in self.recipes.values() if not _has_rater(sample, recipe.fusion)}:
+            self._lacking[fusion].append(sample.name)
         fusions = {SOFT_AS.get(recipe.fusion, recipe.fusion) for recipe in self.recipes.values() if recipe.label == "soft"}
         soft = {fusion: _soft_share(_target(sample, "soft", fusion)) for fusion in sorted(fusions) if _has_rater(sample, fusion)}
         image = hashlib.blake2b(np.ascontiguousarray(sample.image[len(sample.image) // 2]).data).hexdigest()
@@ -88,8 +91,8 @@ class Inspection:
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
         of_cases = self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()
-        found = chain(*of_cases, self._own_masks(), () if splits is None else self._classes(splits))
-        return [Problem("", "error" if rule == NOWHERE else "warning", rule, text) for rule, text in found]
+        found = chain(self._raters(), *of_cases, self._own_masks(), () if splits is None else self._classes(splits))
+        return [Problem("", "error" if rule in REFUSED else "warning", rule, text) for rule, text in found]
 
     def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
         """Whether two candidates make the same targets of a case: of all items before augmentation, of the fullest one after it."""
@@ -102,6 +105,12 @@ class Inspection:
             seen = product((None, item), range(DRAWS))
             same[key] = all(torch.equal(_trained(sample, one, *each), _trained(sample, other, *each)) for each in seen)
         return same[key]
+
+    def _raters(self) -> Cautions:
+        for fusion, cases in sorted(self._lacking.items()):
+            users = listed([name for name, recipe in self.recipes.items() if recipe.fusion == fusion])
+            remedy = "name a rater of every case, or leave these cases out."
+            yield NOBODY, f'fusion="{fusion}" ({users}) names no rater of {count(len(cases), "case")} ({listed(cases)}): {remedy}'
 
     def _targets(self) -> Cautions:
         if self._alike and any(prepared for facts in self._facts for _, prepared in facts.volumes_mm3):

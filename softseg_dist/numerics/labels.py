@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -113,7 +113,6 @@ def _log_odds(columns: Tensor, prior: Tensor, sensitivity: Tensor, specificity: 
 
 
 LabelMode = Literal["soft", "hard", "nearest", "hard_each"]
-LABEL_MODES: tuple[LabelMode, ...] = get_args(LabelMode)
 STAPLE_FUSIONS = ("staple", "soft_staple")  # their target of an item depends on all items of its case
 FUSIONS = ("mean", "majority", "intersection", "union", *STAPLE_FUSIONS, "random_rater")  # and "rater:<name>"
 

@@ -33,10 +33,9 @@ from softseg_dist.frozen import Frozen
 class Loss(Frozen, ABC):
     """A number to minimise. A subclass implements `per_sample`, and the loss is its mean; plain torch, no `.item()`.
 
-    A loss whose sums run over all samples of a batch, such as `BatchDice`, also gives `averaged`, `num_averaged` and
-    `of_averages`: then its value is the same for any number of workers.
-    Every `per_sample` and `averaged`, those of a subclass too, raises UserError if the shapes of prediction and target
-    differ: broadcasting would hide the mistake.
+    A loss whose sums run over all samples of a batch, such as `BatchDice`, also gives `averaged`, `num_averaged` and `of_averages`:
+    then its value is the same for any number of workers. Every `per_sample` and `averaged`, those of a subclass too, raises
+    UserError if the shapes of prediction and target differ: broadcasting would hide the mistake.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

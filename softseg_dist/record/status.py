@@ -157,11 +157,11 @@ def _candidate(
     name: str, results: list[Json], splits: int, raced_out: bool = False, final: bool = False, over: bool = False
 ) -> CandidateStatus:
     """`final`: one failed fit ends the candidate. `over`: no fit of it is left to run."""
-    scores = [result["score"] for result in results if result["candidate"] == name]
-    known = [score for score in scores if score is not None]
-    mean, failed = sum(known) / len(known) if known else None, len(scores) - len(known)
-    left = 0 if raced_out or over or (final and failed) else splits - len(scores)
-    return CandidateStatus(name, len(known), failed, splits, mean, left, raced_out)
+    mine = [result for result in results if result["candidate"] == name]
+    known = [result["score"] for result in mine if result["score"] is not None]  # an evaluation has none on validation
+    mean, failed = sum(known) / len(known) if known else None, sum(result["state"] != "finished" for result in mine)
+    left = 0 if raced_out or over or (final and failed) else splits - len(mine)
+    return CandidateStatus(name, len(mine) - failed, failed, splits, mean, left, raced_out)
 
 
 def _running(place: Place, files: Mapping[str, float], ended: set[str], study: Json, readers: Executor) -> tuple[ActiveFit, ...]:

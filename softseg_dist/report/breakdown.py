@@ -8,15 +8,15 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pandas as pd
 
+from softseg_dist.judging.rows import NOT_RATERS
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import Row
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.paired_tests import estimated, paired_test, primary_test
+from softseg_dist.report.paired_tests import paired_test, primary_test
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 
 RULE = ("grid", "fixed")  # the threshold that each fit chose on validation; 0.5 where there was none
-NO_RATER = ("mean", "truth", "raters")  # references that are not one of the raters
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,15 @@ def by_site(scores: ScoreTables, site_of: Mapping[str, str], one: str, other: st
     for site in sorted(set(sites.tolist())):
         here = sites == site
         scored, means = ~np.isnan(scores.of(one)[here]), (mean_of(scores.of(one)[here]), mean_of(scores.of(other)[here]))
-        difference = estimated(scores.difference(one, other)[here])
+        of_site = replace(scores, subjects=tuple(subject for subject, known in zip(scores.subjects, here, strict=True) if known))
+        difference = primary_test(of_site, scores.difference(one, other)[here])
         found.append(Site(site, int(scored.any(axis=1).sum()), int(scored.sum()), *means, difference))
     return tuple(found)
 
 
 def raters_of(test: pd.DataFrame, fits: Sequence[FitResult], candidates: Sequence[str]) -> Raters | None:
     """None unless cases were measured against two raters or more."""
-    names = tuple(sorted(str(r) for r in test["reference"].unique() if r not in NO_RATER))
+    names = tuple(sorted(str(r) for r in test["reference"].unique() if r not in (*NOT_RATERS, "raters")))
     if len(names) < 2:
         return None
     dice = {rater: tables_of(rows_at_rule(test, fits, "dice", RULE, reference=rater), test) for rater in names}

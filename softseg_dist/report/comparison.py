@@ -1,9 +1,8 @@
 """Compare two runs, A and B, or two candidates of one run: what they have in common, which fields differ, by how much scores do.
 
-Scores are paired by subject and split only where that is legitimate: a subject is the same person if both data sets have the
-same source, a split is the same if the same people train, validate and test in it. Without common splits, means per subject are
-paired; without common subjects nothing is, and nothing is tested. All differences are B minus A. No sentence claims more than its
-test.
+Scores are paired by subject and split only where that is legitimate: a subject is the same person if both data sets have the same
+source, a split is the same if the same people train, validate and test in it. Without common splits, means per subject are paired;
+without common subjects nothing is, and nothing is tested. All differences are B minus A. No sentence claims more than its test.
 """
 
 from __future__ import annotations
@@ -96,17 +95,13 @@ class Party:
 
 @dataclass(frozen=True)
 class Side:
-    """One candidate in its own run: mean over all its scores, with the 95 % interval of the crossed model.
+    """One candidate in its own run: the mean over all its scores.
 
     Of `values` (case, class, split) `undefined` are NaN and left out.
     """
 
     candidate: str
     mean: float
-    low: float
-    high: float
-    num_subjects: int
-    num_splits: int
     undefined: int
     values: int
 
@@ -169,9 +164,7 @@ class _Scored:
         return pd.DataFrame(self.scores.of(name), list(self.scores.subjects), list(self.scores.splits))
 
     def side(self, name: str) -> Side:
-        whole = estimated(self.scores.of(name))
-        counts = self.undefined.get(name, (0, 0))
-        return Side(name, mean_of(self.scores.of(name)), whole.low, whole.high, whole.num_subjects, whole.num_splits, *counts)
+        return Side(name, mean_of(self.scores.of(name)), *self.undefined.get(name, (0, 0)))
 
 
 Both = tuple[_Scored, _Scored]
@@ -443,7 +436,7 @@ def _tests(comparison: RunComparison) -> Iterator[str]:
 
 def _selection(comparison: RunComparison) -> Iterator[str]:
     if any(c.winners for c in comparison.contrasts):
-        chosen = "Each winner was chosen on validation subjects, who are tested in other splits"
+        chosen = "Each winner was chosen by scores of its own run, often of subjects who are tested"
         yield f"{chosen}: the difference of the winners describes, it does not confirm."
     if comparison.other_trials:
         trials = count(len(comparison.other_trials), "candidate")

@@ -15,7 +15,7 @@ import pandas as pd
 from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
 from softseg_dist.report.tables import Summary, plain
-from softseg_dist.words import interval, number, p_value
+from softseg_dist.words import count, interval, number, p_value
 
 ESCAPED = str.maketrans(
     {character: f"\\{character}" for character in "_%&#${}"}
@@ -76,7 +76,8 @@ def _flat(row: Any) -> dict[str, Any]:
 
 def latex(summary: Summary) -> str:
     """Ranking and, if there is anything to compare, tests: two LaTeX tables with captions that say n."""
-    n = f"n = {summary.num_tested} tested subjects, {len(summary.splits)} splits; unit of analysis: a subject in a split"
+    n = f"n = {count(summary.num_tested, 'tested subject')}, {count(len(summary.splits), 'split')}; unit: a subject in a split"
+    primary = "t-test over subjects" if summary.of_models else "crossed random-effects test"
     title = summary.objective_title
     cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in summary.used_rules]
     ranking = _tabular(
@@ -92,17 +93,17 @@ def latex(summary: Summary) -> str:
             ]
             for s in summary.ranking
         ],
-        f"Candidates, ranked by {title} on {summary.chosen_on}. On test: mean, 95 % interval of the crossed random-effects model, "
-        f"sd of the means of the splits, and Dice at three thresholds. {n}.",
+        f"Candidates, ranked by {title} on {summary.chosen_on}. On test: mean, 95 % interval of the {primary}, "
+        f"sd of the means of the splits, and Dice of masks cut as the column says. {n}.",
         "ranking",
     )
     if not summary.comparisons:
         return ranking
     tests = _tabular(
-        ["candidate", "difference", "95 % interval", "p", "p, Holm", "p, Wilcoxon", "n pairs"],
+        ["candidate", "difference", "95 % interval", "p", "p, Holm", "n pairs"],
         [_tested(comparison) for comparison in summary.comparisons],
-        f"Paired differences to {summary.reference} in {title}: crossed random-effects test (primary), Holm's correction over "
-        f"{len(summary.comparisons)} comparisons, and Wilcoxon signed-rank over splits, which is not corrected. {n}.",
+        f"Paired differences to {summary.reference} in {title}: {primary}, Holm's correction over "
+        f"{count(len(summary.comparisons), 'comparison')}. {n}.",
         "tests",
     )
     return f"{ranking}\n{tests}"
@@ -110,7 +111,7 @@ def latex(summary: Summary) -> str:
 
 def _tested(c: Comparison) -> list[str]:
     size = number(c.crossed.mean, signed=True), interval(c.crossed.low, c.crossed.high, signed=True)
-    return [c.candidate, *size, *map(p_value, (c.crossed.p, c.p_holm, c.wilcoxon.p)), str(c.crossed.num_pairs)]
+    return [c.candidate, *size, *map(p_value, (c.crossed.p, c.p_holm)), str(c.crossed.num_pairs)]
 
 
 def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:

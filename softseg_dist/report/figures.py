@@ -42,6 +42,7 @@ STYLE: Any = {  # the stubs of matplotlib spell every key as a literal
     "grid.color": GRID,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # names and titles are the user's
     "svg.hashsalt": "softseg",  # the same numbers give the same file
 }
 LOOK = {"better": (BETTER, "o", BETTER), "worse": (WORSE, "s", WORSE), "not shown": (UNSHOWN, "o", "white")}
@@ -81,9 +82,9 @@ def new_figure(width: float, height: float, layout: Literal["constrained", "comp
         figure.set_layout_engine("none")
 
 
-def panels(figure: Figure, count: int, columns: int, *, sharex: bool = False) -> list[Axes]:
-    """`count` axes in rows of `columns`, which share their y axis; the rest of the last row stays empty."""
-    axes = list(figure.subplots(math.ceil(count / columns) or 1, columns, sharex=sharex, sharey=True, squeeze=False).flat)
+def panels(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """`count` axes in rows of `columns`, which share their axes; the rest of the last row stays empty."""
+    axes = list(figure.subplots(math.ceil(count / columns) or 1, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_axis_off()
     return axes[:count]
@@ -181,7 +182,7 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.Dat
         return None
     columns = min(4, len(names))
     with new_figure(2.3 * columns, 1.65 * math.ceil(len(names) / columns) + 0.3) as figure:
-        for axis, name in zip(panels(figure, len(names), columns, sharex=True), names, strict=True):
+        for axis, name in zip(panels(figure, len(names), columns), names, strict=True):
             for history in [history for (candidate, _), history in known.items() if candidate == name]:
                 validated = history.dropna(subset=[summary.objective])
                 axis.plot(validated["epoch"], validated[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
@@ -204,7 +205,7 @@ def reliability_figure(summary: Summary, names: Sequence[str]) -> Figure:
     columns = min(5, len(tables))
     height = 1.95 * math.ceil(len(tables) / columns) + 0.35
     with new_figure(1.85 * columns + 0.4, height, "compressed") as figure:
-        axes = panels(figure, len(tables), columns, sharex=True)
+        axes = panels(figure, len(tables), columns)
         for axis, table in zip(axes, tables, strict=True):
             _reliability(axis, table, QUIET if table.name == summary.reference else BETTER)
         for axis in axes[-columns:]:

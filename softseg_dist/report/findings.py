@@ -12,7 +12,7 @@ from typing import Any
 
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.statistics import ALL_EQUAL
-from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, effect_in_words
+from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, Rival, effect_in_words
 from softseg_dist.report.ranking import Standing
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import (
@@ -129,14 +129,16 @@ def interactions_answer(summary: Summary) -> str:
 
 
 def group_answer(summary: Summary) -> str:
-    """Candidates that were not shown to differ from the highest ranked; "" if no other was ranked, or none could be tested."""
+    """Candidates better on test than the highest ranked, or not shown to differ; "" if no other was ranked, or none tested."""
     if all(math.isnan(rival.crossed.p) for rival in summary.rivals):
         return ""
-    best, tied = summary.winner.name, summary.tied
-    if not tied:
-        return f"All other candidates were shown to be worse than the highest ranked, {best}."
-    share = f"{len(tied)} of {count(len(summary.rivals), 'other')}; crossed test at the 5 % level after Holm's correction"
-    return f"Not shown to differ from the highest ranked, {best}: {listed(tied)} ({share})."
+    best, others = summary.winner.name, f"{count(len(summary.rivals), 'other')}, at the 5 % level after Holm's correction"
+    better = [rival.candidate for rival in summary.rivals if _verdict(rival, summary) == "better"]
+    groups = {"Better on test than": better, "Not shown to differ from": [r.candidate for r in summary.rivals if r.tied]}
+    said = [
+        f"{how} the highest ranked, {best}: {listed(names)} ({len(names)} of {others})." for how, names in groups.items() if names
+    ]
+    return " ".join(said) or f"All other candidates were shown to be worse than the highest ranked, {best}."
 
 
 def holdout_answer(summary: Summary) -> str:
@@ -202,16 +204,13 @@ def _sample(scored: CrossedTest | Standing) -> str:
 def _without_control(summary: Summary) -> str:
     best = summary.winner
     why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
-    num_tied = sum(_verdict(c, summary) == "not shown" for c in summary.comparisons)
-    tied = f"{num_tied} of the {len(summary.comparisons)} others were not shown to differ from it"
-    rest = tied if num_tied else "all others were shown to be worse"
     return (
-        f"{why}, so candidates are only ranked: {best.name} has the best mean {summary.objective_title} "
-        f"({number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)}); {rest}."
+        f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({_metric(summary)} on test "
+        f"{number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)})."
     )
 
 
-def _verdict(comparison: Comparison | Effect, summary: Summary) -> str:
+def _verdict(comparison: Comparison | Effect | Rival, summary: Summary) -> str:
     return verdict(comparison.crossed.mean, comparison.p_holm, summary.sign)
 
 
@@ -252,14 +251,15 @@ def _completeness(summary: Summary) -> Iterator[str]:
 
 def _selection(summary: Summary) -> Iterator[str]:
     best, held = summary.winner.name, summary.holdout
-    if summary.reference != summary.control:
-        chosen = f"All are compared with the highest ranked, which was chosen {_choice(summary)}"
+    if summary.comparisons and summary.reference != summary.control:
+        chosen = f"All are compared with {summary.reference}, which was chosen {_choice(summary)}"
         yield f"{chosen}: the p-values describe, they do not confirm."
     if held is not None and held.scores and held.winner == best:
-        yield (
-            f"The mean of {best} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the held-out "
-            "subjects is not."
-        )
+        if summary.chosen_tested and len(summary.ranking) > 1:
+            yield (
+                f"The mean of {best} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the held-out "
+                "subjects is not."
+            )
         if len(held.opened) > 1:
             yield (
                 f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: a result "
@@ -269,7 +269,7 @@ def _selection(summary: Summary) -> Iterator[str]:
     if held is not None:
         why = "not opened yet" if not held.scores else f"opened for {held.winner}, which no longer ranks highest"
         yield f"{count(held.num_subjects, 'subject')} in no split: {why}."
-    if summary.winner.proposed:
+    if summary.winner.proposed and summary.chosen_tested:
         yield (
             f"{best} was found by a search on validation subjects who are test subjects of other splits: its score is optimistic "
             "by an unknown amount. Confirm it on subjects that are in no split, or in a new study that has it as a fixed candidate."
@@ -312,7 +312,7 @@ def _training(summary: Summary) -> Iterator[str]:
 def _data(summary: Summary) -> Iterator[str]:
     for warning in dict.fromkeys(warning for c in summary.comparisons for warning in c.crossed.warnings):
         yield f"{capital(warning)} ({listed([c.candidate for c in summary.comparisons if warning in c.crossed.warnings])})."
-    if 1 < summary.num_tested < 12:
+    if 1 < summary.num_tested < 12 and not summary.of_models:
         yield (
             f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
             "are imprecise: intervals are approximate."

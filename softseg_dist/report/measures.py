@@ -31,7 +31,7 @@ class ReliabilityTable:
 
     Of each bin of the prediction, from `edges` up: the number of `voxels`, their mean prediction `predicted` and mean reference
     `observed`, both NaN in an empty bin. `ece` = sum over bins of (share of voxels) |predicted - observed|; the ECE of the
-    ranking is a mean over subjects and so somewhat larger. Of `num_cases` a case counts once per split.
+    ranking is a mean over subjects and so somewhat larger. Of `num_cases` a case counts once per fit.
     """
 
     name: str
@@ -131,10 +131,10 @@ SIZES = {"lt20": "below 20 voxels", "20to100": "20 to 100 voxels", "gt100": "abo
 
 @dataclass(frozen=True)
 class LesionRate:
-    """`count` of `total` lesions, pooled over cases, classes and splits."""
+    """`count` of `total` lesions, pooled over cases, classes and splits; an evaluation has the mean of the fits of a case."""
 
-    count: int
-    total: int
+    count: float
+    total: float
     share: float
 
 
@@ -161,13 +161,13 @@ def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Lesio
     sums = {metric: rows.groupby("candidate", observed=True)["value"].sum() for metric, rows in tables.items()}
     found = {}
     for name, part in tables["lesions_true"].groupby("candidate", observed=True):
-        rates = {key: _rate(int(sums[count][name]), int(sums[total][name])) for key, (count, total) in pairs.items()}
+        rates = {key: _rate(float(sums[count][name]), float(sums[total][name])) for key, (count, total) in pairs.items()}
         false, num_cases = rates.pop("false"), len(part[["split", "repeat", "case"]].drop_duplicates())
         found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
     return found
 
 
-def _rate(count: int, total: int) -> LesionRate:
+def _rate(count: float, total: float) -> LesionRate:
     return LesionRate(count, total, count / total if total else NAN)
 
 

@@ -111,7 +111,6 @@ class Comparison:
     wilcoxon: SplitTest
     corrected: SplitTest
     bootstrap: tuple[float, float]  # the ends of its interval
-    by_split: dict[int, float]
     new_sites: TTest | None = None
 
 
@@ -126,8 +125,7 @@ def comparisons_with(
     found = []
     for name in (name for name in ranked if name != reference):
         table = scores.difference(name, reference)
-        by_split = split_means(table, scores.splits)
-        means = np.array(list(by_split.values()))
+        means = np.array(list(split_means(table, scores.splits).values()))
         found.append(
             Comparison(
                 candidate=name,
@@ -137,7 +135,6 @@ def comparisons_with(
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
                 bootstrap=paired_bootstrap(table, seed_of("bootstrap", study["name"], study.get("seed", 0))),
-                by_split=by_split,
                 new_sites=new_sites_test(table, scores.subjects, site_of),
             )
         )

@@ -40,8 +40,7 @@ class Overlay:
     """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective for the winner.
 
     `image`, `truth` and, by candidate, `predictions` are [X Y] in canonical order (x to the right, y up); truth and predictions in
-    [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm` is the size of a
-    pixel along X and Y.
+    [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm`: the size of a pixel along X and Y.
     """
 
     case: str

@@ -133,12 +133,12 @@ def load_run(folder: Path) -> RunData:
 
     Raises UserError if it is not a run folder, if a file in it cannot be read, or if no fit has finished yet.
     """
-    study, splits = _json(folder / "study.json"), _json(folder / "splits.json")
+    study, splits = read_json(folder / "study.json"), read_json(folder / "splits.json")
     if not isinstance(study, dict) or not isinstance(splits, list):
         raise UserError(f"{folder}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
     if study.get("nested"):
         raise UserError(f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one")
-    records = {path.parent.name: _json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
+    records = {path.parent.name: read_json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
     tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
     paths = (path for path in sorted(folder.glob("fits/*/*.json")) if is_fit_name(path.stem))
     ended = tuple(fit for path in paths if (fit := _record(FitResult, path, "a fit", RERUN)))
@@ -153,7 +153,7 @@ def load_run(folder: Path) -> RunData:
         folder=folder,
         study=study,
         splits=tuple(Split.model_validate(split) for split in splits),
-        run=_json(folder / "run.json") or {},
+        run=read_json(folder / "run.json") or {},
         candidates=_candidates(folder, study, {n: r for n, r in records.items() if n not in tuning}, fits),
         fits=fits,
         results=results,
@@ -172,13 +172,14 @@ def load_run(folder: Path) -> RunData:
 
 def load_outer(folder: Path) -> OuterData | None:
     """What a nested study has collected in its folder so far; None if there is nothing. Raises UserError on a torn file."""
-    record, results = _json(folder / "outer.json"), _table(folder / "outer.parquet")
+    record, results = read_json(folder / "outer.json"), _table(folder / "outer.parquet")
     if record is None or results is None:
         return None
-    return OuterData(_json(folder / "study.json")["question"], record, results)
+    return OuterData(read_json(folder / "study.json")["question"], record, results)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; None if there is no file. Raises UserError if it is torn."""
     if not path.exists():
         return None
     try:
@@ -261,7 +262,7 @@ RECORDED = {  # fields of run.json
     "store_digest": "digest of the prepared numbers",
     "started": "last started (UTC)",
 }
-SAID = ("predictions", "data", "preprocess", "splits", "objective", "search")  # fields of study.json
+SAID = ("predictions", "data", "preprocess", "splits", "repeats", "objective", "search")  # fields of study.json
 
 
 def origin_of(run: RunData) -> list[tuple[str, str]]:

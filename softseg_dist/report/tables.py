@@ -1,8 +1,7 @@
 """All numbers of a report, as one frozen Summary: ranking, tests, effects, measures, the search, held-out subjects, fits.
 
-The page prints this object and `softseg report --json` dumps it, so both say the same. Tests are on the objective, as
-measured on test, ranks on the objective, as measured on validation; the unit of analysis is a subject in a split (see
-`report.scores`).
+The page prints this object and `softseg report --json` dumps it, so both say the same. Tests are on the objective, as measured on
+test, ranks on the objective, as measured on validation; the unit of analysis is a subject in a split (see `report.scores`).
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ from softseg_dist.report.scores import RULES, dice_curves, soft_rows, soft_score
 class Summary:
     """Everything that a report says in numbers.
 
-    `reference` is the candidate that all others are compared with: the control, or the highest ranked if the study
-    has none (or its control no score). `chosen_on` is the subset whose scores rank candidates: validation, or test where one of
-    them lacks scores on validation; `chosen_tested` of its subjects are tested in some split. `num_tested` subjects, of
-    `num_subjects`, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others, `rules` each
-    candidate's thresholds from validation with 0.5. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of
-    subjects, `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without splits (see
-    `ScoreTables`).
+    `reference` is the candidate that all others are compared with: the control; if the study has none, or it no score, the best of
+    those with most scores. `chosen_on` is the subset whose scores rank candidates: validation, or test where one of them lacks
+    scores on validation; `chosen_tested` of its subjects are tested in some split. `num_tested` subjects, of `num_subjects` in
+    splits, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others, `rules` each
+    candidate's thresholds from validation with 0.5. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers
+    of subjects, `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without
+    splits (see `ScoreTables`).
     """
 
     name: str
@@ -101,11 +100,6 @@ class Summary:
     def winner(self) -> Standing:
         """The highest ranked candidate: the best on validation (see `chosen_on`). What is tested chooses nothing."""
         return self.ranking[0]
-
-    @property
-    def tied(self) -> tuple[str, ...]:
-        """Candidates that were not shown to differ from the highest ranked."""
-        return tuple(rival.candidate for rival in self.rivals if rival.tied)
 
     @property
     def trained(self) -> bool:

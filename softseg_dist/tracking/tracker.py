@@ -393,7 +393,9 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         uri = tracking_uri or recorded.get("tracking_uri") or default_uri(copy.folder)
         if problem := Connection(lambda: connect(uri, copy.folder, status.study)).reach():
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
-        tracker = Tracker(uri, copy.folder, _study(copy))  # its thread sends first what waits
+        fields = json.loads((copy.folder / "study.json").read_bytes())  # its classes stay JSON: to make them would run its code
+        study = Study.model_construct(**{name: value for name, value in fields.items() if name not in ("type", "code")})
+        tracker = Tracker(uri, copy.folder, study)  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
         results, fits = list(ledger.results().values()), copy.folder / "fits"
         tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key))
@@ -404,9 +406,3 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         waiting = len(Spool(copy.folder / SPOOL).read())
         copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
     return Synced(uri, tracker.num_late, waiting, notes)
-
-
-def _study(copy: WorkingCopy) -> Study:
-    """The recorded study. Its classes stay JSON: to make them would run the study's code."""
-    recorded = json.loads((copy.folder / "study.json").read_bytes())
-    return Study.model_construct(**{name: value for name, value in recorded.items() if name not in ("type", "code")})

@@ -33,7 +33,7 @@ from softseg_dist.numerics.networks import Network
 from softseg_dist.numerics.sampling import Uncertainty
 from softseg_dist.sources import Sources
 from softseg_dist.study import Recipe
-from softseg_dist.study_file import load_sources
+from softseg_dist.study_file import line_of, load_sources
 from softseg_dist.training.batches import Batches, cases_of
 from softseg_dist.training.inference import sample_maps
 from softseg_dist.training.model import Model
@@ -140,8 +140,9 @@ def check_recipes(
     `on_candidate` gets the name of each before it is tried. Raises UserError that names the candidate and the cause if a recipe
     lacks raters or cannot be trained, or a method cannot be used with its network or on these images.
     """
-    for name, recipe in recipes.items():
-        _check_raters(name, recipe.fusion, store)
+    if all(len(case.rater_names) == 1 for case in store.cases):
+        for name, recipe in recipes.items():
+            check_one_rater(name, recipe.fusion)
     trial = _Trial(store, split)
     for name, recipe in recipes.items():
         on_candidate(name)
@@ -175,21 +176,8 @@ def _as_user_error(candidate: str, what: str = "") -> Iterator[None]:
         elif isinstance(error, MemoryError) or any(words in cause for words in OUT_OF_MEMORY):
             text = f": memory ran out ({cause:.200}): free some, or use a smaller crop, patch or network"
         else:
-            text = f"{what}: {cause:.400}"
+            text = f"{what}: {cause:.400}" + (f" ({place})" if (place := line_of(error)) else "")
         raise UserError(f"candidate {candidate}{text}") from error
-
-
-def _check_raters(name: str, fusion: str, store: Store) -> None:
-    """A rater that `fusion` names must be in every case; a fusion of several raters needs several in at least one case."""
-    if all(len(case.rater_names) == 1 for case in store.cases):
-        check_one_rater(name, fusion)
-    kind, _, rater = fusion.partition(":")
-    for case in store.cases:
-        if kind == "rater" and rater not in case.rater_names:
-            raise UserError(
-                f"candidate {name}: fusion {fusion!r} needs this rater in every case, but {case.name} has "
-                f"{', '.join(case.rater_names)}; choose another fusion or leave the case out"
-            )
 
 
 class _Trial:
@@ -261,9 +249,8 @@ def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: T
     moved = model.logits(image) - logits
     if moved.any() and not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * (1 + logits.abs().max().item())):
         raise ValueError(
-            "last_bias of the network returns a bias that is not added last to its logits: remove an activation at the end of the "
-            "network, as the recipe's activation follows; if another layer comes last, override last_bias in its class to return "
-            "the bias of that one, or None"
+            "last_bias of the network is not added last to its logits: remove an activation at its end, as the recipe's activation "
+            "follows; if another layer comes last, override last_bias in its class to return the bias of that one, or None"
         )
 
 
@@ -299,4 +286,20 @@ def _loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     if total.shape != ():
         raise ValueError(f"of_averages of {loss} must return a scalar for one batch, got {tuple(total.shape)}")
     _check_finite(total, f"{loss}")
+    _check_sense(loss, prediction.detach(), target)
     return total
+
+
+def _check_sense(loss: Loss, prediction: Tensor, target: Tensor) -> None:
+    """Raises ValueError unless the loss is a function of each sample that leads from the opposite of a label to the label."""
+    of_two, label = loss.averaged(prediction, target), torch.zeros_like(target)
+    if not torch.allclose(loss.averaged(prediction[:1], target[:1]), of_two[:1], rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{loss} of a sample must follow from that sample alone: no random numbers, no mean over the first axis")
+    _check_finite(loss.averaged(label, label), f"{loss} of an empty prediction of an empty label")
+    label[..., : (target.shape[-1] + 2) // 3] = 1  # a third of the image, whatever the data are
+    near, far = label.clamp(0.01, 0.99), (1 - label).clamp(0.01, 0.99).requires_grad_()
+    from_far = loss(far, label)
+    if not loss(near, label) < from_far:
+        raise ValueError(f"{loss} must be smaller for a label y than for its opposite 1 - y: is its sign reversed?")
+    if not (from_far.requires_grad and torch.autograd.grad(from_far, far)[0].any()):
+        raise ValueError(f"{loss} has no gradient: leave out what has none, such as a threshold or detach()")

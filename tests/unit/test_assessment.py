@@ -30,6 +30,7 @@ from softseg_dist.assessment import Assessment, assess
 from softseg_dist.judging.results import write_frame
 from softseg_dist.numerics.metrics import TABLE, Map, PerClass
 from softseg_dist.record.ledger import Ledger
+from softseg_dist.report.export import latex
 from softseg_dist.report.findings import answer
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.tables import summarise
@@ -152,6 +153,9 @@ def test_one_map_per_subject_is_paired_by_subject_and_tested_over_subjects(root:
     assert comparison.crossed.df == len(SUBJECTS) - 1
     assert any("these trained models" in note for note in comparison.crossed.remarks)
     assert summary.winner.low < summary.winner.mean or summary.winner.mean == 1
+    table = latex(summary)
+    assert table.count("t-test over subjects") == 2
+    assert "crossed" not in table
 
 
 def test_maps_of_several_folds_of_one_subject_are_averaged(root: Path) -> None:
@@ -167,6 +171,33 @@ def test_maps_of_several_folds_of_one_subject_are_averaged(root: Path) -> None:
     assert np.allclose(of(both), (of(alone[0]) + of(alone[1])) / 2, rtol=1e-12)
     assert (of(alone[0]) == 1).all()
     assert (of(alone[1]) < 1).all()
+
+
+def test_lesions_that_some_of_the_fits_of_a_case_find_are_not_rounded_away(root: Path) -> None:
+    predict(root / "p" / "fold_0", same)
+    predict(root / "p" / "fold_1", lambda whole, number: whole * ((whole == 1) | (number > 0)))
+    found = summarise(judged(root, {"p": root / "p"})[0]).measures.lesions["p"].sensitivity[""]
+    assert (found.count, found.total, found.share) == (11.5, 12, 11.5 / 12)
+
+
+def test_subjects_that_a_study_holds_out_are_in_none_of_the_given_splits(root: Path) -> None:
+    study = Study(
+        name="held", question="?", data=DATA, splits=MonteCarlo(count=2), holdout=(SUBJECTS[5],), candidates={"p": Recipe()}
+    )
+    path = folds(root, [[0, 1], [2, 3]])
+    parts = [{part: [s for s in names if s != SUBJECTS[5]] for part, names in of.items()} for of in json.loads(path.read_text())]
+    path.write_text(json.dumps(parts))
+    folder = str(predict(root / "p", same))
+    asked = Assessment.of(study, {"p": folder}, root, GivenSplits(path).bound(Path()), EvaluateOptions())
+    run = load_run(assess(asked, root / "runs", print))
+    assert sorted(run.results["case"].unique()) == SUBJECTS[:4]
+
+
+def test_what_was_judged_before_a_case_had_another_person_is_judged_again(root: Path) -> None:
+    place = {"p": str(predict(root / "p", same))}
+    for data in (DATA, DATA.replace(person=r"sub-0(\d)")):
+        run = load_run(assess(Assessment.of(data, place, root, None, EvaluateOptions()), root / "runs", print))
+    assert sorted(run.results["subject"].unique()) == [str(i) for i in range(6)]
 
 
 @pytest.mark.parametrize("per_split", [False, True])
@@ -244,6 +275,7 @@ def test_with_a_pattern_the_folder_of_a_case_is_not_that_of_a_split(tmp_path: Pa
     for number in range(3):
         save(tmp_path / f"image_{number}.nii.gz", truth(number))
         save(tmp_path / "p" / f"{number:03d}" / "seg.nii.gz", truth(number) == 1)
+    save(tmp_path / "p/099/seg.nii.gz", truth(0))  # of no case: it is no split either
     asked = Assessment.of(
         Numbered(folder=str(tmp_path)), {"p": str(tmp_path / "p")}, None, None, EvaluateOptions(pattern="{case}/seg.nii.gz")
     )
@@ -337,6 +369,9 @@ def test_the_run_of_a_study_is_not_overwritten_and_names_become_folders(root: Pa
     (root / "runs/taken").mkdir(parents=True)
     (root / "runs/taken/study.json").write_text('{"type": "Study"}')
     with pytest.raises(UserError, match="holds the run of a study; give another --name"):
+        judged(root, {"p": folder}, name="taken")
+    (root / "runs/taken/study.json").write_text('{"type": "Eval')
+    with pytest.raises(UserError, match=r"study\.json: not JSON \(cut off\?\)"):
         judged(root, {"p": folder}, name="taken")
     with pytest.raises(UserError, match=r"a name becomes a folder.*got 'a/b'"):
         judged(root, {"a/b": folder})

@@ -153,6 +153,7 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
     if kind.startswith("npz"):
         path = tmp_path / "a.npz"
         arrays = {"npz key": {"map": RAMP}, "npz grid": {"softmax": np.zeros((3, *SHAPE))}}
+        arrays["npz text"] = {"softmax": np.full((3, *SHAPE), "many")}
         nan = {"softmax": np.full((3, *SHAPE[::-1]), np.nan)}
         np.savez(path, **arrays.get(kind, nan))
         if kind == "npz cut":
@@ -184,6 +185,7 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         ("npz grid", r"\[classes \+ 1, Z, Y, X\] .* 3 x 3 x 4 x 5, got 3 x 5 x 4 x 3"),
         ("npz nan", r"must lie in \[0, 1\], got nan"),
         ("npz cut", "cut off"),
+        ("npz text", "cannot read .*a.npz, or it is cut off: could not convert string to float"),
         ("npz npy", "cannot read"),
     ],
 )

@@ -170,6 +170,16 @@ def test_a_class_of_fewer_than_three_subjects_is_named() -> None:
     assert told.startswith("Class GM is labelled in 2 of 4 subjects (sub-0, sub-1)")
 
 
+def test_a_rater_who_is_named_but_did_not_draw_every_case_is_an_error() -> None:
+    one, two = np.stack([BLOCK])[:, None], np.stack([BLOCK, SOFT])[:, None]
+    of = study(candidates={"c": Recipe(fusion="rater:b"), "d": Recipe()})
+    inspection = Inspection(of)
+    for case in drawn(two, one, two):
+        inspection.look(of.preprocess.apply(case))
+    (error,) = (caution for caution in inspection.cautions(None) if caution.level == "error")
+    assert error.detail.startswith('fusion="rater:b" (c) names no rater of 1 case (sub-1): name a rater of every case')
+
+
 def test_a_class_that_nobody_has_is_an_error() -> None:
     inspection = Inspection(study())
     for case in drawn(NONE, NONE, NONE):

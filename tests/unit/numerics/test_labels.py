@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from softseg_dist import Affine, Phantom, Preprocess
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.labels import LABEL_MODES, LabelMode, check_fusion, fuse, harden, prepare_target
+from softseg_dist.numerics.labels import LabelMode, check_fusion, fuse, harden, prepare_target
 
 NAMES = ("ann", "bob", "cas")
 RATERS = torch.tensor([[[0.6, 0.2, 1.0, 0.5]], [[0.6, 0.9, 1.0, 0.4]], [[0.2, 0.1, 0.7, 0.0]]])  # [R=3 K=1 X=4]
-every_mode = pytest.mark.parametrize("mode", LABEL_MODES)
+every_mode = pytest.mark.parametrize("mode", get_args(LabelMode))
 ITEM_FUSIONS = ("mean", "majority", "intersection", "union", "random_rater", "rater:bob")
 FUSIONS = (*ITEM_FUSIONS, "staple", "soft_staple")
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
@@ -79,7 +80,7 @@ def test_target_lies_in_0_to_1(fusion: str, mode: LabelMode, num_raters: int, se
 def test_unanimous_raters_give_exactly_zero_and_one(num_raters: int) -> None:
     unanimous = random_raters(1, 1, 9).round().expand(num_raters, 1, 9)
     names = [str(i) for i in range(num_raters)]
-    for mode in LABEL_MODES:
+    for mode in get_args(LabelMode):
         assert torch.equal(prepare_target(unanimous, None, mode, "mean", names), unanimous[0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
-from softseg_dist.numerics.labels import LABEL_MODES, LabelMode
+from softseg_dist.numerics.labels import LabelMode
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.preflight import check_recipes
 
@@ -61,7 +63,7 @@ def test_shares_have_the_moments_of_a_beta_distribution(alpha: float) -> None:
     assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
 
 
-@pytest.mark.parametrize("mode", LABEL_MODES)
+@pytest.mark.parametrize("mode", get_args(LabelMode))
 def test_a_batch_is_a_mixture_of_items_each_augmented_in_its_own_spacing(store: Store, mode: LabelMode) -> None:
     mixup, members = Mixup(alpha=1), [0, 1, 2, 3, 4, 5]
     mixed = batches_of(store, Recipe(label=mode, augment=(*MOVES, mixup)))

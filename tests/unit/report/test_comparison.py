@@ -130,7 +130,7 @@ def test_winners_are_compared_and_marked(first: Path, second: Path) -> None:
     shift(second, CONTROL, 0.2, sd=0.01)
     found = compared(first, second)
     assert [(c.a.candidate, c.b.candidate) for c in found.contrasts if c.winners] == [(winner, CONTROL)]
-    assert any("chosen on validation subjects" in text for text in caveats(found))
+    assert any("chosen by scores of its own run" in text for text in caveats(found))
 
 
 def test_splits_are_paired_by_their_people_not_by_their_number(first: Path, second: Path) -> None:

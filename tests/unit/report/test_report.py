@@ -18,7 +18,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
 from softseg_dist.report.figures import MOST, data_uri, forest_figure, png, shown
-from softseg_dist.report.findings import answer, caveats, effects_answer, scores_answer, sites_answer
+from softseg_dist.report.findings import answer, caveats, effects_answer, group_answer, scores_answer, sites_answer
 from softseg_dist.report.fits import varying_fields
 from softseg_dist.report.page import summary_json
 from softseg_dist.report.paired_tests import OF_MODELS
@@ -230,6 +230,44 @@ def test_what_is_tested_chooses_nothing(tmp_path: Path):
     assert summary.winner.mean < next(s.mean for s in summary.ranking if s.name == CELLS[2])
     move(folder, "test", CELLS[2], 0.2)
     assert [s.name for s in summarise(load_run(folder)).ranking] == [s.name for s in summary.ranking]
+    share = "(1 of 2 others, at the 5 % level after Holm's correction)."
+    assert group_answer(summary) == (
+        f"Better on test than the highest ranked, {CELLS[1]}: {CELLS[2]} {share} "
+        f"Not shown to differ from the highest ranked, {CELLS[1]}: {CELLS[0]} {share}"
+    )
+
+
+def test_without_a_control_the_most_complete_is_compared_with_and_named(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:3], control=None, num_splits=6, missing=[(CELLS[2], 0)])
+    move(folder, "validation", CELLS[2], 0.2)
+    summary = summarise(load_run(folder))
+    assert summary.winner.name == CELLS[2] != summary.reference
+    assert f"{CELLS[2]} ranks highest on validation" in answer(summary)
+    assert any(text.startswith(f"All are compared with {summary.reference}, which was chosen") for text in caveats(summary))
+
+
+def test_what_users_call_things_is_shown_as_it_is(tmp_path: Path):
+    row = {"name": "dice_dml", "title": "cost $a_{$ & <x>", "meaning": "m", "higher_is_better": True}
+    folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, classes=("G_$M$ <b>", "x"), measured=("volume", "reliability"))
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"objective": {"type": "own:Cost", "row": row}}))
+    page = written_page(folder).read_text()
+    assert "G_$M$ &lt;b&gt;" in page
+    assert "<b>" not in page[page.index("Read with care") :]
+
+
+def test_the_methods_count_known_sites_and_cite_what_they_used(tmp_path: Path):
+    folder = write_run(tmp_path, candidates=CELLS[:1], control=None, num_splits=2)
+    recorded = json.loads((folder / "run.json").read_text())
+    recorded["data"] |= {"sites": {"": 20, "A": 20}, "num_subjects": 40}
+    (folder / "run.json").write_text(json.dumps(recorded))
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"repeats": 2}))
+    page = written_page(folder).read_text()
+    methods = page[page.index('<section id="methods">') :]
+    assert "of 40 subjects, " in methods
+    assert "mean over its cases, classes and repeats" in methods
+    assert "[4]" not in methods
 
 
 def test_a_run_without_scores_on_validation_is_ranked_on_test_and_says_so(tmp_path: Path):

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, MISSED, OVERCONFIDENCE, RECALIBRATED, VOLUME_BIAS
 from synthetic_run import CELLS, write_run, written_page
 
+from softseg_dist.report.breakdown import by_site
 from softseg_dist.report.measures import NAN, ReliabilityTable, recalibrated_of, reliability_of
 from softseg_dist.report.paired_tests import new_sites_test
 from softseg_dist.report.run_folder import RunData, load_run
+from softseg_dist.report.scores import ScoreTables
 from softseg_dist.report.tables import Summary, summarise
 
 CONTROL = "hard-sigmoid-dice"
@@ -224,6 +227,18 @@ def test_an_ensemble_over_splits_is_read_from_its_own_table(tmp_path: Path):
 def test_a_reliability_table_without_a_voxel_has_shares_of_zero() -> None:
     empty = ReliabilityTable("a", (0.0, 0.5), (0.0, 0.0), (NAN, NAN), (NAN, NAN), NAN, 1, 1)
     assert empty.shares == (0.0, 0.0)
+
+
+def test_sites_of_predictions_without_splits_have_the_interval_of_a_t_test() -> None:
+    subjects = tuple("abcdefgh")
+    tables = {"x": np.linspace(0.5, 0.9, 8)[:, None], "y": np.linspace(0.4, 0.7, 8)[:, None]}
+    sites = by_site(
+        ScoreTables(subjects, (0,), tables, of_models=True), dict.fromkeys(subjects, "A") | {"a": "B", "b": "B"}, "x", "y"
+    )
+    (one, other) = (site.crossed for site in sites)
+    expected = stats.ttest_1samp((tables["x"] - tables["y"])[2:, 0], 0).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
+    assert (one.num_pairs, other.num_pairs) == (6, 2)
 
 
 def test_subjects_of_an_unknown_site_are_no_site() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from inspect import isclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from softseg_dist import (
@@ -30,9 +32,10 @@ from softseg_dist import (
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.errors import UserError
+from softseg_dist.numerics import losses
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
-from softseg_dist.training.preflight import check_recipes, preflight, start_child
+from softseg_dist.training.preflight import _check_sense, check_recipes, preflight, start_child
 
 SOURCE = """
 import os, signal, sys
@@ -140,7 +143,10 @@ def in_child(prepared: tuple[Store, Split], *recipes: Recipe) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("raises", r"candidate c1 cannot be trained on images of size \(16, 16\): ArithmeticError: the layers do not add"),
+        (
+            "raises",
+            r"c1 cannot be trained on images of size .*: ArithmeticError: the layers do not add up \(s000_networks.py, line \d\d\)",
+        ),
         ("aborts", r"candidate c1: the process that tried .* crashed \(SIGABRT\), .* last output: .*dnnl::error"),
         ("is killed", r"candidate c1: .* was killed \(SIGKILL\), probably because memory ran out"),
         ("exits", r"candidate c1: .* ended with exit code 3"),
@@ -219,7 +225,7 @@ def test_a_network_whose_training_goes_wrong_is_refused(prepared: tuple[Store, S
 
 def test_a_last_bias_that_does_not_move_the_logits_is_refused(prepared: tuple[Store, Split]) -> None:
     network = load_sources(SOURCES).RegisteredBackwards()
-    assert "last_bias of the network returns a bias that is not added last" in refused(prepared, Recipe(network=network))
+    assert "last_bias of the network is not added last to its logits" in refused(prepared, Recipe(network=network))
 
 
 CACHE: dict[tuple[int, int, int], nn.Module] = {}
@@ -319,7 +325,25 @@ class Rooted(Loss):
     """A finite loss without a finite gradient: the slope of a root is infinite at 0."""
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - prediction.detach()).square().sqrt().flatten(1).mean(1)
+        root = (prediction - prediction.detach()).square().sqrt()
+        return ((prediction - target).square() + root).flatten(1).mean(1)
+
+
+class Senseless(Loss):
+    """A squared error with a mistake that no shape shows."""
+
+    kind: str
+
+    def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
+        error = (prediction - target).square().flatten(1).mean(1)
+        return {
+            "reversed": -error,
+            "random": error + torch.rand(()),
+            "of the batch": error + error.mean(),
+            "undefined": error + target.flatten(1).sum(1) / target.flatten(1).sum(1),
+            "detached": error.detach(),
+            "rounded": ((prediction > 0.5) != (target > 0.5)).float().flatten(1).mean(1) + 0 * error,
+        }[self.kind]
 
 
 @pytest.mark.parametrize(
@@ -332,6 +356,15 @@ class Rooted(Loss):
 )
 def test_a_prediction_that_is_none_is_refused(prepared: tuple[Store, Split], activation: Activation, cause: str) -> None:
     assert cause in refused(prepared, OURS.replace(activation=activation))
+
+
+@pytest.mark.parametrize(
+    "loss", [loss for loss in vars(losses).values() if isclass(loss) and issubclass(loss, Loss)], ids=lambda c: c.__name__
+)
+def test_every_loss_of_the_package_makes_sense(loss: type[Loss]) -> None:
+    if loss not in (Loss, Sum):
+        for target in (torch.zeros(2, 2, 9, 9), torch.rand(2, 2, 9, 9).round(), torch.rand(2, 2, 9, 9)):
+            _check_sense(loss(), torch.rand(2, 2, 9, 9), target)
 
 
 @pytest.mark.parametrize("loss", [BatchDice(), Sum(terms=(BatchDice(), BatchDice(smooth=0)), weights=(1, 1))], ids=str)
@@ -347,6 +380,12 @@ def test_a_loss_of_the_whole_batch_can_be_trained(prepared: tuple[Store, Split],
         (Unaveraged(), "of_averages of Unaveraged() must return a scalar for one batch, got (1,)"),
         (Infinite(), "Infinite() is not finite"),
         (Rooted(), "the gradient of Rooted() behind Sigmoid() is not finite"),
+        (Senseless(kind="reversed"), "must be smaller for a label y than for its opposite 1 - y: is its sign reversed?"),
+        (Senseless(kind="random"), "must follow from that sample alone: no random numbers"),
+        (Senseless(kind="of the batch"), "of a sample must follow from that sample alone"),
+        (Senseless(kind="undefined"), "of an empty prediction of an empty label is not finite"),
+        (Senseless(kind="detached"), "has no gradient: leave out what has none, such as a threshold or detach()"),
+        (Senseless(kind="rounded"), "has no gradient"),
     ],
     ids=str,
 )
