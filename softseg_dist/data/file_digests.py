@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from softseg_dist.data.source_files import check_regular
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed
 from softseg_dist.places import Place
@@ -63,6 +64,7 @@ def remembered_sha256(folder: Path, now_ns: Callable[[], int] = time.time_ns) ->
 
 def _read(path: Path) -> tuple[list[int] | None, str]:
     """Stamp and digest of a file; no stamp if it changed while it was read."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             before = _stamp(os.fstat(file.fileno()))

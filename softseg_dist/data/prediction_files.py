@@ -21,6 +21,7 @@ import numpy as np
 from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase, within_0_1
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.layouts import Bids
+from softseg_dist.data.source_files import check_regular
 from softseg_dist.data.volume import read_volume, stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import dimensions, listed
@@ -163,6 +164,7 @@ def _voxels(path: Path, grid: Geometry) -> Float32:
 
 def _probabilities(path: Path, grid: Geometry, num_classes: int) -> Float32:
     """The maps in an .npz of nnU-Net, which says nothing of its grid but the shape."""
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = list(arrays)

@@ -1,20 +1,16 @@
 """NIfTI files, read with suspicion: every limit is checked on the header before anything is allocated or inflated.
 
 The only module that knows nibabel. Single files only (`.nii`, `.nii.gz`; NIfTI-1 and NIfTI-2, either byte order). In
-memory, volumes are float32 in canonical axis order (RAS+, see `geometry`).
+memory, volumes are float32 in canonical axis order (RAS+, see `geometry`), and lengths are in mm, whatever the header's unit is.
 """
 
 from __future__ import annotations
 
-import gzip
 import math
 import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import Affine4, Geometry, Shape3, corners_apart_mm, spacing_of
+from softseg_dist.data.source_files import opened, pointer, read_exactly
 from softseg_dist.errors import UserError
 from softseg_dist.places import replace_file
 from softseg_dist.words import dimensions
@@ -29,11 +26,13 @@ from softseg_dist.words import dimensions
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
 DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
-CHUNK = 2**24  # bytes inflated at a time
 DATA_TYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # NIfTI codes of integers, float32 and float64
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 MAGIC = {348: b"n+1", 540: b"n+2"}
-QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+MM = {1: 1000.0, 2: 1.0, 3: 0.001}  # of the units in which a header may give lengths: metre, millimetre, micrometre; else mm
+QUATERNION_ROUNDING = 1e-5  # by how much the squares of a quaternion's numbers may exceed 1
+QUATERNION = ("quatern_b", "quatern_c", "quatern_d")
+QFORM = ("qform_code", *QUATERNION, "qoffset_x", "qoffset_y", "qoffset_z")
 PLACE = ("pixdim", *QFORM, "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units")  # header fields: where a volume lies
 
 
@@ -46,11 +45,11 @@ class Volume:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """The grid of a file; reads the header only.
+    """The grid of a file in mm; reads the header only.
 
-    Raises UserError naming the file if it is missing or no NIfTI, or if the header declares more than 3 dimensions,
-    more than `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or
-    two affines that disagree.
+    Raises UserError naming the file if it is missing, no regular file or no NIfTI, or if the header declares more than 3
+    dimensions, more than `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or
+    two affines that disagree. A qform that is no rotation does not count beside a valid sform.
     """
     return _read_header(path)[1]
 
@@ -61,10 +60,10 @@ def read_volume(path: Path) -> Volume:
     Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN or infinite.
     """
     raw, geometry = _read_header(path)
-    with _opened(path) as file:
-        _read_exactly(file, int(raw["vox_offset"]), path)
-        data = _read_exactly(file, _num_bytes(raw, geometry), path)
-        _read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
+    with opened(path) as (file, _):
+        read_exactly(file, int(raw["vox_offset"]), path)
+        data = read_exactly(file, _num_bytes(raw, geometry), path)
+        read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
     values: NDArray[Any] = np.frombuffer(data, raw.get_data_dtype()).reshape(geometry.shape, order="F")
     slope, intercept = _scaling(raw, path)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
@@ -133,7 +132,7 @@ def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geom
     """
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
     stored = np.ascontiguousarray(geometry.from_canonical(data))
-    image = _image(stored, geometry) if like is None else _image_like(stored, _raw_header(like))
+    image = _image(stored, geometry) if like is None else _image_like(stored, _raw_header(like)[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda partial: nib.save(image, partial))
@@ -143,6 +142,7 @@ def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geom
 
 def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
     image = nib.Nifti1Image(stored, geometry.affine)
+    image.header.set_xyzt_units("mm")
     image.set_sform(geometry.affine, code=1)
     image.set_qform(geometry.affine, code=1, strip_shears=True)
     if corners_apart_mm(geometry.shape, geometry.affine, image.get_qform()):
@@ -151,31 +151,32 @@ def _image(stored: NDArray[Any], geometry: Geometry) -> nib.Nifti1Image:
 
 
 def _image_like(stored: NDArray[Any], raw: nib.Nifti1Header) -> nib.Nifti1Image:
-    header = type(raw)()
+    header, placed = type(raw)(), _normalised(raw)
     for name in PLACE:
-        header[name] = raw[name]
+        header[name] = placed[name]
     header.set_data_dtype(stored.dtype)
     header.set_data_shape(stored.shape)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return kind(stored, header.get_best_affine(), header)  # with another affine, nibabel would write both forms anew
 
 
-def _raw_header(path: Path) -> nib.Nifti1Header:
-    """The header as it is stored, in its byte order; only that it is one has been checked."""
+def _raw_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
+    """The header as it is stored, in its byte order, and if the file is compressed; only that it is one has been checked."""
     if not path.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"an image must be a .nii or .nii.gz file, got {path}")
-    with _opened(path) as file:
-        block = _read_exactly(file, 540, path, at_least=348)
+    with opened(path) as (file, is_gzip):
+        block = read_exactly(file, 540, path, at_least=348)
     sizes = {int.from_bytes(block[:4], order): order for order in ("big", "little")}
     size = next((size for size in HEADERS if size in sizes), 0)
     if len(block) < size or not size or block[{348: 344, 540: 4}[size] :][:3] != MAGIC[size]:
-        raise UserError(f"{path} is not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one")
-    return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False)
+        reason = pointer(block) or "not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one"
+        raise UserError(f"{path} is {reason}")
+    return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False), is_gzip
 
 
 def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry]:
     """A header that has been checked, and its grid."""
-    raw = _raw_header(path)
+    raw, is_gzip = _raw_header(path)
     shape = _shape(raw, path)
     if (code := int(raw["datatype"])) not in DATA_TYPES:
         raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
@@ -187,7 +188,7 @@ def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry]:
     _scaling(raw, path)
     geometry = Geometry(shape, _affine(raw, shape, path))
     on_disk, needed = path.stat().st_size, int(offset) + _num_bytes(raw, geometry)
-    if on_disk * (DEFLATE_RATIO if path.name.endswith(".gz") else 1) < needed:
+    if on_disk * (DEFLATE_RATIO if is_gzip else 1) < needed:
         raise UserError(f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}")
     return raw, geometry
 
@@ -220,22 +221,43 @@ def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:
     return slope, intercept
 
 
+def _normalised(raw: nib.Nifti1Header) -> nib.Nifti1Header:
+    """A copy in which the place is said plainly: qfac 1 or -1, unused voxel sizes 1, a quaternion of length 1 at most.
+
+    As the format's reference reader takes them (nifti1_io). What is plain already keeps every bit.
+    """
+    header = raw.copy()
+    pixdim, dim = header["pixdim"], header["dim"]
+    pixdim[0] = -1 if pixdim[0] < 0 else 1
+    for axis in (1, 2, 3):
+        if (axis > dim[0] or dim[axis] == 1) and not (math.isfinite(pixdim[axis]) and pixdim[axis] > 0):
+            pixdim[axis] = 1
+    squares = math.fsum(float(header[name]) ** 2 for name in QUATERNION)
+    if abs(header.quaternion_threshold) < squares - 1 <= QUATERNION_ROUNDING:
+        for name in QUATERNION:
+            header[name] /= math.sqrt(squares)
+    return header
+
+
 def _affine(raw: nib.Nifti1Header, shape: Shape3, path: Path) -> Affine4:
-    """The sform if it has a code, else the qform, else the voxel size alone (as nibabel does); if both, they agree."""
+    """In mm: the sform if it has a code, else the qform, else the voxel size alone (as nibabel does); if both, they agree."""
+    header = _normalised(raw)
+    codes = {"sform": (int(raw["sform_code"]), header.get_sform), "qform": (int(raw["qform_code"]), header.get_qform)}
+    forms = {kind: read for kind, (code, read) in codes.items() if code > 0} or {"voxel size": header.get_base_affine}
     found: dict[str, Affine4] = {}
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # what would be warned about is refused below
+    for kind, read in forms.items():
         try:
-            if int(raw["sform_code"]) > 0:
-                found["sform"] = np.asarray(raw.get_sform(), dtype=np.float64)
-            if int(raw["qform_code"]) > 0:
-                found["qform"] = np.asarray(raw.get_qform(), dtype=np.float64)
-            if not found:
-                found["voxel size"] = np.asarray(raw.get_base_affine(), dtype=np.float64)
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")  # what would be warned about is refused below
+                affine = np.array(read(), dtype=np.float64)
+                affine[:3] *= MM.get(int(raw["xyzt_units"]) % 8, 1.0)
         except (ValueError, HeaderDataError, np.linalg.LinAlgError) as error:
-            raise UserError(f"the orientation in the header of {path} is not valid: {error}") from error
-    for kind, affine in found.items():
-        if not _is_invertible(affine):
+            if not found:
+                raise UserError(f"the orientation in the header of {path} is not valid: {error}") from error
+            continue  # the qform is no rotation: the sform beside it says where the image lies
+        if _is_invertible(affine):
+            found[kind] = affine
+        elif not found:
             raise UserError(f"the affine must be finite and invertible, got the {kind} {_rows(affine)} in {path}")
     if len(found) == 2 and (apart := corners_apart_mm(shape, found["sform"], found["qform"])):
         raise UserError(
@@ -251,31 +273,6 @@ def _is_invertible(affine: Affine4) -> bool:
         return False
     spacing = np.array(spacing_of(affine))
     return bool(spacing.min() > 1e-6 and spacing.max() < 1e6 and abs(np.linalg.det(affine[:3, :3] / spacing)) > 1e-6)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, inflated if it is compressed; errors of the block name it."""
-    try:
-        with cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb") as file:
-            yield file
-    except FileNotFoundError as error:
-        linked = "; the link leads nowhere: has the data been fetched (git annex get)?" if path.is_symlink() else ""
-        raise UserError(f"there is no file {path}{linked}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is cut off or corrupt: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | None = None) -> bytearray:
-    """`num_bytes` bytes, and not one more is inflated; fewer, but `at_least`, if the file ends there."""
-    data = bytearray()
-    while len(data) < num_bytes and (chunk := file.read(min(CHUNK, num_bytes - len(data)))):
-        data += chunk
-    if len(data) < (num_bytes if at_least is None else at_least):
-        raise UserError(f"{path} is cut off: {num_bytes} bytes were expected where {len(data)} are left")
-    return data
 
 
 def _rows(affine: Affine4) -> str:

@@ -87,5 +87,5 @@ def test_a_folder_that_cannot_be_made_only_costs_time(tmp_path: Path, source: Pa
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*none.nii"):
+    with pytest.raises(UserError, match=r"there is no file .*none.nii"):
         digest(tmp_path, tmp_path / "none.nii")

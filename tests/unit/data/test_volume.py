@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.data.volume import Volume, read_geometry, read_volume, write_volume
+from softseg_dist.data.file_digests import sha256_of
+from softseg_dist.data.volume import Volume, image_of, read_geometry, read_volume, volume_of, write_volume
 from softseg_dist.errors import UserError
 
 AFFINE = np.array([[-0.5, 0.02, 0, 10], [0.02, 0.5, 0.1, -20], [0, -0.02, 2.5, 5], [0, 0, 0, 1]])
-DIM, DATATYPE, OFFSET, SLOPE, QFORM_CODE, SROW_X = 40, 70, 108, 112, 252, 280  # byte positions in a NIfTI-1 header
+DIM, DATATYPE, PIXDIM, OFFSET, SLOPE, UNITS, QUATERNION, SROW_X = 40, 70, 76, 108, 112, 123, 256, 280  # bytes of a NIfTI-1 header
 
 
 def save(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE, kind: type = nib.Nifti1Image) -> Path:
@@ -241,6 +243,137 @@ def test_a_map_lies_where_its_image_lies_to_the_last_bit(
             assert one is None or np.array_equal(one, other)
         assert after.header.get_xyzt_units() == before.header.get_xyzt_units()
         assert np.array_equal(after.header.get_zooms(), before.header.get_zooms())
+
+
+def placed(path: Path, affine: np.ndarray, qform: int = 1, sform: int = 1, shape: tuple[int, ...] = (4, 5, 6)) -> Path:
+    """A file whose header says `affine` in the forms that have a code."""
+    image = nib.Nifti1Image(ramp(shape), affine)
+    image.set_qform(affine, code=qform)
+    image.set_sform(affine, code=sform)
+    nib.save(image, path)
+    return path
+
+
+def written_like(path: Path) -> Path:
+    """A map on the grid of `path`, of which only the place is copied."""
+    geometry, out = read_geometry(path), path.with_name("written.nii")
+    write_volume(out, np.ones(geometry.canonical_shape, np.uint8), geometry, like=path)
+    return out
+
+
+ABOUT_Z = np.array([[-1.0, 0, 0, 20], [0, -1, 0, 20], [0, 0, 2, -7], [0, 0, 0, 1]])  # a rotation by 180 degrees
+
+
+@pytest.mark.parametrize(
+    ("position", "layout", "values", "meant", "sform"),
+    [
+        (PIXDIM, "<f", (0,), (1,), 0),
+        (PIXDIM, "<f", (0,), (1,), 1),
+        (PIXDIM, "<f", (np.nan,), (1,), 1),
+        (PIXDIM, "<f", (-0.5,), (-1,), 0),
+        (QUATERNION, "<3f", (0, 0, 1.0000004), (0, 0, 1), 0),
+        (QUATERNION, "<3f", (0, 0, 1.0000004), (0, 0, 1), 1),
+        (QUATERNION, "<3f", (0, 0, 1.000004), (0, 0, 1), 0),
+    ],
+)
+def test_a_qfac_of_0_and_a_rounded_quaternion_are_read_and_written_as_what_they_mean(
+    tmp_path: Path, position: int, layout: str, values: tuple[float, ...], meant: tuple[float, ...], sform: int
+) -> None:
+    plain = patched(placed(tmp_path / "plain.nii", ABOUT_Z, sform=0), position, layout, *meant)
+    path = patched(placed(tmp_path / "a.nii", ABOUT_Z, sform=sform), position, layout, *values)
+    for each in (path, written_like(path)):
+        assert np.allclose(read_geometry(each).affine, read_geometry(plain).affine, atol=1e-6)
+    assert np.allclose(nib.load(tmp_path / "written.nii").affine, nib.load(plain).affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, np.nan, -1])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1)], ids=str)
+def test_the_voxel_size_along_an_axis_that_there_is_not_is_1(tmp_path: Path, size: float, shape: tuple[int, ...]) -> None:
+    image = nib.Nifti1Image(ramp(shape), None)
+    image.header["qform_code"] = 1
+    nib.save(image, tmp_path / "a.nii")
+    path = patched(tmp_path / "a.nii", PIXDIM + 4, "<3f", 0.5, 0.5, size)
+    assert read_geometry(path).spacing_mm == (0.5, 0.5, 1)
+    assert read_geometry(written_like(path)).spacing_mm == (0.5, 0.5, 1)
+    refused(patched(placed(tmp_path / "b.nii", np.eye(4), sform=0), PIXDIM + 12, "<f", size), "got the qform" if size != -1 else "")
+
+
+@pytest.mark.parametrize(("unit", "mm"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (11, 0.001)])
+@pytest.mark.parametrize(("qform", "sform"), [(1, 0), (0, 1), (1, 1), (0, 0)])
+def test_lengths_are_in_mm_whatever_unit_the_header_gives_them_in(
+    tmp_path: Path, unit: int, mm: float, qform: int, sform: int
+) -> None:
+    in_mm = ABOUT_Z if qform or sform else nib.Nifti1Image(ramp(), np.diag([1.0, 1, 2, 1])).header.get_base_affine()
+    affine = np.diag([1 / mm] * 3 + [1]) @ ABOUT_Z
+    path = patched(placed(tmp_path / "a.nii", affine, qform, sform), UNITS, "<B", unit)
+    geometry = read_geometry(path)
+    assert np.allclose(geometry.spacing_mm, (1, 1, 2), atol=1e-6)
+    if qform or sform:
+        assert np.allclose(geometry.affine, in_mm, atol=1e-4)
+    out = written_like(path)
+    assert np.array_equal(nib.load(out).affine, nib.load(path).affine)  # to the last bit, in the unit of the source
+    assert nib.load(out).header["xyzt_units"] == unit
+    assert read_geometry(out).difference(geometry) == ""
+    write_volume(tmp_path / "plain.nii", np.ones(geometry.canonical_shape, np.uint8), geometry)
+    assert np.allclose(nib.load(tmp_path / "plain.nii").affine, geometry.affine, atol=1e-4)
+    assert nib.load(tmp_path / "plain.nii").header.get_xyzt_units()[0] == "mm"
+
+
+def test_an_image_in_memory_has_its_lengths_in_mm_and_its_map_in_its_own_unit() -> None:
+    image = nib.Nifti1Image(ramp(), np.diag([500.0, 500, 1000, 1]))
+    image.header.set_xyzt_units("micron")
+    volume = volume_of(image)
+    assert volume.geometry.spacing_mm == (0.5, 0.5, 1)
+    made = image_of(np.ones((1, 4, 5, 6), np.float32), volume.geometry, image)
+    assert np.array_equal(made.affine, image.affine)
+    assert made.header.get_xyzt_units()[0] == "micron"
+
+
+@pytest.mark.parametrize("quaternion", [(0, 0, 1.2), (np.nan, 0, 0), (9, 9, 9)])
+def test_a_qform_that_is_no_rotation_does_not_count_beside_a_valid_sform(tmp_path: Path, quaternion: tuple[float, ...]) -> None:
+    path = patched(placed(tmp_path / "a.nii", ABOUT_Z), QUATERNION, "<3f", *quaternion)
+    for each in (path, written_like(path)):
+        assert np.array_equal(read_geometry(each).affine, ABOUT_Z)
+    refused(patched(placed(tmp_path / "b.nii", ABOUT_Z, sform=0), QUATERNION, "<3f", *quaternion))
+    refused(patched(path, SROW_X, "<4f", 0, 0, 0, 0), "got the sform")  # and no invalid sform is passed over
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_file_is_inflated_if_it_begins_as_gzip_does_whatever_its_name_says(tmp_path: Path, name: str) -> None:
+    raw = nib.Nifti1Image(ramp(), np.eye(4)).to_bytes()
+    (tmp_path / name).write_bytes(raw if name.endswith(".gz") else gzip.compress(raw))
+    assert np.array_equal(read_volume(tmp_path / name).data, ramp())
+    big = bytearray(nib.Nifti1Image(np.zeros((40, 50, 60), np.int16), np.eye(4)).to_bytes())
+    struct.pack_into("<4h", big, DIM, 3, 300, 300, 300)
+    (tmp_path / name).write_bytes(gzip.compress(big) if name.endswith(".gz") else bytes(big))
+    refused(tmp_path / name, "is cut off, or its header is wrong" if name == "a.nii" else "cut off")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("/annex/objects/MD5E-s115--0ccac146d107ecea40039e0fb1e1806c.nii.gz\n", ["pointer of git-annex", "git annex get"]),
+        (f"../../.git/annex/objects/xx/{'k' * 350}.nii.gz", ["pointer of git-annex", "git annex get"]),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n", ["pointer of Git LFS", "git lfs pull"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_pointer_is_called_what_it_is_and_what_to_do(tmp_path: Path, content: str, words: list[str], name: str) -> None:
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, *words)
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    (tmp_path / "zero.nii").symlink_to("/dev/zero")
+    (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "good.nii").symlink_to(save(tmp_path / "real.nii", ramp()))
+    for name, kind in {"pipe.nii.gz": "a pipe", "zero.nii": "a device", "folder.nii": "a folder"}.items():
+        refused(tmp_path / name, f"only regular files are read, got {kind}")
+        with pytest.raises(UserError, match=f"got {kind}"):
+            sha256_of(tmp_path / name)
+    assert np.array_equal(read_volume(tmp_path / "good.nii").data, read_volume(tmp_path / "real.nii").data)
 
 
 @given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), max_size=12), st.booleans())
