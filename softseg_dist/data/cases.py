@@ -23,7 +23,8 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
-ROUNDING = 1e-6  # values this far outside [0, 1] are clipped
+ROUNDING = 1e-6  # values this far outside [0, 1] are clipped, and labels this near to 0 or 1 are 0 or 1
+MAP_ROUNDING = 0.01  # maps of integers that were stored with a scale come back this near to them
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,12 +262,16 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
     if mask.value is not None:
-        if (fractions := int(np.count_nonzero(values != np.rint(values)))) > 0:
-            raise UserError(f"{what}: value {mask.value} needs a map of integers, got {fractions} other voxels in {mask.path}")
-        return (values == mask.value).astype(np.float32)
-    return within_0_1(
+        if (fractions := values[np.abs(values - np.rint(values)) > MAP_ROUNDING]).size > 0:
+            got = f"got {fractions.size} other voxels, such as {fractions[0]:g}"
+            raise UserError(f"{what}: value {mask.value} needs a map of integers, {got} in {mask.path}")
+        return (np.rint(values) == mask.value).astype(np.float32)
+    labels = within_0_1(
         values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
     )
+    labels[labels < ROUNDING] = 0  # what a scale in the header makes of 0 is no label
+    labels[labels > 1 - ROUNDING] = 1
+    return labels
 
 
 def within_0_1(values: Float32, what: str, place: str) -> Float32:

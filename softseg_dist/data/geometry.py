@@ -88,10 +88,10 @@ class Geometry:
         return volume[..., x, y, z]
 
     def difference(self, other: Geometry) -> str:
-        """How the two grids differ, in words, or "" if they are the same within `SAME_GRID_TOLERANCE`."""
-        if self.shape != other.shape:
-            return f"shape {dimensions(other.shape)} against {dimensions(self.shape)}"
-        if apart := corners_apart_mm(self.shape, self.affine, other.affine):
+        """How the two grids differ in canonical order, in words, or "" if they are the same within `SAME_GRID_TOLERANCE`."""
+        if self.canonical_shape != other.canonical_shape:
+            return f"shape {dimensions(other.canonical_shape)} against {dimensions(self.canonical_shape)}"
+        if apart := corners_apart_mm(self.canonical_shape, self.canonical_affine, other.canonical_affine):
             return f"affines put one corner {apart:.3g} mm apart (voxel {dimensions(self.spacing_mm)} mm)"
         return ""
 

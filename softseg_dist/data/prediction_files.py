@@ -156,8 +156,7 @@ def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) 
 
 def _voxels(path: Path, grid: Geometry) -> Float32:
     volume = read_volume(path)
-    image, found = (Geometry(of.canonical_shape, of.canonical_affine) for of in (grid, volume.geometry))
-    if difference := image.difference(found):
+    if difference := grid.difference(volume.geometry):
         raise UserError(f"a prediction lies on the grid of its image: {difference} in {path}; resample it to the image first")
     return volume.data
 

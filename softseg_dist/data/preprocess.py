@@ -23,6 +23,7 @@ from softseg_dist.frozen import Frozen
 
 Voxel = TypeVar("Voxel", bound=np.generic)
 
+FLAT = 1e-6  # an image whose values differ by no more than this part of the largest one has no spread but rounding
 PERCENTILES = (0.5, 99.5)  # "percentile" maps these to 0 and 1
 
 
@@ -215,13 +216,17 @@ class Preprocess(Frozen):
     def _normalized(self, channel: Float32, where: str) -> Float32:
         if self.normalize == "none":
             return channel
+        first, last = float(channel.min()), float(channel.max())
+        if last - first <= FLAT * max(abs(first), abs(last)):
+            raise UserError(f"{where}: the image is constant ({first:g}) within the crop, so it cannot be normalised")
         if self.normalize == "zscore":
             low, scale = float(channel.mean(dtype=np.float64)), float(channel.std(dtype=np.float64))
         else:
             low, high = (float(value) for value in np.percentile(channel, PERCENTILES))
             scale = high - low
         if scale <= 0:
-            raise UserError(f"{where}: the image is constant ({low:g}) within the crop, so it cannot be normalised")
+            most = f"at least 99 % of the voxels within the crop are {low:g}"
+            raise UserError(f'{where}: {most}, so that percentiles cannot normalise it; use normalize="zscore" or a smaller crop')
         scaled: Float32 = channel - np.float32(low)
         scaled /= np.float32(scale)
         return scaled.clip(0, 1, out=scaled) if self.normalize == "percentile" else scaled

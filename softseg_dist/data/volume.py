@@ -24,6 +24,7 @@ from softseg_dist.places import replace_file
 from softseg_dist.words import dimensions
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
+MAX_VALUE = 1e30  # no scanner measures it: -3.4e38, the lowest float32, marks what was not measured
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
 DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
 DATA_TYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # NIfTI codes of integers, float32 and float64
@@ -57,7 +58,8 @@ def read_geometry(path: Path) -> Geometry:
 def read_volume(path: Path) -> Volume:
     """The voxels of a file.
 
-    Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN or infinite.
+    Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN, infinite or beyond
+    `MAX_VALUE`.
     """
     raw, geometry = _read_header(path)
     with opened(path) as (file, _):
@@ -78,8 +80,14 @@ def _finite(values: NDArray[Any], geometry: Geometry, name: object) -> Volume:
     """Canonical `values` as a volume; in float32 an overflow is infinite, which is refused."""
     with np.errstate(over="ignore", invalid="ignore"):
         data = np.array(values, dtype=np.float32, order="C")
-    if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
-        raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {name}")
+    low, high = float(data.min()), float(data.max())
+    if not (low >= -MAX_VALUE and high <= MAX_VALUE):  # also if one is NaN
+        if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
+            raise UserError(f"voxels must be finite numbers, got {bad} NaN or infinite of {data.size} in {name}")
+        mark = low if low < -MAX_VALUE else high
+        got = f"got {mark:g} in {np.count_nonzero(data == mark)} of {data.size} voxels of {name}"
+        why = "a mark of what was not measured? give such voxels the value of air"
+        raise UserError(f"voxels must lie within {MAX_VALUE:g} of 0, {got}: {why}")
     return Volume(data, geometry)
 
 

@@ -205,8 +205,21 @@ def test_a_crop_that_is_centred_on_a_mask_needs_one_per_image(tmp_path: Path) ->
     assert "centred on the mask 'seg-manual'" in message
     assert "--center-mask FILE once per image" in message
     assert "got 1 for 2 images" in refused(model, [[one], [two]], out, center_masks=[mask])
-    other = scan(tmp_path / "other.nii.gz", "LPI")
+    other = write(tmp_path / "other.nii.gz", np.ones(SHAPE, dtype=np.uint8), OBLIQUE + np.eye(4)[:, [3, 3, 3, 0]])
     assert "is on another grid" in refused(model, [[one]], out, center_masks=[other])
+
+
+def test_the_mask_that_centres_a_crop_may_be_stored_in_another_axis_order(tmp_path: Path) -> None:
+    model, mask = random_model(tmp_path / "model", CENTERED), np.zeros(SHAPE, dtype=np.uint8)
+    mask[9:11, 3:5] = 1
+    stored = nib.Nifti1Image(mask, OBLIQUE)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(OBLIQUE), nib.orientations.axcodes2ornt("PIR"))
+    turned = stored.as_reoriented(turn)
+    masks = [write(tmp_path / "RAS.nii", mask), write(tmp_path / "PIR.nii", np.asarray(turned.dataobj), turned.affine)]
+    image = scan(tmp_path / "a.nii.gz")
+    one, other = (predicted(model, [image], tmp_path / each.stem, center_masks=[each])[0] for each in masks)
+    assert one.maps["GM"] != other.maps["GM"]
+    assert np.array_equal(read(one.maps["GM"]), read(other.maps["GM"]))
 
 
 def test_a_map_is_never_written_over_an_input(tmp_path: Path) -> None:

@@ -128,7 +128,59 @@ def test_values_of_an_integer_map_become_classes(tmp_path: Path) -> None:
     raters = data.cases(tmp_path)[0].load().raters
     assert [int(label.sum()) for label in raters[0]] == [0, int(MASK.sum()), 0]
     put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", MASK * np.float32(0.5))
-    with pytest.raises(UserError, match=f"value 1 needs a map of integers, got {int(MASK.sum())} other"):
+    with pytest.raises(UserError, match=f"value 1 needs a map of integers, got {int(MASK.sum())} other voxels, such as 0.5 in"):
+        data.cases(tmp_path)[0].load()
+
+
+def scaled(path: Path, values: np.ndarray, dtype: str) -> Path:
+    """The file with these values stored as integers and a scale, as nibabel does for a header of integers."""
+    image = nib.Nifti1Image(values, np.eye(4))
+    image.header.set_data_dtype(dtype)
+    nib.save(image, path)
+    assert nib.load(path).dataobj.slope != 1
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_a_map_of_integers_that_is_stored_with_a_scale_is_read_within_rounding(tmp_path: Path, dtype: str) -> None:
+    data = simple(tmp_path, "sub-01_T2w_dseg", labels={"one": "dseg:1", "three": "dseg:3"})
+    values = MASK * 3.0
+    values[0] = 1
+    path = scaled(tmp_path / "set/derivatives/labels/sub-01/anat/sub-01_T2w_dseg.nii.gz", values, dtype)
+    assert (nib.load(path).get_fdata() != values).any()
+    raters = data.cases(tmp_path)[0].load().raters[0]
+    assert np.array_equal(raters, np.stack([values == 1, values == 3]))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_what_a_scale_makes_of_0_and_1_is_no_label_and_a_label(tmp_path: Path, dtype: str) -> None:
+    data = simple(tmp_path)
+    values = MASK.astype(np.float64)
+    values[0, 0, 0] = 0.37
+    path = scaled(tmp_path / "set/derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask.nii.gz", values, dtype)
+    label = data.cases(tmp_path)[0].load().raters[0, 0]
+    assert label[0, 0, 0] == pytest.approx(0.37, abs=1 / 255)
+    assert set(np.unique(label)) == {0, label[0, 0, 0], 1}
+    assert np.array_equal(label > 0, values > 0), np.unique(nib.load(path).get_fdata())
+
+
+def test_a_mask_on_the_same_voxels_in_another_axis_order_is_turned(tmp_path: Path) -> None:
+    affine = np.diag([1.0, 2, 3, 1])
+    image = put(tmp_path, "sub-01/anat/sub-01_T2w", IMAGE, affine)
+    name = "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask"
+    odd = (IMAGE % 7 == 0).astype(np.uint8)
+    stored = nib.Nifti1Image(odd, affine)
+    data = Bids("set", image="T2w", labels={"GM": "label-GM_mask"})
+    for code in ("LPI", "PIR", "SAL"):
+        turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(code))
+        turned = stored.as_reoriented(turn)
+        put(tmp_path, name, np.asarray(turned.dataobj), turned.affine)
+        (case,) = data.cases(tmp_path)
+        assert np.array_equal(case.load().raters[0, 0], odd)
+        assert np.array_equal(case.mask("label-GM_mask"), odd)
+        ImageCase("x", [image], center_mask=MaskFile(tmp_path / f"set/{name}.nii.gz")).check_headers()
+    put(tmp_path, name, np.ascontiguousarray(odd.transpose(1, 0, 2)), affine)  # the same axes: another grid
+    with pytest.raises(UserError, match=r"on another grid than .*: shape 5 x 6 x 4 against 6 x 5 x 4"):
         data.cases(tmp_path)[0].load()
 
 

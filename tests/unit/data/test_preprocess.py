@@ -328,6 +328,20 @@ def test_a_constant_image_cannot_be_normalised() -> None:
     case = MemoryCase(np.full((6, 6, 3), 7, np.float32), np.zeros((1, 1, 6, 6, 3), np.float32))
     with pytest.raises(UserError, match=r"sub-1, channel 0: the image is constant \(7\)"):
         Preprocess().apply(case)
+    rounded = np.full((6, 6, 3), 0.1, np.float32)
+    rounded[::2] = np.nextafter(np.float32(0.1), np.float32(1))  # what resampling makes of a constant
+    for normalize in ("zscore", "percentile"):
+        with pytest.raises(UserError, match=r"the image is constant \(0.1\)"):
+            Preprocess(normalize=normalize).apply(MemoryCase(rounded, case.data.raters))
+
+
+def test_an_image_of_almost_one_value_is_not_called_constant() -> None:
+    image = np.zeros((20, 20, 3), np.float32)
+    image[3, 4, 1] = 9
+    case = MemoryCase(image, np.zeros((1, 1, 20, 20, 3), np.float32))
+    with pytest.raises(UserError, match=r"at least 99 % of the voxels within the crop are 0, so that percentiles cannot"):
+        Preprocess(normalize="percentile").apply(case)
+    assert Preprocess().apply(case).image.max() > 30
 
 
 def test_labelled_slices_are_kept_alone_and_go_back_to_their_place() -> None:

@@ -105,6 +105,15 @@ def test_non_finite_voxels_are_refused_with_their_number(tmp_path: Path, bad: fl
     refused(save(tmp_path / "a.nii", data), f"got {count} NaN or infinite of 120")
 
 
+@pytest.mark.parametrize("mark", [np.finfo(np.float32).min, np.finfo(np.float32).max, -2e30])
+def test_a_mark_of_what_was_not_measured_is_called_so(tmp_path: Path, mark: float) -> None:
+    data = ramp(dtype="float32")
+    data.flat[:7] = mark
+    refused(save(tmp_path / "a.nii", data), f"got {mark:g} in 7 of 120 voxels", "a mark of what was not measured")
+    data.flat[:7] = mark / abs(mark) * 9e29
+    assert np.array_equal(read_volume(save(tmp_path / "b.nii", data, np.eye(4))).data, data)
+
+
 @pytest.mark.parametrize("dtype", ["complex64", [("R", "u1"), ("G", "u1"), ("B", "u1")]], ids=["complex", "colour"])
 def test_complex_and_colour_voxels_are_refused(tmp_path: Path, dtype: object) -> None:
     refused(save(tmp_path / "a.nii", np.zeros((2, 2, 2), dtype=dtype)), "data type")
