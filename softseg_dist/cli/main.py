@@ -157,7 +157,8 @@ def check(
         inspection.look(sample)
         usable.extend([sample] if len(usable) < MAX_SHOWN else [])
 
-    problems = check_cases(cases, loaded.preprocess, look)
+    problems = [Problem("", "warning", "not read", text) for text in loaded.data.warnings(data_root)]
+    problems += check_cases(cases, loaded.preprocess, look)
     splits = None
     if all(problem.level != "error" for problem in problems):
         try:

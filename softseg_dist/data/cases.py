@@ -24,7 +24,7 @@ from softseg_dist.frozen import Frozen
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 ROUNDING = 1e-6  # values this far outside [0, 1] are clipped, and labels this near to 0 or 1 are 0 or 1
-MAP_ROUNDING = 0.01  # maps of integers that were stored with a scale come back this near to them
+MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back this near to them
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,10 @@ class DataSet(Frozen, ABC):
 
         Raises UserError if the folder is missing, empty, or has nothing of what is asked for.
         """
+
+    def warnings(self, data_root: Path | None) -> tuple[str, ...]:
+        """What should be looked at though the cases can be read, one sentence each: files or rows that no case is made of."""
+        return ()
 
     def cases(self, data_root: Path | None) -> tuple[Case, ...]:
         """All cases, sorted by name. Raises UserError as `scan` does, and at the first case that lacks something."""

@@ -3,14 +3,15 @@
 A file's name is a set of words joined by "_": entities (`sub-01`, `run-1`), the contrast (`T2w`), and for a mask its
 part (`label-GM_mask`, `gmseg-manual`). Their order does not matter. A mask belongs to an image if its words are the
 image's plus those of the part; the contrast may be left out, as official BIDS derivatives do.
+
+Everyone is a case or a warning: a case is made of whatever there is of it, the images of any contrast or a mask alone.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile
+from softseg_dist.data.participants import Participants, nfc, read_participants
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
@@ -37,7 +39,8 @@ class Bids(DataSet):
             `{rater}` stands for a rater's name: `"label-GM_desc-{rater}_mask"`; a case need not have all raters.
         person: regular expression searched in `sub-...`; its first group (or the whole match) names the person, so
             that sessions with names of their own stay together. None takes `sub-...` as it is.
-        site: column of participants.tsv, upper or lower case; the site is "" where it is absent.
+        site: column of participants.tsv, upper or lower case; the site is "" where it is absent. `softseg check` says for how
+            many persons it was found.
         derivatives: which folders of `derivatives/` have the masks; "*" looks in all.
         exclude: cases or subjects that are left out, by name.
 
@@ -90,64 +93,113 @@ class Bids(DataSet):
 
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
         """See `DataSet.scan`. Reads names and participants.tsv only."""
+        return self._survey(data_root)[0]
+
+    def warnings(self, data_root: Path | None) -> tuple[str, ...]:
+        """See `DataSet.warnings`: folders without an image, and what is odd in participants.tsv."""
+        return self._survey(data_root)[1]
+
+    def _survey(self, data_root: Path | None) -> tuple[tuple[LabelledCase, ...], tuple[str, ...]]:
+        """The cases, and the warnings."""
         root = self._root(data_root)
-        images = _names(root, root.glob("sub-*"))
-        first = self.contrasts[0]
-        ends = {image: image.stem.rpartition("_")[2] for image in images}
-        anchors = [image for image in images if _words(first) <= image.words and ends[image] == first.rpartition("_")[2]]
-        if not anchors:
-            others = sorted(set(ends.values()))
-            raise UserError(f"no image sub-*_{first}.nii.gz in {root}; there are {listed(others) or 'no images'}")
+        folders = sorted(root.glob("sub-*"))
+        images = _names(root, folders)
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
-        masks = [name for folder in below for name in _names(folder, folder.glob("sub-*"))]
-        sites = _sites(root, self.site)
-        images_in, masks_in = _by_folder(images), _by_folder(masks)
-        cases = [self._case(root, anchor, images_in[anchor.folder], masks_in.get(anchor.folder, ()), sites) for anchor in anchors]
-        if unknown := set(self.exclude) - {name for case in cases for name in (case.name, case.subject)}:
+        masks = [name for folder in below for name in _names(folder, sorted(folder.glob("sub-*")))]
+        keys = self._keys(root, images)
+        keys |= self._keys_without_image(masks, keys)
+        is_named = self.site != type(self).model_fields["site"].default
+        persons = [nfc(folder.name) for folder in folders]
+        people = read_participants(root / "participants.tsv", self.site, persons, expected=is_named)
+        tree = _Tree(root, _by_folder(images), _by_folder(masks), people)
+        by_name: dict[str, list[_Key]] = defaultdict(list)
+        for key, name in keys.items():
+            by_name[name].append(key)
+        cases = [self._case(tree, name, same) for name, same in sorted(by_name.items())]
+        used = {folder.split("/")[0] for folder, _ in keys}
+        lonely = {person: folder for person, folder in zip(persons, folders, strict=True) if person not in used}
+        known = {*lonely, *(name for case in cases for name in (case.name, case.subject))}
+        if unknown := {nfc(name) for name in self.exclude} - known:
             raise UserError(f"exclude names {listed(sorted(unknown))}, but the cases are {listed([case.name for case in cases])}")
-        cases = [case for case in cases if {case.name, case.subject}.isdisjoint(self.exclude)]
+        cases = [case for case in cases if {case.name, case.subject}.isdisjoint(map(nfc, self.exclude))]
         self._check_parts(root, cases, masks)
-        by_name: dict[str, LabelledCase] = {}
-        for case in cases:
-            if (other := by_name.setdefault(case.name, case)) is not case:
-                raise UserError(f"two images make the case {case.name}: {case.images[0]} and {other.images[0]}")
-        return tuple(sorted(cases, key=lambda case: case.name))
+        dead = {name: " (a link that leads nowhere)" for name, path in lonely.items() if path.is_symlink() and not path.exists()}
+        left = [name + dead.get(name, "") for name in lonely if name not in map(nfc, self.exclude)]
+        without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
+        return tuple(cases), (*without, *people.warnings)
 
     def _root(self, data_root: Path | None) -> Path:
         if data_root is None and not Path(self.folder).is_absolute():
             raise UserError(f"{self.folder!r} is a folder below the data root: say where that is with --data-root")
         root = (data_root or Path()) / self.folder
         if not root.is_dir():
-            raise UserError(f"there is no folder {root}; is --data-root right?")
+            alike = [each for each in root.parent.glob("*") if each.is_dir() and nfc(each.name) == nfc(root.name)]
+            if not alike:
+                raise UserError(f"there is no folder {root}; is --data-root right?")
+            root = alike[0]
         return root
 
-    def _case(
-        self, root: Path, anchor: _Name, images: Sequence[_Name], masks: Sequence[_Name], sites: Mapping[str, str]
-    ) -> LabelledCase:
-        entities = anchor.words - _words(self.contrasts[0])
-        name = "_".join(word for word in anchor.stem.split("_") if word in entities)
-        channels, problems = [], []
+    def _keys(self, root: Path, images: Sequence[_Name]) -> dict[_Key, str]:
+        """The cases that have an image, of whatever contrast, and their names. Raises UserError if none has the first one."""
+        keys: dict[_Key, str] = {}
+        seen: set[str] = set()
+        for image in images:
+            fits = [each for each in self.contrasts if _words(each) <= image.words and image.last == nfc(each).rpartition("_")[2]]
+            if fits:
+                contrast = max(fits, key=lambda each: len(_words(each)))
+                seen.add(contrast)
+                entities = image.words - _words(contrast)
+                keys.setdefault((image.folder, entities), image.name_of(entities))
+        if (first := self.contrasts[0]) not in seen:
+            others = sorted({image.last for image in images})
+            raise UserError(f"no image sub-*_{first}.nii.gz in {root}; there are {listed(others) or 'no images'}")
+        return keys
+
+    def _keys_without_image(self, masks: Sequence[_Name], keys: Mapping[_Key, str]) -> dict[_Key, str]:
+        """The cases that have a mask alone: its name has the words of a part, and else words such as images have."""
+        known = {entities for _, entities in keys}
+        kinds = {word.partition("-")[0] for entities in known for word in entities}
+        found: dict[_Key, str] = {}
+        for mask in masks:
+            bases = {base for part in self.labels.values() for base in _bases(mask.words, _part(part)[0])}
+            owners = {base - words for base in bases for words in map(_words, (*self.contrasts, "")) if words <= base}
+            if owners.isdisjoint(known):
+                of_kinds = [each for each in owners if all("-" in word and word.partition("-")[0] in kinds for word in each)]
+                if entities := next((each for each in of_kinds if mask.folder.split("/")[0] in each), None):
+                    found[mask.folder, entities] = mask.name_of(entities)
+        return found
+
+    def _case(self, tree: _Tree, name: str, keys: Sequence[_Key]) -> LabelledCase:
+        folder, entities = keys[0]
+        images, channels = tree.images.get(folder, ()), list[Path]()
+        problems = [f"case {name} is in several folders: {listed([each for each, _ in keys])}"] if len(keys) > 1 else []
+        none = f'none; exclude=("{name}",) leaves it out'
         for contrast in self.contrasts:
             wanted = entities | _words(contrast)
             found = [image.path for image in images if image.words == wanted]
             if len(found) != 1:
-                looked = f"{anchor.folder}/{name}_{contrast}.nii.gz"
-                problems.append(f"case {name} needs one image {looked} in {root}, found {listed(found) or 'none'}")
+                looked = f"{folder}/{name}_{contrast}.nii.gz"
+                problems.append(f"case {name} needs one image {looked} in {tree.root}, found {listed(found) or none}")
             channels += found[:1]
         bases = [*(entities | _words(contrast) for contrast in self.contrasts), entities]
-        own = _Masks(root, name, anchor, bases, masks)
+        own = _Masks(tree.root, name, f"{folder}/{name}_{self.contrasts[0]}", bases, tree.masks.get(folder, ()))
         labels: dict[str, dict[str, MaskFile]] = defaultdict(dict)
         for label, part in self.labels.items():
-            found_masks, more = own.find(part)
+            found_masks, more = own.find(nfc(part))
             problems += more
             for rater, mask in found_masks.items():
                 labels[rater][label] = mask
         for rater, by_class in labels.items():
             if lacking := [label for label in self.labels if label not in by_class]:
                 problems.append(f"case {name}: rater {rater} has no mask of {', '.join(lacking)}")
-        participant = anchor.folder.split("/")[0]
+        files = dict.fromkeys([*channels, *(mask.path for by_class in labels.values() for mask in by_class.values())])
+        odd = [path for path in files if not path.name.endswith(SUFFIXES)]
+        problems += [f"case {name}: names end in .nii or .nii.gz, in small letters; rename {path}" for path in odd]
+        participant = folder.split("/")[0]
         ordered = {rater: labels[rater] for rater in sorted(labels)}
-        return LabelledCase(name, channels, self._person(participant), sites.get(participant, ""), ordered, problems, own.only)
+        return LabelledCase(
+            name, channels, self._person(participant), tree.people.sites.get(participant, ""), ordered, problems, own.only
+        )
 
     def _person(self, participant: str) -> str:
         if self.person is None:
@@ -166,6 +218,9 @@ class Bids(DataSet):
                 raise UserError(f"class {label}: no mask in {root}/derivatives/{self.derivatives} has {part!r}; there are {known}")
 
 
+_Key = tuple[str, frozenset[str]]  # a case: its folder (`sub-01/ses-1/anat`), and the words of its name
+
+
 @dataclass(frozen=True)
 class _Name:
     """A file by the words of its name, and the folder (`sub-01/ses-1/anat`) that image and mask share."""
@@ -175,14 +230,31 @@ class _Name:
     stem: str
     words: frozenset[str]
 
+    @property
+    def last(self) -> str:
+        return self.stem.rpartition("_")[2]
+
+    def name_of(self, entities: frozenset[str]) -> str:
+        return "_".join(word for word in self.stem.split("_") if word in entities)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What is on disk: images and masks by folder, and the participants."""
+
+    root: Path
+    images: Mapping[str, Sequence[_Name]]
+    masks: Mapping[str, Sequence[_Name]]
+    people: Participants
+
 
 @dataclass(frozen=True)
 class _Masks:
-    """The masks in the folder of one image. `bases`: words it may share with the image, the first match counts."""
+    """The masks of one case. `stem`: of its image, with the folder; `bases`: words it may share with it, the first match counts."""
 
     root: Path
     name: str
-    anchor: _Name
+    stem: str
     bases: Sequence[frozenset[str]]
     masks: Sequence[_Name]
 
@@ -198,12 +270,12 @@ class _Masks:
                 several = [f"{len(paths)} masks fit {part!r}: {listed(paths)}" for paths in found.values() if len(paths) > 1]
                 problems = [f"case {self.name}: {fit}; say derivatives=..." for fit in several]
                 return {rater: MaskFile(paths[0], value) for rater, paths in found.items()}, problems
-        looked = f"derivatives/*/{self.anchor.folder}/{self.anchor.stem}_{'_'.join(words)}.nii.gz"
+        looked = f"derivatives/*/{self.stem}_{'_'.join(words)}.nii.gz"
         return {}, [f"case {self.name} has no mask {part!r}: looked for {looked} in {self.root}"]
 
     def only(self, part: str) -> MaskFile:
         """The one mask of this part; of several raters the first. Raises UserError if there is none."""
-        found, problems = self.find(part)
+        found, problems = self.find(nfc(part))
         if problems:
             raise UserError(problems[0])
         return found[min(found)]
@@ -230,13 +302,35 @@ def _rater(rest: frozenset[str], words: Sequence[str]) -> str | None:
     return match[1] if match else None
 
 
-def _names(root: Path, folders: Iterable[Path]) -> list[_Name]:
-    paths = (path for folder in sorted(folders) for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES))
-    return [
-        _Name(path, path.parent.relative_to(root).as_posix(), stem := stem_of(path), _words(stem))
-        for path in paths
-        if not path.name.startswith(".")
-    ]
+def _bases(words: frozenset[str], part: Sequence[str]) -> list[frozenset[str]]:
+    """What the name of a mask may have more than the words of the part."""
+    fixed = frozenset(nfc(word) for word in part if RATER not in word)
+    if not fixed <= words:
+        return []
+    left = words - fixed
+    return [left] if len(fixed) == len(part) else [left - {word} for word in left if _rater(fixed | {word}, part) is not None]
+
+
+def _names(root: Path, folders: Sequence[Path]) -> list[_Name]:
+    names = []
+    for path in (path for folder in folders for path in _files(folder)):
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
+            stem = nfc(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+            names.append(_Name(path, nfc(path.parent.relative_to(root).as_posix()), stem, _words(stem)))
+    return names
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, by name; links are followed, but for those that lead above themselves."""
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    for path in paths:
+        if not path.is_dir():
+            yield path
+        elif not (path.is_symlink() and folder.resolve().is_relative_to(path.resolve())):
+            yield from _files(path)
 
 
 def _by_folder(names: Iterable[_Name]) -> dict[str, list[_Name]]:
@@ -247,17 +341,4 @@ def _by_folder(names: Iterable[_Name]) -> dict[str, list[_Name]]:
 
 
 def _words(text: str) -> frozenset[str]:
-    return frozenset(word for word in text.split("_") if word)
-
-
-def _sites(root: Path, column: str) -> dict[str, str]:
-    """`sub-...` -> site, from participants.tsv if there is one with such a column."""
-    path = root / "participants.tsv"
-    if not path.is_file():
-        return {}
-    rows = csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), delimiter="\t")
-    titles = {title.strip().lower(): title for title in rows.fieldnames or ()}
-    if "participant_id" not in titles or column.lower() not in titles:
-        return {}
-    sites = {row[titles["participant_id"]]: (row[titles[column.lower()]] or "").strip() for row in rows}
-    return {subject: "" if site.lower() in ("n/a", "nan") else site for subject, site in sites.items()}
+    return frozenset(word for word in nfc(text).split("_") if word)

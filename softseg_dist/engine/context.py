@@ -81,6 +81,8 @@ class Prepared:
 def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Callable[[str], None]) -> Prepared:
     """Build the study's store, or find it built; `note` gets lines about progress. Raises UserError on data that cannot be used."""
     cases = study.kept(study.data.cases(data_root))
+    for warning in study.data.warnings(data_root):
+        note(f"warning: {warning}")
 
     def say(done: int, total: int, name: str) -> None:
         if done % max(1, total // 10) == 0:

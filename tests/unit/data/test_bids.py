@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -141,27 +142,30 @@ def scaled(path: Path, values: np.ndarray, dtype: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int8"])
 def test_a_map_of_integers_that_is_stored_with_a_scale_is_read_within_rounding(tmp_path: Path, dtype: str) -> None:
-    data = simple(tmp_path, "sub-01_T2w_dseg", labels={"one": "dseg:1", "three": "dseg:3"})
-    values = MASK * 3.0
+    data = simple(tmp_path, "sub-01_T2w_dseg", labels={"one": "dseg:1", "seven": "dseg:7"})
+    values = MASK * 7.0
     values[0] = 1
     path = scaled(tmp_path / "set/derivatives/labels/sub-01/anat/sub-01_T2w_dseg.nii.gz", values, dtype)
-    assert (nib.load(path).get_fdata() != values).any()
+    assert (nib.load(path).get_fdata(dtype=np.float32) != values).any()
     raters = data.cases(tmp_path)[0].load().raters[0]
-    assert np.array_equal(raters, np.stack([values == 1, values == 3]))
+    assert np.array_equal(raters, np.stack([values == 1, values == 7]))
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16"])
-def test_what_a_scale_makes_of_0_and_1_is_no_label_and_a_label(tmp_path: Path, dtype: str) -> None:
+def test_what_a_scale_makes_of_0_and_1_is_no_label_and_a_label(tmp_path: Path) -> None:
     data = simple(tmp_path)
-    values = MASK.astype(np.float64)
-    values[0, 0, 0] = 0.37
-    path = scaled(tmp_path / "set/derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask.nii.gz", values, dtype)
+    stored = np.where(MASK, 32767, -32768).astype(np.int16)
+    stored[0, 0, 0] = -8519
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(1.5259020e-05, 0.5000077)
+    path = tmp_path / "set/derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_mask.nii.gz"
+    nib.save(image, path)
+    assert 0 < abs(nib.load(path).get_fdata()[5, 4, 3]) < 1e-6
     label = data.cases(tmp_path)[0].load().raters[0, 0]
-    assert label[0, 0, 0] == pytest.approx(0.37, abs=1 / 255)
-    assert set(np.unique(label)) == {0, label[0, 0, 0], 1}
-    assert np.array_equal(label > 0, values > 0), np.unique(nib.load(path).get_fdata())
+    assert label[0, 0, 0] == pytest.approx(0.37, abs=1e-4)
+    label[0, 0, 0] = 0
+    assert np.array_equal(label, MASK)
 
 
 def test_a_mask_on_the_same_voxels_in_another_axis_order_is_turned(tmp_path: Path) -> None:
@@ -250,6 +254,133 @@ def test_a_case_without_a_mask_is_named_with_the_file_looked_for(tmp_path: Path)
     assert "case sub-02" in text
     assert "sub-02/anat/sub-02_T2w_label-GM_mask.nii.gz" in text
     assert [len(case.missing()) for case in data.scan(tmp_path)] == [0, 1]
+
+
+# --- nobody vanishes: everyone is a case, complete or not, or is warned of ---
+
+
+def three(root: Path, *contrasts: str, mask: str = "seg") -> Bids:
+    """Three people with an image of every contrast and a mask."""
+    for subject in ("sub-01", "sub-02", "sub-03"):
+        for contrast in contrasts:
+            put(root, f"{subject}/anat/{subject}_{contrast}", IMAGE)
+        put(root, f"derivatives/d/{subject}/anat/{subject}_{contrasts[0]}_{mask}")
+    return Bids("set", image=contrasts, labels={"c": mask})
+
+
+def lacks(data: Bids, root: Path) -> dict[str, str]:
+    return {case.name: "; ".join(case.missing()) for case in data.scan(root)}
+
+
+@pytest.mark.parametrize("lost", ["T1w", "T2w"])
+def test_who_lacks_a_contrast_is_a_case_that_lacks_it(tmp_path: Path, lost: str) -> None:
+    data = three(tmp_path, "T1w", "T2w")
+    (tmp_path / f"set/sub-02/anat/sub-02_{lost}.nii.gz").unlink()
+    found = lacks(data, tmp_path)
+    assert list(found) == ["sub-01", "sub-02", "sub-03"]
+    assert found["sub-01"] == found["sub-03"] == ""
+    assert f"sub-02/anat/sub-02_{lost}.nii.gz in" in found["sub-02"]
+    assert 'exclude=("sub-02",) leaves it out' in found["sub-02"]
+    assert [case.name for case in data.replace(exclude=("sub-02",)).cases(tmp_path)] == ["sub-01", "sub-03"]
+    assert data.warnings(tmp_path) == ()
+
+
+@pytest.mark.parametrize("part", ["seg", "label-c_desc-{rater}_mask"])
+def test_a_mask_without_an_image_is_a_case_that_lacks_it(tmp_path: Path, part: str) -> None:
+    data = three(tmp_path, "T2w", mask=part.replace("{rater}", "anna")).replace(labels={"c": part})
+    (tmp_path / "set/sub-02/anat/sub-02_T2w.nii.gz").unlink()
+    assert "needs one image sub-02/anat/sub-02_T2w.nii.gz" in lacks(data, tmp_path)["sub-02"]
+    (tmp_path / "set/derivatives/d/sub-02/anat").rename(tmp_path / "set/derivatives/d/sub-02/func")  # wherever it lies
+    assert "needs one image sub-02/func/sub-02_T2w.nii.gz" in lacks(data, tmp_path)["sub-02"]
+
+
+def test_masks_of_other_contrasts_and_parts_make_no_case(tmp_path: Path) -> None:
+    data = three(tmp_path, "T2w")
+    for name in ("sub-04_T1w_seg", "sub-04_acq-x_T2w_seg", "sub-04_T2w_desc-old_seg", "sub-04_T2w_other", "sub-09_T2w_seg"):
+        put(tmp_path, f"derivatives/d/sub-04/anat/{name}")
+    assert list(lacks(data, tmp_path)) == ["sub-01", "sub-02", "sub-03"]
+
+
+def test_an_image_of_two_fitting_contrasts_is_of_the_longer_one(tmp_path: Path) -> None:
+    data = three(tmp_path, "T2w", "acq-x_T2w")
+    for contrasts in (data.contrasts, data.contrasts[::-1]):
+        assert lacks(data.replace(image=contrasts), tmp_path) == dict.fromkeys(("sub-01", "sub-02", "sub-03"), "")
+
+
+@pytest.mark.parametrize("suffix", [".NII.GZ", ".nii.GZ", ".NII"])
+def test_a_suffix_in_capital_letters_is_named(tmp_path: Path, suffix: str) -> None:
+    data = three(tmp_path, "T2w")
+    for file in ("set/sub-02/anat/sub-02_T2w", "set/derivatives/d/sub-03/anat/sub-03_T2w_seg"):
+        (tmp_path / f"{file}.nii.gz").rename(tmp_path / f"{file}{suffix}")
+    found = lacks(data, tmp_path)
+    assert found["sub-01"] == ""
+    for name, file in (("sub-02", f"sub-02_T2w{suffix}"), ("sub-03", f"sub-03_T2w_seg{suffix}")):
+        assert found[name].startswith(f"case {name}: names end in .nii or .nii.gz, in small letters; rename ")
+        assert found[name].endswith(file)
+
+
+def test_two_files_and_two_folders_of_one_case_are_named_and_do_not_hide_the_others(tmp_path: Path) -> None:
+    data = three(tmp_path, "T2w")
+    (tmp_path / "set/sub-01/anat/sub-01_T2w.nii").write_bytes(b"")
+    put(tmp_path, "sub-02/func/sub-02_T2w", IMAGE)
+    found = lacks(data, tmp_path)
+    assert "found " in found["sub-01"]
+    assert "sub-01_T2w.nii, " in found["sub-01"]
+    assert found["sub-02"] == "case sub-02 is in several folders: sub-02/anat, sub-02/func"
+    assert found["sub-03"] == ""
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_or_up_are_no_trap(tmp_path: Path) -> None:
+    data = three(tmp_path, "T2w")
+    store = tmp_path / "store"
+    (tmp_path / "set/sub-01/anat").rename(store)
+    (tmp_path / "set/sub-01/anat").symlink_to(store)
+    (tmp_path / "set/sub-02/anat/up").symlink_to(tmp_path / "set")
+    image = tmp_path / "set/sub-03/anat/sub-03_T2w.nii.gz"
+    image.unlink()
+    image.symlink_to(tmp_path / "nowhere.nii.gz")
+    (tmp_path / "set/sub-04").symlink_to(tmp_path / "nowhere")
+    assert lacks(data, tmp_path) == dict.fromkeys(("sub-01", "sub-02", "sub-03"), "")
+    one, two, three_ = data.scan(tmp_path)
+    assert np.array_equal(one.load().image, two.load().image)
+    with pytest.raises(UserError, match=r"sub-03_T2w.nii.gz; the link leads nowhere"):
+        three_.load()
+    assert data.warnings(tmp_path) == ("there is no image T2w in sub-04 (a link that leads nowhere): not in the study",)
+
+
+def test_folders_without_an_image_and_rows_without_a_folder_are_warned_of(tmp_path: Path) -> None:
+    data = three(tmp_path, "T2w")
+    put(tmp_path, "sub-04/anat/sub-04_T1w", IMAGE)
+    (tmp_path / "set/sub-05").mkdir()
+    table = tmp_path / "set/participants.tsv"
+    table.write_text("participant_id\tsite\n01\tA\n02\tB\n07\tB\n")
+    assert [case.site for case in data.scan(tmp_path)] == ["A", "B", ""]
+    assert data.warnings(tmp_path) == (
+        "there is no image T2w in sub-04, sub-05: not in the study",
+        "participants.tsv names 07: there is no such folder",
+        "participants.tsv has sites for 2 of 5 persons; none for sub-03, sub-04, sub-05",
+    )
+    left = data.replace(exclude=("sub-04",))
+    assert left.warnings(tmp_path)[0] == "there is no image T2w in sub-05: not in the study"
+    table.write_text("participant_id\tage\n01\t30\n")
+    assert data.replace(site="centre").warnings(tmp_path)[1].startswith("participants.tsv has no column 'centre'")
+
+
+def test_names_with_composed_and_with_separate_accents_are_the_same(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "jérôme") for form in ("NFC", "NFD"))
+    for number, (image, mask) in enumerate([(nfc, nfd), (nfd, nfc)]):
+        put(tmp_path, f"sub-{image}{number}/anat/sub-{image}{number}_T2w", IMAGE)
+        put(tmp_path, f"derivatives/d/sub-{mask}{number}/anat/sub-{mask}{number}_T2w_seg-{mask}")
+    rows = f"sub-{nfc}1\t{nfd}\nsub-{nfd}0\t{nfc}\n"
+    (tmp_path / "set/participants.tsv").write_text(f"participant_id\tsite\n{rows}", encoding="utf-8")
+    (tmp_path / "set").rename(tmp_path / nfd)
+    for form in (nfc, nfd):
+        data = Bids(form, image="T2w", labels={"c": f"seg-{form}"})
+        cases = data.cases(tmp_path)
+        assert [(case.name, case.site) for case in cases] == [(f"sub-{nfc}0", nfc), (f"sub-{nfc}1", nfc)]
+        assert all(case.load().raters.any() for case in cases)
+        assert data.warnings(tmp_path) == ()
+        assert len(data.replace(exclude=(f"sub-{form}0",)).cases(tmp_path)) == 1
 
 
 def test_a_mask_on_another_grid(tmp_path: Path) -> None:

@@ -256,18 +256,38 @@ def test_a_check_of_too_few_subjects_still_shows_its_table(tmp_path: Path) -> No
     assert "identical targets" in problems
 
 
+def put(root: Path, subject: str, image: Float32) -> None:
+    """An image and its mask, in the layout of BIDS."""
+    for part, voxels in (("T2w", image), ("T2w_seg", BLOCK)):
+        path = root / ("ds" if part == "T2w" else "ds/derivatives/labels") / subject / "anat" / f"{subject}_{part}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+
+
+BIDS = STUDY.replace("Phantom(subjects=5, raters=1)", 'Bids("ds", image="T2w", labels={"GM": "seg"})')
+
+
+def test_what_is_not_read_is_a_warning_of_check_and_a_line_of_a_run(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path, f"sub-{number}", np.random.default_rng(number).normal(size=SIZE).astype(np.float32))
+    (tmp_path / "ds/sub-9").mkdir()
+    path, words = tmp_path / "study.py", ["--data-root", str(tmp_path)]
+    path.write_text(BIDS)
+    line = "there is no image T2w in sub-9: not in the study"
+    result = CliRunner().invoke(app, ["check", str(path), *words, "--picture", str(tmp_path / "m.png"), "--json"])
+    assert {"case": "", "level": "warning", "rule": "not read", "detail": line} in json.loads(result.output)["problems"]
+    assert result.exit_code == 0
+    result = CliRunner().invoke(app, ["prepare", str(path), *words, "--stores", str(tmp_path / "stores")])
+    assert f"warning: {line}\n" in result.output
+
+
 def test_a_check_refuses_what_a_run_would_and_looks_at_the_subjects_of_the_study_alone(tmp_path: Path) -> None:
     for number in range(6):
         image = np.random.default_rng(number % 5).normal(size=SIZE).astype(np.float32)  # of the sixth subject that of the first
-        for part, voxels in (("T2w", image), ("T2w_seg", BLOCK)):
-            name = f"sub-{number}"
-            path = tmp_path / ("ds" if part == "T2w" else "ds/derivatives/labels") / name / "anat" / f"{name}_{part}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-    text = STUDY.replace("Phantom(subjects=5, raters=1)", 'Bids("ds", image="T2w", labels={"GM": "seg"})')
+        put(tmp_path, f"sub-{number}", image)
     path, words = tmp_path / "study.py", ["--data-root", str(tmp_path), "--picture", str(tmp_path / "m.png"), "--json"]
     for few, code in (("", 2), ("subjects=5, ", 0)):
-        path.write_text(text.replace("splits=", f"{few}splits="))
+        path.write_text(BIDS.replace("splits=", f"{few}splits="))
         result = CliRunner().invoke(app, ["check", str(path), *words])
         assert (result.exit_code, "are equal: one would train what the other tests" in result.output) == (code, code == 2)
 

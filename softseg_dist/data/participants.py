@@ -1,0 +1,137 @@
+"""participants.tsv: who took part, and at which site. Read whatever program saved it; what cannot be read is said."""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softseg_dist.data.source_files import check_regular, pointer
+from softseg_dist.errors import UserError
+from softseg_dist.words import count, listed
+
+TITLES = ("participant_id", "participant", "subject_id", "subject", "id")  # of the column of persons: the first that there is
+UNKNOWN = ("", "n/a", "na", "nan")  # sites that are not known
+
+
+@dataclass(frozen=True)
+class Participants:
+    """`sites`: folder of a person (`sub-01`) -> site, where it is known. `warnings`: what should be looked at, in sentences."""
+
+    sites: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def read_participants(path: Path, column: str, persons: Sequence[str], *, expected: bool) -> Participants:
+    """The sites that a table names.
+
+    Args:
+        path: in UTF-8, UTF-16 or Latin-1; columns are separated by tabs, commas, semicolons or blanks.
+        column: title of the column of sites; upper and lower case do not matter.
+        persons: the names of their folders; the table may leave out "sub-" and leading zeros.
+        expected: whether a table without this column is worth a warning.
+
+    Nothing is raised: without a table, or with one that cannot be read, no site is known.
+    """
+    if not path.exists() and not path.is_symlink():
+        return Participants()
+    try:
+        check_regular(path)
+        content = path.read_bytes()
+    except (UserError, OSError) as error:
+        return Participants(warnings=(f"no site is known: {error}",))
+    if what := pointer(content):
+        return Participants(warnings=(f"no site is known: {path} is {what}",))
+    table = _table(nfc(_decoded(content)))
+    titles = [_title(cell) for cell in table[0]] if table else []
+    who = next((titles.index(title) for title in TITLES if title in titles), None)
+    if who is None:
+        begins = "is one of a person" if table and _folders(persons, table[0]) else f"is {' '.join(titles)!r}"
+        text = f"no site is known: {path.name} needs the titles participant_id and {column}, but its first line {begins}"
+        return Participants(warnings=(text,))
+    where = titles.index(_title(column)) if _title(column) in titles else None
+    rows = [(_cell(row, who), _cell(row, where)) for row in table[1:]]
+    sites, warnings = _of_rows(path.name, rows, persons)
+    if where is None:
+        missing = f"{path.name} has no column {column!r} of sites; there are {listed(titles)}"
+        return Participants(warnings=(*warnings, *([missing] if expected else [])))
+    if without := [person for person in persons if person not in sites]:
+        known = f"sites for {len(persons) - len(without)} of {count(len(persons), 'person')}"
+        warnings.append(f"{path.name} has {known}; none for {listed(without)}")
+    return Participants(sites, tuple(warnings))
+
+
+def _of_rows(name: str, rows: Sequence[tuple[str, str]], persons: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Folder -> site, and what is odd in rows of person and site."""
+    folders = _folders(persons, [person for person, _ in rows])
+    found: dict[str, list[str]] = defaultdict(list)
+    for person, site in rows:
+        if person in folders and site.lower() not in UNKNOWN and site not in found[folders[person]]:
+            found[folders[person]].append(site)
+    sites = {folder: of_one[0] for folder, of_one in found.items() if of_one}
+    warnings = [
+        f"{name} gives {folder} the sites {' and '.join(of_one)}; the first one counts"
+        for folder, of_one in found.items()
+        if len(of_one) > 1
+    ]
+    if nowhere := dict.fromkeys(person for person, _ in rows if person and person not in folders):
+        warnings.append(f"{name} names {listed([*nowhere])}: there is no such folder")
+    if nameless := sum(not person for person, _ in rows):
+        warnings.append(f"{name} has {count(nameless, 'row')} without a person")
+    return sites, warnings
+
+
+def _folders(persons: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Name in a table -> folder: as it is, with "sub-", or but for case and leading zeros where that means one person."""
+    known, names = set(persons), [*names]
+    found = {name: folder for name in names for folder in (name, f"sub-{name}") if folder in known}
+    loosely: dict[str, list[str]] = defaultdict(list)
+    for person in sorted(known - set(found.values())):
+        loosely[_bare(person)].append(person)
+    return found | {name: loosely[_bare(name)][0] for name in names if name not in found and len(loosely[_bare(name)]) == 1}
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"^(sub[-_]?)?0*", "", name.casefold())
+
+
+def _title(cell: str) -> str:
+    return nfc(cell).strip().lower().replace(" ", "_")
+
+
+def _cell(row: Sequence[str], place: int | None) -> str:
+    return row[place] if place is not None and place < len(row) else ""
+
+
+def _table(text: str) -> list[list[str]]:
+    """Rows of cells. Each line is read alone, so that a stray quote costs no other row."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    separator = max("\t,;", key=lines[0].count) if lines else "\t"
+    return [[cell.strip(" \"'") for cell in _cells(line, separator if separator in lines[0] else "")] for line in lines]
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    if not separator:
+        return line.split()
+    is_quoted = separator != "\t" and line.count('"') % 2 == 0  # tables of tabs have no quotes
+    return next(csv.reader([line], delimiter=separator, quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE))
+
+
+def _decoded(content: bytes) -> str:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", errors="replace")
+    if b"\0" in content[:64]:  # UTF-16 without a mark: Latin letters have a zero byte before or behind
+        return content.decode("utf-16-be" if content[0] == 0 else "utf-16-le", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def nfc(text: str) -> str:
+    """The text with letters and their accents composed: names that look equal are equal, whatever system wrote them."""
+    return unicodedata.normalize("NFC", text)
