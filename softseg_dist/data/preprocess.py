@@ -25,6 +25,7 @@ Voxel = TypeVar("Voxel", bound=np.generic)
 
 FLAT = 1e-6  # an image whose values differ by no more than this part of the largest one has no spread but rounding
 PERCENTILES = (0.5, 99.5)  # "percentile" maps these to 0 and 1
+MOSTLY_ZERO = 0.75  # where more voxels than this share are 0, as without the skull, they are no part of what was measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ class Preprocess(Frozen):
             label x voxel volume adds up to the same; linear along the others. "linear": along all; lesions of few voxels
             may vanish on a coarser grid. Images are always averaged along axes that get coarser, linear along the others.
         normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
-            become 0 to 1, clipped), "none".
+            become 0 to 1, clipped; of the voxels that are not 0, if more than three quarters are), "none".
         slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled, "labelled|all" to keep all of a
             case without any.
     """
@@ -222,7 +223,9 @@ class Preprocess(Frozen):
         if self.normalize == "zscore":
             low, scale = float(channel.mean(dtype=np.float64)), float(channel.std(dtype=np.float64))
         else:
-            low, high = (float(value) for value in np.percentile(channel, PERCENTILES))
+            is_sparse = np.count_nonzero(channel) < (1 - MOSTLY_ZERO) * channel.size
+            low, high = (float(value) for value in np.percentile(channel[channel != 0] if is_sparse else channel, PERCENTILES))
+            low = 0.0 if is_sparse and low == high else low  # a mask
             scale = high - low
         if scale <= 0:
             most = f"at least 99 % of the voxels within the crop are {low:g}"

@@ -336,12 +336,25 @@ def test_a_constant_image_cannot_be_normalised() -> None:
 
 
 def test_an_image_of_almost_one_value_is_not_called_constant() -> None:
-    image = np.zeros((20, 20, 3), np.float32)
+    image = np.full((20, 20, 3), 5, np.float32)
     image[3, 4, 1] = 9
     case = MemoryCase(image, np.zeros((1, 1, 20, 20, 3), np.float32))
-    with pytest.raises(UserError, match=r"at least 99 % of the voxels within the crop are 0, so that percentiles cannot"):
+    with pytest.raises(UserError, match=r"at least 99 % of the voxels within the crop are 5, so that percentiles cannot"):
         Preprocess(normalize="percentile").apply(case)
     assert Preprocess().apply(case).image.max() > 30
+
+
+def test_percentiles_are_those_of_the_voxels_that_are_not_0_where_most_are() -> None:
+    raters = np.zeros((1, 1, 20, 20, 5), np.float32)
+    values = np.random.default_rng(0).normal(1000, 100, (20, 20, 5)).astype(np.float32)
+    for share, is_sparse in ((0.7, False), (0.8, True), (0.996, True)):
+        image = values.copy()
+        image.flat[: int(share * image.size)] = 0
+        scaled = Preprocess(dim=3, normalize="percentile").apply(MemoryCase(image, raters)).image[0, 0]
+        low, high = np.percentile(image[image != 0] if is_sparse else image, (0.5, 99.5))
+        assert np.allclose(scaled, ((image - low) / (high - low)).clip(0, 1), atol=1e-6)
+    mask = (values > 1100).astype(np.float32)
+    assert np.array_equal(Preprocess(dim=3, normalize="percentile").apply(MemoryCase(mask * 9, raters)).image[0, 0], mask)
 
 
 def test_labelled_slices_are_kept_alone_and_go_back_to_their_place() -> None:
