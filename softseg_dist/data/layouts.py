@@ -100,7 +100,7 @@ class Bids(DataSet):
         return self._survey(data_root)[1]
 
     def _survey(self, data_root: Path | None) -> tuple[tuple[LabelledCase, ...], tuple[str, ...]]:
-        """The cases, and the warnings."""
+        """The cases, and the warnings: nobody who is on disk or in the table is in neither."""
         root = self._root(data_root)
         folders = sorted(root.glob("sub-*"))
         images = _names(root, folders)
@@ -123,8 +123,11 @@ class Bids(DataSet):
             raise UserError(f"exclude names {listed(sorted(unknown))}, but the cases are {listed([case.name for case in cases])}")
         cases = [case for case in cases if {case.name, case.subject}.isdisjoint(map(nfc, self.exclude))]
         self._check_parts(root, cases, masks)
-        dead = {name: " (a link that leads nowhere)" for name, path in lonely.items() if path.is_symlink() and not path.exists()}
-        left = [name + dead.get(name, "") for name in lonely if name not in map(nfc, self.exclude)]
+        left = [
+            f"{person} (a link that leads nowhere)" if folder.is_symlink() and not folder.exists() else person
+            for person, folder in lonely.items()
+            if person not in map(nfc, self.exclude)
+        ]
         without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
         return tuple(cases), (*without, *people.warnings)
 
@@ -165,7 +168,7 @@ class Bids(DataSet):
             owners = {base - words for base in bases for words in map(_words, (*self.contrasts, "")) if words <= base}
             if owners.isdisjoint(known):
                 of_kinds = [each for each in owners if all("-" in word and word.partition("-")[0] in kinds for word in each)]
-                if entities := next((each for each in of_kinds if mask.folder.split("/")[0] in each), None):
+                if entities := min((each for each in of_kinds if mask.folder.split("/")[0] in each), key=sorted, default=None):
                     found[mask.folder, entities] = mask.name_of(entities)
         return found
 
