@@ -144,7 +144,7 @@ def check(
     """Check a study's data: print a table of problems, and draw every case with the contours of its labels."""
     from softseg_dist.api import open_study
     from softseg_dist.data.cases import check_apart
-    from softseg_dist.data.check import Problem, check_cases
+    from softseg_dist.data.check import Problem, check_cases, unread
     from softseg_dist.data.montage import montage
     from softseg_dist.engine.cautions import Inspection
     from softseg_dist.engine.plan import splits_of
@@ -157,8 +157,7 @@ def check(
         inspection.look(sample)
         usable.extend([sample] if len(usable) < MAX_SHOWN else [])
 
-    problems = [Problem("", "warning", "not read", text) for text in loaded.data.warnings(data_root)]
-    problems += check_cases(cases, loaded.preprocess, look)
+    problems = [*unread(loaded.data, data_root), *check_cases(cases, loaded.preprocess, look)]
     splits = None
     if all(problem.level != "error" for problem in problems):
         try:

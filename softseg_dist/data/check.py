@@ -6,11 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.cases import Case, CaseData, DataSet
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
@@ -64,6 +65,11 @@ def check_cases(
             look(sample)
         seen.append((case.name, data.geometry, sample.image.shape[2:]))
     return [*problems, *_between(seen), *_people(cases)]
+
+
+def unread(data: DataSet, data_root: Path | None) -> list[Problem]:
+    """What no case of a data set is made of, or is odd in its tables: warnings."""
+    return [Problem("", "warning", "not read", text) for text in data.warnings(data_root)]
 
 
 def _labels(case: Case, data: CaseData) -> Iterator[Problem]:

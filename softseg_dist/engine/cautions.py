@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softseg_dist.data.check import ALIKE, Problem, check_cases
+from softseg_dist.data.check import ALIKE, Problem, check_cases, unread
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
@@ -203,10 +203,11 @@ def inspect_store(study: Study, store: Store, splits: Sequence[Split]) -> list[P
 
 
 def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
-    """The cautions about the first cases of a data set, with the errors in these: what can be said before they are prepared."""
+    """What a data set leaves unread, the errors in its first cases and the cautions about them: all before they are prepared."""
     cases, inspection = study.kept(study.data.cases(data_root))[:FIRST], Inspection(study)
     found = check_cases(cases, study.preprocess, inspection.look)
-    return [*(problem for problem in found if problem.level == "error"), *inspection.cautions(None)]
+    errors = [problem for problem in found if problem.level == "error"]
+    return [*unread(study.data, data_root), *errors, *inspection.cautions(None)]
 
 
 def _has_rater(sample: Sample, fusion: str) -> bool:

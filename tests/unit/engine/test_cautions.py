@@ -277,6 +277,8 @@ def test_what_is_not_read_is_a_warning_of_check_and_a_line_of_a_run(tmp_path: Pa
     result = CliRunner().invoke(app, ["check", str(path), *words, "--picture", str(tmp_path / "m.png"), "--json"])
     assert {"case": "", "level": "warning", "rule": "not read", "detail": line} in json.loads(result.output)["problems"]
     assert result.exit_code == 0
+    result = CliRunner().invoke(app, ["plan", str(path), *words])
+    assert f"warning: {line}" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["prepare", str(path), *words, "--stores", str(tmp_path / "stores")])
     assert f"warning: {line}\n" in result.output
 
