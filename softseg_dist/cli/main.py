@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 PRICES = Path("cluster/prices.yaml")
 MAX_SHOWN = 24  # cases on the montage of `softseg check`
+MAX_PROBLEMS = 10  # lines of `softseg init`
 
 
 def _print_version(wanted: bool) -> None:
@@ -132,6 +134,32 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "store
     made = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
     store, size = made.store, " x ".join(map(str, made.store.size))
     typer.echo(f"{made.uri}: {len(store.cases)} cases of {len(made.sites)} subjects, {size}, classes {', '.join(store.classes)}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="A data set")],
+    out: Annotated[Path | None, typer.Option(help="The study file; default: named after the folder, here")] = None,
+) -> None:
+    """Look at a folder, say what it holds, and write a study file that runs as it is."""
+    from softseg_dist.data.discovery import look_at
+    from softseg_dist.first_study import facts, study_source
+
+    name = re.sub(r"\W+", "_", folder.resolve().name).strip("_") or "study"
+    file = Path(f"{name}.py") if out is None else out
+    if file.exists():
+        raise UserError(f"{file} exists already: give another name with --out, or remove it")
+    contents = look_at(folder)
+    text, console, table = study_source(contents, file), Console(), Table("", "", box=None, pad_edge=False, show_header=False)
+    for what, found in facts(contents):
+        table.add_row(what, found)
+    console.print(table)
+    for problem in contents.problems[:MAX_PROBLEMS]:
+        say("warning", problem)
+    if (more := len(contents.problems) - MAX_PROBLEMS) > 0:
+        say("warning", f"and {more} more; softseg check {shlex.quote(str(file))} lists all")
+    file.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {file}; look at the data next: softseg check {shlex.quote(str(file))}")
 
 
 @app.command()

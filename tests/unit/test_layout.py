@@ -95,10 +95,12 @@ LAYERS = {
         "assessment",
     },
     "demo": set(softseg_dist.__all__),
+    "first_study": {"errors", "words", "data"},
     "cli": {
         "api",
         "assessment",
         "errors",
+        "first_study",
         "words",
         "data",
         "sources",

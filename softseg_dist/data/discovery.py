@@ -1,0 +1,244 @@
+"""What lies in a folder: its layout, cases, grids and classes. `softseg init` prints it and writes a study from it.
+
+Names and headers of all cases are read, voxels of a few masks only (`MASKS_READ`, spread over the sites).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from softseg_dist.data.cases import Case, DataSet, LabelledCase
+from softseg_dist.data.geometry import Geometry
+from softseg_dist.data.layouts import RATER, Bids
+from softseg_dist.data.volume import read_geometry, read_volume, stem_of
+from softseg_dist.errors import UserError
+from softseg_dist.words import count, listed
+
+MASKS_READ = 12
+MOST_VALUES = 30  # of an integer map: more are no classes
+HALF = 0.5  # of the cases must have a mask that becomes a class
+RATER_WORDS = ("desc", "rater")  # entities whose value may be a rater's name
+PERSON = r"(sub-.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a subject may have its session in its name
+Names = Mapping[str, Sequence[Path]]  # files by the folder below the data set, or below a folder of derivatives
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a folder is laid out. `data` reads it, `why` says what it was recognised by and what was left out."""
+
+    name: str
+    why: str
+    data: DataSet
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a data set holds.
+
+    `cases` are complete; `problems` are sentences about the others, which `layout.data` excludes, and about what is in no case.
+    `grids` are those of the images, by case. `volumes_mm3` has, of a few cases, the mean volume of each class over the raters;
+    `soft` is whether one of their masks has a value between 0 and 1.
+    """
+
+    layout: Layout
+    cases: tuple[Case, ...]
+    problems: tuple[str, ...]
+    grids: Mapping[str, Geometry]
+    volumes_mm3: Mapping[str, tuple[float, ...]]
+    soft: bool
+
+    @property
+    def persons(self) -> int:
+        """How many there are."""
+        return len({case.subject for case in self.cases})
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Cases of each site, those without one under ""."""
+        return dict(Counter(case.site for case in self.cases))
+
+    @property
+    def raters(self) -> tuple[str, ...]:
+        """All raters, by name."""
+        return tuple(sorted({rater for case in self.cases for rater in case.rater_names}))
+
+    @property
+    def mean_volumes_mm3(self) -> dict[str, float]:
+        """Of each class, over the cases in `volumes_mm3`."""
+        return dict(zip(self.layout.data.classes, np.mean([*self.volumes_mm3.values()], axis=0).tolist(), strict=True))
+
+    @property
+    def spacings_mm(self) -> np.ndarray:
+        """Voxel sizes [cases 3] along the canonical axes."""
+        return np.array([grid.spacing_mm for grid in self.grids.values()])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Voxels [cases 3] along the canonical axes."""
+        return np.array([grid.canonical_shape for grid in self.grids.values()])
+
+
+def look_at(folder: Path) -> Contents:
+    """Recognise the layout of `folder` and read names, headers and a few masks.
+
+    Raises UserError if there is no such folder, if no layout fits, or if no case is complete.
+    """
+    layout = recognise(folder.absolute())
+    scanned = sorted(layout.data.scan(None), key=lambda case: case.name)
+    problems = [*layout.data.warnings(None), *(sentence for case in scanned for sentence in case.missing())]
+    grids: dict[str, Geometry] = {}
+    for case in (case for case in scanned if isinstance(case, LabelledCase) and not case.missing()):
+        try:
+            grids[case.name] = read_geometry(case.images[0])
+        except UserError as error:
+            problems.append(str(error))
+    cases = tuple(case for case in scanned if case.name in grids)
+    if not cases:
+        raise UserError(f"{folder}: no case is complete: {listed(problems, 3, '; ')}")
+    volumes: dict[str, tuple[float, ...]] = {}
+    soft = False
+    for one in _spread(cases):
+        try:
+            raters = one.load().raters
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        voxel_mm3 = float(np.prod(grids[one.name].spacing_mm))
+        volumes[one.name] = tuple((raters.sum(axis=(2, 3, 4), dtype=np.float64).mean(axis=0) * voxel_mm3).tolist())
+        soft = soft or bool(((raters > 0) & (raters < 1)).any())
+    if not volumes:
+        raise UserError(f"{folder}: no mask can be read: {listed(problems, 3, '; ')}")
+    if (left := tuple(case.name for case in scanned if case.name not in grids)) and isinstance(layout.data, Bids):
+        layout = replace(layout, data=layout.data.replace(exclude=left))
+    return Contents(layout, cases, tuple(problems), grids, volumes, soft)
+
+
+def _spread(cases: Sequence[Case]) -> list[Case]:
+    """`MASKS_READ` of the cases, in turn from each site."""
+    of_site = defaultdict[str, list[Case]](list)
+    for case in cases:
+        of_site[case.site].append(case)
+    turns = chain.from_iterable(zip_longest(*of_site.values()))
+    return [case for case in turns if case is not None][:MASKS_READ]
+
+
+def recognise(folder: Path) -> Layout:
+    """The first layout that fits. Raises UserError that lists what there is if none does."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    for name, reader in LAYOUTS.items():
+        if found := reader(folder):
+            data, why = found
+            return Layout(name, why, data)
+    inside = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    raise UserError(
+        f"{folder} has none of the layouts that are known ({', '.join(LAYOUTS)}); it holds {listed(inside) or 'nothing'}; a layout "
+        "of your own is a class in the study file: docs/extending.md"
+    )
+
+
+def bids_in(folder: Path) -> tuple[DataSet, str] | None:
+    """The images of a BIDS-like folder of the contrast that has most masks, with every part that half of them have."""
+    images, derivatives = _files(folder, [folder]), sorted(folder.glob("derivatives/*"))
+    if not images:
+        return None
+    contrasts = Counter(_contrast(path) for paths in images.values() for path in paths)
+    masks = _files(folder, derivatives)
+    parts = {contrast: _parts(contrast, contrasts, images, masks) for contrast in contrasts}
+    chosen = max(contrasts, key=lambda contrast: (max(map(len, parts[contrast].values()), default=0), contrasts[contrast]))
+    labels = dict(_labels(parts[chosen], contrasts[chosen]))
+    if not labels:
+        found = f"images {listed(sorted(contrasts))}, masks of {listed(sorted(parts[chosen])) or 'none'}"
+        raise UserError(f"{folder}: no mask below derivatives/ belongs to half of the images of one contrast; there are {found}")
+    subjects = [path.name for path in folder.glob("sub-*") if path.is_dir()]
+    sessions = any(match[1] != match[0] for match in (re.match(PERSON, name) for name in subjects) if match)
+    others = [contrast for contrast in contrasts if contrast != chosen]
+    why = f"{count(len(subjects), 'folder')} sub-*, {count(len(derivatives), 'folder')} below derivatives/"
+    why += f"; not used: {listed(sorted(others))}" if others else ""
+    data = Bids(str(folder), image=chosen, labels=labels, person=PERSON if sessions else None)
+    return data, why
+
+
+def _files(folder: Path, roots: Iterable[Path]) -> Names:
+    """The NIfTI files of the subjects in each of the `roots`, by their folder below it."""
+    found = defaultdict[str, list[Path]](list)
+    for root in roots:
+        for path in (path for subject in sorted(root.glob("sub-*")) for path in sorted(subject.rglob("*.nii*"))):
+            if not path.name.startswith("."):
+                found[path.parent.relative_to(root).as_posix()].append(path)
+    return found
+
+
+def _contrast(path: Path) -> str:
+    return stem_of(path).rpartition("_")[2]
+
+
+def _parts(contrast: str, contrasts: Iterable[str], images: Names, masks: Names) -> dict[str, list[Path]]:
+    """What masks of the images of one contrast have more in their names: the part, and its files."""
+    found = defaultdict[str, list[Path]](list)
+    for folder, paths in images.items():
+        of_contrast = [stem_of(path).split("_") for path in paths if _contrast(path) == contrast]
+        for mask in masks.get(folder, ()):
+            words = stem_of(mask).split("_")
+            for image in of_contrast:
+                rest = [word for word in words if word not in image]
+                if set(image) - {contrast} <= set(words) and rest and set(rest).isdisjoint(contrasts):
+                    found["_".join(rest)].append(mask)
+    return found
+
+
+def _labels(parts: Mapping[str, Sequence[Path]], num_images: int) -> Iterator[tuple[str, str]]:
+    """Class and part of every mask that half of the images have, raters joined; a class for every value of an integer map."""
+    joined = defaultdict[str, list[Path]](list)
+    for part, paths in parts.items():
+        joined[_of_raters(part, parts)] += paths
+    for part, paths in joined.items():
+        folders = {path.parent for path in paths}
+        if len(folders) < HALF * num_images:
+            continue
+        values = _values(paths)
+        name = _class_name(part)
+        if values == {1} or values is None:
+            yield name, part
+        else:
+            yield from ((f"{name}-{value}", f"{part}:{value}") for value in sorted(values))
+
+
+def _of_raters(part: str, parts: Iterable[str]) -> str:
+    """The part with `{rater}` in place of a word whose value other parts have differently: `label-GM_desc-{rater}_mask`."""
+    words = part.split("_")
+    for at, word in enumerate(words):
+        key, _, value = word.partition("-")
+        if key in RATER_WORDS and value:
+            general = [*words[:at], f"{key}-{RATER}", *words[at + 1 :]]
+            rule = re.compile("_".join(map(re.escape, general)).replace(re.escape(RATER), "[^_]+"))
+            if sum(bool(rule.fullmatch(other)) for other in parts) > 1:
+                return "_".join(general)
+    return part
+
+
+def _values(paths: Sequence[Path]) -> set[int] | None:
+    """The values of an integer map, over a few files, but 0; None for masks with values between 0 and 1."""
+    found: set[float] = set()
+    for path in paths[:: max(1, len(paths) // MASKS_READ)][:MASKS_READ]:
+        found |= set(np.unique(read_volume(path).data)[: MOST_VALUES + 1].tolist())
+    if max(found, default=1) <= 1 or len(found) > MOST_VALUES or any(value != round(value) for value in found):
+        return None if max(found, default=1) > 1 or found - {0, 1} else {1}
+    return {int(value) for value in found if value > 0}
+
+
+def _class_name(part: str) -> str:
+    """`GM` of `label-GM_desc-{rater}_mask`, `gmseg` of `gmseg-manual`."""
+    words = dict(word.partition("-")[::2] for word in part.split("_"))
+    return words.get("label") or part.split("_")[0].split("-")[0]
+
+
+Reader = Callable[[Path], tuple[DataSet, str] | None]
+LAYOUTS: dict[str, Reader] = {"BIDS": bids_in}
