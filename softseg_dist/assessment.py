@@ -24,7 +24,7 @@ import softseg_dist
 from softseg_dist.data.cases import Case, DataSet
 from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.own_masks import OwnMasks
-from softseg_dist.data.prediction_files import find_predictions, label_values, read_maps
+from softseg_dist.data.prediction_files import Values, find_predictions, label_values, read_maps
 from softseg_dist.data.processes import over_processes
 from softseg_dist.data.splits import Split, Splits
 from softseg_dist.errors import UserError
@@ -262,16 +262,14 @@ def _judge(
         for split, case in sorted(wanted):
             head = Head(asked.study["name"], name, split, 0, "test", "own", subject_of[case], case)
             units[case] += [(head, paths) for paths in of[split, case]]
-    judged = partial(_judge_case, yardstick, label_values(asked.data), folder)
+    judged = partial(_judge_case, yardstick, label_values(asked.data.classes, asked.cases), folder)
     tasks = [(case, units[case.name]) for case in asked.cases if case.name in units]
     done = list(chain(*over_processes(judged, tasks)))
     _refuse(problem for problem in done if isinstance(problem, str))
     return [rows for rows in done if isinstance(rows, Path)]
 
 
-def _judge_case(
-    yardstick: Yardstick, values: Mapping[str, int], folder: Path, task: tuple[Case, Sequence[Unit]]
-) -> list[Path | str]:
+def _judge_case(yardstick: Yardstick, values: Values, folder: Path, task: tuple[Case, Sequence[Unit]]) -> list[Path | str]:
     """For every map of a case the file of its rows, or what is wrong with it."""
     (case, units), done, data = task, list[Path | str](), None
     own_code = [metric.fingerprint for metric in yardstick.metrics]

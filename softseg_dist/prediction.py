@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase
+from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase, named_values
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement, Preprocess
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
@@ -206,8 +206,8 @@ def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequ
         if len(center_masks) != len(images):
             got = f"got {len(center_masks)} for {count(len(images), 'image')}, the first of which is {images[0][0]}"
             raise UserError(f"this model's crop is centred on the mask {parts[0]!r}: give --center-mask FILE once per image; {got}")
-        _, _, value = parts[0].partition(":")  # "part:value" is one value of an integer map, as in training
-        masks = [MaskFile(path, int(value) if value else None) for path in center_masks]
+        _, values = named_values(parts[0])  # "part:1+2" are values of an integer map, as in training
+        masks = [MaskFile(path, values) for path in center_masks]
     elif center_masks:
         raise UserError(f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}")
     return [ImageCase(stem_of(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]

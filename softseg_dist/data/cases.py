@@ -8,21 +8,27 @@ Legend: C image channels, R raters, K classes, X Y Z canonical (RAS+) voxel axes
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import AfterValidator
 
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Float32, Geometry
 from softseg_dist.data.volume import Volume, read_geometry, read_volume
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.words import listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
+OfCase = TypeVar("OfCase", bound="Case")
 ROUNDING = 1e-6  # values this far outside [0, 1] are clipped, and labels this near to 0 or 1 are 0 or 1
 MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back this near to them
 
@@ -106,17 +112,80 @@ class DataSet(Frozen, ABC):
         return cases
 
 
+def folder_of(folder: str, data_root: Path | None) -> Path:
+    """A folder below the data root, or an absolute one. Raises UserError if there is none, or no data root for it."""
+    if data_root is None and not Path(folder).is_absolute():
+        raise UserError(f"{folder!r} is a folder below the data root: say where that is with --data-root")
+    root = (data_root or Path()) / folder
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; is --data-root right?")
+    return root
+
+
+def selected(cases: Iterable[OfCase], exclude: Sequence[str]) -> tuple[OfCase, ...]:
+    """The cases by name, without those whose name or subject is in `exclude`.
+
+    Raises UserError if two cases have one name, or a name in `exclude` is that of none.
+    """
+    by_name = sorted(cases, key=lambda case: case.name)
+    if twice := [one.name for one, other in pairwise(by_name) if one.name == other.name]:
+        raise UserError(f"each case must have a name of its own, got {listed(twice)} more than once")
+    if unknown := set(exclude) - {name for case in by_name for name in (case.name, case.subject)}:
+        raise UserError(f"exclude names {listed(sorted(unknown))}, but the cases are {listed([case.name for case in by_name])}")
+    return tuple(case for case in by_name if {case.name, case.subject}.isdisjoint(exclude))
+
+
+def person_in(text: str, person: str | None) -> tuple[str, list[str]]:
+    """The first group (or the whole match) of the regular expression `person`, and what is wrong, in words; the text for None."""
+    match = re.search(person or "(.*)", text)
+    if match is None:
+        return text, [f"has {text!r}, which person={person!r} does not match"]
+    return match[1] if match.re.groups else match[0], []
+
+
+def _regular(person: str | None) -> str | None:
+    try:
+        re.compile(person or "")
+    except re.error as error:
+        raise ValueError(f"person must be a regular expression, got {person!r}: {error}") from error
+    return person
+
+
+Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
+
+
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask on disk: its voxels are the label, in [0, 1]; with a `value`, it is 1 where they have that value."""
+    """A mask on disk: its voxels are the label, in [0, 1]; with `values`, it is 1 where they have one of these integers."""
 
     path: Path
-    value: int | None = None
+    values: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """Of the file, and the value if there is one: `sub-01_dseg.nii.gz:2`."""
-        return self.path.name if self.value is None else f"{self.path.name}:{self.value}"
+        """Of the file, and the values if there are any: `sub-01_dseg.nii.gz:1+2`."""
+        return f"{self.path.name}:{_joined(self.values)}" if self.values else self.path.name
+
+
+def named_values(text: str) -> tuple[str, tuple[int, ...]]:
+    """What a text says before its colon, and the values of an integer map after it; () without a colon.
+
+    Raises UserError if these are no integers, or one stands twice.
+
+    >>> named_values("dseg:1+2"), named_values("mask")
+    (('dseg', (1, 2)), ('mask', ()))
+    """
+    name, colon, after = text.partition(":")
+    if colon and not re.fullmatch(r"-?\d+(\+-?\d+)*", after):
+        raise UserError(f'what follows ":" must be an integer, or several as in "1+2+4", got {text!r}')
+    values = tuple(map(int, after.split("+"))) if colon else ()
+    if len(set(values)) < len(values):
+        raise UserError(f'the values after ":" must differ, got {text!r}')
+    return name, values
+
+
+def _joined(values: Sequence[int]) -> str:
+    return "+".join(map(str, values))
 
 
 def _no_mask(part: str) -> MaskFile:
@@ -242,11 +311,11 @@ class VolumeCase(ImageCase):
         return np.stack([volume.data for volume in self.volumes]), self.volumes[0].geometry
 
     def mask(self, part: str) -> Float32:
-        """See `Case.mask`: the mask given, or its voxels of the value that `part` names after a colon."""
+        """See `Case.mask`: the mask given, or its voxels of the values that `part` names after a colon."""
         if self.center is None:
             raise UserError(f"{self.name}: the crop is centred on the mask {part!r}; give it as center_mask")
-        _, _, value = part.partition(":")
-        return _label(self.center.data, MaskFile(Path("center_mask"), int(value) if value else None), part)
+        _, values = named_values(part)
+        return _label(self.center.data, MaskFile(Path("center_mask"), values), part)
 
 
 def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None:
@@ -265,11 +334,11 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
 
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
-    if mask.value is not None:
+    if mask.values:
         if (fractions := values[np.abs(values - np.rint(values)) > MAP_ROUNDING]).size > 0:
-            got = f"got {fractions.size} other voxels, such as {fractions[0]:g}"
-            raise UserError(f"{what}: value {mask.value} needs a map of integers, {got} in {mask.path}")
-        return (np.rint(values) == mask.value).astype(np.float32)
+            wanted = f"value {_joined(mask.values)} needs a map of integers"
+            raise UserError(f"{what}: {wanted}, got {fractions.size} other voxels, such as {fractions[0]:g}, in {mask.path}")
+        return np.isin(np.rint(values), np.asarray(mask.values, np.float32)).astype(np.float32)
     labels = within_0_1(
         values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
     )

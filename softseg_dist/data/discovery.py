@@ -30,7 +30,7 @@ Names = Mapping[str, Sequence[Path]]  # files by the folder below the data set, 
 
 
 @dataclass(frozen=True)
-class Layout:
+class Recognised:
     """How a folder is laid out. `data` reads it, `why` says what it was recognised by and what was left out."""
 
     name: str
@@ -47,7 +47,7 @@ class Contents:
     `soft` is whether one of their masks has a value between 0 and 1.
     """
 
-    layout: Layout
+    layout: Recognised
     cases: tuple[Case, ...]
     problems: tuple[str, ...]
     grids: Mapping[str, Geometry]
@@ -129,14 +129,14 @@ def _spread(cases: Sequence[Case]) -> list[Case]:
     return [case for case in turns if case is not None][:MASKS_READ]
 
 
-def recognise(folder: Path) -> Layout:
+def recognise(folder: Path) -> Recognised:
     """The first layout that fits. Raises UserError that lists what there is if none does."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     for name, reader in LAYOUTS.items():
         if found := reader(folder):
             data, why = found
-            return Layout(name, why, data)
+            return Recognised(name, why, data)
     inside = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     raise UserError(
         f"{folder} has none of the layouts that are known ({', '.join(LAYOUTS)}); it holds {listed(inside) or 'nothing'}; a layout "

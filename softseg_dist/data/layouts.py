@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile
+from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, named_values
 from softseg_dist.data.participants import Participants, nfc, read_participants
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
@@ -35,7 +35,8 @@ class Bids(DataSet):
         folder: its name below the data root (or an absolute path).
         image: contrast of the image (`"T2starw"`), or several, which become channels.
         labels: class -> part of the mask's name, that is what it has more than the image: `"gmseg-manual"`,
-            `"label-GM_mask"`. `part:value` takes one value of an integer map: `"label-hippocampus_dseg:1"`.
+            `"label-GM_mask"`. `part:value` takes one value of an integer map: `"label-hippocampus_dseg:1"`,
+            `part:1+2` the voxels of either.
             `{rater}` stands for a rater's name: `"label-GM_desc-{rater}_mask"`; a case need not have all raters.
         person: regular expression searched in `sub-...`; its first group (or the whole match) names the person, so
             that sessions with names of their own stay together. None takes `sub-...` as it is.
@@ -67,7 +68,7 @@ class Bids(DataSet):
         if with_rater and len(with_rater) < len(self.labels):
             raise ValueError(f"either all parts have {RATER} or none has, got it for {', '.join(with_rater)} only")
         for part in self.labels.values():
-            _part(part)
+            named_values(part)
         if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
             raise ValueError(f"a part may have {RATER} once, got {twice[0]!r}")
         try:
@@ -164,7 +165,7 @@ class Bids(DataSet):
         kinds = {word.partition("-")[0] for entities in known for word in entities}
         found: dict[_Key, str] = {}
         for mask in masks:
-            bases = {base for part in self.labels.values() for base in _bases(mask.words, _part(part)[0])}
+            bases = {base for part in self.labels.values() for base in _bases(mask.words, named_values(part)[0].split("_"))}
             owners = {base - words for base in bases for words in map(_words, (*self.contrasts, "")) if words <= base}
             if owners.isdisjoint(known):
                 of_kinds = [each for each in owners if all("-" in word and word.partition("-")[0] in kinds for word in each)]
@@ -263,7 +264,8 @@ class _Masks:
 
     def find(self, part: str) -> tuple[dict[str, MaskFile], list[str]]:
         """Rater -> file, and what is wrong, in sentences."""
-        words, value = _part(part)
+        text, values = named_values(part)
+        words = tuple(word for word in text.split("_") if word)
         for base in self.bases:
             found: dict[str, list[Path]] = defaultdict(list)
             for mask in self.masks:
@@ -272,7 +274,7 @@ class _Masks:
             if found:
                 several = [f"{len(paths)} masks fit {part!r}: {listed(paths)}" for paths in found.values() if len(paths) > 1]
                 problems = [f"case {self.name}: {fit}; say derivatives=..." for fit in several]
-                return {rater: MaskFile(paths[0], value) for rater, paths in found.items()}, problems
+                return {rater: MaskFile(paths[0], values) for rater, paths in found.items()}, problems
         looked = f"derivatives/*/{self.stem}_{'_'.join(words)}.nii.gz"
         return {}, [f"case {self.name} has no mask {part!r}: looked for {looked} in {self.root}"]
 
@@ -282,13 +284,6 @@ class _Masks:
         if problems:
             raise UserError(problems[0])
         return found[min(found)]
-
-
-def _part(part: str) -> tuple[tuple[str, ...], int | None]:
-    text, colon, value = part.partition(":")
-    if colon and not re.fullmatch(r"-?\d+", value):
-        raise UserError(f'the value in "part:value" must be an integer, got {part!r}')
-    return tuple(word for word in text.split("_") if word), int(value) if colon else None
 
 
 def _rater(rest: frozenset[str], words: Sequence[str]) -> str | None:

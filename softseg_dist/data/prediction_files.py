@@ -11,16 +11,15 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from softseg_dist.data.cases import ROUNDING, Case, DataSet, LabelledCase, within_0_1
+from softseg_dist.data.cases import ROUNDING, Case, LabelledCase, within_0_1
 from softseg_dist.data.geometry import Float32, Geometry
-from softseg_dist.data.layouts import Bids
 from softseg_dist.data.source_files import check_regular
 from softseg_dist.data.volume import read_volume, stem_of
 from softseg_dist.errors import UserError
@@ -36,6 +35,7 @@ FORMS = {  # of names
 }
 CUT_FROM = {"mask": "softseg", "whole": "npz"}  # a mask is not read where the soft map that it was cut from lies beside it
 KEYS = ("probabilities", "softmax")  # of nnU-Net 2 and 1
+Values = Mapping[str, tuple[int, ...]]  # class -> its values in a map of integers
 Match = tuple[str, str, Path]  # a file of a case: the form of its name, its class ("" for all), where it is
 
 
@@ -60,7 +60,9 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
         raise UserError(f"there is no folder of predictions {folder}")
     if pattern and "{case}" not in pattern:
         raise UserError(f'a pattern has {{case}}, and {{class}} where a class has its own file, got "{pattern}"')
-    case_of = {name: case.name for case in reversed(cases) for name in _names_of(case)}
+    owners = Counter(name for case in cases for name in _names_of(case))  # a name such as flair.nii.gz may be that of every case
+    case_of = {name: case.name for case in cases for name in _names_of(case) if owners[name] == 1}
+    case_of |= {case.name: case.name for case in cases}
     class_of = {name: label for label in classes for name in (re.sub(r"[^A-Za-z0-9.+-]+", "-", label), label)}
     forms = {form: _compiled(text, case_of, class_of) for form, text in ({"": pattern} if pattern else FORMS).items()}
     found = defaultdict[str, list[Match]](list)
@@ -79,9 +81,9 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
     return Found(files, tuple(problems), tuple(surplus))
 
 
-def _names_of(case: Case) -> list[str]:
+def _names_of(case: Case) -> set[str]:
     stems = [stem_of(path) for path in case.images] if isinstance(case, LabelledCase) else []
-    return [case.name, *stems, *(stem.removesuffix("_0000") for stem in stems)]
+    return {case.name, *stems, *(stem.removesuffix("_0000") for stem in stems)}
 
 
 def _compiled(form: str, case_of: Mapping[str, str], class_of: Mapping[str, str]) -> re.Pattern[str]:
@@ -116,39 +118,45 @@ def _of_cases(
     return files, problems
 
 
-def label_values(data: DataSet) -> dict[str, int]:
-    """Class -> its value in maps of integers: the one that the data set names as "part:value", or else 1 to K.
+def label_values(classes: Sequence[str], cases: Sequence[Case]) -> Values:
+    """Class -> its values in maps of integers: those that its masks are taken by, or else 1 to K.
 
-    >>> label_values(Bids("brain", image="T1w", labels={"anterior": "dseg:2", "posterior": "dseg:1"}))
-    {'anterior': 2, 'posterior': 1}
+    >>> from softseg_dist import LabelledCase, MaskFile
+    >>> masks = {"GM": MaskFile(Path("map.nii"), (1,)), "cord": MaskFile(Path("map.nii"), (1, 2))}
+    >>> label_values(("GM", "cord"), [LabelledCase("a", [Path("a.nii")], "a", "", {"anna": masks})])
+    {'GM': (1,), 'cord': (1, 2)}
     """
-    parts = [part.partition(":")[2] for part in data.labels.values()] if isinstance(data, Bids) else []
-    named = [int(value) for value in parts if value]
-    values = named if len(set(named)) == len(data.classes) else range(1, len(data.classes) + 1)
-    return dict(zip(data.classes, values, strict=True))
+    masks = [masks for case in cases if isinstance(case, LabelledCase) for masks in case.labels.values()]
+    named = [{by_class[label].values for by_class in masks} for label in classes]
+    values = [of_one.pop() for of_one in named if len(of_one) == 1]
+    if () in values or len(set(values)) < len(classes):
+        values = [(number,) for number in range(1, len(classes) + 1)]
+    return dict(zip(classes, values, strict=True))
 
 
-def read_maps(files: Sequence[Path], grid: Geometry, values: Mapping[str, int]) -> Float32:
+def read_maps(files: Sequence[Path], grid: Geometry, values: Values) -> Float32:
     """The soft map of every class [K X Y Z], float32 in [0, 1].
 
     Args:
         files: one for all classes (a map of integers by value, nnU-Net's .npz, or of one class its map), or one per class.
         grid: of the image; another axis order with the voxels at the same places is put into this one.
-        values: class -> value in a map of integers.
+        values: class -> its values in a map of integers.
 
     Raises UserError that names rule, value and file if it lies on another grid, is NaN or outside [0, 1], or has unknown values.
     """
     if files[0].suffix == ".npz":
-        channels = np.argsort(np.argsort([*values.values()]))  # they come in the order of the values
-        return _soft(_probabilities(files[0], grid, len(values))[channels], files[0])
+        maps = _probabilities(files[0], grid, len(values))
+        if all(len(of_one) == 1 for of_one in values.values()):
+            maps = maps[np.argsort(np.argsort([value for (value,) in values.values()]))]  # they come in the order of the values
+        return _soft(maps, files[0])  # regions come in the order of the classes
     if len(files) > 1:
         return np.stack([_soft(_voxels(path, grid), path) for path in files])
     whole = _voxels(files[0], grid)
     if len(values) == 1 and (whole.max() <= 1 + ROUNDING or (whole != np.rint(whole)).any()):
         return _soft(whole[None], files[0])
-    maps = np.stack([whole == value for value in values.values()])
+    maps = np.stack([np.isin(whole, np.asarray(of_one, np.float32)) for of_one in values.values()])
     if (unknown := whole[~maps.any(axis=0) & (whole != 0)]).size:
-        meant = ", ".join(f"{value} ({label})" for label, value in values.items())
+        meant = ", ".join(f"{'+'.join(map(str, of_one))} ({label})" for label, of_one in values.items())
         got = f"{unknown[0]:g} in one of {unknown.size} other voxels of {files[0]}"
         raise UserError(f"a map of all classes has the integers 0, {meant}, got {got}; soft maps have a file for each class")
     return maps.astype(np.float32)

@@ -86,7 +86,7 @@ class Preprocess(Frozen):
         crop: size of an item in voxels; where the image is smaller it is padded (image: its minimum, labels: 0). None
             keeps the whole field of view, and then all cases must have one size.
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
-            brighter than the mean), or a mask's part of the file name, as in "seg-manual" (that mask's centre of
+            brighter than the mean), or a mask as the data set names it, as in "seg-manual" for `Bids` (that mask's centre of
             mass). "seg-manual|image" takes the middle of the image where the mask is empty, as in a healthy control.
         label_resampling: "area": along axes that get coarser the exact share of each new voxel that is labelled, so that
             label x voxel volume adds up to the same; linear along the others. "linear": along all; lesions of few voxels
@@ -187,7 +187,7 @@ class Preprocess(Frozen):
                 return tuple(float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total for plane, n in planes)
         raise UserError(
             f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there; name what is taken then, as in "
-            f'center="{self.center}|image", or leave the case out: Bids(exclude=("{case.name}",))'
+            f'center="{self.center}|image", or leave the case out: exclude=("{case.name}",) of the data set'
         )
 
     def _image(self, case: Case, volume: Float32, axes: tuple[Axis, ...]) -> Float32:
@@ -244,7 +244,7 @@ class Preprocess(Frozen):
         if not labelled.size and self.slices == "labelled":
             raise UserError(
                 f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all '
-                f'slices of such a case, Bids(exclude=("{case.name}",)) leaves it out'
+                f'slices of such a case, exclude=("{case.name}",) of the data set leaves it out'
             )
         return tuple(labelled.tolist()) or every
 

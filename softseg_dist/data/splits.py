@@ -157,7 +157,7 @@ class LeaveOneSiteOut(Splits):
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
         """See `Splits.make`. Raises UserError if somebody's site is unknown, or there are fewer than 3 sites."""
         if unknown := sorted(subject for subject, site in subjects.items() if not site):
-            where = "the layout reads them (Bids: a column of participants.tsv)"
+            where = "the layout reads them (Bids: a column of participants.tsv; Files: {site} in a pattern)"
             raise UserError(f"{self} needs the site of every subject, got none for {listed(unknown)}; {where}")
         sites = sorted(set(subjects.values()))
         if len(sites) < 3:

@@ -16,6 +16,7 @@ from softseg_dist import (
     Bids,
     DataSet,
     EvaluateOptions,
+    Files,
     GivenSplits,
     LabelledCase,
     MaskFile,
@@ -81,12 +82,14 @@ def moved(whole: np.ndarray, number: int) -> np.ndarray:
     return np.roll(whole, 1 + number % 2, axis=0)
 
 
-def judged(root: Path, candidates: dict[str, Path], splits: Path | None = None, **options: object) -> tuple[RunData, list[str]]:
+def judged(
+    root: Path, candidates: dict[str, Path], splits: Path | None = None, data: DataSet = DATA, **options: object
+) -> tuple[RunData, list[str]]:
     """The run folder of an evaluation, read, and what was noted."""
     notes: list[str] = []
     rule = GivenSplits(splits).bound(Path()) if splits else None
     named = {name: str(folder) for name, folder in candidates.items()}
-    asked = Assessment.of(DATA, named, root, rule, EvaluateOptions(**options))  # type: ignore[arg-type]
+    asked = Assessment.of(data, named, root, rule, EvaluateOptions(**options))  # type: ignore[arg-type]
     return load_run(assess(asked, root / "runs", notes.append)), notes
 
 
@@ -106,6 +109,25 @@ def test_the_references_as_predictions_have_the_perfect_value_of_every_metric(ro
             values = rows.loc[(rows["metric"] == name) & (rows["threshold"].isna() | (rows["threshold"] == 0.5)), "value"]
             assert len(values) == 2 * len(SUBJECTS), name
             assert (values.dropna() == row.best).all(), name
+
+
+def mean_dice(rows: pd.DataFrame) -> pd.Series:
+    """By candidate and class."""
+    dice = rows[(rows["metric"] == "dice") & (rows["reference"] == "mean") & (rows["threshold"] == 0.5)]
+    return dice.groupby(["candidate", "class"], observed=True)["value"].mean()
+
+
+def test_files_by_patterns_are_judged_as_bids_is_and_regions_by_the_values_that_they_name(root: Path) -> None:
+    mask = "derivatives/labels/{subject}/anat/{subject}_label-x_dseg.nii.gz"
+    labels = {"head": f"{mask}:1", "tail": f"{mask}:2"}
+    data, folders = Files("set", image="{subject}/anat/{subject}_T1w.nii.gz", labels=labels), {"moved": predict(root / "q", moved)}
+    expected, found = (judged(root, folders, data=each, name=type(each).__name__)[0].results for each in (DATA, data))
+    pd.testing.assert_frame_equal(found.assign(study="x"), expected.assign(study="x"))
+    regions = data.replace(labels={"both": f"{mask}:1+2", "tail": f"{mask}:2"})
+    rows = judged(root, folders | {"itself": predict(root / "p", same)}, data=regions, name="regions")[0].results
+    means = mean_dice(rows)
+    assert means["itself"].tolist() == [1, 1]
+    assert means["moved", "tail"] == mean_dice(expected)["moved", "tail"] < means["moved", "both"] < 1
 
 
 class Overshoot(Metric):
@@ -266,7 +288,7 @@ class Numbered(DataSet):
     def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
         images = sorted(Path(self.folder).glob("image_*.nii.gz"))
         return tuple(
-            LabelledCase(f"{number:03d}", [path], f"{number:03d}", "", {"rater": {"head": MaskFile(path, 1)}})
+            LabelledCase(f"{number:03d}", [path], f"{number:03d}", "", {"rater": {"head": MaskFile(path, (1,))}})
             for number, path in enumerate(images)
         )
 

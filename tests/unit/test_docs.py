@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from public_classes import public_classes
 
 import softseg_dist
 
@@ -140,10 +141,10 @@ def test_the_readme_is_short() -> None:
 
 def test_every_data_set_of_the_readme_is_one() -> None:
     table = README.partition("| your data |")[2].partition("\n\n")[0]
-    lines = re.findall(r"`((?:Bids|Phantom)\([^`]*\))`", table)
-    assert len(lines) >= 6
-    for line in lines:
-        assert eval(line, {name: getattr(softseg_dist, name) for name in ("Bids", "Phantom")}).classes
+    lines = re.findall(r"`([A-Z]\w+\([^`]*\))`", table)
+    read = [eval(line, {name: getattr(softseg_dist, name) for name in softseg_dist.__all__}) for line in lines]
+    assert {type(data) for data in read} == public_classes(softseg_dist.DataSet)
+    assert all(data.classes for data in read)
 
 
 @pytest.mark.data

@@ -156,11 +156,13 @@ def test_channels_are_taken_in_order_and_classes_written_by_name(tmp_path: Path)
     assert not np.allclose(read(done.maps["lesion"]), read(done.maps["gray matter"]), atol=1e-3)
 
 
-def test_one_value_of_an_integer_map_centres_the_crop_as_in_training(tmp_path: Path) -> None:
-    preprocess = Preprocess(dim=2, crop=(4, 4), center="dseg:2")
+@pytest.mark.parametrize("part", ["dseg:2", "dseg:2+3"])
+def test_values_of_an_integer_map_centre_the_crop_as_in_training(tmp_path: Path, part: str) -> None:
+    preprocess = Preprocess(dim=2, crop=(4, 4), center=part)
     model = random_model(tmp_path / "model", preprocess)
     values = np.ones(SHAPE, dtype=np.uint8)
     values[9:11, 3:5] = 2
+    values[9, 3] = 2 + part.count("3")
     (done,) = predicted(model, [scan(tmp_path / "image.nii")], tmp_path, center_masks=[write(tmp_path / "map.nii", values)])
     assert np.argwhere(read(done.maps["GM"]).any(axis=2)).min(axis=0).tolist() == [8, 2]
 

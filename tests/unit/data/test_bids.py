@@ -10,8 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from softseg_dist.data.cases import DataSet, ImageCase, MaskFile
+from softseg_dist.data.cases import DataSet, ImageCase, MaskFile, VolumeCase
 from softseg_dist.data.layouts import Bids
+from softseg_dist.data.volume import read_volume
 from softseg_dist.errors import UserError
 
 SHAPE = (6, 5, 4)
@@ -129,7 +130,7 @@ def test_values_of_an_integer_map_become_classes(tmp_path: Path) -> None:
     raters = data.cases(tmp_path)[0].load().raters
     assert [int(label.sum()) for label in raters[0]] == [0, int(MASK.sum()), 0]
     put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", MASK * np.float32(0.5))
-    with pytest.raises(UserError, match=f"value 1 needs a map of integers, got {int(MASK.sum())} other voxels, such as 0.5 in"):
+    with pytest.raises(UserError, match=f"value 1 needs a map of integers, got {int(MASK.sum())} other voxels, such as 0.5, in"):
         data.cases(tmp_path)[0].load()
 
 
@@ -186,6 +187,20 @@ def test_a_mask_on_the_same_voxels_in_another_axis_order_is_turned(tmp_path: Pat
     put(tmp_path, name, np.ascontiguousarray(odd.transpose(1, 0, 2)), affine)  # the same axes: another grid
     with pytest.raises(UserError, match=r"on another grid than .*: shape 5 x 6 x 4 against 6 x 5 x 4"):
         data.cases(tmp_path)[0].load()
+
+
+def test_several_values_of_an_integer_map_become_one_class(tmp_path: Path) -> None:
+    data = simple(tmp_path, "sub-01_T2w_dseg", labels={"inner": "dseg:2", "whole": "dseg:1+2"})
+    layers = MASK.copy()
+    layers[2] *= 2
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", layers)
+    (case,) = data.cases(tmp_path)
+    assert np.array_equal(case.load().raters[0], [layers == 2, layers > 0])
+    assert np.array_equal(case.mask("dseg:1+2"), layers > 0)
+    assert [line.split()[0] for line in case.sources()][1:] == ["sub-01_T2w_dseg.nii.gz:2", "sub-01_T2w_dseg.nii.gz:1+2"]
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", layers * np.float32(0.5))
+    with pytest.raises(UserError, match=r"value 1\+2 needs a map of integers, got 4 other voxels, such as 0.5, in .*dseg.nii.gz"):
+        data.replace(labels={"whole": "dseg:1+2"}).cases(tmp_path)[0].load()
 
 
 def test_several_contrasts_become_channels(tmp_path: Path) -> None:
@@ -424,6 +439,8 @@ def test_labels_that_leave_the_range_by_rounding_are_clipped(tmp_path: Path) -> 
         {"labels": {"a": "x-{rater}", "b": "y"}},
         {"labels": {"a": "x-{rater}_{rater}"}},
         {"labels": {"a": "seg:one"}},
+        {"labels": {"a": "seg:1+"}},
+        {"labels": {"a": "seg:1+2+1"}},
     ],
     ids=str,
 )
@@ -453,13 +470,19 @@ def test_an_image_alone_is_a_case_without_raters(tmp_path: Path) -> None:
 
 def test_an_image_alone_takes_the_mask_that_centres_its_crop_from_any_file(tmp_path: Path) -> None:
     mask = put(tmp_path, "elsewhere", MASK + 1)
-    case = ImageCase("any_name", [put(tmp_path, "any_name", IMAGE)], center_mask=MaskFile(mask, 2))
+    case = ImageCase("any_name", [put(tmp_path, "any_name", IMAGE)], center_mask=MaskFile(mask, (2,)))
     case.check_headers()
     assert np.array_equal(case.mask("seg"), MASK)
     assert len(case.sources(("seg",))) == len(case.sources()) + 1
     small = put(tmp_path, "small", IMAGE[:-1])
     with pytest.raises(UserError, match=r"small.nii.gz is on another grid than .*any_name"):
         ImageCase("any_name", case.images, center_mask=MaskFile(small)).check_headers()
+
+
+def test_an_image_in_memory_takes_values_of_its_mask_as_a_file_does(tmp_path: Path) -> None:
+    image, mask = (read_volume(put(tmp_path, name, data)) for name, data in (("a", IMAGE), ("b", MASK + IMAGE % 2)))
+    assert np.array_equal(VolumeCase("x", [image], mask).mask("dseg:2"), MASK + IMAGE % 2 == 2)
+    assert np.array_equal(VolumeCase("x", [image], mask).mask("dseg:1+2"), MASK + IMAGE % 2 > 0)
 
 
 @pytest.mark.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -9,14 +10,31 @@ import numpy as np
 import pytest
 from public_classes import assert_covered
 
+from softseg_dist.data.case_table import Table
 from softseg_dist.data.cases import Case, DataSet, LabelledCase, MaskFile
+from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, NnUNet
+from softseg_dist.data.files import Files
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom
 
+MASKS = "derivatives/d/{subject}/anat/{subject}"
 BIDS = {"label-GM": "label-GM_mask", "two raters": "label-GM_desc-{rater}_mask"}
 DATA_SETS: list[DataSet] = [
     *(Bids("set", image="T2w", labels={"GM": part}, person="sub-(.)") for part in BIDS.values()),
     Bids("set", image=("T1w", "T2w"), labels={"GM": "label-GM_mask", "edge": "dseg:2"}),
+    Files(
+        "set",
+        image="{subject}/anat/{subject}_{channel}.nii.gz",
+        channels=("T1w", "T2w"),
+        labels={"GM": f"{MASKS}_label-GM_desc-{{rater}}_mask.nii.gz", "edge": f"{MASKS}_dseg.nii.gz:1+2"},
+        person="sub-(.)",
+    ),
+    NnUNet("nnunet", labels=("left", "right")),
+    Decathlon("decathlon", labels=("right",)),
+    SCGM("scgm"),
+    MSSEG("msseg", image=("FLAIR", "T1")),
+    BraTS("brats", image=("t1",)),
+    Table("tables/cases.csv", labels=("GM", "edge")),
     Phantom(subjects=4, raters=2, size=(16, 16), num_slices=2),
     Phantom(subjects=3, shape="lesions", dim=3, size=(24, 24, 24)),
 ]
@@ -25,7 +43,7 @@ every_data_set = pytest.mark.parametrize("data", DATA_SETS, ids=str)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the data sets above can read; for `Bids` three sessions of two people, two contrasts, two raters."""
+    """What the data sets above can read, three cases each; for `Bids` three sessions of two people, two contrasts, two raters."""
     folder, rng = tmp_path_factory.mktemp("root"), np.random.default_rng(0)
     for subject in ("sub-a1", "sub-a2", "sub-b1"):
         masks = {f"label-GM{rater}_mask": rng.integers(0, 2, (6, 5, 4)) for rater in ("", "_desc-x", "_desc-y")}
@@ -34,10 +52,31 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = {f"set/{subject}/anat/{subject}_{name}": voxels for name, voxels in images.items()}
         files |= {f"set/derivatives/d/{subject}/anat/{subject}_{name}": voxels for name, voxels in labels.items()}
         for name, voxels in files.items():
-            path = folder / f"{name}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels.astype(np.uint8), np.diag([0.5, 0.5, 2, 1])), path)
+            write(folder / f"{name}.nii.gz", voxels)
+    described = {"labels": {"background": 0, "left": 1, "right": [1, 2]}, "channel_names": {"0": "T1w"}}
+    for name in ("nnunet", "decathlon"):
+        (folder / name / "imagesTr").mkdir(parents=True)
+        training = [{"image": f"./imagesTr/c{number}.nii.gz"} for number in range(3)]
+        (folder / name / "dataset.json").write_text(json.dumps(described | {"training": training}))
+    (folder / "tables").mkdir()
+    rows = [f"{n},c{n}.nii.gz,{','.join(f'c{n}_{rater}.nii.gz:1' for rater in 'xy')},c{n}_x.nii.gz:1+2" for n in range(3)]
+    (folder / "tables/cases.csv").write_text("\n".join(["case,image,GM:x,GM:y,edge", *rows]))
+    for n in range(3):
+        patient = f"msseg/Training/Center_0{n}/Patient_01"
+        images = [f"nnunet/imagesTr/c{n}_0000", f"decathlon/imagesTr/c{n}", f"scgm/site{n}-sc01-image", f"tables/c{n}"]
+        images += [f"{patient}/Preprocessed_Data/{name}_preprocessed" for name in ("FLAIR", "T1")] + [f"brats/b{n}/b{n}_t1"]
+        masks = [f"nnunet/labelsTr/c{n}", f"decathlon/labelsTr/c{n}", f"brats/b{n}/b{n}_seg", *(f"tables/c{n}_{r}" for r in "xy")]
+        masks += [f"scgm/site{n}-sc01-mask-r{rater}" for rater in range(1, 5)]
+        binary = [f"{patient}/Masks/ManualSegmentation_{rater}" for rater in range(1, 8)]
+        for names, most in ((images, 99), (masks, 3), (binary, 2)):
+            for name in names:
+                write(folder / f"{name}.nii.gz", rng.integers(0, most, (6, 5, 4)))
     return folder
+
+
+def write(path: Path, voxels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels.astype(np.uint8), np.diag([0.5, 0.5, 2, 1])), path)
 
 
 def test_the_suite_runs_over_every_public_data_set() -> None:

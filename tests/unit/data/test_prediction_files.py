@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from softseg_dist.data.cases import LabelledCase, MaskFile
+from softseg_dist.data.cases import LabelledCase, MaskFile, named_values
 from softseg_dist.data.geometry import Geometry
-from softseg_dist.data.layouts import Bids
+from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.prediction_files import Found, find_predictions, label_values, read_maps
 from softseg_dist.errors import UserError
 
@@ -19,7 +19,7 @@ AFFINE = np.diag([-1.0, 1.0, 2.0, 1.0])  # LAS: canonical order is another one
 SHAPE = (5, 4, 3)
 GRID = Geometry(SHAPE, AFFINE)
 CLASSES = ("anterior", "posterior part")
-VALUES = {"anterior": 1, "posterior part": 2}
+VALUES = {"anterior": (1,), "posterior part": (2,)}
 
 
 def case(name: str = "sub-01", image: str = "sub-01_T1w.nii.gz") -> LabelledCase:
@@ -51,6 +51,15 @@ def test_one_file_for_all_classes_is_named_as_the_case_or_its_image(tmp_path: Pa
 
 def test_the_number_of_a_channel_in_the_name_of_the_image_may_be_left_out(tmp_path: Path) -> None:
     assert found(tmp_path, "sub-02_T1w.nii.gz").files == {"sub-02": (tmp_path / "sub-02_T1w.nii.gz",)}
+
+
+def test_a_name_that_the_images_of_several_cases_have_says_nothing_and_the_name_of_a_case_wins(tmp_path: Path) -> None:
+    cases = [case("p1", "p1/flair.nii.gz"), case("p2", "p2/flair.nii.gz"), case("p3", "p3/p1.nii.gz")]
+    for name in ("flair.nii.gz", "p1.nii.gz", "p2.nii.gz", "p3.nii.gz"):
+        (tmp_path / name).touch()
+    result = find_predictions(tmp_path, cases, CLASSES)
+    assert result.files == {name: (tmp_path / f"{name}.nii.gz",) for name in ("p1", "p2", "p3")}
+    assert result.surplus == (tmp_path / "flair.nii.gz",)
 
 
 def test_files_per_class_come_in_the_order_of_the_classes(tmp_path: Path) -> None:
@@ -108,18 +117,25 @@ def test_a_folder_that_is_not_there_and_a_pattern_without_a_case_are_refused(tmp
 
 
 def test_values_are_those_of_the_data_set_where_it_names_them_all() -> None:
-    def values(*parts: str) -> list[int]:
-        return list(label_values(Bids("x", image="T1w", labels=dict(zip("ab", parts, strict=True)))).values())
+    def values(*parts: str) -> list[tuple[int, ...]]:
+        named = (named_values(part) for part in parts)
+        masks = dict(zip("ab", (MaskFile(Path(name), of_one) for name, of_one in named), strict=True))
+        cases = [LabelledCase(name, [Path("x.nii")], name, "", {"rater": masks}) for name in ("one", "two")]
+        found = label_values(("a", "b"), cases)
+        assert list(found) == ["a", "b"]
+        return list(found.values())
 
-    assert values("dseg:5", "dseg:3") == [5, 3]
-    assert values("a_mask", "b_mask") == values("dseg:5", "b_mask") == values("a_dseg:4", "b_dseg:4") == [1, 2]
+    assert values("dseg:5", "dseg:3") == [(5,), (3,)]
+    assert values("dseg:1+2", "dseg:2") == [(1, 2), (2,)]
+    assert values("a_mask", "b_mask") == values("dseg:5", "b_mask") == values("a_dseg:4", "b_dseg:4") == [(1,), (2,)]
+    assert label_values(("a", "b"), Phantom(subjects=3).cases(None)) == {"a": (1,), "b": (2,)}
 
 
 RAMP = np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)  # along the stored axes
 
 
 def test_a_soft_map_of_one_class_comes_back_in_canonical_order(tmp_path: Path) -> None:
-    maps = read_maps([save(tmp_path / "a.nii.gz", RAMP)], GRID, {"GM": 1})
+    maps = read_maps([save(tmp_path / "a.nii.gz", RAMP)], GRID, {"GM": (1,)})
     assert np.array_equal(maps[0], RAMP[::-1])
 
 
@@ -127,14 +143,14 @@ def test_another_axis_order_of_the_same_voxels_is_accepted(tmp_path: Path) -> No
     image = nib.Nifti1Image(RAMP, AFFINE).as_reoriented(np.array([[1, 1], [2, -1], [0, -1]]))
     nib.save(image, tmp_path / "a.nii.gz")
     assert image.shape != SHAPE
-    assert np.array_equal(read_maps([tmp_path / "a.nii.gz"], GRID, {"GM": 1})[0], RAMP[::-1])
+    assert np.array_equal(read_maps([tmp_path / "a.nii.gz"], GRID, {"GM": (1,)})[0], RAMP[::-1])
 
 
 def test_an_integer_map_is_read_by_value(tmp_path: Path) -> None:
     whole = np.arange(60).reshape(SHAPE) % 3
-    maps = read_maps([save(tmp_path / "a.nii", whole)], GRID, {"a": 2, "b": 1})
+    maps = read_maps([save(tmp_path / "a.nii", whole)], GRID, {"a": (2,), "b": (1,)})
     assert np.array_equal(maps, np.stack([whole == 2, whole == 1])[:, ::-1].astype(np.float32))
-    assert np.array_equal(read_maps([save(tmp_path / "b.nii", 4 * (whole == 1))], GRID, {"a": 4})[0], (whole == 1)[::-1])
+    assert np.array_equal(read_maps([save(tmp_path / "b.nii", 4 * (whole == 1))], GRID, {"a": (4,)})[0], (whole == 1)[::-1])
 
 
 @pytest.mark.parametrize("key", ["probabilities", "softmax"])
@@ -146,6 +162,17 @@ def test_probabilities_of_nnunet_have_the_axes_of_simpleitk_and_the_background_f
     assert np.array_equal(read_maps([tmp_path / "b.npz"], GRID, VALUES), soft[:, ::-1])
     turned = dict(reversed(VALUES.items()))  # channels come in the order of the values, whatever order the classes have
     assert np.array_equal(read_maps([tmp_path / "b.npz"], GRID, turned), soft[::-1, ::-1])
+
+
+def test_regions_of_an_integer_map_overlap_and_their_probabilities_come_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    whole, regions = np.arange(60).reshape(SHAPE) % 3, {"inner": (2,), "all": (1, 2)}
+    maps = read_maps([save(tmp_path / "a.nii", whole)], GRID, regions)
+    assert np.array_equal(maps, np.stack([whole == 2, whole > 0])[:, ::-1].astype(np.float32))
+    with pytest.raises(UserError, match=r"the integers 0, 2 \(inner\), 1\+2 \(all\), got 4 in one of 60 other voxels"):
+        read_maps([save(tmp_path / "b.nii", whole * 0 + 4)], GRID, regions)
+    soft = np.stack([RAMP / 2, RAMP])
+    np.savez(tmp_path / "a.npz", probabilities=soft.transpose(0, 3, 2, 1))
+    assert np.array_equal(read_maps([tmp_path / "a.npz"], GRID, regions), soft[:, ::-1])
 
 
 def bad(tmp_path: Path, kind: str) -> list[Path]:
@@ -198,5 +225,5 @@ def test_what_is_no_prediction_is_refused_by_rule_value_and_file(tmp_path: Path,
 
 
 def test_rounding_errors_are_clipped(tmp_path: Path) -> None:
-    maps = read_maps([save(tmp_path / "a.nii", RAMP + np.float32(5e-7))], GRID, {"GM": 1})
+    maps = read_maps([save(tmp_path / "a.nii", RAMP + np.float32(5e-7))], GRID, {"GM": (1,)})
     assert maps.max() == 1
