@@ -56,7 +56,7 @@ class Table(DataSet):
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
         """See `DataSet.scan`. Raises UserError if the table lacks a column, or two rows have one name."""
         path = folder_of(str(Path(self.table).parent), data_root) / Path(self.table).name
-        titles, rows = _read(path)
+        titles, rows = read_table(path)
         columns = {name: [title for title in titles if title.partition(":")[0] == name] for name in ("image", *self.labels)}
         if lacking := [name for name in ("case", *columns) if not columns.get(name, name in titles)]:
             raise UserError(
@@ -94,7 +94,7 @@ class Table(DataSet):
         return LabelledCase(name, images, subject, "" if site.lower() in UNKNOWN else site, labels, problems, center)
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Titles and rows, without blanks around the cells. Raises UserError that names the file, and the line where that is known."""
     try:
         text = path.read_bytes().decode("utf-8-sig")

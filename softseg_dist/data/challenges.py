@@ -217,6 +217,13 @@ class BraTS(Layout):
         ]
 
 
+def classes_of(root: Path) -> tuple[str, ...]:
+    """The classes that dataset.json names, but the background. Raises UserError if it cannot be read."""
+    of = _described(root)[1]["labels"]
+    names = of.values() if all(key.isdecimal() for key in of) else of
+    return tuple(str(name) for name in names if name != "background")
+
+
 def _described(root: Path) -> tuple[Path, dict[str, Any]]:
     """The file dataset.json and what it says."""
     path = root / "dataset.json"

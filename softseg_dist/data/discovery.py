@@ -9,12 +9,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
+from softseg_dist.data.case_table import Table, read_table
 from softseg_dist.data.cases import Case, DataSet, LabelledCase
+from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, Layout, NnUNet, classes_of
+from softseg_dist.data.files import contents
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import RATER, Bids
 from softseg_dist.data.volume import read_geometry, read_volume, stem_of
@@ -115,8 +119,8 @@ def look_at(folder: Path) -> Contents:
         soft = soft or bool(((raters > 0) & (raters < 1)).any())
     if not volumes:
         raise UserError(f"{folder}: no mask can be read: {listed(problems, 3, '; ')}")
-    if (left := tuple(case.name for case in scanned if case.name not in grids)) and isinstance(layout.data, Bids):
-        layout = replace(layout, data=layout.data.replace(exclude=left))
+    if left := tuple(case.name for case in scanned if case.name not in grids):
+        layout = replace(layout, data=layout.data.replace(exclude=left))  # every layout has it
     return Contents(layout, cases, tuple(problems), grids, volumes, soft)
 
 
@@ -137,11 +141,8 @@ def recognise(folder: Path) -> Recognised:
         if found := reader(folder):
             data, why = found
             return Recognised(name, why, data)
-    inside = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    raise UserError(
-        f"{folder} has none of the layouts that are known ({', '.join(LAYOUTS)}); it holds {listed(inside) or 'nothing'}; a layout "
-        "of your own is a class in the study file: docs/extending.md"
-    )
+    others = 'names of your own are read by Files("...", image="{case}_image.nii.gz", ...), see docs/extending.md'
+    raise UserError(f"{folder} has none of the layouts {', '.join(LAYOUTS)}: {contents(folder)}; {others}")
 
 
 def bids_in(folder: Path) -> tuple[DataSet, str] | None:
@@ -240,5 +241,38 @@ def _class_name(part: str) -> str:
     return words.get("label") or part.split("_")[0].split("-")[0]
 
 
+def released_in(kind: type[Layout], folder: Path) -> tuple[DataSet, str] | None:
+    """The images of a challenge, by the names of its release."""
+    data = kind(str(folder))
+    return (data, "names as in its release") if data.form(folder).is_in(None) else None
+
+
+def described_in(kind: type[Layout], folder: Path) -> tuple[DataSet, str] | None:
+    """What a file dataset.json describes, with all its classes."""
+    if not (folder / "dataset.json").is_file() or not (folder / "imagesTr").is_dir():
+        return None
+    data = kind(str(folder), labels=classes_of(folder))
+    return (data, "dataset.json and imagesTr/") if data.form(folder).is_in(None) else None
+
+
+def table_in(folder: Path) -> tuple[DataSet, str] | None:
+    """The first table with columns for case and image; a class is what further columns that name NIfTI files are called."""
+    for path in sorted(folder.glob("*.csv")):
+        titles, rows = read_table(path)
+        masks = [title for title in titles if title.partition(":")[0] not in ("case", "image")]
+        labels = dict.fromkeys(title.partition(":")[0] for title in masks if any(".nii" in row[title] for row in rows))
+        if "case" in titles and any(title.partition(":")[0] == "image" for title in titles) and labels:
+            return Table(str(path), labels=tuple(labels)), f"{path.name}, {count(len(rows), 'row')}"
+    return None
+
+
 Reader = Callable[[Path], tuple[DataSet, str] | None]
-LAYOUTS: dict[str, Reader] = {"BIDS": bids_in}
+LAYOUTS: dict[str, Reader] = {
+    "BIDS": bids_in,
+    "nnU-Net": partial(described_in, NnUNet),
+    "Decathlon": partial(described_in, Decathlon),
+    "SCGM": partial(released_in, SCGM),
+    "MSSEG": partial(released_in, MSSEG),
+    "BraTS": partial(released_in, BraTS),
+    "table": table_in,
+}

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pytest
 from typer.testing import CliRunner
 
-import softseg_dist
 from softseg_dist import KFold, MonteCarlo, Patch, Study, UserError
 from softseg_dist.cli.main import app
-from softseg_dist.pipeline import RunOptions
 from softseg_dist.study_file import load_study
 
 
@@ -79,13 +76,3 @@ def test_too_few_persons_and_a_file_that_exists_are_refused(tmp_path: Path) -> N
     refused = CliRunner().invoke(app, ["init", str(tmp_path / "ds"), "--out", str(tmp_path / "s.py")])
     assert "exists already" in str(refused.exception)
     assert (tmp_path / "s.py").read_text() == "mine"
-
-
-@pytest.mark.engine
-def test_from_a_folder_to_a_report_without_an_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder_of(tmp_path / "ds", 5, (20, 18, 6), (0.5, 0.5, 4), soft=True)
-    study_of(tmp_path / "ds", Path("first.py"))
-    assert CliRunner().invoke(app, ["check", "first.py"]).exit_code == 0
-    run = softseg_dist.run("first.py", options=RunOptions(out=str(tmp_path / "runs"), stores=str(tmp_path / "stores"), debug=True))
-    assert run.report().exists()

@@ -110,7 +110,7 @@ def test_few_masks_are_read_and_from_every_site(tmp_path: Path) -> None:
 def test_a_folder_of_another_kind_is_described(tmp_path: Path) -> None:
     save(tmp_path / "scans" / "a.nii.gz", scan())
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"none of the layouts that are known \(BIDS.*\); it holds notes.txt, scans/"):
+    with pytest.raises(UserError, match=r"none of the layouts BIDS, nnU-Net.*: there are scans/a.nii.gz"):
         look_at(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         look_at(tmp_path / "gone")
