@@ -22,6 +22,7 @@ from pydantic import AfterValidator
 
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Float32, Geometry
+from softseg_dist.data.source_files import nfc
 from softseg_dist.data.volume import Volume, read_geometry, read_volume
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
@@ -117,9 +118,12 @@ def folder_of(folder: str, data_root: Path | None) -> Path:
     if data_root is None and not Path(folder).is_absolute():
         raise UserError(f"{folder!r} is a folder below the data root: say where that is with --data-root")
     root = (data_root or Path()) / folder
-    if not root.is_dir():
+    alike = (
+        [root] if root.is_dir() else [each for each in root.parent.glob("*") if each.is_dir() and nfc(each.name) == nfc(root.name)]
+    )
+    if not alike:
         raise UserError(f"there is no folder {root}; is --data-root right?")
-    return root
+    return alike[0]
 
 
 def selected(cases: Iterable[OfCase], exclude: Sequence[str]) -> tuple[OfCase, ...]:

@@ -20,8 +20,8 @@ from softseg_dist.data.cases import Case, DataSet, LabelledCase
 from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, Layout, NnUNet, classes_of
 from softseg_dist.data.files import contents
 from softseg_dist.data.geometry import Geometry
-from softseg_dist.data.layouts import RATER, Bids
-from softseg_dist.data.volume import read_geometry, read_volume, stem_of
+from softseg_dist.data.layouts import RATER, Bids, Name, by_folder, names_in
+from softseg_dist.data.volume import read_geometry, read_volume
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
@@ -30,7 +30,7 @@ MOST_VALUES = 30  # of an integer map: more are no classes
 HALF = 0.5  # of the cases must have a mask that becomes a class
 RATER_WORDS = ("desc", "rater")  # entities whose value may be a rater's name
 PERSON = r"(sub-.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a subject may have its session in its name
-Names = Mapping[str, Sequence[Path]]  # files by the folder below the data set, or below a folder of derivatives
+Names = Mapping[str, Sequence[Name]]  # files by the folder below the data set, or below a folder of derivatives
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,12 @@ def recognise(folder: Path) -> Recognised:
 
 def bids_in(folder: Path) -> tuple[DataSet, str] | None:
     """The images of a BIDS-like folder of the contrast that has most masks, with every part that half of them have."""
-    images, derivatives = _files(folder, [folder]), sorted(folder.glob("derivatives/*"))
+    derivatives = sorted(folder.glob("derivatives/*"))
+    images = by_folder(names_in(folder, sorted(folder.glob("sub-*"))))
     if not images:
         return None
-    contrasts = Counter(_contrast(path) for paths in images.values() for path in paths)
-    masks = _files(folder, derivatives)
+    contrasts = Counter(name.last for names in images.values() for name in names)
+    masks = by_folder(chain.from_iterable(names_in(below, sorted(below.glob("sub-*"))) for below in derivatives))
     parts = {contrast: _parts(contrast, contrasts, images, masks) for contrast in contrasts}
     chosen = max(contrasts, key=lambda contrast: (max(map(len, parts[contrast].values()), default=0), contrasts[contrast]))
     labels = dict(_labels(parts[chosen], contrasts[chosen]))
@@ -167,31 +168,16 @@ def bids_in(folder: Path) -> tuple[DataSet, str] | None:
     return data, why
 
 
-def _files(folder: Path, roots: Iterable[Path]) -> Names:
-    """The NIfTI files of the subjects in each of the `roots`, by their folder below it."""
-    found = defaultdict[str, list[Path]](list)
-    for root in roots:
-        for path in (path for subject in sorted(root.glob("sub-*")) for path in sorted(subject.rglob("*.nii*"))):
-            if not path.name.startswith("."):
-                found[path.parent.relative_to(root).as_posix()].append(path)
-    return found
-
-
-def _contrast(path: Path) -> str:
-    return stem_of(path).rpartition("_")[2]
-
-
 def _parts(contrast: str, contrasts: Iterable[str], images: Names, masks: Names) -> dict[str, list[Path]]:
     """What masks of the images of one contrast have more in their names: the part, and its files."""
     found = defaultdict[str, list[Path]](list)
-    for folder, paths in images.items():
-        of_contrast = [stem_of(path).split("_") for path in paths if _contrast(path) == contrast]
+    for folder, names in images.items():
+        of_contrast = [name.words for name in names if name.last == contrast]
         for mask in masks.get(folder, ()):
-            words = stem_of(mask).split("_")
             for image in of_contrast:
-                rest = [word for word in words if word not in image]
-                if set(image) - {contrast} <= set(words) and rest and set(rest).isdisjoint(contrasts):
-                    found["_".join(rest)].append(mask)
+                rest = [word for word in mask.stem.split("_") if word not in image]
+                if image - {contrast} <= mask.words and rest and set(rest).isdisjoint(contrasts):
+                    found["_".join(rest)].append(mask.path)
     return found
 
 

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
-from unicodedata import normalize
 
 from pydantic import model_validator
 
@@ -31,6 +30,7 @@ from softseg_dist.data.cases import (
     person_in,
     selected,
 )
+from softseg_dist.data.source_files import nfc
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
@@ -169,7 +169,7 @@ class _Pattern:
             raise ValueError(f"a pattern must be a path below the folder that ends in .nii.gz, got {text!r}")
         if "**" in text or any(one["name"] and other["name"] for one, other in pairwise(pieces)):
             raise ValueError(f"a pattern must have text or / between two placeholders, and no **, got {text!r}")
-        return cls(normalize("NFC", text), tuple(dict.fromkeys(piece["name"] for piece in pieces if piece["name"])))
+        return cls(nfc(text), tuple(dict.fromkeys(piece["name"] for piece in pieces if piece["name"])))
 
     def rule(self, num_parts: int | None = None) -> re.Pattern[str]:
         """For whole paths, or their first parts."""
@@ -300,7 +300,7 @@ def _walk(root: Path, patterns: Sequence[_Pattern], aliases: Mapping[str, str]) 
             raise UserError(f"cannot read the folder {root / above}: {error.strerror or error}") from error
         for entry in entries:
             name = f"{above}/{entry.name}".lstrip("/")
-            text = normalize("NFC", name)
+            text = nfc(name)
             if Path(entry).is_dir() if entry.is_symlink() else entry.is_dir():  # a link that leads nowhere is a file
                 if any(rule.fullmatch(text) for rule in folders[depth + 1]):
                     todo.append((name, depth + 1))

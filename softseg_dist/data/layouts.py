@@ -18,8 +18,9 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, named_values
-from softseg_dist.data.participants import Participants, nfc, read_participants
+from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Person, folder_of, named_values, person_in
+from softseg_dist.data.participants import Participants, read_participants
+from softseg_dist.data.source_files import nfc
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
@@ -52,7 +53,7 @@ class Bids(DataSet):
     folder: str
     image: str | tuple[str, ...]
     labels: dict[str, str]
-    person: str | None = None
+    person: Person = None
     site: str = "site"
     derivatives: str = "*"
     exclude: tuple[str, ...] = ()
@@ -71,10 +72,6 @@ class Bids(DataSet):
             named_values(part)
         if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
             raise ValueError(f"a part may have {RATER} once, got {twice[0]!r}")
-        try:
-            re.compile(self.person or "")
-        except re.error as error:
-            raise ValueError(f"person must be a regular expression, got {self.person!r}: {error}") from error
         return self
 
     @property
@@ -102,17 +99,17 @@ class Bids(DataSet):
 
     def _survey(self, data_root: Path | None) -> tuple[tuple[LabelledCase, ...], tuple[str, ...]]:
         """The cases, and the warnings: nobody who is on disk or in the table is in neither."""
-        root = self._root(data_root)
+        root = folder_of(self.folder, data_root)
         folders = sorted(root.glob("sub-*"))
-        images = _names(root, folders)
+        images = names_in(root, folders)
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
-        masks = [name for folder in below for name in _names(folder, sorted(folder.glob("sub-*")))]
+        masks = [name for folder in below for name in names_in(folder, sorted(folder.glob("sub-*")))]
         keys = self._keys(root, images)
         keys |= self._keys_without_image(masks, keys)
         is_named = self.site != type(self).model_fields["site"].default
         persons = [nfc(folder.name) for folder in folders]
         people = read_participants(root / "participants.tsv", self.site, persons, expected=is_named)
-        tree = _Tree(root, _by_folder(images), _by_folder(masks), people)
+        tree = _Tree(root, by_folder(images), by_folder(masks), people)
         by_name: dict[str, list[_Key]] = defaultdict(list)
         for key, name in keys.items():
             by_name[name].append(key)
@@ -132,18 +129,7 @@ class Bids(DataSet):
         without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
         return tuple(cases), (*without, *people.warnings)
 
-    def _root(self, data_root: Path | None) -> Path:
-        if data_root is None and not Path(self.folder).is_absolute():
-            raise UserError(f"{self.folder!r} is a folder below the data root: say where that is with --data-root")
-        root = (data_root or Path()) / self.folder
-        if not root.is_dir():
-            alike = [each for each in root.parent.glob("*") if each.is_dir() and nfc(each.name) == nfc(root.name)]
-            if not alike:
-                raise UserError(f"there is no folder {root}; is --data-root right?")
-            root = alike[0]
-        return root
-
-    def _keys(self, root: Path, images: Sequence[_Name]) -> dict[_Key, str]:
+    def _keys(self, root: Path, images: Sequence[Name]) -> dict[_Key, str]:
         """The cases that have an image, of whatever contrast, and their names. Raises UserError if none has the first one."""
         keys: dict[_Key, str] = {}
         seen: set[str] = set()
@@ -159,7 +145,7 @@ class Bids(DataSet):
             raise UserError(f"no image sub-*_{first}.nii.gz in {root}; there are {listed(others) or 'no images'}")
         return keys
 
-    def _keys_without_image(self, masks: Sequence[_Name], keys: Mapping[_Key, str]) -> dict[_Key, str]:
+    def _keys_without_image(self, masks: Sequence[Name], keys: Mapping[_Key, str]) -> dict[_Key, str]:
         """The cases that have a mask alone: its name has the words of a part, and else words such as images have."""
         known = {entities for _, entities in keys}
         kinds = {word.partition("-")[0] for entities in known for word in entities}
@@ -200,19 +186,12 @@ class Bids(DataSet):
         odd = [path for path in files if not path.name.endswith(SUFFIXES)]
         problems += [f"case {name}: names end in .nii or .nii.gz, in small letters; rename {path}" for path in odd]
         participant = folder.split("/")[0]
+        subject, wrong = person_in(participant, self.person)
+        problems += [f"case {name} {sentence}" for sentence in wrong]
         ordered = {rater: labels[rater] for rater in sorted(labels)}
-        return LabelledCase(
-            name, channels, self._person(participant), tree.people.sites.get(participant, ""), ordered, problems, own.only
-        )
+        return LabelledCase(name, channels, subject, tree.people.sites.get(participant, ""), ordered, problems, own.only)
 
-    def _person(self, participant: str) -> str:
-        if self.person is None:
-            return participant
-        if (match := re.search(self.person, participant)) is None:
-            raise UserError(f"person={self.person!r} does not match {participant!r}")
-        return match[1] if match.re.groups else match[0]
-
-    def _check_parts(self, root: Path, cases: Sequence[LabelledCase], masks: Sequence[_Name]) -> None:
+    def _check_parts(self, root: Path, cases: Sequence[LabelledCase], masks: Sequence[Name]) -> None:
         """A part that no case has is a mistake of the study file, not of the data."""
         for label, part in self.labels.items():
             if not any(label in by_class for case in cases for by_class in case.labels.values()):
@@ -226,7 +205,7 @@ _Key = tuple[str, frozenset[str]]  # a case: its folder (`sub-01/ses-1/anat`), a
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     """A file by the words of its name, and the folder (`sub-01/ses-1/anat`) that image and mask share."""
 
     path: Path
@@ -236,9 +215,11 @@ class _Name:
 
     @property
     def last(self) -> str:
+        """The last word: the contrast of an image."""
         return self.stem.rpartition("_")[2]
 
     def name_of(self, entities: frozenset[str]) -> str:
+        """These words, as they follow each other here."""
         return "_".join(word for word in self.stem.split("_") if word in entities)
 
 
@@ -247,8 +228,8 @@ class _Tree:
     """What is on disk: images and masks by folder, and the participants."""
 
     root: Path
-    images: Mapping[str, Sequence[_Name]]
-    masks: Mapping[str, Sequence[_Name]]
+    images: Mapping[str, Sequence[Name]]
+    masks: Mapping[str, Sequence[Name]]
     people: Participants
 
 
@@ -260,7 +241,7 @@ class _Masks:
     name: str
     stem: str
     bases: Sequence[frozenset[str]]
-    masks: Sequence[_Name]
+    masks: Sequence[Name]
 
     def find(self, part: str) -> tuple[dict[str, MaskFile], list[str]]:
         """Rater -> file, and what is wrong, in sentences."""
@@ -309,12 +290,13 @@ def _bases(words: frozenset[str], part: Sequence[str]) -> list[frozenset[str]]:
     return [left] if len(fixed) == len(part) else [left - {word} for word in left if _rater(fixed | {word}, part) is not None]
 
 
-def _names(root: Path, folders: Sequence[Path]) -> list[_Name]:
+def names_in(root: Path, folders: Sequence[Path]) -> list[Name]:
+    """The NIfTI files below the `folders` of subjects; `root` is above them."""
     names = []
     for path in (path for folder in folders for path in _files(folder)):
         if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
             stem = nfc(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
-            names.append(_Name(path, nfc(path.parent.relative_to(root).as_posix()), stem, _words(stem)))
+            names.append(Name(path, nfc(path.parent.relative_to(root).as_posix()), stem, _words(stem)))
     return names
 
 
@@ -331,8 +313,9 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(path)
 
 
-def _by_folder(names: Iterable[_Name]) -> dict[str, list[_Name]]:
-    grouped: dict[str, list[_Name]] = defaultdict(list)
+def by_folder(names: Iterable[Name]) -> dict[str, list[Name]]:
+    """The names in each folder."""
+    grouped: dict[str, list[Name]] = defaultdict(list)
     for name in names:
         grouped[name.folder].append(name)
     return grouped

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from softseg_dist.data.source_files import check_regular, pointer
+from softseg_dist.data.source_files import check_regular, nfc, pointer
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
@@ -130,8 +129,3 @@ def _decoded(content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("latin-1")
-
-
-def nfc(text: str) -> str:
-    """The text with letters and their accents composed: names that look equal are equal, whatever system wrote them."""
-    return unicodedata.normalize("NFC", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import stat
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,3 +66,8 @@ def read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | Non
 def pointer(content: bytes | bytearray) -> str:
     """What a file is that stands for one which was not fetched, by its first bytes, and what to do; "" for any other."""
     return next((text for mark, text in POINTERS.items() if mark in content[:400] and 0 not in content[:40]), "")
+
+
+def nfc(text: str) -> str:
+    """The text with its accents composed: file systems differ in how they keep names."""
+    return unicodedata.normalize("NFC", text)

@@ -75,7 +75,7 @@ def test_sessions_runs_and_people(tmp_path: Path) -> None:
     cases = Bids("set", image="T2w", labels={"c": "seg"}, person=r"sub-([a-z]+)\d").cases(tmp_path)
     assert [case.name for case in cases][:2] == ["sub-a1_ses-x_run-1", "sub-a1_ses-x_run-2"]
     assert [case.subject for case in cases] == ["a"] * 4 + ["b"] * 2
-    with pytest.raises(UserError, match=r"person='nobody' does not match 'sub-a1'"):
+    with pytest.raises(UserError, match=r"has 'sub-a1', which person='nobody' does not match"):
         Bids("set", image="T2w", labels={"c": "seg"}, person="nobody").cases(tmp_path)
 
 
