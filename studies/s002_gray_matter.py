@@ -2,14 +2,14 @@
 
 Run:    softseg run studies/s002_gray_matter.py --data-root DATA
 Debug:  softseg run studies/s002_gray_matter.py --data-root DATA --debug
-Cost:   8 candidates x 6 splits = 48 fits of 1.4 min; 35 min on 2 cores, two fits at a time
-Result (old yardstick: prepared grid, soft Dice by DML, Henderson's test; not run again since):
-        No arm was shown to differ from the control hard-sigmoid-dice (soft Dice .565). Main effects on test soft Dice (DML form),
-        95 % intervals of the crossed test, Holm-corrected p: soft instead of hard labels +.030 (-.095 to .154), p = .83; NormReLU
-        instead of sigmoid -.047 (-.171 to .078), p = .83; Adaptive Wing instead of Dice -.140 (-.313 to .033), p = .27. Highest
-        ranked: soft-normrelu-dice, .595, +.030 over the control (-.060 to .121), p = 1.0. n = 5 tested people in 6 splits: far too
-        few to settle the question; sub-9669, unlike the others in contrast and slice thickness, is nearly missed by every arm.
-        NormReLU with Adaptive Wing died (output 0 everywhere) in 3 of 12 fits at this learning rate.
+Cost:   8 candidates x 6 splits = 48 fits of 1 min; 30 min on 2 cores, two fits at a time
+Result: No arm was shown to differ from the control hard-sigmoid-dice, Brier skill .539 (a map that is 0 everywhere has .028). Main
+        effects, 95 % intervals of the crossed test, Holm-corrected p: NormReLU less sigmoid -.121 (-.244 to .002), p = .16; soft
+        less hard labels -.040 (-.115 to .035), p = .42; Adaptive Wing less Dice -.034 (-.140 to .071), p = .42. Highest ranked on
+        validation: soft-sigmoid-wing, .578 on test, +.039 over the control (-.024 to .102), p = .81; it draws 64 % too much volume.
+        n = 5 tested people in 6 splits: far too few to settle the question; sub-9669, unlike the others in contrast and slice
+        thickness, is missed by both (-.16 and -.22). With NormReLU and Adaptive Wing 14 to 15 % of the training samples gave an
+        output of 0 everywhere at this learning rate.
 
 DATA holds gm_challenge: T2*-weighted spinal cord, 8 sessions of 6 people at 6 sites, one rater. Sessions of one person stay
 together. The masks are binary; resampling them to 0.5 mm in plane makes them soft at their borders, which is where SoftSeg's
