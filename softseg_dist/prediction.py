@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase, named_values
+from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
-from softseg_dist.data.preprocess import Placement, Preprocess
+from softseg_dist.data.preprocess import Placement
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
-from softseg_dist.words import count
+from softseg_dist.words import count, dimensions
 
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
@@ -107,7 +108,8 @@ def load_model(path: str | Path, candidate: str | None = None, *, device: str = 
 class Prediction:
     """The result for one image: files of the soft map, mask and entropy of each class; or the error.
 
-    `covered` is the share of the field of view that lies within the model's crop; the map is 0 outside.
+    `covered` is the share of the field of view that lies within the model's crop; the map is 0 outside. `unlike` says in what the
+    image is unlike those that the model was trained on; "" if in nothing that its card knows.
     """
 
     image: Path
@@ -115,6 +117,7 @@ class Prediction:
     masks: Mapping[str, Path] = field(default_factory=dict)
     entropies: Mapping[str, Path] = field(default_factory=dict)
     covered: float = 1.0
+    unlike: str = ""
     error: str = ""
 
 
@@ -166,7 +169,7 @@ def predict_images(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror or error}; give another --out") from error
-    return (_predict(source, card.preprocess, case, output, threshold) for case, output in zip(cases, outputs, strict=True))
+    return (_predict(source, card, case, output, threshold) for case, output in zip(cases, outputs, strict=True))
 
 
 def _folder(model: Path, candidate: str | None) -> Path:
@@ -252,7 +255,8 @@ def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
             taken.add(path.resolve())
 
 
-def _predict(source: MapSource, preprocess: Preprocess, case: ImageCase, output: Prediction, threshold: float | None) -> Prediction:
+def _predict(source: MapSource, card: ModelCard, case: ImageCase, output: Prediction, threshold: float | None) -> Prediction:
+    preprocess = card.preprocess
     try:
         sample = preprocess.apply(case)
         soft_maps, unsure = source(sample)
@@ -270,7 +274,16 @@ def _predict(source: MapSource, preprocess: Preprocess, case: ImageCase, output:
     except (UserError, torch.OutOfMemoryError) as error:
         text = str(error) if isinstance(error, UserError) else "the memory of the GPU is too small for it; use --device cpu"
         return Prediction(output.image, error=text if str(output.image) in text else f"{output.image}: {text}")
-    return replace(output, covered=_covered(sample.placement))
+    return replace(output, covered=_covered(sample.placement), unlike=_unlike(card, sample.placement.geometry.spacing_mm))
+
+
+def _unlike(card: ModelCard, spacing_mm: Sequence[float]) -> str:
+    """Whether the voxels are much larger or smaller along some axis than any that the model was trained on."""
+    ranges = [(low / SPACING_OUTLIER, high * SPACING_OUTLIER) for low, high in card.spacings_mm]
+    if all(low <= size <= high for size, (low, high) in zip(spacing_mm, ranges, strict=False)):
+        return ""
+    trained = " x ".join(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in card.spacings_mm)
+    return f"its voxels are {dimensions(spacing_mm)} mm, the model was trained on {trained} mm"
 
 
 def _covered(placement: Placement) -> float:

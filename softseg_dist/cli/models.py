@@ -77,6 +77,8 @@ def predict(
             say("error", done.error)
         elif done.covered < 1:
             say("warning", f"{done.image}: the model's crop covers {done.covered:.1%} of it; the maps are 0 outside")
+        if done.unlike:
+            say("warning", f"{done.image}: {done.unlike}; look at the maps before you use them")
         if not as_json:
             for path in (*done.maps.values(), *done.masks.values(), *done.entropies.values()):
                 typer.echo(str(path))

@@ -30,7 +30,7 @@ from softseg_dist.words import listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 OfCase = TypeVar("OfCase", bound="Case")
-ROUNDING = 1e-6  # values this far outside [0, 1] are clipped, and labels this near to 0 or 1 are 0 or 1
+ROUNDING = 1e-6  # values this far outside [0, 1] are clipped
 MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back this near to them
 
 
@@ -343,12 +343,9 @@ def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
             wanted = f"value {_joined(mask.values)} needs a map of integers"
             raise UserError(f"{what}: {wanted}, got {fractions.size} other voxels, such as {fractions[0]:g}, in {mask.path}")
         return np.isin(np.rint(values), np.asarray(mask.values, np.float32)).astype(np.float32)
-    labels = within_0_1(
+    return within_0_1(
         values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
     )
-    labels[labels < ROUNDING] = 0  # what a scale in the header makes of 0 is no label
-    labels[labels > 1 - ROUNDING] = 1
-    return labels
 
 
 def within_0_1(values: Float32, what: str, place: str) -> Float32:

@@ -318,6 +318,12 @@ class Store:
         return self._samples[index]
 
     @cached_property
+    def spacings_mm(self) -> tuple[tuple[float, float], ...]:
+        """The smallest and the largest voxel size of the images' files along X, Y and Z."""
+        grids = (Placement.from_dict(record.about["placement"]).geometry for record in self._records)
+        return tuple((min(sizes), max(sizes)) for sizes in zip(*(grid.spacing_mm for grid in grids), strict=True))
+
+    @cached_property
     def mean_volumes_mm3(self) -> tuple[float, ...]:
         """The mean over all cases of the raters' mean volume of each class [K], on the grid of the files.
 

@@ -25,6 +25,7 @@ from softseg_dist.words import dimensions
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_VALUE = 1e30  # no scanner measures it: -3.4e38, the lowest float32, marks what was not measured
+SCALE_ROUNDING = 2.0**-22  # slope and intercept are float32, which makes 0 such a part of the intercept
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
 DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
 DATA_TYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # NIfTI codes of integers, float32 and float64
@@ -73,6 +74,7 @@ def read_volume(path: Path) -> Volume:
             values = values.astype(np.float64)
             values *= slope
             values += intercept
+            values[np.abs(values) <= SCALE_ROUNDING * abs(intercept)] = 0  # it was 0 before a tool chose this scale
     return _finite(geometry.to_canonical(values), geometry, path)
 
 

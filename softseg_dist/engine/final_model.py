@@ -90,6 +90,7 @@ def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> Mode
         channels=store.channels,
         size=store.size,
         preprocess=store.preprocess,
+        spacings_mm=store.spacings_mm,
         epochs=task.recipe.optim.epochs,
         thresholds={rule: statistics.fmean(fit.thresholds[rule] for fit in fits) for rule in fits[0].thresholds},
         objective=study.objectives[0].row.name,

@@ -286,18 +286,19 @@ def _loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     if total.shape != ():
         raise ValueError(f"of_averages of {loss} must return a scalar for one batch, got {tuple(total.shape)}")
     _check_finite(total, f"{loss}")
-    _check_sense(loss, prediction.detach(), target)
+    _check_sense(loss, target)
     return total
 
 
-def _check_sense(loss: Loss, prediction: Tensor, target: Tensor) -> None:
+def _check_sense(loss: Loss, target: Tensor) -> None:
     """Raises ValueError unless the loss is a function of each sample that leads from the opposite of a label to the label."""
-    of_two, label = loss.averaged(prediction, target), torch.zeros_like(target)
-    if not torch.allclose(loss.averaged(prediction[:1], target[:1]), of_two[:1], rtol=1e-3, atol=1e-5):
-        raise ValueError(f"{loss} of a sample must follow from that sample alone: no random numbers, no mean over the first axis")
+    label = torch.zeros_like(target)
     _check_finite(loss.averaged(label, label), f"{loss} of an empty prediction of an empty label")
     label[..., : (target.shape[-1] + 2) // 3] = 1  # a third of the image, whatever the data are
     near, far = label.clamp(0.01, 0.99), (1 - label).clamp(0.01, 0.99).requires_grad_()
+    beside = loss.averaged(torch.cat([near[:1], far.detach()[1:]]), label)[:1]
+    if not torch.allclose(beside, loss.averaged(near[:1], label[:1]), rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{loss} of a sample must follow from that sample alone: no random numbers, no mean over the first axis")
     from_far = loss(far, label)
     if not loss(near, label) < from_far:
         raise ValueError(f"{loss} must be smaller for a label y than for its opposite 1 - y: is its sign reversed?")

@@ -30,11 +30,12 @@ OF_A_STUDY_FILE = re.compile(r'"type":"[^"\\]*:')  # "s009_mine:MyNetwork", in c
 class ModelCard(Frozen):
     """The description of a model: its recipe, input, output and origin.
 
-    `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps of its output, in order;
-    `channels` and `size` (voxels of an item) those of its training items, after `preprocess`. `thresholds` maps each rule to
-    the value chosen on validation. `validation_score` and `test_score` are the means of `objective` over the splits of the
-    study, not of this model: it was trained on all `num_subjects` that the study did not hold out. `study_source` has the
-    texts of the study file and its helper modules. `created` is an ISO date. `save_model` sets `weights_sha256`.
+    `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps of its output, in order; `channels`
+    and `size` (voxels of an item) those of its training items, after `preprocess`; `spacings_mm` are the smallest and the largest
+    voxel size of the files of the study along X, Y and Z. `thresholds` maps each rule to the value chosen on validation.
+    `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this model: it was trained
+    on all `num_subjects` that the study did not hold out. `study_source` has the texts of the study file and its helper modules.
+    `created` is an ISO date. `save_model` sets `weights_sha256`.
     """
 
     format: Literal[1] = FORMAT
@@ -47,6 +48,7 @@ class ModelCard(Frozen):
     channels: PositiveInt
     size: tuple[PositiveInt, ...]
     preprocess: Preprocess
+    spacings_mm: tuple[tuple[float, float], ...] = ()
     epochs: PositiveInt
     thresholds: dict[str, float]
     objective: str

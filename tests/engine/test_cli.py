@@ -166,6 +166,7 @@ def test_any_candidate_is_trained_on_everybody_and_predicts_on_the_grid_of_an_im
     nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "new.nii.gz")
     predicted = softseg_here("predict", model, tmp_path / "new.nii.gz", "--out", tmp_path / "maps", cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stderr
+    assert "its voxels are 2 x 3 x 4 mm, the model was trained on 0.5 x 0.5 x 2.5 mm; look at the maps" in predicted.stderr
     soft = nib.load(predicted.stdout.splitlines()[0])
     assert soft.shape == voxels.shape
     assert np.array_equal(soft.affine, affine)

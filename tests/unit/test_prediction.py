@@ -119,6 +119,17 @@ def test_the_map_is_the_prediction_for_the_stored_sample(tmp_path: Path, dim: in
     assert np.array_equal(read(done[0].maps["GM"]), expected)
 
 
+def test_an_image_whose_voxels_no_training_image_had_is_told(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", Preprocess(dim=2, crop=(8, 8)), spacings_mm=((0.5, 0.8), (0.8, 0.8), (1, 1.5)))
+    thick = OBLIQUE @ np.diag([1, 1, 2, 1])
+    images = [scan(tmp_path / "same.nii.gz"), scan(tmp_path / "thick.nii.gz", "LPI", affine=thick)]
+    same, other = predicted(model, images, tmp_path / "out")
+    assert same.unlike == ""
+    assert other.unlike == "its voxels are 0.8 x 0.8 x 3 mm, the model was trained on 0.5 to 0.8 x 0.8 x 1 to 1.5 mm"
+    unknown = random_model(tmp_path / "older", Preprocess(dim=2, crop=(8, 8)))
+    assert [one.unlike for one in predicted(unknown, images, tmp_path / "out")] == ["", ""]
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int) -> None:
     soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)

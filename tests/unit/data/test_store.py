@@ -142,6 +142,7 @@ def test_volumes_are_means_over_all_cases_of_what_raters_drew(tmp_path: Path) ->
     store = Store.open(build_store(tmp_path, cases, DATA, Preprocess(crop=(8, 8), center="GM")))
     drawn = [case.load().raters.sum(axis=(1, 2, 3, 4), dtype=float).mean() * 0.5 * 0.5 * 2.5 for case in cases]
     assert store.mean_volumes_mm3 == pytest.approx(((drawn[0] + drawn[1]) / 2,))
+    assert store.spacings_mm == ((0.5, 0.5), (0.5, 0.5), (2.5, 2.5))
     assert store.sample(0).own.mean_volumes_mm3 == pytest.approx((drawn[0],))
 
 
