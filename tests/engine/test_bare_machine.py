@@ -40,6 +40,7 @@ def test_without_a_gpu_the_benchmark_runs_and_tells_no_figure() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.long
 def test_all_parts_of_the_first_minutes_on_a_gpu_run_without_one(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/bare.py "$@"\n')

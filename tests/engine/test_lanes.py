@@ -31,6 +31,7 @@ pytestmark = pytest.mark.engine
 LANE = Resources(workers_per_fit=2, time_limit_s=5)
 
 
+@pytest.mark.long
 def test_every_accident_of_a_fit_on_a_lane_is_survived(shared_ray: None, tmp_path: Path) -> None:
     """One session with everything that can go wrong, as each start of a lane costs seconds."""
     lines = io.StringIO()
