@@ -219,14 +219,14 @@ def test_only_folders_that_a_pattern_names_are_looked_into(tmp_path: Path, monke
     assert sorted(opened) == [tmp_path, tmp_path / "images", tmp_path / "masks"]
 
 
-def test_five_thousand_cases_are_found_in_seconds(tmp_path: Path) -> None:
+def test_a_thousand_cases_are_found_in_a_second(tmp_path: Path) -> None:
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-        for number in range(5000):
+        for number in range(1000):
             (tmp_path / folder / f"case_{number:04d}.nii.gz").touch()
     begun = time.process_time()
-    assert len(files(tmp_path, "images/{case}.nii.gz", "masks/{case}.nii.gz").cases(None)) == 5000
-    assert time.process_time() - begun < 3
+    assert len(files(tmp_path, "images/{case}.nii.gz", "masks/{case}.nii.gz").cases(None)) == 1000
+    assert time.process_time() - begun < 1
 
 
 PLACES = ("t1", "t2", "GM-a", "GM-b", "WM")
