@@ -118,12 +118,10 @@ def folder_of(folder: str, data_root: Path | None) -> Path:
     if data_root is None and not Path(folder).is_absolute():
         raise UserError(f"{folder!r} is a folder below the data root: say where that is with --data-root")
     root = (data_root or Path()) / folder
-    alike = (
-        [root] if root.is_dir() else [each for each in root.parent.glob("*") if each.is_dir() and nfc(each.name) == nfc(root.name)]
-    )
-    if not alike:
+    others = () if root.is_dir() else (each for each in root.parent.glob("*") if nfc(each.name) == nfc(root.name))
+    if (found := next((each for each in (root, *others) if each.is_dir()), None)) is None:
         raise UserError(f"there is no folder {root}; is --data-root right?")
-    return alike[0]
+    return found
 
 
 def selected(cases: Iterable[OfCase], exclude: Sequence[str]) -> tuple[OfCase, ...]:

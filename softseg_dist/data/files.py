@@ -326,7 +326,7 @@ def _grouped(files: Sequence[tuple[str, Path]], patterns: Sequence[_Pattern]) ->
 def contents(root: Path) -> str:
     """What a folder has, in words: a path of each kind, NIfTI files first, and which readers look for such names."""
     names: list[str] = []
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root):  # without links: they may lead in a circle
         below[:] = sorted(name for name in below if not name.startswith("."))
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in sorted(files) if not name.startswith(".")]
         if len(names) > MOST_LISTED:
@@ -337,5 +337,5 @@ def contents(root: Path) -> str:
     fits = [(reader, match[1]) for name in names for reader, rule in rules if (match := rule.fullmatch(name))]
     nearest = {reader: min((at for one, at in fits if one == reader), key=len) for reader, _ in fits}
     readers = listed([f'{reader}("{(root / at).as_posix()}")' for reader, at in nearest.items()], most=3)
-    told = f"there are {listed([*kinds.values()][::-1], most=5)}" if names else "nothing lies there"
-    return f"{told}; such names are read by {readers}" if readers else told
+    held = f"there are {listed([*kinds.values()][::-1], most=5)}" if names else "nothing lies there"
+    return f"{held}; such names are read by {readers}" if readers else held
