@@ -60,11 +60,11 @@ def study_source(contents: Contents, file: Path) -> str:
     dim, grid_line = _dimension(contents)
     spacing_mm = _spacing(contents, dim)
     crop = _crop(contents, dim, spacing_mm)
-    patch = tuple(min(n, WIDEST[dim]) for n in crop)
+    patch = tuple(min(n, WIDEST[dim]) for n in crop)  # of whole images, of whatever size
     splits, splits_line = _splits(contents)
     batch = max(2, min(16, VOXELS_AT_ONCE[dim] // math.prod(patch)))
-    given = f"dim={dim}, " + (f"spacing_mm={spacing_mm}, " if spacing_mm else "") + f"crop={crop}"
     used = {"Patch"} if patch != crop else set()
+    given = [f"dim={dim}", *([f"spacing_mm={spacing_mm}"] if spacing_mm else []), *([] if used else [f"crop={crop}"])]
     names = {"Affine", "DiceSemimetric", "Optim", "Preprocess", "Recipe", "Study", "UNet", "factorial", *used}
     names |= {type(contents.layout.data).__name__, splits.partition("(")[0]}
     return TEMPLATE.format(
@@ -78,7 +78,7 @@ def study_source(contents: Contents, file: Path) -> str:
         name=re.sub(r"\W+", "_", Path(file).stem),
         data=_call(contents.layout.data),
         grid_line=grid_line,
-        preprocess=f"Preprocess({given})",
+        preprocess=f"Preprocess({', '.join(given)})",
         splits=splits,
         splits_line=splits_line,
         labels_line=_labels_line(contents, spacing_mm),

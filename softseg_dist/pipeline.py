@@ -307,7 +307,7 @@ def _describe(run: Place, folder: Path, file: StudyFile, prepared: Prepared, opt
         "store": prepared.uri,
         "store_fingerprint": store.fingerprint,
         "store_digest": store.digest,
-        "data": facts | {"size": list(store.size), "spacing_mm": list(store.sample(0).spacing_mm)},
+        "data": facts | {"size": store.size, "sizes_differ": store.sizes_differ, "spacing_mm": store.sample(0).spacing_mm},
         "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
     }
     replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))

@@ -130,9 +130,11 @@ def prepare(study: StudyArg, data_root: DataRoot = None, stores: Stores = "store
     """Read, resample and crop a study's images once, into one Arrow file."""
     from softseg_dist.api import open_study
     from softseg_dist.engine.context import prepare as prepare_store
+    from softseg_dist.words import dimensions
 
     made = prepare_store(open_study(study, debug).study, data_root, stores, typer.echo)
-    store, size = made.store, " x ".join(map(str, made.store.size))
+    store = made.store
+    size = ("up to " if store.sizes_differ else "") + dimensions(store.size)
     typer.echo(f"{made.uri}: {len(store.cases)} cases of {len(made.sites)} subjects, {size}, classes {', '.join(store.classes)}")
 
 

@@ -84,7 +84,8 @@ class Preprocess(Frozen):
         dim: 2 trains on axial slices, 3 on volumes.
         spacing_mm: voxel size to resample to, per axis of an item (2D: in plane only); None keeps each case's own.
         crop: size of an item in voxels; where the image is smaller it is padded (image: its minimum, labels: 0). None
-            keeps the whole field of view, and then all cases must have one size.
+            keeps the whole field of view; `Patch` trains on parts of it. Without one, smaller images are padded to the size of
+            the largest in training (image: its border values, labels: 0).
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
             brighter than the mean), or a mask as the data set names it, as in "seg-manual" for `Bids` (that mask's centre of
             mass). "seg-manual|image" takes the middle of the image where the mask is empty, as in a healthy control.

@@ -36,7 +36,6 @@ from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, over_processes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
-from softseg_dist.words import dimensions
 
 KEY = b"softseg"
 PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
@@ -121,10 +120,10 @@ def digest_of(sample: Sample) -> str:
 
 
 def write_records(file: BinaryIO, about: dict[str, Any], records: Iterable[CaseRecord]) -> None:
-    """Write a file of at least one record, each when it comes; the first says what `about` lacks: channels and size."""
+    """Write a file of at least one record, each when it comes; the first says how many channels all have."""
     left = iter(records)
     first = next(left)
-    schema = SCHEMA.with_metadata({KEY: sealed(about | {"channels": first.shape[1], "size": first.shape[2:]})})
+    schema = SCHEMA.with_metadata({KEY: sealed(about | {"channels": first.shape[1]})})
     with pa.ipc.new_file(file, schema) as writer:
         for record in itertools.chain([first], left):
             batch = record.batch.replace_schema_metadata(schema.metadata)
@@ -197,8 +196,8 @@ def build_store(
     one case in memory at a time. `progress` is called with (cases done, cases in all, name) after each. Several processes may build
     the same store at once: each writes a file of its own and the last one to finish puts an equal file in place.
 
-    Raises UserError if there is no case, if a case cannot be read (the first one that cannot is named), if sizes differ, or
-    if the disk is full. No partial store stays; what has been prepared does, hidden, except if it is of no use.
+    Raises UserError if there is no case, if a case cannot be read (the first one that cannot is named), if one has more channels
+    than another, or if the disk is full. No partial store stays; what has been prepared does, hidden, except if it is of no use.
     """
     if not cases:
         raise UserError(f"{data} has no case: there is nothing to prepare")
@@ -244,7 +243,7 @@ def prepare_part(part: Part) -> Path:
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A case of a store. `num_items` is the number of its slices in 2D, 1 in 3D."""
+    """A case of a store. `num_items` is the number of its slices in 2D, 1 in 3D, `size` the voxels of each along *S."""
 
     index: int
     name: str
@@ -252,12 +251,13 @@ class StoredCase:
     site: str
     rater_names: tuple[str, ...]
     num_items: int
+    size: tuple[int, ...]
 
 
 class Store:
     """An open store. Arrays of its samples are read-only views of the memory-mapped file.
 
-    `classes`, `dim`, `channels` and `size` (voxels of an item) hold for all cases; `fingerprint` is the name of the file.
+    `classes`, `dim` and `channels` hold for all cases; `fingerprint` is the name of the file.
     """
 
     def __init__(self, path: Path, reader: pa.RecordBatchFileReader) -> None:
@@ -273,14 +273,13 @@ class Store:
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self.dim: int = about["dim"]
         self.channels: int = about["channels"]
-        self.size: tuple[int, ...] = tuple(about["size"])
         self.preprocess = Preprocess.model_validate(about["preprocess"])
         self._samples: dict[int, Sample] = {}
         read = map(reader.get_batch_with_custom_metadata, range(reader.num_record_batches))
         self._records = [CaseRecord(batch, unsealed(metadata[KEY])) for batch, metadata in read]
         self.cases: tuple[StoredCase, ...] = tuple(
-            StoredCase(i, a["name"], a["subject"], a["site"], tuple(a["rater_names"]), a["num_items"])
-            for i, a in enumerate(record.about for record in self._records)
+            StoredCase(i, a["name"], a["subject"], a["site"], tuple(a["rater_names"]), a["num_items"], record.shape[2:])
+            for i, (record, a) in enumerate((record, record.about) for record in self._records)
         )
 
     @classmethod
@@ -316,6 +315,16 @@ class Store:
             except (pa.ArrowException, ValueError) as error:
                 raise _damaged(self.path, error) from error
         return self._samples[index]
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        """Voxels of an item; where cases differ, the largest number along each axis."""
+        return tuple(map(max, zip(*(case.size for case in self.cases), strict=True)))
+
+    @cached_property
+    def sizes_differ(self) -> bool:
+        """Whether items of one case are larger than those of another."""
+        return any(case.size != self.size for case in self.cases)
 
     @cached_property
     def spacings_mm(self) -> tuple[tuple[float, float], ...]:
@@ -420,11 +429,9 @@ def _records(
             path = next(prepared) if record is None else prepare_part(part)
             record = next(read_records(path)[1])
         first = first or record
-        if record.shape[1:] != first.shape[1:]:
-            got = " and ".join(f"{dimensions(each.shape[1:])} for {each.about['name']}" for each in (first, record))
-            raise _IncompatibleError(
-                f"all cases must have as many channels and one size, got {got}; if sizes differ, set crop=... of Preprocess"
-            )
+        if record.shape[1] != first.shape[1]:
+            got = " and ".join(f"{each.shape[1]} for {each.about['name']}" for each in (first, record))
+            raise _IncompatibleError(f"all cases must have as many channels, got {got}")
         yield record
         part.path.unlink(missing_ok=True)
         if progress is not None:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
 MARGIN = 1 / 4  # of a patch, on each side: enough to rotate a square by any angle, a cube by 20 degrees about any axis
@@ -32,6 +31,12 @@ class Window:
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
+
+    @classmethod
+    def around(cls, whole: Sequence[int], size: Sequence[int]) -> Window:
+        """The window of `size` in whose middle an image of `whole` voxels lies, or which lies in the middle of it."""
+        start = tuple((n - width) // 2 for n, width in zip(whole, size, strict=True))
+        return cls(start, tuple(first + width for first, width in zip(start, size, strict=True)))
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -67,7 +72,7 @@ class Patch(Frozen):
     averaged with Gaussian weights (sd 1/8 of the patch), as predictions are worst at a patch's border. The activation then gets
     the logits of the whole case, as without patches: NormReLU's maximum runs over the case. In training it runs over patches, and
     NormReLU(over="sample") gives each a peak of 1, an empty one too; "running" does not. Monte Carlo dropout draws anew in each
-    patch. Training images must be at least as large as a patch; a smaller image is padded with its border values to be predicted.
+    patch. Along an axis where an image is smaller than a patch it is in the middle of it, padded with its border values.
 
     Source: nnU-Net, Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z, whose code has the same defaults of
     `foreground` and `overlap`. MONAI averages the overlapping patches.
@@ -85,25 +90,17 @@ class Patch(Frozen):
         return tuple(math.ceil(n * MARGIN) for n in self.size)
 
     def draw(self, generator: torch.Generator, size: Sequence[int], labelled: Sequence[NDArray[np.integer]]) -> Window:
-        """A random patch of an item of `size`, whose labelled voxels of each class are given as flat indices.
-
-        Raises UserError if the item is smaller than a patch.
-        """
-        free = [whole - n for n, whole in zip(self.size, size, strict=True)]
-        if min(free) < 0:
-            patch, whole = (" x ".join(map(str, voxels)) for voxels in (self.size, size))
-            raise UserError(
-                f"a patch of {patch} voxels does not fit in images of {whole}: give Patch a smaller size, "
-                "or Preprocess a larger crop, which pads images"
-            )
+        """A random patch of an item of `size`, whose labelled voxels of each class are given as flat indices."""
+        middle = Window.around(size, self.size)
+        ends = [(min(0, first), max(whole - n, first)) for first, n, whole in zip(middle.start, self.size, size, strict=True)]
         present = [voxels for voxels in labelled if len(voxels)]
         if torch.rand((), generator=generator).item() < self.foreground and present:
             voxels = present[_below(len(present), generator)]
             center = np.unravel_index(int(voxels[_below(len(voxels), generator)]), tuple(size))
             wanted = [int(at) - n // 2 for at, n in zip(center, self.size, strict=True)]
-            start = [min(max(0, first), most) for first, most in zip(wanted, free, strict=True)]
+            start = [min(max(least, first), most) for first, (least, most) in zip(wanted, ends, strict=True)]
         else:
-            start = [_below(most + 1, generator) for most in free]
+            start = [least + _below(most - least + 1, generator) for least, most in ends]
         return Window(tuple(start), tuple(first + n for first, n in zip(start, self.size, strict=True)))
 
     def middle(self, maps: Tensor) -> Tensor:

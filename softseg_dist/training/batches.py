@@ -136,11 +136,15 @@ class Batches:
         return torch.from_numpy(np.stack(images)), torch.stack(targets)
 
     def window(self, epoch: int, member: int) -> Window | None:
-        """What is read of an item: its patch, with what augmentation may bring in from around it; None is all."""
+        """What is read of an item: its patch, with what augmentation may bring in from around it; None is all.
+
+        Without a patch an item is in the middle of its window, which is larger where another case is.
+        """
+        whole = self.store.cases[self.items[member][0]].size
         if (patch := self.recipe.patch) is None:
-            return None
+            return Window.around(whole, self.store.size) if self.store.sizes_differ else None
         generator = torch.Generator().manual_seed(seed_of(self.seed, "patch", epoch, member))
-        window = patch.draw(generator, self.store.size, labelled_voxels(self.store, *self.items[member]))
+        window = patch.draw(generator, whole, labelled_voxels(self.store, *self.items[member]))
         return window.grown(patch.margin) if moves(self.recipe.augment) else window
 
     @property

@@ -214,8 +214,8 @@ def validation_interval(batches: Batches, validation: Sequence[str]) -> int:
     n are voxels that a validation and an epoch see: candidates with the same patches validate equally often, on any machine.
     """
     store, patch = batches.store, batches.recipe.patch
-    num_items = sum(store.cases[case].num_items for case in cases_of(store, validation))
-    num_validation = num_items * math.prod(store.size)
+    validated = [store.cases[case] for case in cases_of(store, validation)]
+    num_validation = sum(case.num_items * math.prod(case.size) for case in validated)
     num_train = len(batches.items) * math.prod(store.size if patch is None else patch.size)
     return max(1, math.ceil(10 * num_validation / (3 * num_train)))
 

@@ -10,6 +10,7 @@ JSON list per line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -221,6 +223,9 @@ class _Trial:
                 if parameter.grad is not None:
                     _check_finite(parameter.grad, f"the gradient of {name}")
             with torch.no_grad():
+                if recipe.patch is None and self.store.sizes_differ:  # each case is predicted in its own size
+                    smallest = min(self.store.cases, key=lambda case: math.prod(case.size))
+                    model.eval().logits(torch.from_numpy(np.array(self.store.sample(smallest.index).image[:1])))
                 evaluated = model.eval().logits(image[:1])
                 _check_finite(evaluated, "the network's output in evaluation")
                 _check_last_bias(recipe.network.last_bias(model.network, num_logits), model, image[:1], evaluated)

@@ -50,7 +50,7 @@ def test_thick_slices_are_trained_on_one_by_one_and_sizes_become_equal(tmp_path:
 def test_large_volumes_are_trained_on_by_patches(tmp_path: Path) -> None:
     study = study_of(folder_of(tmp_path / "ds", 12, (80, 16, 16), soft=True), tmp_path / "large.py")
     assert study.preprocess.dim == 3
-    assert study.preprocess.crop == (80, 16, 16)
+    assert study.preprocess.crop is None
     assert study.candidates["soft"].patch == Patch(size=(64, 16, 16))
     assert study.splits == MonteCarlo(count=10)
     assert "soft labels come from masks with values between 0 and 1" in (tmp_path / "large.py").read_text()

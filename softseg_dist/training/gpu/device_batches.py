@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -126,21 +126,21 @@ class Resident:
     def __init__(self, batches: Batches, device: torch.device) -> None:
         store, recipe = batches.store, batches.recipe
         self.batches = batches
+        self.is_cut = recipe.patch is not None or store.sizes_differ
         self.num_targets = [len(case.rater_names) if recipe.fusion == "random_rater" else 1 for case in store.cases]
         self.first_item = list(accumulate((case.num_items for case in store.cases), initial=0))
-        counts = (case.num_items * num for case, num in zip(store.cases, self.num_targets, strict=True))
+        counts = [case.num_items * num for case, num in zip(store.cases, self.num_targets, strict=True)]
         self.first_target = list(accumulate(counts, initial=0))
-        shape, key = (self.first_item[-1], store.channels, *store.size), ("images", store.fingerprint)
-        self.images = _keep(key, shape, device, lambda maps: _fill_images(maps, store))
-        shape, key = (self.first_target[-1], len(store.classes), *store.size), ("targets", store.fingerprint)
-        self.targets = _keep((*key, recipe.label, recipe.fusion), shape, device, lambda maps: _fill_targets(maps, store, recipe))
+        of_items = [case.size for case in store.cases for _ in range(case.num_items)]
+        of_targets = [case.size for case, count in zip(store.cases, counts, strict=True) for _ in range(count)]
+        images, targets = ("images", store.fingerprint), ("targets", store.fingerprint, recipe.label, recipe.fusion)
+        self.images = _Rows(images, store.channels, of_items, device, lambda: _images_of(store))
+        self.targets = _Rows(targets, len(store.classes), of_targets, device, lambda: _targets_of(store, recipe))
 
     def fields(self, rows: int) -> Fields:
-        """Rows of images and targets, and where patches start."""
+        """Rows of images and targets, and where windows start."""
         chosen = {"item": ((rows,), torch.int64), "target": ((rows,), torch.int64)}
-        if self.batches.recipe.patch is None:
-            return chosen
-        return chosen | {"start": ((rows, self.batches.store.dim), torch.int64)}
+        return chosen | ({"start": ((rows, self.batches.store.dim), torch.int64)} if self.is_cut else {})
 
     def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
         """Which items, which raters' targets, and which parts of them."""
@@ -157,12 +157,11 @@ class Resident:
         return self.first_target[case] + item * num + rater_of(self.batches.rater_seed(epoch, member), num)
 
     def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The rows, or of patches the parts in their windows."""
+        """The rows, or the parts of them in their windows."""
         if "start" not in inputs:
-            return self.images.index_select(0, inputs["item"]), self.targets.index_select(0, inputs["target"])
-        place, inside = _places(inputs["start"], self.images.shape[2:], self.batches.read_size)
-        image, target = _at(self.images, inputs["item"], place), _at(self.targets, inputs["target"], place)
-        return image, target.masked_fill(~inside, 0)
+            return self.images.whole(inputs["item"]), self.targets.whole(inputs["target"])
+        place, inside = _places(inputs["start"], self.images.sizes[inputs["item"]], self.batches.read_size)
+        return self.images.at(inputs["item"], place), self.targets.at(inputs["target"], place).masked_fill(~inside, 0)
 
 
 class Streamed:
@@ -194,56 +193,86 @@ Source = Resident | Streamed
 """Gives a device the items of a batch: `read` returns images [R C *W] and targets [R K *W] on it."""
 
 
-def _fill_images(images: Tensor, store: Store) -> None:
-    for case, part in zip(store.cases, images.split([case.num_items for case in store.cases]), strict=True):
-        part.copy_(torch.from_numpy(np.array(store.sample(case.index).image)))
+class _Rows:
+    """Maps [C *S] of several `sizes` *S, one behind the other in one flat buffer; `maps` makes them."""
+
+    def __init__(
+        self,
+        key: tuple[str, ...],
+        channels: int,
+        sizes: Sequence[tuple[int, ...]],
+        device: torch.device,
+        maps: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        counts = [channels * math.prod(size) for size in sizes]
+
+        def fill(buffer: Tensor) -> None:
+            for part, values in zip(buffer.split(counts), maps(), strict=True):
+                part.copy_(values.flatten())
+
+        self.channels = channels
+        self.buffer = _keep(key, sum(counts), device, fill)
+        self.sizes = torch.tensor(sizes, device=device)
+        self.starts = torch.tensor([0, *accumulate(counts)][:-1], device=device)
+        self.one_size = sizes[0] if len(set(sizes)) == 1 else None
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The maps [R C *S] of rows [R], all of one size."""
+        assert self.one_size is not None, "maps of several sizes are read in windows"
+        return self.buffer.view(-1, self.channels, *self.one_size).index_select(0, rows)
+
+    def at(self, rows: Tensor, place: Tensor) -> Tensor:
+        """The values [R C *W] of rows [R] at places [R 1 *W] of each."""
+        along = [1] * (place.ndim - 2)
+        channel = torch.arange(self.channels, device=rows.device) * self.sizes[rows].prod(1)[:, None]
+        return self.buffer[(self.starts[rows][:, None] + channel).view(*channel.shape, *along) + place]
 
 
-def _fill_targets(targets: Tensor, store: Store, recipe: Recipe) -> None:
-    rows = iter(targets)
+def _images_of(store: Store) -> Iterator[Tensor]:
+    """[C *S] of every item of the store."""
+    for case in store.cases:
+        yield from torch.from_numpy(np.array(store.sample(case.index).image))
+
+
+def _targets_of(store: Store, recipe: Recipe) -> Iterator[Tensor]:
+    """[K *S] of every item of the store, or of each of its raters if the recipe draws one."""
     for case in store.cases:
         drawn = recipe.fusion == "random_rater"
         fusions = [f"rater:{name}" for name in case.rater_names] if drawn else [recipe.fusion]
         recipes = [recipe.replace(fusion=fusion) for fusion in fusions]
         for item in range(case.num_items):
-            for one in recipes:
-                next(rows).copy_(item_target(store, one, case.index, item, draw=0))
+            yield from (item_target(store, one, case.index, item, draw=0) for one in recipes)
 
 
-def _places(start: Tensor, whole: Sequence[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Windows of `size` *W that begin at `start` [R D]: flat indices into *S [R 1 *W], the nearest ones for what lies outside of
-    it, and whether they lie inside [R 1 *W]."""
+def _places(start: Tensor, whole: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Windows of `size` *W that begin at `start` [R D]: flat indices into *S of `whole` voxels [R D] as [R 1 *W], the nearest ones
+    for what lies outside of it, and whether they lie inside [R 1 *W]."""
     place, inside = start.new_zeros(()), start.new_ones((), dtype=torch.bool)
-    for axis, (n, width) in enumerate(zip(whole, size, strict=True)):
+    for axis, width in enumerate(size):
         along = [-1 if axis == other else 1 for other in range(len(size))]
-        at = start[:, axis].reshape(-1, 1, *[1] * len(size)) + torch.arange(width, device=start.device).view(along)
-        place = place * n + at.clamp(0, n - 1)
+        first, n = (of_rows[:, axis].reshape(-1, 1, *[1] * len(size)) for of_rows in (start, whole))
+        at = first + torch.arange(width, device=start.device).view(along)
+        place = place * n + at.clamp(min=0).minimum(n - 1)
         inside = inside & (at >= 0) & (at < n)
     return place, inside
-
-
-def _at(maps: Tensor, row: Tensor, place: Tensor) -> Tensor:
-    """The values [R C *W] of rows of `maps` [T C *S] at places [R 1 *W]."""
-    values = maps.flatten(2)[row[:, None], :, place.flatten(1)]  # [R, number of places, C]
-    return values.movedim(-1, 1).reshape(len(row), maps.shape[1], *place.shape[2:])
 
 
 class _NoRoom(Exception):
     """Maps take too much of a device's memory."""
 
 
-def _keep(kind: tuple[str, ...], shape: tuple[int, ...], device: torch.device, fill: Callable[[Tensor], None]) -> Tensor:
-    """Maps that `fill` fills in, kept for the fits that follow in this process. Raises _NoRoom if they take too much memory."""
-    key, num_bytes = (*kind, str(device)), math.prod(shape) * torch.float32.itemsize
+def _keep(kind: tuple[str, ...], count: int, device: torch.device, fill: Callable[[Tensor], None]) -> Tensor:
+    """`count` values that `fill` fills in, kept for the fits that follow in this process. Raises _NoRoom for too much memory."""
+    key, num_bytes = (*kind, str(device)), count * torch.float32.itemsize
     with _keeping:
         while key not in _kept and _kept and num_bytes > SHARE * _free_bytes(device):
             _kept.popitem(last=False)  # what was used longest ago; a fit that uses it keeps it for itself
         if key not in _kept:
             if num_bytes > SHARE * _free_bytes(device):
                 raise _NoRoom
-            maps = torch.empty(shape, device=device)
-            fill(maps)
-            _kept[key] = maps
+            buffer = torch.empty(count, device=device)
+            fill(buffer)
+            _kept[key] = buffer
         _kept.move_to_end(key)
         while len(_kept) > MOST_KEPT:
             _kept.popitem(last=False)

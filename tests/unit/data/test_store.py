@@ -66,6 +66,18 @@ class Healthy(PhantomCase):
         return replace(data, raters=np.zeros_like(data.raters), truth=None)
 
 
+class Twice(PhantomCase):
+    """A case with its image as a second channel."""
+
+    def __init__(self) -> None:
+        super().__init__(DATA, 0)
+        self.name = self.subject = "twice"
+
+    def load(self) -> CaseData:
+        data = super().load()
+        return replace(data, image=np.concatenate([data.image, data.image]))
+
+
 def test_samples_come_out_as_they_went_in(built: Path) -> None:
     store = Store.open(built)
     for index, case in enumerate(DATA.cases(None)):
@@ -211,10 +223,18 @@ def test_a_case_that_cannot_be_read_leaves_no_store(tmp_path: Path) -> None:
     assert not list((tmp_path / "first").iterdir())
 
 
-def test_cases_of_several_sizes_are_refused_and_crop_is_named(tmp_path: Path) -> None:
-    wide = DATA.replace(size=(32, 20))
-    with pytest.raises(UserError, match=r"1 x 24 x 20 for sub-001 and 1 x 32 x 20 for sub-002; if sizes differ, set crop"):
-        build_store(tmp_path, (DATA.cases(None)[0], wide.cases(None)[1]), DATA, Preprocess())
+def test_cases_of_several_sizes_are_stored_as_they_are(tmp_path: Path) -> None:
+    cases = DATA.cases(None)[0], DATA.replace(size=(20, 32)).cases(None)[1]
+    store = Store.open(build_store(tmp_path, cases, DATA, Preprocess()))
+    assert [case.size for case in store.cases] == [(24, 20), (20, 32)]
+    assert (store.size, store.sizes_differ) == ((24, 32), True)
+    for index, case in enumerate(cases):
+        assert np.array_equal(store.sample(index).image, Preprocess().apply(case).image)
+
+
+def test_a_case_of_more_channels_than_the_others_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="as many channels, got 1 for sub-001 and 2 for twice"):
+        build_store(tmp_path, (DATA.cases(None)[0], Twice()), DATA, PREPROCESS)
     assert not list(tmp_path.iterdir())
 
 

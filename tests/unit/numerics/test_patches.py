@@ -38,7 +38,6 @@ from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
-from softseg_dist.errors import UserError
 from softseg_dist.numerics.augmentation import moves
 from softseg_dist.numerics.patches import Window
 from softseg_dist.numerics.transforms import Augmentation
@@ -292,13 +291,14 @@ def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_
     assert Model.of_json(before, 1, 1, 3).patch is None
 
 
-def test_images_without_room_for_a_patch_are_refused_before_the_first_fit(store: Store) -> None:
+def test_images_smaller_than_a_patch_are_padded(store: Store) -> None:
     split = Split(index=0, train=tuple(case.subject for case in store.cases))
-    recipe = Recipe(network=UNet(filters=(2, 4)), patch=Patch(size=(8, 16, 8)))
-    message = "candidate c cannot be trained .* a patch of 8 x 16 x 8 voxels does not fit in images of 18 x 15 x 13: give"
-    with pytest.raises(UserError, match=message):
-        check_recipes({"c": recipe}, store, split)
-    check_recipes({"c": recipe.replace(patch=Patch(size=(8, 15, 8)))}, store, split)
+    recipe = Recipe(network=UNet(filters=(2, 4)), patch=Patch(size=(8, 18, 8)))
+    check_recipes({"c": recipe}, store, split)
+    image, target = batches_of(store, recipe).batch(0, [0, 1, 2], "cpu")
+    assert torch.equal(image[:, :, :, 0], image[:, :, :, 1]), "of 3 rows more than the image has, 2 lie before it"
+    assert torch.equal(image[:, :, :, -1], image[:, :, :, -2])
+    assert target[:, 1].sum((1, 2, 3)).tolist() == [8 * 15 * 8] * 3, "padding is no label"
 
 
 def study(recipe: Recipe) -> Study:

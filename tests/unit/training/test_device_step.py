@@ -62,8 +62,8 @@ def test_fits_of_one_process_share_what_is_resident(tasks: dict[int, FitTask]) -
     other, _ = device_batches(batches_of(tasks[2].replace(recipe=PLAIN.replace(label="hard_each"))), CPU)
     sources = [made.source for made in (one, two, other) if isinstance(made, DeviceBatches)]
     first, second, third = (source for source in sources if isinstance(source, Resident))
-    assert first.images is second.images is third.images
-    assert first.targets is second.targets is not third.targets
+    assert first.images.buffer is second.images.buffer is third.images.buffer
+    assert first.targets.buffer is second.targets.buffer is not third.targets.buffer
 
 
 @pytest.mark.parametrize("loss", [PLAIN.loss, Dice()], ids=str)
