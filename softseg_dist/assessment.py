@@ -29,14 +29,13 @@ from softseg_dist.data.processes import over_processes
 from softseg_dist.data.splits import Split, Splits
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest
-from softseg_dist.judging.judge import judge
+from softseg_dist.judging.judge import Yardstick, judge
 from softseg_dist.judging.results import Head, merge_tables, write_frame, write_rows
-from softseg_dist.judging.rows import Yardstick
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
 from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.report.run_folder import RunData, load_run, read_json
+from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
 from softseg_dist.study import Study, check_name
@@ -140,7 +139,7 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
     make_folder(folder)
     ledger = Ledger(folder)
     with ledger.lock():
-        if (read_json(folder / "study.json") or {"type": EVALUATION}).get("type") != EVALUATION:
+        if (ledger.read("study.json") or {"type": EVALUATION}).get("type") != EVALUATION:
             raise UserError(f"{folder}: holds the run of a study; give another --name or --out")
         runs = {name: run for name, place in asked.candidates.items() if (run := _run_of(place))}
         files = {name: _files_of(name, asked, note) for name in asked.candidates if name not in runs}

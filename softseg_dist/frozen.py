@@ -8,11 +8,14 @@ are named "<module>:<name>" and carry a digest of all code of the study that the
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache, reduce
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self, cast
@@ -83,13 +86,21 @@ def tag_of(thing: type | FunctionType) -> str:
 
 
 def thing_of(tag: str) -> Any:
-    """The class or function that `tag_of` named, in the modules that are loaded; None if there is none."""
+    """The class or function that `tag_of` named, in a module that is loaded or installed; None if there is none."""
     module, _, name = tag.partition(":")
     found: Any = TEXT_MODULES.get(STUDY_MODULES + module) or TEXT_MODULES.get(module) or sys.modules.get(module)
     main = sys.modules["__main__"]
     if found is None and Path(getattr(main, "__file__", None) or "").stem == module:
         found = main
-    return reduce(lambda outer, part: getattr(outer, part, None), name.split("."), found)
+    return reduce(lambda outer, part: getattr(outer, part, None), name.split("."), found or _installed(module))
+
+
+def _installed(module: str) -> ModuleType | None:
+    """A module of an installed package, which only the process that has made the study may have imported so far."""
+    folders = [entry for entry in sys.path if INSTALLED & set(Path(entry).parts)]
+    with suppress(ImportError):
+        return importlib.import_module(module) if PathFinder.find_spec(module.partition(".")[0], folders) else None
+    return None
 
 
 def has_name(thing: type | FunctionType) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from softseg_dist.engine.context import prepare
-from softseg_dist.engine.holdout import TABLE
+from softseg_dist.engine.finalists import HOLDOUT
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging.results import write_frame
@@ -104,7 +104,7 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[dict
     if holdout is None or not holdout.opened:
         return None
     winner, control = holdout.opened[-1].winner, study.control
-    rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / TABLE)
+    rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / HOLDOUT)
     scores = soft_scores(rows, study.objectives[0].row.name)
 
     def known(candidate: str) -> float | None:

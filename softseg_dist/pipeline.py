@@ -19,9 +19,8 @@ from pydantic import ValidationError
 from softseg_dist.data.check import Problem
 from softseg_dist.engine.cautions import inspect_store
 from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray, prepare
-from softseg_dist.engine.ensembles import measure_ensembles
 from softseg_dist.engine.final_model import make_model
-from softseg_dist.engine.holdout import TABLE, open_holdout
+from softseg_dist.engine.finalists import ENSEMBLE, HOLDOUT, measure_ensembles, open_holdout
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.errors import UserError
@@ -46,7 +45,7 @@ from softseg_dist.training.task import cases_path
 PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
 
 RECORDS = ("study.json", "splits.json", "run.json", "holdout.json", "outer.json")
-TABLES = ("results.parquet", "ensemble.parquet", "outer.parquet", TABLE)
+TABLES = ("results.parquet", ENSEMBLE, "outer.parquet", HOLDOUT)
 REPORTED = (*RECORDS, *TABLES, "fits/*/*.json", "fits/*/*/history.jsonl", "fits/*/*/cases.parquet")  # what a report is made of
 MODEL = "model"  # the folder of the winner, trained on all subjects
 

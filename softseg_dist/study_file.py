@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pydantic import PydanticUserError, ValidationError
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 from softseg_dist.frozen import SOURCES, STUDY_MODULES, TEXT_MODULES, Frozen, has_name, sources_of
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
@@ -236,7 +236,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, TypeError) and "BaseModel.__init__()" in str(error):
         return "arguments are given by name, such as FocalTversky(alpha=0.3)"
     if not isinstance(error, ValidationError):
-        return " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, UserError) else str(error)
+        return str(error) if isinstance(error, UserError) else in_words(error)
     first, more = error.errors()[0], error.error_count() - 1
     place = ".".join([error.title, *map(str, first["loc"])])
     message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")

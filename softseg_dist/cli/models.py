@@ -20,7 +20,7 @@ def refit(
     max_wait: MaxWait = None,
     local: Local = False,
 ) -> None:
-    """Train a final model: a candidate of a run on all subjects that are not held out, on all CPUs or GPUs."""
+    """Train a final model: a candidate of a run on all subjects that are not held out."""
     from softseg_dist.engine.progress import PlainLines
     from softseg_dist.pipeline import RunOptions, refit_run
 

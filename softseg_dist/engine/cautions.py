@@ -217,9 +217,10 @@ def _has_rater(sample: Sample, fusion: str) -> bool:
 
 def _target(sample: Sample, label: LabelMode, fusion: str, draw: int = 0) -> Tensor:
     """The targets [N K *S] of a case before augmentation and rounding."""
-    raters = torch.from_numpy(np.array(sample.raters))
-    nearest = None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest))
-    return prepare_target(raters, nearest, label, fusion, sample.rater_names, seed_of("cautions", sample.name, draw), axis=1)
+    raters = torch.from_numpy(np.array(sample.raters)).movedim(0, 2)  # [R K N *S]
+    nearest = None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest)).movedim(0, 2)
+    seed = seed_of("cautions", sample.name, draw)
+    return prepare_target(raters, nearest, label, fusion, sample.rater_names, seed).movedim(1, 0)
 
 
 def _trained(sample: Sample, recipe: Recipe, item: int | None, draw: int) -> Tensor:

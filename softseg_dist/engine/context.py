@@ -100,9 +100,6 @@ class Backend(Protocol):
     def run_fits(self, session: Session, context: RunContext) -> None:
         """Run the fits that the session gives, until it has ended."""
 
-    def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
-        """Run one fit beside the search; one worker would take about `alone_s`. Raises UserError if it is lost repeatedly."""
-
 
 @dataclass(frozen=True)
 class RunContext:
@@ -162,7 +159,7 @@ class RunContext:
     def model_of(self, candidate: str) -> Model:
         """A candidate's network, without trained weights, on `device`."""
         store = self.prepared.store
-        return Model.of(self.recipe_of(candidate), store.channels, len(store.classes), store.dim).on(self.device)
+        return Model(self.recipe_of(candidate), store.channels, len(store.classes), store.dim).on(self.device)
 
     def fit_folder(self, result: FitResult) -> Path:
         """The folder of a fit in the copy of the run folder."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from softseg_dist.data.splits import Split
 from softseg_dist.engine.context import RunContext
+from softseg_dist.engine.session import run_beside
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.record.ledger import json_of
@@ -30,7 +31,7 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
 
     It trains for the median of the best epochs of its fits; the learning rate falls to 0 by then, and the last weights count, as
     there is no validation subject. Thresholds are the means of those that its splits chose.
-    Raises UserError if the study has no such candidate, or none of its fits has finished.
+    Raises UserError if the study has no such candidate, none of its fits has finished, or the training is lost repeatedly.
     """
     ledger = context.ledger
     fits = [r for r in ledger.results().values() if r.candidate == candidate and r.state == "finished"]
@@ -48,7 +49,7 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
         if all(getattr(before, name) == getattr(card, name) for name in SAME):
             return out
     context.progress.note(f"training {candidate} on all {card.num_subjects} subjects for {epochs} epochs")
-    result = context.backend.train(context, task, _seconds_alone(context, task, fits))
+    result = run_beside(context, task)
     if result.state != "finished":
         raise UserError(f"{task.candidate} trained on all subjects has failed: {result.reason}")
     weights = weights_path(context.copy.folder / "fits" / candidate / REFIT)
@@ -67,14 +68,6 @@ def _task(context: RunContext, candidate: str, recipe: Recipe) -> FitTask:
     task = context.fit_task(candidate, recipe, split)
     folder = f"{context.ledger.folder}/fits/{candidate}/{REFIT}"
     return task.replace(folder=folder, second_objective=None, uncertainty=(), time_limit_s=None)
-
-
-def _seconds_alone(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> float:
-    """An upper bound of the time that one worker takes, from the candidate's fits, which also validated and measured."""
-    subjects = {split.index: len(split.train) for split in context.splits}
-    spent_s = sum(fit.duration_s * fit.num_workers for fit in fits)
-    work = sum(fit.epochs * subjects[fit.split] for fit in fits)
-    return spent_s / work * task.recipe.optim.epochs * len(task.split.train)
 
 
 def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> ModelCard:

@@ -14,14 +14,13 @@ from bdb import BdbQuit
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import LostJob, Report, ending_of, message_of, run_fit, run_until_done
+from softseg_dist.engine.worker import Ending, Report, message_of, run_fit
 from softseg_dist.study_file import describe
-from softseg_dist.training.task import FitResult, FitTask, Worker
+from softseg_dist.training.task import Worker
 
 
 @dataclass(frozen=True)
@@ -36,32 +35,28 @@ class LocalBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`."""
-        if context.resources.time_limit_s:
-            context.progress.note("the time limit of fits does not hold in this process; Ctrl-C stops one that hangs")
+        worker = Worker(device=context.device, stop=session.announce_stop)
         with signals(session):
             for number in map(str, count()):
                 if (task := session.next_fit(number)) is None:
                     assert session.ended, "with no fit running there is one to start"
                     return
+                if task.time_limit_s and number == "0":
+                    context.progress.note("the time limit of fits does not hold in this process; Ctrl-C stops one that hangs")
+                message = message_of(task.replace(time_limit_s=None), context.stop_file)
 
                 def report(news: Mapping[str, str], number: str = number) -> None:
                     session.epoch(number, json.loads(news["epoch"]))
 
-                worker = Worker(device=context.device, stop=session.announce_stop)
-                job = partial(self._run, context, worker)
-                session.ended_as(number, ending_of(job, message_of(task.replace(time_limit_s=None), context.stop_file), report))
+                session.ended_as(number, self._ending(context, worker, message, report))
 
-    def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
-        """As `Backend.train`."""
-        return run_until_done(partial(self._run, context, Worker(device=context.device)), task, context.progress.note)
-
-    def _run(self, context: RunContext, worker: Worker, message: dict[str, str], report: Report) -> dict[str, str]:
-        """Raises LostJob where a worker's process would have died, and KeyboardInterrupt if the fit's debugger was quit."""
+    def _ending(self, context: RunContext, worker: Worker, message: dict[str, str], report: Report) -> Ending:
+        """Lost where a worker's process would have died. Raises KeyboardInterrupt if the fit's debugger was quit."""
         try:
-            return run_fit(context.fit, context.sources, message, worker, report)
+            return Ending.of(run_fit(context.fit, context.sources, message, worker, report))
         except BdbQuit:
             raise KeyboardInterrupt from None
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a fit may raise anything
             if self.debug:
                 context.progress.note(traceback.format_exc())
-            raise LostJob(describe(error) if isinstance(error, Exception) else f"it ended with {error!r}") from error
+            return Ending(kind="lost", text=describe(error) if isinstance(error, Exception) else f"it ended with {error!r}")

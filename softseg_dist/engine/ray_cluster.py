@@ -1,4 +1,4 @@
-"""The Ray that fits run on: start it on this machine or connect to a cluster, wait for resources, free them after lost workers.
+"""The Ray that fits run on: start it or connect to a cluster, check its nodes, wait for resources, free those of lost workers.
 
 softseg run STUDY --address auto        # on a machine of the cluster; --address HOST:PORT names the head
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,13 +20,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softseg_dist.engine.ray_private import JobWithoutPaths, ask_for_machines, free_orphans, grows, no_worker_logs, node_of_actor
 from softseg_dist.errors import UserError
+from softseg_dist.places import Place
 from softseg_dist.study import Resources
+from softseg_dist.words import listed
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
@@ -42,6 +49,8 @@ ENVIRONMENT = {
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
 ANSWER_S = 3.0
+PROBE_S = 120.0  # a node starts a process first, which may import much from a slow disk
+SHOWN_NODES = 4  # a refusal is one line of text
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
 TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
@@ -61,11 +70,12 @@ def bundle_of(resources: Resources) -> dict[str, float]:
     return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
 
 
-def places_for(bundle: Mapping[str, float], resources: Resources) -> int:
+def places_for(resources: Resources) -> int:
     """How many fits the machines can hold at once; the workers of one fit may be on several machines.
 
     Raises UserError if they cannot hold one.
     """
+    bundle = bundle_of(resources)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     places = sum(min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in bundle.items()) for node in nodes)
     if places < resources.workers_per_fit:
@@ -79,7 +89,7 @@ def fits_at_once(resources: Resources) -> int:
     On a cluster that grows `max_concurrent` counts alone, because fits that wait for resources make it grow.
     Raises UserError if there is no room for one.
     """
-    places = places_for(bundle_of(resources), resources)
+    places = places_for(resources)
     wanted = resources.max_concurrent or places
     return wanted if grows() else min(places, wanted)
 
@@ -95,16 +105,15 @@ def wait_for_room(resources: Resources, max_wait_s: float | None, note: Callable
     requested = False
     try:
         while not stopped():
-            bundle = bundle_of(resources)  # in each round: the first machine with a GPU may be added meanwhile
             try:
-                places_for(bundle, resources)
+                places_for(resources)
                 return
             except UserError as error:
                 if time.monotonic() >= deadline_s:
                     waited = f" (waited {limit_s:g} s)" if limit_s else ""
                     raise UserError(f"{error}{waited}") from None
                 if not requested:
-                    ask_for_machines(bundle, resources.workers_per_fit)
+                    ask_for_machines(bundle_of(resources), resources.workers_per_fit)
                     note(f"waiting up to {limit_s:g} s for machines: {error}")
                     requested = True
             time.sleep(0.5)
@@ -229,3 +238,89 @@ def wait_until_free(within_s: float = 15.0) -> None:
     until = time.monotonic() + within_s
     while free_orphans() and time.monotonic() < until:
         time.sleep(0.1)
+
+
+def check_reach(folders: Mapping[str, str | Path]) -> None:
+    """Raise UserError, naming nodes and folder, if a node that runs fits cannot see or write one of `folders`.
+
+    `folders` maps what a folder is for, in the words of the command line (`--out`), to its path or URI. They are made if they are
+    missing. A cluster of one node is not checked, and neither is a node that joins later.
+    """
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        return
+    nodes = _nodes_for_fits()
+    for purpose, folder in folders.items():
+        place, token = Place.at(folder if "://" in str(folder) else Path(folder).absolute()), f".reach-{secrets.token_hex(8)}"
+        (place / token).write(b"")
+        try:
+            problems = _problems(nodes, probe, [(str(place), token, f"{token}.{number}") for number in range(len(nodes))])
+        finally:
+            for name in place.names():  # with the files of a node that died
+                if name.startswith(token):
+                    (place / name).delete()
+        if problems:
+            raise UserError(
+                f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: "
+                f"{listed(problems, SHOWN_NODES, '; ')}. "
+                "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
+            )
+
+
+def check_package() -> None:
+    """Raise UserError, naming nodes and versions, if a node that runs fits has not this version of this package."""
+    ours = version("softseg_dist")
+
+    def other_version() -> str:  # nested: it travels by value, so that a node without the package can answer
+        try:
+            theirs = version("softseg_dist")
+        except PackageNotFoundError:
+            return "has none"
+        return "" if theirs == ours else f"has {theirs}"
+
+    nodes = _nodes_for_fits()
+    if problems := _problems(nodes, other_version, [()] * len(nodes)):
+        raise UserError(
+            f"softseg_dist {ours} must be installed on all nodes of the cluster, but {listed(problems, SHOWN_NODES, '; ')}; "
+            "give all nodes one image or environment"
+        )
+
+
+def probe(folder: str, token: str, trace: str) -> str:
+    """Why this machine cannot use `folder`, in which the driver has written the file `token`; "" if it can.
+
+    It writes and removes the file `trace` there.
+    """
+    try:
+        place = Place.at(folder)
+        if (place / token).read() is None:
+            return "does not see it"
+        (place / trace).write(b"")
+        (place / trace).delete()
+    except (OSError, UserError) as error:
+        return f"cannot use it: {getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def _nodes_for_fits() -> list[Mapping[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _problems(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> list[str]:
+    """What nodes answer, if it is not "", after a node's address and the start of its id: several may share a machine."""
+    waiting = []
+    for node, given in zip(nodes, arguments, strict=True):
+        pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        waiting.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question).remote(*given))
+    answers = {node["NodeID"]: (node["NodeManagerAddress"], _answer(task)) for node, task in zip(nodes, waiting, strict=True)}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one may have gone
+    return [f"{address} ({node[:6]}) {answer}" for node, (address, answer) in answers.items() if answer and node in alive]
+
+
+def _answer(waiting: Any) -> str:
+    try:
+        answer: str = ray.get(waiting, timeout=PROBE_S)
+    except GetTimeoutError:
+        return f"did not answer in {PROBE_S:g} s"
+    except RayError as error:
+        return f"could not be checked: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return answer

@@ -2,24 +2,21 @@
 
 A lane is a Ray Train group (`TorchTrainer`) whose workers wait for jobs in a loop: starting the group takes seconds, a further job
 milliseconds. A job that loses a worker, or fails in a way that leaves the others waiting, is lost; Train then starts the group
-again, and the lane takes the next job. A single worker that runs one job needs no group. This module does not know what a job is.
+again, and the lane takes the next job. This module does not know what a job is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import train
-from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
@@ -46,7 +43,6 @@ class Mailbox:
         self._events: list[Event] = []
         self._taken = self._ended = True
         self._changed = asyncio.Condition()
-        self._closed = False
 
     async def put(self, message: Any) -> None:
         """Give a job; the former one has ended."""
@@ -60,9 +56,7 @@ class Mailbox:
         if self._taken:
             await self.tell(self._number, "lost", "one of its workers died (killed, out of memory, or its machine was lost)")
         async with self._changed:
-            await self._until(lambda: self._closed or not self._taken)
-            if self._closed:
-                return 0, None
+            await self._until(lambda: not self._taken)
             if self._taken:
                 return None
             self._taken = True
@@ -83,19 +77,13 @@ class Mailbox:
             events, self._events = self._events, []
             return events
 
-    async def close(self) -> None:
-        """Let the group end."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
     async def _until(self, predicate: Callable[[], bool]) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait_for(predicate), WAIT_S)
 
 
 class Lane:
-    """A group of `num_workers`, each with `resources` ({"CPU": 1, "GPU": 1}), that runs `run` for every job it is given.
+    """A group of `num_workers`, each with `resources` ({"CPU": 1, "GPU": 1}), that runs `run` for each job. Ends with this process.
 
     `storage` is a path or URI that all nodes can write; Train keeps a file or two there. One thread at a time may use a lane.
     """
@@ -137,12 +125,8 @@ class Lane:
                     raise LostJob(value, blameless=not nodes <= _nodes())
                 report(value)
             if not self.alive:
-                raise LostJob(f"its group of workers has ended: {_last_line(self._error)}")
-
-    def close(self) -> None:
-        """Release the workers and wait until they have ended."""
-        ray.get(self._mailbox.close.remote())
-        self._thread.join()
+                lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
+                raise LostJob(f"its group of workers has ended: {lines[-1]}")
 
     def _serve(self, trainer: TorchTrainer) -> None:
         try:
@@ -151,50 +135,19 @@ class Lane:
             self._error = error
 
 
-def run_alone(run: Run, resources: dict[str, float], message: Any, report: Report) -> Any:
-    """Run a job on one worker, in a process of its own: as on a lane of one, without the seconds that a group needs to start.
-
-    Raises LostJob if there will be no answer.
-    """
-    nodes, gpus = _nodes(), resources.get("GPU", 0.0)
-    start = ray.remote(num_cpus=resources["CPU"], num_gpus=gpus, max_retries=0)(_do_job).remote
-    outputs = start(run, message, "cuda" if gpus else "cpu")
-    try:
-        for reference in outputs:
-            kind, value = ray.get(reference)
-            if kind == "answer":
-                return value
-            report(value)
-    except RayError as error:
-        raise LostJob(_last_line(error), blameless=not nodes <= _nodes()) from error
-    finally:
-        ray.cancel(outputs, force=True)  # on Ctrl-C; does nothing to a job that has ended
-    raise AssertionError("a job answers or raises")
-
-
-def _do_job(run: Run, message: Any, device: str) -> Iterator[Event]:
-    """The job's reports while it runs, then its answer."""
-    reports: queue.SimpleQueue[dict[str, str] | None] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(run, message, Worker(device=device), reports.put)
-        answer.add_done_callback(lambda _: reports.put(None))
-        yield from (("report", report) for report in iter(reports.get, None))
-        yield "answer", answer.result()
-
-
 def _nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-_LANES: dict[tuple[int, str, str], Lane] = {}
+_lane: Lane | None = None
 
 
 def lane_of_process(run: Run, num_workers: int, resources: dict[str, float], storage: str) -> Lane:
-    """The lane of this process, started by the first call. `run` must be the same every time."""
-    key = num_workers, str(sorted(resources.items())), storage
-    if key not in _LANES or not _LANES[key].alive:
-        _LANES[key] = Lane(run, num_workers, resources, storage)
-    return _LANES[key]
+    """The lane of this process, started by the first call. The arguments must be the same every time."""
+    global _lane
+    if _lane is None or not _lane.alive:
+        _lane = Lane(run, num_workers, resources, storage)
+    return _lane
 
 
 def _wait_for_jobs(config: dict[str, Any]) -> None:
@@ -209,8 +162,6 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
         if job[0] is None:
             continue
         number, message = job[0]
-        if number == 0:
-            return
 
         def send(report: dict[str, str], number: int = number) -> None:
             if rank == 0:
@@ -225,8 +176,3 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
             raise
         if rank == 0:
             ray.get(mailbox.tell.remote(number, "answer", answer))
-
-
-def _last_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softseg_dist.engine.ray_lanes import Event, Run
-from softseg_dist.engine.ray_private import cause_in, id_of_actor
+from softseg_dist.engine.ray_private import cause_in
 from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.errors import in_words
 from softseg_dist.numerics.seeds import drawing
@@ -109,8 +109,8 @@ class HostManager:
 
     def host_died(self, key: str) -> None:
         """Remove a job and its dead host."""
-        host = id_of_actor(self._jobs.pop(key))
-        self._hosts = {where: other for where, other in self._hosts.items() if id_of_actor(other) != host}
+        dead = self._jobs.pop(key)  # and not whatever runs now on its GPU, which another client may have started
+        self._hosts = {where: host for where, host in self._hosts.items() if host != dead}
 
 
 @contextmanager

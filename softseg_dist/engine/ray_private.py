@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray._private import state as ray_state
@@ -58,11 +57,6 @@ def grows() -> bool:
 def node_of_actor(actor: str) -> str:
     """The id of the node of an actor, both in hexadecimal."""
     return str(ray_state.actors(actor)["Address"]["NodeID"])
-
-
-def id_of_actor(handle: Any) -> str:
-    """The id of an actor, in hexadecimal."""
-    return str(handle._actor_id.hex())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Run the fits of a study on Ray: one Tune trial is one fit. The final model trains on all workers that there is room for.
+"""Run the fits of a study on Ray: one Tune trial is one fit.
 
 Tune gives processes, placement and concurrency. The searcher decides what runs next, the ledger records it; Tune's own persistence,
 loggers, retries and signal handling are switched off.
@@ -21,16 +21,13 @@ from ray.tune.search import Searcher
 
 from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
-from softseg_dist.engine.ray_lanes import Lane, lane_of_process, run_alone
+from softseg_dist.engine.ray_lanes import lane_of_process
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
 from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
-from softseg_dist.engine.ray_reach import check_package, check_reach
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit, run_until_done
-from softseg_dist.places import Place
-from softseg_dist.training.task import FitResult, FitTask, Worker
+from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit
+from softseg_dist.training.task import Worker
 
-GROUP_PAYS_S = 60.0  # of one worker: a group takes 13 to 25 s to start, which a shorter fit does not win back
 SWEEP_S = 2.0  # between two looks for the resources of killed lanes
 LANE_HOLDER = {"node:__internal_head__": 0.001}  # a trial whose fit runs elsewhere must not hold what its workers need
 
@@ -56,36 +53,14 @@ class RayBackend:
             with ray_cluster.ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
                 ray_cluster.wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
-                    check_package()
+                    ray_cluster.check_package()
                     stores = context.prepared.uri.rpartition("/")[0]
-                    check_reach({"--out": context.ledger.folder, "--stores": stores})
+                    ray_cluster.check_reach({"--out": context.ledger.folder, "--stores": stores})
                 if session.interrupted:
                     return
                 _tune(session, context)
         finally:
             shutil.rmtree(context.ledger.working / ".tune", ignore_errors=True)
-
-    def train(self, context: RunContext, task: FitTask, alone_s: float) -> FitResult:
-        """As `Backend.train`, on as many workers as there is room for, but no more than a batch has items.
-
-        Below `GROUP_PAYS_S` one worker runs the fit. A lost worker costs what was trained since the last checkpoint. Raises
-        UserError also if there is no room for one worker.
-        """
-        alone = context.resources.replace(workers_per_fit=1, max_concurrent=None, fits_per_gpu=None)
-        run, note, place = partial(run_fit, context.fit, context.sources), context.progress.note, Place.at(task.folder)
-        with ray_cluster.ray_at(self.address):
-            ray_cluster.wait_for_room(alone, self.max_wait_s, note, lambda: False)
-            bundle = ray_cluster.bundle_of(alone)
-            num_workers = min(ray_cluster.places_for(bundle, alone), task.recipe.optim.batch_size)
-            if num_workers == 1 or alone_s < GROUP_PAYS_S:
-                return run_until_done(partial(run_alone, run, bundle), task, note)
-            lane = Lane(run, num_workers, bundle, str(place / ".lane"))
-            try:
-                return run_until_done(lane.run, task, note)
-            finally:
-                lane.close()
-                ray_cluster.wait_until_free()
-                (place / ".lane").delete()
 
 
 def _tune(session: Session, context: RunContext) -> None:
@@ -132,8 +107,7 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
             if manager is not None and task["attempt"] == 0:
                 return dict(run_in_pack(manager, task["folder"], config, tune.report))
         except LostJob as lost:  # as a value: Train is starting the workers again, which this process must not leave
-            ending = Ending(kind="lost", text=str(lost), blameless=lost.blameless)
-            return {"ending": json.dumps(ending.model_dump(mode="json"))}
+            return Ending(kind="lost", text=str(lost), blameless=lost.blameless).answer
         if manager is not None:
             wait_until_released(manager, task["folder"])
         return dict(run(config, Worker(device=device), tune.report))
@@ -190,8 +164,7 @@ class _TuneSearcher(_Shared, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         if not error:  # errors come through `_TuneEvents`, which knows their cause
-            ending = (result or {}).get("ending", '{"kind": "lost"}')
-            self._session.ended_as(trial_id, Ending.model_validate(json.loads(ending)))
+            self._session.ended_as(trial_id, Ending.of(result) if result and "ending" in result else Ending(kind="lost"))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""One session of a search in the driver: it passes events of the backend on to searcher, tracker and display.
+"""Sessions in the driver, of a search or of one fit: they pass events of the backend on to searcher, tracker and display.
 
 Knows no Ray, so that the order of events can be read, and tested, without one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.worker import Ending, StopFile, reason_of
 from softseg_dist.errors import UserError, no_room, out_of_reach
 from softseg_dist.record.ledger import RaceRecord
-from softseg_dist.search.searcher import StudySearcher
+from softseg_dist.search.searcher import MAX_ATTEMPTS, StudySearcher
 from softseg_dist.study import Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask
@@ -46,11 +47,9 @@ def run_search(context: RunContext) -> Outcome:
     Raises UserError if another driver uses the run folder, the backend cannot run a fit, or `propose` or a fit reports a mistake
     of the user's. Fits that have ended stay recorded in every case.
     """
-    with context.ledger.lock():
-        stop_file = StopFile(context.stop_file)
-        stop_file.remove()  # left by a session that was killed
+    with context.ledger.lock(), _stop_file(context) as stop_file:
         searcher = StudySearcher(context.study, context.splits, context.ledger, context.fit_task)
-        session = Session(searcher, context.tracker, context.progress, stop_file)
+        session = SearchSession(searcher, context.tracker, context.progress, stop_file)
         try:
             session.start()
             if not session.ended:
@@ -59,22 +58,133 @@ def run_search(context: RunContext) -> Outcome:
             session.interrupted = True
         finally:
             context.progress.close()
-            stop_file.remove()
         if session.error is not None:
             raise session.error
         return session.outcome()
 
 
-class Session:
-    """The running fits, by an id of the backend's. Searcher, tracker and display get every event of theirs."""
+def run_beside(context: RunContext, task: FitTask) -> FitResult:
+    """Run a fit that is not one of the search, but as those run: with the same resources, and again if it is lost.
 
-    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
-        self.searcher, self.tracker, self.progress, self._stop_file = searcher, tracker, progress, stop_file
+    Raises UserError on a mistake of the user's, and if the fit is lost `MAX_ATTEMPTS` times. Raises KeyboardInterrupt if it was
+    interrupted: the same task then goes on from its checkpoint.
+    """
+    with context.ledger.lock(), _stop_file(context) as stop_file:
+        session = OneFit(task, context.progress, stop_file)
+        context.backend.run_fits(session, context)
+    if session.error is not None:
+        raise session.error
+    if session.result is None:
+        raise KeyboardInterrupt
+    return session.result
+
+
+@contextmanager
+def _stop_file(context: RunContext) -> Iterator[StopFile]:
+    stop_file = StopFile(context.stop_file)
+    stop_file.remove()  # left by a session that was killed
+    try:
+        yield stop_file
+    finally:
+        stop_file.remove()
+
+
+class Session(ABC):
+    """What gives fits to a backend, and gets all their events, by an id of the backend's."""
+
+    def __init__(self, progress: Progress, stop_file: StopFile) -> None:
+        self.progress, self._stop_file = progress, stop_file
         self.error: UserError | None = None
         self.interrupted = False
+        self._noted: set[str] = set()
+
+    @property
+    def stopped(self) -> bool:
+        """Has it been interrupted, or met an error? Then it gives no more fits."""
+        return self.interrupted or self.error is not None
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """Nothing will be emitted any more."""
+
+    @abstractmethod
+    def next_fit(self, fit_id: str) -> FitTask | None:
+        """The task of the next fit, which will be known as `fit_id`; None if there is nothing to start now."""
+
+    @abstractmethod
+    def epoch(self, fit_id: str, metrics: dict[str, float]) -> None:
+        """A running fit has finished an epoch."""
+
+    @abstractmethod
+    def ended_as(self, fit_id: str, ending: Ending) -> None:
+        """A fit no longer runs."""
+
+    def announce_stop(self) -> bool:
+        """Was the session asked to stop? The first call after that prints it."""
+        if self.interrupted:
+            self._note_once("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
+        return self.interrupted
+
+    def stop(self) -> None:
+        """Make all fits stop and emit no more. A signal handler calls this: it must not print or raise."""
+        self.interrupted = True
+        try:
+            self._stop_file.write()
+        except OSError as error:
+            self.error = self.error or _explained(error)
+
+    def _note_once(self, text: str, content: str = "") -> None:
+        """Print a note, unless one of the same `content` was printed before."""
+        if (content or text) not in self._noted:
+            self._noted.add(content or text)
+            self.progress.note(text)
+
+
+class OneFit(Session):
+    """A session of one fit. Four lines tell of its epochs; `result` is what it has ended with."""
+
+    def __init__(self, task: FitTask, progress: Progress, stop_file: StopFile) -> None:
+        super().__init__(progress, stop_file)
+        self.result: FitResult | None = None
+        self._task, self._runs = task, False
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or self.result is not None
+
+    def next_fit(self, fit_id: str) -> FitTask | None:
+        self.announce_stop()
+        if self._runs or self.ended:
+            return None
+        self._runs = True
+        return self._task
+
+    def epoch(self, fit_id: str, metrics: dict[str, float]) -> None:
+        epochs = self._task.recipe.optim.epochs
+        if metrics["epoch"] % max(1, epochs // 4) == 0:
+            where = f"epoch {metrics['epoch']:g} of {epochs}"
+            self.progress.note(f"{self._task.candidate} on all subjects: {where}, loss {metrics['loss']:.4g}")
+
+    def ended_as(self, fit_id: str, ending: Ending) -> None:
+        task, self._runs, self.result = self._task, False, ending.result
+        if ending.kind == "user_error":
+            self.error = UserError(f"{task.key}: {ending.text}")
+        elif ending.kind == "lost":
+            self._task = task.replace(attempt=task.attempt + 1)
+            if self._task.attempt == MAX_ATTEMPTS:
+                last = reason_of(task, ending.text)
+                self.error = UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {last}")
+
+
+class SearchSession(Session):
+    """The running fits of a search. Searcher, tracker and display get every event of theirs."""
+
+    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
+        super().__init__(progress, stop_file)
+        self.searcher, self.tracker = searcher, tracker
         self._running: dict[str, FitTask] = {}
         self._raced: set[str] = set()  # whose end by the race was reported
-        self._noted: set[str] = set()
         self._num_ended = self._num_given_up = 0
 
     def start(self) -> None:
@@ -90,14 +200,13 @@ class Session:
 
     @property
     def ended(self) -> bool:
-        """Nothing will be emitted any more."""
-        return self.searcher.stopped or self.searcher.ended
+        return self.stopped or self.searcher.ended
 
     def next_fit(self, fit_id: str) -> FitTask | None:
-        """The task of the next fit, which will be known as `fit_id`. A mistake in `propose` stops the session."""
+        """As `Session.next_fit`. A mistake in `propose` stops the session."""
         self.announce_stop()
         try:
-            task = self.searcher.next_fit()
+            task = None if self.stopped else self.searcher.next_fit()
         except (UserError, OSError) as error:
             self._abort(_explained(error) if isinstance(error, OSError) else error)
             return None
@@ -111,20 +220,12 @@ class Session:
         return task
 
     def epoch(self, fit_id: str, metrics: dict[str, float]) -> None:
-        """A running fit has finished an epoch."""
         key = self._running[fit_id].key
         self.progress.epoch(key, metrics)
         if self.tracker is not None:
             self.tracker.epoch(key, metrics)
 
-    def announce_stop(self) -> bool:
-        """Was the session asked to stop? The first call after that prints it."""
-        if self.interrupted:
-            self._note_once("stopping: running fits write their checkpoints; press Ctrl-C again to stop at once")
-        return self.interrupted
-
     def ended_as(self, fit_id: str, ending: Ending) -> None:
-        """A fit no longer runs."""
         task = self._running.pop(fit_id)
         if ending.result is not None:
             assert ending.result.key == task.key
@@ -138,15 +239,6 @@ class Session:
                 self._abort(UserError(f"{task.key}: {ending.text}"))
         self._report_decisions()
 
-    def stop(self) -> None:
-        """Make all fits stop and emit no more. A signal handler calls this: it must not print or raise."""
-        self.interrupted = True
-        self.searcher.stopped = True
-        try:
-            self._stop_file.write()
-        except OSError as error:
-            self.error = self.error or _explained(error)
-
     def outcome(self) -> Outcome:
         """How the study stands."""
         candidates = self.searcher.candidates.values()
@@ -157,7 +249,6 @@ class Session:
 
     def _abort(self, error: UserError) -> None:
         self.error = self.error or error
-        self.searcher.stopped = True
         try:
             self._stop_file.write()
         except OSError as failed:
@@ -194,12 +285,6 @@ class Session:
         self.progress.gone(task.key)
         if self.tracker is not None and status is not None:
             self.tracker.close_run(task.key, status)
-
-    def _note_once(self, text: str, content: str = "") -> None:
-        """Print a note, unless one of the same `content` was printed before."""
-        if (content or text) not in self._noted:
-            self._noted.add(content or text)
-            self.progress.note(text)
 
     def _report_planned(self, name: str) -> None:
         self.progress.planned(name, self.searcher.candidates[name].num_planned, self.searcher.num_planned)

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO
 
 from softseg_dist.data.store_cache import local_store
 from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
 from softseg_dist.record.remote import mirrored
-from softseg_dist.search.searcher import MAX_ATTEMPTS
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import describe, load_sources
 from softseg_dist.training.data_parallel import partner_died
@@ -68,8 +67,6 @@ ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its fo
 
 Fit = Callable[[FitTask, Worker], FitResult]
 Report = Callable[[dict[str, str]], None]
-Job = Callable[[dict[str, str], Report], Mapping[str, str]]
-"""(message of `message_of`, report) -> what `run_fit` returns; raises `LostJob`."""
 
 
 class LostJob(Exception):
@@ -93,6 +90,16 @@ class Ending(Frozen):
     result: FitResult | None = None
     text: str = ""
     blameless: bool = False
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Self:
+        """What an `answer` says."""
+        return cls.model_validate(json.loads(answer["ending"]))
+
+    @property
+    def answer(self) -> dict[str, str]:
+        """As text, for Tune."""
+        return {"ending": json.dumps(self.model_dump(mode="json"))}
 
 
 class StopFile:
@@ -128,7 +135,7 @@ def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
 
 
 def run_fit(fit: Fit, sources: Sources | None, message: Mapping[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-    """Run the fit of a `message_of`; returns {"ending": JSON of `Ending`}. Each of several workers calls this.
+    """Run the fit of a `message_of`; returns the answer of its `Ending`. Each of several workers calls this.
 
     The task's JSON may name classes of the study's `sources`.
     """
@@ -141,11 +148,9 @@ def run_fit(fit: Fit, sources: Sources | None, message: Mapping[str, Any], worke
         return stop_file() or worker.stop()
 
     if worker.share(stop() if worker.leads else False):
-        ending = Ending(kind="interrupted")
-    else:
-        reporting = replace(worker, report=lambda metrics: report({"epoch": json.dumps(metrics)}), stop=stop)
-        ending = _guarded(task, fit, reporting)
-    return {"ending": json.dumps(ending.model_dump(mode="json"))}
+        return Ending(kind="interrupted").answer
+    reporting = replace(worker, report=lambda metrics: report({"epoch": json.dumps(metrics)}), stop=stop)
+    return _guarded(task, fit, reporting).answer
 
 
 def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
@@ -179,36 +184,6 @@ def _watched(task: FitTask, fit: Fit, worker: Worker) -> FitResult:
         if no_room(error) is None and not (worker.num_workers > 1 and partner_died(error)):
             (folder / ERROR).write_text(f"{describe(error)}\n\n{traceback.format_exc()}", encoding="utf-8")
         raise
-
-
-def ending_of(job: Job, message: dict[str, str], report: Report) -> Ending:
-    """Run a fit as a job, and return how it ended."""
-    try:
-        return Ending.model_validate(json.loads(job(message, report)["ending"]))
-    except LostJob as lost:
-        return Ending(kind="lost", text=str(lost), blameless=lost.blameless)
-
-
-def run_until_done(job: Job, task: FitTask, note: Callable[[str], None]) -> FitResult:
-    """Run one fit that is not part of the search, again if it is lost; `note` gets four lines about its epochs.
-
-    Raises UserError on a mistake of the user's, and if the fit is lost `MAX_ATTEMPTS` times.
-    """
-    epochs, stop_file = task.recipe.optim.epochs, str(Place.at(task.folder) / ".stop")
-
-    def report(news: Mapping[str, str]) -> None:
-        metrics = json.loads(news["epoch"])
-        if metrics["epoch"] % max(1, epochs // 4) == 0:
-            note(f"{task.candidate} on all subjects: epoch {metrics['epoch']:g} of {epochs}, loss {metrics['loss']:.4g}")
-
-    for attempt in range(MAX_ATTEMPTS):
-        ending = ending_of(job, message_of(task.replace(attempt=attempt), stop_file), report)
-        if ending.result is not None:
-            return ending.result
-        if ending.kind == "user_error":
-            raise UserError(f"{task.key}: {ending.text}")
-        assert ending.kind == "lost", "its stop file is never written"
-    raise UserError(f"{task.key}: lost {MAX_ATTEMPTS} times, the last time: {reason_of(task, ending.text)}")
 
 
 def reason_of(task: FitTask, cause: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softseg_dist.judging.rows import Measurement
+from softseg_dist.judging.judge import Measurement
 from softseg_dist.places import replace_file
 
 if TYPE_CHECKING:  # a fit writes no data frame, so that machines that only train need no pandas

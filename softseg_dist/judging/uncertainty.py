@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import entr
 
-from softseg_dist.judging.rows import Measurement
+from softseg_dist.judging.judge import Measurement
 from softseg_dist.numerics.metrics import FORMULAS, Map, Pair, PerClass, Scale, ratio
 from softseg_dist.numerics.raters import energy_distance, pairwise_dice
 
@@ -127,14 +127,9 @@ class Spread:
 
 
 def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence[str], scale: Scale) -> list[Measurement]:
-    """All measurements of one case's samples, as listed at the top of this file.
+    """All measurements of one case's samples, as listed at the top of this file, against the raters [N R K *S] in [0, 1].
 
-    Args:
-        method: the prefix of the metrics' names.
-        spread: the statistics of the samples.
-        raters: [N R K *S] in [0, 1].
-        classes: K names.
-        scale: the scale of the maps.
+    `method` begins the metrics' names; `scale` is that of the maps, `classes` are K names.
     """
     pair = Pair(spread.mean, raters.mean(axis=1), scale)
     against_mean = {

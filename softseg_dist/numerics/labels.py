@@ -1,6 +1,6 @@
 """Label modes and rater fusion: from the masks of several raters to the target of a training sample; STAPLE among them.
 
-Legend: R raters, N items, K classes, *S space (STAPLE: any number of axes), V voxels, M distinct columns of decisions.
+Legend: R raters, K classes, *S any axes: of space, and of the items of a case. V voxels, M distinct columns of decisions.
 Targets are float and stay soft unless the label mode says otherwise: docs/training.md has the table of label modes and of fusions.
 """
 
@@ -138,11 +138,11 @@ def check_one_rater(candidate: str, fusion: str) -> None:
         )
 
 
-def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | None = None, axis: int = 0) -> Tensor:
-    """Fuse the raters' maps into one: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
+def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | None = None) -> Tensor:
+    """Fuse the raters' maps into one: [R K *S] -> [K *S].
 
     Args:
-        raters: label values in [0, 1], one entry per name of `rater_names` along `axis`.
+        raters: label values in [0, 1], one entry per name of `rater_names`.
         fusion: see docs/training.md. STAPLE runs class by class over everything in `raters`, so pass the whole case. For a single
             rater "majority" and "staple" are the mask rounded, the others the mask.
         rater_names: names of the raters of this case, in the order of `raters`.
@@ -153,22 +153,22 @@ def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | No
     >>> fuse(torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]]), "mean", ("a", "b"))
     tensor([[0.5000, 1.0000]])
     """
-    assert raters.shape[axis] == len(rater_names), f"{tuple(raters.shape)} along axis {axis} for raters {rater_names}"
+    assert len(raters) == len(rater_names), f"{tuple(raters.shape)} for raters {rater_names}"
     kind, _, name = check_fusion(fusion).partition(":")
     if kind == "rater":
         if name not in rater_names:
             raise UserError(f"fusion 'rater:{name}' names no rater of this case; its raters are {', '.join(rater_names)}")
-        return raters.select(axis, list(rater_names).index(name))
+        return raters[list(rater_names).index(name)]
     if kind == "random_rater":
         assert draw is not None, "random_rater needs the seed of the sample"
-        return raters.select(axis, rater_of(draw, len(rater_names)))
-    if kind == "staple":
-        return harden(_posterior(harden(raters), axis))
-    if kind == "soft_staple":
-        return _posterior(raters, axis)
+        return raters[rater_of(draw, len(rater_names))]
+    if kind in STAPLE_FUSIONS:
+        decisions = harden(raters) if kind == "staple" else raters
+        posterior = torch.stack([staple(of_class).posterior for of_class in decisions.unbind(1)])
+        return harden(posterior) if kind == "staple" else posterior
     if kind in ("intersection", "union"):
-        return raters.amin(dim=axis) if kind == "intersection" else raters.amax(dim=axis)
-    mean = raters.mean(dim=axis)
+        return raters.amin(dim=0) if kind == "intersection" else raters.amax(dim=0)
+    mean = raters.mean(dim=0)
     return harden(mean) if kind == "majority" else mean
 
 
@@ -177,38 +177,24 @@ def rater_of(draw: int, num_raters: int) -> int:
     return seed_of("rater", draw) % num_raters
 
 
-def _posterior(raters: Tensor, axis: int) -> Tensor:
-    """STAPLE's posterior of every class, over all items together."""
-    by_class = raters.movedim(axis, 0).unbind(axis + 1)
-    return torch.stack([staple(decisions).posterior for decisions in by_class], dim=axis)
-
-
 def prepare_target(
-    raters: Tensor,
-    nearest: Tensor | None,
-    mode: LabelMode,
-    fusion: str,
-    rater_names: Sequence[str],
-    draw: int | None = None,
-    axis: int = 0,
+    raters: Tensor, nearest: Tensor | None, mode: LabelMode, fusion: str, rater_names: Sequence[str], draw: int | None = None
 ) -> Tensor:
-    """The target before augmentation: [R K *S] -> [K *S], or with `axis=1` [N R K *S] -> [N K *S].
-
-    `augmentation.apply` rounds "hard", once, last.
+    """The target before augmentation: [R K *S] -> [K *S]. `augmentation.apply` rounds "hard", once, last.
 
     Args:
         raters: label values in [0, 1] after linear or area-weighted resampling, float.
         nearest: the raters' masks resampled by nearest neighbour, 0 or 1, of the shape of `raters`; None if nothing was
             resampled, then they are `raters` >= 0.5.
         mode, fusion: see docs/training.md.
-        rater_names, draw, axis: as in `fuse`.
+        rater_names, draw: as in `fuse`.
 
     Raises UserError if `fusion` names a rater that this case does not have.
     """
     if mode in ("nearest", "hard_each"):
         masks = harden(raters) if mode == "hard_each" or nearest is None else nearest.to(raters.dtype)
-        return harden(fuse(masks, fusion, rater_names, draw, axis))
-    return fuse(raters, fusion, rater_names, draw, axis)
+        return harden(fuse(masks, fusion, rater_names, draw))
+    return fuse(raters, fusion, rater_names, draw)
 
 
 def harden(target: Tensor) -> Tensor:

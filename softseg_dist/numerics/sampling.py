@@ -28,9 +28,8 @@ class Uncertainty(Frozen, ABC):
 
     samples: Annotated[int, Field(ge=2)]
 
-    @abstractmethod
     def check(self, model: nn.Module) -> None:
-        """Raises UserError, before training, if all samples of `model` would be equal."""
+        """Raises UserError, before training, if all samples of `model` would be equal. Accepts every model by default."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
@@ -92,9 +91,6 @@ class TTA(Uncertainty):
                     f"TTA cannot undo {transform}, which has no known inverse: use Flip, Affine, or intensity transforms"
                 )
         return value
-
-    def check(self, model: nn.Module) -> None:
-        """Accepts every model."""
 
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:
         changed, undo = augment_case(image, self.transforms, seed, spacing_mm)

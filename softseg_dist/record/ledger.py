@@ -131,8 +131,8 @@ class Ledger:
             now, now_splits = json_of(study), [json_of(split) for split in splits]
             refused: list[str] = []
             extended: list[str] = []
-            code = self._read("code.json") or {}
-            if (before := self._read("study.json")) is not None:
+            code = self.read("code.json") or {}
+            if (before := self.read("study.json")) is not None:
                 if (made := code.get("numerics")) != softseg_dist.NUMERICS:
                     maker = "softseg_dist 0.1" if made is None else "another version of softseg_dist"
                     raise UserError(
@@ -140,11 +140,11 @@ class Ledger:
                         "results and new ones are not mixed, give the study a new name, or another --out"
                     )
                 texts = (old, sources) if sources and (old := self.sources()) else None
-                refused, extended = study_changes(before, now, self._read("splits.json") or [], now_splits, texts)
+                refused, extended = study_changes(before, now, self.read("splits.json") or [], now_splits, texts)
                 known = self.holdout()
                 if moved := holdout_change(known.subjects if known else (), held_out):
                     refused.append(moved)
-            stored = (self._read("store.json") or {}).get("fingerprint")
+            stored = (self.read("store.json") or {}).get("fingerprint")
             if stored is not None and fingerprint is not None and stored != fingerprint:
                 refused.append(f"store (images and preprocessing): {stored} -> {fingerprint}")
             if refused:
@@ -158,6 +158,14 @@ class Ledger:
                 self._write("store.json", {"fingerprint": fingerprint})
             self._write("study.json", now)
         return tuple(extended)
+
+    def read(self, path: str) -> Any:
+        """The JSON in a file of the run folder; None if there is no file. Raises UserError if it is torn."""
+        content = (self.place / path).read()
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError:
+            raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
 
     def fit_folder(self, candidate: str, split: Split, repeat: int = 0) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
@@ -225,14 +233,14 @@ class Ledger:
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""
-        return tuple(Split.model_validate(split) for split in self._read("splits.json") or ())
+        return tuple(Split.model_validate(split) for split in self.read("splits.json") or ())
 
     def sources(self) -> Sources | None:
         """The texts that the study was last run with; None if it was built of the package alone.
 
         Raises UserError if one of them is missing or was changed.
         """
-        if not (recorded := (self._read("code.json") or {}).get("sources")):
+        if not (recorded := (self.read("code.json") or {}).get("sources")):
             return None
         texts = {}
         for file, name in recorded[-1]["files"].items():
@@ -251,14 +259,6 @@ class Ledger:
             now = {"study": sources.study, "files": {file: digest(text) for file, text in sources.texts.items()}}
             known = [*(one for one in known if one != now), now]
         self._write("code.json", {"numerics": softseg_dist.NUMERICS, "sources": known})
-
-    def _read(self, path: str) -> Any:
-        """The JSON in a file; None if there is no file."""
-        content = (self.place / path).read()
-        try:
-            return None if content is None else json.loads(content)
-        except ValueError:
-            raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
 
     def _record(self, kind: type[F], path: str) -> F | None:
         """The record in a file; None if there is no file, or not such a record."""

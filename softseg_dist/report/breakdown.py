@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pandas as pd
 
-from softseg_dist.judging.rows import NOT_RATERS
+from softseg_dist.judging.judge import NOT_RATERS
 from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import Row
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.report.paired_tests import paired_test, primary_test
+from softseg_dist.report.paired_tests import primary_test
 from softseg_dist.report.scores import ScoreTables, mean_of, rows_at_rule, soft_rows, soft_scores, tables_of
 from softseg_dist.training.task import FitResult
 
@@ -77,11 +77,8 @@ def raters_of(test: pd.DataFrame, fits: Sequence[FitResult], candidates: Sequenc
         return None
     dice = {rater: tables_of(rows_at_rule(test, fits, "dice", RULE, reference=rater), test) for rater in names}
     ged2 = soft_scores(test, "ged2", reference="raters")
-    rows = {}
-    for name in candidates:
-        of_rater = {rater: mean_of(scores.of(name)) for rater, scores in dice.items()}
-        rows[name] = AgainstRaters(name, of_rater, mean_of(ged2.of(name)))
-    return Raters(names, *_inter_rater(test), rows)
+    of_rater = {name: {rater: mean_of(scores.of(name)) for rater, scores in dice.items()} for name in candidates}
+    return Raters(names, *_inter_rater(test), {n: AgainstRaters(n, each, mean_of(ged2.of(n))) for n, each in of_rater.items()})
 
 
 def _inter_rater(test: pd.DataFrame) -> tuple[float, float, float, int]:
@@ -123,11 +120,6 @@ class Learned:
     skill: float
     crossed: CrossedTest
 
-    @property
-    def shown(self) -> bool:
-        """Whether the interval of the difference lies above 0; without an interval, whether the difference does."""
-        return self.crossed.mean > 0 and not self.crossed.low <= 0
-
 
 @dataclass(frozen=True)
 class ScoreChecks:
@@ -148,8 +140,8 @@ class ScoreChecks:
 
     @property
     def unlearned(self) -> tuple[Learned, ...]:
-        """Those of `learned` that were not shown to be better than an empty map."""
-        return tuple(one for one in self.learned if not one.shown)
+        """Those of `learned` whose interval does not lie above 0; without an interval, whose difference does not."""
+        return tuple(one for one in self.learned if one.crossed.low <= 0 or not one.crossed.mean > 0)
 
 
 def score_checks(
@@ -157,7 +149,7 @@ def score_checks(
 ) -> ScoreChecks:
     """All checks of the rows on test; `prepared` are those of the `objective` on that grid, `pair` are winner and reference."""
     on_training = replace(soft_scores(prepared, objective.name), of_models=scores.of_models)
-    differences = {name: paired_test(on_training, name, pair[1]).mean for name in on_training.tables if name != pair[1]}
+    minus = {name: on_training.difference(name, pair[1]) for name in on_training.tables if name != pair[1]}
     skills, volumes = soft_scores(test, "brier_skill_case"), _volumes(test)
     share = float(volumes.nlargest(LARGEST).sum() / volumes.sum()) if len(volumes) > LARGEST and volumes.sum() else NAN
     empty, learned = _learned(test, scores.of_models, list(dict.fromkeys(pair)))
@@ -166,7 +158,7 @@ def score_checks(
         learned=learned,
         cases=_cases(soft_rows(test, objective.name), volumes, pair, objective.sign),
         largest_share=share,
-        prepared=differences,
+        prepared={name: primary_test(on_training, table).mean for name, table in minus.items()},
         case_skill={name: mean_of(skills.of(name)) for name in skills.tables},
     )
 

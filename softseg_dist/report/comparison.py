@@ -22,7 +22,7 @@ from softseg_dist.numerics.crossed_test import CrossedTest
 from softseg_dist.numerics.metrics import TABLE, Row, row_of
 from softseg_dist.numerics.statistics import ALL_EQUAL, NAN, TTest, holm, subject_test
 from softseg_dist.record.changes import differences
-from softseg_dist.report.paired_tests import effect_in_words, estimated
+from softseg_dist.report.paired_tests import effect_in_words, primary_test
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import plain, summarise
@@ -74,7 +74,6 @@ def _people(split: Split) -> tuple[frozenset[str], ...]:
 
 # Fields of a study that change no result, or are compared elsewhere.
 LEFT_OUT = ("name", "question", "candidates", "control", "resources")
-SEEDS = ("name", "seed")  # weights and batches of a fit follow from these, and from the number of its split
 UNPAIRED = "nothing is paired: a difference of two means"
 Changed = dict[str, tuple[str, str]]  # field, joined by dots: its value in A and in B
 
@@ -133,12 +132,9 @@ class RunComparison:
 
     a: Party
     b: Party
-    metric: str
-    title: str
-    sign: int
+    metric: Row
     study: Changed
     versions: Changed
-    same_seeds: bool
     pairing: RunPairing
     contrasts: tuple[CandidateContrast, ...]
     only_a: tuple[str, ...]
@@ -176,14 +172,11 @@ def compare(
     candidates: tuple[str | None, str | None] = (None, None),
     metric: str | None = None,
 ) -> RunComparison:
-    """Compare two runs, finished or not, or two candidates of one run.
+    """Compare two runs, A and B, finished or not, or two candidates of one run.
 
-    Args:
-        runs: A and B.
-        called: their folders or URIs as the user gave them.
-        candidates: one of each run; a name that is given alone stands for both. Without: all of the same name, and the
-            winners.
-        metric: what to compare by, one that may be an objective; without, the objective of both studies.
+    `called` are their folders or URIs as the user gave them. `candidates` are one of each; a name that is given alone stands for
+    both, and without any those of the same name and the winners are compared. `metric` may be any that may be an objective;
+    without it is the objective of both studies.
 
     Raises UserError if there is nothing to compare, or nothing to compare it by.
     """
@@ -196,12 +189,9 @@ def compare(
     return RunComparison(
         a=_party(a),
         b=_party(b),
-        metric=objective.name,
-        title=objective.title,
-        sign=objective.sign,
+        metric=objective,
         study=_study_changes(*runs),
         versions=_changed(*(run.run.get("versions", {}) for run in runs)) if all(run.run for run in runs) else {},
-        same_seeds=all(runs[0].study[field] == runs[1].study[field] for field in SEEDS) and all(i == j for i, j in pairing.splits),
         pairing=pairing,
         contrasts=tuple(replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)),
         only_a=tuple(name for name in a.recipes if name not in b.recipes),
@@ -240,7 +230,7 @@ def _party(run: _Scored) -> Party:
         objective=row_of(data.study["objective"]).name,
         num_splits=len(data.splits),
         num_tested=len(data.tested),
-        planned=len(data.candidates) * data.num_fits,
+        planned=data.num_planned,
         finished=len(data.finished),
         spacing_mm=data.spacing_mm,
     )
@@ -290,7 +280,8 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     people, splits_a, splits_b = list(pairing.subjects), [i for i, _ in pairing.splits], [j for _, j in pairing.splits]
     scores_a, scores_b = a.table(name_a).reindex(people), b.table(name_b).reindex(people)
     table = (scores_b.reindex(columns=splits_b).to_numpy() - scores_a.reindex(columns=splits_a).to_numpy()).astype(np.float64)
-    crossed, sides, recipes = estimated(table, people), (a.side(name_a), b.side(name_b)), (a.recipes[name_a], b.recipes[name_b])
+    shared = ScoreTables(pairing.subjects, tuple(splits_b), {})
+    crossed, sides, recipes = primary_test(shared, table), (a.side(name_a), b.side(name_b)), (a.recipes[name_a], b.recipes[name_b])
     contrast = CandidateContrast(*sides, winners, _changed(*recipes) if all(recipes) else {}, "subject and split", crossed)
     if crossed.num_splits >= ENOUGH:
         return contrast
@@ -315,7 +306,7 @@ def comparison_json(comparison: RunComparison) -> dict[str, Any]:
     return {
         "answer": answer(comparison),
         "pairing_in_words": pairing_sentence(comparison),
-        "caveats": caveats(comparison),
+        "caveats": list(caveats(comparison)),
         **plain(comparison),
     }
 
@@ -329,15 +320,10 @@ def answer(comparison: RunComparison) -> str:
         return f"Nothing could be tested ({contrasts[0].test.note})."
     said = {v: [c for c in contrasts if _verdict(c, comparison) == v] for v in ("better", "worse", "not shown")}
     equal = [c for c in said["not shown"] if _equal(c)]
-    shown = [
-        f"B is {v} than A for {listed([title_of(c) for c in said[v]])} ({len(said[v])} of {len(contrasts)})"
-        for v in ("better", "worse")
-        if said[v]
-    ]
+    groups = {"B is better than A": said["better"], "B is worse than A": said["worse"], "all scores are the same": equal}
+    shown = [f"{what} for {listed([title_of(c) for c in of])} ({len(of)} of {len(contrasts)})" for what, of in groups.items() if of]
     if unsure := len(said["not shown"]) - len(equal):
         shown.append(f"no difference was shown for {unsure} of {len(contrasts)}")
-    if equal:
-        shown.append(f"all scores are the same for {listed([title_of(c) for c in equal])} ({len(equal)} of {len(contrasts)})")
     return f"On {metric_of(comparison)}: {'; '.join(shown)}."
 
 
@@ -359,11 +345,6 @@ def pairing_sentence(comparison: RunComparison) -> str:
     return f"Not paired, as {pairing.obstacle}. Means stand beside each other, without a test."
 
 
-def caveats(comparison: RunComparison) -> list[str]:
-    """Limits of the comparison, the most serious first."""
-    return [*_data(comparison), *_tests(comparison), *_selection(comparison), *_completeness(comparison)]
-
-
 def title_of(contrast: CandidateContrast) -> str:
     """`soft-wing`, or `soft-wing -> hard-dice` for two names; `(winners)` behind those that lead their runs."""
     a, b = contrast.a.candidate, contrast.b.candidate
@@ -382,7 +363,7 @@ def sample(contrast: CandidateContrast) -> str:
 
 def metric_of(compared: RunComparison) -> str:
     """The metric's title, and whether a lower value is better."""
-    return metric_title(compared.title, compared.sign)
+    return metric_title(compared.metric.title, compared.metric.sign)
 
 
 def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
@@ -399,15 +380,17 @@ def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
 
 
 def _verdict(contrast: CandidateContrast, comparison: RunComparison) -> str:
-    return verdict(contrast.test.mean, contrast.p_holm, comparison.sign)
+    return verdict(contrast.test.mean, contrast.p_holm, comparison.metric.sign)
 
 
 def _equal(contrast: CandidateContrast) -> bool:
     return contrast.test.mean == 0 and contrast.test.note == ALL_EQUAL
 
 
-def _data(comparison: RunComparison) -> Iterator[str]:
-    a, b, fields = comparison.a, comparison.b, [field.partition(".")[0] for field in comparison.study]
+def caveats(comparison: RunComparison) -> Iterator[str]:
+    """Limits of the comparison, the most serious first."""
+    a, b, contrasts = comparison.a, comparison.b, comparison.contrasts
+    fields = [field.partition(".")[0] for field in comparison.study]
     if a.spacing_mm != b.spacing_mm or "preprocess" in fields:
         of_a, of_b = (f"{dimensions(run.spacing_mm)} mm" if run.spacing_mm else "unknown" for run in (a, b))
         yield f"Images were prepared in different ways (grid: {of_a} in A, {of_b} in B): a difference may come from that."
@@ -415,43 +398,28 @@ def _data(comparison: RunComparison) -> Iterator[str]:
         yield "The data sets are read in different ways: images or labels of one subject may not be the same in both."
     if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
         yield "The prepared data differ although both studies describe the same data: images or labels have changed."
-
-
-def _tests(comparison: RunComparison) -> Iterator[str]:
-    contrasts = comparison.contrasts
     if any(c.paired_by == "subject" for c in contrasts):
         yield (
             "A test over subject means speaks about these trained models: it ignores the variation between training runs, so for "
             "new runs it calls too many differences significant. Give both studies the same splits to get the crossed test."
         )
-    if any(c.paired_by == "subject and split" for c in contrasts) and not comparison.same_seeds:
-        yield (
-            "Paired fits did not start from the same weights and batches, which follow from the study's name, its seed and the "
-            "number of the split: this adds variation, which the crossed test counts."
-        )
     noted = [c for c in contrasts if c.paired_by != "nothing" and not _equal(c)]
     for note in dict.fromkeys(note for c in noted for note in c.test.remarks):
         yield f"{listed([title_of(c) for c in noted if note in c.test.remarks])}: {note}."
-
-
-def _selection(comparison: RunComparison) -> Iterator[str]:
-    if any(c.winners for c in comparison.contrasts):
+    if any(c.winners for c in contrasts):
         chosen = "Each winner was chosen by scores of its own run, often of subjects who are tested"
         yield f"{chosen}: the difference of the winners describes, it does not confirm."
     if comparison.other_trials:
         trials = count(len(comparison.other_trials), "candidate")
         yield f"{trials} of both searches share a name but not the recipe, and are not compared."
-
-
-def _completeness(comparison: RunComparison) -> Iterator[str]:
-    parties = {"A": comparison.a, "B": comparison.b}
+    parties = {"A": a, "B": b}
     for side, party in parties.items():
         if party.finished < party.planned:
             lacking = f"{party.planned - party.finished} of {party.planned} fits have no score"
             yield f"{side}: {lacking}; tests use what both have."
-    sides = {(run, s.candidate): s for c in comparison.contrasts for run, s in (("A", c.a), ("B", c.b))}.values()
+    sides = {(run, s.candidate): s for c in contrasts for run, s in (("A", c.a), ("B", c.b))}.values()
     if undefined := sum(side.undefined for side in sides):
         total = sum(side.values for side in sides)
         yield f"{undefined} of {total} values of the metric are undefined (the reference is empty) and are left out."
-    if objectives := sorted({party.objective for party in parties.values()} - {comparison.metric}):
+    if objectives := sorted({party.objective for party in parties.values()} - {comparison.metric.name}):
         yield f"{' and '.join(objectives)} chose the epochs, not the metric that is compared."

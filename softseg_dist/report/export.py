@@ -26,13 +26,12 @@ ESCAPED = str.maketrans(
 
 def csv_tables(summary: Summary) -> dict[str, str]:
     """The text of a CSV file for every part of the summary that has rows, by the part's name."""
-    measures, searched = summary.measures, summary.searched
+    measures = summary.measures
     parts: dict[str, Any] = {
         "ranking": summary.ranking,
         "tests": summary.comparisons,
         "against_best": summary.rivals,
         "main_effects": summary.effects,
-        "threshold_rules": summary.rules,
         "interactions": summary.interactions,
         "training": summary.training,
         "splits": summary.splits,
@@ -60,9 +59,9 @@ def csv_tables(summary: Summary) -> dict[str, str]:
         "empty_map": summary.checks.learned,
         "raters": list(measures.raters.candidates.values()) if measures.raters else [],
         "uncertainty": list(itertools.chain.from_iterable(measures.uncertainty.values())),
-        "pareto": searched.pareto.points if searched.pareto else [],
-        "given_up": [plain(race) for race in searched.raced.values()],
-        "tuning": searched.tuned,
+        "pareto": summary.pareto.points if summary.pareto else [],
+        "given_up": [plain(race) for race in summary.raced.values()],
+        "tuning": summary.tuned,
         "holdout": summary.holdout.scores if summary.holdout else [],
     }
     tables = {name: pd.DataFrame([_flat(row) for row in rows], dtype=object) for name, rows in parts.items() if rows}
@@ -78,7 +77,7 @@ def latex(summary: Summary) -> str:
     """Ranking and, if there is anything to compare, tests: two LaTeX tables with captions that say n."""
     n = f"n = {count(summary.num_tested, 'tested subject')}, {count(len(summary.splits), 'split')}; unit: a subject in a split"
     primary = "t-test over subjects" if summary.of_models else "crossed random-effects test"
-    title = summary.objective_title
+    title = summary.objective.title
     cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in summary.used_rules]
     ranking = _tabular(
         ["", "candidate", title, "95 % interval", "sd", *cuts],

@@ -109,21 +109,26 @@ def forest_figure(summary: Summary) -> Figure:
         for (axis, beside), (title, entries) in zip(grid, groups.items(), strict=True):
             axis.sharex(grid[-1, 0])
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
-            _forest(axis, title, entries, summary.sign)
-            _forest_words(beside, entries, axis.get_ylim())
+            _forest(axis, beside, title, entries, summary.objective.sign)
         grid[-1, 0].set_xlabel(
-            f"difference in {summary.objective_title} (test, own grid; {direction(summary.sign)}), with 95 % interval"
+            f"difference in {summary.objective.title} (test, own grid; {direction(summary.objective.sign)}), with 95 % interval"
         )
     return figure
 
 
-def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Effect]], sign: int) -> None:
+def _forest(axis: Axes, beside: Axes, title: str, entries: Sequence[tuple[str, Comparison | Effect]], sign: int) -> None:
+    """Differences with their intervals, and the same in numbers in an invisible axis beside them."""
+    beside.text(0.02, -0.85, "difference (95 % interval)", va="center", color=QUIET)
+    beside.text(0.98, -0.85, "p, Holm", va="center", ha="right", color=QUIET)
     for y, (_, entry) in enumerate(entries):
         test = entry.crossed
         colour, marker, fill = LOOK[verdict(test.mean, entry.p_holm, sign)]
         if math.isfinite(test.low):
             axis.plot([test.low, test.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
         axis.plot(test.mean, y, marker, color=colour, markerfacecolor=fill, markersize=6.5)
+        reach = "not tested" if math.isnan(test.p) else interval(test.low, test.high, signed=True)
+        beside.text(0.02, y, f"{number(test.mean, signed=True)}  ({reach})", va="center", color=INK)
+        beside.text(0.98, y, p_value(entry.p_holm), va="center", ha="right", color=INK)
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_yticks(range(len(entries)), [name for name, _ in entries], color=INK)
     axis.set_ylim(len(entries) - 0.4, -0.6)
@@ -131,19 +136,8 @@ def _forest(axis: Axes, title: str, entries: Sequence[tuple[str, Comparison | Ef
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x")
     axis.set_title(title, color=QUIET)
-
-
-def _forest_words(axis: Axes, entries: Sequence[tuple[str, Comparison | Effect]], heights: tuple[float, float]) -> None:
-    """The same in numbers, in an invisible axis at the right."""
-    axis.text(0.02, -0.85, "difference (95 % interval)", va="center", color=QUIET)
-    axis.text(0.98, -0.85, "p, Holm", va="center", ha="right", color=QUIET)
-    for y, (_, entry) in enumerate(entries):
-        test = entry.crossed
-        reach = "not tested" if math.isnan(test.p) else interval(test.low, test.high, signed=True)
-        axis.text(0.02, y, f"{number(test.mean, signed=True)}  ({reach})", va="center", color=INK)
-        axis.text(0.98, y, p_value(entry.p_holm), va="center", ha="right", color=INK)
-    axis.set(ylim=heights, xlim=(0, 1))
-    axis.set_axis_off()
+    beside.set(ylim=axis.get_ylim(), xlim=(0, 1))
+    beside.set_axis_off()
 
 
 def curve_figure(summary: Summary) -> Figure:
@@ -175,7 +169,7 @@ def curve_figure(summary: Summary) -> Figure:
 
 def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.DataFrame]) -> Figure | None:
     """Small multiples of the objective on validation by epoch, one thin line per fit; None without any history."""
-    known = {key: history for key, history in histories.items() if summary.objective in history}
+    known = {key: history for key, history in histories.items() if summary.objective.name in history}
     fitted = {name for name, _ in known}
     names = [name for name in shown(summary) if name in fitted]
     if not names:
@@ -184,13 +178,13 @@ def learning_figure(summary: Summary, histories: Mapping[tuple[str, str], pd.Dat
     with new_figure(2.3 * columns, 1.65 * math.ceil(len(names) / columns) + 0.3) as figure:
         for axis, name in zip(panels(figure, len(names), columns), names, strict=True):
             for history in [history for (candidate, _), history in known.items() if candidate == name]:
-                validated = history.dropna(subset=[summary.objective])
-                axis.plot(validated["epoch"], validated[summary.objective], color=BETTER, linewidth=0.8, alpha=0.6)
+                validated = history.dropna(subset=[summary.objective.name])
+                axis.plot(validated["epoch"], validated[summary.objective.name], color=BETTER, linewidth=0.8, alpha=0.6)
             axis.set_title(name, fontsize=8, color=INK)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.grid()
         figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel(f"{summary.objective_title} (validation, prepared grid)", fontsize=9)
+        figure.supylabel(f"{summary.objective.title} (validation, prepared grid)", fontsize=9)
     return figure
 
 

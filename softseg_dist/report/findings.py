@@ -55,7 +55,7 @@ def scores_answer(summary: Summary) -> str:
         pair = {summary.winner.name: "control and winner " if summary.reference == summary.control else "winner "}
     standings = {s.name: s for s in summary.ranking}
     parts = [f"{role}{name} {_score(standings[name], summary)}" for name, role in pair.items()]
-    if summary.objective == "brier_skill" and math.isfinite(summary.checks.empty_map):
+    if summary.objective.name == "brier_skill" and math.isfinite(summary.checks.empty_map):
         parts.append(f"a map that is 0 everywhere {number(summary.checks.empty_map)}")
     return f"{capital(_metric(summary))} {WHERE}: {', '.join(parts)}."
 
@@ -92,7 +92,12 @@ def answer(summary: Summary) -> str:
             f"{named} and {control}{summary.reference} have equal scores on {_metric(summary)}: all differences are 0 ({sample})."
         )
     if summary.reference != summary.control:
-        return _without_control(summary)
+        best = summary.winner
+        why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
+        return (
+            f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({_metric(summary)} on test "
+            f"{number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)})."
+        )
     if why := _untestable(summary):
         first = summary.comparisons[0]
         return (
@@ -146,11 +151,12 @@ def holdout_answer(summary: Summary) -> str:
     held = summary.holdout
     if held is None or not held.scores:
         return ""
-    first, sample = held.scores[0], count(held.scores[0].num_subjects, "held-out subject")
-    scored = f"On {sample}, in no split, {first.name} scores {number(first.mean)} ({interval_clause(first.low, first.high)})"
+    first, score = held.scores[0].name, held.scores[0].score
+    sample, reach = count(score.num_subjects, "held-out subject"), interval_clause(score.low, score.high)
+    scored = f"On {sample}, in no split, {first} scores {number(score.mean)} ({reach})"
     if held.crossed is None:
         return f"{scored}."
-    control = f"the control {held.scores[1].name} {number(held.scores[1].mean)}"
+    control = f"the control {held.scores[1].name} {number(held.scores[1].score.mean)}"
     return f"{scored} and {control}: difference {effect_in_words(held.crossed, held.crossed.p)}."
 
 
@@ -173,7 +179,7 @@ def size_of(comparison: Comparison | Effect | Interaction) -> str:
 def _depends(interaction: Interaction, summary: Summary) -> str:
     i, more = interaction, "more" if interaction.crossed.mean > 0 else "less"
     return (
-        f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective_title} with "
+        f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective.title} with "
         f"{i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
     )
 
@@ -194,33 +200,19 @@ def _against_control(summary: Summary) -> str:
 
 
 def _metric(summary: Summary) -> str:
-    return metric_title(summary.objective_title, summary.sign)
+    return metric_title(summary.objective.title, summary.objective.sign)
 
 
 def _sample(scored: CrossedTest | Standing) -> str:
     return f"{count(scored.num_subjects, 'tested subject')}, {count(scored.num_splits, 'split')}"
 
 
-def _without_control(summary: Summary) -> str:
-    best = summary.winner
-    why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
-    return (
-        f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({_metric(summary)} on test "
-        f"{number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)})."
-    )
-
-
 def _verdict(comparison: Comparison | Effect | Rival, summary: Summary) -> str:
-    return verdict(comparison.crossed.mean, comparison.p_holm, summary.sign)
+    return verdict(comparison.crossed.mean, comparison.p_holm, summary.objective.sign)
 
 
-def caveats(summary: Summary) -> list[str]:
+def caveats(summary: Summary) -> Iterator[str]:
     """Limits of the evidence on the page, the most serious first."""
-    return [*_grids(summary), *_completeness(summary), *_selection(summary), *_training(summary), *_data(summary)]
-
-
-def _grids(summary: Summary) -> Iterator[str]:
-    """Which differences have another sign on the grid of training than on the grids of the files."""
     own = {c.candidate: c.crossed.mean for c in summary.comparisons}
     turned = {name: other for name, other in summary.checks.prepared.items() if own.get(name, 0) * other < 0}
     if turned:
@@ -229,9 +221,6 @@ def _grids(summary: Summary) -> Iterator[str]:
             f"The sign of the difference to {summary.reference} on test depends on the grid, own (of the file) or prepared (of "
             f"training): {listed(quoted, 4, '; ')}. The answer is about the files' own grids."
         )
-
-
-def _completeness(summary: Summary) -> Iterator[str]:
     lacking = {"failed": sum(t.failed for t in summary.training), "not run yet": sum(t.missing for t in summary.training)}
     if total := sum(lacking.values()):
         yield (
@@ -239,7 +228,7 @@ def _completeness(summary: Summary) -> Iterator[str]:
             "Comparisons use the subjects and splits that both sides have, and ranks follow these comparisons; a mean in the "
             "ranking is over what its candidate has."
         )
-    if raced := summary.searched.raced:
+    if raced := summary.raced:
         saved = sum(t.raced for t in summary.training)
         yield (
             f"Given up after a few splits, as worse than the best on these: {len(raced)} of {len(summary.ranking)} candidates "
@@ -247,6 +236,18 @@ def _completeness(summary: Summary) -> Iterator[str]:
         )
     if unscored := [s.name for s in summary.ranking if s.rank is None]:
         yield f"Without any score, and so left out of all comparisons: {', '.join(unscored)}."
+    yield from _selection(summary)
+    yield from _training(summary)
+    for warning in dict.fromkeys(warning for c in summary.comparisons for warning in c.crossed.warnings):
+        yield f"{capital(warning)} ({listed([c.candidate for c in summary.comparisons if warning in c.crossed.warnings])})."
+    if 1 < summary.num_tested < 12 and not summary.of_models:
+        yield (
+            f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
+            "are imprecise: intervals are approximate."
+        )
+    if undefined := sum(s.undefined for s in summary.ranking):
+        total = sum(s.values for s in summary.ranking)
+        yield f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."
 
 
 def _selection(summary: Summary) -> Iterator[str]:
@@ -302,21 +303,9 @@ def _training(summary: Summary) -> Iterator[str]:
             'candidates may come from the precision. Optim(precision="float32") makes it equal.'
         )
     yield from (f"{name}: {note}." for name, note in summary.notes.items())
-    if len(summary.learning_rates) == 1 and not summary.searched.tuned and len(summary.ranking) > 1:
+    one_rate = not any("optim.lr" in fields for fields in summary.varying.values())
+    if summary.trained and one_rate and not summary.tuned and len(summary.ranking) > 1:
         yield (
-            f"All candidates were trained at one fixed learning rate ({summary.learning_rates[0]:g}) that was tuned for none "
-            "of them: a part of a difference may come from how well that rate suits each."
+            "All candidates were trained at one fixed learning rate that was tuned for none of them: a part of a difference may "
+            "come from how well that rate suits each."
         )
-
-
-def _data(summary: Summary) -> Iterator[str]:
-    for warning in dict.fromkeys(warning for c in summary.comparisons for warning in c.crossed.warnings):
-        yield f"{capital(warning)} ({listed([c.candidate for c in summary.comparisons if warning in c.crossed.warnings])})."
-    if 1 < summary.num_tested < 12 and not summary.of_models:
-        yield (
-            f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
-            "are imprecise: intervals are approximate."
-        )
-    if undefined := sum(s.undefined for s in summary.ranking):
-        total = sum(s.values for s in summary.ranking)
-        yield f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from softseg_dist.frozen import leaves
 from softseg_dist.numerics.metrics import Row, row_of
 from softseg_dist.numerics.statistics import NAN
-from softseg_dist.record.ledger import RaceRecord
+from softseg_dist.report.paired_tests import kind_of
 from softseg_dist.report.ranking import level
 from softseg_dist.report.run_folder import RecordedCandidate, RunData
 from softseg_dist.report.scores import ScoreTables, soft_scores
@@ -27,8 +26,9 @@ def varying_fields(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[st
     """
     recipes = {c.name: dict(c.recipe) for c in candidates if c.recipe}
     for field in dict.fromkeys(field for recipe in recipes.values() for field in recipe):
-        types = {name: _types(recipe.get(field)) for name, recipe in recipes.items()}
-        if len(set(types.values())) > 1 and None not in types.values():
+        lists = all(isinstance(recipe.get(field), list) for recipe in recipes.values())
+        types = {name: kind_of(recipe.get(field)) for name, recipe in recipes.items()}
+        if lists and len(set(types.values())) > 1 and None not in types.values():
             recipes = {name: recipe | {field: types[name]} for name, recipe in recipes.items()}
     texts = {name: flattened(recipe) for name, recipe in recipes.items()}
     fields = dict.fromkeys(field for recipe in texts.values() for field in recipe)
@@ -39,18 +39,6 @@ def varying_fields(candidates: Sequence[RecordedCandidate]) -> dict[str, dict[st
 def flattened(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The JSON of a recipe as {path of a field, joined by dots: its value as text}."""
     return {path: f"{value:g}" if isinstance(value, float) else str(value) for path, value in leaves(recipe)}
-
-
-def _types(value: Any) -> str | None:
-    """The types of a list of objects; None for anything else."""
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        return None
-    return ", ".join(str(item["type"]) for item in value) or "none"
-
-
-def learning_rates(candidates: Sequence[RecordedCandidate]) -> tuple[float, ...]:
-    """All learning rates of the candidates, once each."""
-    return tuple(sorted({c.recipe["optim"]["lr"] for c in candidates if "lr" in c.recipe.get("optim", {})}))
 
 
 @dataclass(frozen=True)
@@ -78,15 +66,12 @@ class TrainingSummary:
 class Compute:
     """What all fits took, those that failed and those of tuning too. `hours` add up every process of every fit.
 
-    `duration_s` is the median of one fit, `peak_memory_mb` the largest of any process (NaN if not recorded). `engines` says how
-    many fits of the comparisons were trained in which way, by the engine's name.
+    `engines` says how many fits of the comparisons were trained in which way, by the engine's name.
     """
 
     num_fits: int
     num_tuning: int
     hours: float
-    duration_s: float
-    peak_memory_mb: float
     engines: dict[str, int]
 
 
@@ -113,15 +98,13 @@ def training_of(run: RunData, candidate: RecordedCandidate) -> TrainingSummary:
 
 
 def compute_of(run: RunData) -> Compute:
-    """Time and memory of all fits that have ended."""
+    """Of all fits that have ended."""
     tuning = [fit for trial in run.trials for fit in trial.fits]
     fits = [*run.fits, *tuning]
     return Compute(
         num_fits=len(fits),
         num_tuning=len(tuning),
         hours=sum(fit.duration_s * fit.num_workers for fit in fits) / 3600,
-        duration_s=_median([fit.duration_s for fit in run.finished]),
-        peak_memory_mb=max(fit.peak_memory_mb for fit in fits) or NAN,
         engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)),
     )
 
@@ -142,11 +125,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Pareto:
-    """All candidates by the objective and by a `metric` beside it; of means, so that neighbours need not differ."""
+    """All candidates by the objective and by a metric `beside` it; of means, so that neighbours need not differ."""
 
-    metric: str
-    title: str
-    sign: int
+    beside: Row
     points: tuple[Point, ...]
 
 
@@ -161,40 +142,26 @@ class Tuned:
     worst: float
 
 
-@dataclass(frozen=True)
-class Searched:
-    """What there is of a search: None, {} and () where a study has none of it. `raced` says why candidates were given up."""
+def pareto_of(run: RunData, scores: ScoreTables, reference: str) -> Pareto | None:
+    """Every candidate with a score in both objectives, the front first, from the best to the worst in the first objective.
 
-    pareto: Pareto | None
-    raced: dict[str, RaceRecord]
-    tuned: tuple[Tuned, ...]
-
-
-def searched_of(run: RunData, test: pd.DataFrame, scores: ScoreTables, reference: str) -> Searched:
-    """All of it; `scores` are of the objective, on test."""
-    sign, second = row_of(run.study["objective"]).sign, run.study.get("second_objective")
-    beside = row_of(second) if second else None
-    return Searched(
-        pareto=pareto_of(scores, soft_scores(test, beside.name), sign, beside, reference) if beside else None,
-        raced={c.name: c.raced for c in run.candidates if c.raced},
-        tuned=tuned_of(run, sign),
-    )
-
-
-def pareto_of(first: ScoreTables, second: ScoreTables, sign: int, beside: Row, reference: str) -> Pareto:
-    """Every candidate with a score in both objectives, the front first, from the best to the worst in the first objective."""
-    means = {name: (level(first, name, reference), level(second, name, reference)) for name in first.tables}
+    None for a study with one objective; `scores` are of the first one, on test.
+    """
+    if not (second := run.study.get("second_objective")):
+        return None
+    sign, beside = row_of(run.study["objective"]).sign, row_of(second)
+    others = soft_scores(run.results, beside.name)
+    means = {name: (level(scores, name, reference), level(others, name, reference)) for name in scores.tables}
     known = {name: pair for name, pair in means.items() if not any(map(math.isnan, pair))}
     signed = {name: (sign * one, beside.sign * other) for name, (one, other) in known.items()}
     front = {n for n, p in signed.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in signed.values())}
     order = sorted(known, key=lambda name: (name not in front, -signed[name][0], name))
-    points = tuple(Point(name, *known[name], name in front) for name in order)
-    return Pareto(beside.name, beside.title, beside.sign, points)
+    return Pareto(beside, tuple(Point(name, *known[name], name in front) for name in order))
 
 
-def tuned_of(run: RunData, sign: int) -> tuple[Tuned, ...]:
+def tuned_of(run: RunData) -> tuple[Tuned, ...]:
     """One entry per tuned candidate, in the order of the study; trials without a finished fit have no score."""
-    found = []
+    found, sign = [], row_of(run.study["objective"]).sign
     for candidate in run.candidates:
         if not (trials := [trial for trial in run.trials if trial.candidate == candidate.name]):
             continue

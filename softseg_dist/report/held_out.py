@@ -6,11 +6,13 @@ winner that was chosen without them, so their scores measure the whole procedure
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from softseg_dist.numerics.crossed_test import CrossedTest
-from softseg_dist.numerics.metrics import row_of
-from softseg_dist.report.paired_tests import effect_in_words, estimated, paired_test
+from softseg_dist.numerics.metrics import Row, row_of
+from softseg_dist.report.paired_tests import effect_in_words, primary_test
 from softseg_dist.report.run_folder import OuterData, RunData
 from softseg_dist.report.scores import mean_of, scores_by_rule, soft_scores
 from softseg_dist.study import WINNER
@@ -19,15 +21,11 @@ from softseg_dist.words import count, interval_clause, number
 
 @dataclass(frozen=True)
 class HeldOutScore:
-    """The objective of one candidate on the held-out subjects, each predicted by the fit of every split."""
+    """The objective of one candidate on the held-out subjects, each predicted by the fit of every split, and its Dice by rule."""
 
     name: str
-    mean: float
-    low: float
-    high: float
+    score: CrossedTest
     dice: dict[str, float]
-    num_subjects: int
-    num_splits: int
 
 
 @dataclass(frozen=True)
@@ -40,68 +38,46 @@ class HoldoutTable:
     num_subjects: int
     opened: tuple[str, ...]
     winner: str | None
-    control: str | None
     scores: tuple[HeldOutScore, ...]
     crossed: CrossedTest | None
 
 
-def holdout_of(run: RunData, metric: str) -> HoldoutTable | None:
+def holdout_of(run: RunData, objective: Row) -> HoldoutTable | None:
     """The table of the last opening; None if no subject was held out."""
     record, rows = run.holdout_record, run.holdout
     if record is None:
         return None
     opened = tuple(opening.at for opening in record.opened)
     if rows is None or not opened:
-        return HoldoutTable(len(record.subjects), opened, None, None, (), None)
+        return HoldoutTable(len(record.subjects), opened, None, (), None)
     winner, control = record.opened[-1].winner, record.opened[-1].control
-    scores, dice = soft_scores(rows, metric), scores_by_rule(rows, run.finished, "dice")
+    scores, dice = soft_scores(rows, objective.name), scores_by_rule(rows, run.finished, "dice")
     found = []
     for name in dict.fromkeys(name for name in (winner, control) if name is not None and name in scores.tables):
-        test = estimated(scores.of(name), limits=row_of(run.study["objective"]).limits)
-        cut = {rule: mean_of(of_rule.of(name)) for rule, of_rule in dice.items()}
-        found.append(HeldOutScore(name, test.mean, test.low, test.high, cut, test.num_subjects, test.num_splits))
-    crossed = paired_test(scores, found[0].name, found[1].name) if len(found) == 2 else None
-    return HoldoutTable(len(record.subjects), opened, winner, control, tuple(found), crossed)
-
-
-@dataclass(frozen=True)
-class OuterRow:
-    """One outer split: who won inside it, and means of the objective. None: undefined everywhere, or no control."""
-
-    split: int
-    run: str
-    winner: str
-    validation: float | None
-    test: float | None
-    control: float | None
+        score = primary_test(scores, scores.of(name), objective.limits)
+        found.append(HeldOutScore(name, score, {rule: mean_of(of_rule.of(name)) for rule, of_rule in dice.items()}))
+    crossed = primary_test(scores, scores.difference(found[0].name, found[1].name)) if len(found) == 2 else None
+    return HoldoutTable(len(record.subjects), opened, winner, tuple(found), crossed)
 
 
 @dataclass(frozen=True)
 class OuterTable:
     """All outer splits that are complete, of `planned`. `score` and `difference` (winners minus control) are crossed tests.
 
-    A score is that of a subject in an outer split: the mean over the fits of that split's winner. `difference` is None without
-    a control.
+    `rows` has their records in outer.json: who won inside, and means of the objective, None where it is undefined everywhere. A
+    score is that of a subject in an outer split: the mean over the fits of that split's winner. `difference` is None without a
+    control.
     """
 
     name: str
     question: str
-    objective: str
-    objective_title: str
-    objective_meaning: str
-    sign: int
+    objective: Row
     control: str | None
     planned: int
-    rows: tuple[OuterRow, ...]
+    rows: tuple[Mapping[str, Any], ...]
     score: CrossedTest
     control_score: CrossedTest | None
     difference: CrossedTest | None
-
-    @property
-    def winners(self) -> dict[str, int]:
-        """How many outer splits each winner won."""
-        names = [row.winner for row in self.rows]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def outer_table(outer: OuterData) -> OuterTable:
@@ -109,20 +85,16 @@ def outer_table(outer: OuterData) -> OuterTable:
     record = outer.record
     objective = row_of(record["objective"])
     scores, control = soft_scores(outer.results, objective.name), record["control"]
-    named = ("split", "run", "winner", "validation_score", "holdout_score", "control_holdout_score")
     return OuterTable(
         name=record["study"],
         question=outer.question,
-        objective=objective.name,
-        objective_title=objective.title,
-        objective_meaning=objective.meaning,
-        sign=objective.sign,
+        objective=objective,
         control=control,
         planned=record["planned"],
-        rows=tuple(OuterRow(*(found[field] for field in named)) for found in record["outer"]),
-        score=estimated(scores.of(WINNER), limits=objective.limits),
-        control_score=estimated(scores.of(control), limits=objective.limits) if control else None,
-        difference=paired_test(scores, WINNER, control) if control else None,
+        rows=tuple(record["outer"]),
+        score=primary_test(scores, scores.of(WINNER), objective.limits),
+        control_score=primary_test(scores, scores.of(control), objective.limits) if control else None,
+        difference=primary_test(scores, scores.difference(WINNER, control)) if control else None,
     )
 
 
@@ -132,7 +104,7 @@ def outer_answer(table: OuterTable) -> str:
     sample = f"{count(score.num_subjects, 'outer test subject')}, {count(score.num_splits, 'outer split')}"
     found = (
         f"The whole procedure, with its search and the choice of a winner, scores {number(score.mean)} in "
-        f"{table.objective_title} on subjects who had no part in it ({interval_clause(score.low, score.high)}; {sample})"
+        f"{table.objective.title} on subjects who had no part in it ({interval_clause(score.low, score.high)}; {sample})"
     )
     if difference is None or table.control_score is None:
         return f"{found}."

@@ -41,7 +41,6 @@ class ReliabilityTable:
     observed: tuple[float, ...]
     ece: float
     num_cases: int
-    num_subjects: int
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -65,7 +64,6 @@ def reliability_of(test: pd.DataFrame) -> dict[str, ReliabilityTable]:
             observed=tuple((reference / known).tolist()),
             ece=float(np.abs(prediction - reference).sum() / voxels.sum()) if voxels.sum() else NAN,
             num_cases=len(part[["split", "repeat", "case"]].drop_duplicates()),
-            num_subjects=int(part["subject"].nunique()),
         )
     return found
 
@@ -149,7 +147,6 @@ class Lesions:
     name: str
     sensitivity: dict[str, LesionRate]
     false_discovery: LesionRate
-    num_subjects: int
     num_cases: int
 
 
@@ -161,14 +158,11 @@ def lesions_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Lesio
     sums = {metric: rows.groupby("candidate", observed=True)["value"].sum() for metric, rows in tables.items()}
     found = {}
     for name, part in tables["lesions_true"].groupby("candidate", observed=True):
-        rates = {key: _rate(float(sums[count][name]), float(sums[total][name])) for key, (count, total) in pairs.items()}
+        counts = {key: (float(sums[count][name]), float(sums[total][name])) for key, (count, total) in pairs.items()}
+        rates = {key: LesionRate(count, total, count / total if total else NAN) for key, (count, total) in counts.items()}
         false, num_cases = rates.pop("false"), len(part[["split", "repeat", "case"]].drop_duplicates())
-        found[str(name)] = Lesions(str(name), rates, false, int(part["subject"].nunique()), num_cases)
+        found[str(name)] = Lesions(str(name), rates, false, num_cases)
     return found
-
-
-def _rate(count: float, total: float) -> LesionRate:
-    return LesionRate(count, total, count / total if total else NAN)
 
 
 @dataclass(frozen=True)
@@ -191,13 +185,16 @@ class Surfaces:
 def surfaces_of(test: pd.DataFrame, fits: Sequence[FitResult]) -> dict[str, Surfaces]:
     """The means of every candidate that has them, by name."""
     rows = [rows_at_rule(test, fits, metric, RULE) for metric in SURFACE_METRICS]
-    hd95, asd, dice = (tables_of(part, test) for part in rows)
-    means = {name: (mean_of(hd95.of(name)), mean_of(asd.of(name)), mean_of(dice.of(name))) for name in hd95.tables}
+    scores = [tables_of(part, test) for part in rows]
     predicted = rows_at_rule(test, fits, "lesions_predicted", RULE)
     keys = ["candidate", "split", "repeat", "case", "class"]
     there = rows[0][rows[0]["value"].notna()].merge(predicted[predicted["value"] == 0][keys], on=keys)
     missed = there.groupby("candidate", observed=True).size()
-    return {name: Surfaces(name, *means[name], *counts, int(missed.get(name, 0))) for name, counts in undefined(rows[0]).items()}
+    found = {}
+    for name, counts in undefined(rows[0]).items():
+        hd95, asd, dice = (mean_of(of_metric.of(name)) for of_metric in scores)
+        found[name] = Surfaces(name, hd95, asd, dice, *counts, int(missed.get(name, 0)))
+    return found
 
 
 METHODS = {"mc_dropout": "dropout at test time", "tta": "test-time augmentation", "ensemble": "ensemble over splits"}

@@ -38,7 +38,6 @@ from softseg_dist.report.tables import Summary, plain, summarise
 
 RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger
-FEW_INTERACTIONS = 12
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -98,7 +97,7 @@ def write_csv(run: Path) -> list[Path]:
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
     """Those that the run has data for, each with its text for readers who cannot see it."""
-    title, measures, names = summary.objective_title, summary.measures, shown(summary)
+    title, measures, names = summary.objective.title, summary.measures, shown(summary)
     calibrated = [n for n in names if n in measures.reliability]
     pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
@@ -119,13 +118,13 @@ def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> di
 
 def _sections(summary: Summary, pictures: Collection[str]) -> dict[str, str]:
     """Those that the run has something for, in their order: name of the template, title."""
-    measures, searched = summary.measures, summary.searched
+    measures = summary.measures
     sections = {
         "caveats": ("Read with care", True),
         "holdout": ("Held-out subjects", summary.holdout),
         "ranking": ("Ranking", True),
         "tests": ("Tests", summary.comparisons),
-        "search": ("Search", any(vars(searched).values())),
+        "search": ("Search", summary.pareto or summary.raced or summary.tuned),
         "threshold": ("Threshold", "thresholds" in pictures),
         "calibration": ("Calibration", "reliability" in pictures),
         "volumes": ("Volumes", measures.agreements),
@@ -175,7 +174,6 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         cut=_cut(summary),
         rule_names=RULE_NAMES,
         to_best={rival.candidate: rival for rival in summary.rivals},
-        few_interactions=sorted(summary.interactions, key=lambda i: i.crossed.p)[:FEW_INTERACTIONS],
         sizes=SIZES,
         metrics=TABLE,
         methods=METHODS,
@@ -189,7 +187,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
 
 def _meaning(table: Summary | OuterTable) -> str:
     """What the objective is, for a reader who has not met it."""
-    return f"{words.capital(table.objective_title)}: {table.objective_meaning.rstrip('.')}."
+    return f"{words.capital(table.objective.title)}: {table.objective.meaning.rstrip('.')}."
 
 
 def _notes(summary: Summary) -> dict[str, list[str]]:

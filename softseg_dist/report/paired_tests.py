@@ -1,4 +1,4 @@
-"""Paired tests: candidates against the reference and the best, thresholds against 0.5, factors and their interactions.
+"""Paired tests: candidates against the reference and the best, factors and their interactions.
 
 The primary test is the crossed random-effects test over subjects and splits. All comparisons with the control on the objective
 are the one primary family, the other tables are secondary families; each is corrected by Holm. Wilcoxon's test, the corrected
@@ -11,10 +11,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import pandas as pd
 
 from softseg_dist.frozen import canonical_json
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
@@ -30,26 +29,15 @@ from softseg_dist.numerics.statistics import (
     subject_test,
     wilcoxon_test,
 )
-from softseg_dist.report.run_folder import RecordedCandidate, RunData
-from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, scores_by_rule, split_means
+from softseg_dist.report.run_folder import RecordedCandidate
+from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, split_means
 from softseg_dist.words import interval_clause, number, p_clause
 
 FEWEST_SITES = 3  # for a test over sites
 UNLIMITED = (-math.inf, math.inf)
 ONE_DF = 1.5  # below, degrees of freedom are one when rounded
+Tested = TypeVar("Tested", "Comparison", "Rival", "Effect", "Interaction")
 OF_MODELS = "t-test over subjects: it speaks about new subjects for these trained models, not about new training runs"
-
-
-class _Tested(Protocol):
-    """A frozen dataclass with a crossed test and a `p_holm`."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def crossed(self) -> CrossedTest: ...
-
-
-Tested = TypeVar("Tested", bound=_Tested)
 
 
 def holm_corrected(found: Sequence[Tested]) -> tuple[Tested, ...]:
@@ -58,27 +46,17 @@ def holm_corrected(found: Sequence[Tested]) -> tuple[Tested, ...]:
     return tuple(replace(entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True))
 
 
-def paired_test(scores: ScoreTables, candidate: str, reference: str) -> CrossedTest:
-    """The test of `candidate` minus `reference` (see `primary_test`); its warnings name subjects."""
-    return primary_test(scores, scores.difference(candidate, reference))
-
-
 def primary_test(scores: ScoreTables, table: ScoreTable, limits: tuple[float, float] = UNLIMITED) -> CrossedTest:
-    """The crossed test of values [subject x split]; of trained models the t-test over subjects, which says so."""
-    if not scores.of_models:
-        return estimated(table, scores.subjects, limits)
-    test = subject_test(table[:, 0])
-    warnings = (OF_MODELS,) if math.isfinite(test.p) else ()
-    return _estimable(CrossedTest(**vars(test) | {"warnings": warnings}, num_splits=1, num_pairs=test.num_subjects), limits)
+    """The crossed test of values [subject x split]; of trained models the t-test over subjects, which says so.
 
-
-def estimated(table: ScoreTable, subjects: Sequence[str] = (), limits: tuple[float, float] = UNLIMITED) -> CrossedTest:
-    """The crossed test, without an interval that is not estimable: on one degree of freedom, or outside of the scale."""
-    return _estimable(crossed_test(table, subjects), limits)
-
-
-def _estimable(test: CrossedTest, limits: tuple[float, float]) -> CrossedTest:
-    """The test without such an interval, and why among its warnings."""
+    Without an interval that is not estimable: on one degree of freedom, or outside of the scale, which the warnings say.
+    """
+    if scores.of_models:
+        of_subjects = subject_test(table[:, 0])
+        warnings = (OF_MODELS,) if math.isfinite(of_subjects.p) else ()
+        test = CrossedTest(**vars(of_subjects) | {"warnings": warnings}, num_splits=1, num_pairs=of_subjects.num_subjects)
+    else:
+        test = crossed_test(table, scores.subjects)
     if test.df < ONE_DF:
         why = "it stands on one degree of freedom"
     elif test.low < limits[0] or test.high > limits[1]:
@@ -130,7 +108,7 @@ def comparisons_with(
             Comparison(
                 candidate=name,
                 reference=reference,
-                crossed=paired_test(scores, name, reference),
+                crossed=primary_test(scores, table),
                 p_holm=NAN,
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
@@ -173,25 +151,7 @@ def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     Where the first was chosen by subjects who are tested, too few candidates may count as tied: the p-values describe, they do
     not confirm.
     """
-    return holm_corrected([Rival(name, paired_test(scores, name, ranked[0])) for name in ranked[1:]])
-
-
-@dataclass(frozen=True)
-class RuleTest:
-    """Dice of one candidate at the threshold of `rule` minus that at 0.5, on the same subjects and fits."""
-
-    candidate: str
-    rule: str
-    crossed: CrossedTest
-    p_holm: float = NAN
-
-
-def rule_tests(run: RunData, test: pd.DataFrame, names: Sequence[str]) -> tuple[RuleTest, ...]:
-    """Crossed tests of every rule against 0.5, candidate by candidate; Holm over all of them."""
-    others = scores_by_rule(test, run.finished, "dice")
-    base = others.pop("fixed")
-    tests = {(name, rule): estimated(dice.of(name) - base.of(name)) for name in names for rule, dice in others.items()}
-    return holm_corrected([RuleTest(*of, crossed) for of, crossed in tests.items() if crossed.num_pairs])
+    return holm_corrected([Rival(name, primary_test(scores, scores.difference(name, ranked[0]))) for name in ranked[1:]])
 
 
 @dataclass(frozen=True)
@@ -240,43 +200,39 @@ def factorial_tests(
     if len(factors) < 2 or not len(fixed) == len(cells) == np.prod([len(named) for named in factors.values()]):
         return (), ()
     start = next((c for c in fixed if c.name == control), fixed[0])
-    names = {f: list(named.values()) for f, named in factors.items()}
-    base = [list(named).index(canonical_json(start.planned[f])) for f, named in factors.items()]
     of_cells = np.array([scores.of(cells[cell]) for cell in itertools.product(*factors.values())])
-    table = of_cells.reshape(*map(len, names.values()), *of_cells.shape[1:])  # [L1 L2 .. subjects splits]
-    return _main_effects(names, base, table, scores.subjects), _interactions(names, base, table, scores.subjects)
+    table = of_cells.reshape(*map(len, factors.values()), *of_cells.shape[1:])  # [L1 L2 .. subjects splits]
+    steps = []
+    for axis, (factor, named) in enumerate(factors.items()):
+        base, names = list(named).index(canonical_json(start.planned[factor])), list(named.values())
+        steps.append([_Step(factor, names[at], names[base], axis, at, base) for at in range(len(names)) if at != base])
+    pairs = [pair for one, other in itertools.combinations(steps, 2) for pair in itertools.product(one, other)]
+    effects = [Effect(*step[:3], *_tested(scores, table, step)) for step in itertools.chain(*steps)]
+    interactions = [Interaction(*one[:3], *other[:3], *_tested(scores, table, one, other)) for one, other in pairs]
+    return holm_corrected(effects), holm_corrected(interactions)
 
 
-def _main_effects(
-    factors: Mapping[str, Sequence[str]], bases: Sequence[int], table: ScoreTable, subjects: Sequence[str]
-) -> tuple[Effect, ...]:
-    found = []
-    for i, ((factor, names), base) in enumerate(zip(factors.items(), bases, strict=True)):
-        of_level = np.moveaxis(table, i, 0).reshape(len(names), -1, *table.shape[-2:])  # [level cell subjects splits]
-        for level in (level for level in range(len(names)) if level != base):
-            test = estimated((of_level[level] - of_level[base]).mean(axis=0), subjects)
-            found.append(Effect(factor, names[level], names[base], of_level.shape[1], test))
-    return holm_corrected(found)
+class _Step(NamedTuple):
+    """From the base level of a factor to another one: their names, and where both are along an axis of the table of cells."""
+
+    factor: str
+    level: str
+    base: str
+    axis: int
+    at: int
+    base_at: int
 
 
-def _interactions(
-    factors: Mapping[str, Sequence[str]], bases: Sequence[int], table: ScoreTable, subjects: Sequence[str]
-) -> tuple[Interaction, ...]:
-    found = []
-    for (i, (one, names)), (j, (other, others)) in itertools.combinations(enumerate(factors.items()), 2):
-        base, other_base = bases[i], bases[j]
-        of_levels = np.moveaxis(table, (i, j), (0, 1)).reshape(len(names), len(others), -1, *table.shape[-2:])
-        for level, other_level in itertools.product(range(len(names)), range(len(others))):
-            if level != base and other_level != other_base:
-                effect = of_levels[level] - of_levels[base]  # [other level, cell, subjects, splits]
-                test = estimated((effect[other_level] - effect[other_base]).mean(axis=0), subjects)
-                words = names[level], names[base], other, others[other_level], others[other_base]
-                found.append(Interaction(one, *words, of_levels.shape[2], test))
-    return holm_corrected(found)
+def _tested(scores: ScoreTables, table: ScoreTable, *steps: _Step) -> tuple[int, CrossedTest]:
+    """What a step, or one step to another, does to scores [levels .. subjects splits]: number of cells, test of their mean."""
+    for step in steps:
+        table = table.take([step.at], step.axis) - table.take([step.base_at], step.axis)
+    cells = table.reshape(-1, *table.shape[-2:])
+    return len(cells), primary_test(scores, cells.mean(axis=0))
 
 
 def _level_names(levels: Mapping[str, Any]) -> dict[str, str]:
-    kinds = [_kind(value) for value in levels.values()]
+    kinds = [kind_of(value) for value in levels.values()]
     if None not in kinds and len(set(kinds)) == len(kinds):
         return dict(zip(levels, map(str, kinds), strict=True))
     if all(isinstance(value, dict) and "type" in value for value in levels.values()):
@@ -284,10 +240,10 @@ def _level_names(levels: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else key for key, value in levels.items()}
 
 
-def _kind(value: Any) -> str | None:
-    """The class of an object, those of a list of objects joined; None for anything else."""
+def kind_of(value: Any) -> str | None:
+    """`Dice`, the class of an object, or `Affine + Flip`, those of a list of objects; None for anything else."""
     if isinstance(value, (list, tuple)):
-        kinds = [_kind(item) for item in value]
+        kinds = [kind_of(item) for item in value]
         return None if None in kinds else " + ".join(map(str, kinds)) or "none"
     return value["type"] if isinstance(value, dict) and "type" in value else None
 

@@ -114,10 +114,10 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     Reference and winner are shown, or the winner alone where the other has no weights. A case that was tested by several fits
     counts once for each; each is predicted by the models of its own split and repeat.
     """
-    rows = soft_rows(run.results, summary.objective)
+    rows = soft_rows(run.results, summary.objective.name)
     means = rows[rows["candidate"] == summary.winner.name].groupby(["split", "repeat", "case"], observed=True)["value"].mean()
     order = ["value", "case", "split", "repeat"]
-    ranked = means.dropna().reset_index().sort_values(order, ascending=summary.sign < 0)  # the best first
+    ranked = means.dropna().reset_index().sort_values(order, ascending=summary.objective.sign < 0)  # the best first
     slots = list(ranked[["split", "repeat"]].drop_duplicates().itertuples(index=False))
     pair = dict.fromkeys((summary.reference, summary.winner.name))
     names = [name for name in pair if all(_weights(run, name, *slot).exists() for slot in slots)]

@@ -5,7 +5,7 @@ The study is read as plain JSON: its own losses may be defined in a study file t
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,10 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.numerics.metrics import row_of
-from softseg_dist.record.ledger import HoldoutRecord, RaceRecord
+from softseg_dist.record.ledger import CandidateRecord, HoldoutRecord, Ledger, RaceRecord
 from softseg_dist.training.task import FitResult, cases_path, history_of, is_fit_name
 
-NAMES = ("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric")  # columns of few different values
-RERUN = "remove it and run the study again"
+FEW_VALUES = dict.fromkeys(("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric"), "category")
 RecordKind = TypeVar("RecordKind", bound=Frozen)
 
 
@@ -104,6 +103,12 @@ class RunData:
         return len(self.splits) * int(self.study.get("repeats", 1))
 
     @property
+    def num_planned(self) -> int:
+        """Of all candidates; of one that was given up those that it has."""
+        ended = Counter(fit.candidate for fit in self.fits)
+        return sum(ended[candidate.name] if candidate.raced else self.num_fits for candidate in self.candidates)
+
+    @property
     def subjects(self) -> set[str]:
         """All subjects of the splits."""
         return {subject for split in self.splits for subject in (*split.train, *split.validation, *split.test)}
@@ -133,15 +138,17 @@ def load_run(folder: Path) -> RunData:
 
     Raises UserError if it is not a run folder, if a file in it cannot be read, or if no fit has finished yet.
     """
-    study, splits = read_json(folder / "study.json"), read_json(folder / "splits.json")
+    ledger = Ledger(folder)
+    study, splits = ledger.read("study.json"), ledger.read("splits.json")
     if not isinstance(study, dict) or not isinstance(splits, list):
         raise UserError(f"{folder}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
     if study.get("nested"):
         raise UserError(f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one")
-    records = {path.parent.name: read_json(path) for path in sorted(folder.glob("fits/*/candidate.json"))}
-    tuning = {name: record for name, record in records.items() if record.get("origin") == "tuning"}
-    paths = (path for path in sorted(folder.glob("fits/*/*.json")) if is_fit_name(path.stem))
-    ended = tuple(fit for path in paths if (fit := _record(FitResult, path, "a fit", RERUN)))
+    records = ledger.candidates()
+    tuning = {name: record for name, record in records.items() if record.origin == "tuning"}
+    paths = sorted(path for path in folder.glob("fits/*/*.json") if is_fit_name(path.stem))
+    ended = tuple(_record(FitResult, path, "a fit") for path in paths)
+    races = {path.parent.name: _record(RaceRecord, path, "a race") for path in folder.glob("fits/*/race.json")}
     fits = tuple(fit for fit in ended if fit.candidate not in tuning)
     finished = [fit for fit in fits if fit.state == "finished"]
     if not finished:
@@ -153,66 +160,51 @@ def load_run(folder: Path) -> RunData:
         folder=folder,
         study=study,
         splits=tuple(Split.model_validate(split) for split in splits),
-        run=read_json(folder / "run.json") or {},
-        candidates=_candidates(folder, study, {n: r for n, r in records.items() if n not in tuning}, fits),
+        run=ledger.read("run.json") or {},
+        candidates=_candidates(study, {n: r for n, r in records.items() if n not in tuning}, races, fits),
         fits=fits,
         results=results,
         validation=validation,
         prepared=prepared,
         histories={key: history for key, history in histories.items() if not history.empty},
         trials=tuple(
-            Trial(name.rpartition("~")[0], record.get("recipe") or {}, tuple(fit for fit in ended if fit.candidate == name))
+            Trial(name.rpartition("~")[0], record.recipe, tuple(fit for fit in ended if fit.candidate == name))
             for name, record in tuning.items()
         ),
         ensemble=_table(folder / "ensemble.parquet"),
         holdout=_table(folder / "holdout.parquet"),
-        holdout_record=_record(HoldoutRecord, folder / "holdout.json", "held-out subjects", "restore it"),
+        holdout_record=ledger.holdout(),
     )
 
 
 def load_outer(folder: Path) -> OuterData | None:
     """What a nested study has collected in its folder so far; None if there is nothing. Raises UserError on a torn file."""
-    record, results = read_json(folder / "outer.json"), _table(folder / "outer.parquet")
+    ledger = Ledger(folder)
+    record, results = ledger.read("outer.json"), _table(folder / "outer.parquet")
     if record is None or results is None:
         return None
-    return OuterData(read_json(folder / "study.json")["question"], record, results)
+    return OuterData(ledger.read("study.json")["question"], record, results)
 
 
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds; None if there is no file. Raises UserError if it is torn."""
-    if not path.exists():
-        return None
+def _record(kind: type[RecordKind], path: Path, what: str) -> RecordKind:
+    """A record of the ledger that a report cannot do without."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not JSON (cut off?); restore it, or run the study again") from None
-
-
-def _record(kind: type[RecordKind], path: Path, what: str, remedy: str) -> RecordKind | None:
-    """A record of the ledger; None if there is no file."""
-    try:
-        return kind.model_validate_json(path.read_bytes()) if path.exists() else None
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError:
-        raise UserError(f"{path}: not the record of {what} (cut off?); {remedy}") from None
+        raise UserError(f"{path}: not the record of {what} (cut off?); remove it and run the study again") from None
 
 
 def _candidates(
-    folder: Path, study: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], fits: tuple[FitResult, ...]
+    study: Mapping[str, Any], records: Mapping[str, CandidateRecord], races: Mapping[str, RaceRecord], fits: Iterable[FitResult]
 ) -> tuple[RecordedCandidate, ...]:
     """Those of the study file first, in its order, then what a search proposed, in the order asked."""
     fixed: dict[str, Any] = study.get("candidates") or {}
-    asked = sorted((name for name in records if name not in fixed), key=lambda name: records[name].get("number", 0))
-    return tuple(
-        RecordedCandidate(
-            name=name,
-            recipe=records.get(name, {}).get("recipe") or fixed.get(name) or {},
-            proposed=name not in fixed,
-            planned=fixed.get(name) or {},
-            raced=_record(RaceRecord, folder / "fits" / name / "race.json", "a race", RERUN),
-            note=records.get(name, {}).get("note") or "",
-        )
-        for name in dict.fromkeys([*fixed, *asked, *(fit.candidate for fit in fits)])
-    )
+    found = []
+    for name in dict.fromkeys([*fixed, *records, *(fit.candidate for fit in fits)]):
+        planned, record = fixed.get(name) or {}, records.get(name)
+        recipe, note = (record.recipe or planned, record.note) if record else (planned, "")
+        found.append(RecordedCandidate(name, recipe, name not in fixed, planned, races.get(name), note))
+    return tuple(found)
 
 
 def _table(path: Path) -> pd.DataFrame | None:
@@ -228,7 +220,7 @@ def _results(folder: Path, objective: str, finished: list[FitResult], left_out: 
         if not part.exists():
             raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
         parts.append(_shown(part, objective))
-    table = _compact(pd.concat(parts, ignore_index=True))
+    table = pd.concat(parts, ignore_index=True).astype(FEW_VALUES)
     table = table[~table["candidate"].isin(tuple(left_out))]
     wanted = ("test", "own"), ("validation", "own"), ("test", "prepared")
     return (table[(table["subset"] == subset) & (table["grid"] == grid)] for subset, grid in wanted)
@@ -248,11 +240,7 @@ def _rows(path: Path, filters: list[list[tuple[str, str, str]]] | None = None) -
             f"{path} was made by an older version of softseg_dist (no column {', '.join(lacks)}): report it with that version, or "
             "run the study again under a new name"
         )
-    return _compact(pd.read_parquet(path, filters=filters))
-
-
-def _compact(table: pd.DataFrame) -> pd.DataFrame:
-    return table.astype(dict.fromkeys(NAMES, "category"))
+    return pd.read_parquet(path, filters=filters).astype(FEW_VALUES)
 
 
 RECORDED = {  # fields of run.json
@@ -262,16 +250,13 @@ RECORDED = {  # fields of run.json
     "store_digest": "digest of the prepared numbers",
     "started": "last started (UTC)",
 }
-SAID = ("predictions", "data", "preprocess", "splits", "repeats", "objective", "search")  # fields of study.json
+SAID = ("predictions", "data", "preprocess", "splits", "repeats", "objective", "search", "seed")  # fields of study.json
 
 
 def origin_of(run: RunData) -> list[tuple[str, str]]:
     """What was run on what, as (what, value); what a run did not record is left out."""
     found = [(words, str(run.run[field])) for field, words in RECORDED.items() if run.run.get(field)]
-    if not run.study.get("predictions"):
-        seed = f"{run.study.get('seed', 0)}; all randomness of a fit follows from it, the study's name, split and repeat"
-        found.append(("seed", seed))
-    return found + [(field, _written(run.study[field])) for field in SAID if run.study.get(field)]
+    return found + [(field, _written(run.study[field])) for field in SAID if run.study.get(field) is not None]
 
 
 def _written(value: Any) -> str:

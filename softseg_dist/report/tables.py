@@ -16,31 +16,23 @@ import numpy as np
 
 from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import row_of
+from softseg_dist.numerics.metrics import Row, row_of
+from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.report.breakdown import ScoreChecks, score_checks
 from softseg_dist.report.fits import (
     Compute,
-    Searched,
+    Pareto,
     TrainingSummary,
+    Tuned,
     compute_of,
-    learning_rates,
-    searched_of,
+    pareto_of,
     training_of,
+    tuned_of,
     varying_fields,
 )
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
-from softseg_dist.report.paired_tests import (
-    Comparison,
-    Effect,
-    Interaction,
-    Rival,
-    RuleTest,
-    comparisons_with,
-    factorial_tests,
-    rivals_of,
-    rule_tests,
-)
+from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, Rival, comparisons_with, factorial_tests, rivals_of
 from softseg_dist.report.ranking import Standing, best_complete, ranked, standings_of
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import RULES, dice_curves, soft_rows, soft_scores, tables_of
@@ -53,18 +45,15 @@ class Summary:
     `reference` is the candidate that all others are compared with: the control; if the study has none, or it no score, the best of
     those with most scores. `chosen_on` is the subset whose scores rank candidates: validation, or test where one of them lacks
     scores on validation; `chosen_tested` of its subjects are tested in some split. `num_tested` subjects, of `num_subjects` in
-    splits, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others, `rules` each
-    candidate's thresholds from validation with 0.5. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers
-    of subjects, `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without
-    splits (see `ScoreTables`).
+    splits, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others. `raced` says why
+    candidates were given up early. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of subjects,
+    `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without splits (see
+    `ScoreTables`).
     """
 
     name: str
     question: str
-    objective: str
-    objective_title: str
-    objective_meaning: str
-    sign: int
+    objective: Row
     of_models: bool
     control: str | None
     reference: str
@@ -82,7 +71,9 @@ class Summary:
     effects: tuple[Effect, ...]
     interactions: tuple[Interaction, ...]
     holdout: HoldoutTable | None
-    searched: Searched
+    pareto: Pareto | None
+    raced: dict[str, RaceRecord]
+    tuned: tuple[Tuned, ...]
     measures: Measures
     checks: ScoreChecks
     training: tuple[TrainingSummary, ...]
@@ -91,10 +82,8 @@ class Summary:
     compute: Compute
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
-    rules: tuple[RuleTest, ...]
     splits: tuple[dict[str, int], ...]
     varying: dict[str, dict[str, str]]
-    learning_rates: tuple[float, ...]
 
     @property
     def winner(self) -> Standing:
@@ -111,11 +100,6 @@ class Summary:
         """The rules for thresholds that any fit has: predictions without validation maps have 0.5 alone."""
         return tuple(rule for rule in RULES if any(rule in standing.thresholds for standing in self.ranking))
 
-    @property
-    def num_finished(self) -> int:
-        """Fits with a score."""
-        return sum(t.finished for t in self.training)
-
 
 def summarise(run: RunData) -> Summary:
     """Compute the summary of a run, finished or not; with fits missing, comparisons use the pairs that both sides have."""
@@ -127,8 +111,8 @@ def summarise(run: RunData) -> Summary:
     validation = tables_of(soft_rows(run.validation, objective.name), run.validation)
     choice = validation if set(scores.tables) <= set(validation.tables) else scores
     reference = control if control in scores.tables else best_complete(choice, objective.sign)
-    given_up = [candidate.name for candidate in run.candidates if candidate.raced]
-    ranking = ranked(standings_of(run, test, scores, choice), given_up, reference, choice, objective.sign)
+    raced = {candidate.name: candidate.raced for candidate in run.candidates if candidate.raced}
+    ranking = ranked(standings_of(run, test, scores, choice), raced, reference, choice, objective.sign)
     sizes = [{"index": s.index, "train": len(s.train), "validation": len(s.validation), "test": len(s.test)} for s in run.splits]
     times = Counter(subject for split in run.splits for subject in split.test)
     names = [standing.name for standing in ranking if standing.rank is not None]
@@ -140,16 +124,13 @@ def summarise(run: RunData) -> Summary:
     return Summary(
         name=run.study["name"],
         question=run.study["question"],
-        objective=objective.name,
-        objective_title=objective.title,
-        objective_meaning=objective.meaning,
-        sign=objective.sign,
+        objective=objective,
         of_models=run.of_models,
         control=control or None,
         reference=reference,
         chosen_on="test" if choice is scores else "validation",
         chosen_tested=len(set(choice.subjects) & run.tested),
-        num_planned=len(run.candidates) * run.num_fits - sum(t.raced for t in training),
+        num_planned=run.num_planned,
         num_subjects=len(everyone),
         num_tested=len(scores.subjects),
         num_cases=int(test["case"].nunique()),
@@ -160,8 +141,10 @@ def summarise(run: RunData) -> Summary:
         rivals=rivals_of(names, scores),
         effects=effects,
         interactions=interactions,
-        holdout=holdout_of(run, objective.name),
-        searched=searched_of(run, test, scores, reference),
+        holdout=holdout_of(run, objective),
+        pareto=pareto_of(run, scores, reference),
+        raced=raced,
+        tuned=tuned_of(run),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
         checks=score_checks(test, run.prepared, scores, objective, (ranking[0].name, reference)),
         training=training,
@@ -170,10 +153,8 @@ def summarise(run: RunData) -> Summary:
         compute=compute_of(run),
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),
-        rules=rule_tests(run, test, names),
         splits=tuple(sizes),
         varying=varying_fields(run.candidates),
-        learning_rates=learning_rates(run.candidates),
     )
 
 

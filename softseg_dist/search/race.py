@@ -68,10 +68,12 @@ def raced_out(
 
 
 def look(sign: int, own: ScoresBySplit, best: ScoresBySplit | None) -> tuple[float, float]:
-    """How good a candidate looks by its first objective, to be compared between candidates, more is better.
+    """How good a candidate looks by its first objective, to be compared between candidates, more is better; -inf without a score.
 
     Its mean paired difference to the `best` that has run fully; while there is none, how far it has run, and then its mean.
     """
+    if not own:
+        return -math.inf, 0.0
     if best is None:
         return len(own), sign * fmean(values[0] for values in own.values())
     return sign * fmean(own[j][0] - best[j][0] for j in own.keys() & best.keys()), 0.0

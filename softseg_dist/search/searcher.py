@@ -47,7 +47,6 @@ class StudySearcher:
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
         self.candidates: dict[str, CandidateState] = {}
-        self.stopped = False  # True: nothing more is emitted
         self._best: CandidateState | None = None  # of those that have run fully
         self._signs = tuple(metric.row.sign for metric in study.objectives)
         race = study.search.race if study.search else None
@@ -60,7 +59,7 @@ class StudySearcher:
 
     def next_fit(self) -> FitTask | None:
         """The next fit to start; None if there is nothing to start now (see `ended`)."""
-        if self.stopped or (candidate := self._next()) is None:
+        if (candidate := self._next()) is None:
             return None
         task = self._make_task(candidate.name, candidate.recipe, *candidate.todo.popleft())
         candidate.running.add(task.slot)
@@ -69,9 +68,7 @@ class StudySearcher:
     @property
     def ended(self) -> bool:
         """No fit runs and none will be emitted any more."""
-        if any(c.running for c in self.candidates.values()):
-            return False
-        return self.stopped or (all(c.ended for c in self.candidates.values()) and not self._num_to_ask)
+        return not self._num_to_ask and all(c.ended for c in self.candidates.values())
 
     @property
     def num_planned(self) -> int:
@@ -141,8 +138,7 @@ class StudySearcher:
 
     def _look(self, candidate: CandidateState) -> tuple[float, float]:
         """How good a candidate looks, to be compared as it is."""
-        scores = candidate.scores
-        return look(self._signs[0], scores, self._best.scores if self._best else None) if scores else (-math.inf, 0.0)
+        return look(self._signs[0], candidate.scores, self._best.scores if self._best else None)
 
     def _is_underway(self, candidate: CandidateState) -> bool:
         return self._is_raced(candidate) and candidate.num_planned - len(candidate.todo) >= self._start

@@ -387,13 +387,11 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     status = status_of(run)
     ledger, copy = Ledger(run), WorkingCopy(run)
     with ledger.lock():
-        copy.pull(SPOOL, "mlflow_run", "mlflow.db", "study.json", "run.json", "report/*", "fits/*/*/history.jsonl")
-        record = copy.folder / "run.json"
-        recorded = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-        uri = tracking_uri or recorded.get("tracking_uri") or default_uri(copy.folder)
+        copy.pull(SPOOL, "mlflow_run", "mlflow.db", "report/*", "fits/*/*/history.jsonl")
+        uri = tracking_uri or (ledger.read("run.json") or {}).get("tracking_uri") or default_uri(copy.folder)
         if problem := Connection(lambda: connect(uri, copy.folder, status.study)).reach():
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
-        fields = json.loads((copy.folder / "study.json").read_bytes())  # its classes stay JSON: to make them would run its code
+        fields = ledger.read("study.json")  # its classes stay JSON: to make them would run its code
         study = Study.model_construct(**{name: value for name, value in fields.items() if name not in ("type", "code")})
         tracker = Tracker(uri, copy.folder, study)  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]

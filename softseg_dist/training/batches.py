@@ -208,8 +208,9 @@ def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tenso
     with _keeping:  # fits that run side by side wait for each other's targets, as they need the same ones
         if key not in _kept:
             sample = store.sample(case)
-            nearest = None if sample.nearest is None else _copied(sample.nearest)
-            _kept[key] = prepare_target(_copied(sample.raters), nearest, mode, fusion, sample.rater_names, axis=1)
+            raters = _copied(sample.raters).movedim(0, 2)  # [R K N *S]
+            nearest = None if sample.nearest is None else _copied(sample.nearest).movedim(0, 2)
+            _kept[key] = prepare_target(raters, nearest, mode, fusion, sample.rater_names).movedim(1, 0).contiguous()
             while sum(target.nbytes for target in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
                 _kept.popitem(last=False)
         _kept.move_to_end(key)

@@ -15,10 +15,9 @@ import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
-from softseg_dist.judging.judge import judge, references_of
+from softseg_dist.judging.judge import Grid, Measurement, Yardstick, judge, references_of
 from softseg_dist.judging.recalibration import Histogram, Recalibration, fit_recalibration, histogram
 from softseg_dist.judging.results import Head, Row, write_rows
-from softseg_dist.judging.rows import Grid, Measurement, Yardstick
 from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.numerics.metrics import TABLE, Map, Scale, measured, objective_score
@@ -160,7 +159,7 @@ def spread_rows(method: str, drawn: Iterable[np.ndarray], sample: Sample, store:
 
 def _prepared(sample: Sample, prediction: np.ndarray, store: Store) -> tuple[Map, Map, Scale]:
     """Prediction, mean of the raters and their scale on the grid on which a case is prepared."""
-    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices)
+    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices or ())
     return grid.case(prediction), grid.case(mean_reference(sample)), grid.scale(store.mean_volumes_mm3)
 
 

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from softseg_dist.errors import UserError
-from softseg_dist.numerics.activations import Activation
-from softseg_dist.numerics.networks import Network
-from softseg_dist.numerics.patches import Patch
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.places import replace_file
 from softseg_dist.study import Recipe
@@ -32,25 +29,21 @@ class Model(nn.Module):
     arithmetic; weights, logits and prediction are float32.
     """
 
-    def __init__(
-        self, network: Network, activation: Activation, channels: int, classes: int, dim: int, patch: Patch | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, channels: int, classes: int, dim: int) -> None:
+        """The model of a recipe, with weights drawn from torch's global generator."""
         super().__init__()
-        self.patch = patch
+        self.patch = recipe.patch
         self.precision: Precision = "float32"
-        self.num_logits = activation.num_logits(classes)
-        self.network = network.build(channels, self.num_logits, dim)
+        self.num_logits = recipe.activation.num_logits(classes)
+        self.network = recipe.network.build(channels, self.num_logits, dim)
         if not isinstance(self.network, nn.Module):
-            raise UserError(f"build of {type(network).__name__} must return a torch.nn.Module, got {type(self.network).__name__}")
-        self.activation = activation.build(classes)
+            raise UserError(
+                f"build of {type(recipe.network).__name__} must return a torch.nn.Module, got {type(self.network).__name__}"
+            )
+        self.activation = recipe.activation.build(classes)
         self.layout = torch.channels_last if dim == 2 else torch.channels_last_3d  # the faster one, on CPU and GPU
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch does not declare this form
         _keep_plain_layout(self.network)
-
-    @classmethod
-    def of(cls, recipe: Recipe, channels: int, classes: int, dim: int) -> Self:
-        """The model of a recipe, with weights drawn from torch's global generator."""
-        return cls(recipe.network, recipe.activation, channels, classes, dim, recipe.patch)
 
     @classmethod
     def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, dim: int) -> Self:
@@ -58,9 +51,8 @@ class Model(nn.Module):
 
         Raises pydantic.ValidationError if network, activation or patch are unknown.
         """
-        network, activation = Network.model_validate(recipe.get("network")), Activation.model_validate(recipe.get("activation"))
-        patch = None if recipe.get("patch") is None else Patch.model_validate(recipe["patch"])
-        return cls(network, activation, channels, classes, dim, patch)
+        parts = {name: recipe.get(name) for name in ("network", "activation", "patch")}
+        return cls(Recipe.model_validate(parts), channels, classes, dim)
 
     def on(self, device: str) -> Self:
         """The model on `device`, with exact float32: by default torch lets a GPU round it to 10 bits in convolutions (TF32)."""
@@ -114,7 +106,7 @@ def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int
     network without a last bias keeps its own start.
     """
     with seeded(seed):
-        model = Model.of(recipe, channels, classes, dim)
+        model = Model(recipe, channels, classes, dim)
     initial = recipe.activation.initial_bias(mean_label)
     if (bias := recipe.network.last_bias(model.network, len(initial))) is not None:
         with torch.no_grad():

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from softseg_dist.data.splits import Split
@@ -40,8 +40,7 @@ from softseg_dist.training.batches import Batches, cases_of
 from softseg_dist.training.inference import sample_maps
 from softseg_dist.training.model import Model
 
-RECIPES: TypeAdapter[dict[str, Recipe]] = TypeAdapter(dict[str, Recipe])
-METHODS: TypeAdapter[tuple[Uncertainty, ...]] = TypeAdapter(tuple[Uncertainty, ...])
+TASK = TypeAdapter(tuple[dict[str, Recipe], tuple[Uncertainty, ...]])
 CHILD = "from softseg_dist.training.preflight import run_child; run_child()"
 OUT_OF_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  # in messages of torch
 ROUNDING = 1e-6  # a prediction may leave [0, 1] by this much
@@ -69,8 +68,7 @@ def preflight(
     `sources` define the classes of the study file; None if it has none. `child` is from `start_child`; None starts one.
     Raises UserError that names the candidate and the cause if a recipe cannot be trained or a method cannot be used with it.
     """
-    in_json = RECIPES.dump_json(dict(recipes)), METHODS.dump_json(tuple(methods))
-    task = pickle.dumps((sources, store, split, *in_json))
+    task = pickle.dumps((sources, store, split, TASK.dump_json((dict(recipes), tuple(methods)))))
     with child or start_child() as process:
         try:
             output, errors = process.communicate(task)
@@ -81,9 +79,7 @@ def preflight(
     kind, text = reports[-1] if reports else ("", "")
     if kind == "refused":
         raise UserError(text)
-    if kind == "unknown class":  # such as one of an installed package that only this process has imported
-        check_recipes(recipes, store, split, methods)
-    elif kind != "done":
+    if kind != "done":
         messages = errors.decode(errors="replace")
         if kind != "candidate" and process.returncode > 0:
             raise RuntimeError(f"the process that tries the recipes failed:\n{messages}")
@@ -114,14 +110,12 @@ def run_child() -> None:
     def report(kind: str, text: str = "") -> None:
         reports.write(json.dumps([kind, text]) + "\n")
 
-    sources, store, split, *in_json = pickle.load(sys.stdin.buffer)
+    sources, store, split, in_json = pickle.load(sys.stdin.buffer)
     try:
         if sources is not None:
             load_sources(sources)
-        recipes, methods = RECIPES.validate_json(in_json[0]), METHODS.validate_json(in_json[1])
+        recipes, methods = TASK.validate_json(in_json)
         check_recipes(recipes, store, split, methods, lambda name: report("candidate", name))
-    except ValidationError:
-        report("unknown class")
     except UserError as error:
         report("refused", str(error))
     else:
@@ -152,7 +146,7 @@ def check_recipes(
         with _as_user_error(name, f" cannot be trained on {patches}images of size {store.size}"):
             trial.run(recipe)
         if methods:
-            model = Model.of(recipe, store.channels, len(store.classes), store.dim)
+            model = Model(recipe, store.channels, len(store.classes), store.dim)
             check_methods(name, model, methods)
         for method in methods:
             with _as_user_error(name, f": {method}"):
@@ -214,7 +208,7 @@ class _Trial:
         num_logits = recipe.activation.num_logits(classes)
         key = canonical_json([recipe.network.model_dump(mode="json"), num_logits, image.shape])
         if key not in self._logits:
-            model, again = (Model.of(recipe, self.store.channels, classes, self.store.dim) for _ in range(2))
+            model, again = (Model(recipe, self.store.channels, classes, self.store.dim) for _ in range(2))
             _check_apart(model, again, recipe.network)
             trained = model.train().logits(image)
             _check_finite(trained, "the network's output in training")

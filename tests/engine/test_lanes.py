@@ -1,4 +1,4 @@
-"""Accidents of a fit of several workers are survived as those of one worker's, and its lane leaves nothing reserved. Refits too.
+"""Accidents of a fit of several workers are survived as those of one worker's, and its lane leaves nothing reserved.
 
 `python test_lanes.py FOLDER` is a driver with a Ray of four CPUs of its own: two lanes of two workers.
 """
@@ -21,8 +21,7 @@ from scripted import BASE, NUM_SPLITS, context_of, make_study, run, splits_of, s
 from softseg_dist import Resources
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_tune import GROUP_PAYS_S, RayBackend
-from softseg_dist.engine.session import Outcome
+from softseg_dist.engine.session import Outcome, run_beside
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.task import FitResult, FitTask, Worker
@@ -71,9 +70,12 @@ def test_two_lanes_start_at_once_and_do_not_wait_for_each_other(tmp_path: Path) 
     assert len({line.split()[0] for file in tmp_path.glob("fits/*/*/starts") for line in file.open()}) == 2
 
 
-def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs_on_all(shared_ray: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_fit_beside_the_search_runs_as_those_of_the_search_and_survives_its_death(
+    shared_ray: None, tmp_path: Path, num_workers: int
+) -> None:
     def fit(task: FitTask, worker: Worker) -> FitResult:
-        if task.attempt == 0 and worker.num_workers == 1:
+        if task.attempt == 0 and worker.leads:
             os.kill(os.getpid(), signal.SIGKILL)
         worker.report({"epoch": 3.0, "loss": 0.5})  # by every worker, and told by one
         if worker.leads:
@@ -81,21 +83,12 @@ def test_a_short_refit_runs_on_one_worker_and_survives_its_death_a_long_one_runs
         known = {"candidate": task.candidate, "split": task.split.index, "repeat": task.repeat, "attempt": task.attempt}
         return FitResult(**known, state="finished", num_workers=worker.num_workers)
 
-    for alone_s, ended in ((GROUP_PAYS_S / 2, (1, 1)), (GROUP_PAYS_S, (2, 0))):
-        lines, task = io.StringIO(), _refit_task(tmp_path / str(alone_s))
-        context = context_of(tmp_path, make_study(("a",)), resources=Resources(), progress=PlainLines(lines), fit=fit)
-        result = RayBackend().train(context, task, alone_s)
-        assert (result.num_workers, result.attempt) == ended
-        assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
-        assert reserved(2) == 0
-
-
-def _refit_task(folder: Path) -> FitTask:
-    study = make_study(("a",))
-    return FitTask(
-        study=study.name, seed=0, candidate="a", recipe=BASE, split=splits_of(study)[0], objective=study.objective,
-        store="none", store_fingerprint="", folder=str(folder),
-    )  # fmt: skip
+    study, lines, resources = make_study(("a",)), io.StringIO(), Resources(workers_per_fit=num_workers)
+    context = context_of(tmp_path, study, resources=resources, progress=PlainLines(lines), fit=fit)
+    result = run_beside(context, context.fit_task("a", BASE, splits_of(study)[0]))
+    assert (result.num_workers, result.attempt) == (num_workers, 1)
+    assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
+    assert reserved(2) == 0
 
 
 if __name__ == "__main__":

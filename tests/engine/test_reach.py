@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET
 
-from softseg_dist.engine.ray_reach import check_reach, probe
+from softseg_dist.engine.ray_cluster import check_reach, probe
 from softseg_dist.places import Place
 
 pytestmark = pytest.mark.engine

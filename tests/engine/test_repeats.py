@@ -11,7 +11,7 @@ import pytest
 
 import softseg_dist
 from softseg_dist import KFold, MCDropout, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Study, UNet, factorial
-from softseg_dist.engine.ensembles import MEMBERS
+from softseg_dist.engine.finalists import MEMBERS
 from softseg_dist.report.comparison import compare
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.scores import soft_rows, soft_scores

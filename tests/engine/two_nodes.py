@@ -13,8 +13,7 @@ import sys
 import ray
 from ray.cluster_utils import Cluster
 
-from softseg_dist.engine.ray_cluster import ENVIRONMENT
-from softseg_dist.engine.ray_reach import check_reach
+from softseg_dist.engine.ray_cluster import ENVIRONMENT, check_reach
 from softseg_dist.errors import UserError
 
 if __name__ == "__main__":

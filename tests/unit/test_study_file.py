@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import check_restart, load_sources, load_study
 
+OF_A_PACKAGE = """
+from softseg_dist import Brier
+class Own(Brier):
+    power: float = 1.0
+"""
 MINE = '''
 import torch
 from softseg_dist import Loss, Phantom, MonteCarlo, Recipe, Search, Study
@@ -184,3 +191,20 @@ def test_given_splits_are_read_beside_the_study_file_and_are_part_of_the_study(t
     assert len(before.study.debug().make_splits(dict.fromkeys(names[1:], ""))) == 2
     with pytest.raises(UserError, match=r"cannot read the splits .*splits\.json"):
         load_study(write(tmp_path, text))
+
+
+def test_a_class_of_an_installed_package_is_found_by_a_process_that_has_not_imported_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "lab_losses.py").write_text(OF_A_PACKAGE)
+    monkeypatch.syspath_prepend(str(folder))
+    text = Recipe(loss=importlib.import_module("lab_losses").Own(power=2)).model_dump_json()
+    del sys.modules["lab_losses"]
+    again = Recipe.model_validate_json(text)
+    assert (type(again.loss).__module__, again.loss.power) == ("lab_losses", 2)  # type: ignore[attr-defined]
+    with pytest.raises(ValidationError, match="'lab_losses:Other' is unknown"):
+        Recipe.model_validate_json(text.replace(":Own", ":Other"))
+    with pytest.raises(ValidationError, match="'no_such_package:Own' is unknown"):
+        Recipe.model_validate_json(text.replace("lab_losses", "no_such_package"))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 from softseg_dist.numerics.activations import dead_samples
 from softseg_dist.numerics.dropout import count_dropout
 from softseg_dist.numerics.seeds import seed_of
@@ -203,8 +203,7 @@ class DeviceStepper(Stepper):
         except SERIOUS:
             raise
         except Exception as error:  # noqa: BLE001 - whatever they raise: there is another way
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # torch's errors go on for pages
-            self.execution = self.execution.without(part, words)
+            self.execution = self.execution.without(part, in_words(error)[:200])  # torch's errors go on for pages
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import pytest
 from softseg_dist import MCDropout, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Scale, Study, UNet
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.context import Prepared, RunContext
-from softseg_dist.engine.ensembles import MEMBERS, TABLE, measure_ensembles
+from softseg_dist.engine.finalists import ENSEMBLE, MEMBERS, measure_ensembles
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
@@ -56,11 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
             late = result
     made = RunContext(study, splits, Prepared(str(path)), ledger, WorkingCopy(folder), Resources(), LocalBackend(), Progress())
     measured(made)
-    first = pd.read_parquet(folder / TABLE)
-    (folder / TABLE).rename(folder / "first.parquet")
+    first = pd.read_parquet(folder / ENSEMBLE)
+    (folder / ENSEMBLE).rename(folder / "first.parquet")
     ledger.write_result(late)
     measured(made)
-    assert len(pd.read_parquet(folder / TABLE)) >= len(first)
+    assert len(pd.read_parquet(folder / ENSEMBLE)) >= len(first)
     return made
 
 
@@ -71,7 +71,7 @@ def splits_by_subject(made: RunContext, table: str) -> dict[str, list[int]]:
     return {subject: splits for subject, splits in by_subject.items() if len(splits) > 1}
 
 
-@pytest.mark.parametrize("table", ["first.parquet", TABLE])
+@pytest.mark.parametrize("table", ["first.parquet", ENSEMBLE])
 def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: RunContext, table: str) -> None:
     rows = pd.read_parquet(made.copy.folder / table)
     expected = splits_by_subject(made, table)
@@ -79,7 +79,7 @@ def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: Ru
     assert (set(rows.split), set(rows.subset), set(rows.candidate)) == ({-1}, {"test"}, {"a"})
     members = rows[rows.metric == MEMBERS].set_index("subject").value
     assert {subject: len(splits) for subject, splits in expected.items()} == members.to_dict()
-    model = Model(RECIPE.network, RECIPE.activation, 1, 1, 2)
+    model = Model(RECIPE, 1, 1, 2)
     for case in made.prepared.store.cases:
         if case.subject not in expected:
             continue
@@ -94,6 +94,6 @@ def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: Ru
 
 
 def test_what_is_measured_is_not_measured_again(made: RunContext) -> None:
-    before = (made.copy.folder / TABLE).stat().st_mtime_ns
+    before = (made.copy.folder / ENSEMBLE).stat().st_mtime_ns
     measured(made)
-    assert (made.copy.folder / TABLE).stat().st_mtime_ns == before
+    assert (made.copy.folder / ENSEMBLE).stat().st_mtime_ns == before

@@ -21,7 +21,7 @@ from softseg_dist import KFold, MonteCarlo, Optim, Phantom, Preprocess, Recipe, 
 from softseg_dist.data.splits import held_out
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.context import Prepared, RunContext
-from softseg_dist.engine.holdout import open_holdout
+from softseg_dist.engine.finalists import open_holdout
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.session import Outcome

@@ -21,7 +21,7 @@ from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, 
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines
-from softseg_dist.engine.session import Outcome, run_search
+from softseg_dist.engine.session import Outcome, run_beside, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.pipeline import RunOptions, backend_of
 from softseg_dist.record.ledger import Ledger
@@ -105,6 +105,43 @@ def test_debug_shows_the_traceback_of_a_fit_that_breaks(tmp_path: Path) -> None:
     run.faults["a/000"] = breaks
     assert run.search() == Outcome(1, 0, 0, False)
     assert "in breaks\n" in run.lines.getvalue()
+
+
+def beside(run: Run) -> FitTask:
+    """A fit that is not one of the search, as that of the final model."""
+    return run.context.fit_task("a", BASE.replace(optim=Optim(epochs=4)), run.context.splits[0])
+
+
+def test_a_fit_beside_the_search_runs_again_if_it_is_lost_once_and_not_twice(tmp_path: Path) -> None:
+    run = Run(tmp_path, study_of("a"))
+    run.faults["a/000"] = breaks
+    assert run_beside(run.context, beside(run)).attempt == 1
+    assert run.starts == ["a/000", "a/000"]
+    assert run.lines.getvalue() == "a on all subjects: epoch 1 of 4, loss 0.5\n" * 2
+    broken = replace(run.context, fit=lambda task, worker: breaks(worker))
+    with pytest.raises(UserError, match=r"^a/000: lost 2 times, the last time: ValueError: the fit broke"):
+        run_beside(broken, beside(run))
+
+
+def test_a_fit_beside_the_search_ends_with_a_mistake_of_the_users_or_with_ctrl_c_after_its_checkpoint(tmp_path: Path) -> None:
+    def mistaken(worker: Worker) -> None:
+        raise UserError("the store is missing")
+
+    def interrupts(worker: Worker) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert worker.stop()  # a fit writes its checkpoint now
+
+    run = Run(tmp_path, study_of("a"))
+    run.faults["a/000"] = mistaken
+    with pytest.raises(UserError, match=r"^a/000: the store is missing$"):
+        run_beside(run.context, beside(run))
+    run.faults["a/000"] = interrupts
+    with pytest.raises(KeyboardInterrupt):
+        run_beside(run.context, beside(run))
+    assert run.lines.getvalue().count("stopping: running fits write their checkpoints") == 1
+    run.faults.clear()
+    assert run_beside(run.context, beside(run)).state == "finished"
+    assert len(run.starts) == 3
 
 
 def test_a_mistake_of_the_users_stops_the_study_with_its_text(tmp_path: Path) -> None:

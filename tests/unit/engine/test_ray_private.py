@@ -16,7 +16,6 @@ USED = {
     "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
     "ray._private.state": ("actors", "state._connect_and_get_accessor"),
     "ray._private.worker": ("_worker_logs_enabled",),
-    "ray.actor": ("ActorHandle._actor_id",),
     "ray.autoscaler.sdk": ("request_resources",),
     "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
 from softseg_dist.engine.progress import JsonLines, LiveTable, PlainLines, Progress
-from softseg_dist.engine.session import Outcome, Session
+from softseg_dist.engine.session import Outcome, SearchSession
 from softseg_dist.engine.worker import Ending, StopFile
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.searcher import StudySearcher
@@ -30,7 +30,7 @@ STUDY = Study(
 )
 
 
-def session_of(study: Study, folder: Path, progress: Progress) -> Session:
+def session_of(study: Study, folder: Path, progress: Progress) -> SearchSession:
     splits = study.splits.make({f"sub-{i}": "" for i in range(10)}, 0)
     ledger = Ledger(folder)
     ledger.open_study(study, splits)
@@ -50,13 +50,13 @@ def session_of(study: Study, folder: Path, progress: Progress) -> Session:
             attempt=attempt,
         )
 
-    found = Session(StudySearcher(study, splits, ledger, make_task), None, progress, StopFile(f"{folder}/.stop"))
+    found = SearchSession(StudySearcher(study, splits, ledger, make_task), None, progress, StopFile(f"{folder}/.stop"))
     found.start()
     return found
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
+def session(tmp_path: Path) -> SearchSession:
     return session_of(STUDY, tmp_path, Progress())
 
 
@@ -69,7 +69,9 @@ def full(path: Path) -> None:
     path.with_name(f".{os.getpid()}.{path.name}").symlink_to("/dev/full")
 
 
-def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(session: Session, tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(
+    session: SearchSession, tmp_path: Path
+) -> None:
     for fit_id in ("one", "two", "three"):
         assert session.next_fit(fit_id) is not None
     session.ended_as("one", result(0))
@@ -85,7 +87,7 @@ def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_
     assert list(Ledger(tmp_path).results()) == ["a/000", "a/002"]
 
 
-def test_fits_that_cannot_be_asked_to_stop_do_not_hide_why(session: Session, tmp_path: Path) -> None:
+def test_fits_that_cannot_be_asked_to_stop_do_not_hide_why(session: SearchSession, tmp_path: Path) -> None:
     session.next_fit("one")
     full(tmp_path / "fits/a/000.json")
     full(tmp_path / ".stop")
@@ -94,7 +96,7 @@ def test_fits_that_cannot_be_asked_to_stop_do_not_hide_why(session: Session, tmp
     assert session.ended
 
 
-def test_ctrl_c_on_a_full_disk_stops_all_the_same(session: Session, tmp_path: Path) -> None:
+def test_ctrl_c_on_a_full_disk_stops_all_the_same(session: SearchSession, tmp_path: Path) -> None:
     session.next_fit("one")
     full(tmp_path / ".stop")
     session.stop()
@@ -103,7 +105,7 @@ def test_ctrl_c_on_a_full_disk_stops_all_the_same(session: Session, tmp_path: Pa
     assert session.outcome().interrupted
 
 
-def run_all(session: Session, score: Callable[[FitTask], float | None]) -> None:
+def run_all(session: SearchSession, score: Callable[[FitTask], float | None]) -> None:
     number = 0
     while (task := session.next_fit(str(number))) is not None:
         value = score(task)

@@ -12,8 +12,7 @@ from softseg_dist import Phantom, Preprocess
 from softseg_dist.data.cases import CaseData
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.own_masks import OwnMasks
-from softseg_dist.judging.judge import judge
-from softseg_dist.judging.rows import Measurement, Yardstick, case_rows
+from softseg_dist.judging.judge import Measurement, Yardstick, case_rows, judge
 from softseg_dist.numerics.metrics import TABLE, Map, Metric, PerClass, Scale
 
 SHAPE = (20, 24, 9)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
+from softseg_dist.judging.judge import Yardstick, case_rows
 from softseg_dist.judging.recalibration import (
     FEWEST_VALUES,
     SLOPES,
@@ -21,7 +22,6 @@ from softseg_dist.judging.recalibration import (
     least_log_loss,
     recalibrated,
 )
-from softseg_dist.judging.rows import Yardstick, case_rows
 from softseg_dist.numerics.metrics import Map, Scale, neighbourhood
 
 SPACING_MM = (1.0, 1.0)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softseg_dist import Metric, Scale
-from softseg_dist.judging.rows import Grid, Measurement, Yardstick, case_rows
+from softseg_dist.judging.judge import Grid, Measurement, Yardstick, case_rows
+from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import METRICS, Map, PerClass, confusion, hard_scores
 from softseg_dist.numerics.raters import ged2
 from softseg_dist.numerics.structures import SURFACE_METRICS
@@ -35,7 +36,7 @@ def random_case(seed: int, raters: int = 2) -> tuple[np.ndarray, dict[str, np.nd
 
 
 def rows_of(prediction: np.ndarray, references: dict[str, np.ndarray], grid: Grid | None = None) -> list[Measurement]:
-    return measured(prediction, references, BOTH, grid or stack(0, 1, 2), (0.5, 0.392), (0.25, 0.5))
+    return measured(prediction, references, BOTH, grid or stack(0, 1, 2), (0.5, 0.392))
 
 
 def measured(
@@ -44,20 +45,19 @@ def measured(
     yardstick: Yardstick,
     grid: Grid,
     thresholds: tuple[float, ...] = (0.5,),
-    curve: tuple[float, ...] = (),
 ) -> list[Measurement]:
     maps = {name: grid.case(reference) for name, reference in references.items()}
-    return case_rows(grid.case(prediction), maps, yardstick, thresholds, grid.scale(yardstick.mean_volumes_mm3), curve)
+    return case_rows(grid.case(prediction), maps, yardstick, thresholds, grid.scale(yardstick.mean_volumes_mm3))
 
 
 def test_rows_hold_every_metric_once():
     prediction, references = random_case(2)
     rows = rows_of(prediction, references)
     keys = [row[:4] for row in rows]
-    against_each, against_mean = 3 * (10 + 2 + 2 * 6), 3 + 1
+    against_each, against_mean = 3 * (10 + 2 + 2 * 6), 3 + len(CURVE) - 1  # 0.5 is in both
     on_shape, calibration = 2 * (len(SURFACE_METRICS) + LESIONS), 3 * 10
     assert len(set(keys)) == len(keys) == 2 * (against_each + against_mean + on_shape + calibration + 3 + 1)  # the empty map
-    assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {0.25, 0.392, 0.5}
+    assert {row.threshold for row in rows if row.metric == "dice" and row.reference == "mean"} == {*CURVE, 0.392}
     assert {row.threshold for row in rows if row.metric in ("iou", "hd95_mm", "lesion_fdr")} == {0.392, 0.5}
     assert {row.reference for row in rows if row.metric in ("hd95_mm", "lesions_true", "reliability_voxels")} == {"mean"}
 
@@ -154,6 +154,6 @@ def test_a_case_is_measured_in_milliseconds():
     durations = []
     for _ in range(5):
         start = time.process_time()
-        measured(prediction, references, GM, stack(*range(20)), (0.5, 0.4, 0.392), tuple(np.arange(1, 20) / 20))
+        measured(prediction, references, GM, stack(*range(20)), (0.5, 0.4, 0.392))
         durations.append(time.process_time() - start)
     assert min(durations) < 0.2

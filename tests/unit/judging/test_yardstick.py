@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from softseg_dist.judging.rows import Yardstick, case_rows
+from softseg_dist.judging.judge import Yardstick, case_rows
 from softseg_dist.numerics.metrics import METRICS, TABLE, Row, Scale
 
 PROPERTY = settings(max_examples=40, deadline=None)
@@ -41,8 +41,8 @@ def measured(prediction: np.ndarray, raters: np.ndarray) -> Found:
     each = {f"rater{r}": rater for r, rater in enumerate(raters)} if len(raters) > 1 else {}
     references = {"mean": raters.mean(axis=0)} | each
     yardstick = Yardstick(("a", "b"), SCALE.mean_volumes_mm3, (), {"a": (1.2, -0.3), "b": (1.2, -0.3)})
-    rows = case_rows(prediction.astype(np.float32), references, yardstick, THRESHOLDS, SCALE, curve=())
-    return {row[:4]: row.value for row in rows}
+    rows = case_rows(prediction.astype(np.float32), references, yardstick, THRESHOLDS, SCALE)
+    return {row[:4]: row.value for row in rows if row.metric != "dice" or row.threshold in THRESHOLDS}
 
 
 def of_row(found: Found, row: Row) -> Found:

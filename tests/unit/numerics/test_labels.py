@@ -58,7 +58,7 @@ def test_fusion_has_the_values_of_its_definition(fusion: str, expected: list[flo
 @pytest.mark.parametrize("fusion", ITEM_FUSIONS)
 def test_fusing_items_together_equals_fusing_them_one_by_one(fusion: str) -> None:
     items = random_raters(4, 3, 2, 5, 5)
-    together = fuse(items, fusion, NAMES, draw=7, axis=1)
+    together = fuse(items.movedim(0, 2), fusion, NAMES, draw=7).movedim(1, 0)
     assert torch.equal(together, torch.stack([fuse(item, fusion, NAMES, draw=7) for item in items]))
 
 
@@ -157,7 +157,7 @@ def test_it_is_the_intersection_that_takes_volume_not_rounding_after_every_step(
         total = 0.0
         for number, sample in enumerate(prepared):
             raters = torch.from_numpy(sample.raters)
-            target = prepare_target(raters, None, mode, fusion, sample.rater_names, draw=number, axis=1)
+            target = prepare_target(raters.movedim(0, 2), None, mode, fusion, sample.rater_names, draw=number).movedim(1, 0)
             seeds = range(len(target) * number, len(target) * (number + 1))
             turn = (Affine(degrees=20, scale=0.1, shift=0.03),)
             total += float(augment(torch.zeros_like(target), target, turn, seeds, mode, sample.spacing_mm)[1].double().sum())

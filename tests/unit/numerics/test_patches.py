@@ -282,7 +282,7 @@ def test_uncertainty_asks_about_patches_too(store: Store) -> None:
 def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_whole_images(store: Store, tmp_path: Path) -> None:
     recipe = RECIPE.replace(patch=PATCH)
     card = card_of(Preprocess(dim=3), recipe)
-    model = Model.of(recipe, 1, 1, 3).eval()
+    model = Model(recipe, 1, 1, 3).eval()
     folder = saved(tmp_path / "model", card, model)
     loaded = read_model(folder, read_card(folder))
     assert loaded.patch == PATCH

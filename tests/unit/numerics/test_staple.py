@@ -166,7 +166,7 @@ def test_staple_is_to_soft_staple_as_a_mask_to_its_probability() -> None:
 
 def test_every_class_is_fused_on_its_own_and_all_items_together() -> None:
     raters = torch.stack([planted(seed, voxels=800)[1].reshape(3, 2, 20, 20) for seed in (1, 2)], dim=2)  # [R N K *S]
-    fused = fuse(raters.movedim(0, 1), "soft_staple", ("a", "b", "c"), axis=1)
+    fused = fuse(raters.movedim(1, 2), "soft_staple", ("a", "b", "c")).movedim(1, 0)
     assert fused.shape == (2, 2, 20, 20)
     for k in range(2):
         assert torch.equal(fused[:, k], staple(raters[:, :, k]).posterior)

@@ -162,8 +162,8 @@ def test_an_objective_of_the_user_is_reported_by_what_its_json_says_without_its_
     objective = {"type": "s009_mine:Gone", "code": "0123", "row": row}
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=3, objective=objective)
     summary = summarise(load_run(folder))
-    assert (summary.objective, summary.objective_title, summary.sign) == ("ece", "own error", -1)
-    assert summary.objective_meaning == "what we look at"
+    assert (summary.objective.name, summary.objective.title, summary.objective.sign) == ("ece", "own error", -1)
+    assert summary.objective.meaning == "what we look at"
     assert "own error (lower is better)" in answer(summary)
 
 
@@ -516,7 +516,7 @@ def test_candidates_that_differ_in_a_parameter_of_an_augmentation_show_it():
         return varying_fields([RecordedCandidate(name, recipe, False, {}, {}) for name, recipe in recipes.items()])
 
     assert fields([turn], [turn | {"degrees": 20.0}]) == {"a": {"augment.0.degrees": "10"}, "b": {"augment.0.degrees": "20"}}
-    assert fields([turn, flip], []) == {"a": {"augment": "Affine, Flip"}, "b": {"augment": "none"}}
+    assert fields([turn, flip], []) == {"a": {"augment": "Affine + Flip"}, "b": {"augment": "none"}}
 
 
 @pytest.mark.engine
@@ -569,7 +569,8 @@ def test_equal_candidates_are_called_equal(tmp_path: Path) -> None:
 def test_where_one_candidate_has_thresholds_from_validation_the_others_are_cut_at_half(tmp_path: Path) -> None:
     summary = summarise(load_run(without_training(tmp_path, num_splits=6, ours=CELLS[1])))
     assert summary.used_rules == ("fixed", "grid", "dice_optimal")
-    assert {rule.candidate for rule in summary.rules} == {CELLS[1]}
+    thresholds = {s.name: list(s.thresholds) for s in summary.ranking}
+    assert thresholds == {CELLS[0]: ["fixed"], CELLS[1]: ["fixed", "grid", "dice_optimal"], CELLS[2]: ["fixed"]}
     assert set(summary.measures.surfaces) == set(summary.measures.lesions) == set(CELLS[:3])
 
 
@@ -577,7 +578,7 @@ def test_where_one_candidate_has_thresholds_from_validation_the_others_are_cut_a
 @pytest.mark.parametrize("num_splits", [1, 6])
 def test_the_page_of_predictions_has_no_section_without_content(tmp_path: Path, num_splits: int) -> None:
     page = written_page(without_training(tmp_path, num_splits)).read_text()
-    left_out = ["time of all fits", "fits finished", 'id="training"', "No pictures", ">grid<", ">Dice-optimal<", "or 0.5?"]
+    left_out = ["time of all fits", "fits finished", 'id="training"', "No pictures", ">grid<", ">Dice-optimal<"]
     assert not [text for text in left_out if text in page]
     assert ("Wilcoxon" in page) == ("Bootstrap" in page) == (num_splits > 1)
     assert ("t-test over subjects (primary)" in page) == (num_splits == 1)

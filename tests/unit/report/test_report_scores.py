@@ -17,9 +17,10 @@ from softseg_dist.report.export import csv_tables
 from softseg_dist.report.figures import forest_figure
 from softseg_dist.report.findings import answer, caveats, learned_answer, scores_answer
 from softseg_dist.report.page import summary_json
-from softseg_dist.report.paired_tests import effect_in_words, estimated
+from softseg_dist.report.paired_tests import effect_in_words, primary_test
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import load_run
+from softseg_dist.report.scores import ScoreTables
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.words import interval, interval_clause, number
 
@@ -122,7 +123,7 @@ def test_limits_of_every_metric_hold_its_perfect_value_and_that_of_an_empty_pred
 def test_an_interval_on_one_degree_of_freedom_is_not_printed_and_says_why(tmp_path: Path) -> None:
     table = np.full((4, 2), np.nan)
     table[[0, 1], 0], table[[2, 3], 1] = (0.1, 0.2), (0.3, 0.35)  # two folds
-    test = estimated(table)
+    test = primary_test(ScoreTables(("a", "b", "c", "d"), (0, 1), {}), table)
     assert test.df == pytest.approx(1)
     assert test.p > 0
     assert np.isnan([test.low, test.high]).all()

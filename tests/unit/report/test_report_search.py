@@ -39,8 +39,8 @@ def test_fits_of_a_candidate_that_was_given_up_are_saved_not_missing(tmp_path: P
     summary = summary_of(folder)
     training = {t.name: t for t in summary.training}
     assert (training["trial-0004"].raced, training["trial-0004"].missing, training["trial-0004"].finished) == (2, 0, 1)
-    assert summary.num_planned == summary.num_finished == 13 * 3 - 2
-    assert summary.searched.raced["trial-0004"].after == 1
+    assert summary.num_planned == sum(t.finished for t in summary.training) == 13 * 3 - 2
+    assert summary.raced["trial-0004"].after == 1
     said = caveats(summary)
     assert any("1 of 13 candidates (2 fits saved)" in text for text in said)
     assert not any("have no score" in text for text in said)
@@ -61,9 +61,9 @@ def test_nobody_on_the_front_is_beaten_in_both_objectives(tmp_path: Path):
     study = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(study | {"second_objective": "ece"}))
     summary = summary_of(folder)
-    pareto = summary.searched.pareto
+    pareto = summary.pareto
     assert pareto is not None
-    assert (pareto.metric, pareto.sign) == ("ece", -1)
+    assert (pareto.beside.name, pareto.beside.sign) == ("ece", -1)
     assert {point.name for point in pareto.points} == {CONTROL, *TRIALS}
     for point in pareto.points:
         beaten = any(o.first >= point.first and o.second <= point.second and o is not point for o in pareto.points)
@@ -74,10 +74,11 @@ def test_nobody_on_the_front_is_beaten_in_both_objectives(tmp_path: Path):
 
 def test_trials_of_tuning_are_shown_and_never_ranked(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS, num_splits=2)
+    assert any("one fixed learning rate" in text for text in caveats(summary_of(folder)))
     tune(folder, CELLS[1], {0.0003: 0.8, 0.001: 0.83, 0.003: 0.86}, chosen=0.003)
     summary = summary_of(folder)
     assert {standing.name for standing in summary.ranking} == set(CELLS)
-    (tuned,) = summary.searched.tuned
+    (tuned,) = summary.tuned
     assert (tuned.name, tuned.num_trials, tuned.best, tuned.worst) == (CELLS[1], 3, 0.86, 0.8)
     assert tuned.chosen == {"optim.lr": "0.003"}
     assert len(summary.effects) == 3  # the study file has a factorial still, whatever the rates became
@@ -96,8 +97,8 @@ def test_held_out_subjects_are_tested_once_and_said_first(tmp_path: Path):
     assert held.crossed is not None
     assert held.crossed.low < 0.03 < held.crossed.high
     assert [score.name for score in held.scores] == [winner, CONTROL]
-    assert (held.scores[0].num_subjects, held.scores[0].num_splits) == (8, 4)
-    assert held.scores[0].dice["grid"] == pytest.approx(held.scores[0].mean)
+    assert (held.scores[0].score.num_subjects, held.scores[0].score.num_splits) == (8, 4)
+    assert held.scores[0].dice["grid"] == pytest.approx(held.scores[0].score.mean)
     assert number(held.crossed.mean, signed=True) in holdout_answer(summary)
     assert any("in the ranking is optimistic" in text for text in caveats(summary))
 
@@ -207,14 +208,26 @@ def test_a_nested_study_says_what_its_procedure_is_worth(tmp_path: Path):
     assert table.difference is not None
     assert table.difference.low < 0.02 < table.difference.high
     assert (table.difference.num_pairs, table.difference.num_splits) == (5 * 6, 5)
-    assert table.winners == {"soft-normrelu-dice": 3, "soft-sigmoid-dice": 2}
     page = unescape(write_outer_page(outer, tmp_path).read_text())
     said = outer_json(outer)
     assert "5 of 6 outer splits complete" in page
+    assert "chose differently: soft-normrelu-dice in 3 outer splits, soft-sigmoid-dice in 2 outer splits." in page
     assert said["answer"] in page
     assert number(table.difference.mean, signed=True) in said["answer"]
     assert "Is it < or >?" in page
     json.dumps(said, allow_nan=False)
+
+
+def test_a_nested_study_names_the_subject_that_weakens_its_test(tmp_path: Path) -> None:
+    nest(tmp_path, gain=0.02)
+    rows = pd.read_parquet(tmp_path / "outer.parquet")
+    far = (rows["candidate"] == "winner") & (rows["subject"] == "007")
+    rows.assign(value=rows["value"] - far).to_parquet(tmp_path / "outer.parquet")
+    outer = load_outer(tmp_path)
+    assert outer is not None
+    page = unescape(write_outer_page(outer, tmp_path).read_text())
+    assert "One subject carries the variance (007, mean difference -0.15)" in page
+    assert "Of the difference: differences are skewed" in page
 
 
 def test_a_nested_study_without_a_control_compares_nothing(tmp_path: Path):

@@ -178,12 +178,6 @@ def test_a_child_that_gets_no_task_ends() -> None:
 
 
 @pytest.mark.engine
-def test_a_class_that_only_this_process_knows_is_tried_here(prepared: tuple[Store, Split]) -> None:
-    with pytest.raises(UserError, match=r"candidate mine cannot be trained .*: Infinite\(\) is not finite"):
-        preflight({"mine": OURS.replace(loss=Infinite())}, (), *prepared, SOURCES)
-
-
-@pytest.mark.engine
 def test_a_script_without_a_guard_can_start_it(prepared: tuple[Store, Split], tmp_path: Path) -> None:
     """The child does not import the main module: this one would start it again and again."""
     store, split = prepared
