@@ -57,14 +57,17 @@ STUDY = Study(
 
 def study_source(contents: Contents, file: Path) -> str:
     """The text of the study file `file` for what a folder holds. Raises UserError if it has fewer than three persons."""
-    dim, grid_line = _dimension(contents)
-    spacing_mm = _spacing(contents, dim)
-    crop = _crop(contents, dim, spacing_mm)
+    axes, grid_line = _item_axes(contents)
+    dim = axes.shape[1]
+    spacings, sizes = (np.take_along_axis(values, axes, 1) for values in (contents.spacings_mm, contents.sizes))
+    spacing_mm = _spacing(spacings)
+    crop = _crop(sizes if spacing_mm is None else sizes * spacings / spacing_mm)
     patch = tuple(min(n, WIDEST[dim]) for n in crop)  # of whole images, of whatever size
     splits, splits_line = _splits(contents)
     batch = max(2, min(16, VOXELS_AT_ONCE[dim] // math.prod(patch)))
     used = {"Patch"} if patch != crop else set()
-    given = [f"dim={dim}", *([f"spacing_mm={spacing_mm}"] if spacing_mm else []), *([] if used else [f"crop={crop}"])]
+    given = [f"dim={dim}", *(['axis="auto"'] if dim == 2 and axes.max() == 2 else [])]
+    given += [*([f"spacing_mm={spacing_mm}"] if spacing_mm else []), *([] if used else [f"crop={crop}"])]
     names = {"Affine", "DiceSemimetric", "Optim", "Preprocess", "Recipe", "Study", "UNet", "factorial", *used}
     names |= {type(contents.layout.data).__name__, splits.partition("(")[0]}
     return TEMPLATE.format(
@@ -110,34 +113,35 @@ def _range(values: np.ndarray, form: str) -> str:
     return " x ".join(low if low == high else f"{low} to {high}" for low, high in ends)
 
 
-def _dimension(contents: Contents) -> tuple[int, str]:
-    """2 or 3, and why."""
-    x, y, z = np.median(contents.spacings_mm, axis=0)
+def _item_axes(contents: Contents) -> tuple[np.ndarray, str]:
+    """The canonical axes of what is trained on, of each case [cases 2] or [cases 3], and why."""
+    thickest = [grid.thickest for grid in contents.grids.values()]
+    in_plane = np.array([[axis for axis in range(3) if axis != across] for across in thickest])
+    thick = np.median([mm[across] for mm, across in zip(contents.spacings_mm, thickest, strict=True)])
     slices = int(np.median(contents.sizes[:, 2]))
-    voxel = f"voxels of {dimensions([float(n) for n in (x, y, z)])} mm (median)"
-    if z >= THICK * max(x, y):
-        return 2, f"{voxel}: slices are thick, so they are trained on one by one"
+    voxel = f"voxels of {dimensions(np.median(contents.spacings_mm, axis=0).tolist())} mm (median)"
+    if thick >= THICK * np.median(np.take_along_axis(contents.spacings_mm, in_plane, 1), axis=0).max():
+        others = sum(across != 2 for across in thickest)
+        where = f" (in {count(others, 'case')} not across z)" if others else ""
+        return in_plane, f"{voxel}: slices are thick{where}, so they are trained on one by one"
+    every = np.tile(np.arange(3), (len(in_plane), 1))
     if slices < FEW_SLICES:
-        return 2, f"{count(slices, 'slice')} per image: too few for three dimensions"
-    return 3, f"{voxel}: thin enough for three dimensions"
+        return every[:, :2], f"{count(slices, 'slice')} per image: too few for three dimensions"
+    return every, f"{voxel}: thin enough for three dimensions"
 
 
-def _spacing(contents: Contents, dim: int) -> tuple[float, ...] | None:
-    """The median, of thick slices the 10th percentile; None if all images have it."""
-    spacings = contents.spacings_mm[:, :dim]
+def _spacing(spacings: np.ndarray) -> tuple[float, ...] | None:
+    """The median of [cases axes], of thick slices the 10th percentile; None if all images have it."""
     median = np.median(spacings, axis=0)
-    if dim == 3 and median.max() >= THICK * median.min():
+    if len(median) == 3 and median.max() >= THICK * median.min():
         median[median.argmax()] = np.percentile(spacings[:, median.argmax()], 10)
     if np.abs(spacings / median - 1).max() < SAME:
         return None
     return tuple(float(f"{size:.3g}") for size in median)
 
 
-def _crop(contents: Contents, dim: int, spacing_mm: tuple[float, ...] | None) -> tuple[int, ...]:
-    """The size of the largest image after resampling, as a multiple of `LEVELS`: smaller ones are padded, nothing is cut off."""
-    sizes = contents.sizes[:, :dim].astype(float)
-    if spacing_mm is not None:
-        sizes *= contents.spacings_mm[:, :dim] / spacing_mm
+def _crop(sizes: np.ndarray) -> tuple[int, ...]:
+    """The largest of the sizes [cases axes], as a multiple of `LEVELS`: smaller images are padded, nothing is cut off."""
     return tuple(max(2 * LEVELS, LEVELS * math.ceil(n / LEVELS)) for n in np.rint(sizes.max(axis=0)).astype(int).tolist())
 
 

@@ -58,8 +58,9 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     refused before the first fit.
     """
     backend, study, run = backend_of(options), file.study, Place.at(options.out) / file.study.name
-    assert study.nested is not None
     prepared = prepare(study, options.data_root, options.stores, progress().note)
+    study = prepared.resolved(study)
+    assert study.nested is not None
     splits = study.nested.of_cases(prepared.sites, prepared.persons, study.seed)
     inner = [study.inner(split) for split in splits]
     for one in inner:

@@ -115,6 +115,7 @@ def run_prepared(
     """Run a study whose data are prepared in the folder `run`; otherwise as `run_study`. `child` is that of `preflight`."""
     if options.debug and options.in_process:
         file = file.as_sent()
+    file = replace(file, study=prepared.resolved(file.study))
     study, splits = file.study, file.study.make_splits(prepared.sites, prepared.persons)
     resources = resources_of(study, options)
     recipes = {**study.candidates, **sample_proposals(study)}

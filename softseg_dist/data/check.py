@@ -36,7 +36,7 @@ class Problem:
     detail: str
 
 
-Seen = tuple[str, Geometry, tuple[int, ...]]  # what is compared between cases: name, grid of the image, size of an item
+Seen = tuple[str, Geometry]  # what is compared between cases: name, grid of the image
 
 
 def check_cases(
@@ -44,9 +44,9 @@ def check_cases(
 ) -> list[Problem]:
     """All problems of `cases` (those of `DataSet.scan`: incomplete ones count), one case in memory at a time.
 
-    `look` gets the sample of each case without an error. Errors: something missing, unreadable or contradictory; sizes that differ.
-    Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation or voxel size unlike the others', a
-    person at two sites.
+    `look` gets the sample of each case without an error. Errors: something missing, unreadable or contradictory.
+    Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation, slices or a voxel size unlike the
+    others', a person at two sites.
     """
     problems: list[Problem] = []
     seen: list[Seen] = []
@@ -63,8 +63,8 @@ def check_cases(
         problems += (found := [*_labels(case, data), *_crop(case, data, sample)])
         if all(problem.level != "error" for problem in found):
             look(sample)
-        seen.append((case.name, data.geometry, sample.image.shape[2:]))
-    return [*problems, *_between(seen), *_people(cases)]
+        seen.append((case.name, data.geometry))
+    return [*problems, *_between(seen, preprocess), *_people(cases)]
 
 
 def unread(data: DataSet, data_root: Path | None) -> list[Problem]:
@@ -96,25 +96,21 @@ def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
         yield Problem(case.name, "warning", "label outside the crop", f"{lost:.1%} of the labelled voxels are cut off")
 
 
-def _between(seen: Sequence[Seen]) -> Iterator[Problem]:
+def _between(seen: Sequence[Seen], preprocess: Preprocess) -> Iterator[Problem]:
     if not seen:
         return
-    usual, count = Counter(grid.orientation for _, grid, _ in seen).most_common(1)[0]
-    for name, grid, _ in seen:
-        if grid.orientation != usual:
-            detail = f"{grid.orientation}, while {count} of {len(seen)} cases are {usual}; it is turned when read"
-            yield Problem(name, "warning", "orientation", detail)
-    median = np.median([grid.spacing_mm for _, grid, _ in seen], axis=0)
-    for name, grid, _ in seen:
+    across = [f"cut across {'xyz'[preprocess.slice_axis(grid)]}" for _, grid in seen]
+    unlike = [("orientation", [grid.orientation for _, grid in seen], "; it is turned when read"), ("slices", across, "")]
+    for rule, kinds, what in unlike:
+        usual, count = Counter(kinds).most_common(1)[0]
+        for (name, _), kind in zip(seen, kinds, strict=True):
+            if kind != usual:
+                yield Problem(name, "warning", rule, f"{kind}, while {count} of {len(seen)} cases are {usual}{what}")
+    median = np.median([grid.spacing_mm for _, grid in seen], axis=0)
+    for name, grid in seen:
         if np.maximum(grid.spacing_mm / median, median / grid.spacing_mm).max() > SPACING_OUTLIER:
             detail = f"{dimensions(grid.spacing_mm)} mm, the median is {dimensions(median.tolist())} mm"
             yield Problem(name, "warning", "resolution", detail)
-    sizes: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, _, size in seen:
-        sizes[size].append(name)
-    if len(sizes) > 1:
-        detail = "; ".join(f"{dimensions(size)}: {names[0]} and {len(names) - 1} more" for size, names in sizes.items())
-        yield Problem("", "error", "sizes differ", f"{detail}; set crop=... of Preprocess")
 
 
 def _people(cases: Sequence[Case]) -> Iterator[Problem]:

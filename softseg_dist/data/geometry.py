@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -18,6 +19,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 SAME_GRID_TOLERANCE = 0.25  # of a voxel, at the worst corner: masks saved by other tools round their affine (0.15 seen)
+SAME_LENGTH = 1.01  # ratio of voxel sizes that count as equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,12 @@ class Geometry:
     def spacing_mm(self) -> tuple[float, ...]:
         """Voxel size along the canonical axes."""
         return spacing_of(self.canonical_affine)
+
+    @property
+    def thickest(self) -> int:
+        """The canonical axis along which voxels are longest, of equal ones the last; an axis of one voxel if there is one."""
+        lengths = [math.inf if n == 1 else mm for n, mm in zip(self.canonical_shape, self.spacing_mm, strict=True)]
+        return max(axis for axis, length in enumerate(lengths) if length * SAME_LENGTH >= max(lengths))
 
     @property
     def orientation(self) -> str:

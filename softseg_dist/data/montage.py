@@ -24,9 +24,9 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00")
 def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> None:
     """Write a picture of `samples`, of which there is at least one.
 
-    Each tile is the axial slice with the most label, seen from below as radiologists do (left is right); the line is where the mean
-    of the raters is 1/2, the dotted lines where it leaves 0 and reaches 1, a colour per class. Raises UserError if the
-    file cannot be written.
+    Each tile is the slice with the most label, as radiologists see it: axial ones from below (left is right), coronal ones from the
+    front, sagittal ones from the left. The line is where the mean of the raters is 1/2, the dotted lines where it leaves 0 and
+    reaches 1, a colour per class. Raises UserError if the file cannot be written.
     """
     tiles = [(sample, *_fullest(sample)) for sample in samples]
     columns = min(COLUMNS, len(tiles))
@@ -57,7 +57,7 @@ def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> No
 
 
 def _fullest(sample: Sample) -> tuple[Float32, Float32]:
-    """Image [X Y] and mean label [K X Y] of the slice with the most label (of the middle one if there is none)."""
+    """Image [*S] and mean label [K *S] of the slice with the most label (of the middle one if there is none); axial in 3D."""
     mean: NDArray[np.float32] = sample.raters.mean(axis=1)  # [N K *S]
     image = sample.image[:, 0]
     if sample.placement.slices is None:

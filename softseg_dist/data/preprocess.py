@@ -1,23 +1,24 @@
 """From a case as it lies on disk to a sample that can be trained on: resampled, cropped, normalised.
 
 Legend: N items (2D: slices, 3D: 1), C image channels, R raters, K classes, X Y Z canonical (RAS+) axes, *S the axes
-of an item (2D: X Y, so that an item is an axial slice; 3D: X Y Z).
+of an item (3D: X Y Z; 2D: these without the one that slices are taken across, so X Y of an axial slice).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.cases import Case, CaseData, LabelledCase
 from softseg_dist.data.geometry import Float32, Geometry, spacing_of
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.resampling import Axis, Method, resample, restore
+from softseg_dist.data.volume import read_geometry
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
 
@@ -32,17 +33,20 @@ MOSTLY_ZERO = 0.75  # where more voxels than this share are 0, as without the sk
 class Placement:
     """Where a sample lies in its file: all that is needed to put predictions back on the original grid.
 
-    `axes`: how each of X, Y, Z was resampled and cropped. `slices`: the Z index of each item in 2D, None in 3D.
+    `axes`: how each of X, Y, Z was resampled and cropped. `slices`: the index of each item along `slice_axis` (0, 1, 2: X, Y, Z) in
+    2D, None in 3D.
     """
 
     geometry: Geometry
     axes: tuple[Axis, ...]
     slices: tuple[int, ...] | None
+    slice_axis: int = 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         geometry = {"shape": self.geometry.shape, "affine": self.geometry.affine.tolist()}
-        return {"geometry": geometry, "axes": [asdict(axis) for axis in self.axes], "slices": self.slices}
+        axes = [asdict(axis) for axis in self.axes]
+        return {"geometry": geometry, "axes": axes, "slices": self.slices, "slice_axis": self.slice_axis}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Placement:
@@ -50,7 +54,7 @@ class Placement:
         x, y, z = fields["geometry"]["shape"]
         geometry = Geometry((x, y, z), np.asarray(fields["geometry"]["affine"], dtype=np.float64))
         slices = None if fields["slices"] is None else tuple(fields["slices"])
-        return cls(geometry, tuple(Axis(**axis) for axis in fields["axes"]), slices)
+        return cls(geometry, tuple(Axis(**axis) for axis in fields["axes"]), slices, fields.get("slice_axis", 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +85,12 @@ class Preprocess(Frozen):
     """Resample, crop, normalise: the same for every candidate of a study.
 
     Args:
-        dim: 2 trains on axial slices, 3 on volumes.
-        spacing_mm: voxel size to resample to, per axis of an item (2D: in plane only); None keeps each case's own.
+        dim: 2 trains on slices, 3 on volumes.
+        axis: 2D only: the axis that slices are taken across: "z" (axial slices), "y" (coronal), "x" (sagittal), or "auto": of each
+            file the one along which its voxels are longest, of equal ones (within 1 %) the last. The axes of an item are the
+            other two, in the order x, y, z.
+        spacing_mm: voxel size to resample to, per axis of an item (2D: in plane only); None keeps each case's own. "median": along
+            each axis the median over the files of the study's cases; stores, models and reports have the numbers.
         crop: size of an item in voxels; where the image is smaller it is padded (image: its minimum, labels: 0). None
             keeps the whole field of view; `Patch` trains on parts of it. Without one, smaller images are padded to the size of
             the largest in training (image: its border values, labels: 0).
@@ -99,7 +107,8 @@ class Preprocess(Frozen):
     """
 
     dim: Literal[2, 3] = 2
-    spacing_mm: tuple[PositiveFloat, ...] | None = None
+    axis: Literal["x", "y", "z", "auto"] = "z"
+    spacing_mm: tuple[PositiveFloat, ...] | Literal["median"] | None = None
     crop: tuple[PositiveInt, ...] | None = None
     center: Annotated[str, Field(pattern=r"^[^|]+(\|[^|]+)*$")] = "image"
     label_resampling: Literal["area", "linear"] = "area"
@@ -109,16 +118,37 @@ class Preprocess(Frozen):
     @model_validator(mode="after")
     def _as_many_as_axes(self) -> Self:
         for name, value in (("spacing_mm", self.spacing_mm), ("crop", self.crop)):
-            if value is not None and len(value) != self.dim:
+            if isinstance(value, tuple) and len(value) != self.dim:
                 raise ValueError(f"{name} needs {self.dim} numbers for dim={self.dim}, got {value}")
-        if self.slices != "all" and self.dim == 3:
-            raise ValueError(f'slices="{self.slices}" is for dim=2; a volume is kept whole')
+        for name, chosen, whole in (("slices", self.slices, "all"), ("axis", self.axis, "z")):
+            if chosen != whole and self.dim == 3:
+                raise ValueError(f'{name}="{chosen}" is for dim=2; a volume is kept whole')
         return self
+
+    @model_serializer(mode="plain")
+    def _tagged(self) -> dict[str, Any]:
+        """Without the default axis, so that stores and runs from before it could be chosen are still those of their study."""
+        return {name: value for name, value in super()._tagged().items() if (name, value) != ("axis", "z")}
 
     @property
     def mask_parts(self) -> tuple[str, ...]:
         """The masks that centre the crop, besides the labels."""
         return () if self.crop is None else tuple(each for each in self.center.split("|") if each not in ("image", "foreground"))
+
+    def resolved(self, cases: Iterable[Case]) -> Self:
+        """The same with numbers for spacing_mm="median", of 6 digits, from the headers of the cases' files.
+
+        A file that cannot be read does not count, as preparation refuses it; if none can, voxel sizes stay as they are.
+        """
+        if self.spacing_mm != "median":
+            return self
+        grids = [grid for grid in map(_grid_of, cases) if grid is not None]
+        median = np.median([[grid.spacing_mm[axis] for axis in self._item_axes(grid)] for grid in grids], axis=0) if grids else ()
+        return self.replace(spacing_mm=tuple(float(f"{mm:.6g}") for mm in median) or None)
+
+    def slice_axis(self, geometry: Geometry) -> int:
+        """The canonical axis (0, 1, 2) that slices of a file are taken across in 2D."""
+        return geometry.thickest if self.axis == "auto" else "xyz".index(self.axis)
 
     def apply(self, case: Case) -> Sample:
         """The sample of `case`. Raises UserError naming the case if it cannot be read or used."""
@@ -127,12 +157,13 @@ class Preprocess(Frozen):
     def transform(self, case: Case, data: CaseData) -> Sample:
         """As `apply`, for voxels that are loaded already."""
         axes = self._axes(case, data)
-        image = self._image(case, data.image, axes)
-        raters = self._labels(data.raters, axes, self.label_resampling, np.float32)
-        truth = None if data.truth is None else self._labels(data.truth, axes, self.label_resampling, np.float32)
+        grid = Placement(data.geometry, axes, None, self.slice_axis(data.geometry))
+        image = self._image(case, data.image, grid)
+        raters = self._labels(data.raters, grid, self.label_resampling, np.float32)
+        truth = None if data.truth is None else self._labels(data.truth, grid, self.label_resampling, np.float32)
         nearest = None
         if any(axis.is_resampled for axis in axes):
-            nearest = self._labels(data.raters >= 0.5, axes, "nearest", np.uint8)
+            nearest = self._labels(data.raters >= 0.5, grid, "nearest", np.uint8)
         slices = self._slices(case, raters)
         return Sample(
             name=case.name,
@@ -143,9 +174,9 @@ class Preprocess(Frozen):
             raters=_chosen(raters, slices),
             nearest=None if nearest is None else _chosen(nearest, slices),
             truth=None if truth is None else _chosen(truth, slices),
-            spacing_mm=tuple(axis.spacing_mm for axis in axes[: self.dim]),
+            spacing_mm=tuple(axes[axis].spacing_mm for axis in self._item_axes(data.geometry)),
             voxel_mm3=float(abs(np.linalg.det(data.affine[:3, :3])) * np.prod([axis.step for axis in axes])),
-            placement=Placement(data.geometry, axes, slices),
+            placement=replace(grid, slices=slices),
             own=OwnMasks.of(data),
         )
 
@@ -155,24 +186,29 @@ class Preprocess(Frozen):
         Linear along axes where the file's grid is finer, area-weighted where it is coarser; 0 in slices that were left out and
         outside the crop.
         """
-        if placement.slices is None:
-            volume = maps[0]
-        else:
-            volume = np.moveaxis(maps, 0, -1)
-            if len(placement.slices) < placement.axes[2].size:
-                volume = np.zeros((*maps.shape[1:], placement.axes[2].size), dtype=np.float32)
-                volume[..., list(placement.slices)] = np.moveaxis(maps, 0, -1)
-        restored = restore(volume, placement.axes)
+        slices, num_slices = placement.slices, placement.axes[placement.slice_axis].size
+        if slices is not None and len(slices) < num_slices:
+            chosen, maps = maps, np.zeros((num_slices, *maps.shape[1:]), dtype=np.float32)
+            maps[list(slices)] = chosen
+        restored = restore(maps[0] if slices is None else np.moveaxis(maps, 0, placement.slice_axis - 3), placement.axes)
         return restored.clip(0, 1, out=restored)
 
     def _axes(self, case: Case, data: CaseData) -> tuple[Axis, ...]:
-        spacings = spacing_of(data.affine)
-        wanted: tuple[float | None, ...] = (*(self.spacing_mm or (None,) * self.dim), None)[:3]
-        axes = tuple(map(Axis.whole, data.image.shape[1:], spacings, wanted))
-        if self.crop is None:
-            return axes
-        center = self._center(case, data)
-        return tuple(axis.window(n, c) for axis, n, c in zip(axes, self.crop, center, strict=False)) + axes[self.dim :]
+        if isinstance(self.spacing_mm, str):
+            raise UserError(f'spacing_mm="{self.spacing_mm}" is that of several cases: take Preprocess(...).resolved(cases)')
+        inside = self._item_axes(data.geometry)
+        wanted = dict(zip(inside, self.spacing_mm or (), strict=False))
+        sizes = zip(data.image.shape[1:], spacing_of(data.affine), strict=True)
+        axes = [Axis.whole(n, mm, wanted.get(axis)) for axis, (n, mm) in enumerate(sizes)]
+        if self.crop is not None:
+            center = self._center(case, data)
+            for axis, n in zip(inside, self.crop, strict=True):
+                axes[axis] = axes[axis].window(n, center[axis])
+        return tuple(axes)
+
+    def _item_axes(self, geometry: Geometry) -> tuple[int, ...]:
+        """The canonical axes of an item."""
+        return tuple(axis for axis in range(3) if self.dim == 3 or axis != self.slice_axis(geometry))
 
     def _center(self, case: Case, data: CaseData) -> tuple[float, ...]:
         """The voxel index [X Y Z], with fractions, that the crop is centred on."""
@@ -191,29 +227,30 @@ class Preprocess(Frozen):
             f'center="{self.center}|image", or leave the case out: exclude=("{case.name}",) of the data set'
         )
 
-    def _image(self, case: Case, volume: Float32, axes: tuple[Axis, ...]) -> Float32:
+    def _image(self, case: Case, volume: Float32, grid: Placement) -> Float32:
         """[C X Y Z] -> [N C *S], normalised and then padded by each channel's minimum."""
-        items, whole, window = self._blank(volume.shape[:1], axes, np.float32)
+        items, whole, window = self._blank(volume.shape[:1], grid, np.float32)
         for c, channel in enumerate(volume):
-            values = self._normalized(resample(channel, axes, "average"), f"{case.name}, channel {c}")
+            values = self._normalized(resample(channel, grid.axes, "average"), f"{case.name}, channel {c}")
             whole[c] = values.min()
             whole[c][window] = values
         return items
 
-    def _labels(self, volume: NDArray[Any], axes: tuple[Axis, ...], method: Method, kind: type[Voxel]) -> NDArray[Voxel]:
+    def _labels(self, volume: NDArray[Any], grid: Placement, method: Method, kind: type[Voxel]) -> NDArray[Voxel]:
         """[... X Y Z] -> [N ... *S], padded by 0."""
-        items, whole, window = self._blank(volume.shape[:-3], axes, kind)
+        items, whole, window = self._blank(volume.shape[:-3], grid, kind)
         for index in np.ndindex(volume.shape[:-3]):
-            whole[index][window] = resample(volume[index], axes, method)
+            whole[index][window] = resample(volume[index], grid.axes, method)
         return items
 
     def _blank(
-        self, lead: tuple[int, ...], axes: tuple[Axis, ...], kind: type[Voxel]
+        self, lead: tuple[int, ...], grid: Placement, kind: type[Voxel]
     ) -> tuple[NDArray[Voxel], NDArray[Voxel], tuple[slice, ...]]:
         """Items [N ... *S] of 0; a view of them as [... X Y Z]; where that is not padding. So results are written in place."""
-        x, y, z = (axis.size for axis in axes)
-        items = np.zeros((z, *lead, x, y) if self.dim == 2 else (1, *lead, x, y, z), dtype=kind)
-        return items, np.moveaxis(items, 0, -1) if self.dim == 2 else items[0], tuple(axis.inside for axis in axes)
+        sizes, window = [axis.size for axis in grid.axes], tuple(axis.inside for axis in grid.axes)
+        num_items = sizes.pop(grid.slice_axis) if self.dim == 2 else 1
+        items = np.zeros((num_items, *lead, *sizes), dtype=kind)
+        return items, np.moveaxis(items, 0, grid.slice_axis - 3) if self.dim == 2 else items[0], window
 
     def _normalized(self, channel: Float32, where: str) -> Float32:
         if self.normalize == "none":
@@ -248,6 +285,16 @@ class Preprocess(Frozen):
                 f'slices of such a case, exclude=("{case.name}",) of the data set leaves it out'
             )
         return tuple(labelled.tolist()) or every
+
+
+def _grid_of(case: Case) -> Geometry | None:
+    """Of its file, by the header where it has one; None if the case lacks something or cannot be read."""
+    if case.missing():
+        return None
+    try:
+        return read_geometry(case.images[0]) if isinstance(case, LabelledCase) else case.load().geometry
+    except UserError:
+        return None
 
 
 def _chosen(items: NDArray[Voxel], slices: tuple[int, ...] | None) -> NDArray[Voxel]:

@@ -55,6 +55,7 @@ class _Facts:
     soft: Mapping[str, float]
     volumes_mm3: tuple[tuple[float, float], ...]  # of each class, mean of the raters: in the file and prepared
     num_over: int  # voxels in which the classes of a rater add up to more than 1
+    slice_axis: int  # see `Placement`
 
 
 class Inspection:
@@ -84,7 +85,7 @@ class Inspection:
         prepared = sample.raters.sum(axis=but_classes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
         volumes = tuple(zip(sample.own.mean_volumes_mm3, prepared.tolist(), strict=True))
         num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax and len(self.classes) > 1 else 0
-        self._facts.append(_Facts(sample.name, sample.subject, image, soft, volumes, num_over))
+        self._facts.append(_Facts(sample.name, sample.subject, image, soft, volumes, num_over, sample.placement.slice_axis))
         same: dict[str, bool] = {}  # cells of a factorial share their targets
         self._alike = [pair for pair in self._alike if self._same_targets(sample, pair, same)]
 
@@ -163,7 +164,7 @@ class Inspection:
         flipped = {name: recipe.augment for name, recipe in self.recipes.items()}
         flipped |= {f"TTA of {method.short}": method.transforms for method in self.study.uncertainty if isinstance(method, TTA)}
         users = [n for n, each in flipped.items() if any(isinstance(t, Flip) and not t.idle and 0 in t.axes for t in each)]
-        if users and (pairs := list(_side_pairs(self.classes))):
+        if users and {facts.slice_axis for facts in self._facts} != {0} and (pairs := list(_side_pairs(self.classes))):
             what = f"Flip of axis 0 mirrors left and right in {listed(users)}, but does not exchange the classes {listed(pairs)}"
             remedy = "mirrored images are trained with the wrong side; leave axis 0 out, as in Flip(axes=(1,))."
             yield "left and right mirrored", f"{what}: {remedy}"
@@ -204,8 +205,8 @@ def inspect_store(study: Study, store: Store, splits: Sequence[Split]) -> list[P
 
 def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
     """What a data set leaves unread, the errors in its first cases and the cautions about them: all before they are prepared."""
-    cases, inspection = study.kept(study.data.cases(data_root))[:FIRST], Inspection(study)
-    found = check_cases(cases, study.preprocess, inspection.look)
+    cases, inspection = study.kept(study.data.cases(data_root)), Inspection(study)
+    found = check_cases(cases[:FIRST], study.preprocess.resolved(cases), inspection.look)
     errors = [problem for problem in found if problem.level == "error"]
     return [*unread(study.data, data_root), *errors, *inspection.cautions(None)]
 

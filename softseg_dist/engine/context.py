@@ -32,6 +32,7 @@ from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.fit import fit
 from softseg_dist.training.model import Model
 from softseg_dist.training.task import FitResult, FitTask, weights_path
+from softseg_dist.words import count
 
 if TYPE_CHECKING:
     from softseg_dist.engine.session import Session
@@ -77,6 +78,10 @@ class Prepared:
         """The subject of each case."""
         return {case.name: case.subject for case in self.store.cases}
 
+    def resolved(self, study: Study) -> Study:
+        """The study, with the numbers of the store where its file says spacing_mm="median"."""
+        return study.replace(preprocess=self.store.preprocess) if study.preprocess.spacing_mm == "median" else study
+
 
 def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Callable[[str], None]) -> Prepared:
     """Build the study's store, or find it built; `note` gets lines about progress. Raises UserError on data that cannot be used."""
@@ -88,7 +93,10 @@ def prepare(study: Study, data_root: Path | None, stores: str | Path, note: Call
         if done % max(1, total // 10) == 0:
             note(f"prepared {done} of {total} cases, the last one {name}")
 
-    return Prepared(shared_store(stores, cases, study.data, study.preprocess, say))
+    preprocess = study.preprocess.resolved(cases)
+    if preprocess != study.preprocess:
+        note(f'spacing_mm="{study.preprocess.spacing_mm}" of {count(len(cases), "case")} is {preprocess.spacing_mm} mm')
+    return Prepared(shared_store(stores, cases, study.data, preprocess, say))
 
 
 class Backend(Protocol):

@@ -1,7 +1,7 @@
 """Spatial transforms: affine, flip, elastic. All act in mm, so that voxels need not be isotropic.
 
 Legend: B batch, C image channels, *S space, D = 2 or 3 its number of axes. Axes are those of a canonical (RAS) image: 0 is
-left to right, 1 posterior to anterior, 2 inferior to superior.
+left to right, 1 posterior to anterior, 2 inferior to superior. Slices have those two that they are not taken across, as 0 and 1.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Affine(AffineMap):
 class Flip(AffineMap):
     """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
 
-    Axis 0, left to right, is the one along which anatomy is nearly symmetric.
+    Axis 0, left to right, is the one along which anatomy is nearly symmetric. In slices across x, which have no such axis, 0 is
+    posterior to anterior.
     """
 
     short: ClassVar[str] = "flip"

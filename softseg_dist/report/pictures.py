@@ -39,8 +39,9 @@ from softseg_dist.words import number
 class Overlay:
     """One slice to look at. `label` says which it is ("best", "median", "worst"), `score` is the case's objective for the winner.
 
-    `image`, `truth` and, by candidate, `predictions` are [X Y] in canonical order (x to the right, y up); truth and predictions in
-    [0, 1], of one class, whose name goes into `class_name` if there are several. `spacing_mm`: the size of a pixel along X and Y.
+    `image`, `truth` and, by candidate, `predictions` are [X Y] in canonical order (x to the right, y up), or have the two axes of
+    slices across another; truth and predictions in [0, 1], of one class, whose name goes into `class_name` if there are several.
+    `spacing_mm`: the size of a pixel along both axes.
     """
 
     case: str
@@ -158,8 +159,8 @@ def _overlay(label: str, row: pd.Series, run: RunData, store: Store, models: Map
 
 
 def _slice(sample: Sample, maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Of maps [N C *S] the axial slice [C X Y] with the largest labelled area."""
+    """Of maps [N C *S] the slice with the largest labelled area, an axial one [C X Y] in 3D."""
     truth = mean_reference(sample)
-    if maps.ndim == 4:  # 2D: [N C X Y]
+    if maps.ndim == 4:  # 2D
         return maps[int(truth.sum(axis=(1, 2, 3)).argmax())]
     return maps[0, ..., int(truth[0].sum(axis=(0, 1, 2)).argmax())]

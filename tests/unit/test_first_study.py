@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from typer.testing import CliRunner
 
-from softseg_dist import KFold, MonteCarlo, Patch, Study, UserError
+from softseg_dist import KFold, MonteCarlo, Patch, Preprocess, Study, UserError
 from softseg_dist.cli.main import app
 from softseg_dist.study_file import load_study
 
@@ -45,6 +45,19 @@ def test_thick_slices_are_trained_on_one_by_one_and_sizes_become_equal(tmp_path:
     assert study.preprocess.crop == (24, 24)
     assert study.splits == KFold(folds=4)
     assert study.name == "thick"
+
+
+def test_thick_slices_are_cut_across_the_axis_that_is_thick_in_each_image(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "ds", 4, (20, 18, 6), (0.5, 0.5, 4))
+    for number in (1, 2, 3):
+        for path in folder.rglob(f"sub-{number:02d}_*.nii.gz"):
+            sagittal = nib.load(path).get_fdata(dtype=np.float32).transpose(2, 0, 1)
+            nib.save(nib.Nifti1Image(sagittal, np.diag([4, 0.5, 0.5 + 0.1 * (number > 1), 1])), path)
+    study = study_of(folder, tmp_path / "turned.py")
+    assert study.preprocess == Preprocess(axis="auto", spacing_mm=(0.5, 0.55), crop=(24, 24))
+    assert "slices are thick (in 3 cases not across z), so they are trained on one by one" in (tmp_path / "turned.py").read_text()
+    sizes = {study.preprocess.apply(case).image.shape for case in study.data.cases(None)}
+    assert sizes == {(6, 1, 24, 24)}
 
 
 def test_large_volumes_are_trained_on_by_patches(tmp_path: Path) -> None:

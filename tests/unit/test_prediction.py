@@ -77,6 +77,9 @@ PREPROCESSING = [
     Preprocess(dim=2),
     Preprocess(dim=2, crop=(8, 16), center="foreground", normalize="percentile"),
     Preprocess(dim=2, spacing_mm=(1.1, 0.6), crop=(8, 8), center="seg"),
+    Preprocess(dim=2, axis="x", spacing_mm=(1.1, 0.9), crop=(8, 8), center="seg"),
+    Preprocess(dim=2, axis="y", crop=(16, 8)),
+    Preprocess(dim=2, axis="auto"),
     Preprocess(dim=3, crop=(8, 8, 8), center="seg"),
     Preprocess(dim=3, spacing_mm=(1.0, 1.0, 1.0), crop=(16, 8, 20)),
 ]
@@ -130,21 +133,23 @@ def test_an_image_whose_voxels_no_training_image_had_is_told(tmp_path: Path) -> 
     assert [one.unlike for one in predicted(unknown, images, tmp_path / "out")] == ["", ""]
 
 
-@pytest.mark.parametrize("dim", [2, 3])
-def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "axis"), [(2, "x"), (2, "y"), (2, "z"), (3, "z")])
+def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int, axis: str) -> None:
     soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)
     soft[6, 5, 4] = 1.0  # NormReLU divides by the highest value, which shall be 1
     soft[6, 5, 5] = 0.5  # on the threshold is inside
     image = write(tmp_path / "image.nii.gz", soft)
-    card = card_of(Preprocess(dim=dim, normalize="none", crop=(8,) * dim), PASSING, thresholds=RULES)
+    card = card_of(Preprocess(dim=dim, axis=axis, normalize="none", crop=(8,) * dim), PASSING, thresholds=RULES)
     model = saved(tmp_path / "model", card, passing_model(card))
     (done,) = predicted(model, [image], tmp_path / "out", binary="grid")
-    window = (slice(3, 11), slice(2, 10), slice(1, 9))[:dim]
+    window = [slice(3, 11), slice(2, 10), slice(1, 9)]
+    if dim == 2:
+        window["xyz".index(axis)] = slice(None)
     expected = np.zeros(SHAPE, dtype=np.float32)
-    expected[window] = soft[window]
+    expected[tuple(window)] = soft[tuple(window)]
     assert np.array_equal(read(done.maps["GM"]), expected)
     assert nib.load(done.maps["GM"]).get_data_dtype() == np.float32
-    assert done.covered == pytest.approx(8 * 8 / (14 * 12) * (8 / 10 if dim == 3 else 1))
+    assert done.covered == pytest.approx(np.prod([8 / n for n, part in zip(SHAPE, window, strict=True) if part != slice(None)]))
     mask = nib.load(done.masks["GM"])
     assert mask.get_data_dtype() == np.uint8
     assert np.array_equal(mask.get_fdata() == 1, expected >= np.float32(0.35))

@@ -208,6 +208,19 @@ def test_classes_without_sides_may_be_flipped(classes: tuple[str, ...]) -> None:
     assert found(study(classes, candidates={"a": Recipe(augment=(Flip(),))}), []) == {}
 
 
+def test_slices_without_sides_may_be_flipped() -> None:
+    """Of sagittal slices axis 0 is posterior to anterior; one axial or coronal case is enough to have sides."""
+    sided = study(("left", "right"), candidates={"a": Recipe(augment=(Flip(),))})
+    both = np.stack([BLOCK, BLOCK])[None]
+    for axis, is_told in (("x", False), ("y", True), ("z", True), ("auto", True)):
+        cut = sided.replace(preprocess=Preprocess(axis=axis))
+        assert ("left and right mirrored" in found(cut, [Drawn("a", both), Drawn("b", both)])) == is_told
+    inspection = Inspection(sided)
+    for name, axis in (("a", "x"), ("b", "y")):
+        inspection.look(Preprocess(axis=axis).apply(Drawn(name, both)))  # type: ignore[arg-type]
+    assert "left and right mirrored" in [caution.rule for caution in inspection.cautions(None)]
+
+
 def test_classes_that_overlap_are_named_where_softmax_is_used() -> None:
     apart, over = (Drawn(name, np.stack([BLOCK, mask])[None]) for name, mask in (("apart", NONE), ("over", BLOCK * 0.75)))
     told = found(study(("GM", "WM"), candidates={"a": Recipe(activation=Softmax())}), [apart, over])["classes overlap"]
