@@ -25,6 +25,7 @@ from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase, named_value
 from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement
+from softseg_dist.data.source_files import part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.study_file import load_sources
@@ -142,7 +143,7 @@ def predict_images(
 
     Args:
         model: a model folder, or a run folder that has one.
-        images: one sequence of files per image, its channels in the order of training.
+        images: one sequence of files per image, its channels in the order of training; "a.nii.gz[0]" is a volume of a 4-D file.
         out: folder of the maps.
         center_masks: one per image if the model's crop is centred on a mask, else none.
         binary: a rule of the card's thresholds, or a number: masks {map >= threshold} are written too, as uint8
@@ -203,7 +204,7 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
 
 def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
     for paths in images:
-        _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; write those of one image as A.nii.gz,B.nii.gz")
+        _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; join them as A.nii,B.nii or A.nii[0],A.nii[1]")
     masks: list[MaskFile | None] = [None] * len(images)
     if parts := card.preprocess.mask_parts:
         if len(center_masks) != len(images):
@@ -246,7 +247,7 @@ def _outputs(case: ImageCase, card: ModelCard, out: Path, threshold: float | Non
 
 def _check_names(outputs: Sequence[Prediction], inputs: Sequence[Path]) -> None:
     """Raises UserError if a map would replace an input, or the map of another image that has the same file name."""
-    taken = {path.resolve() for path in inputs}
+    taken = {part_of(path)[0].resolve() for path in inputs}
     for output in outputs:
         for path in (*output.maps.values(), *output.masks.values(), *output.entropies.values()):
             if path.resolve() in taken:

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, folder_of, named_values, selected
+from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Spacing, folder_of, named_values, selected
 from softseg_dist.data.files import by_rater, center_mask
+from softseg_dist.data.source_files import part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
@@ -24,14 +25,14 @@ class Table(DataSet):
     - `case`, the name; `subject`, the person, and `site`, if there are such columns, else each case is a person;
     - `image`, or `image:t1`, `image:t2` and so on: the channels, in their order;
     - `GM` for the mask of a class GM, or `GM:anna`, `GM:ben` for those of raters, who need not have drawn in every case. In a
-      cell `:1` or `:1+2` after the path takes values of an integer map.
+      cell `:1` or `:1+2` after the path takes values of an integer map, `[0]` the first volume of a 4-D file.
 
     Paths are relative to the table, or absolute. Other columns are not read.
 
     Args:
         table: the file below the data root (or an absolute path).
         labels: the classes. One with raters and one without may be mixed, as in `Files`.
-        exclude: cases or subjects that are left out, by name.
+        exclude, spacing_mm: as for `Files`.
 
     >>> Table("cases.csv", labels=("GM",)).classes
     ('GM',)
@@ -40,6 +41,7 @@ class Table(DataSet):
     table: str
     labels: tuple[str, ...] = Field(min_length=1)
     exclude: tuple[str, ...] = ()
+    spacing_mm: Spacing = ()
 
     def __init__(self, table: str, **fields: Any) -> None:
         super().__init__(table=table, **fields)  # type: ignore[call-arg]
@@ -76,8 +78,10 @@ class Table(DataSet):
             except UserError as error:
                 text, values = row[title], ()
                 problems.append(f"case {name}: {error} in the column {title} of {path}")
+            if values and title in columns["image"]:
+                problems.append(f"case {name}: only masks have values, got {row[title]!r} in the column {title} of {path}")
             files[title] = MaskFile(path.parent / text, values)
-            if not files[title].path.is_file():
+            if not part_of(files[title].path)[0].is_file():
                 problems.append(f"case {name}: there is no file {files[title].path}, as the column {title} of {path} says")
         drawn = {
             label: {title.partition(":")[2] or SINGLE_RATER: files[title] for title in columns[label] if title in files}
@@ -87,11 +91,11 @@ class Table(DataSet):
         problems += [f"case {name} has no mask of {label} in {path}" for label, of_one in drawn.items() if not of_one]
         labels, lacking = by_rater(drawn, {label for label in self.labels if ":" in columns[label][0]})
         problems += [f"case {name} {sentence}" for sentence in lacking]
-        site = row.get("site", "")
         center = partial(center_mask, path.parent, {}, drawn)
         images = [files[title].path for title in columns["image"] if title in files]
         subject = row.get("subject") or name
-        return LabelledCase(name, images, subject, "" if site.lower() in UNKNOWN else site, labels, problems, center)
+        site = "" if (site := row.get("site", "")).lower() in UNKNOWN else site
+        return LabelledCase(name, images, subject, site, labels, problems, center, self.spacing_mm)
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -11,22 +11,22 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PositiveFloat
 
 from softseg_dist.data.file_digests import Digest, sha256_of
-from softseg_dist.data.geometry import Affine4, Float32, Geometry
-from softseg_dist.data.source_files import nfc
-from softseg_dist.data.volume import Volume, read_geometry, read_volume
+from softseg_dist.data.geometry import Affine4, Float32, Geometry, spacing_of
+from softseg_dist.data.source_files import nfc, part_of
+from softseg_dist.data.volume import Volume, is_picture, read_geometry, read_volumes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
-from softseg_dist.words import listed
+from softseg_dist.words import dimensions, listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 OfCase = TypeVar("OfCase", bound="Case")
@@ -153,6 +153,7 @@ def _regular(person: str | None) -> str | None:
     return person
 
 
+Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
 Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
 
 
@@ -166,7 +167,7 @@ class MaskFile:
     @property
     def name(self) -> str:
         """Of the file, and the values if there are any: `sub-01_dseg.nii.gz:1+2`."""
-        return f"{self.path.name}:{_joined(self.values)}" if self.values else self.path.name
+        return f"{self.path.name}:{'+'.join(map(str, self.values))}" if self.values else self.path.name
 
 
 def named_values(text: str) -> tuple[str, tuple[int, ...]]:
@@ -186,10 +187,6 @@ def named_values(text: str) -> tuple[str, tuple[int, ...]]:
     return name, values
 
 
-def _joined(values: Sequence[int]) -> str:
-    return "+".join(map(str, values))
-
-
 def _no_mask(part: str) -> MaskFile:
     raise UserError(f"this data set names no mask {part!r} to centre the crop on; use center='image' or 'foreground'")
 
@@ -197,6 +194,8 @@ def _no_mask(part: str) -> MaskFile:
 class LabelledCase(Case):
     """An image with masks. `images` are its channels, all on one grid; `labels`: rater -> class -> file.
 
+    The name of a channel may end in [2], one volume of a 4-D file or one colour of a picture. `spacing_mm` is that of pictures
+    along columns, rows and pages; () takes what the file says.
     `problems` says what is missing, one sentence each. `find_mask` finds the file of a mask of this case by its part, or raises
     UserError; it is used to centre the crop.
     """
@@ -210,11 +209,12 @@ class LabelledCase(Case):
         labels: Mapping[str, Mapping[str, MaskFile]],
         problems: Sequence[str] = (),
         find_mask: Callable[[str], MaskFile] = _no_mask,
+        spacing_mm: tuple[float, ...] = (),
     ) -> None:
         self.name, self.subject, self.site = name, subject, site
         self.images = tuple(images)
         self.rater_names = tuple(labels)
-        self.labels = labels
+        self.labels, self.spacing_mm = labels, spacing_mm
         classes, place = [*next(iter(labels.values()), {})], f"case {name}"
         wrong = [
             f"{place}: {r} has masks of {', '.join(m)}, not {', '.join(classes)}" for r, m in labels.items() if [*m] != classes
@@ -232,8 +232,9 @@ class LabelledCase(Case):
         known = {mask.path for mask in labels}
         centers = dict.fromkeys(self.find_mask(part).path for part in parts)
         used = (*map(MaskFile, self.images), *labels, *(MaskFile(path) for path in centers if path not in known))
-        digests = {path: sha256(path) for path in dict.fromkeys(file.path for file in used)}
-        return tuple(f"{file.name} {digests[file.path]}" for file in used)
+        digests = {path: sha256(path) for path in dict.fromkeys(part_of(file.path)[0] for file in used)}
+        lines = [f"{file.name} {digests[part_of(file.path)[0]]}" for file in used]
+        return (*lines, *([f"spacing_mm {dimensions(self.spacing_mm)}"] if self.spacing_mm else ()))
 
     def load(self) -> CaseData:
         """See `Case.load`. A file that several classes share is read once, and no two masks are held beside the result."""
@@ -246,30 +247,31 @@ class LabelledCase(Case):
                 uses[mask.path].append((r, k, mask, f"rater {rater}, class {name}"))
         num_classes = max(map(len, self.labels.values()), default=0)
         raters = np.empty((len(self.labels), num_classes, *image.shape[1:]), dtype=np.float32)
-        for path, labels in uses.items():
-            values = self._read_on_grid(path, geometry)
-            for r, k, mask, what in labels:
+        for path, values in self._on_grid(uses, geometry):
+            for r, k, mask, what in uses[path]:
                 raters[r, k] = _label(values, mask, what)
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
         mask = self.find_mask(part)
-        return _label(self._read_on_grid(mask.path, read_geometry(self.images[0])), mask, part)
+        ((_, values),) = self._on_grid([mask.path], read_geometry(self.images[0], self.spacing_mm))
+        return _label(values, mask, part)
 
     def _read_images(self) -> tuple[Float32, Geometry]:
-        first = read_volume(self.images[0])
-        image = first.data[None]
-        if len(self.images) > 1:
-            image = np.empty((len(self.images), *first.data.shape), dtype=np.float32)
-            image[0] = first.data
-            for c, path in enumerate(self.images[1:], start=1):
-                image[c] = self._read_on_grid(path, first.geometry)
-        return image, first.geometry
+        if len(self.images) == 1:
+            ((_, only),) = read_volumes(self.images, self.spacing_mm)
+            return only.data[None], only.geometry
+        geometry = read_geometry(self.images[0], self.spacing_mm)
+        image = np.empty((len(self.images), *geometry.canonical_shape), dtype=np.float32)
+        for path, values in self._on_grid(self.images, geometry):
+            image[[each == path for each in self.images]] = values
+        return image, geometry
 
-    def _read_on_grid(self, path: Path, geometry: Geometry) -> Float32:
-        volume = read_volume(path)
-        _check_grid(volume.geometry, path, geometry, self.images[0])
-        return volume.data
+    def _on_grid(self, paths: Iterable[Path], geometry: Geometry) -> Iterator[tuple[Path, Float32]]:
+        """The voxels of each path. A picture lies pixel on pixel on the first image, whatever size it says."""
+        for path, volume in read_volumes(paths, spacing_of(geometry.affine)):
+            _check_grid(volume.geometry, path, geometry, self.images[0])
+            yield path, volume.data
 
 
 class ImageCase(LabelledCase):
@@ -288,7 +290,7 @@ class ImageCase(LabelledCase):
         """Raises UserError if a file is missing or no NIfTI, or on another grid; reads no voxels."""
         reference = read_geometry(self.images[0])
         for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
-            _check_grid(read_geometry(path), path, reference, self.images[0])
+            _check_grid(read_geometry(path, spacing_of(reference.affine)), path, reference, self.images[0])
 
     def _center_mask(self, part: str) -> MaskFile:
         if self.center_mask is None:
@@ -322,11 +324,11 @@ class VolumeCase(ImageCase):
 
 def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None:
     """Raise UserError if the images of two subjects are equal, since they could cross a split; `sources` as `Case.sources`."""
-    known: dict[tuple[str, ...], Case] = {}
+    known: dict[tuple[tuple[str, int], ...], Case] = {}
     for case, lines in zip(cases, sources, strict=True):
         if not isinstance(case, LabelledCase):
             continue
-        content = tuple(line.rpartition(" ")[2] for line in lines[: len(case.images)])
+        content = tuple((line.rpartition(" ")[2], part_of(path)[1] or 0) for path, line in zip(case.images, lines, strict=False))
         first = known.setdefault(content, case)
         if first.subject != case.subject:
             two = f"{first.name} ({first.subject}) and {case.name} ({case.subject})"
@@ -338,9 +340,11 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
     if mask.values:
         if (fractions := values[np.abs(values - np.rint(values)) > MAP_ROUNDING]).size > 0:
-            wanted = f"value {_joined(mask.values)} needs a map of integers"
+            wanted = f"value {'+'.join(map(str, mask.values))} needs a map of integers"
             raise UserError(f"{what}: {wanted}, got {fractions.size} other voxels, such as {fractions[0]:g}, in {mask.path}")
         return np.isin(np.rint(values), np.asarray(mask.values, np.float32)).astype(np.float32)
+    if is_picture(mask.path) and np.isin(values, (0, 255)).all():  # white is 1
+        return (values > 0).astype(np.float32)
     return within_0_1(
         values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
     )

@@ -84,7 +84,7 @@ class NnUNet(Layout):
         path, facts = _described(root)
         ending = facts.get("file_ending", ".nii.gz")
         if ending not in SUFFIXES:
-            raise UserError(f"file_ending must be .nii.gz or .nii, got {ending!r} in {path}: other formats are not supported yet")
+            raise UserError(f"file_ending must be .nii.gz or .nii, got {ending!r} in {path}: PNG and TIFF are read by Files")
         if "dataset" in facts:
             raise UserError(f'a list of files under "dataset" is not supported, found in {path}; put them in imagesTr and labelsTr')
         channels = tuple(f"{number:04d}" for number in range(len(_modalities(path, facts))))
@@ -96,16 +96,16 @@ class Decathlon(Layout):
     """A task of the Medical Segmentation Decathlon: `imagesTr/CASE.nii.gz`, `labelsTr/CASE.nii.gz`, and their list in dataset.json.
 
     Args:
-        folder, labels, person, exclude: as for `NnUNet`.
+        folder, labels, person, exclude: as for `NnUNet`. Several channels are the volumes of a 4-D image.
     """
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
         """See `Layout.forms`."""
         path, facts = _described(root)
-        if len(channels := _modalities(path, facts)) > 1:
-            got = f"got the channels {listed(channels)} in {path}; write a file for each, and read them by Files"
-            raise UserError(f"images of 4 dimensions are not supported yet, {got}")
-        return [{"image": "imagesTr/{case}.nii.gz", "labels": _values(path, facts, self.labels, "labelsTr/{case}.nii.gz")}]
+        form: dict[str, Any] = {"labels": _values(path, facts, self.labels, "labelsTr/{case}.nii.gz")}
+        if (number := len(_modalities(path, facts))) == 1:
+            return [form | {"image": "imagesTr/{case}.nii.gz"}]
+        return [form | {"image": "imagesTr/{case}.nii.gz[{channel}]", "channels": tuple(map(str, range(number)))}]
 
     def completed(self, root: Path, cases: Sequence[LabelledCase]) -> Sequence[LabelledCase]:
         """See `Layout.completed`: all that the list `training` names, and a problem for each that it does not."""
@@ -117,10 +117,8 @@ class Decathlon(Layout):
         for case in cases:
             if case.name not in named:
                 case.problems += (f"case {case.name} lies in {root}, but the list training of {path.name} does not name it",)
-        lost, why = (
-            sorted(named - {case.name for case in cases}),
-            f"is in the list training of {path}, but has no image and no mask",
-        )
+        lost = sorted(named - {case.name for case in cases})
+        why = f"is in the list training of {path}, but has no image and no mask"
         return [*cases, *(LabelledCase(name, (), name, "", {}, [f"case {name} {why}"]) for name in lost)]
 
 

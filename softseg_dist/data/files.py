@@ -10,7 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +25,13 @@ from softseg_dist.data.cases import (
     LabelledCase,
     MaskFile,
     Person,
+    Spacing,
     folder_of,
     named_values,
     person_in,
     selected,
 )
-from softseg_dist.data.source_files import nfc
+from softseg_dist.data.source_files import PICTURES, nfc, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
@@ -56,7 +57,7 @@ Drawn = Mapping[str, Mapping[str, MaskFile]]  # class -> rater -> file
 class Files(DataSet):
     """Images and masks whose paths follow patterns.
 
-    A pattern is a path below the folder. It ends in `.nii.gz`, which finds `.nii`, too, or in `.nii`. In it
+    A pattern is a path below the folder. It ends in `.nii.gz`, which finds `.nii`, too, in `.nii`, `.png`, `.tif` or `.tiff`. In it
 
     - `{name}`, a placeholder, stands for one or more characters but "/", from left to right for as many as it can. Where
       it is written again, also in the pattern of a mask, it stands for the same text. Names are yours, but for
@@ -76,11 +77,14 @@ class Files(DataSet):
         labels: class -> pattern of its mask, which shares placeholders with the image and may have `{rater}`. After it, `:1`
             takes one value of an integer map, and `:1+2+4` the voxels that have one of these. A case need not have all
             raters; the mask of a class without `{rater}` counts for each of them.
+            `[0]` after the pattern of an image or mask takes the first volume of a 4-D file, or the red of a picture; `[1]:2`
+            takes the value 2 in the second. `"{case}.nii.gz[{channel}]"` with `channels=("0", "1")` are two channels.
         channels: the names of the channels, in their order.
         person: regular expression searched in `{subject}`, or in the name of the case where the image has no such
             placeholder; its first group (or the whole match) names the person. None takes the text as it is.
         site: text with placeholders of the image, such as "{site}". None takes `{site}` where the image has it, else "".
         exclude: cases or subjects that are left out, by name.
+        spacing_mm: of PNG and TIFF files along columns, rows and, in a stack, pages, whatever they say; () takes what they say.
 
     `Preprocess(center=...)` names a class, or has a pattern like those of `labels`, without `{rater}`.
 
@@ -95,6 +99,7 @@ class Files(DataSet):
     person: Person = None
     site: str | None = None
     exclude: tuple[str, ...] = ()
+    spacing_mm: Spacing = ()
 
     def __init__(self, folder: str, **fields: Any) -> None:
         super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
@@ -114,6 +119,8 @@ class Files(DataSet):
         for mask in (_Pattern.of(named_values(text)[0]) for text in self.labels.values()):
             if not set() < {*mask.names} - {"rater"} <= {*first.names}:
                 raise ValueError(f"a mask must have placeholders of its image {first.text}, and * for other text, got {mask.text}")
+        if self.spacing_mm and not any(_Pattern.of(text).text.endswith(PICTURES) for text in self.images):
+            raise ValueError(f"spacing_mm is of PNG and TIFF files, got {self.spacing_mm} with the image {first.text}")
         if unknown := {name for name, _, _ in PIECE.findall(self.site or "")} - {"", *first.names}:
             raise ValueError(f"site may have placeholders of the image {first.text}, got {listed(sorted(unknown))}")
         return self
@@ -154,29 +161,32 @@ class Files(DataSet):
 
 @dataclass(frozen=True)
 class _Pattern:
-    """`text` without the values of an integer map; `names` are its placeholders, each once."""
+    """`text` without the values of an integer map, and without `part`, "[2]" or ""; `names` are its placeholders, each once."""
 
     text: str
     names: tuple[str, ...]
+    part: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, text: str) -> Self:
         """Raises ValueError that names the rule and the text if that is no pattern."""
+        text, part = split_part(text)
         pieces = list(PIECE.finditer(text))
         if "".join(piece[0] for piece in pieces) != text:
             raise ValueError(f"a placeholder is a name in small letters within {{}}, got {text!r}")
-        if not text.endswith(SUFFIXES) or {"", ".", ".."} & set(text.split("/")):
-            raise ValueError(f"a pattern must be a path below the folder that ends in .nii.gz, got {text!r}")
+        if not text.endswith((*SUFFIXES, *PICTURES)) or {"", ".", ".."} & set(text.split("/")):
+            raise ValueError(f"a pattern must be a path below the folder that ends in .nii.gz, .png or .tif, got {text!r}")
         if "**" in text or any(one["name"] and other["name"] for one, other in pairwise(pieces)):
             raise ValueError(f"a pattern must have text or / between two placeholders, and no **, got {text!r}")
-        return cls(nfc(text), tuple(dict.fromkeys(piece["name"] for piece in pieces if piece["name"])))
+        return cls(nfc(text), tuple(dict.fromkeys(piece["name"] for piece in pieces if piece["name"])), part)
 
     def rule(self, num_parts: int | None = None) -> re.Pattern[str]:
         """For whole paths, or their first parts."""
         stem, end = "/".join(self.text.split("/")[:num_parts]), ""
         if num_parts is None:
-            stem = stem.removesuffix(".gz").removesuffix(".nii")
-            end = r"(?i:\.nii(?:\.gz)?)" if self.text.endswith(".gz") else r"(?i:\.nii)"
+            suffix = next(suffix for suffix in (".nii.gz", ".nii", *PICTURES) if stem.endswith(suffix))
+            stem = stem.removesuffix(suffix)
+            end = r"(?i:\.nii(?:\.gz)?)" if suffix == ".nii.gz" else f"(?i:{re.escape(suffix)})"
         texts, seen = [], set()
         for piece in PIECE.finditer(stem):
             if name := piece["name"]:
@@ -232,29 +242,29 @@ class _Index:
         name, images, problems = "-".join(texts.values()), list[Path](), list[str]()
         for pattern in self.images:
             found = self.groups[pattern.text].get(key, {}).get(SINGLE_RATER, [])
-            images += found[:1]
+            images += [Path(f"{path}{pattern.part}") for path in found[:1]]
             problems += self._problems(f"image {_filled(pattern.text, texts)}", found)
         drawn: dict[str, dict[str, MaskFile]] = {}
         for label, (pattern, values) in self.masks.items():
             of_raters = self.groups[pattern.text].get(pattern.of_case(key), {})
             for found in of_raters.values() or ([],):
                 problems += self._problems(f"mask {_filled(pattern.text, texts)} of {label}", found)
-            drawn[label] = {rater: MaskFile(found[0], values) for rater, found in of_raters.items()}
+            drawn[label] = {rater: MaskFile(Path(f"{found[0]}{pattern.part}"), values) for rater, found in of_raters.items()}
         if not images:
             masks = listed(sorted({str(mask.path) for of_one in drawn.values() for mask in of_one.values()}), most=2)
             problems = [f"has no image {_filled(self.data.images[0], texts)} in {self.root}, but a mask: {masks}"]
         labels, lacking = by_rater(drawn, {label for label, text in self.data.labels.items() if RATER in text})
         subject, unlike = person_in(texts.get("subject", name), self.data.person)
-        site = _filled("{site}" if self.data.site is None else self.data.site, texts)
         wrong = [f"case {name} {problem}" for problem in (*problems, *(lacking if images else ()), *unlike)]
         center = partial(center_mask, self.root, texts, drawn)
-        return LabelledCase(name, images, subject, "" if "{" in site else site, labels, wrong, center)
+        site = "" if "{" in (site := _filled("{site}" if self.data.site is None else self.data.site, texts)) else site
+        return LabelledCase(name, images, subject, site, labels, wrong, center, self.data.spacing_mm)
 
     def _problems(self, what: str, found: Sequence[Path]) -> list[str]:
         """What is wrong with the files of which there should be one."""
         if len(found) != 1:
             return [f"has {len(found)} files for its {what}: {listed(found)}" if found else f"has no {what} in {self.root}"]
-        if not found[0].name.endswith(SUFFIXES):
+        if not found[0].name.endswith(SUFFIXES) and not found[0].name.lower().endswith(PICTURES):
             return [f"has a file whose name must end in small letters, .nii or .nii.gz, to be read: rename {found[0]}"]
         return []
 
@@ -277,16 +287,18 @@ def center_mask(root: Path, texts: Mapping[str, str], drawn: Drawn, part: str) -
     if of_class := drawn.get(part):
         return of_class[min(of_class)]
     text, numbers = named_values(part)
+    text, volume = split_part(text)
     looked = _filled(text, {name: glob.escape(value) for name, value in texts.items()})
-    if "{" in looked or not looked.endswith(SUFFIXES) or looked.startswith("/"):
+    if "{" in looked or not looked.endswith((*SUFFIXES, *PICTURES)) or looked.startswith("/"):
         raise UserError(f"center must be a class ({listed([*drawn])}) or a pattern like that of a mask, got {part!r} in {root}")
     if len(found := sorted(root.glob(looked)) or sorted(root.glob(looked.removesuffix(".gz")))) != 1:
         raise UserError(f"one mask {looked} in {root} must centre the crop, got {listed(found) or 'none'}")
-    return MaskFile(found[0], numbers)
+    return MaskFile(Path(f"{found[0]}{volume}"), numbers)
 
 
 def _walk(root: Path, patterns: Sequence[_Pattern], aliases: Mapping[str, str]) -> list[tuple[str, Path]]:
-    """The NIfTI files in the folders that the patterns name, links followed, with their paths below `root` (in NFC)."""
+    """The files of a kind that patterns name, in their folders, links followed, with their paths below `root` (in NFC)."""
+    suffixes = (*SUFFIXES, *PICTURES) if any(pattern.text.endswith(PICTURES) for pattern in patterns) else SUFFIXES
     folders: dict[int, set[re.Pattern[str]]] = defaultdict(set)
     for pattern in patterns:
         for depth in range(1, pattern.text.count("/") + 1):
@@ -304,7 +316,7 @@ def _walk(root: Path, patterns: Sequence[_Pattern], aliases: Mapping[str, str]) 
             if Path(entry).is_dir() if entry.is_symlink() else entry.is_dir():  # a link that leads nowhere is a file
                 if any(rule.fullmatch(text) for rule in folders[depth + 1]):
                     todo.append((name, depth + 1))
-            elif name.lower().endswith(SUFFIXES):
+            elif name.lower().endswith(suffixes):
                 found.append((aliases.get(text, text), root / name))
     return sorted(found)
 

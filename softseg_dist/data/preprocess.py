@@ -292,7 +292,7 @@ def _grid_of(case: Case) -> Geometry | None:
     if case.missing():
         return None
     try:
-        return read_geometry(case.images[0]) if isinstance(case, LabelledCase) else case.load().geometry
+        return read_geometry(case.images[0], case.spacing_mm) if isinstance(case, LabelledCase) else case.load().geometry
     except UserError:
         return None
 

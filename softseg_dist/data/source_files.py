@@ -1,18 +1,27 @@
-"""Files that others wrote: only regular ones are opened, gzip is known by its first bytes, no more is read than is asked for."""
+"""Files that others wrote: regular ones alone, gzip by its first bytes, PNG and TIFF; no more is read than is asked for."""
 
 from __future__ import annotations
 
 import gzip
+import math
+import re
 import stat
+import struct
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from softseg_dist.errors import UserError
+import numpy as np
+from numpy.typing import NDArray
 
+from softseg_dist.data.geometry import Shape3
+from softseg_dist.errors import UserError, in_words
+
+MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 CHUNK = 2**24  # bytes inflated at a time
 GZIP = b"\x1f\x8b"  # RFC 1952, 2.3.1
 KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
@@ -20,6 +29,11 @@ POINTERS = {  # files that stand for others: what they contain -> what they are 
     b"https://git-lfs.github.com/spec/": "a pointer of Git LFS; fetch the file itself with git lfs pull",
     b"/annex/objects/": "a pointer of git-annex; fetch the file itself with git annex get, or datalad get",
 }
+PICTURES = (".png", ".tif", ".tiff")
+COLOURS = {"RGB": 3, "RGBA": 3} | dict.fromkeys(("1", "L", "LA", "I;16", "I;16B", "I", "F"), 1)  # of Pillow's modes
+NO_SIZE = (1, 72, 96)  # dots per inch: Pillow's for files that say none, and what programs write that know none
+ORIENTATION, SAMPLES, SIGNED = 274, 277, 339  # tags of TIFF 6.0
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error)
 
 
 def check_regular(path: Path) -> None:
@@ -66,6 +80,71 @@ def read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | Non
 def pointer(content: bytes | bytearray) -> str:
     """What a file is that stands for one which was not fetched, by its first bytes, and what to do; "" for any other."""
     return next((text for mark, text in POINTERS.items() if mark in content[:400] and 0 not in content[:40]), "")
+
+
+def read_picture(path: Path, *, header_only: bool = False) -> tuple[Shape3, int, tuple[float, ...], NDArray[Any]]:
+    """Columns, rows and pages of a PNG or TIFF file; 1 or 3 colours; mm of a pixel along x and y, () if unknown; its pixels.
+
+    These are [pages rows columns colours], without alpha. Raises UserError if the file is none, cut off or damaged, or would not be
+    read as it is stored: palettes, other colours than RGB, colours of 16 bits, transparent pixels, pages that differ.
+    """
+    from PIL import Image  # takes time, and few data sets have pictures
+
+    with opened(path) as (file, is_gzip):
+        if what := "compressed by gzip" if is_gzip else pointer(file.read(400)):
+            raise UserError(f"{path} is {what}")
+        file.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what matters is refused
+                image = Image.open(file, formats=("PNG", "TIFF"))
+                return *_picture_header(image, path), np.empty(0) if header_only else _pixels(image, path)
+        except UserError:
+            raise
+        except (*BROKEN, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is cut off, too large, or no PNG or TIFF file: {in_words(error)}") from error
+
+
+def _picture_header(image: Any, path: Path) -> tuple[Shape3, int, tuple[float, ...]]:
+    tags, bands, pages = getattr(image, "tag_v2", {}), image.getbands(), getattr(image, "n_frames", 1)
+    rules = {
+        f"must be gray or RGB, not {image.mode} (P is a palette)": image.mode in COLOURS,
+        "of several colours must have 8 bits for each": len(bands) == 1 or ";16" not in str(image.tile),
+        "must have no samples but its colours": tags.get(SAMPLES, len(bands)) == len(bands),
+        "must not have negative bytes": tags.get(SIGNED) != (2,) or image.mode != "L",
+        "must not be turned by a tag": tags.get(ORIENTATION, 1) == 1,
+        "must not be an animation": image.format == "TIFF" or pages == 1,
+        f"must have at most {MAX_VOXELS:.3g} pixels": math.prod(image.size) * pages <= MAX_VOXELS,
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise UserError(f"a picture {broken[0]}: save {path} anew")
+    dpi = tuple(map(float, image.info.get("dpi", NO_SIZE)))
+    return (*image.size, pages), COLOURS[image.mode], () if {*map(round, dpi)} & {*NO_SIZE} else tuple(25.4 / n for n in dpi)
+
+
+def _pixels(image: Any, path: Path) -> NDArray[Any]:
+    kind, pages = (image.size, image.mode), []
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        if (image.size, image.mode) != kind:
+            raise UserError(f"all pages of a picture must have one size and kind, got another in page {page + 1} of {path}")
+        pages.append(np.array(image))
+    pixels = np.stack(pages).reshape(len(pages), *pages[0].shape[:2], -1)
+    if (pixels[..., (number := COLOURS[kind[1]]) :] != 255).any():
+        raise UserError(f"a picture must not have transparent pixels: save {path} without alpha")
+    return pixels[..., :number]
+
+
+def split_part(text: str) -> tuple[str, str]:
+    """The path of a file, and "[2]" behind it, one volume of a 4-D file or one colour of a picture; "" for none."""
+    part = match[0] if (match := re.search(r"\[\d+\]$", text, re.ASCII)) else ""
+    return text.removesuffix(part), part
+
+
+def part_of(path: Path) -> tuple[Path, int | None]:
+    """The file and the number of what `split_part` splits, from 0; None without one."""
+    file, part = split_part(str(path))
+    return Path(file), int(part[1:-1]) if part else None
 
 
 def nfc(text: str) -> str:

@@ -1,13 +1,16 @@
-"""NIfTI files, read with suspicion: every limit is checked on the header before anything is allocated or inflated.
+"""NIfTI files and pictures, read with suspicion: limits are checked on the header before anything is allocated or inflated.
 
 The only module that knows nibabel. Single files only (`.nii`, `.nii.gz`; NIfTI-1 and NIfTI-2, either byte order). In
 memory, volumes are float32 in canonical axis order (RAS+, see `geometry`), and lengths are in mm, whatever the header's unit is.
+A path may end in [2]: that volume of a 4-D file, or that colour of a picture (PNG, TIFF), counted from 0.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,11 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import Affine4, Geometry, Shape3, corners_apart_mm, spacing_of
-from softseg_dist.data.source_files import opened, pointer, read_exactly
+from softseg_dist.data.source_files import MAX_VOXELS, PICTURES, opened, part_of, pointer, read_exactly, read_picture, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.places import replace_file
 from softseg_dist.words import dimensions
 
-MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 MAX_VALUE = 1e30  # no scanner measures it: -3.4e38, the lowest float32, marks what was not measured
 SCALE_ROUNDING = 2.0**-22  # slope and intercept are float32, which makes 0 such a part of the intercept
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
@@ -46,14 +48,40 @@ class Volume:
     geometry: Geometry
 
 
-def read_geometry(path: Path) -> Geometry:
+def read_geometry(path: Path, spacing_mm: Sequence[float] = ()) -> Geometry:
     """The grid of a file in mm; reads the header only.
 
-    Raises UserError naming the file if it is missing, no regular file or no NIfTI, or if the header declares more than 3
-    dimensions, more than `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or
-    two affines that disagree. A qform that is no rotation does not count beside a valid sform.
+    `spacing_mm` is that of a picture along columns, rows and pages, whatever the file says; () takes what it says. There x runs to
+    the right and y up; a single page is 1 mm thick if nothing says more. Raises UserError naming the file if it is missing, no
+    regular file or not of its format, or if the header declares several volumes of which the path names none, more than
+    `MAX_VOXELS`, more than the file can hold, complex or colour voxels, a singular or non-finite affine, or two affines that
+    disagree. A qform that is no rotation does not count beside a valid sform.
     """
-    return _read_header(path)[1]
+    file, part = part_of(path)
+    return _header_of(file, [part], spacing_mm)[1]
+
+
+def _header_of(file: Path, parts: Collection[int | None], spacing_mm: Sequence[float]) -> tuple[nib.Nifti1Header | None, Geometry]:
+    """The header, if it is one of NIfTI, and the grid of a file that has all these parts."""
+    raw, geometry, number = _picture_header(file, spacing_mm) if is_picture(file) else _read_header(file)
+    what = "colour" if raw is None else "volume"
+    if None in parts and number > 1:
+        got = f"got {dimensions((*geometry.shape, number))} in {file}"
+        raise UserError(
+            f"images must have 3 dimensions, {got}; {file.name}[0] to [{number - 1}] are its {what}s, a channel or mask each"
+        )
+    if (last := max(part or 0 for part in parts)) >= number:
+        raise UserError(f"there is no {what} [{last}] in {file}, which has {number}, counted from [0]")
+    return raw, geometry
+
+
+def _picture_header(path: Path, spacing_mm: Sequence[float]) -> tuple[None, Geometry, int]:
+    shape, number, pixel_mm, _ = read_picture(path, header_only=True)
+    if len(size := spacing_mm or pixel_mm) < (3 if shape[2] > 1 else 2):
+        give = "give spacing_mm=(x, y) of the data set, for a stack (x, y, z), or save it with its resolution"
+        raise UserError(f"{path} does not say the size of a voxel in mm: {give}")
+    x, y, z = (*size, 1.0)[:3]
+    return None, Geometry(shape, np.diag((x, -y, z, 1.0))), number
 
 
 def read_volume(path: Path) -> Volume:
@@ -62,11 +90,34 @@ def read_volume(path: Path) -> Volume:
     Raises UserError as `read_geometry` does, and if the file is cut off or corrupt, or a voxel is NaN, infinite or beyond
     `MAX_VALUE`.
     """
-    raw, geometry = _read_header(path)
+    ((_, volume),) = read_volumes([path])
+    return volume
+
+
+def read_volumes(paths: Iterable[Path], spacing_mm: Sequence[float] = ()) -> Iterator[tuple[Path, Volume]]:
+    """`read_volume` of each path, which comes with it. A file is read once, up to the last volume that is asked for."""
+    parts = {path: part_of(path) for path in paths}
+    for file in dict.fromkeys(file for file, _ in parts.values()):
+        numbers = {path: number for path, (of_file, number) in parts.items() if of_file == file}
+        raw, geometry = _header_of(file, numbers.values(), spacing_mm)
+        for at, volume in _stored(file, raw, geometry, sorted({number or 0 for number in numbers.values()})):
+            yield from ((path, volume) for path, number in numbers.items() if (number or 0) == at)
+
+
+def _stored(path: Path, raw: nib.Nifti1Header | None, geometry: Geometry, numbers: Sequence[int]) -> Iterator[tuple[int, Volume]]:
+    if raw is None:
+        pixels = read_picture(path)[3]
+        yield from ((at, _finite(geometry.to_canonical(pixels[..., at].T), geometry, path)) for at in numbers)
+        return
+    num_bytes = math.prod(geometry.shape) * int(raw.get_data_dtype().itemsize)
     with opened(path) as (file, _):
-        read_exactly(file, int(raw["vox_offset"]), path)
-        data = read_exactly(file, _num_bytes(raw, geometry), path)
+        for at in numbers:
+            file.seek(int(raw["vox_offset"]) + at * num_bytes)
+            yield at, _scaled(read_exactly(file, num_bytes, path), raw, geometry, path)
         read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
+
+
+def _scaled(data: bytearray, raw: nib.Nifti1Header, geometry: Geometry, path: Path) -> Volume:
     values: NDArray[Any] = np.frombuffer(data, raw.get_data_dtype()).reshape(geometry.shape, order="F")
     slope, intercept = _scaling(raw, path)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
@@ -115,8 +166,13 @@ def volume_of(image: Any, affine: Affine4 | None = None, name: str = "image") ->
 
 
 def stem_of(path: Path) -> str:
-    """The name of a NIfTI file without its suffix."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    """The name of an image's file without its suffix."""
+    return re.sub(r"(?:\.nii(?:\.gz)?|(?i:\.png|\.tiff?))$", "", split_part(path.name)[0])
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a path is that of a PNG or TIFF file, or of one of its colours, by its name."""
+    return split_part(path.name)[0].lower().endswith(PICTURES)
 
 
 def is_image(thing: object) -> bool:
@@ -142,7 +198,7 @@ def write_volume(path: Path, data: NDArray[np.float32] | NDArray[np.uint8], geom
     """
     assert data.shape == geometry.canonical_shape, f"{data.shape} is not the grid {geometry.canonical_shape} of {path}"
     stored = np.ascontiguousarray(geometry.from_canonical(data))
-    image = _image(stored, geometry) if like is None else _image_like(stored, _raw_header(like)[0])
+    image = _image(stored, geometry) if like is None or is_picture(like) else _image_like(stored, _raw_header(part_of(like)[0])[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda partial: nib.save(image, partial))
@@ -184,10 +240,10 @@ def _raw_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
     return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False), is_gzip
 
 
-def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry]:
-    """A header that has been checked, and its grid."""
+def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry, int]:
+    """A header that has been checked, its grid, and the number of volumes."""
     raw, is_gzip = _raw_header(path)
-    shape = _shape(raw, path)
+    shape, number = _shape(raw, path)
     if (code := int(raw["datatype"])) not in DATA_TYPES:
         raise UserError(f"voxels must be integers or real numbers of at most 64 bits, got NIfTI data type {code} in {path}")
     if math.prod(shape) > MAX_VOXELS:
@@ -197,26 +253,22 @@ def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry]:
         raise UserError(f"{path} is not a valid NIfTI file: voxels are said to start at byte {offset:g}")
     _scaling(raw, path)
     geometry = Geometry(shape, _affine(raw, shape, path))
-    on_disk, needed = path.stat().st_size, int(offset) + _num_bytes(raw, geometry)
+    on_disk, needed = path.stat().st_size, int(offset) + number * math.prod(shape) * int(raw.get_data_dtype().itemsize)
     if on_disk * (DEFLATE_RATIO if is_gzip else 1) < needed:
         raise UserError(f"{path} is cut off, or its header is wrong: {needed} bytes are declared, the file has {on_disk}")
-    return raw, geometry
+    return raw, geometry, number
 
 
-def _num_bytes(raw: nib.Nifti1Header, geometry: Geometry) -> int:
-    return math.prod(geometry.shape) * int(raw.get_data_dtype().itemsize)
-
-
-def _shape(raw: nib.Nifti1Header, path: Path) -> Shape3:
-    """Trailing axes of length 1 do not count; missing ones have length 1."""
+def _shape(raw: nib.Nifti1Header, path: Path) -> tuple[Shape3, int]:
+    """Voxels along three axes, and volumes. Trailing axes of length 1 do not count; missing ones have length 1."""
     dim = [int(n) for n in raw["dim"]]
     if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1:
         raise UserError(f"{path} is not a valid NIfTI file: its dimensions are {dim}")
     used = dim[1 : dim[0] + 1]
-    if any(n > 1 for n in used[3:]):
-        raise UserError(f"images must have 3 dimensions, got {dimensions(used)} in {path}; split it into volumes")
+    if len(more := [n for n in used[3:] if n > 1]) > 1:
+        raise UserError(f"images must have 3 or 4 dimensions, got {dimensions(used)} in {path}; split it into volumes")
     x, y, z = (*used, 1, 1)[:3]
-    return x, y, z
+    return (x, y, z), math.prod(more)
 
 
 def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:

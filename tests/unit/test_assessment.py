@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 
 from softseg_dist import (
@@ -99,6 +100,25 @@ def folds(root: Path, tests: list[list[int]]) -> Path:
     path = root / "splits_final.json"
     path.write_text(json.dumps(parts))
     return path
+
+
+def test_maps_of_pictures_are_judged_on_their_grids_and_pictures_are_no_maps(tmp_path: Path) -> None:
+    for number in range(3):
+        drawn = np.zeros((9, 8), np.uint8)
+        drawn[2:6, 3 : 5 + number] = 255
+        for name, pixels in ((f"p{number}", drawn // 2), (f"p{number}_seg", drawn)):
+            (tmp_path / "set").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / f"set/{name}.png")
+        affine = np.diag([0.5, -0.5, 1, 1])
+        save(tmp_path / f"maps/p{number}_label-x_softseg.nii.gz", drawn.T[..., None] / 255, affine)
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(drawn).save(tmp_path / f"pictures/p{number}.png")
+    data = Files("set", image="{case}.png", labels={"x": "{case}_seg.png"}, spacing_mm=(0.5, 0.5))
+    rows = judged(tmp_path, {"itself": tmp_path / "maps"}, data=data)[0].results
+    assert rows.loc[(rows["metric"] == "brier_skill_case") & (rows["reference"] == "mean"), "value"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError) as refused:
+        judged(tmp_path, {"pictures": tmp_path / "pictures"}, data=data)
+    assert str(refused.value).startswith("no file is of a case of the data set: p0, p1, p2")
 
 
 def test_the_references_as_predictions_have_the_perfect_value_of_every_metric(root: Path) -> None:

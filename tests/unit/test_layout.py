@@ -119,6 +119,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MOST_ARGUMENTS = 6  # more ask for an object
 OWNERS = {
     "nibabel": ("data/volume.py",),
+    "PIL": ("data/source_files.py",),
     "pyarrow.fs": ("places.py",),
     "pyarrow.ipc": ("data/store.py",),
     "optuna": ("search/optuna_study.py",),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from model_folders import PASSING, RECIPE, card_of, model_of, passing_model, saved
@@ -18,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from softseg_dist import Affine, Bids, Elastic, Flip, Network, Preprocess, Recipe, UNet
 from softseg_dist.cli.main import main
 from softseg_dist.data.store import Store, build_store
+from softseg_dist.data.volume import read_geometry
 from softseg_dist.errors import UserError
 from softseg_dist.judging.thresholds import FIXED
 from softseg_dist.judging.uncertainty import entropy
@@ -172,6 +174,22 @@ def test_channels_are_taken_in_order_and_classes_written_by_name(tmp_path: Path)
     assert not np.allclose(read(done.maps["lesion"]), read(done.maps["gray matter"]), atol=1e-3)
 
 
+def test_volumes_of_a_4d_file_are_channels_in_any_order(tmp_path: Path) -> None:
+    preprocess, recipe = Preprocess(dim=3), RECIPE.replace(network=UNet(filters=(2, 3)))
+    card = card_of(preprocess, recipe, channels=2)
+    model = saved(tmp_path / "model", card, model_of(card, recipe))
+    one, two = scan(tmp_path / "T1w.nii.gz", seed=1), scan(tmp_path / "T2w.nii.gz", seed=2)
+    both = np.stack([nib.load(path).get_fdata(dtype=np.float32) for path in (one, two)], axis=-1)
+    whole = write(tmp_path / "both.nii.gz", both)
+    (expected,) = predict_images(model, [[two, one]], tmp_path / "out")
+    (done,) = predict_images(model, [[Path(f"{whole}[1]"), Path(f"{whole}[0]")]], tmp_path / "out")
+    assert done.maps["GM"] == tmp_path / "out/both_label-GM_softseg.nii.gz"
+    assert np.array_equal(read(done.maps["GM"]), read(expected.maps["GM"]))
+    assert np.array_equal(nib.load(done.maps["GM"]).affine, nib.load(whole).affine)
+    assert "join them as A.nii,B.nii or A.nii[0],A.nii[1]" in refused(model, [[whole]], tmp_path / "none")
+    assert "there is no volume [2]" in refused(model, [[Path(f"{whole}[1]"), Path(f"{whole}[2]")]], tmp_path / "none")
+
+
 @pytest.mark.parametrize("part", ["dseg:2", "dseg:2+3"])
 def test_values_of_an_integer_map_centre_the_crop_as_in_training(tmp_path: Path, part: str) -> None:
     preprocess = Preprocess(dim=2, crop=(4, 4), center=part)
@@ -215,6 +233,21 @@ def test_what_headers_tell_is_refused_before_anything_is_written(tmp_path: Path)
     assert f"{tmp_path / 'elsewhere'} holds no model" in refused(tmp_path / "elsewhere", [[good]], out)
 
 
+def test_a_picture_gets_maps_as_nifti_files_on_its_grid_if_it_says_its_size(tmp_path: Path) -> None:
+    model, out = random_model(tmp_path / "model", Preprocess(dim=2)), tmp_path / "out"
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16), dtype=np.uint8))
+    picture.save(tmp_path / "bare.png")
+    picture.save(tmp_path / "a.png", dpi=(254, 254))
+    message = refused(model, [[tmp_path / "a.png"], [tmp_path / "bare.png"]], out)
+    assert "bare.png does not say the size of a voxel in mm" in message
+    (done,) = predicted(model, [tmp_path / "a.png"], out, binary="0.5")
+    assert done.maps["GM"] == out / "a_label-GM_softseg.nii.gz"
+    found, grid = nib.load(done.maps["GM"]), read_geometry(tmp_path / "a.png")
+    assert found.shape == (16, 12, 1)
+    assert np.allclose(found.affine, grid.affine)
+    assert np.ptp(found.get_fdata()) > 0.01
+
+
 def test_a_crop_that_is_centred_on_a_mask_needs_one_per_image(tmp_path: Path) -> None:
     model, out = random_model(tmp_path / "model", CENTERED), tmp_path / "out"
     one, two = scan(tmp_path / "1.nii.gz"), scan(tmp_path / "2.nii.gz")
@@ -244,8 +277,9 @@ def test_a_map_is_never_written_over_an_input(tmp_path: Path) -> None:
     model = random_model(tmp_path / "model", CENTERED)
     image = scan(tmp_path / "a.nii.gz")
     mask = write(tmp_path / "a_label-GM_softseg.nii.gz", np.ones(SHAPE, dtype=np.uint8))
-    with pytest.raises(UserError, match=r"would be written over .*a_label-GM_softseg"):
-        predict_images(model, [[image]], tmp_path, center_masks=[mask])
+    for same in (mask, Path(f"{mask}[0]")):
+        with pytest.raises(UserError, match=r"would be written over .*a_label-GM_softseg"):
+            predict_images(model, [[image]], tmp_path, center_masks=[same])
 
 
 def test_what_only_the_voxels_tell_costs_that_image_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from softseg_dist.data.case_table import Table
 from softseg_dist.errors import UserError
@@ -66,6 +67,31 @@ def test_channels_raters_and_values_of_an_integer_map(tmp_path: Path) -> None:
     assert np.array_equal(loaded.image, [MAP, IMAGE])
     assert np.array_equal(loaded.raters, [[MAP == 1, MAP > 0], [MAP == 2, MAP > 0]])
     assert (one.rater_names, two.rater_names) == (("anna", "ben"), ("ben",))
+
+
+def test_cells_may_name_volumes_of_a_4d_file_and_an_image_takes_no_values(tmp_path: Path) -> None:
+    data = table(
+        tmp_path, "case,image:t1,image:t2,GM", "a,x.nii.gz[1],x.nii.gz[0],x.nii.gz[2]:1", "b,x.nii.gz:1,a.nii.gz,a_gm.nii.gz"
+    )
+    nib.save(nib.Nifti1Image(np.stack([IMAGE, IMAGE + 1, MAP], axis=-1), np.eye(4)), tmp_path / "x.nii.gz")
+    assert lacks(data, tmp_path) == {
+        "a": (),
+        "b": ("case b: only masks have values, got 'x.nii.gz:1' in the column image:t1 of ROOT/cases.csv",),
+    }
+    loaded = data.replace(exclude=("b",)).cases(None)[0].load()
+    assert np.array_equal(loaded.image, [IMAGE + 1, IMAGE])
+    assert np.array_equal(loaded.raters, [[MAP == 1]])
+
+
+def test_cells_may_name_pictures_and_the_table_says_their_size(tmp_path: Path) -> None:
+    data = table(tmp_path, "case,image:red,image:blue,GM", "a,p.png[0],p.png[2],m.png").replace(spacing_mm=(0.5, 0.25))
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    Image.fromarray(pixels[..., 0] > 9).save(tmp_path / "m.png")
+    loaded = data.cases(None)[0].load()
+    assert np.array_equal(loaded.image[:, :, ::-1, 0], pixels[..., [0, 2]].T)
+    assert np.array_equal(loaded.raters[0, 0, :, ::-1, 0], pixels[..., 0].T > 9)
+    assert loaded.geometry.spacing_mm == (0.5, 0.25, 1)
 
 
 def test_the_table_lies_below_the_data_root(tmp_path: Path) -> None:

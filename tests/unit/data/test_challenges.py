@@ -170,9 +170,35 @@ def test_decathlon_names_what_is_on_disk_or_in_the_list_alone(tmp_path: Path) ->
     assert "lies in ROOT, but the list training of dataset.json does not name it" in found["hippocampus_007"][0]
 
 
-def test_decathlon_images_of_4_dimensions_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_decathlon_images_of_4_dimensions_have_the_channels_of_dataset_json(tmp_path: Path) -> None:
     data = decathlon(tmp_path, modality={"0": "T2", "1": "ADC"})
-    assert "images of 4 dimensions are not supported yet, got the channels T2, ADC in ROOT/dataset.json" in message(data, tmp_path)
+    for number, name in enumerate(("001", "003", "004"), start=1):
+        save(tmp_path, {f"imagesTr/hippocampus_{name}.nii.gz": np.stack([IMAGE * number, IMAGE + number], axis=-1)})
+    cases = data.cases(None)
+    assert [case.name for case in cases] == ["hippocampus_001", "hippocampus_003", "hippocampus_004"]
+    assert np.array_equal(cases[1].load().image, [IMAGE * 2, IMAGE + 2])
+    assert len(set(cases[0].sources()[:2])) == 2, "the order of the channels is part of the content"
+
+
+@pytest.mark.parametrize(
+    ("modality", "volumes", "said"),
+    [
+        ({"0": "T2"}, 2, "images must have 3 dimensions, got 4 x 3 x 2 x 2 in ROOT"),
+        ({"0": "T2", "1": "ADC"}, 1, r"there is no volume [1] in ROOT/imagesTr/hippocampus_001.nii.gz, which has 1"),
+        ({"0": "T2", "1": "ADC", "2": "DCE"}, 2, "there is no volume [2] in ROOT"),
+    ],
+)
+def test_decathlon_images_that_lack_channels_of_dataset_json_or_have_others_are_refused(
+    tmp_path: Path, modality: dict[str, str], volumes: int, said: str
+) -> None:
+    data = decathlon(tmp_path, modality=modality)
+    save(tmp_path, {"imagesTr/hippocampus_001.nii.gz": np.stack([IMAGE] * volumes, axis=-1)})
+    with pytest.raises(UserError) as refused:
+        data.cases(None)[0].load()
+    assert said in str(refused.value).replace(str(tmp_path), "ROOT")
+
+
+def test_decathlon_needs_its_list_of_cases(tmp_path: Path) -> None:
     assert 'needs a list "training"' in message(decathlon(tmp_path, training=[["a", "b"]]), tmp_path)
 
 

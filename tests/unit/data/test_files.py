@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from softseg_dist.data.cases import DataSet
+from softseg_dist.data.cases import DataSet, check_apart
+from softseg_dist.data.check import check_cases
 from softseg_dist.data.files import Files
+from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
 
 SHAPE = (4, 3, 2)
@@ -133,6 +136,138 @@ def test_a_file_belongs_to_the_pattern_with_the_most_fixed_text(tmp_path: Path) 
     assert lacks(files(tmp_path, image, labels=labels | {"x": "{case}_seg_{rater}.nii.gz"}), tmp_path) == {"a": ()}
     put(tmp_path, "b/a_0000.nii.gz", "b/a.nii.gz")
     assert lacks(files(tmp_path / "b", "{case}_0000.nii.gz", "{case}.nii.gz"), tmp_path) == {"a": ()}
+
+
+VOLUMES = np.stack([IMAGE, IMAGE + 1, MAP], axis=-1)
+
+
+def test_volumes_of_a_4d_file_are_channels_and_classes_and_may_have_values(tmp_path: Path) -> None:
+    save(tmp_path, "x_t1.nii.gz", VOLUMES)
+    save(tmp_path, "x_seg.nii.gz", np.stack([MAP == 3, MAP / 4, MAP], axis=-1).astype(np.float32))
+    labels = {"GM": "{case}_seg.nii.gz[1]", "WM": "{case}_seg.nii.gz[0]", "cord": "{case}_seg.nii.gz[2]:1+2"}
+    expected = np.stack([MAP / 4, MAP == 3, np.isin(MAP, (1, 2))]).astype(np.float32)
+    for image, channels in (("{case}_t1.nii.gz[{channel}]", ("1", "0")), (("{case}_t1.nii.gz[1]", "{case}_t1.nii.gz[0]"), ())):
+        (case,) = files(tmp_path, image, labels=labels, channels=channels).cases(None)
+        assert np.array_equal(case.load().image, [IMAGE + 1, IMAGE])
+        assert np.array_equal(case.load().raters, expected[None])
+        assert np.array_equal(case.mask("cord"), expected[2])
+        assert np.array_equal(case.mask("{case}_seg.nii.gz[2]:1+2"), expected[2])
+        assert [line.split()[0] for line in case.sources()] == [
+            "x_t1.nii.gz[1]",
+            "x_t1.nii.gz[0]",
+            "x_seg.nii.gz[1]",
+            "x_seg.nii.gz[0]",
+            "x_seg.nii.gz[2]:1+2",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "said"),
+    [
+        ("{case}_t1.nii.gz", "{case}_seg.nii.gz", "4 x 3 x 2 x 3 in ROOT/x_t1.nii.gz; x_t1.nii.gz[0] to [2] are its volumes"),
+        ("{case}_t1.nii.gz[3]", "{case}_seg.nii.gz", "no volume [3] in ROOT/x_t1.nii.gz, which has 3"),
+        ("{case}_t1.nii.gz[0]", "{case}_seg.nii.gz:2", "4 x 3 x 2 x 2 in ROOT/x_seg.nii.gz"),  # :2 is a value, not a volume
+        ("{case}_t1.nii.gz[0]", "{case}_seg.nii.gz[0]", "rater rater, class lesion: labels must lie in [0, 1], got 23 in ROOT"),
+    ],
+)
+def test_a_4d_file_is_never_read_by_a_guess(tmp_path: Path, image: str, mask: str, said: str) -> None:
+    save(tmp_path, "x_t1.nii.gz", VOLUMES)
+    save(tmp_path, "x_seg.nii.gz", VOLUMES[..., :2])
+    with pytest.raises(UserError) as refused:
+        files(tmp_path, image, mask).cases(None)[0].load()
+    assert said in str(refused.value).replace(str(tmp_path), "ROOT")
+
+
+def test_two_volumes_of_a_file_are_other_images_and_one_volume_of_equal_files_is_not(tmp_path: Path) -> None:
+    for name in "xy":
+        save(tmp_path, f"{name}_t1.nii.gz", VOLUMES)
+        save(tmp_path, f"{name}_seg.nii.gz")
+    x, y = files(tmp_path, "{case}_t1.nii.gz[0]").cases(None)
+    with pytest.raises(UserError, match=r"the images of x .* and y .* are equal"):
+        check_apart([x, y], [x.sources(), y.sources()])
+    (other,) = files(tmp_path, "{case}_t1.nii.gz[1]", exclude=("x",)).cases(None)
+    check_apart([x, other], [x.sources(), other.sources()])
+
+
+def draw(root: Path, name: str, *pages: np.ndarray, **options: Any) -> None:
+    """A picture of rows and columns: its pixels are the transposed slices of what is read, upside down."""
+    put(root, name)
+    first, *others = [Image.fromarray(page) for page in pages]
+    first.save(root / name, **options | ({"append_images": others, "save_all": True} if others else {}))
+
+
+ROWS = np.arange(12, dtype=np.uint8).reshape(3, 4)  # 3 rows, 4 columns
+RGB = np.stack([ROWS, ROWS + 50, ROWS + 100], axis=-1)
+
+
+def read(pixels: np.ndarray) -> np.ndarray:
+    """What a picture of these pixels is, as a volume."""
+    return pixels.T[:, ::-1, None].astype(np.float32)
+
+
+@pytest.mark.parametrize("end", ["png", "tif", "PNG"])
+def test_pictures_have_colours_as_channels_and_masks_of_0_and_255_or_of_integers(tmp_path: Path, end: str) -> None:
+    draw(tmp_path, f"x.{end}", RGB, dpi=(254, 254))
+    draw(tmp_path, f"x_edge-a.{end}", (ROWS > 5).astype(np.uint8) * 255, dpi=(72, 72))
+    draw(tmp_path, f"x_edge-b.{end}", ROWS > 6)
+    draw(tmp_path, f"x_map.{end}", ROWS % 4)
+    pattern = end.lower()
+    labels = {"edge": f"{{case}}_edge-{{rater}}.{pattern}", "cells": f"{{case}}_map.{pattern}:1+3"}
+    data = files(tmp_path, f"{{case}}.{pattern}[{{channel}}]", channels=("0", "1", "2"), labels=labels)
+    (case,) = data.cases(None)
+    loaded = case.load()
+    assert np.array_equal(loaded.image, [read(RGB[..., colour]) for colour in range(3)])
+    cells = read(ROWS % 2)
+    assert np.array_equal(loaded.raters, [[read(ROWS > 5), cells], [read(ROWS > 6), cells]])
+    assert np.allclose(loaded.geometry.spacing_mm, (0.1, 0.1, 1))
+    assert np.array_equal(case.mask("edge"), read(ROWS > 5))
+    assert data.warnings(None) == ()
+    given = data.replace(spacing_mm=(0.25, 0.5)).cases(None)[0]
+    assert given.load().geometry.spacing_mm == (0.25, 0.5, 1)
+    assert given.sources() == (*case.sources(), "spacing_mm 0.25 x 0.5"), "other voxels are other content"
+    assert [problem.rule for problem in check_cases([given], Preprocess(dim=2))] == []
+
+
+def test_a_stack_has_its_pages_as_slices_and_needs_their_distance(tmp_path: Path) -> None:
+    draw(tmp_path, "x.tif", ROWS.astype(np.float32) / 7, ROWS.astype(np.float32))
+    draw(tmp_path, "x_seg.tif", ROWS > 3, ROWS > 4)
+    data = files(tmp_path, "{case}.tif", "{case}_seg.tif", spacing_mm=(0.5, 0.5, 2.0))
+    loaded = data.cases(None)[0].load()
+    assert np.array_equal(loaded.image[0], np.dstack([read(ROWS.astype(np.float32) / 7), read(ROWS)]))
+    assert np.array_equal(loaded.raters[0, 0], np.dstack([read(ROWS > 3), read(ROWS > 4)]))
+    with pytest.raises(UserError, match=r"x.tif does not say the size of a voxel in mm"):
+        data.replace(spacing_mm=(0.5, 0.5)).cases(None)[0].load()
+    assert Files.model_validate_json(data.model_dump_json()) == data
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        ((ROWS > 5).astype(np.uint8) * 254, "labels must lie in [0, 1], got 254 in ROOT/x_seg.png"),
+        (ROWS * 20, "labels must lie in [0, 1], got 220"),  # parts of 255 or values of a map? that is not guessed
+        (ROWS[:2] > 5, "ROOT/x_seg.png is on another grid than ROOT/x.png: shape 4 x 2 x 1 against 4 x 3 x 1"),
+        (ROWS.T > 5, "shape 3 x 4 x 1 against 4 x 3 x 1"),
+        (RGB, "got 4 x 3 x 1 x 3 in ROOT/x_seg.png; x_seg.png[0] to [2] are its colours"),
+    ],
+    ids=["254", "gray", "smaller", "turned", "coloured"],
+)
+def test_a_picture_that_is_no_mask_of_the_image_is_refused(tmp_path: Path, pixels: np.ndarray, said: str) -> None:
+    draw(tmp_path, "x.png", ROWS, dpi=(254, 254))
+    draw(tmp_path, "x_seg.png", pixels, dpi=(254, 254))
+    with pytest.raises(UserError) as refused:
+        files(tmp_path, "{case}.png", "{case}_seg.png").cases(None)[0].load()
+    assert said in str(refused.value).replace(str(tmp_path), "ROOT")
+    assert "\n" not in str(refused.value)
+
+
+def test_pictures_beside_nifti_files_are_no_warning_and_beside_pictures_all_files_are(tmp_path: Path) -> None:
+    put(tmp_path, "a_t1.nii.gz", "a_seg.nii.gz", "quality.png", "a_t1.tif")
+    assert files(tmp_path).warnings(None) == ()
+    put(tmp_path, "a.png", "a_seg.png")
+    data = files(tmp_path, "{case}.png", "{case}_seg.png", exclude=("quality",))
+    number = f"no pattern fits 3 files in {tmp_path}: a_seg.nii.gz, a_t1.nii.gz, a_t1.tif"
+    assert data.warnings(None) == (number,)
+    assert lacks(data.replace(exclude=()), tmp_path)["quality"] == ("case quality has no mask quality_seg.png of lesion in ROOT",)
 
 
 @pytest.mark.parametrize("center", ["lesion", "{case}_cord.nii.gz:2", "{case}_c*.nii.gz:2"])
@@ -322,12 +457,18 @@ def test_two_cases_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"image": "**/{case}.nii.gz"}, r"no \*\*"),
         ({"image": "{Case}.nii.gz"}, "small letters"),
         ({"image": "{case.nii.gz"}, "small letters"),
-        ({"image": "{case}.png"}, "ends in .nii.gz"),
+        ({"image": "{case}.jpg"}, "ends in .nii.gz"),
+        ({"image": "{case}.nii.gz[a]"}, "ends in .nii.gz"),
+        ({"image": "{case}.nii.gz[0]:1"}, "ends in .nii.gz"),
         ({"image": "/data/{case}.nii.gz"}, "path below the folder"),
         ({"image": "../{case}.nii.gz"}, "path below the folder"),
         ({"labels": {"a": "{other}.nii.gz"}}, "placeholders of its image"),
         ({"labels": {"a": "{rater}.nii.gz"}}, "placeholders of its image"),
         ({"labels": {"a": "{case}.nii.gz:one"}}, "must be an integer"),
+        ({"image": "{case}.png", "spacing_mm": (0.5,)}, "spacing_mm"),
+        ({"image": "{case}.png", "spacing_mm": (0.5, 0.0)}, "greater than 0"),
+        ({"image": "{case}.png", "spacing_mm": (0.5, float("inf"))}, "finite number"),
+        ({"spacing_mm": (0.5, 0.5)}, "spacing_mm is of PNG and TIFF files"),
         ({"site": "{site}"}, "site may have placeholders of the image"),
         ({"person": "("}, "regular expression"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softseg_dist.data.file_digests import sha256_of
-from softseg_dist.data.volume import Volume, image_of, read_geometry, read_volume, volume_of, write_volume
+from softseg_dist.data.volume import Volume, image_of, read_geometry, read_volume, read_volumes, volume_of, write_volume
 from softseg_dist.errors import UserError
 
 AFFINE = np.array([[-0.5, 0.02, 0, 10], [0.02, 0.5, 0.1, -20], [0, -0.02, 2.5, 5], [0, 0, 0, 1]])
@@ -94,8 +94,63 @@ def refused(path: Path, *words: str) -> None:
     assert all(word in text for word in words), text
 
 
-def test_four_dimensions_are_refused(tmp_path: Path) -> None:
-    refused(save(tmp_path / "a.nii.gz", ramp((3, 4, 5, 2))), "3 dimensions", "3 x 4 x 5 x 2")
+def test_four_dimensions_are_refused_where_no_volume_is_named_and_five_always(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", ramp((3, 4, 5, 2)))
+    refused(path, "3 dimensions", "3 x 4 x 5 x 2", "a.nii.gz[0] to [1] are its volumes, a channel or mask each")
+    with pytest.raises(UserError, match=r"there is no volume \[2\] in .*a.nii.gz, which has 2, counted from \[0\]"):
+        read_geometry(tmp_path / "a.nii.gz[2]")
+    refused(save(tmp_path / "b.nii.gz", ramp((3, 4, 5, 2, 2))), "3 or 4 dimensions", "3 x 4 x 5 x 2 x 2")
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (3, 4, 5, 1, 3), (3, 4, 1, 3)], ids=str)
+def test_volumes_of_a_4d_file_are_read_by_number_with_scale_and_axis_order(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    image = nib.Nifti1Image(ramp(shape), AFFINE)
+    image.header.set_slope_inter(0.5, 3)
+    nib.save(image, tmp_path / "a.nii.gz")
+    paths = [tmp_path / f"a.nii.gz[{number}]" for number in (2, 0)]
+    found = dict(read_volumes([*paths, paths[0]]))
+    expected = ramp(shape).reshape(*shape[:3], 3)[::-1] * 0.5 + 3  # x runs to the left
+    assert list(found) == paths[::-1], "in the order of the file"
+    for path, number in zip(paths, (2, 0), strict=True):
+        assert np.array_equal(found[path].data, expected[..., number])
+        assert np.array_equal(read_volume(path).data, expected[..., number])
+        assert read_geometry(path).shape == shape[:3]
+
+
+def test_the_volume_of_a_3d_file_is_number_0(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii", ramp(), np.eye(4))
+    assert np.array_equal(read_volume(tmp_path / "a.nii[0]").data, ramp())
+
+
+def test_a_4d_file_is_inflated_once_and_no_further_than_the_last_volume_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 9, (16, 16, 16, 40), dtype=np.int16)
+    path = save(tmp_path / "a.nii.gz", noise, np.eye(4))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # the first volumes are there
+    opens, opener = list[Path](), Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args: (opens.append(path), opener(path, *args))[1])
+    found = dict(read_volumes(tmp_path / f"a.nii.gz[{number}]" for number in (1, 3)))
+    assert [np.array_equal(volume.data, noise[..., at]) for volume, at in zip(found.values(), (1, 3), strict=True)] == [True] * 2
+    assert opens == [path, path], "once for the header, once for the voxels"
+    with pytest.raises(UserError, match="cut off"):
+        read_volume(tmp_path / "a.nii.gz[39]")
+
+
+def test_a_plain_4d_file_that_is_cut_off_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", ramp((3, 4, 5, 2)))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"cut off.* {352 + 240} bytes are declared"):
+        read_geometry(tmp_path / "a.nii[0]")
+
+
+def test_a_map_lies_on_the_grid_of_the_4d_file_that_its_image_is_a_volume_of(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz", ramp((3, 4, 5, 2)))
+    volume = read_volume(tmp_path / "a.nii.gz[1]")
+    write_volume(tmp_path / "map.nii.gz", volume.data, volume.geometry, like=tmp_path / "a.nii.gz[1]")
+    assert np.array_equal(nib.load(tmp_path / "map.nii.gz").get_fdata(), ramp((3, 4, 5, 2))[..., 1])
+    assert np.array_equal(nib.load(tmp_path / "map.nii.gz").affine, nib.load(tmp_path / "a.nii.gz").affine)
 
 
 @pytest.mark.parametrize(("bad", "count"), [(np.nan, 2), (np.inf, 1)])
