@@ -154,6 +154,7 @@ def _regular(person: str | None) -> str | None:
 
 
 Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
+SESSIONS = r"(.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a person in the name of a subject that may be a session of one
 Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from softseg_dist.data.case_table import Table, read_table
-from softseg_dist.data.cases import Case, DataSet, LabelledCase
+from softseg_dist.data.cases import SESSIONS, Case, DataSet, LabelledCase
 from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, Layout, NnUNet, classes_of
 from softseg_dist.data.files import contents
 from softseg_dist.data.geometry import Geometry
@@ -29,7 +29,6 @@ MASKS_READ = 12
 MOST_VALUES = 30  # of an integer map: more are no classes
 HALF = 0.5  # of the cases must have a mask that becomes a class
 RATER_WORDS = ("desc", "rater")  # entities whose value may be a rater's name
-PERSON = r"(sub-.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a subject may have its session in its name
 Names = Mapping[str, Sequence[Name]]  # files by the folder below the data set, or below a folder of derivatives
 
 
@@ -100,7 +99,7 @@ def look_at(folder: Path) -> Contents:
     grids: dict[str, Geometry] = {}
     for case in (case for case in scanned if isinstance(case, LabelledCase) and not case.missing()):
         try:
-            grids[case.name] = read_geometry(case.images[0])
+            grids[case.name] = read_geometry(case.images[0], case.spacing_mm)
         except UserError as error:
             problems.append(str(error))
     cases = tuple(case for case in scanned if case.name in grids)
@@ -160,11 +159,11 @@ def bids_in(folder: Path) -> tuple[DataSet, str] | None:
         found = f"images {listed(sorted(contrasts))}, masks of {listed(sorted(parts[chosen])) or 'none'}"
         raise UserError(f"{folder}: no mask below derivatives/ belongs to half of the images of one contrast; there are {found}")
     subjects = [path.name for path in folder.glob("sub-*") if path.is_dir()]
-    sessions = any(match[1] != match[0] for match in (re.match(PERSON, name) for name in subjects) if match)
+    sessions = any(match[1] != match[0] for match in (re.match(SESSIONS, name) for name in subjects) if match)
     others = [contrast for contrast in contrasts if contrast != chosen]
     why = f"{count(len(subjects), 'folder')} sub-*, {count(len(derivatives), 'folder')} below derivatives/"
     why += f"; not used: {listed(sorted(others))}" if others else ""
-    data = Bids(str(folder), image=chosen, labels=labels, person=PERSON if sessions else None)
+    data = Bids(str(folder), image=chosen, labels=labels, person=SESSIONS if sessions else None)
     return data, why
 
 

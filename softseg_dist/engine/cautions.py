@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softseg_dist.data.cases import SESSIONS
 from softseg_dist.data.check import ALIKE, Problem, check_cases, unread
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.splits import Split
@@ -92,7 +93,9 @@ class Inspection:
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
         of_cases = self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()
-        found = chain(self._raters(), *of_cases, self._own_masks(), () if splits is None else self._classes(splits))
+        found = chain(
+            self._raters(), self._sessions(), *of_cases, self._own_masks(), () if splits is None else self._classes(splits)
+        )
         return [Problem("", "error" if rule in REFUSED else "warning", rule, text) for rule, text in found]
 
     def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
@@ -106,6 +109,15 @@ class Inspection:
             seen = product((None, item), range(DRAWS))
             same[key] = all(torch.equal(_trained(sample, one, *each), _trained(sample, other, *each)) for each in seen)
         return same[key]
+
+    def _sessions(self) -> Cautions:
+        of_person: dict[str, set[str]] = defaultdict(set)
+        for facts in self._facts:
+            if match := re.match(SESSIONS, facts.subject):
+                of_person[match[1]].add(facts.subject)
+        if mixed := [sorted(subjects) for _, subjects in sorted(of_person.items()) if len(subjects) > 1]:
+            what = f"{listed(mixed[0])} may be sessions of one person ({count(len(mixed), 'such person')})"
+            yield "sessions apart", f'{what}, whom splits would not keep together; person=r"{SESSIONS}" of the data set does.'
 
     def _raters(self) -> Cautions:
         for fusion, cases in sorted(self._lacking.items()):
@@ -127,7 +139,7 @@ class Inspection:
                 named = f" of {listed(binary)} ({percent(min(rest))} to {percent(max(rest))} of the others)" if rest else ""
                 what = f'label="soft" with fusion="{fusion}" is binary before augmentation in {len(binary)} of'
                 share = f"0 % of the labelled voxels{named} lie strictly between 0 and 1"
-                remedy = "they would if masks were resampled (spacing_mm), soft, or of several raters."
+                remedy = "they would if masks were resampled to other voxels (spacing_mm), soft, or of several raters."
                 yield "binary targets", f"{what} {count(len(shares), 'labelled case')}: {share}; {remedy}"
 
     def _volumes(self) -> Cautions:

@@ -178,6 +178,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         metrics=TABLE,
         methods=METHODS,
         uncertainty_names=MEASURES,
+        differing=[f for f in fields if "." not in f or f.partition(".")[0] not in fields],  # of other classes no field is named
         recipe_fields=fields[:FEW_RECIPE_FIELDS],
         recipe_fields_left=fields[FEW_RECIPE_FIELDS:],
         notes=_notes(summary),

@@ -105,6 +105,8 @@ def missing_citations(text: str, path: Path) -> list[str]:
 
 def _exists(name: str, path: Path) -> bool:
     """A name alone may be that of any text; a path starts at one of `BASES`, unless its folder is none of ours."""
+    if name.split("/")[0] in SKIPPED:  # an example of what a run leaves
+        return True
     if "/" in name:
         bases = [base for base in (*BASES, path.parent) if (base / name).parents[name.count("/") - 1].exists()]
         return not bases or any((base / name).exists() for base in bases)
@@ -120,7 +122,7 @@ def test_every_cited_module_exists() -> None:
 
 
 def test_a_citation_of_a_missing_file_is_found() -> None:
-    text = "As in NOTHING.md, `nowhere.py`, tests/unit/test_nothing.py, README.md and `study.py`."
+    text = "As in NOTHING.md, `nowhere.py`, tests/unit/test_nothing.py, README.md, `study.py` and runs/mine/mine.py."
     assert missing_citations(text, ROOT / "README.md") == ["NOTHING.md", "nowhere.py", "tests/unit/test_nothing.py"]
 
 
@@ -150,7 +152,7 @@ def test_every_data_set_of_the_readme_is_one() -> None:
 @pytest.mark.data
 def test_the_real_data_sets_of_the_readme_have_cases(real_data: Path) -> None:
     lines = re.findall(r"`(Bids\(\"(?:gm_challenge|hippocampus_msd)\"[^`]*\))`", README)
-    assert len(lines) == 3
+    assert len(lines) == 2
     for line in lines:
         assert len(eval(line, {"Bids": softseg_dist.Bids}).scan(real_data)) >= 8
 

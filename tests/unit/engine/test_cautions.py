@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,15 @@ def test_cases_whose_soft_targets_are_binary_are_named() -> None:
     # 2 of 6 rows of SOFT are half labelled: 4 of 24 voxels per slice
     assert "in 2 of 4 labelled cases: 0 % of the labelled voxels of sub-1, sub-3 (16.7 % to 16.7 % of the others)" in told
     assert "spacing_mm" in told
+
+
+@pytest.mark.parametrize("names", [("sub-1Ses1", "sub-1Ses2"), ("case7_ses-01", "case7_ses-02"), ("A_session1", "A")])
+def test_subjects_that_may_be_sessions_of_one_person_are_named(names: tuple[str, str]) -> None:
+    told = found(study(), [Drawn(name, SOFT) for name in (*names, "sub-2Ses1", "sub-3")])["sessions apart"]
+    assert told.startswith(f"{', '.join(sorted(names))} may be sessions of one person (1 such person), whom splits would not keep")
+    person = told.partition('person=r"')[2].partition('"')[0]
+    assert len({re.match(person, name)[1] for name in names}) == 1  # type: ignore[index]
+    assert "sessions apart" not in found(study(), [Drawn(name, SOFT, subject="one") for name in names])
 
 
 def test_soft_targets_of_a_fusion_that_rounds_are_binary() -> None:
