@@ -15,6 +15,7 @@ from softseg_dist.data.cases import DataSet as DataSet
 from softseg_dist.data.cases import ImageCase as ImageCase
 from softseg_dist.data.cases import LabelledCase as LabelledCase
 from softseg_dist.data.cases import MaskFile as MaskFile
+from softseg_dist.data.cases import Pool as Pool
 from softseg_dist.data.challenges import SCGM as SCGM
 from softseg_dist.data.challenges import BraTS as BraTS
 from softseg_dist.data.challenges import Decathlon as Decathlon
@@ -23,6 +24,7 @@ from softseg_dist.data.challenges import NnUNet as NnUNet
 from softseg_dist.data.files import Files as Files
 from softseg_dist.data.geometry import Geometry as Geometry
 from softseg_dist.data.layouts import Bids as Bids
+from softseg_dist.data.layouts import Each as Each
 from softseg_dist.data.phantom import Phantom as Phantom
 from softseg_dist.data.preprocess import Preprocess as Preprocess
 from softseg_dist.data.splits import GivenSplits as GivenSplits

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, PositiveFloat
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Float32, Geometry, spacing_of
@@ -26,7 +26,7 @@ from softseg_dist.data.source_files import nfc, part_of
 from softseg_dist.data.volume import Volume, is_picture, read_geometry, read_volumes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
-from softseg_dist.words import dimensions, listed
+from softseg_dist.words import count, dimensions, listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 OfCase = TypeVar("OfCase", bound="Case")
@@ -124,7 +124,7 @@ def folder_of(folder: str, data_root: Path | None) -> Path:
     return found
 
 
-def selected(cases: Iterable[OfCase], exclude: Sequence[str]) -> tuple[OfCase, ...]:
+def selected(cases: Iterable[OfCase], exclude: Collection[str]) -> tuple[OfCase, ...]:
     """The cases by name, without those whose name or subject is in `exclude`.
 
     Raises UserError if two cases have one name, or a name in `exclude` is that of none.
@@ -323,11 +323,118 @@ class VolumeCase(ImageCase):
         return _label(self.center.data, MaskFile(Path("center_mask"), values), part)
 
 
+class PooledCase(LabelledCase):
+    """A case by its name in a pool: `of_set` is its set, `order` where the set has the classes of the pool."""
+
+    def __init__(self, case: Case, of_set: str, site: str, person: Person, order: Sequence[int]) -> None:
+        subject, unlike = (case.subject, []) if person is None else person_in(f"{case.subject}@{of_set}", person)
+        problems = (*case.missing(), *(f"case {case.name} {sentence}" for sentence in unlike))
+        super().__init__(f"{of_set}-{case.name}", (), subject, site, {}, [f"{of_set}: {problem}" for problem in problems])
+        self.case, self.of_set, self.rater_names = case, of_set, case.rater_names
+        self.order = slice(None) if [*order] == sorted(order) else [*order]
+        if isinstance(case, LabelledCase):
+            self.images, self.labels, self.spacing_mm = case.images, case.labels, case.spacing_mm
+
+    def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
+        """See `Case.sources`: those of the case, and the order of its classes if that changes."""
+        lines = self.case.sources(parts, sha256)
+        return (*lines, f"classes {self.order}") if isinstance(self.order, list) else lines
+
+    def load(self) -> CaseData:
+        """See `Case.load`; the classes come in the order of the pool."""
+        data = self.case.load()
+        return replace(data, raters=data.raters[:, self.order], truth=None if data.truth is None else data.truth[self.order])
+
+    def mask(self, part: str) -> Float32:
+        return self.case.mask(part)
+
+
+class Pool(DataSet):
+    """Several data sets as one. A case is called after its set: `1-sub-01`, with names `lausanne-sub-01`.
+
+    Args:
+        sets: the data sets. All have the same classes, of which the first says the order, and as many channels. Raters may differ.
+        names: of the sets, from letters, digits, "_", "." and "-"; () calls them "1", "2" and so on.
+        person: regular expression searched in subject and set, as in `sub-01@lausanne`; its first group (or the whole match)
+            names the person. `r"[^@]+"` takes equal subjects of two sets as one person, `r".+"` as two. With None a person
+            is the subject, and equal ones of two sets, which may be either, are refused.
+        site: of a case, the "own" one in its set, its "set", or "both".
+        exclude: cases or persons that are left out, by their names in the pool. Each set has an `exclude` of its own.
+
+    >>> from softseg_dist import Phantom
+    >>> Pool(Phantom(subjects=1), Phantom(subjects=1, seed=7), names=("a", "b"), person=".+").cases(None)[1].name
+    'b-sub-001'
+    """
+
+    sets: tuple[DataSet, ...] = Field(min_length=2)
+    names: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")], ...] = ()
+    person: Person = None
+    site: Literal["own", "set", "both"] = "own"
+    exclude: tuple[str, ...] = ()
+
+    def __init__(self, *sets: DataSet, **fields: Any) -> None:
+        super().__init__(**({"sets": sets} if sets else {}), **fields)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.names and not len(self.sets) == len(self.names) == len(set(self.names)):
+            raise ValueError(f"names must be one for each of {len(self.sets)} sets, all different, got {listed(self.names)}")
+        if len({tuple(sorted(data.classes)) for data in self.sets}) > 1:
+            got = "; ".join(f"{listed(data.classes)} in {name}" for name, data in self.by_name.items())
+            raise ValueError(f"all sets must have the same classes, got {got}")
+        return self
+
+    @property
+    def by_name(self) -> dict[str, DataSet]:
+        """The sets, by what they are called."""
+        return dict(zip(self.names or map(str, range(1, len(self.sets) + 1)), self.sets, strict=True))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """See `DataSet.classes`: those of the first set."""
+        return self.sets[0].classes
+
+    @property
+    def rater_names(self) -> tuple[str, ...] | None:
+        """See `DataSet.rater_names`: None if those of the sets differ."""
+        return self.sets[0].rater_names if len({data.rater_names for data in self.sets}) == 1 else None
+
+    def scan(self, data_root: Path | None) -> tuple[Case, ...]:
+        """See `DataSet.scan`. Raises UserError if a subject of two sets may be one person or two, or numbers of channels differ."""
+        cases = selected(self._cases(data_root), self.exclude)
+        if self.person is None and (twice := _in_several((case.subject, case.of_set) for case in cases)):
+            rule = 'say person=r"[^@]+" if that is one person, person=r".+" if these are several'
+            raise UserError(f"several sets have a subject {listed(twice)}: {rule}")
+        channels = {case.of_set: len(case.images) for case in cases if case.images and not case.problems}
+        if len(set(channels.values())) > 1:
+            got = listed([f"{count(number, 'channel')} in {of_set}" for of_set, number in channels.items()])
+            raise UserError(f"the images of all sets must have as many channels, got {got}")
+        return cases
+
+    def warnings(self, data_root: Path | None) -> tuple[str, ...]:
+        """See `DataSet.warnings`: those of all sets, and sites of one name."""
+        found = [f"{of_set}: {text}" for of_set, data in self.by_name.items() for text in data.warnings(data_root)]
+        if twice := _in_several((case.site, case.of_set) for case in self._cases(data_root) if case.site):
+            found.append(f'several sets have a site {listed(twice)}, which counts as one; site="both" keeps them apart')
+        return tuple(found)
+
+    def _cases(self, data_root: Path | None) -> Iterator[PooledCase]:
+        for of_set, data in self.by_name.items():
+            for case in data.scan(data_root):
+                sites = {"own": case.site, "set": of_set, "both": f"{of_set}-{case.site}".rstrip("-")}
+                yield PooledCase(case, of_set, sites[self.site], self.person, [*map(data.classes.index, self.classes)])
+
+
+def _in_several(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """The names that stand with several sets, of (name, set)."""
+    return sorted(name for name, number in Counter(name for name, _ in set(pairs)).items() if number > 1)
+
+
 def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None:
     """Raise UserError if the images of two subjects are equal, since they could cross a split; `sources` as `Case.sources`."""
     known: dict[tuple[tuple[str, int], ...], Case] = {}
     for case, lines in zip(cases, sources, strict=True):
-        if not isinstance(case, LabelledCase):
+        if not (isinstance(case, LabelledCase) and case.images):
             continue
         content = tuple((line.rpartition(" ")[2], part_of(path)[1] or 0) for path, line in zip(case.images, lines, strict=False))
         first = known.setdefault(content, case)

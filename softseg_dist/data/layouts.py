@@ -11,22 +11,44 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Person, folder_of, named_values, person_in
+from softseg_dist.data.cases import (
+    SINGLE_RATER,
+    DataSet,
+    LabelledCase,
+    MaskFile,
+    Person,
+    folder_of,
+    named_values,
+    person_in,
+    selected,
+)
+from softseg_dist.data.files import RATER, SUFFIXES, by_rater
 from softseg_dist.data.participants import Participants, read_participants
 from softseg_dist.data.source_files import nfc
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import Frozen
 from softseg_dist.words import listed
 
-RATER = "{rater}"
-SUFFIXES = (".nii.gz", ".nii")
+
+class Each(Frozen):
+    """Contrasts each of which makes a case of its own, as for a model that is to work on any of them.
+
+    >>> Bids("spine", image=Each("T1w", "T2w"), labels={"cord": "label-cord_mask"}).contrasts
+    ('T1w', 'T2w')
+    """
+
+    contrasts: tuple[str, ...] = Field(min_length=1)
+
+    def __init__(self, *contrasts: str, **fields: Any) -> None:
+        super().__init__(**({"contrasts": contrasts} if contrasts else {}), **fields)
 
 
 class Bids(DataSet):
@@ -34,11 +56,13 @@ class Bids(DataSet):
 
     Args:
         folder: its name below the data root (or an absolute path).
-        image: contrast of the image (`"T2starw"`), or several, which become channels.
+        image: contrast of the image (`"T2starw"`), or several, which become channels. `Each("T1w", "T2w")` makes each a case
+            of its own (`sub-01_T1w`) of the same person, who need not have all of them.
         labels: class -> part of the mask's name, that is what it has more than the image: `"gmseg-manual"`,
             `"label-GM_mask"`. `part:value` takes one value of an integer map: `"label-hippocampus_dseg:1"`,
             `part:1+2` the voxels of either.
-            `{rater}` stands for a rater's name: `"label-GM_desc-{rater}_mask"`; a case need not have all raters.
+            `{rater}` stands for a rater's name: `"label-GM_desc-{rater}_mask"`; a case need not have all raters. The mask of
+            a class without it counts for each of them.
         person: regular expression searched in `sub-...`; its first group (or the whole match) names the person, so
             that sessions with names of their own stay together. None takes `sub-...` as it is.
         site: column of participants.tsv, upper or lower case; the site is "" where it is absent. `softseg check` says for how
@@ -51,7 +75,7 @@ class Bids(DataSet):
     """
 
     folder: str
-    image: str | tuple[str, ...]
+    image: str | tuple[str, ...] | Each
     labels: dict[str, str]
     person: Person = None
     site: str = "site"
@@ -65,9 +89,6 @@ class Bids(DataSet):
     def _consistent(self) -> Self:
         if not self.labels or not self.contrasts or "" in (*self.labels, *self.labels.values(), *self.contrasts):
             raise ValueError("image and labels must name at least one contrast and one class, none of them empty")
-        with_rater = [name for name, part in self.labels.items() if RATER in part]
-        if with_rater and len(with_rater) < len(self.labels):
-            raise ValueError(f"either all parts have {RATER} or none has, got it for {', '.join(with_rater)} only")
         for part in self.labels.values():
             named_values(part)
         if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
@@ -76,8 +97,9 @@ class Bids(DataSet):
 
     @property
     def contrasts(self) -> tuple[str, ...]:
-        """One per image channel."""
-        return (self.image,) if isinstance(self.image, str) else self.image
+        """One per image channel; those of `Each`."""
+        image = self.image.contrasts if isinstance(self.image, Each) else self.image
+        return (image,) if isinstance(image, str) else image
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,7 +111,7 @@ class Bids(DataSet):
         """See `DataSet.rater_names`: None with `{rater}`, which only the files can tell."""
         return None if any(RATER in part for part in self.labels.values()) else (SINGLE_RATER,)
 
-    def scan(self, data_root: Path | None) -> tuple[Case, ...]:
+    def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
         """See `DataSet.scan`. Reads names and participants.tsv only."""
         return self._survey(data_root)[0]
 
@@ -106,28 +128,26 @@ class Bids(DataSet):
         masks = [name for folder in below for name in names_in(folder, sorted(folder.glob("sub-*")))]
         keys = self._keys(root, images)
         keys |= self._keys_without_image(masks, keys)
-        is_named = self.site != type(self).model_fields["site"].default
         persons = [nfc(folder.name) for folder in folders]
-        people = read_participants(root / "participants.tsv", self.site, persons, expected=is_named)
+        people = read_participants(root / "participants.tsv", self.site, persons, expected=self.site != "site")
         tree = _Tree(root, by_folder(images), by_folder(masks), people)
-        by_name: dict[str, list[_Key]] = defaultdict(list)
+        by_name: dict[tuple[str, tuple[str, ...]], list[_Key]] = defaultdict(list)
         for key, name in keys.items():
-            by_name[name].append(key)
-        cases = [self._case(tree, name, same) for name, same in sorted(by_name.items())]
+            for of_case in self._cases_of(key, name, tree):
+                by_name[of_case].append(key)
         used = {folder.split("/")[0] for folder, _ in keys}
         lonely = {person: folder for person, folder in zip(persons, folders, strict=True) if person not in used}
-        known = {*lonely, *(name for case in cases for name in (case.name, case.subject))}
-        if unknown := {nfc(name) for name in self.exclude} - known:
-            raise UserError(f"exclude names {listed(sorted(unknown))}, but the cases are {listed([case.name for case in cases])}")
-        cases = [case for case in cases if {case.name, case.subject}.isdisjoint(map(nfc, self.exclude))]
+        exclude = {nfc(name) for name in self.exclude}
+        found = (self._case(tree, name, contrasts, same) for (name, contrasts), same in by_name.items())
+        cases = selected(found, exclude - lonely.keys())
         self._check_parts(root, cases, masks)
         left = [
             f"{person} (a link that leads nowhere)" if folder.is_symlink() and not folder.exists() else person
             for person, folder in lonely.items()
-            if person not in map(nfc, self.exclude)
+            if person not in exclude
         ]
         without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
-        return tuple(cases), (*without, *people.warnings)
+        return cases, (*without, *people.warnings)
 
     def _keys(self, root: Path, images: Sequence[Name]) -> dict[_Key, str]:
         """The cases that have an image, of whatever contrast, and their names. Raises UserError if none has the first one."""
@@ -140,10 +160,19 @@ class Bids(DataSet):
                 seen.add(contrast)
                 entities = image.words - _words(contrast)
                 keys.setdefault((image.folder, entities), image.name_of(entities))
-        if (first := self.contrasts[0]) not in seen:
+        needed = self.contrasts if isinstance(self.image, Each) else self.contrasts[:1]
+        if lacking := [each for each in needed if each not in seen]:
             others = sorted({image.last for image in images})
-            raise UserError(f"no image sub-*_{first}.nii.gz in {root}; there are {listed(others) or 'no images'}")
+            raise UserError(f"no image sub-*_{lacking[0]}.nii.gz in {root}; there are {listed(others) or 'no images'}")
         return keys
+
+    def _cases_of(self, key: _Key, name: str, tree: _Tree) -> list[tuple[str, tuple[str, ...]]]:
+        """Names, and the contrasts of their channels: with `Each` one for each contrast of which there is an image or a mask."""
+        if not isinstance(self.image, Each):
+            return [(name, self.contrasts)]
+        found = {image.words for image in tree.images.get(key[0], ())}.union(*map(self._bases_of, tree.masks.get(key[0], ())))
+        there = [each for each in self.contrasts if key[1] | _words(each) in found]
+        return [(f"{name}_{each}", (each,)) for each in there] or [(name, self.contrasts[:1])]
 
     def _keys_without_image(self, masks: Sequence[Name], keys: Mapping[_Key, str]) -> dict[_Key, str]:
         """The cases that have a mask alone: its name has the words of a part, and else words such as images have."""
@@ -151,45 +180,48 @@ class Bids(DataSet):
         kinds = {word.partition("-")[0] for entities in known for word in entities}
         found: dict[_Key, str] = {}
         for mask in masks:
-            bases = {base for part in self.labels.values() for base in _bases(mask.words, named_values(part)[0].split("_"))}
-            owners = {base - words for base in bases for words in map(_words, (*self.contrasts, "")) if words <= base}
+            owners = {base - word for base in self._bases_of(mask) for word in map(_words, (*self.contrasts, "")) if word <= base}
             if owners.isdisjoint(known):
                 of_kinds = [each for each in owners if all("-" in word and word.partition("-")[0] in kinds for word in each)]
                 if entities := min((each for each in of_kinds if mask.folder.split("/")[0] in each), key=sorted, default=None):
                     found[mask.folder, entities] = mask.name_of(entities)
         return found
 
-    def _case(self, tree: _Tree, name: str, keys: Sequence[_Key]) -> LabelledCase:
-        folder, entities = keys[0]
+    def _bases_of(self, mask: Name) -> set[frozenset[str]]:
+        """What the name of a mask may have more than the words of a part."""
+        found: set[frozenset[str]] = set()
+        for words in (_words(named_values(part)[0]) for part in self.labels.values()):
+            fixed = frozenset(word for word in words if RATER not in word)
+            rests = [fixed] if fixed == words else [fixed | {word} for word in mask.words - fixed]
+            found |= {mask.words - rest for rest in rests if rest <= mask.words and _rater(rest, words) is not None}
+        return found
+
+    def _case(self, tree: _Tree, name: str, contrasts: Sequence[str], keys: Sequence[_Key]) -> LabelledCase:
+        (folder, entities), stem = keys[0], name.removesuffix(f"_{contrasts[0]}")
         images, channels = tree.images.get(folder, ()), list[Path]()
         problems = [f"case {name} is in several folders: {listed([each for each, _ in keys])}"] if len(keys) > 1 else []
         none = f'none; exclude=("{name}",) leaves it out'
-        for contrast in self.contrasts:
+        for contrast in contrasts:
             wanted = entities | _words(contrast)
             found = [image.path for image in images if image.words == wanted]
             if len(found) != 1:
-                looked = f"{folder}/{name}_{contrast}.nii.gz"
+                looked = f"{folder}/{stem}_{contrast}.nii.gz"
                 problems.append(f"case {name} needs one image {looked} in {tree.root}, found {listed(found) or none}")
             channels += found[:1]
-        bases = [*(entities | _words(contrast) for contrast in self.contrasts), entities]
-        own = _Masks(tree.root, name, f"{folder}/{name}_{self.contrasts[0]}", bases, tree.masks.get(folder, ()))
-        labels: dict[str, dict[str, MaskFile]] = defaultdict(dict)
+        bases = [*(entities | _words(contrast) for contrast in contrasts), entities]
+        own = _Masks(tree.root, name, f"{folder}/{stem}_{contrasts[0]}", bases, tree.masks.get(folder, ()), self.labels)
+        drawn: dict[str, dict[str, MaskFile]] = {}
         for label, part in self.labels.items():
-            found_masks, more = own.find(nfc(part))
+            drawn[label], more = own.find(nfc(part))
             problems += more
-            for rater, mask in found_masks.items():
-                labels[rater][label] = mask
-        for rater, by_class in labels.items():
-            if lacking := [label for label in self.labels if label not in by_class]:
-                problems.append(f"case {name}: rater {rater} has no mask of {', '.join(lacking)}")
-        files = dict.fromkeys([*channels, *(mask.path for by_class in labels.values() for mask in by_class.values())])
+        labels, lacking = by_rater(drawn, {label for label, part in self.labels.items() if RATER in part})
+        participant = folder.split("/")[0]
+        subject, unlike = person_in(participant, self.person)
+        problems += [f"case {name} {sentence}" for sentence in (*lacking, *unlike)]
+        files = dict.fromkeys([*channels, *(mask.path for of_one in drawn.values() for mask in of_one.values())])
         odd = [path for path in files if not path.name.endswith(SUFFIXES)]
         problems += [f"case {name}: names end in .nii or .nii.gz, in small letters; rename {path}" for path in odd]
-        participant = folder.split("/")[0]
-        subject, wrong = person_in(participant, self.person)
-        problems += [f"case {name} {sentence}" for sentence in wrong]
-        ordered = {rater: labels[rater] for rater in sorted(labels)}
-        return LabelledCase(name, channels, subject, tree.people.sites.get(participant, ""), ordered, problems, own.only)
+        return LabelledCase(name, channels, subject, tree.people.sites.get(participant, ""), labels, problems, own.only)
 
     def _check_parts(self, root: Path, cases: Sequence[LabelledCase], masks: Sequence[Name]) -> None:
         """A part that no case has is a mistake of the study file, not of the data."""
@@ -242,11 +274,12 @@ class _Masks:
     stem: str
     bases: Sequence[frozenset[str]]
     masks: Sequence[Name]
+    labels: Mapping[str, str]
 
     def find(self, part: str) -> tuple[dict[str, MaskFile], list[str]]:
         """Rater -> file, and what is wrong, in sentences."""
         text, values = named_values(part)
-        words = tuple(word for word in text.split("_") if word)
+        words = [word for word in text.split("_") if word]
         for base in self.bases:
             found: dict[str, list[Path]] = defaultdict(list)
             for mask in self.masks:
@@ -260,34 +293,23 @@ class _Masks:
         return {}, [f"case {self.name} has no mask {part!r}: looked for {looked} in {self.root}"]
 
     def only(self, part: str) -> MaskFile:
-        """The one mask of this part; of several raters the first. Raises UserError if there is none."""
+        """The one mask of this part, or else of this class; of several raters the first. Raises UserError if there is none."""
         found, problems = self.find(nfc(part))
+        if not found and part in self.labels:
+            found, problems = self.find(nfc(self.labels[part]))
         if problems:
             raise UserError(problems[0])
         return found[min(found)]
 
 
-def _rater(rest: frozenset[str], words: Sequence[str]) -> str | None:
+def _rater(rest: frozenset[str], words: Collection[str]) -> str | None:
     """The rater's name if `rest` are the words of the part, else None."""
     fixed = {word for word in words if RATER not in word}
     if len(fixed) == len(words):
         return SINGLE_RATER if rest == fixed else None
-    (pattern,) = (word for word in words if RATER in word)
-    before, after = map(re.escape, pattern.split(RATER))
-    left = rest - fixed
-    if not fixed <= rest or len(left) != 1:
-        return None
-    match = re.fullmatch(f"{before}(.+){after}", next(iter(left)))
-    return match[1] if match else None
-
-
-def _bases(words: frozenset[str], part: Sequence[str]) -> list[frozenset[str]]:
-    """What the name of a mask may have more than the words of the part."""
-    fixed = frozenset(nfc(word) for word in part if RATER not in word)
-    if not fixed <= words:
-        return []
-    left = words - fixed
-    return [left] if len(fixed) == len(part) else [left - {word} for word in left if _rater(fixed | {word}, part) is not None]
+    (pattern,) = (re.escape(word).replace(re.escape(RATER), "(.+)") for word in words if RATER in word)
+    matches = [re.fullmatch(pattern, word) for word in rest - fixed]
+    return matches[0][1] if fixed <= rest and len(matches) == 1 and matches[0] else None
 
 
 def names_in(root: Path, folders: Sequence[Path]) -> list[Name]:

@@ -75,8 +75,9 @@ def _untestable(summary: Summary) -> str:
 def learned_answer(summary: Summary) -> list[str]:
     """A sentence about winner and control each that was not shown to be better than an empty map: nothing else matters then."""
     return [
-        f"{one.name} has not learned the task, as far as these subjects can show: its Brier skill {WHERE} is {number(one.skill)}, that of a map that is 0 everywhere "
-        f"{number(summary.checks.empty_map)} (difference {effect_in_words(one.crossed, one.crossed.p)})."
+        f"{one.name} has not learned the task, as far as these subjects can show: its Brier skill {WHERE} is {number(one.skill)}, "
+        f"that of a map that is 0 everywhere {number(summary.checks.empty_map)} "
+        f"(difference {effect_in_words(one.crossed, one.crossed.p)})."
         for one in summary.checks.unlearned
     ]
 

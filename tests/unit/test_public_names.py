@@ -37,7 +37,7 @@ def test_every_public_name_resolves() -> None:
 
 
 BASES = Activation, Augmentation, DataSet, Loss, Network, Smoothing, Splits, Uncertainty  # each has a property suite
-SETTINGS = {"Optim", "Patch", "Preprocess", "Race", "Recipe", "Resources", "Search", "Split", "Study", "TuneEach"}
+SETTINGS = {"Each", "Optim", "Patch", "Preprocess", "Race", "Recipe", "Resources", "Search", "Split", "Study", "TuneEach"}
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)

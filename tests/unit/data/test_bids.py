@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from softseg_dist.data.cases import DataSet, ImageCase, MaskFile, VolumeCase
-from softseg_dist.data.layouts import Bids
+from softseg_dist.data.layouts import Bids, Each
 from softseg_dist.data.volume import read_volume
 from softseg_dist.errors import UserError
 
@@ -120,8 +122,17 @@ def test_a_rater_without_all_classes_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-WM_desc-a_mask")
     put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_desc-b_mask")
     parts = {"GM": "label-GM_desc-{rater}_mask", "WM": "label-WM_desc-{rater}_mask"}
-    with pytest.raises(UserError, match="sub-01: rater b has no mask of WM"):
+    with pytest.raises(UserError, match="sub-01 has no mask of WM by rater b"):
         Bids("set", image="T2w", labels=parts).cases(tmp_path)
+
+
+def test_a_class_without_raters_counts_for_each_of_those_of_another(tmp_path: Path) -> None:
+    data = simple(tmp_path, "sub-01_T2w_label-GM_desc-a_mask", labels={"cord": "dseg:1", "GM": "label-GM_desc-{rater}_mask"})
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_label-GM_desc-b_mask", np.zeros_like(MASK))
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg")
+    (case,) = data.cases(tmp_path)
+    assert (data.rater_names, case.rater_names) == (None, ("a", "b"))
+    assert case.load().raters.any(axis=(2, 3, 4)).tolist() == [[True, True], [True, False]]
 
 
 def test_values_of_an_integer_map_become_classes(tmp_path: Path) -> None:
@@ -300,7 +311,7 @@ def test_who_lacks_a_contrast_is_a_case_that_lacks_it(tmp_path: Path, lost: str)
     assert data.warnings(tmp_path) == ()
 
 
-@pytest.mark.parametrize("part", ["seg", "label-c_desc-{rater}_mask"])
+@pytest.mark.parametrize("part", ["seg", "_seg", "label-c_desc-{rater}_mask"])
 def test_a_mask_without_an_image_is_a_case_that_lacks_it(tmp_path: Path, part: str) -> None:
     data = three(tmp_path, "T2w", mask=part.replace("{rater}", "anna")).replace(labels={"c": part})
     (tmp_path / "set/sub-02/anat/sub-02_T2w.nii.gz").unlink()
@@ -436,7 +447,6 @@ def test_labels_that_leave_the_range_by_rounding_are_clipped(tmp_path: Path) -> 
         {"labels": {"GM": ""}},
         {"image": ()},
         {"person": "("},
-        {"labels": {"a": "x-{rater}", "b": "y"}},
         {"labels": {"a": "x-{rater}_{rater}"}},
         {"labels": {"a": "seg:one"}},
         {"labels": {"a": "seg:1+"}},
@@ -503,3 +513,69 @@ def test_hippocampus(real_data: Path) -> None:
     raters = cases[0].load().raters
     assert raters.shape[:2] == (1, 2)
     assert raters.sum(axis=1).max() == 1
+
+
+def both(root: Path, **fields: Any) -> Bids:
+    """Two people: sub-01 has both contrasts with one mask, sub-02 a T2w with a mask of its own."""
+    for name in ("01/anat/sub-01_T1w", "01/anat/sub-01_T2w", "02/anat/sub-02_T2w"):
+        put(root, f"sub-{name}", IMAGE + int(name[-2]))
+    put(root, "derivatives/d/sub-01/anat/sub-01_label-GM_mask")
+    put(root, "derivatives/d/sub-02/anat/sub-02_T2w_label-GM_mask")
+    return Bids(**({"folder": "set", "image": Each("T1w", "T2w"), "labels": {"GM": "label-GM_mask"}} | fields))
+
+
+def test_each_contrast_is_a_case_of_its_own_of_one_person(tmp_path: Path) -> None:
+    data = both(tmp_path)
+    cases = data.cases(tmp_path)
+    assert [(case.name, case.subject) for case in cases] == [
+        ("sub-01_T1w", "sub-01"),
+        ("sub-01_T2w", "sub-01"),
+        ("sub-02_T2w", "sub-02"),
+    ]
+    loaded = [case.load() for case in cases]
+    assert [float(each.image[0, 0, 0, 0]) for each in loaded] == [1, 2, 2]
+    assert all(np.array_equal(each.raters[0, 0], MASK) for each in loaded)
+    assert data.warnings(tmp_path) == ()
+    assert [case.name for case in data.replace(exclude=("sub-01_T1w",)).cases(tmp_path)] == ["sub-01_T2w", "sub-02_T2w"]
+    assert [case.name for case in data.replace(exclude=("sub-01",)).cases(tmp_path)] == ["sub-02_T2w"]
+    assert data.replace(image=("T2w",)) != data == DataSet.model_validate_json(data.model_dump_json())
+
+
+def test_contrasts_in_folders_of_their_own_are_cases_and_no_contradiction(tmp_path: Path) -> None:
+    data = both(tmp_path, image=Each("T1w", "rec-mean_dwi"))
+    put(tmp_path, "sub-02/dwi/sub-02_rec-mean_dwi", IMAGE)
+    put(tmp_path, "derivatives/d/sub-02/dwi/sub-02_rec-mean_dwi_label-GM_mask")
+    assert [case.name for case in data.cases(tmp_path)] == ["sub-01_T1w", "sub-02_rec-mean_dwi"]
+
+
+@pytest.mark.parametrize(
+    ("names", "case", "problem"),
+    [
+        (["sub-03/anat/sub-03_T1w"], "sub-03_T1w", r"case sub-03_T1w has no mask 'label-GM_mask'.*sub-03/anat/sub-03_T1w_label-GM"),
+        (
+            ["sub-03/anat/sub-03_T2w", "derivatives/d/sub-03/anat/sub-03_T1w_label-GM_mask"],
+            "sub-03_T1w",
+            r'one image sub-03/anat/sub-03_T1w.nii.gz in .*, found none; exclude=\("sub-03_T1w",\)',
+        ),
+        (["derivatives/d/sub-03/anat/sub-03_label-GM_mask"], "sub-03", r"one image sub-03/anat/sub-03_T1w.nii.gz .* found none"),
+        (["sub-01/extra/sub-01_T1w"], "sub-01_T1w", "case sub-01_T1w is in several folders: sub-01/anat, sub-01/extra"),
+    ],
+    ids=["no mask of a contrast", "a mask of a contrast that is not there", "a mask alone", "one contrast twice"],
+)
+def test_what_a_contrast_lacks_is_said_of_its_case(tmp_path: Path, names: list[str], case: str, problem: str) -> None:
+    data = both(tmp_path)
+    for name in names:
+        put(tmp_path, name)
+    lacking = {each.name: each.missing() for each in data.scan(tmp_path) if each.missing()}
+    assert case in lacking
+    assert re.search(problem, " ".join(lacking[case]))
+
+
+def test_a_person_without_any_contrast_is_a_warning_and_a_contrast_of_nobody_is_refused(tmp_path: Path) -> None:
+    data = both(tmp_path)
+    put(tmp_path, "sub-04/anat/sub-04_FLAIR")
+    assert data.warnings(tmp_path) == ("there is no image T1w or T2w in sub-04: not in the study",)
+    with pytest.raises(UserError, match=r"no image sub-\*_T2star.nii.gz in .*; there are FLAIR, T1w, T2w"):
+        data.replace(image=Each("T1w", "T2star")).scan(tmp_path)
+    with pytest.raises(ValidationError, match="at least one contrast"):
+        data.replace(image=Each("T1w", ""))

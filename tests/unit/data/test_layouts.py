@@ -11,10 +11,10 @@ import pytest
 from public_classes import assert_covered
 
 from softseg_dist.data.case_table import Table
-from softseg_dist.data.cases import Case, DataSet, LabelledCase, MaskFile
+from softseg_dist.data.cases import Case, DataSet, LabelledCase, MaskFile, Pool
 from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, NnUNet
 from softseg_dist.data.files import Files
-from softseg_dist.data.layouts import Bids
+from softseg_dist.data.layouts import Bids, Each
 from softseg_dist.data.phantom import Phantom
 
 MASKS = "derivatives/d/{subject}/anat/{subject}"
@@ -22,6 +22,8 @@ BIDS = {"label-GM": "label-GM_mask", "two raters": "label-GM_desc-{rater}_mask"}
 DATA_SETS: list[DataSet] = [
     *(Bids("set", image="T2w", labels={"GM": part}, person="sub-(.)") for part in BIDS.values()),
     Bids("set", image=("T1w", "T2w"), labels={"GM": "label-GM_mask", "edge": "dseg:2"}),
+    Bids("set", image=Each("T1w", "T2w"), labels={"GM": "label-GM_mask"}),
+    Files("set", image="{subject}/anat/{subject}_{contrast}.nii.gz", labels={"GM": f"{MASKS}_label-GM_mask.nii.gz"}),
     Files(
         "set",
         image="{subject}/anat/{subject}_{channel}.nii.gz",
@@ -35,6 +37,7 @@ DATA_SETS: list[DataSet] = [
     MSSEG("msseg", image=("FLAIR", "T1")),
     BraTS("brats", image=("t1",)),
     Table("tables/cases.csv", labels=("GM", "edge")),
+    Pool(Bids("set", image="T1w", labels={"right": "dseg:1", "left": "dseg:2"}), NnUNet("nnunet", labels=("left", "right"))),
     Phantom(subjects=4, raters=2, size=(16, 16), num_slices=2),
     Phantom(subjects=3, shape="lesions", dim=3, size=(24, 24, 24)),
 ]
