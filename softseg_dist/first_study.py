@@ -11,7 +11,7 @@ import numpy as np
 from softseg_dist.data.cases import DataSet
 from softseg_dist.data.discovery import Contents
 from softseg_dist.errors import UserError
-from softseg_dist.words import count, dimensions, listed
+from softseg_dist.words import command, count, dimensions, listed
 
 THICK = 3.0  # slices so many times as thick as the pixels are wide are trained on one by one
 FEW_SLICES = 8
@@ -72,7 +72,7 @@ def study_source(contents: Contents, file: Path) -> str:
     names |= {type(contents.layout.data).__name__, splits.partition("(")[0]}
     return TEMPLATE.format(
         question=f"Do soft labels beat hard ones on {Path(file).stem}?",
-        file=file,
+        file=command(file),
         data_line=f"{count(len(contents.cases), 'case')} of {count(contents.persons, 'person')}; {contents.layout.name}",
         imports=", ".join(sorted(names, key=lambda name: (name[0].islower(), name))),
         filters=(16, 32, 64, 128) if dim == 2 else (16, 32, 64),

@@ -133,7 +133,7 @@ def run_prepared(
         run_id_of(copy.folder)
         _describe(run, copy.folder, file, prepared, options, cautions)
         copy.push("mlflow_run", "run.json")
-        tracker = Tracker(options.tracking_uri, copy.folder, study)
+        tracker = Tracker(options.tracking_uri, copy.folder, study, run.uri)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
         backend = backend_of(options)
         context = RunContext(study, splits, prepared, ledger, copy, resources, backend, progress, tracker, file.sources)

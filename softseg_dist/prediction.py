@@ -32,7 +32,7 @@ from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
-from softseg_dist.words import count, dimensions
+from softseg_dist.words import count, dimensions, next_command
 
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
@@ -180,7 +180,17 @@ def _folder(model: Path, candidate: str | None) -> Path:
     for folder in (model / f"model-{candidate}", model / "model"):
         if (folder / CARD).exists() and read_card(folder).candidate == candidate:
             return folder
-    raise UserError(f"{model} holds no model of {candidate}: softseg refit {model} --candidate {candidate} trains it")
+    run = model.parent if (model / CARD).exists() else model
+    raise UserError(f"{model} holds no model of {candidate}; train it: {next_command('refit', run, candidate=candidate)}")
+
+
+def how_to_predict(model: Path) -> str:
+    """The command that predicts with a model folder, with a file for each channel; a second line says what its mask is."""
+    card = read_card(model)
+    image = ",".join(f"IMAGE{n}.nii.gz" for n in range(1, card.channels + 1)) if card.channels > 1 else "IMAGE.nii.gz"
+    part = next(iter(card.preprocess.mask_parts), None)
+    used = next_command("predict", model, image, out="maps", center_mask=part and "MASK.nii.gz", trust=card.needs_study_file)
+    return used if part is None else f"{used}\n         MASK is {part!r} of the image: the crop is centred on it, as in training"
 
 
 def _source(model: Model, folder: Path, card: ModelCard, ensemble: bool, uncertainty: bool, samples: int | None) -> MapSource:

@@ -1,10 +1,15 @@
-"""How values are written for people: numbers, intervals, p-values, times, sizes, lists and verdicts."""
+"""How values are written for people: numbers, intervals, p-values, times, sizes, lists and verdicts; and commands for a shell."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 ALPHA = 0.05
 MINUS = "\u2212"
@@ -108,3 +113,25 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line as a shell takes it; see `arguments`.
+
+    >>> command("softseg", "run", "my study.py", data_root=None, max_wait=0.5, debug=True)
+    "softseg run 'my study.py' --max-wait 0.5 --debug"
+    """
+    return shlex.join([*map(str, words), *arguments(options)])
+
+
+def next_command(*words: object, program: str = "softseg", **options: object) -> str:
+    """A `command` to run next, here: its program by name if the shell finds that of this environment, or else by path."""
+    here, found = Path(sys.executable).parent / program, shutil.which(program)
+    by_name = not here.exists() or (found is not None and Path(found).absolute() == here.absolute())
+    return command(program if by_name else os.path.relpath(here), *words, **options)
+
+
+def arguments(options: Mapping[str, object]) -> list[str]:
+    """Options of a command line: `max_wait=0.5` is `--max-wait 0.5`, True has no value, None and False are left out."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None and value is not False}
+    return [text for name, value in given.items() for text in ([name] if value is True else [name, str(value)])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ import typer
 
 from softseg_dist.cli.options import DataRoot, Json, StudyArg
 from softseg_dist.errors import UserError
-from softseg_dist.words import listed
+from softseg_dist.words import command, listed, next_command
 
 if TYPE_CHECKING:  # would import torch
     from softseg_dist.report.comparison import CandidateContrast, RunComparison
@@ -66,13 +65,13 @@ def evaluate(
         raise UserError(f"--predictions takes NAME=FOLDER, got {bad[0]!r}")
     if len({key for key, _, _ in named}) < len(named):
         raise UserError(f"--predictions: each candidate has its own name, got {', '.join(key for key, _, _ in named)}")
-    options = EvaluateOptions(name, control, pattern, common, shlex.join(["softseg", *sys.argv[1:]]))
+    options = EvaluateOptions(name, control, pattern, common, command("softseg", *sys.argv[1:]))
     run = api.evaluate({key: folder for key, _, folder in named}, study, data_root, out, splits=splits, options=options)
     page = Path(run.folder) / "report" / "index.html"
     if as_json:
         typer.echo(json.dumps({"run": run.folder, "report": str(page), "answer": run.answer}))
     else:
-        typer.echo(f"{run.answer}\nReport   {page}\nNumbers  softseg report {shlex.quote(run.folder)} --json")
+        typer.echo(f"{run.answer}\nReport   {page}\nNumbers  {next_command('report', run.folder, json=True)}")
 
 
 def _show(found: RunComparison) -> None:

@@ -7,11 +7,9 @@ Heavy packages are imported inside the commands, so that `softseg --help` is fas
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +23,13 @@ import softseg_dist
 from softseg_dist.cli.compare import compare, evaluate
 from softseg_dist.cli.models import predict, refit
 from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json, Local, MaxWait, Out, RunArg, Stores, StudyArg, say
-from softseg_dist.cli.submit import submit
+from softseg_dist.cli.submit import after_debug, submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
+from softseg_dist.words import command, listed, next_command
 
 if TYPE_CHECKING:  # they would import torch
+    from softseg_dist.data.cases import DataSet
+    from softseg_dist.data.check import Problem
     from softseg_dist.data.preprocess import Sample
     from softseg_dist.engine.plan import Offer, Plan, Prices
     from softseg_dist.engine.session import Outcome
@@ -46,6 +47,7 @@ app = typer.Typer(
 PRICES = Path("cluster/prices.yaml")
 MAX_SHOWN = 24  # cases on the montage of `softseg check`
 MAX_PROBLEMS = 10  # lines of `softseg init`
+VALUE = r"(?<!class )(?<!channel )(?<![\w.-])\d+(\.\d+)?"  # a number in a sentence, but that of a class
 
 
 def _print_version(wanted: bool) -> None:
@@ -106,7 +108,7 @@ def run(
         gpus_per_fit=gpus_per_fit,
         fits_per_gpu=fits_per_gpu,
         tracking_uri=tracking_uri,
-        command=shlex.join(["softseg", *sys.argv[1:]]),
+        command=command("softseg", *sys.argv[1:]),
         address=address,
         max_wait_s=max_wait,
         final_model=not debug,
@@ -117,11 +119,12 @@ def run(
     ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json, live=live))
     end, text, code = _end(ended.outcome)
     if isinstance(ended, Nested):
-        places = {"run": ended.folder, "reports": [str(run.report) for run in ended.runs], **ended.record}
-        lines = _outer_places(ended)
+        places = {"run": ended.folder, "reports": [run.report for run in ended.runs], **ended.record}
+        lines = [text, *_outer_places(ended)]
     else:
-        places, lines = {"run": ended.folder, "report": str(ended.report), "model": str(ended.model)}, _places(ended)
-    typer.echo(json.dumps({"end": end, **places, **vars(ended.outcome)}) if as_json else "\n".join([text, *lines]))
+        places, lines = {"run": ended.folder, "report": ended.report, "model": ended.model}, [text, *_places(ended)]
+    more = after_debug() if debug and end == "done" else ()
+    typer.echo(json.dumps({"end": end, **places, **vars(ended.outcome)}, default=str) if as_json else "\n".join([*lines, *more]))
     raise typer.Exit(code)
 
 
@@ -159,9 +162,9 @@ def init(
     for problem in contents.problems[:MAX_PROBLEMS]:
         say("warning", problem)
     if (more := len(contents.problems) - MAX_PROBLEMS) > 0:
-        say("warning", f"and {more} more; softseg check {shlex.quote(str(file))} lists all")
+        say("warning", f"and {more} more; the study file names the cases that are left out (exclude=...)")
     file.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {file}; look at the data next: softseg check {shlex.quote(str(file))}")
+    typer.echo(f"wrote {file}; look at the data next: {next_command('check', file)}")
 
 
 @app.command()
@@ -202,14 +205,33 @@ def check(
     if as_json:
         typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
     else:
-        console, table = Console(), Table("Case", "Level", "Rule", "Detail", box=None, pad_edge=False)
-        table.columns[-1].overflow = "fold"  # and not cut: it has the names of files
-        for problem in problems:
-            table.add_row(problem.case, problem.level, problem.rule, problem.detail)
-        if problems:
-            console.print(table)
-        console.print(f"{len(cases)} cases, {len(problems)} problems" + (f"; picture: {shown}" if shown else ""))
+        for alike in _alike(problems):
+            names = list(dict.fromkeys(problem.case for problem in alike if problem.case))
+            of = f"{len(names)} cases ({listed(names)})" if len(names) > 1 else names[0] if names else ""
+            first = ", the first" * (len({problem.detail for problem in alike}) > 1)
+            typer.echo(f"{alike[0].level}: {', '.join(filter(None, (alike[0].rule, of)))}{first}: {alike[0].detail}")
+        typer.echo(f"{len(cases)} cases, {len(problems)} problems" + (f"; picture: {shown}" if shown else ""))
+        typer.echo(_after_check(loaded.data, problems, study, data_root))
     raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
+
+
+def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """The problems in groups: those of one differ in the case, in files named after it, and in values alone."""
+    groups: defaultdict[tuple[str, ...], list[Problem]] = defaultdict(list)
+    for problem in problems:
+        names = [re.escape(name) for name in (problem.case, *problem.case.split("_")) if len(name) > 1]
+        detail = re.sub("|".join([*names, VALUE]), "*", problem.detail) if problem.case else problem.detail
+        groups[problem.level, problem.rule, detail].append(problem)
+    return list(groups.values())
+
+
+def _after_check(data: DataSet, problems: Sequence[Problem], study: Path, data_root: Path | None) -> str:
+    if not (wrong := [problem.case for problem in problems if problem.level == "error"]):
+        return f"Look at the picture, and then: {next_command('run', study, data_root=data_root, debug=True)}"
+    out = tuple(dict.fromkeys([*getattr(data, "exclude", ()), *filter(None, wrong)]))
+    can = any(wrong) and "exclude" in type(data).model_fields
+    remedy = f"Mend these files, or leave the cases out by exclude={out} of the data set" if can else "Mend what is an error"
+    return f"{remedy}; then again: {next_command('check', study, data_root=data_root)}"
 
 
 @app.command()
@@ -257,20 +279,22 @@ def plan(
     from softseg_dist.engine.plan import load_prices, offers, plan_study, write_splits
 
     prices = prices or (PRICES if PRICES.exists() else None)
-    listed = load_prices(prices) if prices else None
+    priced = load_prices(prices) if prices else None
     loaded = open_study(study).study
     planned = plan_study(loaded, data_root, seconds_per_fit, run)
     if splits is not None:
         write_splits(loaded, data_root, splits)
     cautions = inspect_first(loaded, data_root)
-    found = offers(planned, loaded.resources, listed.machines) if listed and planned.seconds_per_fit else ()
+    found = offers(planned, loaded.resources, priced.machines) if priced and planned.seconds_per_fit else ()
     if as_json:
         machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]
-        written = str(listed.written) if listed else None
+        written = str(priced.written) if priced else None
         more = {"fits": planned.fits, "prices_written": written, "machines": machines, "cautions": list(map(vars, cautions))}
         typer.echo(json.dumps(vars(planned) | more))
     else:
-        _print_plan(planned, found, listed, shlex.join([str(study), *(["--data-root", str(data_root)] if data_root else [])]))
+        run = f"runs/{planned.study}-debug" + ("/outer/000" if planned.outer > 1 else "")
+        measured = next_command("plan", study, data_root=data_root, prices=prices, run=run)
+        _print_plan(planned, found, priced, [next_command("run", study, data_root=data_root, debug=True), measured])
         for caution in cautions:
             say(caution.level, caution.detail)
 
@@ -316,7 +340,7 @@ def _end(outcome: Outcome) -> tuple[str, str, int]:
 
 def _outer_places(nested: Nested) -> Iterator[str]:
     done, planned = len(nested.record["outer"]), nested.record["planned"]
-    yield f"Numbers  {nested.folder}/outer.json and outer.parquet: {done} of {planned} outer splits"
+    yield from [f"Numbers  {nested.folder}/outer.json and outer.parquet: {done} of {planned} outer splits"] * bool(done)
     yield from (f"Report   {run.report}" for run in nested.runs if run.report is not None)
     yield "Model    none: for one, run the study without nested=..., under another name"
 
@@ -324,23 +348,19 @@ def _outer_places(nested: Nested) -> Iterator[str]:
 def _places(finished: Finished) -> Iterator[str]:
     report, uri, model = finished.report, finished.tracking_uri, finished.model
     if report is not None:
-        yield f"Report   {report}\n         open it: {_installed('python')} -m webbrowser -t {report.resolve().as_uri()}"
-    how = uri if uri.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
-    yield f"MLflow   {uri}\n         open it: {how}"
-    yield f"Numbers  {_installed('softseg')} report {shlex.quote(str(finished.folder))} --json"
+        browser = next_command("-m", "webbrowser", "-t", report.resolve().as_uri(), program="python")
+        yield f"Report   {report}\n         open it: {browser}"
+        yield f"Numbers  {next_command('report', finished.folder, json=True)}"
+    if finished.outcome.finished or finished.outcome.failed:
+        how = uri if uri.startswith("http") else next_command("ui", program="mlflow", backend_store_uri=uri)
+        yield f"MLflow   {uri}\n         open it: {how}"
     if model is not None:
-        yield f"Model    {model}"
-        yield f"         use it:  {_installed('softseg')} predict {shlex.quote(str(model))} IMAGE.nii.gz --out maps"
+        from softseg_dist.prediction import how_to_predict  # imports torch
+
+        yield f"Model    {model}\n         use it:  {how_to_predict(model)}"
 
 
-def _installed(command: str) -> str:
-    """How to call a command of this environment: its name if the shell finds it, else its path."""
-    here = Path(sys.executable).parent / command
-    found = shutil.which(command)
-    return command if found and Path(found).absolute() == here.absolute() else os.path.relpath(here)
-
-
-def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, study: str) -> None:
+def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, first: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
@@ -349,9 +369,7 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, stud
     repeats = f" with {plan.repeats} seeds" if plan.repeats > 1 else ""
     console.print(f"{plan.study}: {candidates}, each on {plan.splits} splits{repeats}{tuning}{nested}: {at_most}{plan.fits} fits")
     if not plan.seconds_per_fit:
-        console.print(f"The duration of a fit is not known yet: softseg run {study} --debug")
-        run = f"runs/{plan.study}-debug" + ("/outer/000" if nested else "")
-        console.print(f"and then                               softseg plan {study} --run {run}")
+        typer.echo(f"The duration of a fit is not known yet: {first[0]}\nand then{'':32}{first[1]}")
         return
     total = plan.fits * plan.seconds_per_fit / 3600
     console.print(f"{plan.seconds_per_fit:,.1f} s per fit at most, {total:,.2f} hours one after the other")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softseg_dist.cli.options import FitsPerGpu, Json, MaxWait
+from softseg_dist.words import arguments, next_command
 
 if TYPE_CHECKING:
     from softseg_dist.sources import Sources
@@ -42,11 +45,9 @@ def submit(
     from softseg_dist.study_file import load_study
 
     sources = with_given_splits(load_study(study))  # reports mistakes here, before the cluster is used
-    options: dict[str, float | None] = {"--workers-per-fit": workers_per_fit, "--gpus-per-fit": gpus_per_fit}
-    options |= {"--fits-per-gpu": fits_per_gpu, "--max-concurrent": max_concurrent, "--max-wait": max_wait}
-    flags = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    flags += ["--tracking-uri", tracking_uri] if tracking_uri is not None else []
-    flags += ["--debug"] * debug + ["--json"] * as_json
+    options: dict[str, object] = {"workers_per_fit": workers_per_fit, "gpus_per_fit": gpus_per_fit, "fits_per_gpu": fits_per_gpu}
+    options |= {"max_concurrent": max_concurrent, "max_wait": max_wait, "tracking_uri": tracking_uri}
+    flags = arguments(options | {"debug": debug, "json": as_json})
     job = start_job(sources, address, {"--data-root": data_root, "--out": out, "--stores": stores}, flags)
     try:
         code = 0 if no_wait else follow(job, lambda text: typer.echo(text, nl=False))
@@ -58,7 +59,18 @@ def submit(
         typer.echo(f"Job {job.id} continues without this command.")
         for what, command in job.commands.items():
             typer.echo(f"  {what} it: {command}")
+    elif debug and code == 0 and not as_json:
+        typer.echo("\n".join(after_debug()))
     raise typer.Exit(code)
+
+
+def after_debug() -> list[str]:
+    """The last line of a command with --debug: the command without it. A job on a cluster has none: its submitter has its own."""
+    from softseg_dist.engine.context import SUBMITTED_BY
+    from softseg_dist.tracking.tracker import without_password
+
+    again = next_command(*(word for word in sys.argv[1:] if word != "--debug"))
+    return [] if SUBMITTED_BY in os.environ else [f"Next     {without_password(again)}"]
 
 
 def with_given_splits(file: StudyFile) -> Sources:

@@ -214,7 +214,7 @@ def _reachable(address: str) -> str:
     elif "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
         error = (
             "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "
-            "cluster; from elsewhere use: softseg submit"
+            "cluster; from elsewhere softseg submit runs a study"
         )
     raise UserError(f"--address {address}: {error}")
 

@@ -28,6 +28,7 @@ from softseg_dist.engine.ray_cluster import TOKEN_WANTED
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.sources import Sources
+from softseg_dist.words import next_command
 
 EXIT_CODES = (0, 1, 2, 130)  # those of `softseg run`, which are passed on
 NOT_FOUND = 127  # a shell's code for a command that is not there
@@ -49,8 +50,8 @@ class Job:
     @property
     def commands(self) -> dict[str, str]:
         """How to follow and to stop it with Ray's own command line."""
-        where = f"--address {shlex.quote(self.address)} {self.id}"
-        return {"follow": f"ray job logs --follow {where}", "stop": f"ray job stop {where}"}
+        follow = next_command("job", "logs", self.id, program="ray", follow=True, address=self.address)
+        return {"follow": follow, "stop": next_command("job", "stop", self.id, program="ray", address=self.address)}
 
 
 def submit(sources: Sources, address: str, folders: Mapping[str, str | None], flags: Sequence[str] = ()) -> Job:

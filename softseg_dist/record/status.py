@@ -19,7 +19,7 @@ from rich.console import Console
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
 from softseg_dist.places import Place, working_folder
-from softseg_dist.words import duration
+from softseg_dist.words import duration, next_command
 
 SPOOL = "mlflow_spool.jsonl"  # in a run folder: records that MLflow has not got yet
 SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
@@ -136,7 +136,7 @@ def show(status: RunStatus, console: Console) -> None:
     driver = f"driver: {status.driver}" if status.driver is not None else f"no driver on this machine{goes_on}"
     console.print(f"last change {duration(status.quiet_s)} ago; {driver}")
     if status.mlflow_waiting:
-        console.print(f"{status.mlflow_waiting} records wait for MLflow: softseg sync {status.run}")
+        console.print(f"{status.mlflow_waiting} records wait for MLflow: {next_command('sync', status.run)}")
 
 
 def _row(candidate: CandidateStatus) -> tuple[str, str, str]:

@@ -30,6 +30,7 @@ from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, FitTask, history_of
+from softseg_dist.words import next_command
 
 if TYPE_CHECKING:
     from softseg_dist.tracking.server import MlflowServer
@@ -53,9 +54,10 @@ class Tracker:
     """Records the events of a study; a thread sends them to MLflow. No method raises or waits, except `close`, which joins it.
 
     `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder, whose runs all carry one tag.
+    `run` is the path or URI of the run, if `folder` is a copy of it.
     """
 
-    def __init__(self, uri: str | None, folder: str | Path, study: Study) -> None:
+    def __init__(self, uri: str | None, folder: str | Path, study: Study, run: str = "") -> None:
         self.uri, self.folder, self.study = uri or default_uri(folder), Path(folder).absolute(), study
         self.folder.mkdir(parents=True, exist_ok=True)
         self._records: queue.SimpleQueue[TrackingRecord | None] = queue.SimpleQueue()
@@ -66,7 +68,7 @@ class Tracker:
         self.num_late = 0  # of the spooled records, those that were sent
         self._num_unkept = 0
         self._give_up = threading.Event()
-        self._problem = ""
+        self._problem, self._sync = "", next_command("sync", run or folder)
         self._rejected: list[str] = []
         self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
         self._thread.start()
@@ -166,15 +168,12 @@ class Tracker:
         if waiting:
             notes.append(
                 f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
-                "and are sent when the study runs again, or by softseg sync"
+                f"and are sent when the study runs again, or by: {self._sync}"
             )
         if self._thread.is_alive():
-            notes.append(f"MLflow at {self.uri} did not answer in time; softseg sync sends it the content of the ledger")
+            notes.append(f"MLflow at {self.uri} did not answer in time; send it the content of the ledger: {self._sync}")
         if self._num_unkept:
-            notes.append(
-                f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; "
-                "softseg sync sends MLflow the content of the ledger"
-            )
+            notes.append(f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; send them: {self._sync}")
         return tuple(str(without_password(note)) for note in notes)
 
     def _numbers(self, result: FitResult) -> dict[str, float]:
@@ -361,7 +360,7 @@ def coalesced(records: Sequence[TrackingRecord]) -> list[TrackingRecord]:
 
 def without_password(uri: str | None) -> str | None:
     """A tracking URI as it may be recorded: the credentials come from the environment."""
-    return None if uri is None else re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return None if uri is None else re.sub(r"(?<=://)[^/@\s]*@", "", uri)
 
 
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -393,7 +392,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
         fields = ledger.read("study.json")  # its classes stay JSON: to make them would run its code
         study = Study.model_construct(**{name: value for name, value in fields.items() if name not in ("type", "code")})
-        tracker = Tracker(uri, copy.folder, study)  # its thread sends first what waits
+        tracker = Tracker(uri, copy.folder, study, run)  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
         results, fits = list(ledger.results().values()), copy.folder / "fits"
         tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key))

@@ -27,6 +27,7 @@ from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.tracking.tracker import Tracker, coalesced, default_uri, parameters
 from softseg_dist.training.saved_model import read_card, read_model
 from softseg_dist.training.task import FitResult, FitTask
+from softseg_dist.words import next_command
 
 pytestmark = pytest.mark.engine
 STUDY = make_study(("a",))
@@ -206,7 +207,8 @@ def test_a_server_that_does_not_answer_is_named_when_the_wait_ends(tmp_path, mon
         (note,) = tracker.close(wait_s=0.6)
     finally:
         answered.set()
-    assert note == "MLflow at http://127.0.0.1:9 did not answer in time; softseg sync sends it the content of the ledger"
+    what_next = f"send it the content of the ledger: {next_command('sync', tmp_path)}"
+    assert note == f"MLflow at http://127.0.0.1:9 did not answer in time; {what_next}"
 
 
 def test_an_unreachable_server_delays_nothing_and_gets_everything_later(tmp_path, monkeypatch):

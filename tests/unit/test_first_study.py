@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from softseg_dist import KFold, MonteCarlo, Patch, Preprocess, Study, UserError
 from softseg_dist.cli.main import app
 from softseg_dist.study_file import load_study
+from softseg_dist.words import next_command
 
 
 def folder_of(
@@ -34,7 +35,7 @@ def folder_of(
 def study_of(folder: Path, file: Path) -> Study:
     written = CliRunner().invoke(app, ["init", str(folder), "--out", str(file)])
     assert written.exception is None, written.exception
-    assert f"wrote {file}; look at the data next: softseg check {file}" in written.output.replace("\n", "")
+    assert f"wrote {file}; look at the data next: {next_command('check', file)}" in written.output.replace("\n", "")
     return load_study(file).study
 
 

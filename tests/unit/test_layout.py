@@ -31,7 +31,7 @@ LAYERS = {
     "training": {"errors", "frozen", "sources", "places", "numerics", "data", "judging", "study", "study_file"},
     "record": {"errors", "frozen", "sources", "places", "locks", "words", "data", "study", "training"},
     "search": {"errors", "numerics", "data", "study", "study_file", "training", "record"},
-    "tracking": {"errors", "frozen", "places", "study", "study_file", "training", "record"},
+    "tracking": {"errors", "frozen", "places", "words", "study", "study_file", "training", "record"},
     "engine": {
         "errors",
         "frozen",

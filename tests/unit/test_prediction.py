@@ -29,6 +29,7 @@ from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, save_weights
 from softseg_dist.training.saved_model import CARD
 from softseg_dist.training.task import FitResult, weights_path
+from softseg_dist.words import next_command
 
 SHAPE = (14, 12, 10)
 TURN = Rotation.from_euler("zxy", [15, -6, 8], degrees=True).as_matrix()
@@ -377,7 +378,8 @@ def test_an_ensemble_without_its_fits_is_refused(tmp_path: Path) -> None:
     (run / "fits/soft/002.json").unlink()
     assert "two or more finished fits, but" in refused(run, images, out, ensemble=True)
     message = refused(run, images, out, candidate="hard")
-    assert message == f"{run} holds no model of hard: softseg refit {run} --candidate hard trains it"
+    assert message == f"{run} holds no model of hard; train it: {next_command('refit', run, candidate='hard')}"
+    assert refused(run / "model", images, out, candidate="hard").endswith(message.partition("; ")[2]), "the run, not its model"
     assert [done.error for done in predict_images(run, images, out, candidate="soft")] == [""]
 
 

@@ -29,8 +29,9 @@ from softseg_dist import (
     Study,
     factorial,
 )
-from softseg_dist.cli.main import app
+from softseg_dist.cli.main import _alike, app
 from softseg_dist.data.cases import Case, CaseData
+from softseg_dist.data.check import Problem
 from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.splits import Split
@@ -38,6 +39,7 @@ from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.cautions import Inspection, inspect_first, inspect_store
 from softseg_dist.errors import UserError
 from softseg_dist.pipeline import RunOptions
+from softseg_dist.words import next_command
 
 SIZE = (12, 12, 4)
 BLOCK = np.zeros(SIZE, np.float32)
@@ -304,6 +306,45 @@ def test_what_is_not_read_is_a_warning_of_check_and_a_line_of_a_run(tmp_path: Pa
     assert f"warning: {line}" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["prepare", str(path), *words, "--stores", str(tmp_path / "stores")])
     assert f"warning: {line}\n" in result.output
+
+
+def test_a_check_groups_equal_problems_names_files_whole_and_says_what_is_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    data = tmp_path / "a folder with a long name"
+    for number in range(9):
+        put(data, f"sub-{number}", np.random.default_rng(number).normal(size=SIZE).astype(np.float32))
+    masks = [data / f"ds/derivatives/labels/sub-{number}/anat/sub-{number}_T2w_seg.nii.gz" for number in range(9)]
+    for mask in masks[:2]:
+        mask.unlink()
+    masks[2].write_bytes(b"torn")
+    for mask in masks[3:5]:
+        nib.save(nib.Nifti1Image(np.zeros(SIZE, dtype=np.float32), np.eye(4)), mask)
+    path = tmp_path / "my study.py"
+    path.write_text(BIDS)
+    words = [str(path), "--data-root", str(data)]
+    told = CliRunner().invoke(app, ["check", *words, "--picture", str(tmp_path / "m.png")])
+    assert told.exit_code == 2
+    lines = told.output.splitlines()
+    assert [line.partition(": case sub-0 has no mask")[0] for line in lines if "incomplete" in line] == [
+        "error: incomplete, 2 cases (sub-0, sub-1), the first"
+    ]
+    assert [line for line in lines if line.startswith(f"error: unusable, sub-2: {masks[2]} ")]
+    assert [line for line in lines if line.startswith("warning: empty mask, 2 cases (sub-3, sub-4): rater ")]
+    left_out = "exclude=('sub-0', 'sub-1', 'sub-2')"
+    assert lines[-1].endswith(f"leave the cases out by {left_out} of the data set; then again: {next_command('check', *words)}")
+    path.write_text(BIDS.replace('labels={"GM": "seg"}', f'labels={{"GM": "seg"}}, {left_out}'))
+    told = CliRunner().invoke(app, ["check", *words, "--picture", str(tmp_path / "m.png")])
+    assert told.exit_code == 0, told.output
+    assert told.output.endswith(f"and then: {next_command('run', *words, debug=True)}\n")
+
+
+def test_problems_of_two_classes_or_values_are_not_one() -> None:
+    told = ("rater a, class 0 labels no voxel", "rater a, class 1 labels no voxel", "3.2% of the voxels", "14% of the voxels")
+    problems = [Problem(f"sub-0{n}_ses-1", "warning", "rule", text) for n, text in enumerate(told)]
+    whole = [Problem("", "warning", "not read", f"{n} files") for n in (1, 2)]
+    assert [len(group) for group in _alike([*problems, *whole])] == [1, 1, 2, 1, 1]
 
 
 def test_a_check_refuses_what_a_run_would_and_looks_at_the_subjects_of_the_study_alone(tmp_path: Path) -> None:

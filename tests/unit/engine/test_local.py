@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Resources, Search, Study, TuneEach, pipeline
+from softseg_dist.cli.main import _places
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import PlainLines
@@ -188,6 +189,7 @@ def test_ctrl_c_before_the_search_is_an_interrupted_run(tmp_path: Path, monkeypa
     ended = pipeline._run(context, Tracker(None, tmp_path / "s", context.study), final_model=False)
     assert ended.outcome.interrupted
     assert ended.report is None
+    assert list(_places(ended)) == [], "there is nothing yet to look at, or to take numbers of"
 
 
 def test_quitting_the_debugger_stops_the_study_and_loses_nothing(tmp_path: Path) -> None:

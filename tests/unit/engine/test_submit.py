@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
 from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 from ray.job_submission import JobStatus
 
+from softseg_dist.cli.submit import after_debug
+from softseg_dist.engine.context import SUBMITTED_BY
 from softseg_dist.engine.ray_submit import Job, _exit_code, _Log, submit
 from softseg_dist.errors import UserError
 from softseg_dist.sources import Sources
+from softseg_dist.words import next_command
 
 JOB = Job("http://head:8265", "raysubmit_1")
 
@@ -47,6 +51,22 @@ def test_a_job_ends_with_the_exit_code_of_its_run() -> None:
         ended(JobStatus.FAILED, 127)
     with pytest.raises(UserError, match="raysubmit_1 ended before its study did, submitting it again goes on"):
         ended(JobStatus.FAILED, -9)
+
+
+def test_a_debug_run_ends_with_the_command_without_debug_but_not_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "my study.py", "--tracking-uri", "http://me:secret@lab", "--local"]
+    monkeypatch.setattr(sys, "argv", ["softseg", *words, "--debug"])
+    words[3] = "http://lab"  # credentials come from the environment
+    assert after_debug() == [f"Next     {next_command(*words)}"]
+    monkeypatch.setenv(SUBMITTED_BY, "0.2.0")
+    assert after_debug() == [], "the study file of a job lies in a folder of the job"
+
+
+def test_a_job_is_followed_and_stopped_by_commands_of_ray() -> None:
+    assert JOB.commands == {
+        "follow": next_command("job", "logs", JOB.id, "--follow", "--address", JOB.address, program="ray"),
+        "stop": next_command("job", "stop", JOB.id, "--address", JOB.address, program="ray"),
+    }
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001"])

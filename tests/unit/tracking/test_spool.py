@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from model_folders import card_of, model_of, saved
 
-from softseg_dist import MonteCarlo, Phantom, Recipe, Study
+from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Study
 from softseg_dist.cli.main import _places
 from softseg_dist.engine.session import Outcome
 from softseg_dist.pipeline import Finished, provenance
 from softseg_dist.tracking.tracker import SPOOL, Spool, Tracker, without_password
+from softseg_dist.words import next_command
 
 RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
 
@@ -61,10 +63,17 @@ def test_a_tracking_uri_is_recorded_without_its_password() -> None:
         == "softseg run s.py --tracking-uri http://lab"
     )
 
+    told = "softseg run s.py --tracking-uri http://lab --out me@lab"
+    assert provenance(told)["command"] == told
 
-def test_commands_that_a_run_prints_can_be_typed() -> None:
-    ended = Finished("my runs/one", Outcome(1, 0, 0, False), None, Path("my runs/one/model"), "http://lab:5000")
+
+def test_commands_that_a_run_prints_can_be_typed(tmp_path: Path) -> None:
+    card = card_of(Preprocess(dim=3, crop=(8, 8, 8), center="label-cord_dseg:1|image"), channels=2)
+    model = saved(tmp_path / "my model", card, model_of(card))
+    ended = Finished("my runs/one", Outcome(1, 0, 0, False), Path("my runs/one/report/index.html"), model, "http://lab:5000")
     printed = "\n".join(_places(ended))
-    assert "report 'my runs/one' --json" in printed
-    assert "predict 'my runs/one/model' IMAGE.nii.gz" in printed
+    assert f"{next_command('report', 'my runs/one', json=True)}\n" in printed
+    images = ["predict", model, "IMAGE1.nii.gz,IMAGE2.nii.gz"]
+    assert f"use it:  {next_command(*images, out='maps', center_mask='MASK.nii.gz')}\n" in printed
+    assert "MASK is 'label-cord_dseg:1' of the image" in printed
     assert "open it: http://lab:5000" in printed, "a server has its own page"
