@@ -23,6 +23,7 @@ from softseg_dist.data.store_cache import local_store, shared_store
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.worker import Fit
 from softseg_dist.errors import UserError
+from softseg_dist.places import Place
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.search.candidate import is_tuning
@@ -129,9 +130,9 @@ class RunContext:
     fit: Fit = fit
 
     @property
-    def stop_file(self) -> str:
-        """The path or URI of the file that makes all running fits stop."""
-        return str(self.ledger.place / ".stop")
+    def stop_file(self) -> Place:
+        """The file that makes all running fits stop, once it is written."""
+        return self.ledger.place / ".stop"
 
     @property
     def device(self) -> str:

@@ -106,7 +106,7 @@ def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> Non
         if len(weights := members[name, case.subject]) > 1
     }
     if not cases:
-        context.progress.note("no subject is tested by two fits, so there is no ensemble; MonteCarlo splits or repeats do that")
+        context.progress.note("no two fits test one subject, so no ensemble is measured; more MonteCarlo splits or repeats help")
         return
     copy.pull(ENSEMBLE)
     if _held(copy.folder / ENSEMBLE) == {key: len(weights) for key, weights in cases.items()}:

@@ -26,6 +26,7 @@ from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_release
 from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit
+from softseg_dist.places import Place
 from softseg_dist.training.task import Worker
 
 SWEEP_S = 2.0  # between two looks for the resources of killed lanes
@@ -148,7 +149,7 @@ class _TuneEvents(_Shared, tune.Callback):
 
 
 class _TuneSearcher(_Shared, Searcher):
-    def __init__(self, session: Session, stop_file: str) -> None:
+    def __init__(self, session: Session, stop_file: Place) -> None:
         super().__init__(metric=None, mode=None)
         self._session, self._stop_file = session, stop_file
 

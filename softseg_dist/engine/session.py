@@ -16,8 +16,9 @@ from typing import Any
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.worker import Ending, StopFile, reason_of
+from softseg_dist.engine.worker import Ending, reason_of
 from softseg_dist.errors import UserError, no_room, out_of_reach
+from softseg_dist.places import Place
 from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.search.searcher import MAX_ATTEMPTS, StudySearcher
 from softseg_dist.study import Study
@@ -80,19 +81,19 @@ def run_beside(context: RunContext, task: FitTask) -> FitResult:
 
 
 @contextmanager
-def _stop_file(context: RunContext) -> Iterator[StopFile]:
-    stop_file = StopFile(context.stop_file)
-    stop_file.remove()  # left by a session that was killed
+def _stop_file(context: RunContext) -> Iterator[Place]:
+    stop_file = context.stop_file
+    stop_file.delete()  # left by a session that was killed
     try:
         yield stop_file
     finally:
-        stop_file.remove()
+        stop_file.delete()
 
 
 class Session(ABC):
     """What gives fits to a backend, and gets all their events, by an id of the backend's."""
 
-    def __init__(self, progress: Progress, stop_file: StopFile) -> None:
+    def __init__(self, progress: Progress, stop_file: Place) -> None:
         self.progress, self._stop_file = progress, stop_file
         self.error: UserError | None = None
         self.interrupted = False
@@ -130,7 +131,7 @@ class Session(ABC):
         """Make all fits stop and emit no more. A signal handler calls this: it must not print or raise."""
         self.interrupted = True
         try:
-            self._stop_file.write()
+            self._stop_file.write(b"stop\n")
         except OSError as error:
             self.error = self.error or _explained(error)
 
@@ -144,7 +145,7 @@ class Session(ABC):
 class OneFit(Session):
     """A session of one fit. Four lines tell of its epochs; `result` is what it has ended with."""
 
-    def __init__(self, task: FitTask, progress: Progress, stop_file: StopFile) -> None:
+    def __init__(self, task: FitTask, progress: Progress, stop_file: Place) -> None:
         super().__init__(progress, stop_file)
         self.result: FitResult | None = None
         self._task, self._runs = task, False
@@ -180,7 +181,7 @@ class OneFit(Session):
 class SearchSession(Session):
     """The running fits of a search. Searcher, tracker and display get every event of theirs."""
 
-    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: StopFile) -> None:
+    def __init__(self, searcher: StudySearcher, tracker: Tracker | None, progress: Progress, stop_file: Place) -> None:
         super().__init__(progress, stop_file)
         self.searcher, self.tracker = searcher, tracker
         self._running: dict[str, FitTask] = {}
@@ -250,7 +251,7 @@ class SearchSession(Session):
     def _abort(self, error: UserError) -> None:
         self.error = self.error or error
         try:
-            self._stop_file.write()
+            self._stop_file.write(b"stop\n")
         except OSError as failed:
             self.progress.note(f"the stop file cannot be written, so the running fits go on to their end: {failed}")
 

@@ -103,7 +103,7 @@ class Ending(Frozen):
 
 
 class StopFile:
-    """True once the file is there; the driver writes it to make all fits stop. It is looked for at intervals."""
+    """True once the file is there, which is looked for at intervals: the driver writes it to make all fits stop."""
 
     def __init__(self, uri: str) -> None:
         self._place = Place.at(uri)
@@ -118,20 +118,10 @@ class StopFile:
             self._next_s = time.monotonic() + self._every_s
         return self._seen
 
-    def write(self) -> None:
-        """Make all fits stop."""
-        self._place.write(b"stop\n")
-        self._seen = True
 
-    def remove(self) -> None:
-        """Let fits run."""
-        self._place.delete()
-        self._seen = False
-
-
-def message_of(task: FitTask, stop_file: str) -> dict[str, str]:
+def message_of(task: FitTask, stop_file: Place) -> dict[str, str]:
     """What a worker gets of a fit, as `run_fit` takes it."""
-    return {"task": json.dumps(task.model_dump(mode="json")), "stop": stop_file}
+    return {"task": json.dumps(task.model_dump(mode="json")), "stop": str(stop_file)}
 
 
 def run_fit(fit: Fit, sources: Sources | None, message: Mapping[str, Any], worker: Worker, report: Report) -> dict[str, str]:

@@ -165,7 +165,7 @@ class Ledger:
         try:
             return None if content is None else json.loads(content)
         except ValueError:
-            raise UserError(f"{self.folder}/{path}: not JSON (torn?); restore it, or give another --out") from None
+            raise UserError(f"{self.folder}/{path}: not JSON (cut off?); restore it, or give another --out") from None
 
     def fit_folder(self, candidate: str, split: Split, repeat: int = 0) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""

@@ -41,10 +41,11 @@ from softseg_dist.engine.progress import PlainLines, Progress
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_tune import RayBackend
 from softseg_dist.engine.session import SearchSession, run_search
-from softseg_dist.engine.worker import Ending, StopFile
+from softseg_dist.engine.worker import Ending
 from softseg_dist.judging.judge import Yardstick, case_rows
 from softseg_dist.judging.results import merge_tables, write_frame
 from softseg_dist.numerics.metrics import Scale
+from softseg_dist.places import Place
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import status_of
@@ -111,7 +112,7 @@ def engine(candidates: int, splits: int, place: Path) -> Stages:
     """What the driver does beside Tune, searcher and ledger; and what reads the folder of a run that has not ended."""
     study, folder, stages = study_of(candidates, splits), place / "run", Stages()
     with Clock(stages, "searcher, ledger"):
-        session = SearchSession(searcher(folder, study), None, Progress(), StopFile(str(folder / ".stop")))
+        session = SearchSession(searcher(folder, study), None, Progress(), Place.at(folder / ".stop"))
         session.start()
         while (task := session.next_fit("fit")) is not None:
             session.ended_as("fit", Ending(kind="result", result=result_of(task)))

@@ -16,7 +16,8 @@ from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, Tune
 from softseg_dist.data.splits import Split
 from softseg_dist.engine.progress import JsonLines, LiveTable, PlainLines, Progress
 from softseg_dist.engine.session import Outcome, SearchSession
-from softseg_dist.engine.worker import Ending, StopFile
+from softseg_dist.engine.worker import Ending
+from softseg_dist.places import Place
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.training.task import FitResult, FitTask
@@ -50,7 +51,7 @@ def session_of(study: Study, folder: Path, progress: Progress) -> SearchSession:
             attempt=attempt,
         )
 
-    found = SearchSession(StudySearcher(study, splits, ledger, make_task), None, progress, StopFile(f"{folder}/.stop"))
+    found = SearchSession(StudySearcher(study, splits, ledger, make_task), None, progress, Place.at(folder / ".stop"))
     found.start()
     return found
 

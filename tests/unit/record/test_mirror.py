@@ -203,9 +203,9 @@ def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_
 
 
 def test_the_stop_file_is_seen_through_s3(remote: str) -> None:
-    uri = str(Place.at(remote) / ".stop")
-    assert not StopFile(uri)()
-    StopFile(uri).write()
-    assert StopFile(uri)()
-    StopFile(uri).remove()
-    assert not StopFile(uri)()
+    place = Place.at(remote) / ".stop"
+    assert not StopFile(place.uri)()
+    place.write(b"stop\n")
+    assert StopFile(place.uri)()
+    place.delete()
+    assert not StopFile(place.uri)()
