@@ -78,7 +78,7 @@ def batches_of(task: FitTask) -> Batches:
 
 def model_of(batches: Batches, device: str = "cpu") -> Model:
     store = batches.store
-    shape = store.channels, len(store.classes), store.dim
+    shape = store.channels, len(store.classes), store.size
     model = build_model(batches.recipe, *shape, seed_of(batches.seed, "weights"), batches.mean_label())
     return model.train().to(device)
 

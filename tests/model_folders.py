@@ -40,7 +40,7 @@ def card_of(preprocess: Preprocess, recipe: Recipe = RECIPE, **fields: Any) -> M
 
 def model_of(card: ModelCard, recipe: Recipe = RECIPE, seed: int = 0) -> Model:
     torch.manual_seed(seed)
-    model = Model(recipe, card.channels, len(card.classes), card.dim)
+    model = Model(recipe, card.channels, len(card.classes), card.size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))  # predictions that differ from voxel to voxel

@@ -92,8 +92,8 @@ class Preprocess(Frozen):
         spacing_mm: voxel size to resample to, per axis of an item (2D: in plane only); None keeps each case's own. "median": along
             each axis the median over the files of the study's cases; stores, models and reports have the numbers.
         crop: size of an item in voxels; where the image is smaller it is padded (image: its minimum, labels: 0). None
-            keeps the whole field of view; `Patch` trains on parts of it. Without one, smaller images are padded to the size of
-            the largest in training (image: its border values, labels: 0).
+            keeps the whole field of view; `Patch` trains on parts of it. Without one, smaller images are padded in the same
+            way to the size of the largest.
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
             brighter than the mean), or a mask as the data set names it, as in "seg-manual" for `Bids` (that mask's centre of
             mass). "seg-manual|image" takes the middle of the image where the mask is empty, as in a healthy control.

@@ -168,7 +168,7 @@ class RunContext:
     def model_of(self, candidate: str) -> Model:
         """A candidate's network, without trained weights, on `device`."""
         store = self.prepared.store
-        return Model(self.recipe_of(candidate), store.channels, len(store.classes), store.dim).on(self.device)
+        return Model(self.recipe_of(candidate), store.channels, len(store.classes), store.size).on(self.device)
 
     def fit_folder(self, result: FitResult) -> Path:
         """The folder of a fit in the copy of the run folder."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,15 +48,22 @@ class Window:
         start = tuple(first - more for first, more in zip(self.start, margin, strict=True))
         return Window(start, tuple(last + more for last, more in zip(self.stop, margin, strict=True)))
 
-    def of(self, maps: NDArray[Any], outside: Literal["edge", "constant"]) -> NDArray[Any]:
-        """`maps` [... *S] within the window; outside the image the border values ("edge") or 0 ("constant"), as in `apply`."""
+    def of(self, maps: NDArray[Any], outside: NDArray[Any] | float = 0) -> NDArray[Any]:
+        """`maps` [... *S] within the window; beyond the border `outside`, a number, or one for each channel of maps [C *S]."""
         ends = list(zip(self.start, self.stop, maps.shape[-len(self.start) :], strict=True))
         inside: Index = (..., *(slice(max(0, first), min(last, whole)) for first, last, whole in ends))
         part = maps[inside]
-        beyond = [(max(0, -first), max(0, last - whole)) for first, last, whole in ends]
-        if not any(map(any, beyond)):
+        if part.shape[-len(ends) :] == self.size:
             return part
-        return np.pad(part, [(0, 0)] * (maps.ndim - len(ends)) + beyond, mode=outside)
+        values = np.empty((*maps.shape[: -len(ends)], *self.size), maps.dtype)
+        values[...] = np.reshape(outside, (*np.shape(outside), *[1] * len(ends)))
+        values[self.place_of(maps.shape[-len(ends) :])] = part
+        return values
+
+    def place_of(self, whole: Sequence[int]) -> Index:
+        """Where in the window the part of an image of `whole` voxels is that lies in it."""
+        ends = zip(self.start, self.stop, whole, strict=True)
+        return (..., *(slice(max(0, -first), min(last, n) - first) for first, last, n in ends))
 
 
 class Patch(Frozen):
@@ -72,7 +79,8 @@ class Patch(Frozen):
     averaged with Gaussian weights (sd 1/8 of the patch), as predictions are worst at a patch's border. The activation then gets
     the logits of the whole case, as without patches: NormReLU's maximum runs over the case. In training it runs over patches, and
     NormReLU(over="sample") gives each a peak of 1, an empty one too; "running" does not. Monte Carlo dropout draws anew in each
-    patch. Along an axis where an image is smaller than a patch it is in the middle of it, padded with its border values.
+    patch. Beyond its border an image is continued by its minimum, without labels. Where it is smaller than a patch it lies in
+    the middle of it, also to be predicted.
 
     Source: nnU-Net, Isensee et al., Nature Methods 18 (2021), doi 10.1038/s41592-020-01008-z, whose code has the same defaults of
     `foreground` and `overlap`. MONAI averages the overlapping patches.
@@ -110,15 +118,28 @@ class Patch(Frozen):
         return maps[inside].contiguous()
 
     def stitch(self, network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        """The logits [N L *S] of items [N C *S], by a `network` that gets batches of patches of about `VOXELS_AT_ONCE` voxels."""
+        """The logits [N L *S] of items [N C *S], none smaller than a patch, by a `network` that gets batches of patches of about
+        `VOXELS_AT_ONCE` voxels."""
         # Importing monai takes seconds, which a study file that only names a patch need not wait for.
         from monai.inferers.utils import sliding_window_inference
 
         at_once = max(1, VOXELS_AT_ONCE // math.prod(self.size))
         logits: Tensor = sliding_window_inference(
-            image, self.size, at_once, network, self.overlap, mode="gaussian", sigma_scale=1 / 8, padding_mode="replicate"
+            image, self.size, at_once, network, self.overlap, mode="gaussian", sigma_scale=1 / 8
         )
         return logits
+
+
+def filled_up(image: Tensor, size: Sequence[int]) -> tuple[Tensor, Index]:
+    """Items [N C *S] in the middle of at least `size` voxels, with their minima around them, and where they are in the result."""
+    window = Window.around(image.shape[2:], tuple(map(max, image.shape[2:], size)))
+    place = window.place_of(image.shape[2:])
+    if window.size == image.shape[2:]:
+        return image, place
+    lowest = image.amin(dim=tuple(range(2, image.ndim)), keepdim=True)
+    filled = lowest.expand(*image.shape[:2], *window.size).clone()
+    filled[place] = image
+    return filled, place
 
 
 def _below(end: int, generator: torch.Generator) -> int:

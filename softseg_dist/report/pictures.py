@@ -127,7 +127,7 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     try:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
         recipes = {c.name: c.recipe for c in run.candidates}
-        models = {name: Model.of_json(recipes[name], store.channels, len(store.classes), store.dim) for name in names}
+        models = {name: Model.of_json(recipes[name], store.channels, len(store.classes), store.size) for name in names}
     except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
     shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}

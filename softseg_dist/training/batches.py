@@ -173,7 +173,7 @@ class Batches:
         case, item = self.items[member]
         image = self.store.sample(case).image[item]
         target = item_target(self.store, self.recipe, case, item, self.rater_seed(epoch, member), window)
-        return image if window is None else window.of(image, "edge"), target
+        return image if window is None else window.of(image, lowest(self.store, case, item)), target
 
 
 def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, window: Window | None = None) -> Tensor:
@@ -189,6 +189,13 @@ def item_target(store: Store, recipe: Recipe, case: int, item: int, draw: int, w
     raters = _copied(sample.raters[item], window)
     nearest = None if sample.nearest is None else _copied(sample.nearest[item], window)
     return prepare_target(raters, nearest, recipe.label, recipe.fusion, sample.rater_names, draw)
+
+
+@lru_cache(maxsize=2**12)
+def lowest(store: Store, case: int, item: int) -> NDArray[np.float32]:
+    """The minimum of each channel [C] of an item, which continues it beyond its border."""
+    image = store.sample(case).image[item]
+    return image.min(axis=tuple(range(1, image.ndim)))
 
 
 @lru_cache(maxsize=2**12)
@@ -219,4 +226,4 @@ def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tenso
 
 def _copied(values: np.ndarray, window: Window | None = None) -> Tensor:
     """A tensor of `values`, which are read-only views of the store, or of a window of them."""
-    return torch.from_numpy(np.array(values if window is None else window.of(values, "constant")))
+    return torch.from_numpy(np.array(values if window is None else window.of(values)))

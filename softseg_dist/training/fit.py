@@ -90,7 +90,7 @@ class RunningFit:
         self.store = open_store(task.store, task.store_fingerprint)
         self.batches = Batches.of(task, self.store)
         weights_seed = seed_of(self.batches.seed, "weights")
-        shape = self.store.channels, len(self.store.classes), self.store.dim
+        shape = self.store.channels, len(self.store.classes), self.store.size
         self.model: Model = build_model(task.recipe, *shape, weights_seed, self.batches.mean_label()).on(worker.device)
         check_methods(task.candidate, self.model, task.uncertainty)
         self.validate_every = task.validate_every or validation_interval(self.batches, task.split.validation)

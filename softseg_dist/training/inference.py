@@ -18,6 +18,7 @@ from torch import Tensor
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.errors import UserError
 from softseg_dist.judging.uncertainty import Spread
+from softseg_dist.numerics.patches import filled_up
 from softseg_dist.numerics.sampling import TTA, UNDOABLE, MCDropout, Uncertainty, active_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.transforms import Augmentation
@@ -57,9 +58,10 @@ def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device:
 
 def _soft_map(model: Model, image: Tensor) -> Tensor:
     with apart_from_captures(image.device):
+        image, place = filled_up(image, model.least_size)
         if model.patch is not None:
-            return model.activation(model.patch.stitch(model.logits, image))
-        return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)]))
+            return model.activation(model.patch.stitch(model.logits, image)[place])
+        return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)])[place])
 
 
 def _image(sample: Sample, device: str) -> Tensor:

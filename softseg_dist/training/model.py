@@ -29,10 +29,11 @@ class Model(nn.Module):
     arithmetic; weights, logits and prediction are float32.
     """
 
-    def __init__(self, recipe: Recipe, channels: int, classes: int, dim: int) -> None:
-        """The model of a recipe, with weights drawn from torch's global generator."""
+    def __init__(self, recipe: Recipe, channels: int, classes: int, size: tuple[int, ...]) -> None:
+        """The model of a recipe for training items of at most `size` voxels, with weights drawn from torch's global generator."""
         super().__init__()
-        self.patch = recipe.patch
+        dim, self.patch = len(size), recipe.patch
+        self.least_size = size if recipe.patch is None else recipe.patch.size  # smaller images are filled up, as in training
         self.precision: Precision = "float32"
         self.num_logits = recipe.activation.num_logits(classes)
         self.network = recipe.network.build(channels, self.num_logits, dim)
@@ -46,13 +47,13 @@ class Model(nn.Module):
         _keep_plain_layout(self.network)
 
     @classmethod
-    def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, dim: int) -> Self:
+    def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, size: tuple[int, ...]) -> Self:
         """The model of a recipe in JSON; other fields are not read, so that a loss of an unknown study file does not matter.
 
         Raises pydantic.ValidationError if network, activation or patch are unknown.
         """
         parts = {name: recipe.get(name) for name in ("network", "activation", "patch")}
-        return cls(Recipe.model_validate(parts), channels, classes, dim)
+        return cls(Recipe.model_validate(parts), channels, classes, size)
 
     def on(self, device: str) -> Self:
         """The model on `device`, with exact float32: by default torch lets a GPU round it to 10 bits in convolutions (TF32)."""
@@ -99,14 +100,14 @@ def _keep_plain_layout(network: nn.Module) -> None:
             layer.register_forward_pre_hook(plain)
 
 
-def build_model(recipe: Recipe, channels: int, classes: int, dim: int, seed: int, mean_label: Tensor) -> Model:
+def build_model(recipe: Recipe, channels: int, classes: int, size: tuple[int, ...], seed: int, mean_label: Tensor) -> Model:
     """A new model whose weights depend on `seed` and whose last bias depends on `mean_label` [K], the share of foreground.
 
     The last bias starts where the activation gives the mean training label (docs/training.md, "Fairness of a comparison"). A
     network without a last bias keeps its own start.
     """
     with seeded(seed):
-        model = Model(recipe, channels, classes, dim)
+        model = Model(recipe, channels, classes, size)
     initial = recipe.activation.initial_bias(mean_label)
     if (bias := recipe.network.last_bias(model.network, len(initial))) is not None:
         with torch.no_grad():

@@ -10,7 +10,6 @@ JSON list per line.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import signal
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -146,7 +144,7 @@ def check_recipes(
         with _as_user_error(name, f" cannot be trained on {patches}images of size {store.size}"):
             trial.run(recipe)
         if methods:
-            model = Model(recipe, store.channels, len(store.classes), store.dim)
+            model = Model(recipe, store.channels, len(store.classes), store.size)
             check_methods(name, model, methods)
         for method in methods:
             with _as_user_error(name, f": {method}"):
@@ -208,7 +206,7 @@ class _Trial:
         num_logits = recipe.activation.num_logits(classes)
         key = canonical_json([recipe.network.model_dump(mode="json"), num_logits, image.shape])
         if key not in self._logits:
-            model, again = (Model(recipe, self.store.channels, classes, self.store.dim) for _ in range(2))
+            model, again = (Model(recipe, self.store.channels, classes, self.store.size) for _ in range(2))
             _check_apart(model, again, recipe.network)
             trained = model.train().logits(image)
             _check_finite(trained, "the network's output in training")
@@ -217,9 +215,6 @@ class _Trial:
                 if parameter.grad is not None:
                     _check_finite(parameter.grad, f"the gradient of {name}")
             with torch.no_grad():
-                if recipe.patch is None and self.store.sizes_differ:  # each case is predicted in its own size
-                    smallest = min(self.store.cases, key=lambda case: math.prod(case.size))
-                    model.eval().logits(torch.from_numpy(np.array(self.store.sample(smallest.index).image[:1])))
                 evaluated = model.eval().logits(image[:1])
                 _check_finite(evaluated, "the network's output in evaluation")
                 _check_last_bias(recipe.network.last_bias(model.network, num_logits), model, image[:1], evaluated)

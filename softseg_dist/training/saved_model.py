@@ -122,7 +122,7 @@ def read_model(folder: Path, card: ModelCard) -> Model:
     if sha256_of(path) != card.weights_sha256:
         raise _broken(path, f"it is not the file that {CARD} was written for (cut off, or replaced?)")
     try:
-        model = Model.of_json(card.recipe, card.channels, len(card.classes), card.dim)
+        model = Model.of_json(card.recipe, card.channels, len(card.classes), card.size)
     except ValidationError as error:
         raise _broken(folder / CARD, f"recipe: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     try:

@@ -157,7 +157,7 @@ def plain(task: FitTask, *, channels_last: bool) -> Callable[[Times], None]:
     store = open_store(task.store, task.store_fingerprint)
     batches, recipe = Batches.of(task, store), task.recipe
     image, target = batches.batch(0, batches.order(0)[: recipe.optim.batch_size], "cpu")
-    model = Model(recipe, store.channels, len(store.classes), store.dim)
+    model = Model(recipe, store.channels, len(store.classes), store.size)
     if not channels_last:
         model.layout = torch.contiguous_format
         model.to(memory_format=model.layout)  # type: ignore[call-overload]  # torch does not declare this form

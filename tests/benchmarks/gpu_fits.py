@@ -76,7 +76,7 @@ class EagerFit:
         self.spacing_mm = self.store.sample(0).spacing_mm
         plain = replace(self.batches, recipe=self.recipe.replace(augment=()))
         self.images, self.targets = plain.batch(0, range(len(self.batches.items)), device)
-        shape = self.store.channels, len(self.store.classes), self.store.dim
+        shape = self.store.channels, len(self.store.classes), self.store.size
         weights_seed = seed_of(self.batches.seed, "weights")
         self.model = build_model(self.recipe, *shape, weights_seed, self.batches.mean_label()).to(device)
         self.model.network.to(memory_format=torch.contiguous_format)

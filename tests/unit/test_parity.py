@@ -164,7 +164,7 @@ def test_the_recipes_differ_in_label_activation_and_loss_alone() -> None:
 @every_recipe
 def test_a_fit_of_it_starts_alive(name: str) -> None:
     recipe = softseg_parity(fusion="mean")[name]
-    model = build_model(recipe, 1, 1, 2, seed=0, mean_label=torch.tensor([0.1]))
+    model = build_model(recipe, 1, 1, (8, 8), seed=0, mean_label=torch.tensor([0.1]))
     prediction = model.eval()(torch.randn(2, 1, 16, 16))
     assert prediction.isfinite().all()
     assert prediction.max() > 0

@@ -23,7 +23,7 @@ from softseg_dist.numerics.augmentation import draw_all, join, pairs
 from softseg_dist.numerics.labels import rater_of
 from softseg_dist.numerics.transforms import Frame, Pairing
 from softseg_dist.study import Recipe
-from softseg_dist.training.batches import Batches, item_target
+from softseg_dist.training.batches import Batches, item_target, lowest
 
 SHARE = 0.5  # of the memory that is free: the rest is for training, and for other fits on the device
 MOST_KEPT = 4  # tensors: images and targets of two stores, or images of one and targets of three kinds
@@ -135,6 +135,9 @@ class Resident:
         of_targets = [case.size for case, count in zip(store.cases, counts, strict=True) for _ in range(count)]
         images, targets = ("images", store.fingerprint), ("targets", store.fingerprint, recipe.label, recipe.fusion)
         self.images = _Rows(images, store.channels, of_items, device, lambda: _images_of(store))
+        if self.is_cut:
+            items = [(case.index, item) for case in store.cases for item in range(case.num_items)]
+            self.lowest = torch.from_numpy(np.stack([lowest(store, *item) for item in items])).to(device)
         self.targets = _Rows(targets, len(store.classes), of_targets, device, lambda: _targets_of(store, recipe))
 
     def fields(self, rows: int) -> Fields:
@@ -161,7 +164,9 @@ class Resident:
         if "start" not in inputs:
             return self.images.whole(inputs["item"]), self.targets.whole(inputs["target"])
         place, inside = _places(inputs["start"], self.images.sizes[inputs["item"]], self.batches.read_size)
-        return self.images.at(inputs["item"], place), self.targets.at(inputs["target"], place).masked_fill(~inside, 0)
+        beyond = self.lowest[inputs["item"]].reshape(-1, self.images.channels, *[1] * (place.ndim - 2))
+        image = torch.where(inside, self.images.at(inputs["item"], place), beyond)
+        return image, self.targets.at(inputs["target"], place).masked_fill(~inside, 0)
 
 
 class Streamed:

@@ -79,7 +79,7 @@ def test_a_case_is_predicted_by_all_fits_that_tested_it_and_by_no_other(made: Ru
     assert (set(rows.split), set(rows.subset), set(rows.candidate)) == ({-1}, {"test"}, {"a"})
     members = rows[rows.metric == MEMBERS].set_index("subject").value
     assert {subject: len(splits) for subject, splits in expected.items()} == members.to_dict()
-    model = Model(RECIPE, 1, 1, 2)
+    model = Model(RECIPE, 1, 1, (8, 8))
     for case in made.prepared.store.cases:
         if case.subject not in expected:
             continue

@@ -109,7 +109,7 @@ def test_the_last_bias_is_that_of_a_layer_as_wide_as_the_logits() -> None:
 def test_a_network_whose_last_layer_has_no_bias_is_trained_as_it_is_built(kind: str) -> None:
     network = Layers(kind=kind)
     assert network.last_bias(network.build(2, 2, 2), num_logits=2) is None
-    model = build_model(Recipe(network=network), 1, 1, 2, seed=3, mean_label=torch.tensor([0.1]))
+    model = build_model(Recipe(network=network), 1, 1, (8, 8), seed=3, mean_label=torch.tensor([0.1]))
     with seeded(3):
         expected = network.build(1, 1, 2).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in model.network.state_dict().items())

@@ -39,7 +39,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.data.volume import write_volume
 from softseg_dist.numerics.augmentation import moves
-from softseg_dist.numerics.patches import Window
+from softseg_dist.numerics.patches import Window, filled_up
 from softseg_dist.numerics.transforms import Augmentation
 from softseg_dist.record.changes import study_changes
 from softseg_dist.record.ledger import json_of
@@ -136,11 +136,25 @@ def test_so_many_voxels_that_not_all_are_remembered_still_lie_everywhere(store: 
     assert np.array_equal(some, labelled_voxels.__wrapped__(store, 0, 0)[1])
 
 
-def test_what_lies_beyond_the_border_goes_on_in_images_and_is_no_label() -> None:
-    maps = np.arange(12.0).reshape(1, 3, 4)
+def test_what_lies_beyond_the_border_is_the_minimum_of_a_channel_and_no_label() -> None:
+    maps = np.stack([np.arange(12.0).reshape(3, 4), np.arange(12.0).reshape(3, 4) + 100])
     window = Window((-1, 1), (2, 6))
-    assert window.of(maps, "edge")[0].tolist() == [[1, 2, 3, 3, 3], [1, 2, 3, 3, 3], [5, 6, 7, 7, 7]]
-    assert window.of(maps, "constant")[0].tolist() == [[0, 0, 0, 0, 0], [1, 2, 3, 0, 0], [5, 6, 7, 0, 0]]
+    first, second = window.of(maps, np.array([0.0, 100.0]))
+    assert first.tolist() == [[0, 0, 0, 0, 0], [1, 2, 3, 0, 0], [5, 6, 7, 0, 0]]
+    assert np.array_equal(second, first + 100)
+    assert window.of(maps)[1].tolist() == [[0, 0, 0, 0, 0], [101, 102, 103, 0, 0], [105, 106, 107, 0, 0]]
+    assert np.array_equal(Window((0, 1), (3, 3)).of(maps), maps[:, :, 1:3])
+
+
+def test_smaller_items_are_filled_up_by_their_own_minima() -> None:
+    image = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    filled, place = filled_up(image, (4, 7))
+    assert filled.shape == (2, 3, 5, 7)
+    assert torch.equal(filled[place], image)
+    outside = torch.ones(5, 7, dtype=torch.bool)
+    outside[place[1:]] = False
+    assert torch.equal(filled[:, :, outside], image.amin((2, 3))[..., None].expand(2, 3, 15))
+    assert filled_up(image, (5, 3))[0] is image
 
 
 @pytest.mark.parametrize("fusion", ["mean", "soft_staple"])
@@ -282,13 +296,13 @@ def test_uncertainty_asks_about_patches_too(store: Store) -> None:
 def test_a_saved_model_predicts_from_patches_and_one_of_an_earlier_version_from_whole_images(store: Store, tmp_path: Path) -> None:
     recipe = RECIPE.replace(patch=PATCH)
     card = card_of(Preprocess(dim=3), recipe)
-    model = Model(recipe, 1, 1, 3).eval()
+    model = Model(recipe, 1, 1, SHAPE).eval()
     folder = saved(tmp_path / "model", card, model)
     loaded = read_model(folder, read_card(folder))
     assert loaded.patch == PATCH
     assert np.array_equal(predict_sample(loaded, store.sample(0)), predict_sample(model, store.sample(0)))
     before = {name: value for name, value in card.recipe.items() if name != "patch"}
-    assert Model.of_json(before, 1, 1, 3).patch is None
+    assert Model.of_json(before, 1, 1, SHAPE).patch is None
 
 
 def test_images_smaller_than_a_patch_are_padded(store: Store) -> None:
@@ -296,8 +310,8 @@ def test_images_smaller_than_a_patch_are_padded(store: Store) -> None:
     recipe = Recipe(network=UNet(filters=(2, 4)), patch=Patch(size=(8, 18, 8)))
     check_recipes({"c": recipe}, store, split)
     image, target = batches_of(store, recipe).batch(0, [0, 1, 2], "cpu")
-    assert torch.equal(image[:, :, :, 0], image[:, :, :, 1]), "of 3 rows more than the image has, 2 lie before it"
-    assert torch.equal(image[:, :, :, -1], image[:, :, :, -2])
+    lowest = image.amin((1, 2, 3, 4))[:, None, None, None]
+    assert (image[:, :, :, [0, 1, -1]] == lowest[..., None]).all(), "of 3 rows more than the image has, 2 lie before it"
     assert target[:, 1].sum((1, 2, 3)).tolist() == [8 * 15 * 8] * 3, "padding is no label"
 
 

@@ -69,7 +69,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> FitTask:
 
 def model_of(recipe: Recipe = RECIPE) -> Model:
     torch.manual_seed(0)
-    return Model(recipe, channels=1, classes=1, dim=2)
+    return Model(recipe, channels=1, classes=1, size=(8, 8))
 
 
 def samples(model: Model, task: FitTask, method: Uncertainty, seed: int = 0) -> list[np.ndarray]:

@@ -189,7 +189,7 @@ def test_final_weights_too_are_exact_after_a_restart(task: FitTask, tmp_path: Pa
 
 def test_models_built_in_threads_have_the_weights_that_they_have_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
-        model = build_model(RECIPE, 1, 1, 2, seed, torch.full((1,), 0.1))
+        model = build_model(RECIPE, 1, 1, (8, 8), seed, torch.full((1,), 0.1))
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     alone = [weights(seed) for seed in range(32)]

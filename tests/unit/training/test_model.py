@@ -31,7 +31,7 @@ class Strided(Network):
 def train() -> None:
     """Learn from images of a size with which oneDNN of torch 2.13 would end this process."""
     torch.manual_seed(0)
-    model = Model(Recipe(network=Strided()), 1, 1, 2)
+    model = Model(Recipe(network=Strided()), 1, 1, (8, 8))
     adam = torch.optim.AdamW(model.parameters())
     for _ in range(3):
         model(torch.rand(2, 1, 48, 48)).sum().backward()
@@ -45,7 +45,7 @@ def test_a_strided_convolution_of_few_channels_does_not_end_the_process() -> Non
 
 
 def test_only_layers_that_would_crash_lose_the_faster_layout() -> None:
-    few, many = (Model(Recipe(network=Strided(channels=channels)), 1, 1, 2) for channels in (8, 16))
+    few, many = (Model(Recipe(network=Strided(channels=channels)), 1, 1, (8, 8)) for channels in (8, 16))
     image = torch.rand(2, 1, 8, 8).contiguous(memory_format=torch.channels_last)
     for model, plain in ((few, True), (many, False)):
         first, around = model.network[:2]
