@@ -61,25 +61,25 @@ def study_source(contents: Contents, file: Path) -> str:
     dim = axes.shape[1]
     spacings, sizes = (np.take_along_axis(values, axes, 1) for values in (contents.spacings_mm, contents.sizes))
     spacing_mm = _spacing(spacings)
-    crop = _crop(sizes if spacing_mm is None else sizes * spacings / spacing_mm)
+    largest = np.rint((sizes if spacing_mm is None else sizes * spacings / spacing_mm).max(axis=0)).tolist()
+    crop = tuple(max(2 * LEVELS, LEVELS * math.ceil(n / LEVELS)) for n in largest)  # smaller images are padded, nothing is cut off
     patch = tuple(min(n, WIDEST[dim]) for n in crop)  # of whole images, of whatever size
     splits, splits_line = _splits(contents)
-    batch = max(2, min(16, VOXELS_AT_ONCE[dim] // math.prod(patch)))
     used = {"Patch"} if patch != crop else set()
     given = [f"dim={dim}", *(['axis="auto"'] if dim == 2 and axes.max() == 2 else [])]
     given += [*([f"spacing_mm={spacing_mm}"] if spacing_mm else []), *([] if used else [f"crop={crop}"])]
     names = {"Affine", "DiceSemimetric", "Optim", "Preprocess", "Recipe", "Study", "UNet", "factorial", *used}
-    names |= {type(contents.layout.data).__name__, splits.partition("(")[0]}
+    names |= {type(contents.data).__name__, splits.partition("(")[0]}
     return TEMPLATE.format(
         question=f"Do soft labels beat hard ones on {Path(file).stem}?",
         file=command(file),
-        data_line=f"{count(len(contents.cases), 'case')} of {count(contents.persons, 'person')}; {contents.layout.name}",
+        data_line=f"{count(len(contents.cases), 'case')} of {count(contents.persons, 'person')}; {contents.layout}",
         imports=", ".join(sorted(names, key=lambda name: (name[0].islower(), name))),
         filters=(16, 32, 64, 128) if dim == 2 else (16, 32, 64),
         patch=f"\n    patch=Patch(size={patch}),  # images are larger than is trained on at once" if used else "",
-        batch=batch,
+        batch=max(2, min(16, VOXELS_AT_ONCE[dim] // math.prod(patch))),
         name=re.sub(r"\W+", "_", Path(file).stem),
-        data=_call(contents.layout.data),
+        data=_call(contents.data),
         grid_line=grid_line,
         preprocess=f"Preprocess({', '.join(given)})",
         splits=splits,
@@ -91,18 +91,16 @@ def study_source(contents: Contents, file: Path) -> str:
 def facts(contents: Contents) -> list[tuple[str, str]]:
     """What was found, as (what, value), for a person to check."""
     sites = {site or "unknown": num for site, num in contents.sites.items()}
-    volumes = [f"{name} {volume:.4g} mm3" for name, volume in contents.mean_volumes_mm3.items()]
+    volumes = ", ".join(f"{name} {volume:.4g} mm3" for name, volume in contents.mean_volumes_mm3.items())
+    measured = f"{count(len(contents.volumes_mm3), 'case')}: {listed(list(contents.volumes_mm3), 4)}"
     return [
-        ("layout", f"{contents.layout.name}: {contents.layout.why}"),
+        ("layout", f"{contents.layout}: {contents.why}"),
         ("cases", f"{len(contents.cases)} of {count(contents.persons, 'person')}"),
         ("sites", listed([f"{site} ({num})" for site, num in sorted(sites.items())])),
         ("raters", listed(list(contents.raters))),
         ("voxels (mm)", _range(contents.spacings_mm, "{:.3g}")),
         ("size (voxels)", _range(contents.sizes, "{:.0f}")),
-        (
-            "classes",
-            f"{', '.join(volumes)} (means of {count(len(contents.volumes_mm3), 'case')}: {listed(list(contents.volumes_mm3), 4)})",
-        ),
+        ("classes", f"{volumes} (means of {measured})"),
         ("masks", "soft" if contents.soft else "binary"),
     ]
 
@@ -140,11 +138,6 @@ def _spacing(spacings: np.ndarray) -> tuple[float, ...] | None:
     return tuple(float(f"{size:.3g}") for size in median)
 
 
-def _crop(sizes: np.ndarray) -> tuple[int, ...]:
-    """The largest of the sizes [cases axes], as a multiple of `LEVELS`: smaller images are padded, nothing is cut off."""
-    return tuple(max(2 * LEVELS, LEVELS * math.ceil(n / LEVELS)) for n in np.rint(sizes.max(axis=0)).astype(int).tolist())
-
-
 def _splits(contents: Contents) -> tuple[str, str]:
     """The call of a rule that the number of persons allows, and why."""
     persons, sites = contents.persons, [site for site in contents.sites if site]
@@ -152,8 +145,7 @@ def _splits(contents: Contents) -> tuple[str, str]:
         raise UserError(f"a study needs at least 3 persons, to train, validate and test on; found {count(persons, 'person')}")
     by_site = f"; for a new site: LeaveOneSiteOut() ({count(len(sites), 'site')})" if len(sites) > 2 else ""
     if persons < 10:
-        folds = min(persons, 5)
-        return f"KFold(folds={folds})", f"{persons} persons: each is tested once; too few to settle a question{by_site}"
+        return f"KFold(folds={min(persons, 5)})", f"{persons} persons: each is tested once; too few to settle a question{by_site}"
     return "MonteCarlo(count=10)", f"{persons} persons in 10 random splits, all sessions of one person in the same part{by_site}"
 
 

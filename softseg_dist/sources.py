@@ -178,8 +178,7 @@ def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = _absolute(node, file)
-            names = [f"{module}.{alias.name}" for alias in node.names]
+            names = [f"{_absolute(node, file)}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
@@ -205,8 +204,7 @@ def _file_beside(folder: Path, parts: list[str]) -> str | None:
 
 
 def _refuse_installed(folder: Path, file: str, name: str, helper: str) -> None:
-    found = _installed(folder, name)
-    if found is not None and Path(found).resolve() != (folder / helper).resolve():
+    if (found := _installed(folder, name)) is not None and Path(found).resolve() != (folder / helper).resolve():
         both = f"{helper} beside the study and an installed module ({found}); rename the file beside the study"
         raise UserError(f"{folder / file} imports {name!r}, which is {both}")
 
@@ -224,8 +222,7 @@ def _absolute(node: ast.ImportFrom, file: str) -> str:
     """The module that `from ... import` names, in a file of that path."""
     if not node.level:
         return node.module or ""
-    parts = file.split("/")[: -node.level]
-    return ".".join([*parts, *filter(None, [node.module])])
+    return ".".join([*file.split("/")[: -node.level], *filter(None, [node.module])])
 
 
 @lru_cache(maxsize=256)
@@ -269,11 +266,10 @@ def _bound(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
 
     Public names of this package mean the same however they are imported.
     """
-    one: ast.stmt
     if isinstance(statement, ast.Import):
         for alias in statement.names:
-            one = ast.Import([alias if alias.asname else ast.alias(_local_name(alias))])
-            yield _local_name(alias), ast.copy_location(one, statement)
+            bound = alias if alias.asname else ast.alias(_local_name(alias))
+            yield _local_name(alias), ast.copy_location(ast.Import([bound]), statement)
     elif isinstance(statement, ast.ImportFrom):
         for alias in statement.names:
             if statement.module != "__future__" and (statement.module != PACKAGE or alias.asname):

@@ -69,8 +69,6 @@ class Optim(Frozen):
 class Recipe(Frozen):
     """One way to train: label mode, fusion, augmentation, smoothing, patches, network, activation, loss, optimizer.
 
-    A candidate is one.
-
     `label`: "soft" (never rounded), "hard" (rounded once, last), "nearest" or "hard_each" (see `numerics.labels`).
     `fusion`: "mean", "majority", "intersection", "union", "staple", "soft_staple", "random_rater", or "rater:<name>".
     `smoothing`: the last change of a sample's target, after augmentation and rounding; evaluation never sees it.
@@ -285,9 +283,7 @@ class Study(Frozen):
 
     def bound(self, folder: Path) -> Study:
         """The same study with the content of given splits; a relative file lies in `folder`. Raises UserError on bad files."""
-        rules = {name: rule for name in ("splits", "nested") if (rule := getattr(self, name)) is not None}
-        read = {name: rule.bound(folder) for name, rule in rules.items()}
-        return self if read == rules else self.replace(**read)
+        return self.replace(splits=self.splits.bound(folder), nested=self.nested and self.nested.bound(folder))
 
     def inner(self, outer: Split) -> Study:
         """The study of one outer split: its test subjects are held out, and the others are split by `splits`."""
@@ -304,23 +300,20 @@ class Study(Frozen):
             check_one_rater(name, recipe.fusion)
         if isinstance(recipe.activation, Softmax) and len(self.data.classes) > 1 and recipe.label == "hard_each":
             raise ValueError(f"candidate {name}: hard_each rounds classes one by one, which Softmax cannot use")
-        if recipe.patch is not None and len(recipe.patch.size) != self.preprocess.dim:
-            dim = self.preprocess.dim
+        if recipe.patch is not None and len(recipe.patch.size) != (dim := self.preprocess.dim):
             raise ValueError(f"candidate {name}: a patch needs {dim} numbers for Preprocess(dim={dim}), got {recipe.patch.size}")
 
     def debug(self) -> Study:
         """The same study, cut to 2 splits, 2 epochs, few subjects, two trials: does it run at all? Under a minute on 2 cores."""
         recipes = {n: r.replace(optim=r.optim.replace(epochs=min(2, r.optim.epochs))) for n, r in self.candidates.items()}
-        search = self.search and self.search.replace(trials=min(2, self.search.trials))
-        tune = self.tune_each and self.tune_each.replace(trials=2, splits=1)
         few = self.DEBUG_SUBJECTS + (4 if self.nested else 1 if self.holdout else 0)  # as many are left for the splits
         return self.replace(
             name=f"{self.name}-debug",
             splits=self.splits.small(),
             repeats=1,
             candidates=recipes,
-            search=search,
-            tune_each=tune,
+            search=self.search and self.search.replace(trials=min(2, self.search.trials)),
+            tune_each=self.tune_each and self.tune_each.replace(trials=2, splits=1),
             uncertainty=tuple(method.replace(samples=2) for method in self.uncertainty),
             subjects=min(self.subjects or few, few),
             holdout=self.holdout and 1 / few,  # names may be of later subjects
@@ -380,11 +373,7 @@ def softseg_parity(fusion: str = "random_rater") -> dict[str, Recipe]:
 def _levels(field: str, values: tuple[Any, ...]) -> list[tuple[str, Any]]:
     if field not in Recipe.model_fields:
         raise ValueError(f"factor {field!r} is not a field of Recipe; there are {', '.join(Recipe.model_fields)}")
-    shorts = [_short(v) for v in values]
-    names = [
-        short if shorts.count(short) == 1 else short + _difference(value, [v for v in values if _short(v) == short])
-        for short, value in zip(shorts, values, strict=True)
-    ]
+    names = [_short(value) + _difference(value, [v for v in values if _short(v) == _short(value)]) for value in values]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         shown = ", ".join(str(value) for name, value in zip(names, values, strict=True) if name == twice)

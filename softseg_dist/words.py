@@ -37,9 +37,7 @@ def interval(low: float, high: float, digits: int = 3, signed: bool = False) -> 
 
 def p_value(p: float) -> str:
     """`0.032`, `<0.001`, or an en dash: three decimals are all that a p-value deserves."""
-    if math.isnan(p):
-        return "–"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "<0.001" if p < 0.001 else number(p)
 
 
 def p_clause(p: float, name: str = "p") -> str:

@@ -57,11 +57,10 @@ def predict(
     """Predict the soft maps of new images with a study's model, on the grids of the images."""
     from softseg_dist.prediction import predict_images
 
-    paths = [[Path(channel) for channel in image.split(",")] for image in images]
     predictions = []
     for done in predict_images(
         model,
-        paths,
+        [[Path(channel) for channel in image.split(",")] for image in images],
         out,
         center_masks=center_mask or (),
         binary=binary,

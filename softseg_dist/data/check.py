@@ -36,9 +36,6 @@ class Problem:
     detail: str
 
 
-Seen = tuple[str, Geometry]  # what is compared between cases: name, grid of the image
-
-
 def check_cases(
     cases: Sequence[Case], preprocess: Preprocess, look: Callable[[Sample], None] = lambda sample: None
 ) -> list[Problem]:
@@ -49,7 +46,7 @@ def check_cases(
     others', a person at two sites.
     """
     problems: list[Problem] = []
-    seen: list[Seen] = []
+    seen: list[tuple[str, Geometry]] = []  # name and grid, which are compared between cases
     for case in cases:
         if lacks := case.missing():
             problems += [Problem(case.name, "error", "incomplete", sentence) for sentence in lacks]
@@ -96,7 +93,7 @@ def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
         yield Problem(case.name, "warning", "label outside the crop", f"{lost:.1%} of the labelled voxels are cut off")
 
 
-def _between(seen: Sequence[Seen], preprocess: Preprocess) -> Iterator[Problem]:
+def _between(seen: Sequence[tuple[str, Geometry]], preprocess: Preprocess) -> Iterator[Problem]:
     if not seen:
         return
     across = [f"cut across {'xyz'[preprocess.slice_axis(grid)]}" for _, grid in seen]

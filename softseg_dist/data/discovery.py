@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -33,24 +33,18 @@ Names = Mapping[str, Sequence[Name]]  # files by the folder below the data set, 
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """How a folder is laid out. `data` reads it, `why` says what it was recognised by and what was left out."""
-
-    name: str
-    why: str
-    data: DataSet
-
-
-@dataclass(frozen=True)
 class Contents:
     """What a data set holds.
 
-    `cases` are complete; `problems` are sentences about the others, which `layout.data` excludes, and about what is in no case.
+    `data` reads it; `layout` is that of the folder, `why` says what it was recognised by and what is not used.
+    `cases` are complete; `problems` are sentences about the others, which `data` excludes, and about what is in no case.
     `grids` are those of the images, by case. `volumes_mm3` has, of a few cases, the mean volume of each class over the raters;
     `soft` is whether one of their masks has a value between 0 and 1.
     """
 
-    layout: Recognised
+    layout: str
+    data: DataSet
+    why: str
     cases: tuple[Case, ...]
     problems: tuple[str, ...]
     grids: Mapping[str, Geometry]
@@ -75,7 +69,7 @@ class Contents:
     @property
     def mean_volumes_mm3(self) -> dict[str, float]:
         """Of each class, over the cases in `volumes_mm3`."""
-        return dict(zip(self.layout.data.classes, np.mean([*self.volumes_mm3.values()], axis=0).tolist(), strict=True))
+        return dict(zip(self.data.classes, np.mean([*self.volumes_mm3.values()], axis=0).tolist(), strict=True))
 
     @property
     def spacings_mm(self) -> np.ndarray:
@@ -93,9 +87,9 @@ def look_at(folder: Path) -> Contents:
 
     Raises UserError if there is no such folder, if no layout fits, or if no case is complete.
     """
-    layout = recognise(folder.absolute())
-    scanned = sorted(layout.data.scan(None), key=lambda case: case.name)
-    problems = [*layout.data.warnings(None), *(sentence for case in scanned for sentence in case.missing())]
+    layout, data, why = recognise(folder.absolute())
+    scanned = sorted(data.scan(None), key=lambda case: case.name)
+    problems = [*data.warnings(None), *(sentence for case in scanned for sentence in case.missing())]
     grids: dict[str, Geometry] = {}
     for case in (case for case in scanned if isinstance(case, LabelledCase) and not case.missing()):
         try:
@@ -119,8 +113,8 @@ def look_at(folder: Path) -> Contents:
     if not volumes:
         raise UserError(f"{folder}: no mask can be read: {listed(problems, 3, '; ')}")
     if left := tuple(case.name for case in scanned if case.name not in grids):
-        layout = replace(layout, data=layout.data.replace(exclude=left))  # every layout has it
-    return Contents(layout, cases, tuple(problems), grids, volumes, soft)
+        data = data.replace(exclude=left)  # every layout has it
+    return Contents(layout, data, why, cases, tuple(problems), grids, volumes, soft)
 
 
 def _spread(cases: Sequence[Case]) -> list[Case]:
@@ -132,14 +126,13 @@ def _spread(cases: Sequence[Case]) -> list[Case]:
     return [case for case in turns if case is not None][:MASKS_READ]
 
 
-def recognise(folder: Path) -> Recognised:
-    """The first layout that fits. Raises UserError that lists what there is if none does."""
+def recognise(folder: Path) -> tuple[str, DataSet, str]:
+    """The first layout that fits: its name, what reads it, and why. Raises UserError that lists what there is if none does."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     for name, reader in LAYOUTS.items():
         if found := reader(folder):
-            data, why = found
-            return Recognised(name, why, data)
+            return name, *found
     others = 'names of your own are read by Files("...", image="{case}_image.nii.gz", ...), see docs/extending.md'
     raise UserError(f"{folder} has none of the layouts {', '.join(LAYOUTS)}: {contents(folder)}; {others}")
 
@@ -163,8 +156,7 @@ def bids_in(folder: Path) -> tuple[DataSet, str] | None:
     others = [contrast for contrast in contrasts if contrast != chosen]
     why = f"{count(len(subjects), 'folder')} sub-*, {count(len(derivatives), 'folder')} below derivatives/"
     why += f"; not used: {listed(sorted(others))}" if others else ""
-    data = Bids(str(folder), image=chosen, labels=labels, person=SESSIONS if sessions else None)
-    return data, why
+    return Bids(str(folder), image=chosen, labels=labels, person=SESSIONS if sessions else None), why
 
 
 def _parts(contrast: str, contrasts: Iterable[str], images: Names, masks: Names) -> dict[str, list[Path]]:
@@ -186,11 +178,11 @@ def _labels(parts: Mapping[str, Sequence[Path]], num_images: int) -> Iterator[tu
     for part, paths in parts.items():
         joined[_of_raters(part, parts)] += paths
     for part, paths in joined.items():
-        folders = {path.parent for path in paths}
-        if len(folders) < HALF * num_images:
+        if len({path.parent for path in paths}) < HALF * num_images:
             continue
         values = _values(paths)
-        name = _class_name(part)
+        words = dict(word.partition("-")[::2] for word in part.split("_"))
+        name = words.get("label") or next(iter(words))  # GM of label-GM_desc-{rater}_mask, gmseg of gmseg-manual
         if values == {1} or values is None:
             yield name, part
         else:
@@ -220,12 +212,6 @@ def _values(paths: Sequence[Path]) -> set[int] | None:
     return {int(value) for value in found if value > 0}
 
 
-def _class_name(part: str) -> str:
-    """`GM` of `label-GM_desc-{rater}_mask`, `gmseg` of `gmseg-manual`."""
-    words = dict(word.partition("-")[::2] for word in part.split("_"))
-    return words.get("label") or part.split("_")[0].split("-")[0]
-
-
 def released_in(kind: type[Layout], folder: Path) -> tuple[DataSet, str] | None:
     """The images of a challenge, by the names of its release."""
     data = kind(str(folder))
@@ -251,8 +237,7 @@ def table_in(folder: Path) -> tuple[DataSet, str] | None:
     return None
 
 
-Reader = Callable[[Path], tuple[DataSet, str] | None]
-LAYOUTS: dict[str, Reader] = {
+LAYOUTS: dict[str, Callable[[Path], tuple[DataSet, str] | None]] = {
     "BIDS": bids_in,
     "nnU-Net": partial(described_in, NnUNet),
     "Decathlon": partial(described_in, Decathlon),

@@ -37,14 +37,13 @@ class Draft:
 
 
 @contextmanager
-def new_draft(folder: Path, name: str) -> Iterator[Draft]:
-    """A draft of `folder`/`name`.arrow. If it is left unfinished it stays as a leftover, unless nothing was written yet."""
-    stem = f".{name}.{os.getpid()}-{secrets.token_hex(4)}"
-    unheld = folder / f"{stem}.new"  # not yet to be found as a leftover
+def new_draft(path: Path) -> Iterator[Draft]:
+    """A draft of the store `path`. If it is left unfinished it stays as a leftover, unless nothing was written yet."""
+    unheld = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.new")  # not yet to be found as a leftover
     try:
         with unheld.open("w+b") as file:
             is_locked_here(file)
-            draft = Draft(unheld.rename(folder / f"{stem}.draft"), file)
+            draft = Draft(unheld.rename(unheld.with_suffix(".draft")), file)
             try:
                 yield draft
             finally:

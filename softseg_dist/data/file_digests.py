@@ -46,7 +46,7 @@ def remembered_sha256(folder: Path, now_ns: Callable[[], int] = time.time_ns) ->
     def sha256(path: Path) -> str:
         key = str(path.absolute())
         with suppress(OSError):  # reading the file reports the error with its name
-            if key in known and known[key][:-1] == _stamp(path.stat()):
+            if key in known and known[key][:-1] == stamp_of(path.stat()):
                 return str(known[key][-1])
         read_ns = now_ns()
         stamp, digest = _read(path)
@@ -67,12 +67,13 @@ def _read(path: Path) -> tuple[list[int] | None, str]:
     check_regular(path)
     try:
         with path.open("rb") as file:
-            before = _stamp(os.fstat(file.fileno()))
+            before = stamp_of(os.fstat(file.fileno()))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return before if _stamp(os.fstat(file.fileno())) == before else None, digest
+            return before if stamp_of(os.fstat(file.fileno())) == before else None, digest
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _stamp(stat: os.stat_result) -> list[int]:
+def stamp_of(stat: os.stat_result) -> list[int]:
+    """Size, times and inode: a file is taken as unchanged while they are."""
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

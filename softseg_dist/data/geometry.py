@@ -76,9 +76,8 @@ class Geometry:
     @property
     def orientation(self) -> str:
         """The stored axes by where they run to, as in "LAS"."""
-        letters = {}
-        for world, (stored, flipped) in enumerate(zip(self.order, self.flips, strict=True)):
-            letters[stored] = ("RAS", "LPI")[flipped][world]
+        ends = zip(self.order, ("RL", "AP", "SI"), self.flips, strict=True)
+        letters = {stored: pair[flipped] for stored, pair, flipped in ends}
         return "".join(letters[axis] for axis in range(3))
 
     def to_canonical(self, stored: NDArray[Any]) -> NDArray[Any]:

@@ -181,12 +181,10 @@ class Phantom(DataSet):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """("GM",) or ("lesion",)."""
         return ("GM",) if self.shape == "cord" else ("lesion",)
 
     @property
     def rater_names(self) -> tuple[str, ...]:
-        """("A", "B", ...)."""
         return tuple(chr(ord("A") + r) for r in range(self.raters))
 
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
@@ -253,8 +251,7 @@ class PhantomCase(Case):
         generator = self._generator("shape")
         extent = [n * s for n, s in zip(self.phantom.grid, self.phantom.spacing_mm, strict=True)]
         if self.phantom.shape == "cord":
-            gray, cord = _cord(generator, extent)
-            return [gray], [cord]
+            return _cord(generator, extent)
         return list(_lesions(generator, extent, min(self.phantom.spacing_mm))), []
 
     def _image(self, target: Float32, surround: Float32 | None) -> Float32:
@@ -277,7 +274,7 @@ class PhantomCase(Case):
         return np.random.default_rng(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
-def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[Column, Column]:
+def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[list[Body], list[Body]]:
     """A gray matter butterfly and the cord around it, the cord taking about half of the field of view."""
     width, height = (share * extent for share, extent in zip((0.29, 0.23), extent_mm, strict=False))
     width, height = (side * generator.uniform(0.85, 1.15) for side in (width, height))
@@ -289,7 +286,7 @@ def _cord(generator: np.random.Generator, extent_mm: Sequence[float]) -> tuple[C
     cosines = size * (np.array([0.44, 0.0, 0.08, 0.0, -0.22, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     sines = size * (np.array([0.0, 0.03, 0.0, 0.04, 0.0, 0.0, 0.0]) + generator.normal(0, 0.015, 7))
     gray = Column(extent_mm[2], center, drift, (width, height), taper, cosines, sines)
-    return gray, Column(extent_mm[2], center, drift, (width, height), taper / 2, np.array([1.0]), np.array([0.0]))
+    return [gray], [Column(extent_mm[2], center, drift, (width, height), taper / 2, np.array([1.0]), np.array([0.0]))]
 
 
 def _lesions(generator: np.random.Generator, extent_mm: Sequence[float], smallest_mm: float) -> list[Ellipsoid]:

@@ -161,9 +161,8 @@ class Preprocess(Frozen):
         image = self._image(case, data.image, grid)
         raters = self._labels(data.raters, grid, self.label_resampling, np.float32)
         truth = None if data.truth is None else self._labels(data.truth, grid, self.label_resampling, np.float32)
-        nearest = None
-        if any(axis.is_resampled for axis in axes):
-            nearest = self._labels(data.raters >= 0.5, grid, "nearest", np.uint8)
+        is_resampled = any(axis.is_resampled for axis in axes)
+        nearest = self._labels(data.raters >= 0.5, grid, "nearest", np.uint8) if is_resampled else None
         slices = self._slices(case, raters)
         return Sample(
             name=case.name,
@@ -207,7 +206,6 @@ class Preprocess(Frozen):
         return tuple(axes)
 
     def _item_axes(self, geometry: Geometry) -> tuple[int, ...]:
-        """The canonical axes of an item."""
         return tuple(axis for axis in range(3) if self.dim == 3 or axis != self.slice_axis(geometry))
 
     def _center(self, case: Case, data: CaseData) -> tuple[float, ...]:

@@ -53,8 +53,7 @@ class Axis:
         """The axis cropped or padded to `size` voxels around `center`, an index of the old grid (may be fractional)."""
         assert 0 <= center <= self.num_in - 1, "a window around a place outside the grid would be empty"
         middle = (center - (self.num_in - 1) / 2) / self.step + (self.num_resampled - 1) / 2
-        start = math.floor(middle - (size - 1) / 2 + 0.5)
-        return replace(self, start=start, size=size)
+        return replace(self, start=math.floor(middle - (size - 1) / 2 + 0.5), size=size)
 
     @property
     def is_resampled(self) -> bool:
@@ -118,8 +117,7 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
     lead = volume.ndim - len(axes)
     if method == "nearest":
         for number, axis in enumerate(axes, start=lead):
-            centers = axis.centers() if axis.is_resampled else np.arange(axis.num_in, dtype=np.float64)
-            nearest = np.floor(centers[slice(*axis.kept)] + 0.5).clip(0, axis.num_in - 1)  # the upper one of two equally near
+            nearest = np.floor(axis.centers()[slice(*axis.kept)] + 0.5).clip(0, axis.num_in - 1)  # the upper of two equally near
             volume = volume.take(nearest.astype(np.int64), number)
         return volume.astype(np.float32)
     matrices = [_weights(axis, method) if axis.is_resampled else None for axis in axes]

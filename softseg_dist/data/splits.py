@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -321,11 +322,8 @@ def _spread(subjects: Mapping[str, str], key: str) -> list[str]:
 
 
 def _cut(order: list[str], *sizes: int) -> list[tuple[str, ...]]:
-    parts, begin = [], 0
-    for size in (*sizes, len(order) - sum(sizes)):
-        parts.append(tuple(sorted(order[begin : begin + size])))
-        begin += size
-    return parts
+    edges = [0, *accumulate(sizes), len(order)]
+    return [tuple(sorted(order[begin:end])) for begin, end in pairwise(edges)]
 
 
 def _uniform(*parts: str) -> float:

@@ -5,7 +5,6 @@ The file has one record batch per case and one row per item. Each column holds t
 What belongs to a case (names, shapes, placement) is JSON in the metadata of its batch; what belongs to the file is JSON in the
 metadata of the schema. Arrow writes batches one after the other, so a file that was cut off is read up to the cut.
 
-`build_store` prepares cases, or copies them from stores and leftovers that have them already; `Store` reads the finished file.
 The fingerprint depends on the contents of all sources, the classes and the preprocessing, not on when or where it was built.
 """
 
@@ -41,6 +40,7 @@ KEY = b"softseg"
 PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32(), "own": pa.uint8()}
 SCHEMA = pa.schema([pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()])
+Arrays = dict[str, NDArray[Any] | None]  # of a case, by column
 MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arrow columnar format, IPC file format)
 
 
@@ -58,7 +58,7 @@ class CaseRecord:
 
     def sample(self) -> Sample:
         """As read-only views of the file. Raises ValueError or ArrowException if the file is damaged there."""
-        fields = {name: self.about[name] for name in PLAIN} | {column: self._view(column) for column in COLUMNS}
+        fields = {name: self.about[name] for name in PLAIN} | self._arrays()
         fields |= {name: tuple(self.about[name]) for name in ("rater_names", "spacing_mm")}  # lists in JSON
         placement = Placement.from_dict(self.about["placement"])
         fields["own"] = OwnMasks.from_dict(self.about["own"], placement.geometry, fields["own"])
@@ -67,22 +67,23 @@ class CaseRecord:
     def is_intact(self) -> bool:
         """Whether its numbers are those that were written; reads them all."""
         try:
-            return digest_of(self.sample()) == self.about["digest"]
+            return digest_of(self._arrays()) == self.about["digest"]
         except (pa.ArrowException, ValueError):
             return False
 
-    def _view(self, column: str) -> NDArray[Any] | None:
-        shape = self.about["shapes"][column]
-        if shape is None:
-            return None
-        lists = self.batch.column(column)
-        lists.validate(full=True)  # so that no offset of a damaged file leads out of the map
-        return lists.flatten().to_numpy(zero_copy_only=True).reshape(shape)
+    def _arrays(self) -> Arrays:
+        found: Arrays = dict.fromkeys(COLUMNS)
+        for column, shape in self.about["shapes"].items():
+            if shape is not None:
+                lists = self.batch.column(column)
+                lists.validate(full=True)  # so that no offset of a damaged file leads out of the map
+                found[column] = lists.flatten().to_numpy(zero_copy_only=True).reshape(shape)
+        return found
 
 
 def record_of(sample: Sample, identity: str) -> CaseRecord:
     """The record of a sample, which shares its memory; `identity` says what the sample was made from."""
-    arrays = _arrays_of(sample)
+    arrays: Arrays = {column: getattr(sample, column) for column in COLUMNS} | {"own": sample.own.packed}
     num_items = len(sample.image)
     rows = np.arange(num_items + 1, dtype=np.int64)
     columns = []
@@ -101,19 +102,15 @@ def record_of(sample: Sample, identity: str) -> CaseRecord:
         "own": sample.own.to_dict(),
         "mean_volumes_mm3": sample.own.mean_volumes_mm3,
         "identity": identity,
-        "digest": digest_of(sample),
+        "digest": digest_of(arrays),
     }
     return CaseRecord(pa.record_batch(columns, schema=SCHEMA), about)
 
 
-def _arrays_of(sample: Sample) -> dict[str, NDArray[Any] | None]:
-    return {column: sample.own.packed if column == "own" else getattr(sample, column) for column in COLUMNS}
-
-
-def digest_of(sample: Sample) -> str:
+def digest_of(arrays: Arrays) -> str:
     """Of the numbers of a case."""
     hashed = hashlib.blake2b(digest_size=16)
-    for array in _arrays_of(sample).values():
+    for array in arrays.values():
         if array is not None:
             hashed.update(np.ascontiguousarray(array).reshape(-1).data)
     return hashed.hexdigest()
@@ -177,7 +174,7 @@ PartMap = Callable[[Callable[[Part], Path], Sequence[Part]], Generator[Path, Non
 
 def fingerprint(cases: Sequence[Case], data: DataSet, preprocess: Preprocess, sha256: Digest = sha256_of) -> str:
     """16 hexadecimal digits that name the store of these cases under this preprocessing. Reads the sources."""
-    return _fingerprint(_origins(cases, preprocess, sha256), data, preprocess)
+    return str(_about(data, preprocess, _origins(cases, preprocess, sha256))["fingerprint"])
 
 
 def build_store(
@@ -203,21 +200,13 @@ def build_store(
         raise UserError(f"{data} has no case: there is nothing to prepare")
     with remembered_sha256(folder) as sha256:
         origins = _origins(cases, preprocess, sha256)
-    name = _fingerprint(origins, data, preprocess)
-    path = folder / f"{name}.arrow"
+    about = _about(data, preprocess, origins)
+    path = folder / f"{about['fingerprint']}.arrow"
     if path.exists():
         return path
-    about = {
-        "format": FORMAT,
-        "fingerprint": name,
-        "classes": data.classes,
-        "dim": preprocess.dim,
-        "data": data.model_dump(mode="json"),
-        "preprocess": preprocess.model_dump(mode="json"),
-    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with new_draft(folder, name) as draft, leftovers(folder) as left:
+        with new_draft(path) as draft, leftovers(folder) as left:
             parts = [
                 Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
                 for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
@@ -378,9 +367,11 @@ def _origins(cases: Sequence[Case], preprocess: Preprocess, sha256: Digest) -> l
     return origins
 
 
-def _fingerprint(origins: list[list[Any]], data: DataSet, preprocess: Preprocess) -> str:
-    content = {"format": FORMAT, "classes": data.classes, "cases": origins, "preprocess": preprocess.model_dump(mode="json")}
-    return digest(canonical_json(content), 16)
+def _about(data: DataSet, preprocess: Preprocess, origins: list[list[Any]]) -> dict[str, Any]:
+    """What the store says about itself."""
+    preparation = {"format": FORMAT, "classes": data.classes, "preprocess": preprocess.model_dump(mode="json")}
+    name = digest(canonical_json(preparation | {"cases": origins}), 16)
+    return preparation | {"fingerprint": name, "dim": preprocess.dim, "data": data.model_dump(mode="json")}
 
 
 def _build(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softseg_dist.data.cases import Case, DataSet
-from softseg_dist.data.file_digests import remembered_sha256
+from softseg_dist.data.file_digests import remembered_sha256, stamp_of
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.store import ProgressCallback, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
@@ -24,7 +24,7 @@ def local_store(where: str | Path) -> Path:
     path = cached_path(place)
     with hold(path.with_suffix(".lock"), wait=True):
         note = path.with_suffix(".checked")
-        is_checked = path.exists() and note.exists() and note.read_text() == _stamp(path)
+        is_checked = path.exists() and note.exists() and note.read_text() == f"{stamp_of(path.stat())}"
         return path if is_checked else _fetch(place, path)
 
 
@@ -62,11 +62,6 @@ def _fetch(place: Place, path: Path) -> Path:
             path.unlink()
             damage = error
         else:
-            path.with_suffix(".checked").write_text(_stamp(path))
+            path.with_suffix(".checked").write_text(f"{stamp_of(path.stat())}")
             return path
     raise UserError(f"the store {place} is damaged; delete it to prepare it again") from damage
-
-
-def _stamp(path: Path) -> str:
-    """Size and time of a file: a copy that was checked is checked again only if they differ."""
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"

@@ -111,8 +111,7 @@ class MlflowServer:
         self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
 
     def _artifact(self, record: TrackingRecord) -> None:
-        path = str(self._folder / record["path"])
-        self._client.log_artifact(self._ids[record["key"]], path, record["folder"] or None)
+        self._client.log_artifact(self._ids[record["key"]], str(self._folder / record["path"]), record["folder"] or None)
 
     def _model(self, record: TrackingRecord) -> None:
         """Register the present content of the folder, unless it is registered already."""

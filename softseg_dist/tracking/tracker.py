@@ -113,9 +113,8 @@ class Tracker:
 
     def fit_ended(self, result: FitResult) -> None:
         """A fit has ended, finished or failed."""
-        texts = {"reason": result.reason, "engine": result.engine, "notes": "; ".join(result.notes)}
-        tags = {f"softseg.{name}": text for name, text in texts.items() if text}
-        self._put_log(result.key, self._numbers(result), tags=tags)
+        tags = {"softseg.reason": result.reason, "softseg.engine": result.engine, "softseg.notes": "; ".join(result.notes)}
+        self._put_log(result.key, self._numbers(result), tags={name: text for name, text in tags.items() if text})
         self.close_run(result.key, "FINISHED" if result.state == "finished" else "FAILED")
 
     def close_run(self, key: str, status: str) -> None:
@@ -164,8 +163,7 @@ class Tracker:
         self._give_up.set()
         self._thread.join(CLOSE_S / 6)
         notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
-        waiting = len(self._spool.read())
-        if waiting:
+        if waiting := len(self._spool.read()):
             notes.append(
                 f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
                 f"and are sent when the study runs again, or by: {self._sync}"
@@ -340,21 +338,18 @@ def run_id_of(folder: Path) -> str:
 
 
 def coalesced(records: Sequence[TrackingRecord]) -> list[TrackingRecord]:
-    """The same records with the logs of each run joined, up to the next record of another kind for that run."""
+    """The same records; logs of a run that follow each other, without another record of that run between, become the first."""
     joined: list[TrackingRecord] = []
-    open_log: dict[str, TrackingRecord] = {}
+    last: dict[str, TrackingRecord] = {}  # of each run
     for record in records:
-        key = record["key"]
-        if record["what"] != "log":
-            open_log.pop(key, None)
-            joined.append(record)
-        elif (log := open_log.get(key)) is not None and log["known"] == record["known"]:
+        log = last.get(record["key"])
+        if log and log["what"] == record["what"] == "log" and log["known"] == record["known"]:
             log["metrics"] += record["metrics"]
             log["params"] |= record["params"]
             log["tags"] |= record["tags"]
         else:
-            open_log[key] = record | {name: record[name].copy() for name in ("metrics", "params", "tags")}
-            joined.append(open_log[key])
+            last[record["key"]] = record
+            joined.append(record)
     return joined
 
 
@@ -398,8 +393,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key))
         for path in sorted((copy.folder / "report").glob("*")):
             tracker.artifact(path, "report")
-        complete = status.finished + status.failed == status.planned
-        notes = tracker.close("FINISHED" if complete else "KILLED", wait_s=None)
+        notes = tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED", wait_s=None)
         waiting = len(Spool(copy.folder / SPOOL).read())
         copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
     return Synced(uri, tracker.num_late, waiting, notes)

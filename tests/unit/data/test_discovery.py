@@ -44,7 +44,7 @@ def subjects(count: int) -> list[str]:
 
 
 def data_of(root: Path) -> Bids:
-    data = recognise(root).data
+    data = recognise(root)[1]
     assert isinstance(data, Bids)
     return data
 
@@ -73,10 +73,10 @@ def test_names_that_differ_in_one_word_are_raters(tmp_path: Path) -> None:
 
 def test_the_contrast_with_masks_is_the_image_and_others_are_named(tmp_path: Path) -> None:
     tree(tmp_path, subjects(4), {"seg": block(0.5)}, contrasts=("T2w", "T1w"))
-    layout = recognise(tmp_path)
+    contents = look_at(tmp_path)
     assert data_of(tmp_path).image == "T2w"
-    assert layout.why == "4 folders sub-*, 1 folder below derivatives/; not used: T1w"
-    assert look_at(tmp_path).soft
+    assert contents.why == "4 folders sub-*, 1 folder below derivatives/; not used: T1w"
+    assert contents.soft
 
 
 def test_sessions_in_the_names_of_subjects_are_of_one_person(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_what_lacks_something_is_told_and_left_out(tmp_path: Path) -> None:
     (lacking, broken) = contents.problems
     assert lacking.startswith("case sub-01 has no mask 'seg'")
     assert "sub-02_T2w.nii.gz" in broken
-    assert isinstance(contents.layout.data, Bids)
-    assert contents.layout.data.exclude == ("sub-01", "sub-02")
+    assert isinstance(contents.data, Bids)
+    assert contents.data.exclude == ("sub-01", "sub-02")
 
 
 def test_few_masks_are_read_and_from_every_site(tmp_path: Path) -> None:
