@@ -48,7 +48,6 @@ class Table(DataSet):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """See `DataSet.classes`: `labels`."""
         return self.labels
 
     @property

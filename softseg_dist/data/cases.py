@@ -29,6 +29,7 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.words import count, dimensions, listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
+RATER = "{rater}"  # stands for the name of a rater in the pattern of a mask
 OfCase = TypeVar("OfCase", bound="Case")
 ROUNDING = 1e-6  # values this far outside [0, 1] are clipped
 MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back this near to them
@@ -156,6 +157,29 @@ def _regular(person: str | None) -> str | None:
 Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
 SESSIONS = r"(.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a person in the name of a subject that may be a session of one
 Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
+
+
+class Folder(DataSet):
+    """A folder of image files. `labels`: the classes, with the pattern of their masks where a study says it; see `Files`."""
+
+    folder: str
+    labels: Mapping[str, str] | tuple[str, ...]
+    person: Person = None
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.labels)
+
+    @property
+    def rater_names(self) -> tuple[str, ...] | None:
+        """See `DataSet.rater_names`: None if a pattern has `{rater}`, which only the files can tell."""
+        patterns = self.labels.values() if isinstance(self.labels, Mapping) else ()
+        return None if any(RATER in pattern for pattern in patterns) else (SINGLE_RATER,)
+
+    def root(self, data_root: Path | None) -> Path:
+        """Where the folder is, see `folder_of`."""
+        return folder_of(self.folder, data_root)
 
 
 @dataclass(frozen=True)
@@ -391,12 +415,10 @@ class Pool(DataSet):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """See `DataSet.classes`: those of the first set."""
         return self.sets[0].classes
 
     @property
     def rater_names(self) -> tuple[str, ...] | None:
-        """See `DataSet.rater_names`: None if those of the sets differ."""
         return self.sets[0].rater_names if len({data.rater_names for data in self.sets}) == 1 else None
 
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:

@@ -10,34 +10,24 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, Person, folder_of, selected
+from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, selected
 from softseg_dist.data.files import SUFFIXES, Files, contents
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
 
-class Layout(DataSet):
-    """A folder whose patterns are known. `labels`: the classes; `person` as for `Files`; `raters`: those of every case."""
+class Layout(Folder):
+    """A folder whose patterns are known. `labels`: the classes; `raters`: those of every case."""
 
-    folder: str
     labels: tuple[str, ...] = Field(min_length=1)
-    person: Person = None
-    exclude: tuple[str, ...] = ()
     raters: ClassVar[tuple[str, ...]] = (SINGLE_RATER,)
-    aliases: ClassVar[Mapping[str, str]] = {}  # see `Files.scan`
 
     def __init__(self, folder: str, **fields: Any) -> None:
-        super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """See `DataSet.classes`."""
-        return self.labels
+        super().__init__(folder=folder, **fields)
 
     @property
     def rater_names(self) -> tuple[str, ...]:
-        """See `DataSet.rater_names`."""
         return self.raters
 
     @abstractmethod
@@ -50,13 +40,11 @@ class Layout(DataSet):
         return next((form for form in forms if form.is_in(None)), forms[0])
 
     def warnings(self, data_root: Path | None) -> tuple[str, ...]:
-        """See `Files.warnings`."""
-        return self.form(folder_of(self.folder, data_root).absolute()).warnings(None, self.aliases)
+        return self.form(self.root(data_root).absolute()).warnings(None)
 
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
-        """See `DataSet.scan`."""
-        root = folder_of(self.folder, data_root).absolute()
-        cases = self.form(root).scan(None, self.aliases)
+        root = self.root(data_root).absolute()
+        cases = self.form(root).scan(None)
         for case in cases:
             if case.images and (lacking := [rater for rater in self.raters if rater not in case.rater_names]):
                 case.problems += (f"case {case.name} has no mask of rater {listed(lacking)}",)
@@ -80,7 +68,6 @@ class NnUNet(Layout):
     """
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
-        """See `Layout.forms`."""
         path, facts = _described(root)
         ending = facts.get("file_ending", ".nii.gz")
         if ending not in SUFFIXES:
@@ -100,7 +87,6 @@ class Decathlon(Layout):
     """
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
-        """See `Layout.forms`."""
         path, facts = _described(root)
         form: dict[str, Any] = {"labels": _values(path, facts, self.labels, "labelsTr/{case}.nii.gz")}
         if (number := len(_modalities(path, facts))) == 1:
@@ -108,7 +94,7 @@ class Decathlon(Layout):
         return [form | {"image": "imagesTr/{case}.nii.gz[{channel}]", "channels": tuple(map(str, range(number)))}]
 
     def completed(self, root: Path, cases: Sequence[LabelledCase]) -> Sequence[LabelledCase]:
-        """See `Layout.completed`: all that the list `training` names, and a problem for each that it does not."""
+        """All that the list `training` names, and a problem for each that it does not."""
         path, facts = _described(root)
         try:
             named = {stem_of(Path(row["image"])) for row in facts["training"]}
@@ -140,7 +126,6 @@ class SCGM(Layout):
     raters: ClassVar[tuple[str, ...]] = ("r1", "r2", "r3", "r4")
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
-        """See `Layout.forms`."""
         values = {"GM": "1", "WM": "2", "cord": "1+2"}
         masks = {label: f"{{site}}-{{case}}-mask-{{rater}}.nii.gz:{values[label]}" for label in self.labels}
         return [{"image": "{site}-{case}-image.nii.gz", "labels": masks}]
@@ -153,9 +138,8 @@ class MSSEG(Layout):
     also be Training itself, and lie without centres. Commowick et al. 2018, https://doi.org/10.1038/s41598-018-31911-7
 
     Args:
-        folder: its name below the data root.
         image: the channels: FLAIR, T1, T2, DP, GADO.
-        person, exclude: as for `Files`; a case is called "Training-01-Patient_03".
+        folder, person, exclude: as for `Files`; a case is called "Training-01-Patient_03".
     """
 
     image: tuple[Literal["FLAIR", "T1", "T2", "DP", "GADO"], ...] = ("FLAIR",)
@@ -163,7 +147,6 @@ class MSSEG(Layout):
     raters: ClassVar[tuple[str, ...]] = tuple("1234567")
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
-        """See `Layout.forms`."""
         return [
             {
                 "image": f"{at}/Preprocessed_Data/{{channel}}_preprocessed.nii.gz",
@@ -182,11 +165,10 @@ class BraTS(Layout):
     Baid et al. 2021, https://doi.org/10.48550/arXiv.2107.02314
 
     Args:
-        folder: its name below the data root.
         image: the channels, by their names to 2021.
         labels: whole tumour, tumour core, enhancing tumour.
         person: as for `Files`; None takes the ID from 2023 without its last number, which is the time of the scan.
-        exclude: as for `Files`.
+        folder, exclude: as for `Files`.
 
     >>> BraTS("MICCAI_BraTS2020_TrainingData", labels=("core",)).classes
     ('core',)
@@ -194,12 +176,8 @@ class BraTS(Layout):
 
     image: tuple[Literal["flair", "t1", "t1ce", "t2"], ...] = ("flair", "t1", "t1ce", "t2")
     labels: tuple[Literal["whole", "core", "enhancing"], ...] = ("whole", "core", "enhancing")
-    aliases: ClassVar[Mapping[str, str]] = {
-        "BraTS20_Training_355/W39_1998.09.19_Segm.nii": "BraTS20_Training_355/BraTS20_Training_355_seg.nii"
-    }
 
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
-        """See `Layout.forms`."""
         names = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
         old = {"whole": "1+2+4", "core": "1+4", "enhancing": "4"}
         new = {label: values.replace("4", "3") for label, values in old.items()}
@@ -217,9 +195,15 @@ class BraTS(Layout):
 
 def classes_of(root: Path) -> tuple[str, ...]:
     """The classes that dataset.json names, but the background. Raises UserError if it cannot be read."""
-    of = _described(root)[1]["labels"]
-    names = of.values() if all(key.isdecimal() for key in of) else of
-    return tuple(str(name) for name in names if name != "background")
+    return tuple(_by_class(_described(root)[1]))
+
+
+def _by_class(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Class -> value. nnU-Net 2 says name -> value, or values; version 1 and the Decathlon say value -> name."""
+    of = facts["labels"]
+    if all(key.isdecimal() for key in of):
+        of = {str(name): int(value) for value, name in of.items()}
+    return {name: value for name, value in of.items() if name != "background"}
 
 
 def _described(root: Path) -> tuple[Path, dict[str, Any]]:
@@ -244,13 +228,10 @@ def _modalities(path: Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _values(path: Path, facts: Mapping[str, Any], labels: Sequence[str], pattern: str) -> dict[str, str]:
-    """Class -> pattern with its values. nnU-Net 2 says name -> value, or values; version 1 and the Decathlon say value -> name."""
-    of: dict[str, Any] = facts["labels"]
-    if all(value.isdecimal() for value in of):
-        of = {str(name): int(value) for value, name in of.items()}
-    if "ignore" in of:
+    """Class -> pattern with its values."""
+    known = {name: values if isinstance(values, list) else [values] for name, values in _by_class(facts).items()}
+    if "ignore" in known:
         raise UserError(f"the label ignore (voxels that nobody labelled) is not supported yet, found in {path}")
-    known = {name: values if isinstance(values, list) else [values] for name, values in of.items() if name != "background"}
     if any(type(value) is not int for values in known.values() for value in values):
         raise UserError(f"the labels of {path} must be integers, or lists of them, got {facts['labels']}")
     if unknown := [label for label in labels if label not in known]:

@@ -14,30 +14,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import model_validator
 
-from softseg_dist.data.cases import (
-    SINGLE_RATER,
-    DataSet,
-    LabelledCase,
-    MaskFile,
-    Person,
-    Spacing,
-    folder_of,
-    named_values,
-    person_in,
-    selected,
-)
+from softseg_dist.data.cases import RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, Spacing, named_values, person_in, selected
 from softseg_dist.data.source_files import PICTURES, nfc, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
 PIECE = re.compile(r"\{(?P<name>[a-z]\w*)\}|(?P<star>\*)|(?P<text>[^{}*]+)", re.ASCII)  # of a pattern
-RATER, CHANNEL = "{rater}", "{channel}"
+CHANNEL = "{channel}"
 SUFFIXES = (".nii", ".nii.gz")
+MISNAMED = {  # files of releases, and the names that they should have
+    "BraTS20_Training_355/W39_1998.09.19_Segm.nii": "BraTS20_Training_355/BraTS20_Training_355_seg.nii"
+}
 MOST_LISTED = 20_000  # files that are looked at to say what a folder has
 READERS = {  # of names of images
     "Bids": r"sub-[^/]+/(?:ses-[^/]+/)?[^/]+/sub-[^/]+_[A-Za-z0-9]+",
@@ -50,11 +41,10 @@ READERS = {  # of names of images
 
 Key = frozenset[tuple[str, str]]  # placeholders, and what they stand for
 Groups = Mapping[Key, Mapping[str, Sequence[Path]]]  # -> rater -> files
-NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 Drawn = Mapping[str, Mapping[str, MaskFile]]  # class -> rater -> file
 
 
-class Files(DataSet):
+class Files(Folder):
     """Images and masks whose paths follow patterns.
 
     A pattern is a path below the folder. It ends in `.nii.gz`, which finds `.nii`, too, in `.nii`, `.png`, `.tif` or `.tiff`. In it
@@ -92,17 +82,14 @@ class Files(DataSet):
     ('{case}/t1.nii.gz', '{case}/t2.nii.gz')
     """
 
-    folder: str
     image: str | tuple[str, ...]
     labels: dict[str, str]
     channels: tuple[str, ...] = ()
-    person: Person = None
     site: str | None = None
-    exclude: tuple[str, ...] = ()
     spacing_mm: Spacing = ()
 
     def __init__(self, folder: str, **fields: Any) -> None:
-        super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
+        super().__init__(folder=folder, **fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -131,31 +118,20 @@ class Files(DataSet):
         given = (self.image,) if isinstance(self.image, str) else self.image
         return tuple(text.replace(CHANNEL, name) for text in given for name in self.channels or ("",))
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """See `DataSet.classes`: the keys of `labels`."""
-        return tuple(self.labels)
-
-    @property
-    def rater_names(self) -> tuple[str, ...] | None:
-        """See `DataSet.rater_names`: None with `{rater}`, which only the files can tell."""
-        return None if any(RATER in text for text in self.labels.values()) else (SINGLE_RATER,)
-
-    def scan(self, data_root: Path | None, aliases: Mapping[str, str] = NO_ALIASES) -> tuple[LabelledCase, ...]:
-        """See `DataSet.scan`; reads names only. `aliases`: the path of a file below the folder -> the one that it should have."""
-        index = _Index.of(self, folder_of(self.folder, data_root), aliases)
+    def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
+        index = _Index(self, self.root(data_root))
         return selected(map(index.case, index.keys()), self.exclude)
 
-    def warnings(self, data_root: Path | None, aliases: Mapping[str, str] = NO_ALIASES) -> tuple[str, ...]:
-        """See `DataSet.warnings`: the NIfTI files in the folders of the patterns that fit none; `aliases` as for `scan`."""
-        index = _Index.of(self, folder_of(self.folder, data_root), aliases)
+    def warnings(self, data_root: Path | None) -> tuple[str, ...]:
+        """See `DataSet.warnings`: the files in the folders of the patterns that fit none."""
+        index = _Index(self, self.root(data_root))
         number = count(len(index.unread), "file")
         return (f"no pattern fits {number} in {index.root}: {listed(index.unread)}",) if index.unread else ()
 
     def is_in(self, data_root: Path | None) -> bool:
         """Is there an image of this kind?"""
         images = [_Pattern.of(text) for text in self.images]
-        files = _walk(folder_of(self.folder, data_root), images, {})
+        files = _walk(self.root(data_root), images)
         return any(_grouped(files, images).values())
 
 
@@ -201,31 +177,24 @@ class _Pattern:
         return frozenset((name, text) for name, text in key if name in self.names)
 
 
-@dataclass(frozen=True)
 class _Index:
     """What lies in the folder `root`: `groups` by the text of a pattern, `unread` the other files; `masks`: pattern and values."""
 
-    data: Files
-    root: Path
-    images: Sequence[_Pattern]
-    masks: Mapping[str, tuple[_Pattern, tuple[int, ...]]]
-    groups: Mapping[str, Groups]
-    unread: Sequence[str]
-
-    @classmethod
-    def of(cls, data: Files, root: Path, aliases: Mapping[str, str]) -> Self:
+    def __init__(self, data: Files, root: Path) -> None:
         """Raises UserError if a pattern fits no file."""
-        images = [_Pattern.of(text) for text in data.images]
+        self.data, self.root = data, root
+        self.images = [_Pattern.of(text) for text in data.images]
         parts = {label: named_values(text) for label, text in data.labels.items()}
-        masks = {label: (_Pattern.of(text), values) for label, (text, values) in parts.items()}
-        patterns = [*images, *(pattern for pattern, _ in masks.values())]
-        files = _walk(root, patterns, aliases)
-        groups = _grouped(files, patterns)
-        for what, pattern in zip(["image"] * len(images) + [f"mask of {label}" for label in masks], patterns, strict=True):
-            if not groups[pattern.text]:
+        self.masks = {label: (_Pattern.of(text), values) for label, (text, values) in parts.items()}
+        named = [*(("image", pattern) for pattern in self.images)]
+        named += [(f"mask of {label}", pattern) for label, (pattern, _) in self.masks.items()]
+        files = _walk(root, [pattern for _, pattern in named])
+        self.groups = _grouped(files, [pattern for _, pattern in named])
+        for what, pattern in named:
+            if not self.groups[pattern.text]:
                 raise UserError(f"no {what} {pattern.text} in {root}: {contents(root)}")
-        fitting = {path for of in groups.values() for of_key in of.values() for paths in of_key.values() for path in paths}
-        return cls(data, root, images, masks, groups, [name for name, path in files if path not in fitting])
+        fitting = {path for of in self.groups.values() for of_key in of.values() for paths in of_key.values() for path in paths}
+        self.unread = [name for name, path in files if path not in fitting]
 
     def keys(self) -> list[Key]:
         """Those of the images, and those of masks without one."""
@@ -296,7 +265,7 @@ def center_mask(root: Path, texts: Mapping[str, str], drawn: Drawn, part: str) -
     return MaskFile(Path(f"{found[0]}{volume}"), numbers)
 
 
-def _walk(root: Path, patterns: Sequence[_Pattern], aliases: Mapping[str, str]) -> list[tuple[str, Path]]:
+def _walk(root: Path, patterns: Sequence[_Pattern]) -> list[tuple[str, Path]]:
     """The files of a kind that patterns name, in their folders, links followed, with their paths below `root` (in NFC)."""
     suffixes = (*SUFFIXES, *PICTURES) if any(pattern.text.endswith(PICTURES) for pattern in patterns) else SUFFIXES
     folders: dict[int, set[re.Pattern[str]]] = defaultdict(set)
@@ -317,7 +286,7 @@ def _walk(root: Path, patterns: Sequence[_Pattern], aliases: Mapping[str, str]) 
                 if any(rule.fullmatch(text) for rule in folders[depth + 1]):
                     todo.append((name, depth + 1))
             elif name.lower().endswith(suffixes):
-                found.append((aliases.get(text, text), root / name))
+                found.append((MISNAMED.get(text, text), root / name))
     return sorted(found)
 
 

@@ -18,19 +18,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from softseg_dist.data.cases import (
-    SINGLE_RATER,
-    DataSet,
-    LabelledCase,
-    MaskFile,
-    Person,
-    folder_of,
-    named_values,
-    person_in,
-    selected,
-)
-from softseg_dist.data.files import RATER, SUFFIXES, by_rater
-from softseg_dist.data.participants import Participants, read_participants
+from softseg_dist.data.cases import RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, named_values, person_in, selected
+from softseg_dist.data.files import SUFFIXES, by_rater
+from softseg_dist.data.participants import read_participants
 from softseg_dist.data.source_files import nfc
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
@@ -51,7 +41,7 @@ class Each(Frozen):
         super().__init__(**({"contrasts": contrasts} if contrasts else {}), **fields)
 
 
-class Bids(DataSet):
+class Bids(Folder):
     """A BIDS-like folder.
 
     Args:
@@ -74,16 +64,13 @@ class Bids(DataSet):
     ('GM',)
     """
 
-    folder: str
     image: str | tuple[str, ...] | Each
     labels: dict[str, str]
-    person: Person = None
     site: str = "site"
     derivatives: str = "*"
-    exclude: tuple[str, ...] = ()
 
     def __init__(self, folder: str, **fields: Any) -> None:
-        super().__init__(folder=folder, **fields)  # type: ignore[call-arg]
+        super().__init__(folder=folder, **fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -101,18 +88,7 @@ class Bids(DataSet):
         image = self.image.contrasts if isinstance(self.image, Each) else self.image
         return (image,) if isinstance(image, str) else image
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """See `DataSet.classes`: the keys of `labels`."""
-        return tuple(self.labels)
-
-    @property
-    def rater_names(self) -> tuple[str, ...] | None:
-        """See `DataSet.rater_names`: None with `{rater}`, which only the files can tell."""
-        return None if any(RATER in part for part in self.labels.values()) else (SINGLE_RATER,)
-
     def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
-        """See `DataSet.scan`. Reads names and participants.tsv only."""
         return self._survey(data_root)[0]
 
     def warnings(self, data_root: Path | None) -> tuple[str, ...]:
@@ -121,7 +97,7 @@ class Bids(DataSet):
 
     def _survey(self, data_root: Path | None) -> tuple[tuple[LabelledCase, ...], tuple[str, ...]]:
         """The cases, and the warnings: nobody who is on disk or in the table is in neither."""
-        root = folder_of(self.folder, data_root)
+        root = self.root(data_root)
         folders = sorted(root.glob("sub-*"))
         images = names_in(root, folders)
         below = [folder for folder in sorted(root.glob(f"derivatives/{self.derivatives}")) if folder.is_dir()]
@@ -129,8 +105,8 @@ class Bids(DataSet):
         keys = self._keys(root, images)
         keys |= self._keys_without_image(masks, keys)
         persons = [nfc(folder.name) for folder in folders]
-        people = read_participants(root / "participants.tsv", self.site, persons, expected=self.site != "site")
-        tree = _Tree(root, by_folder(images), by_folder(masks), people)
+        sites, odd = read_participants(root / "participants.tsv", self.site, persons, expected=self.site != "site")
+        tree = _Tree(root, by_folder(images), by_folder(masks), sites)
         by_name: dict[tuple[str, tuple[str, ...]], list[_Key]] = defaultdict(list)
         for key, name in keys.items():
             for of_case in self._cases_of(key, name, tree):
@@ -147,7 +123,7 @@ class Bids(DataSet):
             if person not in exclude
         ]
         without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
-        return cases, (*without, *people.warnings)
+        return cases, (*without, *odd)
 
     def _keys(self, root: Path, images: Sequence[Name]) -> dict[_Key, str]:
         """The cases that have an image, of whatever contrast, and their names. Raises UserError if none has the first one."""
@@ -221,7 +197,7 @@ class Bids(DataSet):
         files = dict.fromkeys([*channels, *(mask.path for of_one in drawn.values() for mask in of_one.values())])
         odd = [path for path in files if not path.name.endswith(SUFFIXES)]
         problems += [f"case {name}: names end in .nii or .nii.gz, in small letters; rename {path}" for path in odd]
-        return LabelledCase(name, channels, subject, tree.people.sites.get(participant, ""), labels, problems, own.only)
+        return LabelledCase(name, channels, subject, tree.sites.get(participant, ""), labels, problems, own.only)
 
     def _check_parts(self, root: Path, cases: Sequence[LabelledCase], masks: Sequence[Name]) -> None:
         """A part that no case has is a mistake of the study file, not of the data."""
@@ -257,12 +233,12 @@ class Name:
 
 @dataclass(frozen=True)
 class _Tree:
-    """What is on disk: images and masks by folder, and the participants."""
+    """What is on disk: images and masks by folder, and the sites of persons."""
 
     root: Path
     images: Mapping[str, Sequence[Name]]
     masks: Mapping[str, Sequence[Name]]
-    people: Participants
+    sites: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softseg_dist.data.source_files import check_regular, nfc, pointer
@@ -17,16 +16,8 @@ TITLES = ("participant_id", "participant", "subject_id", "subject", "id")  # of 
 UNKNOWN = ("", "n/a", "na", "nan")  # sites that are not known
 
 
-@dataclass(frozen=True)
-class Participants:
-    """`sites`: folder of a person (`sub-01`) -> site, where it is known. `warnings`: what should be looked at, in sentences."""
-
-    sites: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-
-def read_participants(path: Path, column: str, persons: Sequence[str], *, expected: bool) -> Participants:
-    """The sites that a table names.
+def read_participants(path: Path, column: str, persons: Sequence[str], *, expected: bool) -> tuple[dict[str, str], list[str]]:
+    """Folder of a person (`sub-01`) -> site, where a table names it; and what should be looked at in the table, in sentences.
 
     Args:
         path: in UTF-8, UTF-16 or Latin-1; columns are separated by tabs, commas, semicolons or blanks.
@@ -37,31 +28,29 @@ def read_participants(path: Path, column: str, persons: Sequence[str], *, expect
     Nothing is raised: without a table, or with one that cannot be read, no site is known.
     """
     if not path.exists() and not path.is_symlink():
-        return Participants()
+        return {}, []
     try:
         check_regular(path)
         content = path.read_bytes()
     except (UserError, OSError) as error:
-        return Participants(warnings=(f"no site is known: {error}",))
+        return {}, [f"no site is known: {error}"]
     if what := pointer(content):
-        return Participants(warnings=(f"no site is known: {path} is {what}",))
+        return {}, [f"no site is known: {path} is {what}"]
     table = _table(nfc(_decoded(content)))
     titles = [_title(cell) for cell in table[0]] if table else []
     who = next((titles.index(title) for title in TITLES if title in titles), None)
     if who is None:
         begins = "is one of a person" if table and _folders(persons, table[0]) else f"is {' '.join(titles)!r}"
-        text = f"no site is known: {path.name} needs the titles participant_id and {column}, but its first line {begins}"
-        return Participants(warnings=(text,))
+        return {}, [f"no site is known: {path.name} needs the titles participant_id and {column}, but its first line {begins}"]
     where = titles.index(_title(column)) if _title(column) in titles else None
     rows = [(_cell(row, who), _cell(row, where)) for row in table[1:]]
     sites, warnings = _of_rows(path.name, rows, persons)
     if where is None:
-        missing = f"{path.name} has no column {column!r} of sites; there are {listed(titles)}"
-        return Participants(warnings=(*warnings, *([missing] if expected else [])))
-    if without := [person for person in persons if person not in sites]:
+        warnings += [f"{path.name} has no column {column!r} of sites; there are {listed(titles)}"] if expected else []
+    elif without := [person for person in persons if person not in sites]:
         known = f"sites for {len(persons) - len(without)} of {count(len(persons), 'person')}"
         warnings.append(f"{path.name} has {known}; none for {listed(without)}")
-    return Participants(sites, tuple(warnings))
+    return sites, warnings
 
 
 def _of_rows(name: str, rows: Sequence[tuple[str, str]], persons: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -31,8 +31,7 @@ SCALE_ROUNDING = 2.0**-22  # slope and intercept are float32, which makes 0 such
 MAX_SKIP = 2**24  # bytes of header extensions before the voxels
 DEFLATE_RATIO = 1032  # gzip cannot make data smaller than this (zlib technical details), so a larger size is false
 DATA_TYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # NIfTI codes of integers, float32 and float64
-HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-MAGIC = {348: b"n+1", 540: b"n+2"}
+HEADERS = {348: (nib.Nifti1Header, 344, b"n+1"), 540: (nib.Nifti2Header, 4, b"n+2")}  # size -> class, where its magic is, magic
 MM = {1: 1000.0, 2: 1.0, 3: 0.001}  # of the units in which a header may give lengths: metre, millimetre, micrometre; else mm
 QUATERNION_ROUNDING = 1e-5  # by how much the squares of a quaternion's numbers may exceed 1
 QUATERNION = ("quatern_b", "quatern_c", "quatern_d")
@@ -66,10 +65,8 @@ def _header_of(file: Path, parts: Collection[int | None], spacing_mm: Sequence[f
     raw, geometry, number = _picture_header(file, spacing_mm) if is_picture(file) else _read_header(file)
     what = "colour" if raw is None else "volume"
     if None in parts and number > 1:
-        got = f"got {dimensions((*geometry.shape, number))} in {file}"
-        raise UserError(
-            f"images must have 3 dimensions, {got}; {file.name}[0] to [{number - 1}] are its {what}s, a channel or mask each"
-        )
+        got = f"got {dimensions((*geometry.shape, number))} in {file}; {file.name}[0] to [{number - 1}]"
+        raise UserError(f"images must have 3 dimensions, {got} are its {what}s, a channel or mask each")
     if (last := max(part or 0 for part in parts)) >= number:
         raise UserError(f"there is no {what} [{last}] in {file}, which has {number}, counted from [0]")
     return raw, geometry
@@ -233,11 +230,11 @@ def _raw_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
     with opened(path) as (file, is_gzip):
         block = read_exactly(file, 540, path, at_least=348)
     sizes = {int.from_bytes(block[:4], order): order for order in ("big", "little")}
-    size = next((size for size in HEADERS if size in sizes), 0)
-    if len(block) < size or not size or block[{348: 344, 540: 4}[size] :][:3] != MAGIC[size]:
-        reason = pointer(block) or "not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one"
-        raise UserError(f"{path} is {reason}")
-    return HEADERS[size](block[:size], endianness="<" if sizes[size] == "little" else ">", check=False), is_gzip
+    for size, (kind, at, magic) in HEADERS.items():
+        if size in sizes and len(block) >= size and block[at : at + len(magic)] == magic:
+            return kind(block[:size], endianness=sizes[size], check=False), is_gzip
+    reason = pointer(block) or "not a NIfTI file (or one of a .hdr/.img pair): its header does not start as one"
+    raise UserError(f"{path} is {reason}")
 
 
 def _read_header(path: Path) -> tuple[nib.Nifti1Header, Geometry, int]:

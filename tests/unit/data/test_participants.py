@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from softseg_dist.data.participants import Participants, read_participants
+from softseg_dist.data.participants import read_participants
 
 PERSONS = ("sub-01", "sub-02", "sub-03")
 TABLE = "participant_id\tage\tsite\nsub-01\t30\tUCL\nsub-02\t31\tZürich\nsub-03\tn/a\tUCL\n"
 SITES = {"sub-01": "UCL", "sub-02": "Zürich", "sub-03": "UCL"}
 
 
-def read(tmp_path: Path, content: str | bytes, column: str = "site", expected: bool = False) -> Participants:
+def read(tmp_path: Path, content: str | bytes, column: str = "site", expected: bool = False) -> tuple[dict[str, str], list[str]]:
     path = tmp_path / "participants.tsv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_participants(path, column, PERSONS, expected=expected)
@@ -53,7 +53,7 @@ def read(tmp_path: Path, content: str | bytes, column: str = "site", expected: b
     ids=lambda content: repr(content)[:60],
 )
 def test_sites_are_found_whatever_program_saved_the_table(tmp_path: Path, content: str | bytes) -> None:
-    assert read(tmp_path, content) == Participants(SITES, ())
+    assert read(tmp_path, content) == (SITES, [])
 
 
 @pytest.mark.parametrize(
@@ -75,34 +75,34 @@ def test_sites_are_found_whatever_program_saved_the_table(tmp_path: Path, conten
     ids=lambda value: repr(value)[:40],
 )
 def test_what_is_not_found_is_said(tmp_path: Path, content: str | bytes, sites: dict[str, str], warning: str) -> None:
-    found = read(tmp_path, content)
-    assert found.sites == sites
-    assert any(warning in text for text in found.warnings), found.warnings
-    assert all("\n" not in text for text in found.warnings)
+    found, warnings = read(tmp_path, content)
+    assert found == sites
+    assert any(warning in text for text in warnings), warnings
+    assert all("\n" not in text for text in warnings)
 
 
 def test_a_column_of_sites_is_missed_only_where_it_was_named(tmp_path: Path) -> None:
-    assert read(tmp_path, TABLE.replace("site", "hospital")) == Participants()
-    assert read(tmp_path, TABLE.replace("site", "hospital"), "Hospital") == Participants(SITES, ())
-    (warning,) = read(tmp_path, TABLE, "centre", expected=True).warnings
+    assert read(tmp_path, TABLE.replace("site", "hospital")) == ({}, [])
+    assert read(tmp_path, TABLE.replace("site", "hospital"), "Hospital") == (SITES, [])
+    (warning,) = read(tmp_path, TABLE, "centre", expected=True)[1]
     assert warning == "participants.tsv has no column 'centre' of sites; there are participant_id, age, site"
 
 
 def test_a_short_name_means_a_person_only_where_there_is_one(tmp_path: Path) -> None:
     path = tmp_path / "participants.tsv"
     path.write_text("participant_id\tsite\n1\tA\nsub-2\tB\n02\tC\n")
-    found = read_participants(path, "site", ("sub-1", "sub-01", "sub-02"), expected=False)
-    assert found.sites == {"sub-1": "A", "sub-02": "C"}
-    assert found.warnings[0] == "participants.tsv names sub-2: there is no such folder"
-    assert found.warnings[1] == "participants.tsv has sites for 2 of 3 persons; none for sub-01"
+    sites, warnings = read_participants(path, "site", ("sub-1", "sub-01", "sub-02"), expected=False)
+    assert sites == {"sub-1": "A", "sub-02": "C"}
+    assert warnings[0] == "participants.tsv names sub-2: there is no such folder"
+    assert warnings[1] == "participants.tsv has sites for 2 of 3 persons; none for sub-01"
 
 
 @pytest.mark.timeout(20)
 def test_without_a_table_no_site_is_known_and_what_is_none_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "participants.tsv"
-    assert read_participants(path, "site", PERSONS, expected=True) == Participants()
+    assert read_participants(path, "site", PERSONS, expected=True) == ({}, [])
     path.symlink_to(tmp_path / "nowhere")
-    assert "the link leads nowhere" in read_participants(path, "site", PERSONS, expected=False).warnings[0]
+    assert "the link leads nowhere" in read_participants(path, "site", PERSONS, expected=False)[1][0]
     path.unlink()
     os.mkfifo(path)
-    assert "got a pipe" in read_participants(path, "site", PERSONS, expected=False).warnings[0]
+    assert "got a pipe" in read_participants(path, "site", PERSONS, expected=False)[1][0]
