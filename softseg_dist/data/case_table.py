@@ -60,9 +60,8 @@ class Table(DataSet):
         titles, rows = read_table(path)
         columns = {name: [title for title in titles if title.partition(":")[0] == name] for name in ("image", *self.labels)}
         if lacking := [name for name in ("case", *columns) if not columns.get(name, name in titles)]:
-            raise UserError(
-                f"{path} needs a column for case, {listed([*columns])}, got no {listed(lacking)}; there are {listed(titles)}"
-            )
+            needed = f"a column for case, {listed([*columns])}"
+            raise UserError(f"{path} needs {needed}, got no {listed(lacking)}; there are {listed(titles)}")
         if mixed := [label for label in self.labels if len(columns[label]) > 1 and label in columns[label]]:
             raise UserError(f"{path} needs a column {mixed[0]}, or one for each rater, got {listed(columns[mixed[0]])}")
         if not rows or not all(row["case"] for row in rows):

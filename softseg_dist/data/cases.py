@@ -241,9 +241,8 @@ class LabelledCase(Case):
         self.rater_names = tuple(labels)
         self.labels, self.spacing_mm = labels, spacing_mm
         classes, place = [*next(iter(labels.values()), {})], f"case {name}"
-        wrong = [
-            f"{place}: {r} has masks of {', '.join(m)}, not {', '.join(classes)}" for r, m in labels.items() if [*m] != classes
-        ]
+        others = {r: ", ".join(masks) for r, masks in labels.items() if [*masks] != classes}
+        wrong = [f"{place}: {r} has masks of {drawn}, not {', '.join(classes)}" for r, drawn in others.items()]
         wrong += [f"{place}: a rater cannot be called {r}, as a reference is" for r in labels if r in ("mean", "truth")]
         self.problems = (*problems, *wrong, *([] if subject else [f"{place} has no subject: its subject is an empty text"]))
         self.find_mask = find_mask
@@ -461,10 +460,8 @@ def check_apart(cases: Sequence[Case], sources: Sequence[Sequence[str]]) -> None
         content = tuple((line.rpartition(" ")[2], part_of(path)[1] or 0) for path, line in zip(case.images, lines, strict=False))
         first = known.setdefault(content, case)
         if first.subject != case.subject:
-            two = f"{first.name} ({first.subject}) and {case.name} ({case.subject})"
-            raise UserError(
-                f"the images of {two} are equal: one would train what the other tests; remove one, or give both one person"
-            )
+            equal = f"the images of {first.name} ({first.subject}) and {case.name} ({case.subject}) are equal"
+            raise UserError(f"{equal}: one would train what the other tests; remove one, or give both one person")
 
 
 def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
@@ -475,9 +472,8 @@ def _label(values: Float32, mask: MaskFile, what: str) -> Float32:
         return np.isin(np.rint(values), np.asarray(mask.values, np.float32)).astype(np.float32)
     if is_picture(mask.path) and np.isin(values, (0, 255)).all():  # white is 1
         return (values > 0).astype(np.float32)
-    return within_0_1(
-        values, f"{what}: labels", f'{mask.path}; scale it, or name one value of an integer map in the study file as "part:value"'
-    )
+    remedy = 'scale it, or name one value of an integer map in the study file as "part:value"'
+    return within_0_1(values, f"{what}: labels", f"{mask.path}; {remedy}")
 
 
 def within_0_1(values: Float32, what: str, place: str) -> Float32:

@@ -74,7 +74,7 @@ class NnUNet(Layout):
             raise UserError(f"file_ending must be .nii.gz or .nii, got {ending!r} in {path}: PNG and TIFF are read by Files")
         if "dataset" in facts:
             raise UserError(f'a list of files under "dataset" is not supported, found in {path}; put them in imagesTr and labelsTr')
-        channels = tuple(f"{number:04d}" for number in range(len(_modalities(path, facts))))
+        channels = tuple(f"{number:04d}" for number in range(_num_channels(path, facts)))
         masks = _values(path, facts, self.labels, f"labelsTr/{{case}}{ending}")
         return [{"image": f"imagesTr/{{case}}_{{channel}}{ending}", "channels": channels, "labels": masks}]
 
@@ -89,7 +89,7 @@ class Decathlon(Layout):
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
         path, facts = _described(root)
         form: dict[str, Any] = {"labels": _values(path, facts, self.labels, "labelsTr/{case}.nii.gz")}
-        if (number := len(_modalities(path, facts))) == 1:
+        if (number := _num_channels(path, facts)) == 1:
             return [form | {"image": "imagesTr/{case}.nii.gz"}]
         return [form | {"image": "imagesTr/{case}.nii.gz[{channel}]", "channels": tuple(map(str, range(number)))}]
 
@@ -220,11 +220,11 @@ def _described(root: Path) -> tuple[Path, dict[str, Any]]:
     return path, facts
 
 
-def _modalities(path: Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
+def _num_channels(path: Path, facts: Mapping[str, Any]) -> int:
     found = facts.get("channel_names", facts.get("modality"))
     if not found or not isinstance(found, dict):
         raise UserError(f'{path} needs "channel_names" (or "modality"), such as {{"0": "T2w"}}, got {found!r}')
-    return tuple(map(str, found.values()))
+    return len(found)
 
 
 def _values(path: Path, facts: Mapping[str, Any], labels: Sequence[str], pattern: str) -> dict[str, str]:

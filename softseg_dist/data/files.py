@@ -131,8 +131,7 @@ class Files(Folder):
     def is_in(self, data_root: Path | None) -> bool:
         """Is there an image of this kind?"""
         images = [_Pattern.of(text) for text in self.images]
-        files = _walk(self.root(data_root), images)
-        return any(_grouped(files, images).values())
+        return any(_grouped(_walk(self.root(data_root), images), images).values())
 
 
 @dataclass(frozen=True)
@@ -158,19 +157,17 @@ class _Pattern:
 
     def rule(self, num_parts: int | None = None) -> re.Pattern[str]:
         """For whole paths, or their first parts."""
-        stem, end = "/".join(self.text.split("/")[:num_parts]), ""
-        if num_parts is None:
-            suffix = next(suffix for suffix in (".nii.gz", ".nii", *PICTURES) if stem.endswith(suffix))
-            stem = stem.removesuffix(suffix)
-            end = r"(?i:\.nii(?:\.gz)?)" if suffix == ".nii.gz" else f"(?i:{re.escape(suffix)})"
+        stem = "/".join(self.text.split("/")[:num_parts])
+        suffix = "" if num_parts else next(each for each in (".nii.gz", ".nii", *PICTURES) if stem.endswith(each))
+        end = r"\.nii(?:\.gz)?" if suffix == ".nii.gz" else re.escape(suffix)
         texts, seen = [], set()
-        for piece in PIECE.finditer(stem):
+        for piece in PIECE.finditer(stem.removesuffix(suffix)):
             if name := piece["name"]:
                 texts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+)")
                 seen.add(name)
             else:
                 texts.append("[^/]*" if piece["star"] else re.escape(piece["text"]))
-        return re.compile("".join(texts) + end)
+        return re.compile(f"{''.join(texts)}(?i:{end})")
 
     def of_case(self, key: Key) -> Key:
         """The part of a case's key that its files of this pattern have."""
@@ -186,11 +183,11 @@ class _Index:
         self.images = [_Pattern.of(text) for text in data.images]
         parts = {label: named_values(text) for label, text in data.labels.items()}
         self.masks = {label: (_Pattern.of(text), values) for label, (text, values) in parts.items()}
-        named = [*(("image", pattern) for pattern in self.images)]
-        named += [(f"mask of {label}", pattern) for label, (pattern, _) in self.masks.items()]
-        files = _walk(root, [pattern for _, pattern in named])
-        self.groups = _grouped(files, [pattern for _, pattern in named])
-        for what, pattern in named:
+        patterns = [*self.images, *(pattern for pattern, _ in self.masks.values())]
+        files = _walk(root, patterns)
+        self.groups = _grouped(files, patterns)
+        kinds = ["image"] * len(self.images) + [f"mask of {label}" for label in self.masks]
+        for what, pattern in zip(kinds, patterns, strict=True):
             if not self.groups[pattern.text]:
                 raise UserError(f"no {what} {pattern.text} in {root}: {contents(root)}")
         fitting = {path for of in self.groups.values() for of_key in of.values() for paths in of_key.values() for path in paths}

@@ -43,7 +43,8 @@ def read_participants(path: Path, column: str, persons: Sequence[str], *, expect
         begins = "is one of a person" if table and _folders(persons, table[0]) else f"is {' '.join(titles)!r}"
         return {}, [f"no site is known: {path.name} needs the titles participant_id and {column}, but its first line {begins}"]
     where = titles.index(_title(column)) if _title(column) in titles else None
-    rows = [(_cell(row, who), _cell(row, where)) for row in table[1:]]
+    padded = [[*row, *("" for _ in titles)] for row in table[1:]]
+    rows = [(row[who], "" if where is None else row[where]) for row in padded]
     sites, warnings = _of_rows(path.name, rows, persons)
     if where is None:
         warnings += [f"{path.name} has no column {column!r} of sites; there are {listed(titles)}"] if expected else []
@@ -89,10 +90,6 @@ def _bare(name: str) -> str:
 
 def _title(cell: str) -> str:
     return nfc(cell).strip().lower().replace(" ", "_")
-
-
-def _cell(row: Sequence[str], place: int | None) -> str:
-    return row[place] if place is not None and place < len(row) else ""
 
 
 def _table(text: str) -> list[list[str]]:

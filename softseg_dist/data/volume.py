@@ -273,8 +273,7 @@ def _scaling(raw: nib.Nifti1Header, path: Path) -> tuple[float, float]:
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     if slope == 0 or math.isnan(slope):
         return 1.0, 0.0
-    if math.isnan(intercept):
-        intercept = 0.0
+    intercept = 0.0 if math.isnan(intercept) else intercept
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise UserError(f"the scaling of voxels must be finite, got slope {slope:g} and intercept {intercept:g} in {path}")
     return slope, intercept
@@ -319,10 +318,8 @@ def _affine(raw: nib.Nifti1Header, shape: Shape3, path: Path) -> Affine4:
         elif not found:
             raise UserError(f"the affine must be finite and invertible, got the {kind} {_rows(affine)} in {path}")
     if len(found) == 2 and (apart := corners_apart_mm(shape, found["sform"], found["qform"])):
-        raise UserError(
-            f"sform and qform disagree by up to {apart:.3g} mm in {path}: sform {_rows(found['sform'])}, "
-            f"qform {_rows(found['qform'])}; set the wrong one's code to 0"
-        )
+        both = ", ".join(f"{kind} {_rows(affine)}" for kind, affine in found.items())
+        raise UserError(f"sform and qform disagree by up to {apart:.3g} mm in {path}: {both}; set the wrong one's code to 0")
     return next(iter(found.values()))
 
 
