@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from softseg_dist import (
     SVLS,
@@ -31,7 +34,8 @@ from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
 from softseg_dist.training.execution import Execution
-from softseg_dist.training.gpu.device_step import DeviceStepper
+from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, Streamed, device_batches
+from softseg_dist.training.gpu.device_step import DeviceStepper, Feed
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model
 from softseg_dist.training.stepper import FitProgress, Stepper
@@ -105,3 +109,19 @@ def train(stepper: Stepper, batches: Batches, epochs: int, progress: FitProgress
         losses += now.losses
         now.epoch, now.step, now.losses = now.epoch + 1, 0, []
     return losses
+
+
+def assert_equal_to_the_host(batches: Batches, sent: bool, drawn: Sequence[tuple[int, list[int]]]) -> None:
+    """The batches that a device makes of these (epoch, three members), from its own memory or `sent`, are those of the host."""
+    device = torch.device("cpu")
+    made, notes = device_batches(batches, device)
+    assert isinstance(made, DeviceBatches)
+    assert notes == ()
+    assert isinstance(made.source, Resident)
+    if sent:
+        made = DeviceBatches(batches, Streamed(batches), device)
+    for epoch, members in drawn:
+        feed = Feed(made.fields(3), device)
+        feed.send(lambda into, made=made, epoch=epoch, members=members: made.write(into, epoch, members))
+        for ours, theirs in zip(made.batch(feed.inputs), batches.batch(epoch, members, "cpu"), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

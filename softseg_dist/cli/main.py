@@ -205,17 +205,17 @@ def check(
     if as_json:
         typer.echo(json.dumps({"cases": len(cases), "problems": [vars(p) for p in problems], "picture": shown}))
     else:
-        for alike in _alike(problems):
-            names = list(dict.fromkeys(problem.case for problem in alike if problem.case))
+        for group in _grouped(problems):
+            names = list(dict.fromkeys(problem.case for problem in group if problem.case))
             of = f"{len(names)} cases ({listed(names)})" if len(names) > 1 else names[0] if names else ""
-            first = ", the first" * (len({problem.detail for problem in alike}) > 1)
-            typer.echo(f"{alike[0].level}: {', '.join(filter(None, (alike[0].rule, of)))}{first}: {alike[0].detail}")
+            first = ", the first" * (len({problem.detail for problem in group}) > 1)
+            typer.echo(f"{group[0].level}: {', '.join(filter(None, (group[0].rule, of)))}{first}: {group[0].detail}")
         typer.echo(f"{len(cases)} cases, {len(problems)} problems" + (f"; picture: {shown}" if shown else ""))
         typer.echo(_after_check(loaded.data, problems, study, data_root))
     raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
 
 
-def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+def _grouped(problems: Sequence[Problem]) -> list[list[Problem]]:
     """The problems in groups: those of one differ in the case, in files named after it, and in values alone."""
     groups: defaultdict[tuple[str, ...], list[Problem]] = defaultdict(list)
     for problem in problems:

@@ -29,7 +29,7 @@ from softseg_dist import (
     Study,
     factorial,
 )
-from softseg_dist.cli.main import _alike, app
+from softseg_dist.cli.main import _grouped, app
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.check import Problem
 from softseg_dist.data.file_digests import Digest, sha256_of
@@ -344,7 +344,7 @@ def test_problems_of_two_classes_or_values_are_not_one() -> None:
     told = ("rater a, class 0 labels no voxel", "rater a, class 1 labels no voxel", "3.2% of the voxels", "14% of the voxels")
     problems = [Problem(f"sub-0{n}_ses-1", "warning", "rule", text) for n, text in enumerate(told)]
     whole = [Problem("", "warning", "not read", f"{n} files") for n in (1, 2)]
-    assert [len(group) for group in _alike([*problems, *whole])] == [1, 1, 2, 1, 1]
+    assert [len(group) for group in _grouped([*problems, *whole])] == [1, 1, 2, 1, 1]
 
 
 def test_a_check_refuses_what_a_run_would_and_looks_at_the_subjects_of_the_study_alone(tmp_path: Path) -> None:

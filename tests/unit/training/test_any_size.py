@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from device_fits import EVERYTHING
+from device_fits import EVERYTHING, assert_equal_to_the_host
 from torch import Tensor, nn
 
 from softseg_dist import Files, Mixup, Optim, Patch, Preprocess, Recipe, Sigmoid, UNet
@@ -19,8 +19,7 @@ from softseg_dist.data.volume import write_volume
 from softseg_dist.numerics.patches import Window
 from softseg_dist.training.batches import Batches
 from softseg_dist.training.fit import fit, validation_interval
-from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, Streamed, device_batches
-from softseg_dist.training.gpu.device_step import Feed
+from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, device_batches
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model
 from softseg_dist.training.preflight import check_recipes
@@ -111,17 +110,7 @@ def test_batches_of_a_device_are_those_of_the_host_bit_for_bit(
 ) -> None:
     recipe = RECIPE.replace(patch=PATCHES[dim] if patch else None, augment=augment, fusion=fusion)
     batches = batches_of(stores[dim], recipe)
-    made, notes = device_batches(batches, CPU)
-    assert isinstance(made, DeviceBatches)
-    assert notes == ()
-    assert isinstance(made.source, Resident)
-    if sent:
-        made = DeviceBatches(batches, Streamed(batches), CPU)
-    for epoch, members in ((0, [0, 2, 1]), (2, [2, 1, 0])):
-        feed = Feed(made.fields(3), CPU)
-        feed.send(lambda into, made=made, epoch=epoch, members=members: made.write(into, epoch, members))
-        for ours, theirs in zip(made.batch(feed.inputs), batches.batch(epoch, members, "cpu"), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_equal_to_the_host(batches, sent, [(0, [0, 2, 1]), (2, [2, 1, 0])])
 
 
 def test_the_device_holds_each_item_once_and_unpadded(stores: dict[int, Store]) -> None:

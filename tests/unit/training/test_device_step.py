@@ -8,12 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_fits import PATCHES, PLAIN, RECIPES, batches_of, device_stepper, host_stepper, model_of, task_of, train
+from device_fits import (
+    PATCHES,
+    PLAIN,
+    RECIPES,
+    assert_equal_to_the_host,
+    batches_of,
+    device_stepper,
+    host_stepper,
+    model_of,
+    task_of,
+    train,
+)
 
 from softseg_dist import BatchDice, Dice, GeoLS, Loss, MCDropout, NormReLU, Optim, Recipe, Sigmoid, UNet, softseg_parity
 from softseg_dist.training.fit import RunningFit, fit
 from softseg_dist.training.gpu.capture import obstacle, unchanged
-from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, Resident, Streamed, device_batches
+from softseg_dist.training.gpu.device_batches import DeviceBatches, ReadyBatches, Resident, device_batches
 from softseg_dist.training.gpu.device_step import OF_A_STEP, DeviceStepper, Feed, PackedTensors
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.stepper import Diverged, FitProgress
@@ -34,17 +45,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, FitTask]:
 def test_batches_are_those_of_the_host_bit_for_bit(tasks: dict[int, FitTask], dim: int, name: str, patch: bool, sent: bool) -> None:
     recipe = RECIPES[name].replace(patch=PATCHES[dim] if patch else None)
     batches = batches_of(tasks[dim].replace(recipe=recipe))
-    made, notes = device_batches(batches, CPU)
-    assert isinstance(made, DeviceBatches)
-    assert notes == ()
-    assert isinstance(made.source, Resident)
-    if sent:
-        made = DeviceBatches(batches, Streamed(batches), CPU)
-    for epoch, members in ((0, [0, 3, 1]), (2, [2, 0, 3])):
-        feed = Feed(made.fields(3), CPU)
-        feed.send(lambda into, made=made, epoch=epoch, members=members: made.write(into, epoch, members))
-        for ours, theirs in zip(made.batch(feed.inputs), batches.batch(epoch, members, "cpu"), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_equal_to_the_host(batches, sent, [(0, [0, 3, 1]), (2, [2, 0, 3])])
 
 
 def test_cases_of_several_voxel_sizes_are_augmented_outside_of_the_step(tasks: dict[int, FitTask]) -> None:
