@@ -16,6 +16,7 @@ from softseg_dist.data.source_files import part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
+IGNORE = "ignore"  # the column of masks of what nobody labelled
 UNKNOWN = ("n/a", "nan")  # sites, as in tables of BIDS
 
 
@@ -25,7 +26,8 @@ class Table(DataSet):
     - `case`, the name; `subject`, the person, and `site`, if there are such columns, else each case is a person;
     - `image`, or `image:t1`, `image:t2` and so on: the channels, in their order;
     - `GM` for the mask of a class GM, or `GM:anna`, `GM:ben` for those of raters, who need not have drawn in every case. In a
-      cell `:1` or `:1+2` after the path takes values of an integer map, `[0]` the first volume of a 4-D file.
+      cell `:1` or `:1+2` after the path takes values of an integer map, `[0]` the first volume of a 4-D file;
+    - `ignore`, if there is such a column, for the voxels that nobody labelled; see `Files`.
 
     Paths are relative to the table, or absolute. Other columns are not read.
 
@@ -70,7 +72,8 @@ class Table(DataSet):
 
     def _case(self, path: Path, row: Mapping[str, str], columns: Mapping[str, Sequence[str]]) -> LabelledCase:
         name, files, problems = row["case"], dict[str, MaskFile](), list[str]()
-        for title in (title for of_one in ("image", *self.labels) for title in columns[of_one] if row[title]):
+        titles = [*(title for of_one in ("image", *self.labels) for title in columns[of_one]), *({IGNORE} & row.keys())]
+        for title in (title for title in titles if row[title]):
             try:
                 text, values = named_values(row[title])
             except UserError as error:
@@ -93,7 +96,7 @@ class Table(DataSet):
         images = [files[title].path for title in columns["image"] if title in files]
         subject = row.get("subject") or name
         site = "" if (site := row.get("site", "")).lower() in UNKNOWN else site
-        return LabelledCase(name, images, subject, site, labels, problems, center, self.spacing_mm)
+        return LabelledCase(name, images, subject, site, labels, problems, center, self.spacing_mm, files.get(IGNORE))
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -30,6 +30,7 @@ from softseg_dist.words import count, dimensions, listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 RATER = "{rater}"  # stands for the name of a rater in the pattern of a mask
+IGNORED = "voxels to ignore"  # that have a mask like a class: nobody labelled them
 OfCase = TypeVar("OfCase", bound="Case")
 ROUNDING = 1e-6  # values this far outside [0, 1] are clipped
 MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back this near to them
@@ -39,8 +40,8 @@ MAP_ROUNDING = 0.02  # maps of integers that were stored with a scale come back 
 class CaseData:
     """The voxels of a case, as on disk apart from the axis order.
 
-    `image` [C X Y Z]; `raters` [R K X Y Z] in [0, 1]; `truth` [K X Y Z] in [0, 1] where it is known (phantoms), else
-    None; `affine` [4 4] canonical index -> mm; `geometry` of the image file as stored.
+    `image` [C X Y Z]; `raters` [R K X Y Z] in [0, 1], NaN in voxels to ignore; `truth` [K X Y Z] in [0, 1] where it is known
+    (phantoms), else None; `affine` [4 4] canonical index -> mm; `geometry` of the image file as stored.
     """
 
     image: Float32
@@ -154,6 +155,12 @@ def _regular(person: str | None) -> str | None:
     return person
 
 
+def _of_nobody(ignore: str | None) -> str | None:
+    if ignore is not None and (not ignore or RATER in ignore):
+        raise ValueError(f"ignore must be the pattern of one mask of a case, without {RATER}, got {ignore!r}")
+    return ignore
+
+
 Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
 SESSIONS = r"(.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a person in the name of a subject that may be a session of one
 Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
@@ -164,6 +171,7 @@ class Folder(DataSet):
 
     folder: str
     labels: Mapping[str, str] | tuple[str, ...]
+    ignore: Annotated[str | None, AfterValidator(_of_nobody)] = None
     person: Person = None
     exclude: tuple[str, ...] = ()
 
@@ -172,10 +180,15 @@ class Folder(DataSet):
         return tuple(self.labels)
 
     @property
+    def parts(self) -> dict[str, str]:
+        """The patterns of all masks: of the classes where a study says them, and of the voxels to ignore."""
+        labels = self.labels if isinstance(self.labels, Mapping) else {}
+        return {**labels, **({IGNORED: self.ignore} if self.ignore else {})}
+
+    @property
     def rater_names(self) -> tuple[str, ...] | None:
         """See `DataSet.rater_names`: None if a pattern has `{rater}`, which only the files can tell."""
-        patterns = self.labels.values() if isinstance(self.labels, Mapping) else ()
-        return None if any(RATER in pattern for pattern in patterns) else (SINGLE_RATER,)
+        return None if any(RATER in pattern for pattern in self.parts.values()) else (SINGLE_RATER,)
 
     def root(self, data_root: Path | None) -> Path:
         """Where the folder is, see `folder_of`."""
@@ -222,7 +235,7 @@ class LabelledCase(Case):
     The name of a channel may end in [2], one volume of a 4-D file or one colour of a picture. `spacing_mm` is that of pictures
     along columns, rows and pages; () takes what the file says.
     `problems` says what is missing, one sentence each. `find_mask` finds the file of a mask of this case by its part, or raises
-    UserError; it is used to centre the crop.
+    UserError; it is used to centre the crop. `ignore` is above 0 in the voxels that nobody labelled.
     """
 
     def __init__(
@@ -235,11 +248,12 @@ class LabelledCase(Case):
         problems: Sequence[str] = (),
         find_mask: Callable[[str], MaskFile] = _no_mask,
         spacing_mm: tuple[float, ...] = (),
+        ignore: MaskFile | None = None,
     ) -> None:
         self.name, self.subject, self.site = name, subject, site
         self.images = tuple(images)
         self.rater_names = tuple(labels)
-        self.labels, self.spacing_mm = labels, spacing_mm
+        self.labels, self.spacing_mm, self.ignore = labels, spacing_mm, ignore
         classes, place = [*next(iter(labels.values()), {})], f"case {name}"
         others = {r: ", ".join(masks) for r, masks in labels.items() if [*masks] != classes}
         wrong = [f"{place}: {r} has masks of {drawn}, not {', '.join(classes)}" for r, drawn in others.items()]
@@ -253,11 +267,13 @@ class LabelledCase(Case):
     def sources(self, parts: Sequence[str] = (), sha256: Digest = sha256_of) -> tuple[str, ...]:
         """See `Case.sources`: every file as often as it is used, so that the order says what each is used for."""
         labels = [mask for masks in self.labels.values() for mask in masks.values()]
+        ignored = [self.ignore] if self.ignore else []
         known = {mask.path for mask in labels}
         centers = dict.fromkeys(self.find_mask(part).path for part in parts)
-        used = (*map(MaskFile, self.images), *labels, *(MaskFile(path) for path in centers if path not in known))
+        used = (*map(MaskFile, self.images), *labels, *(MaskFile(path) for path in centers if path not in known), *ignored)
         digests = {path: sha256(path) for path in dict.fromkeys(part_of(file.path)[0] for file in used)}
         lines = [f"{file.name} {digests[part_of(file.path)[0]]}" for file in used]
+        lines += [f"ignore {file.name}" for file in ignored]
         return (*lines, *([f"spacing_mm {dimensions(self.spacing_mm)}"] if self.spacing_mm else ()))
 
     def load(self) -> CaseData:
@@ -274,12 +290,18 @@ class LabelledCase(Case):
         for path, values in self._on_grid(uses, geometry):
             for r, k, mask, what in uses[path]:
                 raters[r, k] = _label(values, mask, what)
+        if self.ignore:
+            raters[:, :, self._read_mask(self.ignore, IGNORED) > 0] = np.nan
+            if np.isnan(raters).all():
+                raise UserError(f"{self.name}: all voxels are to be ignored, so that none is labelled, in {self.ignore.path}")
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:
-        mask = self.find_mask(part)
+        return self._read_mask(self.find_mask(part), part)
+
+    def _read_mask(self, mask: MaskFile, what: str) -> Float32:
         ((_, values),) = self._on_grid([mask.path], read_geometry(self.images[0], self.spacing_mm))
-        return _label(values, mask, part)
+        return _label(values, mask, what)
 
     def _read_images(self) -> tuple[Float32, Geometry]:
         if len(self.images) == 1:

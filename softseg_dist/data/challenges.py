@@ -10,11 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, selected
+from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, Spacing, selected
 from softseg_dist.data.files import SUFFIXES, Files, contents
+from softseg_dist.data.source_files import PICTURES
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
+
+IGNORE = "ignore"  # the label of nnU-Net for voxels that nobody labelled
 
 
 class Layout(Folder):
@@ -36,7 +39,7 @@ class Layout(Folder):
 
     def form(self, root: Path) -> Files:
         """The first form of which there is an image."""
-        forms = [Files(str(root), **({"person": self.person} | fields)) for fields in self.forms(root)]
+        forms = [Files(str(root), **({"person": self.person, "ignore": self.ignore} | fields)) for fields in self.forms(root)]
         return next((form for form in forms if form.is_in(None)), forms[0])
 
     def warnings(self, data_root: Path | None) -> tuple[str, ...]:
@@ -60,23 +63,30 @@ class NnUNet(Layout):
 
     Args:
         folder: its name below the data root, such as "Dataset004_Hippocampus".
-        labels: the classes, by their names in dataset.json. A region there (a list of values) is a class like another.
-        person, exclude: as for `Files`.
+        labels: the classes, by their names in dataset.json. A region there (a list of values) is a class like another; the label
+            "ignore" is none, but what `ignore` is for `Files`.
+        person, exclude, spacing_mm: as for `Files`. Several channels may be the colours of one PNG or TIFF.
 
     >>> NnUNet("Dataset004_Hippocampus", labels=("Anterior", "Posterior")).classes
     ('Anterior', 'Posterior')
     """
 
+    spacing_mm: Spacing = ()
+
     def forms(self, root: Path) -> Sequence[dict[str, Any]]:
         path, facts = _described(root)
         ending = facts.get("file_ending", ".nii.gz")
-        if ending not in SUFFIXES:
-            raise UserError(f"file_ending must be .nii.gz or .nii, got {ending!r} in {path}: PNG and TIFF are read by Files")
+        if ending not in (*SUFFIXES, *PICTURES):
+            raise UserError(f"file_ending must be .nii.gz, .nii, .png or .tif, got {ending!r} in {path}")
         if "dataset" in facts:
             raise UserError(f'a list of files under "dataset" is not supported, found in {path}; put them in imagesTr and labelsTr')
-        channels = tuple(f"{number:04d}" for number in range(_num_channels(path, facts)))
-        masks = _values(path, facts, self.labels, f"labelsTr/{{case}}{ending}")
-        return [{"image": f"imagesTr/{{case}}_{{channel}}{ending}", "channels": channels, "labels": masks}]
+        number, image, style = _num_channels(path, facts), f"imagesTr/{{case}}_{{channel}}{ending}", "{:04d}"
+        if ending in PICTURES and number > 1 and not any(root.glob(f"imagesTr/*_0001{ending}")):  # the colours of one picture
+            image, style = f"imagesTr/{{case}}_0000{ending}[{{channel}}]", "{}"
+        form = {"image": image, "channels": tuple(map(style.format, range(number))), "spacing_mm": self.spacing_mm}
+        pattern = f"labelsTr/{{case}}{ending}"
+        ignore = f"{pattern}:{facts['labels'][IGNORE]}" if IGNORE in facts["labels"] else self.ignore
+        return [form | {"labels": _values(path, facts, self.labels, pattern), "ignore": ignore}]
 
 
 class Decathlon(Layout):
@@ -194,7 +204,7 @@ class BraTS(Layout):
 
 
 def classes_of(root: Path) -> tuple[str, ...]:
-    """The classes that dataset.json names, but the background. Raises UserError if it cannot be read."""
+    """The classes that dataset.json names, without background and "ignore". Raises UserError if it cannot be read."""
     return tuple(_by_class(_described(root)[1]))
 
 
@@ -203,7 +213,7 @@ def _by_class(facts: Mapping[str, Any]) -> dict[str, Any]:
     of = facts["labels"]
     if all(key.isdecimal() for key in of):
         of = {str(name): int(value) for value, name in of.items()}
-    return {name: value for name, value in of.items() if name != "background"}
+    return {name: value for name, value in of.items() if name not in ("background", IGNORE)}
 
 
 def _described(root: Path) -> tuple[Path, dict[str, Any]]:
@@ -230,8 +240,6 @@ def _num_channels(path: Path, facts: Mapping[str, Any]) -> int:
 def _values(path: Path, facts: Mapping[str, Any], labels: Sequence[str], pattern: str) -> dict[str, str]:
     """Class -> pattern with its values."""
     known = {name: values if isinstance(values, list) else [values] for name, values in _by_class(facts).items()}
-    if "ignore" in known:
-        raise UserError(f"the label ignore (voxels that nobody labelled) is not supported yet, found in {path}")
     if any(type(value) is not int for values in known.values() for value in values):
         raise UserError(f"the labels of {path} must be integers, or lists of them, got {facts['labels']}")
     if unknown := [label for label in labels if label not in known]:

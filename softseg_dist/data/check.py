@@ -73,11 +73,11 @@ def _labels(case: Case, data: CaseData) -> Iterator[Problem]:
     for c, channel in enumerate(data.image):
         if channel.min() == channel.max():
             yield Problem(case.name, "error", "constant image", f"channel {c} is {channel.min():g} everywhere")
-    volumes = data.raters.sum(axis=(2, 3, 4), dtype=np.float64)  # [R K]
+    volumes = np.nan_to_num(data.raters).sum(axis=(2, 3, 4), dtype=np.float64)  # [R K]
     for rater, k in np.argwhere(volumes == 0):
         yield Problem(case.name, "warning", "empty mask", f"rater {case.rater_names[rater]}, class {k} labels no voxel")
     for (i, one), (j, other) in combinations(enumerate(case.rater_names), 2):
-        overlap = np.minimum(data.raters[i], data.raters[j]).sum(dtype=np.float64)
+        overlap = np.nansum(np.minimum(data.raters[i], data.raters[j]), dtype=np.float64)
         if (total := volumes[i].sum() + volumes[j].sum()) > 0 and 2 * overlap / total < RATERS_DISAGREE:
             detail = f"Dice of {one} and {other} is {2 * overlap / total:.2f}"
             yield Problem(case.name, "warning", "raters hardly overlap", detail)
@@ -85,7 +85,7 @@ def _labels(case: Case, data: CaseData) -> Iterator[Problem]:
 
 def _crop(case: Case, data: CaseData, sample: Sample) -> Iterator[Problem]:
     """How much of what is labelled lies outside the crop: compared by extent, so that interpolation does not count."""
-    labelled = data.raters.max(axis=(0, 1), initial=0)
+    labelled = np.nan_to_num(data.raters.max(axis=(0, 1), initial=0))
     total = float(labelled.sum(dtype=np.float64))
     axes = sample.placement.axes
     window = tuple(slice(*(round(edge / axis.num_resampled * axis.num_in) for edge in axis.kept)) for axis in axes)

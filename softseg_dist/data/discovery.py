@@ -103,7 +103,7 @@ def look_at(folder: Path) -> Contents:
     soft = False
     for one in _spread(cases):
         try:
-            raters = one.load().raters
+            raters = np.nan_to_num(one.load().raters)
         except UserError as error:
             problems.append(str(error))
             continue

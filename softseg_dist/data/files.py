@@ -18,7 +18,18 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from softseg_dist.data.cases import RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, Spacing, named_values, person_in, selected
+from softseg_dist.data.cases import (
+    IGNORED,
+    RATER,
+    SINGLE_RATER,
+    Folder,
+    LabelledCase,
+    MaskFile,
+    Spacing,
+    named_values,
+    person_in,
+    selected,
+)
 from softseg_dist.data.source_files import PICTURES, nfc, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
@@ -70,6 +81,8 @@ class Files(Folder):
             `[0]` after the pattern of an image or mask takes the first volume of a 4-D file, or the red of a picture; `[1]:2`
             takes the value 2 in the second. `"{case}.nii.gz[{channel}]"` with `channels=("0", "1")` are two channels.
         channels: the names of the channels, in their order.
+        ignore: pattern like those of `labels`, without `{rater}`: the voxels that nobody labelled, "{case}_seg.nii.gz:255". They
+            have no loss, and are left out in judging, as what lies outside of the image is.
         person: regular expression searched in `{subject}`, or in the name of the case where the image has no such
             placeholder; its first group (or the whole match) names the person. None takes the text as it is.
         site: text with placeholders of the image, such as "{site}". None takes `{site}` where the image has it, else "".
@@ -103,7 +116,7 @@ class Files(Folder):
             raise ValueError(f"all channels must have the same placeholders, got {first.text} and {different[0]}")
         if not first.names or "rater" in first.names:
             raise ValueError(f"the image must have a placeholder such as {{case}}, but not {RATER}, got {first.text}")
-        for mask in (_Pattern.of(named_values(text)[0]) for text in self.labels.values()):
+        for mask in (_Pattern.of(named_values(text)[0]) for text in self.parts.values()):
             if not set() < {*mask.names} - {"rater"} <= {*first.names}:
                 raise ValueError(f"a mask must have placeholders of its image {first.text}, and * for other text, got {mask.text}")
         if self.spacing_mm and not any(_Pattern.of(text).text.endswith(PICTURES) for text in self.images):
@@ -181,7 +194,7 @@ class _Index:
         """Raises UserError if a pattern fits no file."""
         self.data, self.root = data, root
         self.images = [_Pattern.of(text) for text in data.images]
-        parts = {label: named_values(text) for label, text in data.labels.items()}
+        parts = {label: named_values(text) for label, text in data.parts.items()}
         self.masks = {label: (_Pattern.of(text), values) for label, (text, values) in parts.items()}
         patterns = [*self.images, *(pattern for pattern, _ in self.masks.values())]
         files = _walk(root, patterns)
@@ -219,12 +232,13 @@ class _Index:
         if not images:
             masks = listed(sorted({str(mask.path) for of_one in drawn.values() for mask in of_one.values()}), most=2)
             problems = [f"has no image {_filled(self.data.images[0], texts)} in {self.root}, but a mask: {masks}"]
+        ignore = next(iter(drawn.pop(IGNORED, {}).values()), None)
         labels, lacking = by_rater(drawn, {label for label, text in self.data.labels.items() if RATER in text})
         subject, unlike = person_in(texts.get("subject", name), self.data.person)
         wrong = [f"case {name} {problem}" for problem in (*problems, *(lacking if images else ()), *unlike)]
         center = partial(center_mask, self.root, texts, drawn)
         site = "" if "{" in (site := _filled("{site}" if self.data.site is None else self.data.site, texts)) else site
-        return LabelledCase(name, images, subject, site, labels, wrong, center, self.data.spacing_mm)
+        return LabelledCase(name, images, subject, site, labels, wrong, center, self.data.spacing_mm, ignore)
 
     def _problems(self, what: str, found: Sequence[Path]) -> list[str]:
         """What is wrong with the files of which there should be one."""

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from softseg_dist.data.cases import RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, named_values, person_in, selected
+from softseg_dist.data.cases import IGNORED, RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, named_values, person_in, selected
 from softseg_dist.data.files import SUFFIXES, by_rater
 from softseg_dist.data.participants import read_participants
 from softseg_dist.data.source_files import nfc
@@ -53,6 +53,7 @@ class Bids(Folder):
             `part:1+2` the voxels of either.
             `{rater}` stands for a rater's name: `"label-GM_desc-{rater}_mask"`; a case need not have all raters. The mask of
             a class without it counts for each of them.
+        ignore: part of the mask of the voxels that nobody labelled, as in "dseg:255"; see `Files`.
         person: regular expression searched in `sub-...`; its first group (or the whole match) names the person, so
             that sessions with names of their own stay together. None takes `sub-...` as it is.
         site: column of participants.tsv, upper or lower case; the site is "" where it is absent. `softseg check` says for how
@@ -76,9 +77,9 @@ class Bids(Folder):
     def _consistent(self) -> Self:
         if not self.labels or not self.contrasts or "" in (*self.labels, *self.labels.values(), *self.contrasts):
             raise ValueError("image and labels must name at least one contrast and one class, none of them empty")
-        for part in self.labels.values():
+        for part in self.parts.values():
             named_values(part)
-        if twice := [part for part in self.labels.values() if part.count(RATER) > 1]:
+        if twice := [part for part in self.parts.values() if part.count(RATER) > 1]:
             raise ValueError(f"a part may have {RATER} once, got {twice[0]!r}")
         return self
 
@@ -187,9 +188,10 @@ class Bids(Folder):
         bases = [*(entities | _words(contrast) for contrast in contrasts), entities]
         own = _Masks(tree.root, name, f"{folder}/{stem}_{contrasts[0]}", bases, tree.masks.get(folder, ()), self.labels)
         drawn: dict[str, dict[str, MaskFile]] = {}
-        for label, part in self.labels.items():
+        for label, part in self.parts.items():
             drawn[label], more = own.find(nfc(part))
             problems += more
+        ignore = next(iter(drawn.pop(IGNORED, {}).values()), None)
         labels, lacking = by_rater(drawn, {label for label, part in self.labels.items() if RATER in part})
         participant = folder.split("/")[0]
         subject, unlike = person_in(participant, self.person)
@@ -197,7 +199,8 @@ class Bids(Folder):
         files = dict.fromkeys([*channels, *(mask.path for of_one in drawn.values() for mask in of_one.values())])
         odd = [path for path in files if not path.name.endswith(SUFFIXES)]
         problems += [f"case {name}: names end in .nii or .nii.gz, in small letters; rename {path}" for path in odd]
-        return LabelledCase(name, channels, subject, tree.sites.get(participant, ""), labels, problems, own.only)
+        site = tree.sites.get(participant, "")
+        return LabelledCase(name, channels, subject, site, labels, problems, own.only, ignore=ignore)
 
     def _check_parts(self, root: Path, cases: Sequence[LabelledCase], masks: Sequence[Name]) -> None:
         """A part that no case has is a mistake of the study file, not of the data."""

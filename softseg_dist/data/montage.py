@@ -58,7 +58,7 @@ def montage(samples: Iterable[Sample], path: Path, classes: Sequence[str]) -> No
 
 def _fullest(sample: Sample) -> tuple[Float32, Float32]:
     """Image [*S] and mean label [K *S] of the slice with the most label (of the middle one if there is none); axial in 3D."""
-    mean: NDArray[np.float32] = sample.raters.mean(axis=1)  # [N K *S]
+    mean: NDArray[np.float32] = np.nan_to_num(sample.raters.mean(axis=1))  # [N K *S]
     image = sample.image[:, 0]
     if sample.placement.slices is None:
         image, mean = np.moveaxis(image[0], -1, 0), np.moveaxis(mean[0], -1, 0)

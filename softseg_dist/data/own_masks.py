@@ -26,9 +26,9 @@ Masks = NDArray[np.bool_] | Float32
 class OwnMasks:
     """The masks of a case, unpacked on every access: bool if all that are asked for are binary, else float32 in [0, 1].
 
-    `geometry` is the file's; `num_raters` R, `num_classes` K; `box` (start, stop) along X, Y and Z, which is (0, 0) three times if
-    nobody drew anything; `binary` says it of each mask, the raters' first, each with its classes, then the truth's;
-    `packed` [bytes] has them in this order.
+    In voxels to ignore they are NaN. `geometry` is the file's; `num_raters` R, `num_classes` K; `box` (start, stop) along X, Y
+    and Z, which is (0, 0) three times if nobody drew anything; `binary` says it of each mask, the raters' first, each with its
+    classes, then the truth's; `packed` [bytes] has them in this order.
     """
 
     geometry: Geometry
@@ -84,7 +84,7 @@ class OwnMasks:
     @property
     def mean_volumes_mm3(self) -> tuple[float, ...]:
         """The mean over the raters of what they drew of each class [K]; 0 without raters."""
-        sums = self.raters.sum(axis=(2, 3, 4), dtype=np.float64).sum(axis=0)
+        sums = np.nan_to_num(self.raters).sum(axis=(2, 3, 4), dtype=np.float64).sum(axis=0)
         return tuple((sums * self.voxel_mm3 / max(self.num_raters, 1)).tolist())
 
     def _unpacked(self, first: int, end: int) -> Masks:

@@ -25,6 +25,7 @@ from softseg_dist.frozen import Frozen
 Voxel = TypeVar("Voxel", bound=np.generic)
 
 FLAT = 1e-6  # an image whose values differ by no more than this part of the largest one has no spread but rounding
+TOUCHED = 1e-6  # share of a voxel that is to be ignored: below it is rounding
 PERCENTILES = (0.5, 99.5)  # "percentile" maps these to 0 and 1
 MOSTLY_ZERO = 0.75  # where more voxels than this share are 0, as without the skull, they are no part of what was measured
 
@@ -61,10 +62,10 @@ class Placement:
 class Sample:
     """A prepared case.
 
-    `image` [N C *S] normalised; `raters` [N R K *S] in [0, 1]; `nearest` [N R K *S] in {0, 1}: each rater's mask >=
-    0.5 resampled by nearest neighbour, None if nothing was resampled (then it would be `raters` >= 0.5); `truth` [N K
-    *S] or None; `spacing_mm` of *S; `voxel_mm3` the volume of a voxel (in 2D with the slice's thickness); `placement`
-    leads back; `own` has the raters' masks on the grid of the file.
+    `image` [N C *S] normalised; `raters` [N R K *S] in [0, 1], NaN in voxels that touch one to ignore; `nearest` [N R K *S] in
+    {0, 1}: each rater's mask >= 0.5 resampled by nearest neighbour, None if nothing was resampled (then it would be
+    `raters` >= 0.5); `truth` [N K *S] or None; `spacing_mm` of *S; `voxel_mm3` the volume of a voxel (in 2D with the slice's
+    thickness); `placement` leads back; `own` has the raters' masks on the grid of the file.
     """
 
     name: str
@@ -159,7 +160,12 @@ class Preprocess(Frozen):
         axes = self._axes(case, data)
         grid = Placement(data.geometry, axes, None, self.slice_axis(data.geometry))
         image = self._image(case, data.image, grid)
-        raters = self._labels(data.raters, grid, self.label_resampling, np.float32)
+        ignored = np.logical_or.reduce(np.isnan(data.raters), axis=(0, 1))
+        drawn = np.nan_to_num(data.raters) if ignored.any() else data.raters
+        raters = self._labels(drawn, grid, self.label_resampling, np.float32)
+        if ignored.any():
+            touched = self._labels(ignored.astype(np.float32), grid, self.label_resampling, np.float32) > TOUCHED
+            np.copyto(raters, np.nan, where=touched[:, None, None])
         truth = None if data.truth is None else self._labels(data.truth, grid, self.label_resampling, np.float32)
         is_resampled = any(axis.is_resampled for axis in axes)
         nearest = self._labels(data.raters >= 0.5, grid, "nearest", np.uint8) if is_resampled else None
@@ -276,7 +282,7 @@ class Preprocess(Frozen):
         every = tuple(range(len(raters)))
         if self.slices == "all" or not case.rater_names:  # an image to predict has no raters: all its slices count
             return every
-        labelled = np.flatnonzero(raters.any(axis=tuple(range(1, raters.ndim))))
+        labelled = np.flatnonzero((raters > 0).any(axis=tuple(range(1, raters.ndim))))
         if not labelled.size and self.slices == "labelled":
             raise UserError(
                 f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all '

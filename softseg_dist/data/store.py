@@ -100,6 +100,7 @@ def record_of(sample: Sample, identity: str) -> CaseRecord:
         "shapes": {column: None if array is None else array.shape for column, array in arrays.items()},
         "placement": sample.placement.to_dict(),
         "own": sample.own.to_dict(),
+        "ignored": bool(np.isnan(sample.raters).any()),
         "mean_volumes_mm3": sample.own.mean_volumes_mm3,
         "identity": identity,
         "digest": digest_of(arrays),
@@ -314,6 +315,11 @@ class Store:
     def sizes_differ(self) -> bool:
         """Whether items of one case are larger than those of another."""
         return any(case.size != self.size for case in self.cases)
+
+    @cached_property
+    def has_ignored(self) -> bool:
+        """Whether some case has voxels to ignore: NaN in its masks and targets."""
+        return any(record.about.get("ignored") for record in self._records)
 
     @cached_property
     def spacings_mm(self) -> tuple[tuple[float, float], ...]:

@@ -83,7 +83,7 @@ class Inspection:
         soft = {fusion: _soft_share(_target(sample, "soft", fusion)) for fusion in sorted(fusions) if _has_rater(sample, fusion)}
         image = hashlib.blake2b(np.ascontiguousarray(sample.image[len(sample.image) // 2]).data).hexdigest()
         but_classes = (0, 1, *range(3, sample.raters.ndim))
-        prepared = sample.raters.sum(axis=but_classes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
+        prepared = np.nan_to_num(sample.raters).sum(axis=but_classes, dtype=np.float64) * sample.voxel_mm3 / len(sample.rater_names)
         volumes = tuple(zip(sample.own.mean_volumes_mm3, prepared.tolist(), strict=True))
         num_over = int((sample.raters.sum(axis=2) > 1 + ROUNDING).sum()) if self.softmax and len(self.classes) > 1 else 0
         self._facts.append(_Facts(sample.name, sample.subject, image, soft, volumes, num_over, sample.placement.slice_axis))
@@ -105,7 +105,7 @@ class Inspection:
             return False  # one of them cannot be trained
         key = f"{one.label} {one.fusion} {other.label} {other.fusion} {one.augment}"
         if key not in same:
-            item = int(sample.raters.sum(axis=tuple(range(1, sample.raters.ndim))).argmax())
+            item = int(np.nansum(sample.raters, axis=tuple(range(1, sample.raters.ndim))).argmax())
             seen = product((None, item), range(DRAWS))
             same[key] = all(torch.equal(_trained(sample, one, *each), _trained(sample, other, *each)) for each in seen)
         return same[key]
@@ -233,7 +233,7 @@ def _target(sample: Sample, label: LabelMode, fusion: str, draw: int = 0) -> Ten
     raters = torch.from_numpy(np.array(sample.raters)).movedim(0, 2)  # [R K N *S]
     nearest = None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest)).movedim(0, 2)
     seed = seed_of("cautions", sample.name, draw)
-    return prepare_target(raters, nearest, label, fusion, sample.rater_names, seed).movedim(1, 0)
+    return prepare_target(raters, nearest, label, fusion, sample.rater_names, seed).movedim(1, 0).nan_to_num()
 
 
 def _trained(sample: Sample, recipe: Recipe, item: int | None, draw: int) -> Tensor:

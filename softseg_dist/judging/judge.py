@@ -202,7 +202,7 @@ class References:
     """What a case is judged against, in the `region` of the file's grid that holds all of it: maps are 0 outside, too.
 
     `maps`: "mean" of the raters, each rater by name if there are several, "truth" where it is known: [1 K *S] each, *S the axes of
-    the file of more than one voxel. `raters` [1 R K *S]; `scale` is that of the file.
+    the file of more than one voxel. `raters` [1 R K *S]; `scale` is that of the file. In voxels to ignore all maps are 0.
     """
 
     region: Region
@@ -212,7 +212,8 @@ class References:
 
     def part(self, maps: Float32) -> Float32:
         """Maps [K X Y Z] of the file's grid in the region [1 K *S]."""
-        return maps[(slice(None), *self.region)].reshape(1, len(maps), *self.raters.shape[3:])
+        inside = maps[(slice(None), *self.region)].reshape(1, len(maps), *self.raters.shape[3:])
+        return inside if self.scale.ignored is None else np.where(self.scale.ignored, np.float32(0), inside)
 
 
 def judge(
@@ -231,7 +232,6 @@ def references_of(own: OwnMasks, rater_names: Sequence[str], yardstick: Yardstic
     whole_mm, whole = own.geometry.spacing_mm, own.geometry.canonical_shape
     axes = [axis for axis, n in enumerate(whole) if n > 1] or [0, 1]  # a single slice is a plane
     spacing_mm, shape = tuple(whole_mm[axis] for axis in axes), tuple(whole[axis] for axis in axes)
-    scale = Scale(own.voxel_mm3, yardstick.mean_volumes_mm3, spacing_mm, shape)
     region = tuple(slice(0, n) for n in whole) if yardstick.metrics else _region(maps, own)
     size = tuple(region[axis].stop - region[axis].start for axis in axes)
 
@@ -242,12 +242,15 @@ def references_of(own: OwnMasks, rater_names: Sequence[str], yardstick: Yardstic
         placed[..., x, y, z] = masks
         return placed.reshape(1, *masks.shape[:-3], *size)
 
-    raters, truth = inside(own.raters), own.truth
+    raters, truth, ignored = inside(own.raters), own.truth, None
+    if raters.dtype != bool and (unknown := np.isnan(raters)).any():
+        raters, ignored = np.nan_to_num(raters), unknown.any(axis=(1, 2))[:, None]
     references = {"mean": raters.mean(axis=1, dtype=np.float32)}
     if len(rater_names) > 1:
         references |= {name: raters[:, r] for r, name in enumerate(rater_names)}
     if truth is not None:
         references["truth"] = inside(truth)
+    scale = Scale(own.voxel_mm3, yardstick.mean_volumes_mm3, spacing_mm, shape, ignored)
     return References(region, references, raters, scale)
 
 

@@ -183,7 +183,7 @@ def prepare_target(
     """The target before augmentation: [R K *S] -> [K *S]. `augmentation.apply` rounds "hard", once, last.
 
     Args:
-        raters: label values in [0, 1] after linear or area-weighted resampling, float.
+        raters: label values in [0, 1] after linear or area-weighted resampling, float; NaN in voxels to ignore, as in the target.
         nearest: the raters' masks resampled by nearest neighbour, 0 or 1, of the shape of `raters`; None if nothing was
             resampled, then they are `raters` >= 0.5.
         mode, fusion: see docs/training.md.
@@ -191,6 +191,9 @@ def prepare_target(
 
     Raises UserError if `fusion` names a rater that this case does not have.
     """
+    if (ignored := raters.isnan()).any():
+        known = prepare_target(raters.nan_to_num(), nearest, mode, fusion, rater_names, draw)
+        return known.masked_fill(ignored.any(0), torch.nan)
     if mode in ("nearest", "hard_each"):
         masks = harden(raters) if mode == "hard_each" or nearest is None else nearest.to(raters.dtype)
         return harden(fuse(masks, fusion, rater_names, draw))

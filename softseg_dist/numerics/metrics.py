@@ -14,7 +14,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -40,16 +40,18 @@ class Scale:
         mean_volumes_mm3: [K] the mean over all cases of the data set of the raters' mean volume of each class, in mm3.
         spacing_mm: size of a voxel along each axis of *S, in mm.
         shape: voxels of the image along each axis, if the maps are a part of it outside of which all are 0; None: *S.
+        ignored: [N 1 *S] the voxels that nobody labelled, None for none: maps are 0 there, and they count nowhere.
     """
 
     voxel_mm3: float
     mean_volumes_mm3: tuple[float, ...]
     spacing_mm: tuple[float, ...]
     shape: tuple[int, ...] | None = None
+    ignored: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
     def voxels(self, maps: Map) -> int:
-        """Of one class in the image."""
-        return math.prod(self.shape or (len(maps), *maps.shape[2:]))
+        """Of one class in the image, but for those to ignore."""
+        return math.prod(self.shape or (len(maps), *maps.shape[2:])) - (0 if self.ignored is None else int(self.ignored.sum()))
 
     def diagonal_mm(self, maps: Map) -> float:
         """Of the image."""
@@ -244,7 +246,8 @@ class Pair:
     @cached_property
     def near(self) -> npt.NDArray[np.bool_]:
         """The calibration neighbourhood [N K *S] of the reference."""
-        return neighbourhood(self.maps[1], self.scale.spacing_mm)
+        near, ignored = neighbourhood(self.maps[1], self.scale.spacing_mm), self.scale.ignored
+        return near if ignored is None else near & ~ignored
 
     @cached_property
     def tables(self) -> tuple[Reliability, ...]:

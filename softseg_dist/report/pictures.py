@@ -144,7 +144,7 @@ def _overlay(label: str, row: pd.Series, run: RunData, store: Store, models: Map
     for name, model in models.items():
         load_weights(model, _weights(run, name, row["split"], row["repeat"]))
         predictions[name] = _slice(sample, predict_sample(model, sample))
-    truth = _slice(sample, mean_reference(sample))
+    truth = np.nan_to_num(_slice(sample, mean_reference(sample)))
     k = int(truth.sum(axis=(1, 2)).argmax())
     return Overlay(
         case=f"{row['case']}, split {row['split']}",
@@ -160,7 +160,7 @@ def _overlay(label: str, row: pd.Series, run: RunData, store: Store, models: Map
 
 def _slice(sample: Sample, maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Of maps [N C *S] the slice with the largest labelled area, an axial one [C X Y] in 3D."""
-    truth = mean_reference(sample)
+    truth = np.nan_to_num(mean_reference(sample))
     if maps.ndim == 4:  # 2D
         return maps[int(truth.sum(axis=(1, 2, 3)).argmax())]
     return maps[0, ..., int(truth[0].sum(axis=(0, 1, 2)).argmax())]

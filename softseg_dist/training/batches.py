@@ -105,7 +105,8 @@ class Batches:
     def mean_label(self) -> Tensor:
         """Share of foreground per class [K] over all training items, each whole and once, before augmentation and smoothing."""
         members = range(0, len(self.items), 1 if self.recipe.patch is None else self.recipe.patch.per_item)
-        total = sum(self._item(0, member)[1].flatten(1).mean(1) for member in members)
+        mean = torch.nanmean if self.store.has_ignored else torch.mean
+        total = sum(mean(self._item(0, member)[1].flatten(1), dim=1) for member in members)
         assert isinstance(total, Tensor), "a split has training items"
         return total / len(members)
 
@@ -122,12 +123,24 @@ class Batches:
 
     def augmented(self, image: Tensor, target: Tensor, drawn: Drawn, frame: Frame) -> tuple[Tensor, Tensor]:
         """What was read of items of one spacing as the network sees it: augmented as `drawn`, cut to the patch, smoothed."""
+        if self.store.has_ignored:  # as one more map, which is moved like the others
+            ignored = target.isnan().any(1, keepdim=True)
+            target = torch.cat([target.nan_to_num(), ignored.to(target.dtype)], dim=1)
         image, target = apply(image, target, drawn, self.recipe.label, frame)
         if self.recipe.patch is not None:
             image, target = self.recipe.patch.middle(image), self.recipe.patch.middle(target)
+        if self.store.has_ignored:
+            target, ignored = target[:, :-1], target[:, -1:] > 0
         if self.recipe.smoothing is not None:
             target = self.recipe.smoothing(target, image, frame.spacing_mm)
-        return image, target
+        return image, target.masked_fill(ignored, torch.nan) if self.store.has_ignored else target
+
+    def known(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What a loss compares: both are 0 where the target is NaN, in voxels to ignore, so that no gradient comes from there."""
+        if not self.store.has_ignored:
+            return prediction, target
+        ignored = target.isnan()
+        return prediction.masked_fill(ignored, 0), target.masked_fill(ignored, 0)
 
     def read(self, epoch: int, members: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images and targets of `members` as they are before augmentation: whole, or as much as `window` says."""
@@ -204,7 +217,7 @@ def labelled_voxels(store: Store, case: int, item: int) -> tuple[NDArray[np.int3
 
     Whatever the fusion and the label mode: every candidate sees the same patches.
     """
-    found = [np.flatnonzero(labelled).astype(np.int32) for labelled in store.sample(case).raters[item].any(axis=0)]
+    found = [np.flatnonzero(labelled).astype(np.int32) for labelled in (store.sample(case).raters[item] > 0).any(axis=0)]
     # A random choice, always the same, as every n-th voxel would be in few planes.
     return tuple(v if len(v) <= MOST_VOXELS else np.random.default_rng(0).choice(v, MOST_VOXELS, replace=False) for v in found)
 

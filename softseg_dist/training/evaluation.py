@@ -40,7 +40,7 @@ class Chosen(NamedTuple):
 
 
 def mean_reference(sample: Sample) -> np.ndarray:
-    """The mean of the raters, soft [N K *S]: the reference for every candidate, independent of its training target."""
+    """The mean of the raters, soft [N K *S], NaN in voxels to ignore: the same reference for all, whatever their targets."""
     mean: np.ndarray = sample.raters.mean(axis=1)
     return mean
 
@@ -158,9 +158,13 @@ def spread_rows(method: str, drawn: Iterable[np.ndarray], sample: Sample, store:
 
 
 def _prepared(sample: Sample, prediction: np.ndarray, store: Store) -> tuple[Map, Map, Scale]:
-    """Prediction, mean of the raters and their scale on the grid on which a case is prepared."""
-    grid = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices or ())
-    return grid.case(prediction), grid.case(mean_reference(sample)), grid.scale(store.mean_volumes_mm3)
+    """Prediction, mean of the raters and their scale on the grid on which a case is prepared; both are 0 in voxels to ignore."""
+    grid, mean = Grid(sample.spacing_mm, sample.voxel_mm3, sample.placement.slices or ()), mean_reference(sample)
+    scale = grid.scale(store.mean_volumes_mm3)
+    if (ignored := np.isnan(mean[:, :1])).any():
+        prediction, mean = np.where(ignored, np.float32(0), prediction), np.nan_to_num(mean)
+        scale = replace(scale, ignored=grid.case(ignored))
+    return grid.case(prediction), grid.case(mean), scale
 
 
 def _over_threads(function: Callable[[Any], T], tasks: Iterable[Any], threads: int) -> list[T]:

@@ -68,7 +68,7 @@ class HostStepper(Stepper):
         image, target = self.batches.batch(now.epoch, members[rows] or members[:1], worker.device)
         prediction = self.group.predict(image)
         if len(prediction):
-            averaged = loss.averaged(prediction, target)
+            averaged = loss.averaged(*self.batches.known(prediction, target))
         else:
             averaged = prediction.flatten(1).sum(1, keepdim=True).expand(-1, loss.num_averaged(prediction.shape[1]))
         shares = averaged / len(members)  # in the means over the batch [b M]

@@ -187,15 +187,16 @@ class _Trial:
 
     def run(self, recipe: Recipe) -> None:
         """Computes batch, logits, prediction, loss and gradient in training, and the prediction in evaluation. Raises any error."""
-        image, target = Batches(self.store, recipe, self.items, seed=0).batch(epoch=0, members=[0, 1], device="cpu")
+        batches = Batches(self.store, recipe, self.items, seed=0)
+        image, target = batches.batch(epoch=0, members=[0, 1], device="cpu")
         _check_finite(image, "the augmented image")
-        _check_finite(target, "the target")
+        _check_finite(batches.known(target, target)[1], "the target")
         trained, evaluated = self._logits_of(recipe, image)
         activation = recipe.activation.build(len(self.store.classes))
         logits = trained.clone().requires_grad_()
         prediction = activation.train()(logits)
         _check_prediction(prediction, target, "in training")
-        loss = _loss(recipe.loss, prediction, target)
+        loss = _loss(recipe.loss, *batches.known(prediction, target))
         _check_finite(torch.autograd.grad(loss, logits)[0], f"the gradient of {recipe.loss} behind {recipe.activation}")
         with torch.no_grad():
             _check_prediction(activation.eval()(evaluated), target[:1], "in evaluation")

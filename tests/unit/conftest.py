@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-settings.register_profile("softseg", deadline=None)  # a busy machine is not a defect
+# A busy machine is not a defect, and a test fails only if something has changed; --hypothesis-profile=default draws other examples.
+settings.register_profile("softseg", deadline=None, derandomize=True)
 settings.load_profile("softseg")

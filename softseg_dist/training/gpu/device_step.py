@@ -163,7 +163,7 @@ class DeviceStepper(Stepper):
             image, target = self.device_batches.batch(inputs)
         logits = self.model.logits(image, self.network)
         prediction = self.model.activation(logits)
-        loss = self.recipe.loss(prediction, target)
+        loss = self.recipe.loss(*self.batches.known(prediction, target))
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         if self.optim.clip_norm is not None:

@@ -214,6 +214,27 @@ def test_several_values_of_an_integer_map_become_one_class(tmp_path: Path) -> No
         data.replace(labels={"whole": "dseg:1+2"}).cases(tmp_path)[0].load()
 
 
+def test_voxels_that_nobody_labelled_are_those_of_a_mask_or_of_a_value(tmp_path: Path) -> None:
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_desc-unknown_mask", (IMAGE > 90).astype(np.uint8))
+    of_mask = simple(tmp_path, ignore="desc-unknown_mask")
+    expected = np.where(IMAGE > 90, np.nan, MASK)
+    (case,) = of_mask.cases(tmp_path)
+    assert np.array_equal(case.load().raters[0, 0], expected, equal_nan=True)
+    put(tmp_path, "derivatives/labels/sub-01/anat/sub-01_T2w_dseg", np.where(IMAGE > 90, 255, MASK))
+    (other,) = of_mask.replace(labels={"GM": "dseg:1"}, ignore="dseg:255").cases(tmp_path)
+    assert np.array_equal(other.load().raters[0, 0], expected, equal_nan=True)
+    (plain,) = of_mask.replace(ignore=None).cases(tmp_path)
+    assert len({case.sources(), other.sources(), plain.sources()}) == 3
+    with pytest.raises(UserError, match="case sub-01 has no mask 'desc-x_mask'"):
+        of_mask.replace(ignore="desc-x_mask").cases(tmp_path)
+
+
+@pytest.mark.parametrize("ignore", ["", "desc-{rater}_mask"])
+def test_what_is_ignored_is_one_mask_for_all_raters(tmp_path: Path, ignore: str) -> None:
+    with pytest.raises(ValidationError, match="ignore must be the pattern of one mask"):
+        simple(tmp_path, ignore=ignore)
+
+
 def test_several_contrasts_become_channels(tmp_path: Path) -> None:
     data = simple(tmp_path, image=("T2w", "T1w"))
     with pytest.raises(UserError, match=r"sub-01 needs one image sub-01/anat/sub-01_T1w.nii.gz"):

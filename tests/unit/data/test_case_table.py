@@ -69,6 +69,17 @@ def test_channels_raters_and_values_of_an_integer_map(tmp_path: Path) -> None:
     assert (one.rater_names, two.rater_names) == (("anna", "ben"), ("ben",))
 
 
+def test_a_column_names_the_voxels_that_nobody_labelled(tmp_path: Path) -> None:
+    data = table(tmp_path, "case,image,GM,ignore", "a,a.nii.gz,a_x.nii.gz:1,a_x.nii.gz:3+4", "b,b.nii.gz,b_x.nii.gz:1,")
+    one, other = (case.load().raters[0, 0] for case in data.cases(None))
+    assert np.array_equal(one, np.where(MAP > 2, np.nan, MAP == 1), equal_nan=True)
+    assert np.array_equal(other, MAP == 1)
+    absent = table(tmp_path, "case,image,GM,ignore", "a,a.nii.gz,a_x.nii.gz:1,absent.nii.gz")
+    assert lacks(absent, tmp_path) == {
+        "a": ("case a: there is no file ROOT/absent.nii.gz, as the column ignore of ROOT/cases.csv says",)
+    }
+
+
 def test_cells_may_name_volumes_of_a_4d_file_and_an_image_takes_no_values(tmp_path: Path) -> None:
     data = table(
         tmp_path, "case,image:t1,image:t2,GM", "a,x.nii.gz[1],x.nii.gz[0],x.nii.gz[2]:1", "b,x.nii.gz:1,a.nii.gz,a_gm.nii.gz"

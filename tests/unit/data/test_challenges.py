@@ -10,9 +10,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from softseg_dist.data.cases import DataSet
-from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, NnUNet
+from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, NnUNet, classes_of
 from softseg_dist.errors import UserError
 
 SHAPE = (4, 3, 2)
@@ -74,6 +75,34 @@ def test_nnunet_regions_are_unions_in_any_order(tmp_path: Path) -> None:
     assert NnUNet(str(tmp_path), labels=("inner", "whole")).cases(None)[0].load().raters.shape[1] == 2
 
 
+def test_the_label_ignore_of_nnunet_is_no_class_but_what_nobody_labelled(tmp_path: Path) -> None:
+    data = nnunet(tmp_path, labels={"background": 0, "left": 1, "whole": [1, 2], "ignore": 4}).replace(labels=("left", "whole"))
+    assert classes_of(tmp_path) == data.classes
+    loaded = data.cases(None)[0].load()
+    expected = np.where(MAP == 4, np.nan, [MAP == 1, (MAP == 1) | (MAP == 2)])
+    assert np.array_equal(loaded.raters[0], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_nnunet_has_pictures_whose_channels_are_files_or_colours_of_one(tmp_path: Path, colours: bool) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    facts = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "road": 1, "ignore": 2}}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts | {"file_ending": ".png"}))
+    channels = {"0000": rgb} if colours else {f"000{c}": rgb[..., c] for c in range(3)}
+    files = {f"imagesTr/a_{name}.png": pixels for name, pixels in channels.items()} | {"labelsTr/a.png": rgb[..., 0] % 3}
+    for name, pixels in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    data = NnUNet(str(tmp_path), labels=("road",))
+    with pytest.raises(UserError, match="give spacing_mm"):
+        data.cases(None)[0].load()
+    loaded = data.replace(spacing_mm=(0.5, 0.5)).cases(None)[0].load()
+    assert np.array_equal(loaded.image[..., 0], np.moveaxis(rgb[::-1], 2, 0).swapaxes(1, 2))
+    mask = (rgb[::-1, :, 0] % 3).T
+    assert np.array_equal(loaded.raters[0, 0, ..., 0], np.where(mask == 2, np.nan, mask), equal_nan=True)
+    assert loaded.geometry.spacing_mm == (0.5, 0.5, 1.0)
+
+
 def test_nnunet_1_says_values_by_name_and_modalities(tmp_path: Path) -> None:
     data = nnunet(tmp_path, modality={"0": "MR"}, labels={"0": "background", "1": "left", "2": "right"})
     (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "MR"}, "labels": {"0": "background", "2": "right"}}))
@@ -107,15 +136,11 @@ def test_nnunet_names_what_a_case_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        (
-            {"labels": {"background": 0, "left": 1, "ignore": 2}},
-            "the label ignore (voxels that nobody labelled) is not supported yet",
-        ),
         ({"labels": {"background": 0, "right": 1}}, "got left; there are right"),
         ({"labels": {"background": 0, "left": "one"}}, "must be integers, or lists of them"),
         ({"labels": ["left"]}, 'needs "labels"'),
         ({"channel_names": {}}, 'needs "channel_names" (or "modality")'),
-        ({"file_ending": ".png"}, "must be .nii.gz or .nii, got '.png' in ROOT/dataset.json"),
+        ({"file_ending": ".mha"}, "must be .nii.gz, .nii, .png or .tif, got '.mha' in ROOT/dataset.json"),
         ({"dataset": {"left": {}}}, 'a list of files under "dataset" is not supported'),
     ],
     ids=str,

@@ -55,6 +55,23 @@ def message(data: DataSet) -> str:
     return str(refused.value)
 
 
+def test_what_nobody_labelled_has_a_pattern_and_a_case_without_it_or_all_of_it_is_named(tmp_path: Path) -> None:
+    for case in "abc":
+        save(tmp_path, f"{case}_t1.nii.gz", IMAGE)
+        save(tmp_path, f"{case}_seg.nii.gz")
+    save(tmp_path, "a_ignored.nii.gz")
+    save(tmp_path, "b_ignored.nii.gz", np.ones_like(MAP))
+    data = files(tmp_path, mask="{case}_seg.nii.gz:1", ignore="{case}_ignored.nii.gz:1+2")
+    assert data.warnings(None) == ()
+    mask = "mask c_ignored.nii.gz of voxels to ignore"
+    assert lacks(data, tmp_path) == {"a": (), "b": (), "c": (f"case c has no {mask} in ROOT",)}
+    one, other, _ = data.scan(None)
+    assert np.array_equal(one.load().raters[0, 0], np.where((MAP == 1) | (MAP == 2), np.nan, 0), equal_nan=True)
+    with pytest.raises(UserError, match="b: all voxels are to be ignored"):
+        other.load()
+    assert "no mask of voxels to ignore {case}_x.nii.gz" in message(data.replace(ignore="{case}_x.nii.gz"))
+
+
 def test_placeholders_of_the_image_name_case_site_and_subject_and_masks_follow_them(tmp_path: Path) -> None:
     for site, case in (("A", "01"), ("A", "02"), ("B", "01")):
         save(tmp_path, f"{site}-{case}/{case}_image.nii.gz", IMAGE)
