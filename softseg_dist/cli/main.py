@@ -190,7 +190,7 @@ def check(
         inspection.look(sample)
         usable.extend([sample] if len(usable) < MAX_SHOWN else [])
 
-    problems = [*unread(loaded.data, data_root), *check_cases(cases, loaded.preprocess.resolved(cases), look)]
+    problems = [*unread(loaded.data, data_root), *check_cases(cases, loaded.preprocess.resolved(cases), look, loaded.data.classes)]
     splits = None
     if all(problem.level != "error" for problem in problems):
         try:

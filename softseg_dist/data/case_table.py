@@ -12,12 +12,12 @@ from pydantic import Field
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Spacing, folder_of, named_values, selected
 from softseg_dist.data.files import by_rater, center_mask
+from softseg_dist.data.participants import UNKNOWN
 from softseg_dist.data.source_files import part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
 IGNORE = "ignore"  # the column of masks of what nobody labelled
-UNKNOWN = ("n/a", "nan")  # sites, as in tables of BIDS
 
 
 class Table(DataSet):

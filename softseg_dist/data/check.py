@@ -37,13 +37,13 @@ class Problem:
 
 
 def check_cases(
-    cases: Sequence[Case], preprocess: Preprocess, look: Callable[[Sample], None] = lambda sample: None
+    cases: Sequence[Case], preprocess: Preprocess, look: Callable[[Sample], None] = lambda sample: None, classes: Sequence[str] = ()
 ) -> list[Problem]:
     """All problems of `cases` (those of `DataSet.scan`: incomplete ones count), one case in memory at a time.
 
-    `look` gets the sample of each case without an error. Errors: something missing, unreadable or contradictory.
-    Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation, slices or a voxel size unlike the
-    others', a person at two sites.
+    `look` gets the sample of each case without an error, `classes` names the K classes in words. Errors: something missing, unreadable
+    or contradictory. Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation, slices or a voxel
+    size unlike the others', a person at two sites.
     """
     problems: list[Problem] = []
     seen: list[tuple[str, Geometry]] = []  # name and grid, which are compared between cases
@@ -57,7 +57,7 @@ def check_cases(
         except UserError as error:
             problems.append(Problem(case.name, "error", "unusable", str(error)))
             continue
-        problems += (found := [*_labels(case, data), *_crop(case, data, sample)])
+        problems += (found := [*_labels(case, data, classes), *_crop(case, data, sample)])
         if all(problem.level != "error" for problem in found):
             look(sample)
         seen.append((case.name, data.geometry))
@@ -69,13 +69,14 @@ def unread(data: DataSet, data_root: Path | None) -> list[Problem]:
     return [Problem("", "warning", "not read", text) for text in data.warnings(data_root)]
 
 
-def _labels(case: Case, data: CaseData) -> Iterator[Problem]:
+def _labels(case: Case, data: CaseData, classes: Sequence[str]) -> Iterator[Problem]:
     for c, channel in enumerate(data.image):
         if channel.min() == channel.max():
             yield Problem(case.name, "error", "constant image", f"channel {c} is {channel.min():g} everywhere")
     volumes = np.nan_to_num(data.raters).sum(axis=(2, 3, 4), dtype=np.float64)  # [R K]
     for rater, k in np.argwhere(volumes == 0):
-        yield Problem(case.name, "warning", "empty mask", f"rater {case.rater_names[rater]}, class {k} labels no voxel")
+        name = classes[k] if classes else k
+        yield Problem(case.name, "warning", "empty mask", f"rater {case.rater_names[rater]}, class {name} labels no voxel")
     for (i, one), (j, other) in combinations(enumerate(case.rater_names), 2):
         overlap = np.nansum(np.minimum(data.raters[i], data.raters[j]), dtype=np.float64)
         if (total := volumes[i].sum() + volumes[j].sum()) > 0 and 2 * overlap / total < RATERS_DISAGREE:

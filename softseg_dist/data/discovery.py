@@ -106,6 +106,7 @@ def look_at(folder: Path) -> Contents:
             raters = np.nan_to_num(one.load().raters)
         except UserError as error:
             problems.append(str(error))
+            del grids[one.name]
             continue
         voxel_mm3 = float(np.prod(grids[one.name].spacing_mm))
         volumes[one.name] = tuple((raters.sum(axis=(2, 3, 4), dtype=np.float64).mean(axis=0) * voxel_mm3).tolist())
@@ -114,7 +115,7 @@ def look_at(folder: Path) -> Contents:
         raise UserError(f"{folder}: no mask can be read: {listed(problems, 3, '; ')}")
     if left := tuple(case.name for case in scanned if case.name not in grids):
         data = data.replace(exclude=left)  # every layout has it
-    return Contents(layout, data, why, cases, tuple(problems), grids, volumes, soft)
+    return Contents(layout, data, why, tuple(case for case in cases if case.name in grids), tuple(problems), grids, volumes, soft)
 
 
 def _spread(cases: Sequence[Case]) -> list[Case]:

@@ -218,7 +218,7 @@ def inspect_store(study: Study, store: Store, splits: Sequence[Split]) -> list[P
 def inspect_first(study: Study, data_root: Path | None) -> list[Problem]:
     """What a data set leaves unread, the errors in its first cases and the cautions about them: all before they are prepared."""
     cases, inspection = study.kept(study.data.cases(data_root)), Inspection(study)
-    found = check_cases(cases[:FIRST], study.preprocess.resolved(cases), inspection.look)
+    found = check_cases(cases[:FIRST], study.preprocess.resolved(cases), inspection.look, study.data.classes)
     errors = [problem for problem in found if problem.level == "error"]
     return [*unread(study.data, data_root), *errors, *inspection.cautions(None)]
 

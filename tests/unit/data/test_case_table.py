@@ -39,12 +39,7 @@ def message(data: Table, root: Path) -> str:
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
 def test_rows_are_cases_whatever_separates_the_cells(tmp_path: Path, mark: str) -> None:
-    lines = [
-        "\ufeffcase,subject, site ,image,GM,age",
-        "b,p1,UCL,b.nii.gz,b_gm.nii.gz,30",
-        "a,,n/a, a.nii.gz ,a_gm.nii.gz,",
-        ",,,,,",
-    ]
+    lines = ["\ufeffcase,subject, site ,image,GM,age", "b,p1,UCL,b.nii.gz,b_gm.nii.gz,30", "a,,NA, a.nii.gz ,a_gm.nii.gz,", ",,,,,"]
     cases = table(tmp_path, *(line.replace(",", mark) for line in lines)).cases(None)
     assert [(case.name, case.subject, case.site, case.rater_names) for case in cases] == [
         ("a", "a", "", ("rater",)),

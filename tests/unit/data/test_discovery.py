@@ -88,13 +88,16 @@ def test_what_lacks_something_is_told_and_left_out(tmp_path: Path) -> None:
     tree(tmp_path, subjects(5), {"seg": block()})
     (tmp_path / "derivatives/labels/sub-01/anat/sub-01_T2w_seg.nii.gz").unlink()
     (tmp_path / "sub-02/anat/sub-02_T2w.nii.gz").write_bytes(b"no image")
+    torn = tmp_path / "derivatives/labels/sub-03/anat/sub-03_T2w_seg.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:-20])
     contents = look_at(tmp_path)
-    assert [case.name for case in contents.cases] == ["sub-00", "sub-03", "sub-04"]
-    (lacking, broken) = contents.problems
+    assert [case.name for case in contents.cases] == ["sub-00", "sub-04"]
+    (lacking, broken, half) = contents.problems
     assert lacking.startswith("case sub-01 has no mask 'seg'")
     assert "sub-02_T2w.nii.gz" in broken
+    assert str(torn) in half
     assert isinstance(contents.data, Bids)
-    assert contents.data.exclude == ("sub-01", "sub-02")
+    assert contents.data.exclude == ("sub-01", "sub-02", "sub-03")
 
 
 def test_few_masks_are_read_and_from_every_site(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_check_groups_equal_problems_names_files_whole_and_says_what_is_next(
         "error: incomplete, 2 cases (sub-0, sub-1), the first"
     ]
     assert [line for line in lines if line.startswith(f"error: unusable, sub-2: {masks[2]} ")]
-    assert [line for line in lines if line.startswith("warning: empty mask, 2 cases (sub-3, sub-4): rater ")]
+    assert [line for line in lines if line.startswith("warning: empty mask, 2 cases (sub-3, sub-4): rater rater, class GM ")]
     left_out = "exclude=('sub-0', 'sub-1', 'sub-2')"
     assert lines[-1].endswith(f"leave the cases out by {left_out} of the data set; then again: {next_command('check', *words)}")
     path.write_text(BIDS.replace('labels={"GM": "seg"}', f'labels={{"GM": "seg"}}, {left_out}'))
