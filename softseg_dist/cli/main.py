@@ -25,7 +25,7 @@ from softseg_dist.cli.models import predict, refit
 from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json, Local, MaxWait, Out, RunArg, Stores, StudyArg, say
 from softseg_dist.cli.submit import after_debug, submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
-from softseg_dist.words import command, listed, next_command
+from softseg_dist.words import command, count, listed, next_command
 
 if TYPE_CHECKING:  # they would import torch
     from softseg_dist.data.cases import DataSet
@@ -210,7 +210,7 @@ def check(
             of = f"{len(names)} cases ({listed(names)})" if len(names) > 1 else names[0] if names else ""
             first = ", the first" * (len({problem.detail for problem in group}) > 1)
             typer.echo(f"{group[0].level}: {', '.join(filter(None, (group[0].rule, of)))}{first}: {group[0].detail}")
-        typer.echo(f"{len(cases)} cases, {len(problems)} problems" + (f"; picture: {shown}" if shown else ""))
+        typer.echo(f"{count(len(cases), 'case')}, {count(len(problems), 'problem')}" + (f"; picture: {shown}" if shown else ""))
         typer.echo(_after_check(loaded.data, problems, study, data_root))
     raise typer.Exit(2 if any(problem.level == "error" for problem in problems) else 0)
 

@@ -41,9 +41,9 @@ def check_cases(
 ) -> list[Problem]:
     """All problems of `cases` (those of `DataSet.scan`: incomplete ones count), one case in memory at a time.
 
-    `look` gets the sample of each case without an error, `classes` names the K classes in words. Errors: something missing, unreadable
-    or contradictory. Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation, slices or a voxel
-    size unlike the others', a person at two sites.
+    `look` gets the sample of each case without an error, `classes` are their names in words. Errors: something missing, unreadable
+    or contradictory. Warnings: an empty mask, labels outside the crop, raters that hardly overlap, an orientation, slices or a
+    voxel size unlike the others', a person at two sites.
     """
     problems: list[Problem] = []
     seen: list[tuple[str, Geometry]] = []  # name and grid, which are compared between cases

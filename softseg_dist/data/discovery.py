@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softseg_dist.data.case_table import Table, read_table
+from softseg_dist.data.case_table import IGNORE, Table, read_table
 from softseg_dist.data.cases import RATER, SESSIONS, Case, DataSet, LabelledCase
 from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, Layout, NnUNet, classes_of
 from softseg_dist.data.files import contents
@@ -207,7 +208,8 @@ def _values(paths: Sequence[Path]) -> set[int] | None:
     """The values of an integer map, over a few files, but 0; None for masks with values between 0 and 1."""
     found: set[float] = set()
     for path in paths[:: max(1, len(paths) // MASKS_READ)][:MASKS_READ]:
-        found |= set(np.unique(read_volume(path).data)[: MOST_VALUES + 1].tolist())
+        with suppress(UserError):  # what cannot be read is said of its case
+            found |= set(np.unique(read_volume(path).data)[: MOST_VALUES + 1].tolist())
     if max(found, default=1) <= 1 or len(found) > MOST_VALUES or any(value != round(value) for value in found):
         return None if max(found, default=1) > 1 or found - {0, 1} else {1}
     return {int(value) for value in found if value > 0}
@@ -231,7 +233,7 @@ def table_in(folder: Path) -> tuple[DataSet, str] | None:
     """The first table with columns for case and image; a class is what further columns that name NIfTI files are called."""
     for path in sorted(folder.glob("*.csv")):
         titles, rows = read_table(path)
-        masks = [title for title in titles if title.partition(":")[0] not in ("case", "image")]
+        masks = [title for title in titles if title.partition(":")[0] not in ("case", "image", IGNORE)]
         labels = dict.fromkeys(title.partition(":")[0] for title in masks if any(".nii" in row[title] for row in rows))
         if "case" in titles and any(title.partition(":")[0] == "image" for title in titles) and labels:
             return Table(str(path), labels=tuple(labels)), f"{path.name}, {count(len(rows), 'row')}"

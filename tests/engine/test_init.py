@@ -1,15 +1,17 @@
-"""From a folder of any known layout to a report, without an edit: softseg init, check, run --debug."""
+"""From a folder of any known layout to a report, without an edit: softseg init, check, run --debug; the tutorial as printed."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from commands import softseg_here
+from commands import softseg, softseg_here
 
 pytestmark = pytest.mark.engine
 
@@ -130,10 +132,10 @@ LAYOUTS: dict[Callable[[Path], None], str] = {
     brats_2023: "BraTS",
     table: "table",
 }
-LONG = [pytest.param(make, marks=() if make is scgm else pytest.mark.long, id=make.__name__) for make in LAYOUTS]
 
 
-@pytest.mark.parametrize("make", LONG)
+@pytest.mark.long
+@pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
 def test_a_folder_becomes_a_report_without_an_edit(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "set")
     told = softseg_here("init", "set", "--out", "first.py", cwd=tmp_path)
@@ -144,3 +146,29 @@ def test_a_folder_becomes_a_report_without_an_edit(tmp_path: Path, make: Callabl
         ended = softseg_here(*command, "first.py", cwd=tmp_path)
         assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
     assert (tmp_path / "runs/first-debug/report/index.html").is_file()
+
+
+def tutorial(folder: Path) -> list[list[str]]:
+    """The commands that it prints, and the folder that it begins with: hippocampi in the form of their release."""
+    decathlon(folder / "Task04_Hippocampus")
+    text = (Path(__file__).parents[2] / "docs/tutorial.md").read_text(encoding="utf-8")
+    return [shlex.split(line) for line in re.findall(r"^ {4}softseg (.*)$", text, re.MULTILINE)]
+
+
+def test_the_tutorial_leads_to_a_plan_of_the_study(tmp_path: Path) -> None:
+    for words in tutorial(tmp_path)[:4]:
+        ended = softseg_here(*words, cwd=tmp_path)
+        assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
+    assert words[0] == "plan"
+    assert "hippocampus: 2 candidates, each on 5 splits: 10 fits" in ended.stdout
+    assert (tmp_path / "montage.png").is_file()
+
+
+@pytest.mark.long
+def test_the_tutorial_leads_to_a_report_and_to_soft_maps(tmp_path: Path) -> None:
+    for words in (commands := tutorial(tmp_path)):
+        ended = softseg(*words, cwd=tmp_path)
+        assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
+    assert [words[0] for words in commands] == ["init", "check", "run", "plan", "run", "report", "predict"]
+    assert (tmp_path / "runs/hippocampus/report/index.html").is_file()
+    assert len([*(tmp_path / "maps").glob("*.nii.gz")]) == 2

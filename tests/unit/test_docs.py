@@ -21,7 +21,7 @@ from make_architecture import PACKAGE, PAGE, ROOT, first_line, written
 SKIPPED = {"__pycache__", "runs", "stores", "build", "out", "results"}  # made by tools, or data
 KINDS = {".md", ".py", ".pyi", ".toml", ".sh", ".yaml", ".html", ".cff", ".sbatch"}
 MODULE = re.compile(r"`(\w+)\.([a-z_]+)(?:\.\w+)*(?:\(\))?`")
-MADE_BY_USERS = {"study.py"}  # names that stand for a file of the reader's
+MADE_BY_USERS = {"study.py", "hippocampus.py"}  # names that stand for a file of the reader's
 BASES = (ROOT, PACKAGE, ROOT / "tests", ROOT / "tests/unit", ROOT / "cluster")
 MOST_LINES = 150  # of the README
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
