@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from softseg_dist.data.cases import ImageCase, MaskFile, VolumeCase, named_values
+from softseg_dist.data.cases import ImageCase, MaskFile, Spacing, VolumeCase, named_values
 from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement
@@ -32,7 +33,7 @@ from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
-from softseg_dist.words import count, dimensions, next_command
+from softseg_dist.words import count, dimensions, listed, next_command
 
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
@@ -128,6 +129,7 @@ def predict_images(
     out: Path,
     *,
     center_masks: Sequence[Path] = (),
+    spacing_mm: Sequence[float | str] = (),
     binary: str | None = None,
     candidate: str | None = None,
     ensemble: bool = False,
@@ -145,6 +147,7 @@ def predict_images(
         model: a model folder, or a run folder that has one.
         images: one sequence of files per image, its channels in the order of training; "a.nii.gz[0]" is a volume of a 4-D file.
         out: folder of the maps.
+        spacing_mm: of PNG and TIFF files along columns, rows and pages; () takes what they say.
         center_masks: one per image if the model's crop is centred on a mask, else none.
         binary: a rule of the card's thresholds, or a number: masks {map >= threshold} are written too, as uint8
             `<stem>_label-<class>_mask.nii.gz`.
@@ -160,7 +163,11 @@ def predict_images(
     folder = _folder(model, candidate)
     card = read_card(folder)
     threshold = None if binary is None else _threshold(card, binary)
-    cases = _cases(card, images, center_masks)
+    try:
+        sizes = TypeAdapter(Spacing).validate_python(tuple(spacing_mm))
+    except ValidationError as error:
+        raise UserError(f"spacing_mm takes two or three numbers above 0, got {listed([*map(str, spacing_mm)])}") from error
+    cases = _cases(card, images, center_masks, sizes)
     outputs = [_outputs(case, card, out, threshold, uncertainty) for case in cases]
     _check_names(outputs, [*itertools.chain(*images), *center_masks])
     for case in cases:
@@ -212,7 +219,7 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
     return read_model(folder, card)
 
 
-def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path]) -> list[ImageCase]:
+def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequence[Path], spacing_mm: Spacing) -> list[ImageCase]:
     for paths in images:
         _check_channels(card, len(paths), f": {', '.join(map(str, paths))}; join them as A.nii,B.nii or A.nii[0],A.nii[1]")
     masks: list[MaskFile | None] = [None] * len(images)
@@ -224,7 +231,7 @@ def _cases(card: ModelCard, images: Sequence[Sequence[Path]], center_masks: Sequ
         masks = [MaskFile(path, values) for path in center_masks]
     elif center_masks:
         raise UserError(f"this model's crop is not centred on a mask, so it takes no --center-mask, got {center_masks[0]}")
-    return [ImageCase(stem_of(paths[0]), paths, center_mask=mask) for paths, mask in zip(images, masks, strict=True)]
+    return [ImageCase(stem_of(of[0]), of, center_mask=mask, spacing_mm=spacing_mm) for of, mask in zip(images, masks, strict=True)]
 
 
 def _check_channels(card: ModelCard, found: int, detail: str = "") -> None:

@@ -37,6 +37,9 @@ def predict(
     center_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
     ] = None,
+    spacing_mm: Annotated[
+        str | None, typer.Option(metavar="X,Y[,Z]", help="Voxel size of PNG and TIFF files in mm, whatever they say")
+    ] = None,
     binary: Annotated[
         str | None, typer.Option(metavar="RULE|NUMBER", help="Also write masks, cut at a number or by fixed, grid or dice_optimal")
     ] = None,
@@ -63,6 +66,7 @@ def predict(
         [[Path(channel) for channel in image.split(",")] for image in images],
         out,
         center_masks=center_mask or (),
+        spacing_mm=tuple(spacing_mm.split(",")) if spacing_mm else (),
         binary=binary,
         candidate=candidate,
         ensemble=ensemble,

@@ -327,14 +327,14 @@ class ImageCase(LabelledCase):
     """
 
     def __init__(
-        self, name: str, images: Sequence[Path], subject: str = "", site: str = "", center_mask: MaskFile | None = None
+        self, name: str, images: Sequence[Path], center_mask: MaskFile | None = None, spacing_mm: tuple[float, ...] = ()
     ) -> None:
-        super().__init__(name, images, subject or name, site, {}, find_mask=self._center_mask)
+        super().__init__(name, images, name, "", {}, find_mask=self._center_mask, spacing_mm=spacing_mm)
         self.center_mask = center_mask
 
     def check_headers(self) -> None:
         """Raises UserError if a file is missing or no NIfTI, or on another grid; reads no voxels."""
-        reference = read_geometry(self.images[0])
+        reference = read_geometry(self.images[0], self.spacing_mm)
         for path in (*self.images[1:], *([self.center_mask.path] if self.center_mask else [])):
             _check_grid(read_geometry(path, spacing_of(reference.affine)), path, reference, self.images[0])
 

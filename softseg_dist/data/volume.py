@@ -75,7 +75,7 @@ def _header_of(file: Path, parts: Collection[int | None], spacing_mm: Sequence[f
 def _picture_header(path: Path, spacing_mm: Sequence[float]) -> tuple[None, Geometry, int]:
     shape, number, pixel_mm, _ = read_picture(path, header_only=True)
     if len(size := spacing_mm or pixel_mm) < (3 if shape[2] > 1 else 2):
-        give = "give spacing_mm=(x, y) of the data set, for a stack (x, y, z), or save it with its resolution"
+        give = "give spacing_mm=(x, y) of the data set, for a stack (x, y, z) (predict: --spacing-mm x,y), or save it with its size"
         raise UserError(f"{path} does not say the size of a voxel in mm: {give}")
     x, y, z = (*size, 1.0)[:3]
     return None, Geometry(shape, np.diag((x, -y, z, 1.0))), number

@@ -234,19 +234,25 @@ def test_what_headers_tell_is_refused_before_anything_is_written(tmp_path: Path)
     assert f"{tmp_path / 'elsewhere'} holds no model" in refused(tmp_path / "elsewhere", [[good]], out)
 
 
-def test_a_picture_gets_maps_as_nifti_files_on_its_grid_if_it_says_its_size(tmp_path: Path) -> None:
+def test_a_picture_gets_maps_as_nifti_files_on_its_grid_if_its_size_is_known(tmp_path: Path) -> None:
     model, out = random_model(tmp_path / "model", Preprocess(dim=2)), tmp_path / "out"
     picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16), dtype=np.uint8))
     picture.save(tmp_path / "bare.png")
     picture.save(tmp_path / "a.png", dpi=(254, 254))
     message = refused(model, [[tmp_path / "a.png"], [tmp_path / "bare.png"]], out)
     assert "bare.png does not say the size of a voxel in mm" in message
+    message = refused(model, [[tmp_path / "bare.png"]], out, spacing_mm=("0.1",))
+    assert "spacing_mm takes two or three numbers above 0, got 0.1" in message
     (done,) = predicted(model, [tmp_path / "a.png"], out, binary="0.5")
     assert done.maps["GM"] == out / "a_label-GM_softseg.nii.gz"
     found, grid = nib.load(done.maps["GM"]), read_geometry(tmp_path / "a.png")
     assert found.shape == (16, 12, 1)
     assert np.allclose(found.affine, grid.affine)
     assert np.ptp(found.get_fdata()) > 0.01
+    (again,) = predicted(model, [tmp_path / "bare.png"], out, spacing_mm=(0.1, 0.1))
+    told = nib.load(again.maps["GM"])
+    assert np.allclose(told.affine, grid.affine)
+    assert np.array_equal(told.get_fdata(), found.get_fdata())
 
 
 def test_a_crop_that_is_centred_on_a_mask_needs_one_per_image(tmp_path: Path) -> None:
