@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from softseg_dist.data.cases import ImageCase, MaskFile, Spacing, VolumeCase, named_values
 from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
-from softseg_dist.data.preprocess import Placement
+from softseg_dist.data.preprocess import Placement, Sample
 from softseg_dist.data.source_files import part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
@@ -35,6 +35,7 @@ from softseg_dist.training.model import Model
 from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_model
 from softseg_dist.words import count, dimensions, listed, next_command
 
+CONTRASTS = frozenset({"T1w", "T2w", "T2starw", "PDw", "FLAIR", "UNIT1", "dwi", "bold", "ct", "MTR", "T1map", "T2map"})  # of BIDS
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
 
@@ -292,16 +293,23 @@ def _predict(source: MapSource, card: ModelCard, case: ImageCase, output: Predic
     except (UserError, torch.OutOfMemoryError) as error:
         text = str(error) if isinstance(error, UserError) else "the memory of the GPU is too small for it; use --device cpu"
         return Prediction(output.image, error=text if str(output.image) in text else f"{output.image}: {text}")
-    return replace(output, covered=_covered(sample.placement), unlike=_unlike(card, sample.placement.geometry.spacing_mm))
+    return replace(output, covered=_covered(sample.placement), unlike="; ".join(_unlike(card, case, sample)))
 
 
-def _unlike(card: ModelCard, spacing_mm: Sequence[float]) -> str:
-    """Whether the voxels are much larger or smaller along some axis than any that the model was trained on."""
+def _unlike(card: ModelCard, case: ImageCase, sample: Sample) -> Iterator[str]:
+    """In what an image is unlike those of training: its contrasts by their names, and by a factor voxels or the field of view."""
+    ends = [re.split("[_-]", stem_of(path))[-1] for path in case.images]
+    known = CONTRASTS.union(*card.channel_names)
+    if any(end in known and end not in names for end, names in zip(ends, card.channel_names, strict=False)):
+        yield f"it is {', '.join(ends)} by its name, the model was trained on {', '.join(map('/'.join, card.channel_names))}"
+    spacing_mm = sample.placement.geometry.spacing_mm
     ranges = [(low / SPACING_OUTLIER, high * SPACING_OUTLIER) for low, high in card.spacings_mm]
-    if all(low <= size <= high for size, (low, high) in zip(spacing_mm, ranges, strict=False)):
-        return ""
-    trained = " x ".join(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in card.spacings_mm)
-    return f"its voxels are {dimensions(spacing_mm)} mm, the model was trained on {trained} mm"
+    if not all(low <= size <= high for size, (low, high) in zip(spacing_mm, ranges, strict=False)):
+        trained = " x ".join(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in card.spacings_mm)
+        yield f"its voxels are {dimensions(spacing_mm)} mm, the model was trained on {trained} mm"
+    size = sample.image.shape[2:]
+    if any(n > SPACING_OUTLIER * most for n, most in zip(size, card.size, strict=True)):
+        yield f"it has {dimensions(size)} voxels at the model's resolution, images of training had at most {dimensions(card.size)}"
 
 
 def _covered(placement: Placement) -> float:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -94,6 +94,11 @@ class DataSet(Frozen, ABC):
     @abstractmethod
     def rater_names(self) -> tuple[str, ...] | None:
         """The raters, or None if only the files can tell, or cases have different ones."""
+
+    @property
+    def channel_names(self) -> tuple[tuple[str, ...], ...]:
+        """For each channel the words that names of its files may end in, such as "T2w"; () if names do not say which is which."""
+        return ()
 
     @abstractmethod
     def scan(self, data_root: Path | None) -> tuple[Case, ...]:
@@ -437,6 +442,11 @@ class Pool(DataSet):
     @property
     def classes(self) -> tuple[str, ...]:
         return self.sets[0].classes
+
+    @property
+    def channel_names(self) -> tuple[tuple[str, ...], ...]:
+        of_channels = zip(*(data.channel_names for data in self.sets), strict=False)
+        return tuple(tuple(dict.fromkeys(chain(*names))) for names in of_channels)
 
     @property
     def rater_names(self) -> tuple[str, ...] | None:

@@ -131,6 +131,10 @@ class Files(Folder):
         given = (self.image,) if isinstance(self.image, str) else self.image
         return tuple(text.replace(CHANNEL, name) for text in given for name in self.channels or ("",))
 
+    @property
+    def channel_names(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in self.channels)
+
     def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
         index = _Index(self, self.root(data_root))
         return selected(map(index.case, index.keys()), self.exclude)

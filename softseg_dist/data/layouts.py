@@ -89,6 +89,10 @@ class Bids(Folder):
         image = self.image.contrasts if isinstance(self.image, Each) else self.image
         return (image,) if isinstance(image, str) else image
 
+    @property
+    def channel_names(self) -> tuple[tuple[str, ...], ...]:
+        return (self.contrasts,) if isinstance(self.image, Each) else tuple((name,) for name in self.contrasts)
+
     def scan(self, data_root: Path | None) -> tuple[LabelledCase, ...]:
         return self._survey(data_root)[0]
 

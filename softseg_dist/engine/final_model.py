@@ -81,6 +81,7 @@ def _card(context: RunContext, task: FitTask, fits: Sequence[FitResult]) -> Mode
         classes=store.classes,
         dim=study.preprocess.dim,
         channels=store.channels,
+        channel_names=study.data.channel_names,
         size=store.size,
         preprocess=store.preprocess,
         spacings_mm=store.spacings_mm,

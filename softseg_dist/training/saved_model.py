@@ -31,10 +31,10 @@ class ModelCard(Frozen):
     """The description of a model: its recipe, input, output and origin.
 
     `recipe` is JSON, so that a card can be read without the study file. `classes` are the maps of its output, in order; `channels`
-    and `size` (voxels of an item) those of its training items, after `preprocess`; `spacings_mm` are the smallest and the largest
-    voxel size of the files of the study along X, Y and Z. `thresholds` maps each rule to the value chosen on validation.
-    `validation_score` and `test_score` are the means of `objective` over the splits of the study, not of this model: it was trained
-    on all `num_subjects` that the study did not hold out. `study_source` has the texts of the study file and its helper modules.
+    and `size` (the largest of an item, in voxels) those of training, after `preprocess`; `channel_names` as in `DataSet`;
+    `spacings_mm` are the smallest and the largest voxel size of the study's files along X, Y and Z. `thresholds` maps each rule to
+    the value chosen on validation. `validation_score` and `test_score` are the means of `objective` over the splits of the study,
+    not of this model, which was trained on all `num_subjects` that are not held out. `study_source` has the texts of its code.
     `created` is an ISO date. `save_model` sets `weights_sha256`.
     """
 
@@ -46,6 +46,7 @@ class ModelCard(Frozen):
     classes: tuple[str, ...]
     dim: Literal[2, 3]
     channels: PositiveInt
+    channel_names: tuple[tuple[str, ...], ...] = ()
     size: tuple[PositiveInt, ...]
     preprocess: Preprocess
     spacings_mm: tuple[tuple[float, float], ...] = ()

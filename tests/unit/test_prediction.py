@@ -136,6 +136,19 @@ def test_an_image_whose_voxels_no_training_image_had_is_told(tmp_path: Path) -> 
     assert [one.unlike for one in predicted(unknown, images, tmp_path / "out")] == ["", ""]
 
 
+def test_an_image_of_another_contrast_by_its_name_or_of_another_size_is_told(tmp_path: Path) -> None:
+    names = (("T1w", "UNIT1"), ("b",))
+    model = random_model(tmp_path / "model", Preprocess(dim=2), channels=2, channel_names=names, size=(12, 12))
+    expected = {("T1w", "b"): "", ("scan", "other"): "", ("T2w", "b"): "T2w, b", ("b", "T1w"): "b, T1w"}
+    pairs = [[scan(tmp_path / f"{n}_{end}.nii.gz") for n, end in enumerate(ends)] for ends in expected]
+    told = [one.unlike for one in predict_images(model, pairs, tmp_path / "out")]
+    trained = "the model was trained on T1w/UNIT1, b"
+    assert told == [f"it is {found} by its name, {trained}" if found else "" for found in expected.values()]
+    small = random_model(tmp_path / "small", Preprocess(dim=2), size=(9, 8))
+    (done,) = predicted(small, [pairs[0][0]], tmp_path / "again")
+    assert done.unlike == "it has 14 x 12 voxels at the model's resolution, images of training had at most 9 x 8"
+
+
 @pytest.mark.parametrize(("dim", "axis"), [(2, "x"), (2, "y"), (2, "z"), (3, "z")])
 def test_a_model_that_hands_the_image_on_gives_back_its_soft_map(tmp_path: Path, dim: int, axis: str) -> None:
     soft = np.random.default_rng(0).random(SHAPE).astype(np.float32)

@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from softseg_dist.data.cases import Case, CaseData, DataSet, Pool, check_apart
-from softseg_dist.data.challenges import NnUNet
+from softseg_dist.data.challenges import SCGM, NnUNet
 from softseg_dist.data.check import check_cases, unread
 from softseg_dist.data.files import Files
-from softseg_dist.data.layouts import Bids
+from softseg_dist.data.layouts import Bids, Each
 from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.prediction_files import find_predictions, label_values
 from softseg_dist.data.preprocess import Preprocess
@@ -228,3 +228,11 @@ def test_data_sets_of_a_study_file_and_pools_can_be_pooled() -> None:
     assert outer.replace(names=()).classes == ("GM",)
     assert outer.rater_names == ("A", "B", "C", "D")
     assert str(Pool(Phantom(), Phantom(seed=1))) == "Pool(sets=(Phantom(), Phantom(seed=1)))"
+
+
+def test_channels_have_the_names_of_all_sets_or_none_if_one_of_them_says_none() -> None:
+    one, each = (Bids("a", image=image, labels={"GM": "seg"}) for image in (("T2w", "FLAIR"), Each("T1w", "PDw")))
+    files = Files("b", image="{case}_{channel}.nii.gz", channels=("t2", "flair"), labels={"GM": "{case}_seg.nii.gz"})
+    assert (one.channel_names, each.channel_names) == ((("T2w",), ("FLAIR",)), (("T1w", "PDw"),))
+    assert Pool(one, files).channel_names == (("T2w", "t2"), ("FLAIR", "flair"))
+    assert Pool(one, SCGM("c", labels=("GM",))).channel_names == ()
