@@ -66,7 +66,7 @@ def _header_of(file: Path, parts: Collection[int | None], spacing_mm: Sequence[f
     what = "colour" if raw is None else "volume"
     if None in parts and number > 1:
         got = f"got {dimensions((*geometry.shape, number))} in {file}; {file.name}[0] to [{number - 1}]"
-        raise UserError(f"images must have 3 dimensions, {got} are its {what}s, a channel or mask each")
+        raise UserError(f"images must have 3 dimensions, {got} are its {what}s, a channel or mask each: name them, or split it")
     if (last := max(part or 0 for part in parts)) >= number:
         raise UserError(f"there is no {what} [{last}] in {file}, which has {number}, counted from [0]")
     return raw, geometry
