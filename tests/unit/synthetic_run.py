@@ -20,6 +20,7 @@ CELLS = [f"{label}-{act}-{loss}" for label in ("hard", "soft") for act in ("sigm
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
 GAIN = {"soft": 0.02, "normrelu": 0.006, "wing": -0.004}  # planted main effects on the objective
 RATERS = ("rater1", "rater2")
+Row = tuple[object, ...]  # of the table of results
 
 
 def recipe(cell: str) -> dict[str, object]:
@@ -84,6 +85,7 @@ def write_run(
         fixed = {"origin": "fixed", "recipe": recipe(name)} if name in candidates else {"origin": "proposed"}
         _write(folder / "fits" / name / "candidate.json", record | fixed)
         of_subject = {s: generator.normal(0, 0.008) for s in subjects}
+        rows: list[Row] = []
         for split in splits:
             if (name, split["index"]) in missing:
                 continue
@@ -94,14 +96,17 @@ def write_run(
                 continue
             shift = 0.83 + gain + generator.normal(0, 0.006)
             values = {s: shift + level[s] + of_subject[s] + generator.normal(0, 0.01) for s in split["test"]}
-            table = _rows(name, split["index"], values, thresholds, classes, raters, generator)
-            if measured or sessions > 1:
-                table = _with_measures(table, measured, thresholds, raters, sessions, generator)
+            scores = _scores(values, thresholds, classes, raters, generator)
+            tested = _of_sessions(scores, measured, thresholds, raters, sessions, generator)
             chosen_by = {s: shift + level[s] + of_subject[s] for s in split["validation"]}
-            table = pd.concat([table, _validation(table, chosen_by, classes)], ignore_index=True)
-            tables.append(table)
-            if not collected:
-                table.to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
+            of_fit = [(*row, name, split["index"], "test") for row in tested]
+            of_fit += [(*row, name, split["index"], "validation") for row in _validation(chosen_by, classes)]
+            if collected:
+                rows += of_fit
+            else:
+                _table(of_fit).to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
+        if rows:
+            tables.append(_table(rows))
     if collected:
         pd.concat(tables, ignore_index=True).to_parquet(folder / "results.parquet")
         _write(folder / "run.json", _run(num_subjects, classes, raters, subjects))
@@ -150,16 +155,15 @@ def _write_fit(
     path.write_text("".join(json.dumps(row) + "\n" for row in history))
 
 
-def _rows(
-    name: str,
-    split: int,
-    values: dict[str, float],
-    thresholds: dict[str, float],
+def _scores(
+    values: Mapping[str, float],
+    thresholds: Mapping[str, float],
     classes: Sequence[str],
     raters: Sequence[str],
     generator: np.random.Generator,
-) -> pd.DataFrame:
-    rows = []
+) -> list[Row]:
+    """Of each subject, class and reference: subject, class, reference, threshold, metric, value."""
+    rows: list[Row] = []
     for subject, value in values.items():
         for k, class_name in enumerate(classes):
             score = value - 0.03 * k
@@ -177,48 +181,45 @@ def _rows(
                 rows += [(*keys, None, metric, v) for metric, v in soft.items()]
                 taus = {*thresholds.values(), *CURVE} if reference == "mean" else set(thresholds.values())
                 rows += [(*keys, tau, "dice", score + 0.02 - lower - 0.3 * (tau - 0.42) ** 2) for tau in sorted(taus)]
-    columns = ["subject", "class", "reference", "threshold", "metric", "value"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64"})
-    frame["case"] = "sub-" + frame["subject"]
-    fit = {"candidate": name, "split": np.int32(split), "repeat": np.int32(0)}
-    return frame.assign(**fit, study="s002_gray_matter", subset="test", grid="own")
+    return rows
 
 
-def _validation(test: pd.DataFrame, values: dict[str, float], classes: Sequence[str]) -> pd.DataFrame:
-    """The rows of the objective on validation, of one case per subject."""
-    keys = [(subject, class_name, value - 0.03 * k) for subject, value in values.items() for k, class_name in enumerate(classes)]
-    rows = pd.DataFrame(keys, columns=["subject", "class", "value"])
-    same = test.iloc[0][["study", "candidate", "split", "grid"]].to_dict() | {
-        "reference": "mean",
-        "threshold": np.nan,
-        "metric": "dice_dml",
-    }
-    return rows.assign(**same, subset="validation", case="sub-" + rows["subject"]).astype({"split": np.int32})
-
-
-def _with_measures(
-    table: pd.DataFrame,
+def _of_sessions(
+    scores: Sequence[Row],
     measured: Sequence[str],
-    thresholds: dict[str, float],
+    thresholds: Mapping[str, float],
     raters: Sequence[str],
     sessions: int,
     generator: np.random.Generator,
-) -> pd.DataFrame:
-    """`table` for every session of its subjects, with the rows of `measured` beside."""
-    parts, rows = [], []
+) -> list[Row]:
+    """The rows of every session with its case, those of `measured` after the scores."""
+    tested: list[Row] = []
+    rows: list[Row] = []
+    of_measures = dict.fromkeys((subject, class_name) for subject, class_name, *_ in scores) if measured else {}
     for session in range(1, sessions + 1):
-        name = "sub-" + table["subject"] + (f"_ses-{session}" if sessions > 1 else "")
-        parts.append(table.assign(case=name))
-        for subject, class_name in table[["subject", "class"]].drop_duplicates().itertuples(index=False):
+        suffix = f"_ses-{session}" if sessions > 1 else ""
+        tested += [(*row, f"sub-{row[0]}{suffix}") for row in scores]
+        for subject, class_name in of_measures:
             true_mm3 = 400 + 20.0 * int(subject) + 5 * session
-            case = f"sub-{subject}" + (f"_ses-{session}" if sessions > 1 else "")
             found = measured_rows(measured, thresholds, raters, true_mm3, generator)
-            rows += [(subject, class_name, case, *row) for row in found]
-    columns = ["subject", "class", "case", "reference", "threshold", "metric", "value"]
-    extra = pd.DataFrame(rows, columns=columns).astype({"threshold": "float64", "value": "float64"})
-    same = table.iloc[0][["study", "candidate", "split", "repeat", "subset", "grid"]].to_dict()
-    whole = pd.concat([*parts, extra.assign(**same)] if rows else parts, ignore_index=True)
-    return whole.astype({"split": np.int32, "repeat": np.int32})
+            rows += [(subject, class_name, *row, f"sub-{subject}{suffix}") for row in found]
+    return tested + rows
+
+
+def _validation(values: Mapping[str, float], classes: Sequence[str]) -> list[Row]:
+    """The rows of the objective on validation, of one case per subject."""
+    return [
+        (subject, class_name, "mean", None, "dice_dml", value - 0.03 * k, f"sub-{subject}")
+        for subject, value in values.items()
+        for k, class_name in enumerate(classes)
+    ]
+
+
+def _table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Of the rows of many fits at once: a table per fit takes longer than its rows."""
+    columns = ["subject", "class", "reference", "threshold", "metric", "value", "case", "candidate", "split", "subset"]
+    table = pd.DataFrame(rows, columns=columns).assign(study="s002_gray_matter", grid="own", repeat=np.int32(0))
+    return table.astype({"threshold": "float64", "value": "float64", "split": np.int32, "repeat": np.int32})
 
 
 def _run(num_subjects: int, classes: Sequence[str], raters: Sequence[str], subjects: Sequence[str]) -> dict[str, object]:

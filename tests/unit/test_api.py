@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from model_folders import RECIPE, card_of, model_of, saved
-from synthetic_run import write_run
+from synthetic_run import CELLS, write_run
 from synthetic_search import nest
 from test_prediction import OBLIQUE, ORIENTATIONS, SHAPE, random_model, scan, write
 
@@ -29,7 +29,9 @@ HEADER = ("qform_code", "sform_code", "quatern_b", "srow_x", "pixdim", "xyzt_uni
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("api") / "s002", failed=[("soft-sigmoid-dice", 2)], proposed=["trial-000"])
+    return write_run(
+        tmp_path_factory.mktemp("api") / "s002", CELLS[:5], num_splits=3, failed=[("soft-sigmoid-dice", 2)], proposed=["trial-000"]
+    )
 
 
 def test_the_tables_of_a_run_have_the_documented_columns_and_types(folder: Path) -> None:
@@ -80,7 +82,7 @@ def test_a_nested_study_has_its_outer_results_and_names_its_runs(tmp_path: Path)
 
 
 def test_the_model_of_a_run_is_the_winners_or_that_of_a_named_candidate(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", CELLS[:1], num_splits=1)
     for name, candidate in (("model", "soft"), ("model-hard", "hard")):
         card = card_of(Preprocess(dim=2), candidate=candidate)
         saved(run / name, card, model_of(card))

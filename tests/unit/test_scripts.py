@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 TESTS = Path(__file__).parents[1]
 FIRST_MINUTES = TESTS / "gpu/first_minutes.sh"
 # Stands in for Python: prints its arguments, fails where FAILS is one of them, and hangs where HANGS is.
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -S
 import os, runpy, sys, time
 words = sys.argv[1:]
 if words[:2] == ["-m", "zipfile"]:

@@ -39,7 +39,7 @@ DATA_SETS: list[DataSet] = [
     Table("tables/cases.csv", labels=("GM", "edge")),
     Pool(Bids("set", image="T1w", labels={"right": "dseg:1", "left": "dseg:2"}), NnUNet("nnunet", labels=("left", "right"))),
     Phantom(subjects=4, raters=2, size=(16, 16), num_slices=2),
-    Phantom(subjects=3, shape="lesions", dim=3, size=(24, 24, 24)),
+    Phantom(subjects=3, shape="lesions", dim=3, raters=2, size=(16, 16, 16)),
 ]
 every_data_set = pytest.mark.parametrize("data", DATA_SETS, ids=str)
 

@@ -91,7 +91,7 @@ def drawn(*masks: Float32) -> list[Case]:
 def test_a_clean_study_has_none() -> None:
     base = Recipe(augment=(Affine(), Flip()))
     candidates = factorial(base, label=("hard", "soft"), activation=(Sigmoid(), Softmax()), loss=(Dice(), AdaptiveWing()))
-    clean = study(data=Phantom(subjects=5), candidates=candidates)
+    clean = study(data=Phantom(subjects=5, size=(24, 24), num_slices=3), candidates=candidates)
     cases = clean.data.cases(None)
     sites = {case.subject: case.site for case in cases}
     assert found(clean, cases, clean.make_splits(sites)) == {}
@@ -255,7 +255,7 @@ def test_a_crop_and_slices_that_need_the_subject_s_masks_are_named() -> None:
 
 STUDY = """
 from softseg_dist import *
-STUDY = Study(name="t", question="?", data=Phantom(subjects=5, raters=1), splits=MonteCarlo(count=1),
+STUDY = Study(name="t", question="?", data=Phantom(subjects=5, raters=1, size=(16, 16), num_slices=2), splits=MonteCarlo(count=1),
     candidates=factorial(Recipe(), label=("hard", "soft")), control="hard")
 """
 
@@ -289,7 +289,7 @@ def put(root: Path, subject: str, image: Float32) -> None:
         nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
 
 
-BIDS = STUDY.replace("Phantom(subjects=5, raters=1)", 'Bids("ds", image="T2w", labels={"GM": "seg"})')
+BIDS = STUDY.replace("Phantom(subjects=5, raters=1, size=(16, 16), num_slices=2)", 'Bids("ds", image="T2w", labels={"GM": "seg"})')
 
 
 def test_what_is_not_read_is_a_warning_of_check_and_a_line_of_a_run(tmp_path: Path) -> None:
@@ -359,7 +359,9 @@ def test_a_check_refuses_what_a_run_would_and_looks_at_the_subjects_of_the_study
 
 
 def test_a_plan_names_the_cases_that_cannot_be_prepared() -> None:
-    lost = study(data=Phantom(subjects=3, shape="lesions"), preprocess=Preprocess(crop=(8, 8), center="cord"))
+    lost = study(
+        data=Phantom(subjects=3, shape="lesions", size=(16, 16), num_slices=2), preprocess=Preprocess(crop=(8, 8), center="cord")
+    )
     problems = inspect_first(lost, None)
     assert [problem.case for problem in problems if problem.rule == "unusable"] == ["sub-001", "sub-002", "sub-003"]
 
@@ -368,7 +370,7 @@ def test_a_plan_names_the_cases_that_cannot_be_prepared() -> None:
 def test_a_run_records_them_and_its_report_shows_them(tmp_path: Path) -> None:
     path = tmp_path / "study.py"
     network = "Recipe(network=UNet(filters=(4, 8)), optim=Optim(epochs=1))"
-    path.write_text(STUDY.replace("raters=1", "raters=1, size=(16, 16)").replace("Recipe()", network))
+    path.write_text(STUDY.replace("Recipe()", network))
     options = RunOptions(out=tmp_path / "runs", stores=tmp_path / "stores", final_model=False)
     softseg_dist.run(path, local=True, options=options)
     recorded = json.loads((tmp_path / "runs/t/run.json").read_text())["cautions"]

@@ -23,7 +23,7 @@ from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 CLUSTER = Path(__file__).parents[3] / "cluster"
 WATCHER = CLUSTER / "spot/drain_on_notice.py"
 # A program that writes its words to a file, one line of JSON per call.
-RECORDER = """#!{python}
+RECORDER = """#!{python} -S
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
@@ -270,7 +270,7 @@ def metadata_service() -> Iterator[str]:
     when = (datetime.now(UTC) + timedelta(seconds=120)).strftime("%Y-%m-%dT%H:%M:%SZ")
     handler = type("Handler", (Metadata,), {"notice": json.dumps({"action": "terminate", "time": when}), "asked": 0})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -187,22 +187,34 @@ def test_what_is_no_yaml_or_not_there_is_said(tmp_path: Path) -> None:
         load_prices(tmp_path / "picture.yaml")
 
 
-S001 = str(Path(__file__).parents[3] / "studies/s001_quickstart.py")
+SMALL = """
+from softseg_dist import *
+STUDY = Study(name="small", question="?", data=Phantom(subjects=12, raters=1, size=(16, 16), num_slices=2),
+    splits=MonteCarlo(count=6), candidates=factorial(Recipe(), label=("hard", "soft"), activation=(Sigmoid(), NormReLU()),
+    loss=(Dice(), AdaptiveWing())), control="hard-sigmoid-dice")
+"""
 
 
-def test_the_command_says_what_to_do_when_the_time_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    said = CliRunner().invoke(app, ["plan", S001, "--data-root", "my data"])
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A study file outside of the working directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "small.py").write_text(SMALL)
+    return str(tmp_path / "small.py")
+
+
+def test_the_command_says_what_to_do_when_the_time_is_not_known(path: str) -> None:
+    said = CliRunner().invoke(app, ["plan", path, "--data-root", "my data"])
     assert said.exit_code == 0
-    assert f"softseg run {S001} --data-root 'my data' --debug" in said.output
+    assert f"softseg run {path} --data-root 'my data' --debug" in said.output
     assert "8 candidates, each on 6 splits: 48 fits" in said.output
     assert "--debug" in said.output
     assert "USD" not in said.output
 
 
-def test_the_command_shows_every_machine_and_says_the_same_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["plan", S001, "--seconds-per-fit", "3600", "--prices", str(PRICES)]
+def test_the_command_shows_every_machine_and_says_the_same_as_json(path: str) -> None:
+    words = ["plan", path, "--seconds-per-fit", "3600", "--prices", str(PRICES)]
     shown = CliRunner().invoke(app, words).output
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
     assert (told["fits"], told["seconds_per_fit"]) == (48, 3600)
@@ -213,14 +225,14 @@ def test_the_command_shows_every_machine_and_says_the_same_as_json(monkeypatch: 
         assert row.split()[-3:] == [f"{offer[key]:.2f}" for key in ("hours", "on_demand_usd", "spot_usd")]
 
 
-def test_the_command_writes_the_splits_for_nnunet_and_they_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    said = CliRunner().invoke(app, ["plan", S001, "--write-splits", "new/splits_final.json"])
+def test_the_command_writes_the_splits_for_nnunet_and_they_can_be_given(path: str) -> None:
+    said = CliRunner().invoke(app, ["plan", path, "--write-splits", "new/splits_final.json"])
     assert said.exit_code == 0, said.output
-    of, cases = load_study(S001).study, {case.name: case for case in load_study(S001).study.data.cases(None)}
+    of = load_study(path).study
+    cases = {case.name: case for case in of.data.cases(None)}
     sites = {case.subject: case.site for case in cases.values()}
     ours = of.make_splits(sites)
-    written = json.loads((tmp_path / "new/splits_final.json").read_text())
+    written = json.loads(Path("new/splits_final.json").read_text())
     assert [sorted(cases[name].subject for name in split["val"]) for split in written] == [list(split.test) for split in ours]
     assert all({*split["train"], *split["val"]} == cases.keys() for split in written)
     given = of.replace(splits=GivenSplits("new/splits_final.json")).make_splits(

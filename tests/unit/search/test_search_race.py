@@ -107,11 +107,17 @@ def test_optuna_is_told_the_mean_of_the_incumbent_and_the_difference(tmp_path):
         assert trial.user_attrs["raced out by"] == record.incumbent
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A search that has ended, and its fits."""
+    whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
+    return whole, [(task.key, task.recipe) for task in run(whole, end=end)]
+
+
 @given(stops=st.lists(st.integers(0, 25), min_size=1, max_size=4))
 @settings(max_examples=4, deadline=None)
-def test_a_race_that_is_resumed_decides_what_an_uninterrupted_one_decides(tmp_path_factory, stops):
-    whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
-    expected = [(task.key, task.recipe) for task in run(whole, end=end)]
+def test_a_race_that_is_resumed_decides_what_an_uninterrupted_one_decides(tmp_path_factory, uninterrupted, stops):
+    whole, expected = uninterrupted
     ran, part = interrupted(tmp_path_factory.mktemp("parts"), STUDY, stops, end)
     assert ran == expected
     assert raced(part) == raced(whole)

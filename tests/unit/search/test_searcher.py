@@ -108,11 +108,17 @@ def test_no_worker_waits_while_there_are_trials_left(tmp_path):
     assert not search.ended
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A search that has ended, and its fits."""
+    whole = searcher(tmp_path_factory.mktemp("whole"), SEARCH)
+    return whole, [(task.key, task.recipe) for task in run(whole)]
+
+
 @given(stops=st.lists(st.integers(0, 6), min_size=1, max_size=4))
 @settings(max_examples=8, deadline=None)
-def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path_factory, stops):
-    whole = searcher(tmp_path_factory.mktemp("whole"), SEARCH)
-    expected = [(task.key, task.recipe) for task in run(whole)]
+def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path_factory, uninterrupted, stops):
+    whole, expected = uninterrupted
     folder = tmp_path_factory.mktemp("parts")
     ran = []
     for num_fits in (*stops, 1000):

@@ -71,11 +71,17 @@ def test_all_else_of_a_recipe_stays(tmp_path):
         assert task.recipe.optim.replace(lr=own.optim.lr) == own.optim
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A search that has ended, and its fits."""
+    whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
+    return whole, [(task.key, task.recipe) for task in run(whole, end=end)]
+
+
 @given(stops=st.lists(st.integers(0, 20), min_size=1, max_size=4))
 @settings(max_examples=5, deadline=None)
-def test_a_resumed_tuning_chooses_what_an_uninterrupted_one_chooses(tmp_path_factory, stops):
-    whole = searcher(tmp_path_factory.mktemp("whole"), STUDY)
-    expected = [(task.key, task.recipe) for task in run(whole, end=end)]
+def test_a_resumed_tuning_chooses_what_an_uninterrupted_one_chooses(tmp_path_factory, uninterrupted, stops):
+    whole, expected = uninterrupted
     ran, part = interrupted(tmp_path_factory.mktemp("parts"), STUDY, stops, end)
     assert ran == expected
     assert rates(part) == rates(whole)

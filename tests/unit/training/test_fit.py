@@ -83,34 +83,41 @@ def history(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in history_path(folder).read_text().splitlines()]
 
 
-def test_learning_curve_is_the_golden_one(task: FitTask, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def straight(task: FitTask, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitResult]:
+    """The folder of a fit that was never stopped, and its result."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, fit(task.replace(folder=str(folder)))
+
+
+def test_learning_curve_is_the_golden_one(straight: tuple[Path, FitResult]) -> None:
     """A change that is meant to be neutral leaves this curve alone; one that is not writes it anew and says why."""
-    fit(task.replace(folder=str(tmp_path)))
-    curve = [{k: row[k] for k in ("loss", "dice_dml")} for row in history(tmp_path)]
+    curve = [{k: row[k] for k in ("loss", "dice_dml")} for row in history(straight[0])]
     golden = json.loads(GOLDEN.read_text())
     assert [pytest.approx(row, rel=1e-4) for row in golden] == curve
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(task: FitTask, tmp_path: Path, steps: int) -> None:
-    whole, parts = task.replace(folder=str(tmp_path / "whole")), task.replace(folder=str(tmp_path / "parts"))
-    straight = fit(whole)
+def test_a_fit_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
+    task: FitTask, straight: tuple[Path, FitResult], tmp_path: Path, steps: int
+) -> None:
+    (folder, whole), parts = straight, task.replace(folder=str(tmp_path))
     with pytest.raises(Interrupted):
         fit(parts, stop_after(steps))
     resumed = fit(parts)
     assert resumed.resumed_epoch is not None
-    assert history(Path(whole.folder)) == history(Path(parts.folder))
-    left, right = load_file(weights_path(whole.folder)), load_file(weights_path(parts.folder))
+    assert history(folder) == history(tmp_path)
+    left, right = load_file(weights_path(folder)), load_file(weights_path(tmp_path))
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert (resumed.score, resumed.test_score, resumed.thresholds) == (straight.score, straight.test_score, straight.thresholds)
-    assert resumed.recalibration == straight.recalibration
+    assert (resumed.score, resumed.test_score, resumed.thresholds) == (whole.score, whole.test_score, whole.thresholds)
+    assert resumed.recalibration == whole.recalibration
 
 
-def test_test_cases_are_also_measured_recalibrated_and_the_cases_that_chose_it_are_not(task: FitTask, tmp_path: Path) -> None:
-    result = fit(task.replace(folder=str(tmp_path)))
+def test_test_cases_are_also_measured_recalibrated_and_the_cases_that_chose_it_are_not(straight: tuple[Path, FitResult]) -> None:
+    folder, result = straight
     assert FitResult.model_validate_json(result.model_dump_json()).recalibration == result.recalibration
     assert all(0.05 <= a <= 20 and np.isfinite(b) for a, b in result.recalibration.values())
-    rows = pd.read_parquet(cases_path(tmp_path))
+    rows = pd.read_parquet(cases_path(folder))
     classes = set(rows["class"])
     assert set(result.recalibration) == classes
     for name in (*(f"{of}_recalibrated" for of in RECALIBRATED), "volume_at_0_mm3"):
@@ -137,8 +144,10 @@ def test_a_fit_of_everybody_has_weights_at_its_end_only_also_if_it_was_stopped(t
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_second_objective_is_measured_and_changes_nothing_else(task: FitTask, tmp_path: Path) -> None:
-    one = fit(task.replace(folder=str(tmp_path / "one")))
+def test_a_second_objective_is_measured_and_changes_nothing_else(
+    task: FitTask, straight: tuple[Path, FitResult], tmp_path: Path
+) -> None:
+    _, one = straight
     two = fit(task.replace(folder=str(tmp_path / "two"), second_objective="brier"))
     assert (one.score, one.best_epoch) == (two.score, two.best_epoch)
     assert one.scores == {"dice_dml": one.score}
@@ -294,9 +303,11 @@ def test_every_epoch_sees_every_item_once_and_never_another_subject(task: FitTas
     assert {store.cases[case].subject for case, _ in batches.items} == set(task.split.train)
 
 
-def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(task: FitTask, tmp_path: Path) -> None:
-    result = fit(task.replace(folder=str(tmp_path)))
-    rows = pq.read_table(cases_path(tmp_path)).to_pandas()
+def test_rows_cover_validation_and_test_against_the_mean_every_rater_and_the_truth(
+    task: FitTask, straight: tuple[Path, FitResult]
+) -> None:
+    folder, result = straight
+    rows = pq.read_table(cases_path(folder)).to_pandas()
     assert set(rows[rows.subset == "validation"].subject) == set(task.split.validation)
     assert set(rows[rows.subset == "test"].subject) == set(task.split.test)
     assert set(rows.reference) == {"mean", "raters", "truth", *Store.open(task.store).cases[0].rater_names}
