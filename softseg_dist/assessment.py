@@ -33,7 +33,8 @@ from softseg_dist.judging.judge import Yardstick, judge
 from softseg_dist.judging.results import Head, merge_tables, write_frame, write_rows
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
-from softseg_dist.pipeline import facts_of, make_folder, provenance, pulled
+from softseg_dist.pipeline import facts_of, provenance, pulled
+from softseg_dist.places import make_folder
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
@@ -114,12 +115,10 @@ class Assessment:
             "seed": fields["seed"],
         }
         given: tuple[Split, ...] = ()
-        if splits:
-            given = (
-                study.replace(splits=splits).make_splits(sites, persons)
-                if study
-                else splits.of_cases(sites, persons, fields["seed"])
-            )
+        if splits and study:
+            given = study.replace(splits=splits).make_splits(sites, persons)
+        elif splits:
+            given = splits.of_cases(sites, persons, fields["seed"])
         own = tuple(metric for metric in (study.objectives if study else ()) if metric.row.name not in TABLE)
         return cls(described, source, places, cases, given, own, options)
 

@@ -22,8 +22,8 @@ from softseg_dist.engine.finalists import HOLDOUT
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging.results import write_frame
-from softseg_dist.pipeline import Finished, RunOptions, backend_of, make_folder, run_prepared
-from softseg_dist.places import Place, replace_file
+from softseg_dist.pipeline import Finished, RunOptions, backend_of, run_prepared
+from softseg_dist.places import Place, make_folder
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.scores import mean_of, soft_scores
@@ -143,6 +143,5 @@ def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
 
 def _write(copy: WorkingCopy, record: dict[str, Any], tables: list[pd.DataFrame]) -> None:
     write_frame(pd.concat(tables, ignore_index=True).assign(study=record["study"]), copy.folder / "outer.parquet")
-    text = json.dumps(record, indent=1)
-    replace_file(copy.folder / "outer.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    Place.at(copy.folder / "outer.json").write(json.dumps(record, indent=1).encode())
     copy.push("outer.parquet", "outer.json")

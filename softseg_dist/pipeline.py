@@ -25,16 +25,17 @@ from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables
-from softseg_dist.places import Place, replace_file
+from softseg_dist.places import Place, make_folder
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL
 from softseg_dist.report.comparison import RunComparison, compare
-from softseg_dist.report.export import latex
-from softseg_dist.report.page import outer_json, summary_json, write_csv, write_outer_page, write_page
+from softseg_dist.report.export import csv_tables, latex
+from softseg_dist.report.page import outer_json, summary_json, write_outer_page, write_page
 from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import load_outer, load_run
 from softseg_dist.report.tables import summarise
+from softseg_dist.search.candidate import is_tuning
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
@@ -185,14 +186,6 @@ def backend_of(options: RunOptions) -> Backend:
     return RayBackend(options.address, options.max_wait_s)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a run folder. Raises UserError that says what to do if that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
-
-
 def report_run(run: str | Path) -> Path:
     """Write the report of a run folder, finished or not, or of a nested study; returns its page, which is on this machine."""
     copy = pulled(run)
@@ -213,9 +206,12 @@ def numbers_of(run: str | Path) -> dict[str, Any]:
 def csv_of(run: str | Path) -> list[Path]:
     """Write the tables of the report of a run folder as CSV files beside its page; returns their paths on this machine."""
     copy = pulled(run)
-    written = write_csv(copy.folder)
+    folder, tables = copy.folder / "report", csv_tables(summarise(load_run(copy.folder)))
+    folder.mkdir(exist_ok=True)
+    for name, text in tables.items():
+        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
     copy.push("report")
-    return written
+    return [folder / f"{name}.csv" for name in tables]
 
 
 def latex_of(run: str | Path) -> str:
@@ -286,9 +282,8 @@ def resources_of(study: Study, options: RunOptions) -> Resources:
 def _collect(copy: WorkingCopy) -> bool:
     """Merge the fits' rows into the results table; False if no fit of it has finished. Trials of a learning rate are not in it."""
     copy.pull(*REPORTED)
-    ledger = Ledger(copy.folder)
-    tuning = {name for name, record in ledger.candidates().items() if record.origin == "tuning"}
-    keys = sorted(fit.key for fit in ledger.results().values() if fit.state == "finished" and fit.candidate not in tuning)
+    ended = Ledger(copy.folder).results().values()
+    keys = sorted(fit.key for fit in ended if fit.state == "finished" and not is_tuning(fit.candidate))
     if keys:
         merge_tables([cases_path(copy.folder / "fits" / key) for key in keys], copy.folder / "results.parquet")
         copy.push("results.parquet")
@@ -310,7 +305,7 @@ def _describe(run: Place, folder: Path, file: StudyFile, prepared: Prepared, opt
         "data": facts | {"size": store.size, "sizes_differ": store.sizes_differ, "spacing_mm": store.sample(0).spacing_mm},
         "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
     }
-    replace_file(folder / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=1)))
+    Place.at(folder / "run.json").write(json.dumps(record, indent=1).encode())
 
 
 def facts_of(cases: Sequence[Any], classes: Sequence[str], mean_volumes_mm3: Sequence[float]) -> dict[str, Any]:

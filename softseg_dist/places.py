@@ -34,6 +34,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SOFTSEG_CACHE") or Path.home() / ".cache" / "softseg")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results. Raises UserError that says what to do if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; give another --out") from error
+
+
 def working_folder(run: Place) -> Path:
     """This machine's folder for what only the driver of a run needs: the run folder itself, or one in the cache if it is remote."""
     if run.path is not None:

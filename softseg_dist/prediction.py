@@ -29,6 +29,7 @@ from softseg_dist.data.preprocess import Placement, Sample
 from softseg_dist.data.source_files import part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
+from softseg_dist.places import make_folder
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
@@ -174,10 +175,7 @@ def predict_images(
     for case in cases:
         case.check_headers()
     source = _source(_load(folder, card, trust).on(_device(device)), folder, card, ensemble, uncertainty, samples)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror or error}; give another --out") from error
+    make_folder(out)
     return (_predict(source, card, case, output, threshold) for case, output in zip(cases, outputs, strict=True))
 
 

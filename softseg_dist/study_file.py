@@ -207,14 +207,12 @@ class _Texts(MetaPathFinder, Loader):
         self.known: dict[str, _Text] = {}
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """As the import system asks for it."""
         if name not in self.known:
             return None
         text = self.known[name]
         return spec_from_loader(name, self, origin=text.shown, is_package=text.file.endswith("__init__.py"))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the text of a module."""
         known = self.known[module.__name__]
         text = known.sources.texts[known.file]
         module.__file__ = known.shown

@@ -40,13 +40,9 @@ def compare(
 
 def evaluate(
     study: StudyArg,
-    predictions: Annotated[
-        list[str], typer.Option(metavar="NAME=FOLDER", help="A candidate: a folder of maps or masks, or a run; give one or more")
-    ],
+    predictions: Annotated[list[str], typer.Option(metavar="NAME=FOLDER", help="A folder of maps or masks, or a run; repeatable")],
     data_root: DataRoot = None,
-    splits: Annotated[
-        Path | None, typer.Option(help="File of splits (JSON, YAML, nnU-Net's splits_final.json) whose test sets were predicted")
-    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="File of splits (JSON, YAML, nnU-Net's) whose test sets are judged")] = None,
     out: Annotated[str, typer.Option(help="Folder for runs, on this machine; the run folder is OUT/<name>")] = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: <study name>-evaluation")] = None,
     control: Annotated[str | None, typer.Option(help="Candidate that all others are compared with; default: the study's")] = None,

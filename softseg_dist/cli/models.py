@@ -31,30 +31,22 @@ def refit(
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run")],
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE", help="NIfTI files; the channels of one image as A.nii.gz,B.nii.gz")
+        list[str], typer.Argument(metavar="IMAGE", help="NIfTI (PNG, TIFF); channels of one image as A.nii,B.nii")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the maps")],
-    center_mask: Annotated[
-        list[Path] | None, typer.Option(help="Mask that centres the crop, if the model needs one: once per image, in order")
-    ] = None,
-    spacing_mm: Annotated[
-        str | None, typer.Option(metavar="X,Y[,Z]", help="Voxel size of PNG and TIFF files in mm, whatever they say")
-    ] = None,
+    center_mask: Annotated[list[Path] | None, typer.Option(help="Mask to centre the crop on, if needed: once per image")] = None,
+    spacing_mm: Annotated[str | None, typer.Option(metavar="X,Y[,Z]", help="Voxel size of PNG and TIFF, whatever they say")] = None,
     binary: Annotated[
         str | None, typer.Option(metavar="RULE|NUMBER", help="Also write masks, cut at a number or by fixed, grid or dice_optimal")
     ] = None,
     candidate: Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")] = None,
-    ensemble: Annotated[
-        bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate, from the run folder")
-    ] = False,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate")] = False,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also write the entropy (bits) of the ensemble, or under dropout or augmentation")
     ] = False,
     samples: Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")] = "auto",
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Execute the study file in the model folder, if its network is defined there")
-    ] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Execute the model's study file, if it defines the network")] = False,
     as_json: Json = False,
 ) -> None:
     """Predict the soft maps of new images with a study's model, on the grids of the images."""

@@ -16,10 +16,7 @@ Out = Annotated[str, typer.Option(help="Folder for runs, or its URI; the run fol
 Stores = Annotated[str, typer.Option(help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]
 Debug = Annotated[bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and few subjects as a test, in this process")]
 Local = Annotated[bool, typer.Option("--local", help="Run one fit at a time in this process, without Ray; breakpoints work")]
-MaxWait = Annotated[
-    float | None,
-    typer.Option(min=0, help="Seconds to wait for a machine that can hold a fit; default: 600 on a cluster that grows"),
-]
+MaxWait = Annotated[float | None, typer.Option(min=0, help="Seconds to wait for a machine; default: 600 where a cluster grows")]
 FitsPerGpu = Annotated[int | None, typer.Option(min=1, help="Fits that share a GPU in one process")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[str | None, typer.Option(help="A running Ray: auto (of this machine) or HOST:PORT; default: start one here")]

@@ -46,7 +46,7 @@ MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arr
 
 @dataclass(frozen=True, eq=False)
 class CaseRecord:
-    """A prepared case as it lies in a file. `about["identity"]` says what it was made from (absent in older stores)."""
+    """A prepared case as it lies in a file. `about["identity"]` says what it was made from."""
 
     batch: pa.RecordBatch
     about: dict[str, Any]
@@ -217,9 +217,7 @@ def build_store(
     except BrokenPipeError:  # who listened to `progress` has gone
         raise
     except OSError as error:
-        raise UserError(
-            f"cannot write the store {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise UserError(f"cannot write the store {path}: {error.strerror or error}; free space or give another folder") from error
     return path
 
 
@@ -254,10 +252,8 @@ class Store:
         about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
             maker = "softseg_dist 0.1" if about["format"] == 1 else "another version of softseg_dist"
-            raise UserError(
-                f"{path} was made by {maker} (format {about['format']}, this version reads {FORMAT}): run or prepare the study "
-                "again, which writes a new store beside it; then this one can be deleted"
-            )
+            to_do = "run or prepare the study again, which writes a new store beside it; then this one can be deleted"
+            raise UserError(f"{path} was made by {maker} (format {about['format']}, this version reads {FORMAT}): {to_do}")
         self.path = path
         self.fingerprint: str = about["fingerprint"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
@@ -288,10 +284,8 @@ class Store:
                 raise
             raise _damaged(path, error) from error
         if fingerprint is not None and store.fingerprint != fingerprint:
-            raise UserError(
-                f"{path} is a store from another preprocessing or of other images: "
-                f"expected fingerprint {fingerprint}, got {store.fingerprint}"
-            )
+            got = f"expected fingerprint {fingerprint}, got {store.fingerprint}"
+            raise UserError(f"{path} is a store from another preprocessing or of other images: {got}")
         return store
 
     def sample(self, index: int) -> Sample:
@@ -391,7 +385,7 @@ def _build(
         for file in files
         if _is_compatible(file, about)
         for record in read_records(file)[1]
-        if record.about.get("identity") in found
+        if record.about["identity"] in found
     }
     try:
         with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:

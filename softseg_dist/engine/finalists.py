@@ -1,12 +1,10 @@
 """What the fits of winner and control predict when the search is complete: held-out subjects, and tested subjects together.
 
-Each of these fits predicts every held-out case with its own weights and thresholds. So the differences are a table [held-out
-subject x split], in which subjects and training runs are both random. A study that is extended afterwards may have another winner:
-the subjects are opened for that one as well, and the record says that they were open before.
+Each of these fits predicts every held-out case with its own weights and thresholds: the differences are a table [held-out
+subject x split], in which subjects and training runs are both random. They are opened again for the winner of an extended study.
 
-Repeated splits, and repeats of one split, test a subject several times. None of these fits has seen it in training. So their mean,
-an ensemble, is a fair prediction of it, and their spread is the uncertainty that the choice of training subjects, and of seeds,
-causes. Everything here runs in the driver and trains nothing.
+Repeated splits, and repeats of one split, test a subject several times, by fits that have not seen it in training. Their mean, an
+ensemble, is a fair prediction of it; their spread is what the choice of training subjects and seeds does. Nothing is trained here.
 """
 
 from __future__ import annotations

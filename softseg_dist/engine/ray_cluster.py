@@ -1,9 +1,6 @@
 """The Ray that fits run on: start it or connect to a cluster, check its nodes, wait for resources, free those of lost workers.
 
 softseg run STUDY --address auto        # on a machine of the cluster; --address HOST:PORT names the head
-
-A killed lane of workers leaves its placement group reserved, without the dashboard or with a second Ray on the machine. The driver
-removes the groups of its own job whose creator actors are dead (`free_orphans`), between steps of Tune and at the end.
 """
 
 from __future__ import annotations
@@ -140,16 +137,12 @@ def node_is_gone(actor: str) -> bool:
 
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
+    lower = "cpus_per_fit of the study's resources, or --gpus-per-fit"
     if places:
-        return (
-            f"one fit needs {workers} workers of {wanted} each, but there is room for {places} at once; "
-            "lower --workers-per-fit, cpus_per_fit of the study's resources, or --gpus-per-fit"
-        )
+        room = f"but there is room for {places} at once; lower --workers-per-fit, {lower}"
+        return f"one fit needs {workers} workers of {wanted} each, {room}"
     largest = " and ".join(f"{max((node.get(kind, 0.0) for node in nodes), default=0):g} {kind}s" for kind in bundle)
-    return (
-        f"one fit needs {wanted} on one machine, but the most that one has is {largest}; "
-        "lower cpus_per_fit of the study's resources, or --gpus-per-fit"
-    )
+    return f"one fit needs {wanted} on one machine, but the most that one has is {largest}; lower {lower}"
 
 
 @contextmanager
@@ -212,10 +205,8 @@ def _reachable(address: str) -> str:
     if "InvalidAuthToken" in error or "authentication" in error.lower():
         error = TOKEN_WANTED
     elif "Failed to connect to GCS" in error or "Could not find any running Ray" in error or not error:
-        error = (
-            "no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this on a machine of the "
-            "cluster; from elsewhere softseg submit runs a study"
-        )
+        here = "on a machine of the cluster; from elsewhere softseg submit runs a study"
+        error = f"no Ray answers there; give the HOST:PORT that `ray start --head` prints, and run this {here}"
     raise UserError(f"--address {address}: {error}")
 
 
@@ -259,11 +250,9 @@ def check_reach(folders: Mapping[str, str | Path]) -> None:
                 if name.startswith(token):
                     (place / name).delete()
         if problems:
-            raise UserError(
-                f"{purpose} {folder}: {len(problems)} of {len(nodes)} nodes of the cluster cannot use it: "
-                f"{listed(problems, SHOWN_NODES, '; ')}. "
-                "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
-            )
+            of = f"{len(problems)} of {len(nodes)} nodes of the cluster cannot use it: {listed(problems, SHOWN_NODES, '; ')}"
+            to_do = "Give a folder on a disk that all nodes share, or a URI such as s3://bucket/folder"
+            raise UserError(f"{purpose} {folder}: {of}. {to_do}")
 
 
 def check_package() -> None:
@@ -279,10 +268,8 @@ def check_package() -> None:
 
     nodes = _nodes_for_fits()
     if problems := _problems(nodes, other_version, [()] * len(nodes)):
-        raise UserError(
-            f"softseg_dist {ours} must be installed on all nodes of the cluster, but {listed(problems, SHOWN_NODES, '; ')}; "
-            "give all nodes one image or environment"
-        )
+        rule = f"softseg_dist {ours} must be installed on all nodes of the cluster"
+        raise UserError(f"{rule}, but {listed(problems, SHOWN_NODES, '; ')}; give all nodes one image or environment")
 
 
 def probe(folder: str, token: str, trace: str) -> str:

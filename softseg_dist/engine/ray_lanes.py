@@ -30,7 +30,6 @@ WAIT_S = 5.0  # the longest time that a call of the mailbox waits for news; then
 Run = Callable[[Any, Worker, Report], Any]
 """(message, worker, report) -> answer: a job, run by all workers of a lane with one message; rank 0's reports and answer count."""
 
-
 Event = tuple[str, Any]
 """("report", what a job reports) while it runs, and then ("answer", its answer) or ("lost", why there is none)."""
 

@@ -71,7 +71,10 @@ def no_worker_logs() -> Iterator[None]:
 
 
 def free_orphans() -> int:
-    """Remove the placement groups of this driver whose creators have died; returns how many groups it had, of living ones too."""
+    """Remove the placement groups of this driver whose creators have died; returns how many groups it had, of living ones too.
+
+    A killed lane of workers leaves its group reserved, without the dashboard or with a second Ray on the machine.
+    """
     job = ray.get_runtime_context().get_job_id()
     table = ray_state.state._connect_and_get_accessor().get_placement_group_table()
     groups = map(PlacementGroupTableData.FromString, table)
@@ -92,9 +95,6 @@ def lost_actor(text: str) -> str | None:
 def cause_in(text: str) -> str:
     """The part of Ray's message about a dead process that people need: the exception inside it, if there is one."""
     if "low on memory" in text:
-        return (
-            "its process was killed because the machine ran low on memory; "
-            "fewer fits at a time (--max-concurrent) or a smaller batch_size need less"
-        )
+        return "its process was killed because the machine ran low on memory; lower --max-concurrent or batch_size"
     inner = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
     return inner[-1] if inner else ""

@@ -154,6 +154,5 @@ def _as_user_error(address: str) -> Iterator[None]:
         raise UserError(f"{address}: {TOKEN_WANTED}") from error
     except (OSError, RuntimeError, aiohttp.ClientError) as error:  # the client raises RuntimeError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{address}: the cluster's dashboard does not answer or refuses ({reason}); is the address right, is a tunnel open?"
-        ) from error
+        asked = "is the address right, is a tunnel open?"
+        raise UserError(f"{address}: the cluster's dashboard does not answer or refuses ({reason}); {asked}") from error

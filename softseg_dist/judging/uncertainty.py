@@ -132,8 +132,10 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
     `method` begins the metrics' names; `scale` is that of the maps, `classes` are K names.
     """
     pair = Pair(spread.mean, raters.mean(axis=1), scale)
+    space = (0, *range(2, pair.near.ndim))
+    voxels = pair.near.sum(axis=space, dtype=np.float64)
     against_mean = {
-        **{name: _inside(getattr(spread, name), pair.near) for name in VOXEL_MEASURES},
+        **{name: ratio(np.where(pair.near, getattr(spread, name), 0).sum(axis=space), voxels) for name in VOXEL_MEASURES},
         "volume_cv": spread.volume_cv,
         "pairwise_dice": spread.pairwise_dice,
         "samples_iou": spread.samples_iou,
@@ -146,12 +148,6 @@ def uncertainty_rows(method: str, spread: Spread, raters: Map, classes: Sequence
         for k, class_name in enumerate(classes)
         for metric, values in found.items()
     ]
-
-
-def _inside(soft_map: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> PerClass:
-    """Mean over the voxels of `mask` per class [K]; NaN if it is empty."""
-    space = (0, *range(2, mask.ndim))
-    return ratio(np.where(mask, soft_map, 0).sum(axis=space), mask.sum(axis=space, dtype=np.float64))
 
 
 def _packed(mask: npt.NDArray[np.bool_]) -> Bits:

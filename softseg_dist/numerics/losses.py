@@ -73,11 +73,9 @@ def _of_equal_shapes(method: Method) -> Method:
     @wraps(method)
     def checked(self: Loss, prediction: Tensor, target: Tensor) -> Tensor:
         if prediction.shape != target.shape:
-            raise UserError(
-                f"{type(self).__name__} needs a prediction of the target's shape {tuple(target.shape)}, got "
-                f"{tuple(prediction.shape)}: the network must return one tensor [B logits *S] in training, too "
-                "(without deep supervision)"
-            )
+            rule = f"needs a prediction of the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
+            to_do = "the network must return one tensor [B logits *S] in training, too (without deep supervision)"
+            raise UserError(f"{type(self).__name__} {rule}: {to_do}")
         return method(self, prediction, target)
 
     return checked

@@ -336,10 +336,8 @@ def measured(metric: Metric, prediction: Map, reference: Map, scale: Scale) -> P
     """The value per class [K] of any metric. Raises UserError if it is not one number per class, or infinite."""
     values = np.asarray(metric(prediction, reference, scale), dtype=np.float64)
     if values.shape != prediction.shape[1:2] or np.isinf(values).any():
-        raise UserError(
-            f"metric {metric.row.name} must return one finite number or NaN for each of {prediction.shape[1]} classes, got "
-            f"{values.tolist()}"
-        )
+        rule = f"must return one finite number or NaN for each of {prediction.shape[1]} classes"
+        raise UserError(f"metric {metric.row.name} {rule}, got {values.tolist()}")
     return values
 
 

@@ -87,9 +87,7 @@ class TTA(Uncertainty):
     def _can_be_undone(cls, value: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
         for transform in value:
             if not isinstance(transform, UNDOABLE):
-                raise ValueError(
-                    f"TTA cannot undo {transform}, which has no known inverse: use Flip, Affine, or intensity transforms"
-                )
+                raise ValueError(f"TTA cannot undo {transform}, which has no inverse: use Flip, Affine, or intensity transforms")
         return value
 
     def __call__(self, model: nn.Module, predict: Predict, image: Tensor, spacing_mm: Sequence[float], seed: int) -> Tensor:

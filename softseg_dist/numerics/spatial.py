@@ -124,10 +124,8 @@ class Elastic(Spatial):
     @model_validator(mode="after")
     def _does_not_fold(self) -> Self:
         if self.std_mm > self.spacing_mm / 4:
-            raise ValueError(
-                f"Elastic folds space if std_mm exceeds spacing_mm / 4, got std_mm={self.std_mm:g} for "
-                f"spacing_mm={self.spacing_mm:g}"
-            )
+            got = f"std_mm={self.std_mm:g} for spacing_mm={self.spacing_mm:g}"
+            raise ValueError(f"Elastic folds space if std_mm exceeds spacing_mm / 4, got {got}")
         return self
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:

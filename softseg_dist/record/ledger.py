@@ -135,10 +135,9 @@ class Ledger:
             if (before := self.read("study.json")) is not None:
                 if (made := code.get("numerics")) != softseg_dist.NUMERICS:
                     maker = "softseg_dist 0.1" if made is None else "another version of softseg_dist"
-                    raise UserError(
-                        f"{self.folder} was made by {maker} (numerics {made or 0}, this version has {softseg_dist.NUMERICS}): its "
-                        "results and new ones are not mixed, give the study a new name, or another --out"
-                    )
+                    numbers = f"numerics {made or 0}, this version has {softseg_dist.NUMERICS}"
+                    to_do = "its results and new ones are not mixed, give the study a new name, or another --out"
+                    raise UserError(f"{self.folder} was made by {maker} ({numbers}): {to_do}")
                 texts = (old, sources) if sources and (old := self.sources()) else None
                 refused, extended = study_changes(before, now, self.read("splits.json") or [], now_splits, texts)
                 known = self.holdout()
@@ -195,9 +194,7 @@ class Ledger:
             if record is not None and record.name == name:
                 records.append(record)
             elif (self.place / path).is_file():
-                raise UserError(
-                    f"{self.folder}/{path}: not a candidate's record; remove the folder fits/{name} to run its fits again"
-                )
+                raise UserError(f"{self.folder}/{path}: not a candidate's record; remove fits/{name} to run its fits again")
         return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
 
     def results(self) -> dict[str, FitResult]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from softseg_dist.data.file_digests import stamp_of
 from softseg_dist.locks import hold, holder
 from softseg_dist.places import Place, working_folder
 from softseg_dist.training.task import FitTask
@@ -49,17 +50,17 @@ class Mirror:
 
     def __init__(self, place: Place, folder: Path) -> None:
         self._place, self._folder = place, folder
-        self._copied: dict[str, tuple[int, int]] = {}
+        self._copied: dict[str, list[int]] = {}  # the stamp of each file
 
     def pull(self) -> None:
         """Fetch all files."""
         for name in self._place.names():
             (self._place / name).pull(self._folder / name)
-            self._copied[name] = _stamp(self._folder / name)
+            self._copied[name] = stamp_of((self._folder / name).stat())
 
     def push(self) -> None:
         """Send new files, and then remove files there that were removed here."""
-        here = {p.name: _stamp(p) for p in self._folder.iterdir() if p.is_file() and not p.name.startswith(".")}
+        here = {p.name: stamp_of(p.stat()) for p in self._folder.iterdir() if p.is_file() and not p.name.startswith(".")}
         new = [name for name, stamp in here.items() if self._copied.get(name) != stamp]
         for name in sorted(new, key=lambda name: (LAST.index(name) + 1 if name in LAST else 0, name)):
             (self._place / name).push(self._folder / name)
@@ -67,10 +68,6 @@ class Mirror:
         for name in self._copied.keys() - here.keys():
             (self._place / name).delete()
             del self._copied[name]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _sweep(prefix: str) -> None:

@@ -150,7 +150,8 @@ def score_checks(
     """All checks of the rows on test; `prepared` are those of the `objective` on that grid, `pair` are winner and reference."""
     on_training = replace(soft_scores(prepared, objective.name), of_models=scores.of_models)
     minus = {name: on_training.difference(name, pair[1]) for name in on_training.tables if name != pair[1]}
-    skills, volumes = soft_scores(test, "brier_skill_case"), _volumes(test)
+    of_class = soft_rows(test, "volume_true_mm3").groupby(["case", "class"], observed=True)["value"].mean()
+    skills, volumes = soft_scores(test, "brier_skill_case"), of_class.groupby("case", observed=True).sum()
     share = float(volumes.nlargest(LARGEST).sum() / volumes.sum()) if len(volumes) > LARGEST and volumes.sum() else NAN
     empty, learned = _learned(test, scores.of_models, list(dict.fromkeys(pair)))
     return ScoreChecks(
@@ -173,12 +174,6 @@ def _learned(test: pd.DataFrame, of_models: bool, names: Sequence[str]) -> tuple
     tables = ScoreTables(skills.subjects, skills.splits, skills.tables, of_models)
     found = [Learned(n, mean_of(tables.of(n)), primary_test(tables, tables.of(n) - column)) for n in names if n in tables.tables]
     return mean_of(column + 0 * tables.of(names[0])), tuple(found)
-
-
-def _volumes(test: pd.DataFrame) -> pd.Series[float]:
-    """The reference volume of every case, all classes together."""
-    of_class = soft_rows(test, "volume_true_mm3").groupby(["case", "class"], observed=True)["value"].mean()
-    return of_class.groupby("case", observed=True).sum()
 
 
 def _cases(rows: pd.DataFrame, volumes: pd.Series[float], pair: tuple[str, str], sign: int) -> tuple[CaseScore, ...]:

@@ -144,9 +144,7 @@ class RunComparison:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A run with its scores of one metric."""
-
-    called: str
+    party: Party
     data: RunData
     scores: ScoreTables
     undefined: Mapping[str, tuple[int, int]]
@@ -187,8 +185,8 @@ def compare(
     found = [_contrast(both, pair, pairing, winners) for pair, winners in pairs.items()]
     adjusted = holm([contrast.test.p for contrast in found])
     return RunComparison(
-        a=_party(a),
-        b=_party(b),
+        a=a.party,
+        b=b.party,
         metric=objective,
         study=_study_changes(*runs),
         versions=_changed(*(run.run.get("versions", {}) for run in runs)) if all(run.run for run in runs) else {},
@@ -218,39 +216,33 @@ def _objective(runs: tuple[RunData, RunData], called: tuple[str, str], metric: s
 
 
 def _scored(run: RunData, called: str, objective: Row) -> _Scored:
-    test = run.results
-    return _Scored(called, run, soft_scores(test, objective.name), undefined(soft_rows(test, objective.name)))
-
-
-def _party(run: _Scored) -> Party:
-    data = run.data
-    return Party(
-        run=run.called,
-        study=data.study["name"],
-        objective=row_of(data.study["objective"]).name,
-        num_splits=len(data.splits),
-        num_tested=len(data.tested),
-        planned=data.num_planned,
-        finished=len(data.finished),
-        spacing_mm=data.spacing_mm,
+    party = Party(
+        run=called,
+        study=run.study["name"],
+        objective=row_of(run.study["objective"]).name,
+        num_splits=len(run.splits),
+        num_tested=len(run.tested),
+        planned=run.num_planned,
+        finished=len(run.finished),
+        spacing_mm=run.spacing_mm,
     )
+    scores = soft_scores(run.results, objective.name)
+    return _Scored(party, run, scores, undefined(soft_rows(run.results, objective.name)))
 
 
 def _named(both: Both, candidates: tuple[str | None, str | None]) -> dict[tuple[str, str], bool]:
     """The pair that was asked for, {} if none was; it is not said to be that of the winners."""
     name_a, name_b = candidates[0] or candidates[1], candidates[1] or candidates[0]
     if both[0].data.folder.resolve() == both[1].data.folder.resolve() and name_a == name_b:
-        raise UserError(
-            f"{both[0].called}: compared with itself; name two of its candidates with --candidate-a and --candidate-b: "
-            f"{', '.join(both[0].recipes)}"
-        )
+        two = f"name two candidates with --candidate-a and --candidate-b: {', '.join(both[0].recipes)}"
+        raise UserError(f"{both[0].party.run}: compared with itself; {two}")
     if name_a is None or name_b is None:
         return {}
     for name, run in ((name_a, both[0]), (name_b, both[1])):
         if name not in run.recipes:
-            raise UserError(f"{run.called}: has no candidate {name!r}; there are {', '.join(run.recipes)}")
+            raise UserError(f"{run.party.run}: has no candidate {name!r}; there are {', '.join(run.recipes)}")
         if name not in run.scores.tables:
-            raise UserError(f"{run.called}: no fit of {name} has finished, so there is nothing to compare")
+            raise UserError(f"{run.party.run}: no fit of {name} has finished, so there is nothing to compare")
     return {(name_a, name_b): False}
 
 
@@ -259,10 +251,9 @@ def _matched(both: Both, pairing: RunPairing, left_out: Sequence[str]) -> dict[t
     common = [name for name in both[0].recipes if all(name in run.scores.tables for run in both)]
     pairs = {(name, name): False for name in common if name not in left_out}
     if not pairs and not pairing.subjects:
-        raise UserError(
-            f"{both[0].called} and {both[1].called}: nothing in common: no candidate of the same name, and "
-            f"{pairing.obstacle}; name two candidates with --candidate-a and --candidate-b"
-        )
+        nothing = f"nothing in common: no candidate of the same name, and {pairing.obstacle}"
+        to_do = "name two candidates with --candidate-a and --candidate-b"
+        raise UserError(f"{both[0].party.run} and {both[1].party.run}: {nothing}; {to_do}")
     winners = summarise(both[0].data).winner.name, summarise(both[1].data).winner.name
     return pairs | {winners: True}
 
@@ -333,15 +324,11 @@ def pairing_sentence(comparison: RunComparison) -> str:
     common, people = len(pairing.splits), count(len(pairing.subjects), "subject")
     if common >= ENOUGH:
         left = "" if a == b == common else f" of {a} in A and {b} in B; the others are left out of the tests"
-        return (
-            f"Paired by subject and split: {common} splits have the same people in both{left}. "
-            "Unit of analysis: a subject in a split; crossed random-effects test, Holm-corrected."
-        )
+        unit = "a subject in a split; crossed random-effects test, Holm-corrected"
+        return f"Paired by subject and split: {common} splits have the same people in both{left}. Unit of analysis: {unit}."
     if pairing.subjects:
-        return (
-            f"Paired by subject alone, as {pairing.obstacle}. Unit of analysis: a subject's mean over the splits that it "
-            f"was tested in, of {people} tested in both; t-test over subjects, Holm-corrected."
-        )
+        unit = f"a subject's mean over the splits that it was tested in, of {people} tested in both; t-test over subjects"
+        return f"Paired by subject alone, as {pairing.obstacle}. Unit of analysis: {unit}, Holm-corrected."
     return f"Not paired, as {pairing.obstacle}. Means stand beside each other, without a test."
 
 
@@ -373,10 +360,9 @@ def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
         return f"{b} has the same scores as {a} on {metric_of(comparison)}; {sample(contrast)}."
     if math.isnan(test.p):
         return f"{b} differs from {a} by {number(test.mean, signed=True)} in {metric_of(comparison)}; not tested: {test.note}."
-    return (
-        f"{b} {SHOWN[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)} "
-        f"(difference {effect_in_words(test, contrast.p_holm, 'Holm-corrected p')}; {sample(contrast)})."
-    )
+    size = effect_in_words(test, contrast.p_holm, "Holm-corrected p")
+    found = f"{b} {SHOWN[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)}"
+    return f"{found} (difference {size}; {sample(contrast)})."
 
 
 def _verdict(contrast: CandidateContrast, comparison: RunComparison) -> str:
@@ -399,10 +385,8 @@ def caveats(comparison: RunComparison) -> Iterator[str]:
     if "store" in fields and not {"data", "preprocess", "subjects"} & set(fields):
         yield "The prepared data differ although both studies describe the same data: images or labels have changed."
     if any(c.paired_by == "subject" for c in contrasts):
-        yield (
-            "A test over subject means speaks about these trained models: it ignores the variation between training runs, so for "
-            "new runs it calls too many differences significant. Give both studies the same splits to get the crossed test."
-        )
+        speaks = "A test over subject means speaks about these trained models: it ignores the variation between training runs"
+        yield f"{speaks}, so for new runs it rejects too often. Give both studies the same splits to get the crossed test."
     noted = [c for c in contrasts if c.paired_by != "nothing" and not _equal(c)]
     for note in dict.fromkeys(note for c in noted for note in c.test.remarks):
         yield f"{listed([title_of(c) for c in noted if note in c.test.remarks])}: {note}."

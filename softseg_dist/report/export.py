@@ -14,6 +14,7 @@ import pandas as pd
 
 from softseg_dist.frozen import leaves
 from softseg_dist.report.paired_tests import Comparison
+from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain
 from softseg_dist.words import count, interval, number, p_value
 
@@ -78,20 +79,12 @@ def latex(summary: Summary) -> str:
     n = f"n = {count(summary.num_tested, 'tested subject')}, {count(len(summary.splits), 'split')}; unit: a subject in a split"
     primary = "t-test over subjects" if summary.of_models else "crossed random-effects test"
     title = summary.objective.title
-    cuts = [f"Dice, {rule.replace('_', ' ')}" for rule in summary.used_rules]
+    cuts = [f"Dice, {RULES[rule]}" for rule in summary.used_rules]
+    scores = {s.name: [number(s.mean), interval(s.low, s.high), number(s.sd)] for s in summary.ranking}
+    dice = {s.name: [number(s.dice[rule]) for rule in summary.used_rules] for s in summary.ranking}
     ranking = _tabular(
         ["", "candidate", title, "95 % interval", "sd", *cuts],
-        [
-            [
-                str(s.rank or "–"),
-                s.name,
-                number(s.mean),
-                interval(s.low, s.high),
-                number(s.sd),
-                *(number(s.dice[r]) for r in summary.used_rules),
-            ]
-            for s in summary.ranking
-        ],
+        [[str(s.rank or "–"), s.name, *scores[s.name], *dice[s.name]] for s in summary.ranking],
         f"Candidates, ranked by {title} on {summary.chosen_on}. On test: mean, 95 % interval of the {primary}, "
         f"sd of the means of the splits, and Dice of masks cut as the column says. {n}.",
         "ranking",

@@ -5,7 +5,6 @@ Blue is better than the reference, vermillion worse, grey not shown to differ; m
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import math
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from softseg_dist.report.measures import Agreement, ReliabilityTable
 from softseg_dist.report.paired_tests import Comparison, Effect
+from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary
 from softseg_dist.words import direction, interval, number, p_value, verdict
 
@@ -47,7 +47,7 @@ STYLE: Any = {  # the stubs of matplotlib spell every key as a literal
 }
 LOOK = {"better": (BETTER, "o", BETTER), "worse": (WORSE, "s", WORSE), "not shown": (UNSHOWN, "o", "white")}
 MOST = 12  # candidates in a figure, besides the reference
-MARKS = {"fixed": ("s", "fixed 0.5"), "grid": ("o", "chosen on the grid"), "dice_optimal": ("^", "Dice-optimal")}
+MARKS = dict(zip(RULES, "so^", strict=True))
 TICKS = (0, 0.5, 1), ("0", "0.5", "1")  # short, so that those of neighbouring panels do not touch
 
 
@@ -56,10 +56,9 @@ def png(figure: Figure) -> bytes:
     return _written(figure, "png", metadata={"Software": None}, dpi=160)
 
 
-def data_uri(figure: Figure, vector: bool = True) -> str:
-    """The figure as the source of an <img>: SVG for lines and text, PNG for images."""
-    kind, content = ("svg+xml", _written(figure, "svg", metadata={"Date": None})) if vector else ("png", png(figure))
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def svg(figure: Figure) -> bytes:
+    """The figure as lines and text."""
+    return _written(figure, "svg", metadata={"Date": None})
 
 
 def _written(figure: Figure, kind: str, **options: Any) -> bytes:
@@ -153,13 +152,11 @@ def curve_figure(summary: Summary) -> Figure:
             style = "-" if name == summary.reference or i < len(COLOURS) else "--"
             width = 2.4 if name == summary.reference else 1.4
             axis.plot(summary.curve_thresholds, curve, style, color=colours[name], linewidth=width, label=name)
-            for rule, (marker, _) in MARKS.items():
-                tau = standings[name].thresholds.get(rule)
-                if tau is not None:
-                    height = np.interp(tau, summary.curve_thresholds, curve)
-                    axis.plot(tau, height, marker, color=colours[name], markersize=6, markeredgecolor="white", markeredgewidth=0.6)
-        for marker, label in (MARKS[rule] for rule in summary.used_rules):
-            axis.plot([], [], marker, color=INK, markersize=5, linestyle="none", label=label)
+            for rule, tau in standings[name].thresholds.items():
+                at = tau, np.interp(tau, summary.curve_thresholds, curve)
+                axis.plot(*at, MARKS[rule], color=colours[name], markersize=6, markeredgecolor="white", markeredgewidth=0.6)
+        for rule in summary.used_rules:
+            axis.plot([], [], MARKS[rule], color=INK, markersize=5, linestyle="none", label=RULES[rule])
         axis.axvline(0.5, color=QUIET, linewidth=0.8, linestyle=":")
         axis.set(xlabel="threshold", ylabel="mean Dice (test, own grid)", xlim=(0, 1))
         axis.grid()

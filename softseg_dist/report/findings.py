@@ -89,22 +89,17 @@ def answer(summary: Summary) -> str:
     if all(c.crossed.mean == 0 and c.crossed.note == ALL_EQUAL for c in summary.comparisons):
         named, control = listed([c.candidate for c in summary.comparisons]), "the control " * (summary.reference == summary.control)
         sample = _sample(summary.comparisons[0].crossed)
-        return (
-            f"{named} and {control}{summary.reference} have equal scores on {_metric(summary)}: all differences are 0 ({sample})."
-        )
+        return f"{named} and {control}{summary.reference} have equal scores on {_metric(summary)} ({sample})."
     if summary.reference != summary.control:
         best = summary.winner
         why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
-        return (
-            f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({_metric(summary)} on test "
-            f"{number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)})."
-        )
+        score = f"{_metric(summary)} on test {number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)}"
+        return f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({score})."
     if why := _untestable(summary):
         first = summary.comparisons[0]
-        return (
-            f"Nothing could be tested ({why}): {summary.winner.name} ranks highest, and {first.candidate} differs "
-            f"from the control {summary.reference} by {number(first.crossed.mean, signed=True)} in {_metric(summary)}."
-        )
+        size = f"{number(first.crossed.mean, signed=True)} in {_metric(summary)}"
+        differs = f"{first.candidate} differs from the control {summary.reference} by {size}"
+        return f"Nothing could be tested ({why}): {summary.winner.name} ranks highest, and {differs}."
     return _against_control(summary)
 
 
@@ -141,9 +136,7 @@ def group_answer(summary: Summary) -> str:
     best, others = summary.winner.name, f"{count(len(summary.rivals), 'other')}, at the 5 % level after Holm's correction"
     better = [rival.candidate for rival in summary.rivals if _verdict(rival, summary) == "better"]
     groups = {"Better on test than": better, "Not shown to differ from": [r.candidate for r in summary.rivals if r.tied]}
-    said = [
-        f"{how} the highest ranked, {best}: {listed(names)} ({len(names)} of {others})." for how, names in groups.items() if names
-    ]
+    said = [f"{how} the highest ranked, {best}: {listed(who)} ({len(who)} of {others})." for how, who in groups.items() if who]
     return " ".join(said) or f"All other candidates were shown to be worse than the highest ranked, {best}."
 
 
@@ -179,10 +172,8 @@ def size_of(comparison: Comparison | Effect | Interaction) -> str:
 
 def _depends(interaction: Interaction, summary: Summary) -> str:
     i, more = interaction, "more" if interaction.crossed.mean > 0 else "less"
-    return (
-        f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective.title} with "
-        f"{i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
-    )
+    adds = f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective.title}"
+    return f"{adds} with {i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
 
 
 def _against_control(summary: Summary) -> str:
@@ -218,23 +209,18 @@ def caveats(summary: Summary) -> Iterator[str]:
     turned = {name: other for name, other in summary.checks.prepared.items() if own.get(name, 0) * other < 0}
     if turned:
         quoted = [f"{n} {number(own[n], signed=True)} (own), {number(b, signed=True)} (prepared)" for n, b in turned.items()]
-        yield (
-            f"The sign of the difference to {summary.reference} on test depends on the grid, own (of the file) or prepared (of "
-            f"training): {listed(quoted, 4, '; ')}. The answer is about the files' own grids."
-        )
+        grids = f"own (of the file) or prepared (of training): {listed(quoted, 4, '; ')}"
+        sign = f"The sign of the difference to {summary.reference} on test depends on the grid"
+        yield f"{sign}, {grids}. The answer is about the files' own grids."
     lacking = {"failed": sum(t.failed for t in summary.training), "not run yet": sum(t.missing for t in summary.training)}
     if total := sum(lacking.values()):
-        yield (
-            f"{total} of {summary.num_planned} fits have no score ({', '.join(f'{n} {why}' for why, n in lacking.items() if n)}). "
-            "Comparisons use the subjects and splits that both sides have, and ranks follow these comparisons; a mean in the "
-            "ranking is over what its candidate has."
-        )
+        num = f"{total} of {summary.num_planned} fits have no score ({', '.join(f'{n} {why}' for why, n in lacking.items() if n)})"
+        used = "Comparisons use the subjects and splits that both sides have, and ranks follow them"
+        yield f"{num}. {used}; a mean in the ranking is over what its candidate has."
     if raced := summary.raced:
         saved = sum(t.raced for t in summary.training)
-        yield (
-            f"Given up after a few splits, as worse than the best on these: {len(raced)} of {len(summary.ranking)} candidates "
-            f"({count(saved, 'fit')} saved). They are ranked and tested on the splits that they have."
-        )
+        num = f"{len(raced)} of {len(summary.ranking)} candidates ({count(saved, 'fit')} saved)"
+        yield f"Given up after a few splits, as worse than the best on these: {num}. Ranks and tests use the splits that they have."
     if unscored := [s.name for s in summary.ranking if s.rank is None]:
         yield f"Without any score, and so left out of all comparisons: {', '.join(unscored)}."
     yield from _selection(summary)
@@ -242,10 +228,8 @@ def caveats(summary: Summary) -> Iterator[str]:
     for warning in dict.fromkeys(warning for c in summary.comparisons for warning in c.crossed.warnings):
         yield f"{capital(warning)} ({listed([c.candidate for c in summary.comparisons if warning in c.crossed.warnings])})."
     if 1 < summary.num_tested < 12 and not summary.of_models:
-        yield (
-            f"With {count(summary.num_tested, 'tested subject')}, the estimates of variance components and degrees of freedom "
-            "are imprecise: intervals are approximate."
-        )
+        subjects = count(summary.num_tested, "tested subject")
+        yield f"With {subjects}, variance components and degrees of freedom are estimated roughly: intervals are approximate."
     if undefined := sum(s.undefined for s in summary.ranking):
         total = sum(s.values for s in summary.ranking)
         yield f"{undefined} of {total} values of the objective are undefined (the reference is empty) and are left out."
@@ -258,29 +242,22 @@ def _selection(summary: Summary) -> Iterator[str]:
         yield f"{chosen}: the p-values describe, they do not confirm."
     if held is not None and held.scores and held.winner == best:
         if summary.chosen_tested and len(summary.ranking) > 1:
-            yield (
-                f"The mean of {best} in the ranking is optimistic, as it was chosen {_choice(summary)}. Its mean on the held-out "
-                "subjects is not."
-            )
+            mean = f"The mean of {best} in the ranking is optimistic, as it was chosen {_choice(summary)}"
+            yield f"{mean}. Its mean on the held-out subjects is not."
         if len(held.opened) > 1:
-            yield (
-                f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC: a result "
-                "of one opening may have led to the next, so they confirm less than subjects opened once."
-            )
+            times = f"The held-out subjects were opened {len(held.opened)} times, the last at {moment(held.opened[-1])} UTC"
+            yield f"{times}: one result may have led to the next, so they confirm less than subjects opened once."
         return
     if held is not None:
         why = "not opened yet" if not held.scores else f"opened for {held.winner}, which no longer ranks highest"
         yield f"{count(held.num_subjects, 'subject')} in no split: {why}."
     if summary.winner.proposed and summary.chosen_tested:
-        yield (
-            f"{best} was found by a search on validation subjects who are test subjects of other splits: its score is optimistic "
-            "by an unknown amount. Confirm it on subjects that are in no split, or in a new study that has it as a fixed candidate."
-        )
+        found = f"{best} was found by a search on validation subjects who are test subjects of other splits"
+        to_do = "Confirm it on subjects that are in no split, or in a new study that has it as a fixed candidate"
+        yield f"{found}: its score is optimistic by an unknown amount. {to_do}."
     elif len(summary.comparisons) > 1 and summary.chosen_tested:
-        yield (
-            f"The mean of the highest of several candidates is optimistic, as it was chosen {_choice(summary)}. "
-            "Holm's correction protects the tests against that, not the mean."
-        )
+        mean = f"The mean of the highest of several candidates is optimistic, as it was chosen {_choice(summary)}"
+        yield f"{mean}. Holm's correction protects the tests against that, not the mean."
 
 
 def _choice(summary: Summary) -> str:
@@ -299,14 +276,10 @@ def _training(summary: Summary) -> Iterator[str]:
         yield f"More than 5 % of the training samples gave an output of 0 everywhere, without a gradient: {', '.join(dead)}."
     precisions = {engine.partition(",")[0] for engine in summary.compute.engines}
     if len(precisions) > 1:
-        yield (
-            f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ: a part of a difference between "
-            'candidates may come from the precision. Optim(precision="float32") makes it equal.'
-        )
+        trained = f"Fits were trained in {' and in '.join(sorted(precisions))}, as machines differ"
+        yield f'{trained}: a part of a difference may come from that. Optim(precision="float32") makes the precision equal.'
     yield from (f"{name}: {note}." for name, note in summary.notes.items())
     one_rate = not any("optim.lr" in fields for fields in summary.varying.values())
     if summary.trained and one_rate and not summary.tuned and len(summary.ranking) > 1:
-        yield (
-            "All candidates were trained at one fixed learning rate that was tuned for none of them: a part of a difference may "
-            "come from how well that rate suits each."
-        )
+        rate = "All candidates were trained at one fixed learning rate that was tuned for none of them"
+        yield f"{rate}: a part of a difference may come from how well it suits each."

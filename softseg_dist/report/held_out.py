@@ -102,10 +102,9 @@ def outer_answer(table: OuterTable) -> str:
     """What the procedure scores, and how far it is from the control, in one sentence."""
     score, difference = table.score, table.difference
     sample = f"{count(score.num_subjects, 'outer test subject')}, {count(score.num_splits, 'outer split')}"
-    found = (
-        f"The whole procedure, with its search and the choice of a winner, scores {number(score.mean)} in "
-        f"{table.objective.title} on subjects who had no part in it ({interval_clause(score.low, score.high)}; {sample})"
-    )
+    scores = f"{number(score.mean)} in {table.objective.title} on subjects who had no part in it"
+    procedure = "The whole procedure, with its search and the choice of a winner"
+    found = f"{procedure}, scores {scores} ({interval_clause(score.low, score.high)}; {sample})"
     if difference is None or table.control_score is None:
         return f"{found}."
     control = f"the control {table.control} scores {number(table.control_score.mean)} there"

@@ -1,11 +1,12 @@
 """One self-contained HTML page about a run: everything on it is inlined, so it can be mailed, archived and printed.
 
-`write_page` writes report/index.html and the figures beside it as PNG, `write_csv` its tables; `summary_json`
-gives the same numbers for programs, `export.latex` for papers. `write_outer_page` and `outer_json` are those of a nested study.
+`write_page` writes report/index.html and the figures beside it as PNG; `summary_json` gives the same numbers for programs, `export`
+for spreadsheets and papers. `write_outer_page` and `outer_json` are those of a nested study.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Collection, Mapping, Sequence
 from inspect import isfunction
 from pathlib import Path
@@ -17,26 +18,25 @@ from matplotlib.figure import Figure
 from softseg_dist import words
 from softseg_dist.data.check import ALIKE
 from softseg_dist.numerics.metrics import TABLE
-from softseg_dist.report.export import csv_tables
 from softseg_dist.report.figures import (
     MOST,
     agreement_figure,
     curve_figure,
-    data_uri,
     forest_figure,
     learning_figure,
     png,
     reliability_figure,
     shown,
+    svg,
 )
 from softseg_dist.report.findings import WHERE, caveats, sentences
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
 from softseg_dist.report.pictures import Overlay, overlay_figure
 from softseg_dist.report.run_folder import OuterData, RunData, load_run, origin_of
+from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary, plain, summarise
 
-RULE_NAMES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}
 FEW_RECIPE_FIELDS = 8  # more columns do not fit on paper; recipes are whole in the ledger
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,8 +50,10 @@ def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()
     folder.mkdir(exist_ok=True)
     pictures = {}
     for name, (figure, alt) in _figures(summary, data, overlays).items():
-        (folder / f"{name}.png").write_bytes(png(figure))
-        pictures[name] = {"source": data_uri(figure, vector=name != "overlays"), "alt": alt}
+        image = png(figure)
+        (folder / f"{name}.png").write_bytes(image)
+        kind, content = ("png", image) if name == "overlays" else ("svg+xml", svg(figure))
+        pictures[name] = {"source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", "alt": alt}
     page = folder / "index.html"
     page.write_text(_render(summary, data, pictures), encoding="utf-8")
     return page
@@ -83,16 +85,6 @@ def summary_json(run: Path) -> dict[str, Any]:
         **plain(summary),
         "run": plain(dict(data.run)),
     }
-
-
-def write_csv(run: Path) -> list[Path]:
-    """Write the tables of the page as report/*.csv into the run folder; returns their paths. Raises UserError as `load_run`."""
-    folder = run / "report"
-    tables = csv_tables(summarise(load_run(run)))
-    folder.mkdir(exist_ok=True)
-    for name, text in tables.items():
-        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
-    return [folder / f"{name}.csv" for name in tables]
 
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
@@ -172,7 +164,7 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         shown=shown(summary),
         most=MOST,
         cut=_cut(summary),
-        rule_names=RULE_NAMES,
+        rule_names=RULES,
         to_best={rival.candidate: rival for rival in summary.rivals},
         sizes=SIZES,
         metrics=TABLE,

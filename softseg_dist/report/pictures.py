@@ -110,7 +110,7 @@ def _zoom(overlay: Overlay) -> tuple[slice, slice]:
 
 
 def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
-    """One overlay for the best, the median and the worst test case of the winner; () if store or weights are not at hand.
+    """One overlay for the best, the median and the worst test case of the winner; () without a defined score, store or weights.
 
     Reference and winner are shown, or the winner alone where the other has no weights. A case that was tested by several fits
     counts once for each; each is predicted by the models of its own split and repeat.
@@ -122,7 +122,7 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     slots = list(ranked[["split", "repeat"]].drop_duplicates().itertuples(index=False))
     pair = dict.fromkeys((summary.reference, summary.winner.name))
     names = [name for name in pair if all(_weights(run, name, *slot).exists() for slot in slots)]
-    if summary.winner.name not in names:
+    if ranked.empty or summary.winner.name not in names:
         return ()
     try:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
@@ -130,8 +130,8 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
         models = {name: Model.of_json(recipes[name], store.channels, len(store.classes), store.size) for name in names}
     except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
         return ()
-    shown = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-    return tuple(_overlay(label, ranked.iloc[at], run, store, models) for label, at in shown.items())
+    shown = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best"}  # of one or two cases none is shown twice
+    return tuple(_overlay(label, ranked.iloc[at], run, store, models) for at, label in sorted(shown.items()))
 
 
 def _weights(run: RunData, name: str, split: int, repeat: int) -> Path:

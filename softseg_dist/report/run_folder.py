@@ -236,10 +236,8 @@ def _shown(path: Path, metric: str) -> pd.DataFrame:
 def _rows(path: Path, filters: list[list[tuple[str, str, str]]] | None = None) -> pd.DataFrame:
     columns = pq.read_schema(path).names
     if lacks := [name for name in SCHEMA.names if name not in columns]:
-        raise UserError(
-            f"{path} was made by an older version of softseg_dist (no column {', '.join(lacks)}): report it with that version, or "
-            "run the study again under a new name"
-        )
+        to_do = "report it with that version, or run the study again under a new name"
+        raise UserError(f"{path} was made by an older version of softseg_dist (no column {', '.join(lacks)}): {to_do}")
     return pd.read_parquet(path, filters=filters).astype(FEW_VALUES)
 
 

@@ -20,7 +20,7 @@ from softseg_dist.training.task import FitResult
 
 ScoreTable = npt.NDArray[np.float64]
 UNIT = ["candidate", "split", "subject"]
-RULES = ("fixed", "grid", "dice_optimal")  # as `judging.thresholds` names them
+RULES = {"fixed": "fixed 0.5", "grid": "grid", "dice_optimal": "Dice-optimal"}  # as `judging.thresholds` and readers name them
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from softseg_dist.search.candidate import CandidateState
 from softseg_dist.study import Recipe, Study
 from softseg_dist.study_file import check_restart, describe
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 OPTUNA_LOG = "optuna.log"
 CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with a trial
 # The run folder's own lock keeps other drivers out; one that a killed driver has left must not be waited for.
@@ -39,7 +41,6 @@ class OptunaStudy:
         assert study.search is not None
         self._study, self._search, self.asked = study, study.search, 0
         self._open: dict[str, optuna.Trial] = {}
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what is experimental may change; Optuna is pinned
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
@@ -93,10 +94,8 @@ class OptunaStudy:
             distributions={k: distribution_to_json(d) for k, d in trial.distributions.items()},
         )
         if known is not None and known.recipe != record.recipe:
-            raise UserError(
-                f"trial {number}: propose() gave another recipe than before for {_show(trial.params)}; "
-                "it must depend on the trial alone: undo the change, or give the study a new name"
-            )
+            to_do = "it must depend on the trial alone: undo the change, or give the study a new name"
+            raise UserError(f"trial {number}: propose() gave another recipe than before for {_show(trial.params)}; {to_do}")
         trial.set_user_attr(CANDIDATE, record.name)
         self._open[record.name] = trial
         return record, recipe
@@ -141,10 +140,8 @@ def proposed_recipe(study: Study, trial: optuna.Trial) -> Recipe:
     for name, distribution in trial.distributions.items():
         for choice in distribution.choices if isinstance(distribution, CategoricalDistribution) else ():
             if not isinstance(choice, str | int | float | None):
-                raise UserError(
-                    f"trial {number}: parameter {name!r} has the choice {choice!r}, which cannot be stored; "
-                    "suggest names or numbers and look the object up in propose()"
-                )
+                to_do = "suggest names or numbers and look the object up in propose()"
+                raise UserError(f"trial {number}: parameter {name!r} has the choice {choice!r}, which cannot be stored; {to_do}")
     check_restart(recipe, f"trial {number}: propose() gave a recipe that cannot be recorded")
     try:
         study.check_recipe(trial_name(number), recipe)
@@ -157,7 +154,6 @@ def sample_proposals(study: Study) -> dict[str, Recipe]:
     """Three random recipes of `propose`, which are not used: they show its mistakes, as UserErrors, before the first fit."""
     if study.search is None:
         return {}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.RandomSampler(seed=seed_of(study.seed, "sample") % 2**32)
     trials = optuna.create_study(sampler=sampler)
     return {trial_name(number): proposed_recipe(study, trials.ask()) for number in range(3)}

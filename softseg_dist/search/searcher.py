@@ -242,10 +242,8 @@ class StudySearcher:
         """A proposed candidate of an earlier session: added with its values, or open again."""
         recipe = Recipe.model_validate(record.recipe)
         if json_of(recipe) != record.recipe:
-            raise UserError(
-                f"{record.name}: the code of a class in its recipe has changed since it ran; "
-                "undo the change, or give the study a new name"
-            )
+            changed = "the code of a class in its recipe has changed since it ran"
+            raise UserError(f"{record.name}: {changed}; undo the change, or give the study a new name")
         candidate = self._open(record.name, recipe, "proposed")
         if candidate.todo and not candidate.closed:
             self._propose(record)

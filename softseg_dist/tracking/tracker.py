@@ -164,10 +164,8 @@ class Tracker:
         self._thread.join(CLOSE_S / 6)
         notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
         if waiting := len(self._spool.read()):
-            notes.append(
-                f"MLflow at {self.uri} was out of reach ({self._problem}); {waiting} records wait in {self._spool.path} "
-                f"and are sent when the study runs again, or by: {self._sync}"
-            )
+            later = f"{waiting} records wait in {self._spool.path} and are sent when the study runs again, or by: {self._sync}"
+            notes.append(f"MLflow at {self.uri} was out of reach ({self._problem}); {later}")
         if self._thread.is_alive():
             notes.append(f"MLflow at {self.uri} did not answer in time; send it the content of the ledger: {self._sync}")
         if self._num_unkept:

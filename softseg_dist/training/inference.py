@@ -123,10 +123,8 @@ def method_of(card: ModelCard, model: Model, samples: int | None) -> Uncertainty
         return MCDropout(**settings)
     if augment := _invertible(card):
         return TTA(transforms=augment, **settings)
-    raise UserError(
-        "--uncertainty: this model has no dropout, and was trained without an augmentation that can be undone, so it gives "
-        "one prediction only; use all fits of its run folder with --ensemble"
-    )
+    why = "this model has no dropout, and was trained without an augmentation that can be undone, so it gives one prediction"
+    raise UserError(f"--uncertainty: {why} only; use all fits of its run folder with --ensemble")
 
 
 def _invertible(card: ModelCard) -> tuple[Augmentation, ...]:

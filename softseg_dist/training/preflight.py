@@ -88,16 +88,13 @@ def _death(candidate: str, code: int, output: str) -> str:
     """Why the child ended without a result, from its exit code (minus the signal) and its output."""
     subject = f"candidate {candidate}" if candidate else "the recipes"
     if code == -signal.SIGKILL:
-        return (
-            f"{subject}: the process that tried two training items was killed (SIGKILL), probably because memory ran out; "
-            "free some, or use a smaller crop, patch or network"
-        )
+        killed = "was killed (SIGKILL), probably because memory ran out; free some, or use a smaller crop, patch or network"
+        return f"{subject}: the process that tried two training items {killed}"
     end = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    return (
-        f"{subject}: the process that tried two training items {end}, in compiled code or by a call that ends the process; "
-        "use another network or loss, or another version of the package that it comes from; last output: "
-        f"{' '.join(output.split()[-40:]) or 'none'}"
-    )
+    cause = "in compiled code or by a call that ends the process"
+    to_do = "use another network or loss, or another version of the package that it comes from"
+    last = " ".join(output.split()[-40:]) or "none"
+    return f"{subject}: the process that tried two training items {end}, {cause}; {to_do}; last output: {last}"
 
 
 def run_child() -> None:
@@ -227,10 +224,8 @@ def _check_apart(model: Model, again: Model, network: Network) -> None:
     """Raises UserError if two models of `network` share weights: then each fit would go on from those of the one before."""
     weights = ({id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in (model, again))
     if set.intersection(*weights):
-        raise UserError(
-            f"build of {type(network).__name__} returns weights that an earlier call has returned: one fit would go on from those "
-            "of another; make every layer inside of build"
-        )
+        why = "so one fit would go on from those of another; make every layer inside of build"
+        raise UserError(f"build of {type(network).__name__} returns weights that an earlier call has returned, {why}")
 
 
 def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: Tensor) -> None:
@@ -253,10 +248,8 @@ def _check_prediction(prediction: object, target: Tensor, mode: str) -> None:
     if not isinstance(prediction, Tensor):
         raise TypeError(f"the prediction {mode} must be one tensor, got a {type(prediction).__name__}")
     if prediction.shape != target.shape or prediction.dtype != target.dtype:
-        raise ValueError(
-            f"the prediction {mode} must be {target.dtype} of the target's shape {tuple(target.shape)}, got "
-            f"{prediction.dtype} {tuple(prediction.shape)}"
-        )
+        wanted, got = (f"{maps.dtype} {tuple(maps.shape)}" for maps in (target, prediction))
+        raise ValueError(f"the prediction {mode} must be as the target, {wanted}, got {got}")
     _check_finite(prediction, f"the prediction {mode}")
     low, high = prediction.min().item(), prediction.max().item()
     if low < -ROUNDING or high > 1 + ROUNDING:

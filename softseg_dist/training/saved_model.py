@@ -94,9 +94,7 @@ def read_card(folder: Path) -> ModelCard:
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no model: there is no {CARD}; give a model folder, or a run folder with model/ in it"
-        ) from None
+        raise UserError(f"{folder} holds no model: there is no {CARD}; give the folder of a model or of its run") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:

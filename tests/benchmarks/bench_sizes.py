@@ -31,6 +31,7 @@ from monai.inferers import SlidingWindowInferer
 from record import Headline, record
 
 from softseg_dist import Affine, Case, CaseData, Optim, Patch, Phantom, Preprocess, Recipe, UNet
+from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store, fingerprint
 from softseg_dist.numerics.crossed_test import crossed_test
@@ -81,7 +82,7 @@ class Noise(Case):
         start = [int(generator.integers(0, n - 40)) for n in self.size]
         label[0, 0, start[0] : start[0] + 40, start[1] : start[1] + 40, start[2] : start[2] + 40] = 1
         image = generator.standard_normal((1, *self.size), dtype=np.float32) + label[0]
-        return CaseData(image=image, raters=label, truth=None, affine=np.eye(4))
+        return CaseData(image, label, None, np.eye(4), Geometry(self.size, np.eye(4)))
 
     def mask(self, part: str) -> np.ndarray:
         """See `Case.mask`: none is used."""

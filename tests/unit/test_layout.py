@@ -49,7 +49,7 @@ LAYERS = {
         "tracking",
     },
     "report": {"errors", "frozen", "words", "numerics", "data", "judging", "study", "training", "record"},
-    "prediction": {"errors", "words", "data", "study_file", "training"},
+    "prediction": {"errors", "places", "words", "data", "study_file", "training"},
     "pipeline": {
         "errors",
         "places",

@@ -134,11 +134,12 @@ class Resident:
         of_items = [case.size for case in store.cases for _ in range(case.num_items)]
         of_targets = [case.size for case, count in zip(store.cases, counts, strict=True) for _ in range(count)]
         images, targets = ("images", store.fingerprint), ("targets", store.fingerprint, recipe.label, recipe.fusion)
-        self.images = _Rows(images, store.channels, of_items, device, lambda: _images_of(store))
+        each = (image for case in store.cases for image in torch.from_numpy(np.array(store.sample(case.index).image)))
+        self.images = _Rows(images, store.channels, of_items, device, each)
         if self.is_cut:
             items = [(case.index, item) for case in store.cases for item in range(case.num_items)]
             self.lowest = torch.from_numpy(np.stack([lowest(store, *item) for item in items])).to(device)
-        self.targets = _Rows(targets, len(store.classes), of_targets, device, lambda: _targets_of(store, recipe))
+        self.targets = _Rows(targets, len(store.classes), of_targets, device, _targets_of(store, recipe))
 
     def fields(self, rows: int) -> Fields:
         """Rows of images and targets, and where windows start."""
@@ -199,20 +200,15 @@ Source = Resident | Streamed
 
 
 class _Rows:
-    """Maps [C *S] of several `sizes` *S, one behind the other in one flat buffer; `maps` makes them."""
+    """Maps [C *S] of several `sizes` *S, one behind the other in one flat buffer; `maps` are read if it is not there yet."""
 
     def __init__(
-        self,
-        key: tuple[str, ...],
-        channels: int,
-        sizes: Sequence[tuple[int, ...]],
-        device: torch.device,
-        maps: Callable[[], Iterable[Tensor]],
+        self, key: tuple[str, ...], channels: int, sizes: Sequence[tuple[int, ...]], device: torch.device, maps: Iterable[Tensor]
     ) -> None:
         counts = [channels * math.prod(size) for size in sizes]
 
         def fill(buffer: Tensor) -> None:
-            for part, values in zip(buffer.split(counts), maps(), strict=True):
+            for part, values in zip(buffer.split(counts), maps, strict=True):
                 part.copy_(values.flatten())
 
         self.channels = channels
@@ -231,12 +227,6 @@ class _Rows:
         along = [1] * (place.ndim - 2)
         channel = torch.arange(self.channels, device=rows.device) * self.sizes[rows].prod(1)[:, None]
         return self.buffer[(self.starts[rows][:, None] + channel).view(*channel.shape, *along) + place]
-
-
-def _images_of(store: Store) -> Iterator[Tensor]:
-    """[C *S] of every item of the store."""
-    for case in store.cases:
-        yield from torch.from_numpy(np.array(store.sample(case.index).image))
 
 
 def _targets_of(store: Store, recipe: Recipe) -> Iterator[Tensor]:

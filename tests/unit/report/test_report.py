@@ -12,20 +12,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from synthetic_run import CELLS, GAIN, write_run, written_page
+from synthetic_run import CELLS, GAIN, recipe, write_run, written_page
 
+from softseg_dist.data.phantom import Phantom
+from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.store import build_store
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.crossed_test import crossed_test
 from softseg_dist.numerics.statistics import holm
-from softseg_dist.report.figures import MOST, data_uri, forest_figure, png, shown
+from softseg_dist.report.figures import MOST, forest_figure, png, shown, svg
 from softseg_dist.report.findings import answer, caveats, effects_answer, group_answer, scores_answer, sites_answer
 from softseg_dist.report.fits import varying_fields
-from softseg_dist.report.page import summary_json
+from softseg_dist.report.page import summary_json, write_page
 from softseg_dist.report.paired_tests import OF_MODELS
-from softseg_dist.report.pictures import Overlay, overlay_figure
+from softseg_dist.report.pictures import Overlay, choose_overlays, overlay_figure
 from softseg_dist.report.run_folder import RecordedCandidate, RunData, load_run
 from softseg_dist.report.scores import soft_scores
 from softseg_dist.report.tables import Summary, plain, summarise
+from softseg_dist.training.model import Model, save_weights
 from softseg_dist.words import number, p_value
 
 CONTROL = "hard-sigmoid-dice"
@@ -463,7 +467,7 @@ def test_json_has_no_nan_and_keeps_none():
 
 
 def test_the_same_run_gives_the_same_figure(summary: Summary):
-    assert data_uri(forest_figure(summary)) == data_uri(forest_figure(summary))
+    assert svg(forest_figure(summary)) == svg(forest_figure(summary))
 
 
 def test_an_empty_overlay_shows_the_whole_image():
@@ -556,6 +560,36 @@ def test_predictions_without_splits_are_tested_over_subjects_and_the_test_says_s
     assert not any("Wilcoxon" in caveat for caveat in caveats(summary))
 
 
+def with_store(folder: Path, num_subjects: int) -> Path:
+    """The same run, with a store of cases of the same names."""
+    data = Phantom(subjects=num_subjects, size=(16, 16), num_slices=1)
+    store = build_store(folder / "stores", data.cases(None), data, Preprocess(dim=2))
+    record = json.loads((folder / "run.json").read_text()) | {"store": str(store), "store_fingerprint": store.stem}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_run_whose_objective_is_undefined_on_all_test_cases_has_a_report_without_pictures(tmp_path: Path) -> None:
+    folder = with_store(write_run(tmp_path, candidates=CELLS[:2], num_splits=2), num_subjects=1)
+    results = pd.read_parquet(folder / "results.parquet")
+    results.loc[(results["metric"] == "dice_dml") & (results["subset"] == "test"), "value"] = np.nan
+    results.to_parquet(folder / "results.parquet")
+    run = load_run(folder)
+    assert choose_overlays(run, summarise(run)) == ()
+    assert write_page(run, summarise(run)).is_file()
+
+
+@pytest.mark.parametrize("labels", [["best"], ["best", "worst"], ["best", "median", "worst"]], ids=len)
+def test_no_case_is_shown_twice(tmp_path: Path, labels: list[str]) -> None:
+    written = write_run(tmp_path, candidates=CELLS[:1], num_splits=1, num_subjects=9, num_tested=len(labels), seed=0)
+    folder = with_store(written, num_subjects=9)
+    save_weights(Model.of_json(recipe(CELLS[0]), 1, 1, (16, 16)), folder / "fits" / CELLS[0] / "000" / "best.safetensors")
+    run = load_run(folder)
+    overlays = choose_overlays(run, summarise(run))
+    assert [overlay.label for overlay in overlays] == labels
+    assert len({overlay.case for overlay in overlays}) == len(labels)
+
+
 def test_equal_candidates_are_called_equal(tmp_path: Path) -> None:
     folder = without_training(tmp_path)
     results = pd.read_parquet(folder / "results.parquet")
@@ -563,7 +597,7 @@ def test_equal_candidates_are_called_equal(tmp_path: Path) -> None:
     pd.concat([one.assign(candidate=name) for name in CELLS[:3]]).to_parquet(folder / "results.parquet")
     found = answer(summarise(load_run(folder)))
     assert found.startswith(f"{CELLS[1]}, {CELLS[2]} and the control {CELLS[0]} have equal scores on")
-    assert "all differences are 0 (6 tested subjects, 1 split)" in found
+    assert found.endswith("(6 tested subjects, 1 split).")
 
 
 def test_where_one_candidate_has_thresholds_from_validation_the_others_are_cut_at_half(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from softseg_dist.cli.main import app
 from softseg_dist.errors import UserError
+from softseg_dist.pipeline import csv_of
 from softseg_dist.report.export import latex
-from softseg_dist.report.page import write_csv
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import Summary, summarise
 from softseg_dist.words import p_value
@@ -32,7 +32,7 @@ def summary(folder: Path) -> Summary:
 
 
 def test_csv_files_hold_every_number_of_the_ranking_and_the_tests(folder: Path, summary: Summary):
-    tables = {path.stem: pd.read_csv(path) for path in write_csv(folder)}
+    tables = {path.stem: pd.read_csv(path) for path in csv_of(folder)}
     ranking, tests = tables["ranking"], tables["tests"]
     assert list(ranking["name"]) == [standing.name for standing in summary.ranking]
     assert list(ranking["mean"]) == pytest.approx([standing.mean for standing in summary.ranking])
@@ -49,7 +49,7 @@ def test_csv_files_hold_every_number_of_the_ranking_and_the_tests(folder: Path, 
 
 def test_what_does_not_exist_is_an_empty_field(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=1)
-    (row, _) = (pd.read_csv(path) for path in write_csv(folder) if path.stem in ("tests", "ranking"))
+    (row, _) = (pd.read_csv(path) for path in csv_of(folder) if path.stem in ("tests", "ranking"))
     assert np.isnan(row["sd"]).all()
     assert "nan" not in (folder / "report" / "tests.csv").read_text().lower()
 

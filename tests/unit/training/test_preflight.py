@@ -344,7 +344,7 @@ class Senseless(Loss):
     ("activation", "cause"),
     [
         (Shifted(), "the prediction in evaluation must lie in [0, 1], got [1."),
-        (Cut(), "the prediction in training must be torch.float32 of the target's shape (2, 1, 16, 16), got torch.float32 (2, 0,"),
+        (Cut(), "the prediction in training must be as the target, torch.float32 (2, 1, 16, 16), got torch.float32 (2, 0,"),
     ],
     ids=str,
 )
