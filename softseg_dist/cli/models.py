@@ -30,9 +30,7 @@ def refit(
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder, e.g. runs/s001_quickstart/model, or its run")],
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE", help="NIfTI (PNG, TIFF); channels of one image as A.nii,B.nii")
-    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="NIfTI (PNG, TIFF); channels of one image as A.nii,B.nii")],
     out: Annotated[Path, typer.Option(help="Folder for the maps")],
     center_mask: Annotated[list[Path] | None, typer.Option(help="Mask to centre the crop on, if needed: once per image")] = None,
     spacing_mm: Annotated[str | None, typer.Option(metavar="X,Y[,Z]", help="Voxel size of PNG and TIFF, whatever they say")] = None,
