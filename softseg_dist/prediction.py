@@ -1,10 +1,7 @@
 """From a saved model and new images to soft maps on the grids of the images.
 
-`load_model` gives a `Predictor` for images in memory. `predict_images` reads and writes NIfTI files, for `softseg predict`. It
-checks all headers before the first prediction, and one that does not fit stops all. An error that only the voxels show (NaN, a
-truncated file, an empty centre mask) is reported for that image, and the others are predicted.
-
-Ray, MLflow and Optuna are not imported.
+`load_model` gives a `Predictor` for images in memory, `predict_images` reads and writes files, for `softseg predict`. Neither
+imports Ray, MLflow or Optuna.
 """
 
 from __future__ import annotations
@@ -160,7 +157,7 @@ def predict_images(
         candidate, device, trust: see `load_model`.
 
     Raises UserError, before anything is written, if the model cannot be used, an argument or a header does not fit it, or
-    two maps would have one name. A later error is the `error` of its image.
+    two maps would have one name. What only the voxels show (NaN, a cut file, an empty centre mask) is the `error` of its image.
     """
     folder = _folder(model, candidate)
     card = read_card(folder)

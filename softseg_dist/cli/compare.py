@@ -46,9 +46,7 @@ def evaluate(
     out: Annotated[str, typer.Option(help="Folder for runs, on this machine; the run folder is OUT/<name>")] = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: <study name>-evaluation")] = None,
     control: Annotated[str | None, typer.Option(help="Candidate that all others are compared with; default: the study's")] = None,
-    pattern: Annotated[
-        str, typer.Option(help="File names, such as {case}_{class}.nii.gz; default: those of the images, of nnU-Net, of predict")
-    ] = "",
+    pattern: Annotated[str, typer.Option(help="Names such as {case}_{class}.nii.gz; default: of images, nnU-Net or predict")] = "",
     common: Annotated[bool, typer.Option("--common", help="Compare only the cases that all candidates have")] = False,
     as_json: Json = False,
 ) -> None:

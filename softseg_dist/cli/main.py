@@ -80,9 +80,7 @@ def run(
     stores: Stores = "stores",
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Fits at a time; default: as many as there is room for")] = None,
     workers_per_fit: Annotated[int | None, typer.Option(min=1, help="Processes that share every batch of a fit")] = None,
-    gpus_per_fit: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each worker; 0.25: four share one; default: 1 if there is any")
-    ] = None,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker, such as 0.25; default: 1 if any")] = None,
     fits_per_gpu: FitsPerGpu = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database; default: a file in the run folder")] = None,
     address: Address = None,

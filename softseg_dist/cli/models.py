@@ -34,14 +34,10 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder for the maps")],
     center_mask: Annotated[list[Path] | None, typer.Option(help="Mask to centre the crop on, if needed: once per image")] = None,
     spacing_mm: Annotated[str | None, typer.Option(metavar="X,Y[,Z]", help="Voxel size of PNG and TIFF, whatever they say")] = None,
-    binary: Annotated[
-        str | None, typer.Option(metavar="RULE|NUMBER", help="Also write masks, cut at a number or by fixed, grid or dice_optimal")
-    ] = None,
+    binary: Annotated[str | None, typer.Option(metavar="RULE|NUMBER", help="Also write masks, by a rule or at a number")] = None,
     candidate: Annotated[str | None, typer.Option(help="Candidate of a run whose model is used; default: the winner")] = None,
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Predict the mean over all fits of the candidate")] = False,
-    uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also write the entropy (bits) of the ensemble, or under dropout or augmentation")
-    ] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy (bits) over several maps")] = False,
     samples: Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")] = "auto",
     trust: Annotated[bool, typer.Option("--trust", help="Execute the model's study file, if it defines the network")] = False,

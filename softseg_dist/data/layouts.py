@@ -3,8 +3,6 @@
 A file's name is a set of words joined by "_": entities (`sub-01`, `run-1`), the contrast (`T2w`), and for a mask its
 part (`label-GM_mask`, `gmseg-manual`). Their order does not matter. A mask belongs to an image if its words are the
 image's plus those of the part; the contrast may be left out, as official BIDS derivatives do.
-
-Everyone is a case or a warning: a case is made of whatever there is of it, the images of any contrast or a mask alone.
 """
 
 from __future__ import annotations

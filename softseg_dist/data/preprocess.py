@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from softseg_dist.data.cases import Case, CaseData, LabelledCase
 from softseg_dist.data.geometry import Float32, Geometry, spacing_of
@@ -55,7 +55,7 @@ class Placement:
         x, y, z = fields["geometry"]["shape"]
         geometry = Geometry((x, y, z), np.asarray(fields["geometry"]["affine"], dtype=np.float64))
         slices = None if fields["slices"] is None else tuple(fields["slices"])
-        return cls(geometry, tuple(Axis(**axis) for axis in fields["axes"]), slices, fields.get("slice_axis", 2))
+        return cls(geometry, tuple(Axis(**axis) for axis in fields["axes"]), slices, fields["slice_axis"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +125,6 @@ class Preprocess(Frozen):
             if chosen != whole and self.dim == 3:
                 raise ValueError(f'{name}="{chosen}" is for dim=2; a volume is kept whole')
         return self
-
-    @model_serializer(mode="plain")
-    def _tagged(self) -> dict[str, Any]:
-        """Without the default axis, so that stores and runs from before it could be chosen are still those of their study."""
-        return {name: value for name, value in super()._tagged().items() if (name, value) != ("axis", "z")}
 
     @property
     def mask_parts(self) -> tuple[str, ...]:
@@ -226,10 +221,8 @@ class Preprocess(Frozen):
             if (total := float(weights.sum(dtype=np.float64))) > 0:
                 planes = zip(((1, 2), (0, 2), (0, 1)), weights.shape, strict=True)
                 return tuple(float(weights.sum(plane, dtype=np.float64) @ np.arange(n)) / total for plane, n in planes)
-        raise UserError(
-            f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there; name what is taken then, as in "
-            f'center="{self.center}|image", or leave the case out: exclude=("{case.name}",) of the data set'
-        )
+        to_do = f'name what is taken then, as in center="{self.center}|image", or leave the case out: exclude=("{case.name}",)'
+        raise UserError(f"{case.name}: the crop is to be centred on {self.center!r}, which is empty there; {to_do} of the data set")
 
     def _image(self, case: Case, volume: Float32, grid: Placement) -> Float32:
         """[C X Y Z] -> [N C *S], normalised and then padded by each channel's minimum."""
@@ -284,10 +277,8 @@ class Preprocess(Frozen):
             return every
         labelled = np.flatnonzero((raters > 0).any(axis=tuple(range(1, raters.ndim))))
         if not labelled.size and self.slices == "labelled":
-            raise UserError(
-                f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; "labelled|all" keeps all '
-                f'slices of such a case, exclude=("{case.name}",) of the data set leaves it out'
-            )
+            to_do = f'"labelled|all" keeps all slices of such a case, exclude=("{case.name}",) of the data set leaves it out'
+            raise UserError(f'{case.name}: slices="labelled" keeps none, as no slice has a label within the crop; {to_do}')
         return tuple(labelled.tolist()) or every
 
 

@@ -4,8 +4,6 @@ The file has one record batch per case and one row per item. Each column holds t
 (`nearest`: uint8), so any Arrow reader can open it. Column `own` has the raters' own masks, packed, in the first row of a case.
 What belongs to a case (names, shapes, placement) is JSON in the metadata of its batch; what belongs to the file is JSON in the
 metadata of the schema. Arrow writes batches one after the other, so a file that was cut off is read up to the cut.
-
-The fingerprint depends on the contents of all sources, the classes and the preprocessing, not on when or where it was built.
 """
 
 from __future__ import annotations
@@ -151,7 +149,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         yield record
 
 
-FORMAT = 3  # raised when the same sources and preprocessing would give other numbers, or could not be read
+FORMAT = 4  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
@@ -174,7 +172,7 @@ PartMap = Callable[[Callable[[Part], Path], Sequence[Part]], Generator[Path, Non
 
 
 def fingerprint(cases: Sequence[Case], data: DataSet, preprocess: Preprocess, sha256: Digest = sha256_of) -> str:
-    """16 hexadecimal digits that name the store of these cases under this preprocessing. Reads the sources."""
+    """16 hexadecimal digits that name the store of these cases under this preprocessing, whenever and wherever it is built."""
     return str(_about(data, preprocess, _origins(cases, preprocess, sha256))["fingerprint"])
 
 
@@ -251,9 +249,8 @@ class Store:
     def __init__(self, path: Path, reader: pa.RecordBatchFileReader) -> None:
         about = unsealed(reader.schema.metadata[KEY])
         if about["format"] != FORMAT:
-            maker = "softseg_dist 0.1" if about["format"] == 1 else "another version of softseg_dist"
-            to_do = "run or prepare the study again, which writes a new store beside it; then this one can be deleted"
-            raise UserError(f"{path} was made by {maker} (format {about['format']}, this version reads {FORMAT}): {to_do}")
+            other = f"another version of softseg_dist (format {about['format']}, this version reads {FORMAT})"
+            raise UserError(f"{path} was made by {other}: run or prepare the study again, then this file can be deleted")
         self.path = path
         self.fingerprint: str = about["fingerprint"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
@@ -313,7 +310,7 @@ class Store:
     @cached_property
     def has_ignored(self) -> bool:
         """Whether some case has voxels to ignore: NaN in its masks and targets."""
-        return any(record.about.get("ignored") for record in self._records)
+        return any(record.about["ignored"] for record in self._records)
 
     @cached_property
     def spacings_mm(self) -> tuple[tuple[float, float], ...]:

@@ -1,7 +1,5 @@
 """Fits in this process, one at a time, without Ray: breakpoints, profilers and tracebacks work as in any Python program.
 
-softseg run STUDY --local        # --debug runs so too, unless --address, --workers-per-fit or --fits-per-gpu is given
-
 Searcher, session, ledger, tracker and report are those of a run on Ray with one fit at a time, and so are the results. What ends
 a worker's process there, such as `os._exit` in a loss, ends this one. Time limits of fits do not hold here: a debugger needs time.
 """

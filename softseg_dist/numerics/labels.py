@@ -132,10 +132,8 @@ def check_fusion(value: str) -> str:
 def check_one_rater(candidate: str, fusion: str) -> None:
     """Raises UserError if the `fusion` of a candidate needs several raters: call it for data with one rater per case."""
     if fusion in (*STAPLE_FUSIONS, "random_rater"):
-        raise UserError(
-            f"candidate {candidate}: fusion {fusion!r} needs several raters, but no case has more than one; "
-            "use fusion='mean', which is then that rater's mask"
-        )
+        to_do = "use fusion='mean', which is then that rater's mask"
+        raise UserError(f"candidate {candidate}: fusion {fusion!r} needs several raters, but no case has more than one; {to_do}")
 
 
 def fuse(raters: Tensor, fusion: str, rater_names: Sequence[str], draw: int | None = None) -> Tensor:

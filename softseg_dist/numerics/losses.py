@@ -4,9 +4,7 @@ Legend: B batch, K classes, *S space (2 or 3 axes), M numbers to average. `predi
 [0, 1]; |.| of a map is its L1 norm. TP = sum p y, FP = sum p (1-y), FN = sum (1-p) y. Random raters: the target of a voxel
 is 1 in a share m of the draws, else 0; a loss elicits the prediction with the smallest expected loss.
 
-Every loss follows from means over the samples of a batch, most from the mean of one value per sample. So a batch may be
-split over workers: they add up their samples' numbers, and the loss of the total, with its gradients, is the loss of the
-whole batch. No loss waits for the device. Use float32 or float64.
+Every loss follows from means over the samples of a batch, which workers may share (see `Loss`). None waits for the device.
 
 Voxel-wise losses (AdaptiveWing, BCE, Focal, Brier, L1, Huber) are the mean of a distance between p and y. Overlap losses
 (the Dice family) are ratios of sums over the space of a sample and class. A ratio with the product p y has its minimum on a

@@ -89,10 +89,9 @@ class _UNetModule(nn.Module):
         size, shrink = image.shape[2:], 2 ** len(self.down)
         # A single voxel at the coarsest level has no variance for the normalisation.
         if min(size) < shrink or max(size) < 2 * shrink:
-            raise UserError(
-                f"a U-Net of {len(self.down) + 1} levels needs images of at least {shrink} voxels along every axis and "
-                f"{2 * shrink} along one, got {' x '.join(map(str, size))}: give it fewer filters or a larger crop or patch"
-            )
+            least = f"at least {shrink} voxels along every axis and {2 * shrink} along one, got {' x '.join(map(str, size))}"
+            to_do = "give it fewer filters or a larger crop or patch"
+            raise UserError(f"a U-Net of {len(self.down) + 1} levels needs images of {least}: {to_do}")
         maps = [self.first(image)]
         for down in self.down:
             maps.append(down(maps[-1]))

@@ -134,10 +134,9 @@ class Ledger:
             code = self.read("code.json") or {}
             if (before := self.read("study.json")) is not None:
                 if (made := code.get("numerics")) != softseg_dist.NUMERICS:
-                    maker = "softseg_dist 0.1" if made is None else "another version of softseg_dist"
-                    numbers = f"numerics {made or 0}, this version has {softseg_dist.NUMERICS}"
+                    other = f"another version of softseg_dist (numerics {made or 0}, this version has {softseg_dist.NUMERICS})"
                     to_do = "its results and new ones are not mixed, give the study a new name, or another --out"
-                    raise UserError(f"{self.folder} was made by {maker} ({numbers}): {to_do}")
+                    raise UserError(f"{self.folder} was made by {other}: {to_do}")
                 texts = (old, sources) if sources and (old := self.sources()) else None
                 refused, extended = study_changes(before, now, self.read("splits.json") or [], now_splits, texts)
                 known = self.holdout()

@@ -124,7 +124,11 @@ def interactions_answer(summary: Summary) -> str:
     if not shown:
         smallest = p_clause(min(i.p_holm for i in tested), "smallest Holm-corrected p")
         return f"No interaction of two factors was shown ({smallest}); small ones may exist."
-    parts = [_depends(i, summary) for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_QUOTED]]
+    parts = []
+    for i in sorted(shown, key=lambda i: i.p_holm)[:MOST_QUOTED]:
+        adds = f"{number(abs(i.crossed.mean))} {'more' if i.crossed.mean > 0 else 'less'} to {summary.objective.title}"
+        where = f"with {i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
+        parts.append(f"{i.level} instead of {i.base} adds {adds} {where}")
     more = f"; {count(len(shown) - MOST_QUOTED, 'more interaction')} in the table" if len(shown) > MOST_QUOTED else ""
     return f"Effects depend on each other, so averages over other factors mislead: {'; '.join(parts)}{more}."
 
@@ -168,12 +172,6 @@ def sites_answer(summary: Summary) -> str:
 def size_of(comparison: Comparison | Effect | Interaction) -> str:
     """Difference, interval and p of a comparison, a main effect or an interaction."""
     return effect_in_words(comparison.crossed, comparison.p_holm, "Holm-corrected p")
-
-
-def _depends(interaction: Interaction, summary: Summary) -> str:
-    i, more = interaction, "more" if interaction.crossed.mean > 0 else "less"
-    adds = f"{i.level} instead of {i.base} adds {number(abs(i.crossed.mean))} {more} to {summary.objective.title}"
-    return f"{adds} with {i.other_level} than with {i.other_base} ({i.factor} by {i.other}: {size_of(i)})"
 
 
 def _against_control(summary: Summary) -> str:

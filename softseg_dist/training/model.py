@@ -72,10 +72,9 @@ class Model(nn.Module):
         shape, is_tensor = (len(image), self.num_logits, *image.shape[2:]), isinstance(logits, Tensor)
         if not is_tensor or logits.shape != shape or not logits.is_floating_point():
             got = f"{logits.dtype} {tuple(logits.shape)}" if is_tensor else f"a {type(logits).__name__}"
-            raise UserError(
-                f"the network must return one float tensor of logits {shape} in {'training' if self.training else 'evaluation'}, "
-                f"got {got}; of several outputs, as with deep supervision, return the finest"
-            )
+            rule = f"one float tensor of logits {shape} in {'training' if self.training else 'evaluation'}"
+            to_do = "of several outputs, as with deep supervision, return the finest"
+            raise UserError(f"the network must return {rule}, got {got}; {to_do}")
         return logits.to(image.dtype)
 
     def forward(self, image: Tensor) -> Tensor:

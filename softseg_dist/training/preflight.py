@@ -1,10 +1,8 @@
 """Preflight: can these recipes be trained on this store, and can their uncertainty be measured?
 
-`preflight` runs before the first fit. It tries every recipe on two training items, in training and in evaluation, in a child
-process: a network may crash in compiled code or run out of memory, which ends its process. Every failure becomes one sentence that
-names the candidate. The child is a new interpreter that does not import the main module, so that notebooks, tests and scripts
-without `if __name__ == "__main__"` can start it. It reads its task from standard input and writes reports to standard output, one
-JSON list per line.
+Every recipe is tried on two training items, in training and in evaluation, in a child process: a network may crash in compiled code
+or run out of memory, which ends its process. A failure becomes a sentence that names the candidate. The child is a new interpreter
+without the main module, so that notebooks and scripts without `if __name__ == "__main__"` can start it.
 """
 
 from __future__ import annotations
@@ -238,10 +236,8 @@ def _check_last_bias(bias: Tensor | None, model: Model, image: Tensor, logits: T
     bias.add_(shift.flatten())
     moved = model.logits(image) - logits
     if moved.any() and not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * (1 + logits.abs().max().item())):
-        raise ValueError(
-            "last_bias of the network is not added last to its logits: remove an activation at its end, as the recipe's activation "
-            "follows; if another layer comes last, override last_bias in its class to return the bias of that one, or None"
-        )
+        to_do = "remove an activation at its end, as the recipe's follows; if another layer is last, override last_bias to return"
+        raise ValueError(f"last_bias of the network is not added last to its logits: {to_do} the bias of that one, or None")
 
 
 def _check_prediction(prediction: object, target: Tensor, mode: str) -> None:

@@ -103,7 +103,8 @@ def main(steps: int) -> None:
     rates = {name: statistics.mean((found[name][0], again[name][0])) for name in tasks}
     memory_gb = max(found["several"][1], again["several"][1])
     print(f"steps/s: {rates['several']:.2f} of several sizes, {rates['equal']:.2f} of equal ones; {memory_gb:.2f} GB")
-    maps = {name: alone(partial(predicted, name)) for name in ("ours", "monai")}
+    tried = [(name, alone(partial(predicted, name))) for name in ("ours", "monai") * 3]  # what else runs only adds
+    maps = {name: tuple(min(found[part] for way, found in tried if way == name) for part in (0, 1)) for name in ("ours", "monai")}
     for name, (seconds, gb) in maps.items():
         print(f"map of {TO_PREDICT} by {name}: {seconds:.1f} s, {gb:.2f} GB")
     figures = {

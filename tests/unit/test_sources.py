@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import pickle
 import subprocess
@@ -302,20 +303,15 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
 
 
-@pytest.mark.parametrize(
-    ("code", "maker"),
-    [({}, r"softseg_dist 0\.1 \(numerics 0"), ({"numerics": 99}, r"another version of softseg_dist \(numerics 99")],
-    ids=["0.1", "99"],
-)
-def test_a_run_of_other_numerics_is_refused_in_one_line_that_says_what_made_it(
-    tmp_path: Path, code: dict[str, int], maker: str
-) -> None:
+@pytest.mark.parametrize("code", [{}, {"numerics": 99}], ids=["0", "99"])
+def test_a_run_of_other_numerics_is_refused_in_one_line_that_says_so(tmp_path: Path, code: dict[str, int]) -> None:
     """Whatever else differs, such as a store that was prepared otherwise."""
     file = load(tmp_path)
     opened(tmp_path / "run", file)
     (tmp_path / "run/code.json").write_text(json.dumps(code))
     (tmp_path / "run/store.json").write_text(json.dumps({"fingerprint": "of a store of the old format"}))
-    with pytest.raises(UserError, match=f"run was made by {maker}, this version has {NUMERICS}") as refused:
+    other = f"another version of softseg_dist (numerics {code.get('numerics', 0)}, this version has {NUMERICS})"
+    with pytest.raises(UserError, match=re.escape(f"run was made by {other}")) as refused:
         opened(tmp_path / "run", file)
     assert "\n" not in str(refused.value)
     assert "->" not in str(refused.value)
