@@ -297,8 +297,6 @@ class LabelledCase(Case):
                 raters[r, k] = _label(values, mask, what)
         if self.ignore:
             raters[:, :, self._read_mask(self.ignore, IGNORED) > 0] = np.nan
-            if np.isnan(raters).all():
-                raise UserError(f"{self.name}: all voxels are to be ignored, so that none is labelled, in {self.ignore.path}")
         return CaseData(image, raters, None, geometry.canonical_affine, geometry)
 
     def mask(self, part: str) -> Float32:

@@ -160,6 +160,8 @@ class Preprocess(Frozen):
         raters = self._labels(drawn, grid, self.label_resampling, np.float32)
         if ignored.any():
             touched = self._labels(ignored.astype(np.float32), grid, self.label_resampling, np.float32) > TOUCHED
+            if touched.all():
+                raise UserError(f'{case.name}: every voxel is to be ignored; exclude=("{case.name}",) leaves the case out')
             np.copyto(raters, np.nan, where=touched[:, None, None])
         truth = None if data.truth is None else self._labels(data.truth, grid, self.label_resampling, np.float32)
         is_resampled = any(axis.is_resampled for axis in axes)

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -106,9 +106,9 @@ class Batches:
         """Share of foreground per class [K] over all training items, each whole and once, before augmentation and smoothing."""
         members = range(0, len(self.items), 1 if self.recipe.patch is None else self.recipe.patch.per_item)
         mean = torch.nanmean if self.store.has_ignored else torch.mean
-        total = sum(mean(self._item(0, member)[1].flatten(1), dim=1) for member in members)
-        assert isinstance(total, Tensor), "a split has training items"
-        return total / len(members)
+        means = [mean(self._item(0, member)[1].flatten(1), dim=1) for member in members]
+        known = [of_item for of_item in means if not of_item.isnan().any()]  # but for items to ignore as a whole
+        return reduce(torch.add, known) / len(known)
 
     def _augmented(self, epoch: int, members: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
         """Images and targets of `members`, each augmented and smoothed by itself in its own spacing, not joined yet."""

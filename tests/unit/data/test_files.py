@@ -67,8 +67,8 @@ def test_what_nobody_labelled_has_a_pattern_and_a_case_without_it_or_all_of_it_i
     assert lacks(data, tmp_path) == {"a": (), "b": (), "c": (f"case c has no {mask} in ROOT",)}
     one, other, _ = data.scan(None)
     assert np.array_equal(one.load().raters[0, 0], np.where((MAP == 1) | (MAP == 2), np.nan, 0), equal_nan=True)
-    with pytest.raises(UserError, match="b: all voxels are to be ignored"):
-        other.load()
+    with pytest.raises(UserError, match="b: every voxel is to be ignored; exclude="):
+        Preprocess(dim=2).apply(other)
     assert "no mask of voxels to ignore {case}_x.nii.gz" in message(data.replace(ignore="{case}_x.nii.gz"))
 
 

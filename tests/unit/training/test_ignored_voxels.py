@@ -39,8 +39,8 @@ EVERY_WAY = {
 }
 
 
-def store_of(folder: Path, below: float, *, ignored: bool = True, **preprocess: object) -> Store:
-    """Five cases of two raters, whose masks are `below` in half of the voxels to ignore; "b" has none of these."""
+def store_of(folder: Path, below: float, *, ignored: bool = True, slices: int = 0, **preprocess: object) -> Store:
+    """Five cases of two raters, whose masks are `below` in half of the voxels to ignore, and in slices; "b" has none of these."""
     rng = np.random.default_rng(0)
     for name in "abcde":
         label = np.zeros(SIZE, np.float32)
@@ -49,6 +49,8 @@ def store_of(folder: Path, below: float, *, ignored: bool = True, **preprocess: 
         if name != "b":
             files["known"][FROM:] = 255
             label[FROM:], label[FROM:, ::2] = 0, below
+            files["known"][..., :slices] = 255
+            label[..., :slices] = below
         files |= {"by-anna": label, "by-ben": np.roll(label, 1, axis=1)}
         for file, values in files.items():
             write_volume(folder / f"set/{name}_{file}.nii.gz", values, Geometry(SIZE, AFFINE))
@@ -85,9 +87,10 @@ def test_a_fit_does_not_depend_on_labels_that_are_to_be_ignored(tmp_path: Path, 
 
 def test_a_fit_of_patches_of_resampled_slices_does_not_either(tmp_path: Path) -> None:
     recipe = RECIPE.replace(patch=Patch(size=(8, 8), foreground=0.5), augment=EVERYTHING[:2])
-    stores = [store_of(tmp_path / str(below), below, dim=2, spacing_mm=(1.3, 0.8)) for below in (0.0, 1.0)]
+    stores = [store_of(tmp_path / str(below), below, slices=2, dim=2, spacing_mm=(1.3, 0.8)) for below in (0.0, 1.0)]
     (losses, rows), (others, other_rows) = (fitted(store, recipe, store.path.parent / "fit") for store in stores)
     assert losses == others
+    assert np.isfinite(losses).all()
     pd.testing.assert_frame_equal(rows, other_rows)
 
 
