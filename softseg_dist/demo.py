@@ -10,26 +10,10 @@ Result: No candidate was shown to beat the control hard-sigmoid-dice on Brier sk
         12 epochs at one learning rate a third of the fits have not converged: a demonstration, not a verdict.
 """
 
-from softseg_dist import (
-    AdaptiveWing,
-    Affine,
-    Dice,
-    MonteCarlo,
-    NormReLU,
-    Optim,
-    Phantom,
-    Preprocess,
-    Recipe,
-    Sigmoid,
-    Study,
-    UNet,
-    factorial,
-)
+from softseg_dist import AdaptiveWing, Affine, Dice, MonteCarlo, NormReLU, Optim, Phantom, Recipe, Sigmoid, Study, UNet, factorial
 
 BASE = Recipe(
     network=UNet(filters=(8, 16, 32)),
-    label="hard",
-    fusion="mean",
     augment=(Affine(degrees=20, scale=0.1, shift=0.03),),
     optim=Optim(lr=1e-2, epochs=12, batch_size=16),
 )
@@ -38,7 +22,6 @@ STUDY = Study(
     name="s001_quickstart",
     question="Which of SoftSeg's three changes (soft labels, NormReLU, Adaptive Wing loss) matters on a phantom with known truth?",
     data=Phantom(subjects=30),
-    preprocess=Preprocess(dim=2),
     splits=MonteCarlo(count=6),
     candidates=factorial(BASE, label=("hard", "soft"), activation=(Sigmoid(), NormReLU()), loss=(Dice(), AdaptiveWing())),
     control="hard-sigmoid-dice",

@@ -66,14 +66,14 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 def read_exactly(file: BinaryIO, num_bytes: int, path: Path, at_least: int | None = None) -> bytearray:
-    """`num_bytes` bytes, and not one more is inflated; fewer, but `at_least`, if the file ends there. Else UserError."""
+    """The next `num_bytes` bytes, and not one more is inflated; fewer, but `at_least`, if the file ends there. Else UserError."""
     data = bytearray()
     while len(data) < num_bytes and (chunk := file.read(min(CHUNK, num_bytes - len(data)))):
         data += chunk
     if len(data) < (num_bytes if at_least is None else at_least):
         if is_pointer := pointer(data):
             raise UserError(f"{path} is {is_pointer}")
-        raise UserError(f"{path} is cut off: {num_bytes} bytes were expected where {len(data)} are left")
+        raise UserError(f"{path} is cut off: {num_bytes} more bytes were expected where {len(data)} are left")
     return data
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from softseg_dist.data.geometry import Affine4, Geometry, Shape3, corners_apart_mm, spacing_of
+from softseg_dist.data.processes import free_bytes
 from softseg_dist.data.source_files import MAX_VOXELS, PICTURES, opened, part_of, pointer, read_exactly, read_picture, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.places import replace_file
@@ -106,30 +107,36 @@ def _stored(path: Path, raw: nib.Nifti1Header | None, geometry: Geometry, number
         pixels = read_picture(path)[3]
         yield from ((at, _finite(geometry.to_canonical(pixels[..., at].T), geometry, path)) for at in numbers)
         return
-    num_bytes = math.prod(geometry.shape) * int(raw.get_data_dtype().itemsize)
+    num_voxels, free = math.prod(geometry.shape), free_bytes()
+    if (needed := 4 * num_voxels) > free:  # as float32
+        raise UserError(f"{path} takes {needed / 2**30:.3g} GB of memory, {free / 2**30:.3g} GB are free: crop it, or free some")
     with opened(path) as (file, _):
         for at in numbers:
-            file.seek(int(raw["vox_offset"]) + at * num_bytes)
-            yield at, _scaled(read_exactly(file, num_bytes, path), raw, geometry, path)
+            file.seek(int(raw["vox_offset"]) + at * num_voxels * int(raw.get_data_dtype().itemsize))
+            yield at, _read(file, raw, geometry, path)
         read_exactly(file, 1, path, at_least=0)  # at the end of a gzip file this compares the checksum
 
 
-def _scaled(data: bytearray, raw: nib.Nifti1Header, geometry: Geometry, path: Path) -> Volume:
-    values: NDArray[Any] = np.frombuffer(data, raw.get_data_dtype()).reshape(geometry.shape, order="F")
-    slope, intercept = _scaling(raw, path)
+def _read(file: BinaryIO, raw: nib.Nifti1Header, geometry: Geometry, path: Path) -> Volume:
+    """The next volume of a file, plane by plane: no more than one is in memory beside it."""
+    data, kind, (slope, intercept) = np.empty(geometry.canonical_shape, np.float32), raw.get_data_dtype(), _scaling(raw, path)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused below
-        if (slope, intercept) != (1.0, 0.0):
-            values = values.astype(np.float64)
-            values *= slope
-            values += intercept
-            values[np.abs(values) <= SCALE_ROUNDING * abs(intercept)] = 0  # it was 0 before a tool chose this scale
-    return _finite(geometry.to_canonical(values), geometry, path)
+        for plane in np.moveaxis(geometry.from_canonical(data), 2, 0):
+            read = read_exactly(file, plane.size * kind.itemsize, path)
+            values: NDArray[Any] = np.frombuffer(read, kind).reshape(plane.shape, order="F")
+            if (slope, intercept) != (1.0, 0.0):
+                values = values.astype(np.float64)
+                values *= slope
+                values += intercept
+                values[np.abs(values) <= SCALE_ROUNDING * abs(intercept)] = 0  # it was 0 before a tool chose this scale
+            plane[...] = values
+    return _finite(data, geometry, path)
 
 
 def _finite(values: NDArray[Any], geometry: Geometry, name: object) -> Volume:
     """Canonical `values` as a volume; in float32 an overflow is infinite, which is refused."""
     with np.errstate(over="ignore", invalid="ignore"):
-        data = np.array(values, dtype=np.float32, order="C")
+        data = np.asarray(values, dtype=np.float32, order="C")
     low, high = float(data.min()), float(data.max())
     if not (low >= -MAX_VALUE and high <= MAX_VALUE):  # also if one is NaN
         if bad := int(data.size - np.count_nonzero(np.isfinite(data))):
