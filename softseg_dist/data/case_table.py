@@ -11,13 +11,11 @@ from typing import Any
 from pydantic import Field
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Spacing, folder_of, named_values, selected
-from softseg_dist.data.files import by_rater, center_mask
+from softseg_dist.data.files import IGNORE, by_rater, center_mask
 from softseg_dist.data.participants import UNKNOWN
 from softseg_dist.data.source_files import part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
-
-IGNORE = "ignore"  # the column of masks of what nobody labelled
 
 
 class Table(DataSet):

@@ -11,13 +11,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, Spacing, selected
-from softseg_dist.data.files import SUFFIXES, Files, contents
+from softseg_dist.data.files import IGNORE, SUFFIXES, Files, contents
 from softseg_dist.data.source_files import PICTURES
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
-
-IGNORE = "ignore"  # the label of nnU-Net for voxels that nobody labelled
 
 
 class Layout(Folder):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from softseg_dist.data.case_table import IGNORE, Table, read_table
+from softseg_dist.data.case_table import Table, read_table
 from softseg_dist.data.cases import RATER, SESSIONS, Case, DataSet, LabelledCase
 from softseg_dist.data.challenges import MSSEG, SCGM, BraTS, Decathlon, Layout, NnUNet, classes_of
-from softseg_dist.data.files import contents
+from softseg_dist.data.files import IGNORE, contents
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Bids, Name, by_folder, names_in
 from softseg_dist.data.volume import read_geometry, read_volume

@@ -36,6 +36,7 @@ from softseg_dist.words import count, listed
 
 PIECE = re.compile(r"\{(?P<name>[a-z]\w*)\}|(?P<star>\*)|(?P<text>[^{}*]+)", re.ASCII)  # of a pattern
 CHANNEL = "{channel}"
+IGNORE = "ignore"  # what nnU-Net's label and a table's column of the voxels to ignore are called
 SUFFIXES = (".nii", ".nii.gz")
 MISNAMED = {  # files of releases, and the names that they should have
     "BraTS20_Training_355/W39_1998.09.19_Segm.nii": "BraTS20_Training_355/BraTS20_Training_355_seg.nii"
