@@ -57,15 +57,18 @@ def ensemble_maps(model: Model, members: Sequence[Path], sample: Sample, device:
 
 
 def _soft_map(model: Model, image: Tensor) -> Tensor:
+    def network(part: Tensor) -> Tensor:
+        return model.logits(part.clone())  # a network may change its input in place, and patches overlap
+
     with apart_from_captures(image.device):
         image, place = filled_up(image, model.least_size)
         if model.patch is not None:
-            return model.activation(model.patch.stitch(model.logits, image)[place])
-        return model.activation(torch.cat([model.logits(part) for part in image.split(ITEMS_AT_ONCE)])[place])
+            return model.activation(model.patch.stitch(network, image)[place])
+        return model.activation(torch.cat([network(part) for part in image.split(ITEMS_AT_ONCE)])[place])
 
 
 def _image(sample: Sample, device: str) -> Tensor:
-    return torch.from_numpy(np.array(sample.image)).to(device)
+    return torch.from_numpy(np.require(sample.image, requirements=("C", "W"))).to(device)
 
 
 def _on_cpu(maps: Tensor) -> np.ndarray:

@@ -282,6 +282,18 @@ def test_the_activation_sees_the_whole_case(store: Store, over: str) -> None:
     np.testing.assert_allclose(predict_sample(patched, sample), predict_sample(whole, sample), atol=1e-6)
 
 
+@pytest.mark.parametrize("patch", [None, PATCH])
+def test_a_network_that_changes_its_input_in_place_changes_no_image(store: Store, patch: Patch | None) -> None:
+    sample = store.sample(0)
+    sample = replace(sample, image=np.array(sample.image))  # one that may be written is not copied
+    before, model = sample.image.copy(), passing_model(card_of(Preprocess(dim=3), classes=("a",)))
+    model.patch, model.activation = patch, NormReLU().build(1)
+    model.network.register_forward_pre_hook(lambda network, given: (given[0].mul_(2),))
+    prediction = predict_sample(model, sample)
+    assert np.array_equal(sample.image, before)
+    np.testing.assert_allclose(prediction, np.clip(before / before.max(), 0, 1), atol=1e-6)
+
+
 def test_uncertainty_asks_about_patches_too(store: Store) -> None:
     card, sample = card_of(Preprocess(dim=3)), store.sample(1)
     whole, patched = model_of(card), model_of(card)
