@@ -98,8 +98,8 @@ class Preprocess(Frozen):
         center: what the crop is centred on: "image" (its middle), "foreground" (the centre of the voxels that are
             brighter than the mean), or a mask as the data set names it, as in "seg-manual" for `Bids` (that mask's centre of
             mass). "seg-manual|image" takes the middle of the image where the mask is empty, as in a healthy control.
-        label_resampling: "area": along axes that get coarser the exact share of each new voxel that is labelled, so that
-            label x voxel volume adds up to the same; linear along the others. "linear": along all; lesions of few voxels
+        label_resampling: "area": the exact share of each new voxel that is labelled, along axes that get finer by linear
+            interpolation, so that label x voxel volume adds up to the same. "linear": at its centre; lesions of few voxels
             may vanish on a coarser grid. Images are always averaged along axes that get coarser, linear along the others.
         normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
             become 0 to 1, clipped; of the voxels that are not 0, if more than three quarters are), "none".

@@ -1,12 +1,13 @@
 """Resampling one axis at a time, by weights: linear, area or nearest, never a spline (splines leave [0, 1]).
 
-"area" and "average" weigh by the share of a new voxel that each old one covers, on axes that get coarser; on the others
-both are linear. They differ at the border only: there "area" counts what lies outside the old grid as 0, so that the sum of
-value x voxel size is kept, and "average" leaves it out, so that an image does not get darker.
+"area" and "average" weigh by the share of a new voxel that each old one covers, on axes that get coarser. At the border "area"
+counts what lies outside the old grid as 0, and "average" leaves it out, so that an image does not get darker. On axes that get
+finer "average" is linear, and "area" the mean of the linear interpolation over each new voxel. So "area" keeps the sum of value x
+voxel size on every axis.
 
-Both grids share their centre, and the new one covers the field of view of the old one: num_out = ceil(num_in * r_in /
-r_out). So new voxel j is centred at old index x_j = (j - (num_out - 1) / 2) * step + (num_in - 1) / 2, with step =
-r_out / r_in, and x_j never leaves [-1/2, num_in - 1/2].
+Both grids share their centre, and the new one covers the field of view of the old one: num_out = ceil(num_in * r_in / r_out).
+So new voxel j is centred at old index x_j = (j - (num_out - 1) / 2) * step + (num_in - 1) / 2, with step = r_out / r_in, and x_j
+never leaves [-1/2, num_in - 1/2].
 """
 
 from __future__ import annotations
@@ -87,15 +88,7 @@ class Axis:
 
 def linear_weights(centers: Float64, num_in: int) -> Float64:
     """[len(centers) num_in]: interpolation between the two nearest centres; constant beyond the outermost centres."""
-    clamped = np.clip(centers, 0, num_in - 1)
-    low = np.minimum(clamped.astype(np.int64), max(num_in - 2, 0))
-    share = clamped - low
-    weights = np.zeros((len(centers), num_in))
-    rows = np.arange(len(centers))
-    weights[rows, low] = 1 - share
-    if num_in > 1:
-        weights[rows, low + 1] = share
-    return weights
+    return np.maximum(0, 1 - np.abs(np.clip(centers, 0, num_in - 1)[:, None] - np.arange(num_in)))
 
 
 def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
@@ -107,6 +100,14 @@ def area_weights(centers: Float64, num_in: int, step: float) -> Float64:
     edges = np.arange(num_in) - 0.5
     overlap = np.minimum(end[:, None], edges + 1) - np.maximum(begin[:, None], edges)
     return np.maximum(overlap, 0) / step
+
+
+def interpolated_area_weights(centers: Float64, num_in: int, step: float) -> Float64:
+    """The same for step <= 1: the mean over each new voxel of `linear_weights`; nothing lies outside the old grid."""
+    begin, end = (np.clip(centers + side * step / 2, -0.5, num_in - 0.5) for side in (-1, 1))
+    kink = np.clip(np.ceil(begin), begin, end)  # of the interpolation: a new voxel has one old centre at most
+    first, middle, last = (linear_weights(place, num_in) for place in (begin, kink, end))
+    return ((kink - begin)[:, None] * (first + middle) + (end - kink)[:, None] * (middle + last)) / (2 * step)
 
 
 def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Float32:
@@ -124,8 +125,7 @@ def resample(volume: NDArray[Any], axes: Sequence[Axis], method: Method) -> Floa
     cropped = volume[(..., *(slice(*axis.kept) if m is None else slice(None) for axis, m in zip(axes, matrices, strict=True)))]
     if all(m is None for m in matrices):
         return np.ascontiguousarray(cropped, dtype=np.float32)
-    kept = tuple(axis.kept[1] - axis.kept[0] for axis in axes)
-    result = np.empty((*volume.shape[:lead], *kept), dtype=np.float32)
+    result = np.empty((*volume.shape[:lead], *(axis.kept[1] - axis.kept[0] for axis in axes)), dtype=np.float32)
     for index in np.ndindex(volume.shape[:lead]):  # one channel at a time: the sums are made in float64
         result[index] = _apply(cropped[index], matrices)
     return result
@@ -165,9 +165,9 @@ def _way_back(axis: Axis) -> tuple[slice, Float32 | None]:
 
 def _weights(axis: Axis, method: Literal["linear", "area", "average"]) -> Float64:
     centers = axis.centers()[slice(*axis.kept)]
-    if method == "linear" or axis.step <= 1:
+    if method == "linear" or (method == "average" and axis.step <= 1):
         return linear_weights(centers, axis.num_in)
-    weights = area_weights(centers, axis.num_in, axis.step)
+    weights = (area_weights if axis.step > 1 else interpolated_area_weights)(centers, axis.num_in, axis.step)
     return weights if method == "area" else weights / weights.sum(axis=1, keepdims=True)
 
 
