@@ -130,6 +130,7 @@ def run_prepared(
         held_out = study.held_out(prepared.sites)
         for line in ledger.open_study(study, splits, prepared.store.fingerprint, held_out, file.sources):
             progress.note(f"extended: {line}")
+        file.sources.record_as_run()
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
         _describe(run, copy.folder, file, prepared, options, cautions)
@@ -234,16 +235,19 @@ def pulled(run: str | Path) -> WorkingCopy:
     return copy
 
 
-def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progress: Progress) -> Path:
+def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progress: Progress, trust: bool = False) -> Path:
     """Train a candidate of a run, by default its winner, on all subjects; returns the model's folder.
 
     That of the winner is `model` in the run folder, that of another candidate `model-<name>`.
-    Raises UserError if the run has no such candidate, or its store is not to be had any more.
+    The code of the study is executed if this user has run it on this machine, or with `trust`.
+    Raises UserError if not, if the run has no such candidate, or its store is not to be had any more.
     """
     copy = pulled(run)
     loaded, ledger = load_run(copy.folder), Ledger(run)
     winner = summarise(loaded).winner.name
     if sources := ledger.sources():
+        if not trust:
+            sources.check_trusted(run, "training a model")
         load_sources(sources)  # as the study was run, for its own classes
     if loaded.study.get("predictions"):
         raise UserError(f"{run}: these predictions were made elsewhere: there is nothing to train")

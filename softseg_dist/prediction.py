@@ -96,7 +96,7 @@ def load_model(path: str | Path, candidate: str | None = None, *, device: str = 
         path: the folder.
         candidate: candidate of a run folder whose model is used; None: the winner.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        trust: execute the study file that the model carries, if its network is defined there.
+        trust: execute the study file that the model carries, if its network is defined there and you have not run it yourself.
 
     Raises UserError if there is no such model, or it cannot be used.
     """
@@ -209,8 +209,7 @@ def _load(folder: Path, card: ModelCard, trust: bool) -> Model:
         if card.study_source is None:
             raise UserError(f"{folder}: its network is defined in the study file of {card.study}, which it does not carry")
         if not trust:
-            code = f"its network is code in {', '.join(card.study_source.texts)}, which predicting executes"
-            raise UserError(f"{folder}: {code}; if you trust the origin of this model, give --trust (in Python: trust=True)")
+            card.study_source.check_trusted(folder, "predicting")
         load_sources(card.study_source)
     return read_model(folder, card)
 

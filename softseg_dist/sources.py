@@ -9,11 +9,15 @@ from __future__ import annotations
 import ast
 import builtins
 import difflib
+import hashlib
 import importlib.machinery
+import json
+import os
 import symtable
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +75,25 @@ class Sources:
         """Files by the names of their modules, "lab.losses" -> "lab/losses.py"; that of the study file is its stem."""
         return {Path(file).stem if file == self.study else module_name(file): file for file in self.texts}
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all texts and their names."""
+        return hashlib.sha256(json.dumps([self.study, *sorted(self.texts.items())]).encode()).hexdigest()
+
+    def record_as_run(self) -> None:
+        """Add them to what this user has run on this machine; where that cannot be kept, `check_trusted` asks."""
+        with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+            if self.digest not in _digests_run():
+                _runs_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with open(_runs_file(), "a", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                    file.write(f"{self.digest}\n")
+
+    def check_trusted(self, where: str | Path, doing: str) -> None:
+        """Raise UserError if they come from `where` and this user has not run them on this machine: `doing` executes them."""
+        if self.texts and self.digest not in _digests_run():
+            code = f"{doing} executes its code ({', '.join(self.texts)}), which you have not run on this machine"
+            raise UserError(f"{where}: {code}; if you trust its origin, give --trust (in Python: trust=True)")
+
     def reached(self, module: str, name: str) -> dict[Key, Definition]:
         """The definition `name` of a module, and all that it reaches through the names that it uses; keys are (file, name).
 
@@ -116,6 +139,16 @@ class Sources:
             if not hasattr(builtins, head):
                 for star in here.stars:
                     yield from self._resolve_in(star, chain, seen)
+
+
+def _runs_file() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "softseg" / "sources_run"
+
+
+def _digests_run() -> set[str]:
+    with suppress(OSError, RuntimeError):
+        return set(_runs_file().read_text(encoding="ascii", errors="replace").split())
+    return set()
 
 
 class Definition(NamedTuple):

@@ -151,7 +151,11 @@ def init(
     if file.exists():
         raise UserError(f"{file} exists already: give another name with --out, or remove it")
     contents = look_at(folder)
-    text, console, table = study_source(contents, file), Console(), Table("", "", box=None, pad_edge=False, show_header=False)
+    text, console, table = (
+        study_source(contents, file),
+        Console(markup=False, emoji=False),
+        Table("", "", box=None, pad_edge=False, show_header=False),
+    )
     for what, found in facts(contents):
         table.add_row(what, found)
     console.print(table)
@@ -304,7 +308,7 @@ def status(run: RunArg, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
     else:
-        show(found, Console(highlight=False, soft_wrap=True))
+        show(found, Console(markup=False, emoji=False, highlight=False, soft_wrap=True))
 
 
 @app.command()
@@ -357,7 +361,7 @@ def _places(finished: Finished) -> Iterator[str]:
 
 
 def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, first: Sequence[str]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, emoji=False, soft_wrap=True, highlight=False)
     candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
     tuning = f", {plan.tuning} fits for learning rates before" if plan.tuning else ""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, say
+from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, Trust, say
 
 
 def refit(
@@ -19,13 +19,14 @@ def refit(
     address: Address = None,
     max_wait: MaxWait = None,
     local: Local = False,
+    trust: Trust = False,
 ) -> None:
     """Train a final model: a candidate of a run on all subjects that are not held out."""
     from softseg_dist.engine.progress import PlainLines
     from softseg_dist.pipeline import RunOptions, refit_run
 
     options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait, local=local)
-    typer.echo(str(refit_run(run, candidate, options, PlainLines(sys.stdout))))
+    typer.echo(str(refit_run(run, candidate, options, PlainLines(sys.stdout), trust)))
 
 
 def predict(
@@ -40,7 +41,7 @@ def predict(
     uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy (bits) over several maps")] = False,
     samples: Annotated[int | None, typer.Option(min=2, help="Number of predictions of one model for --uncertainty")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one")] = "auto",
-    trust: Annotated[bool, typer.Option("--trust", help="Execute the model's study file, if it defines the network")] = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Predict the soft maps of new images with a study's model, on the grids of the images."""

@@ -18,6 +18,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Run 2 splits, 2 epochs and
 Local = Annotated[bool, typer.Option("--local", help="Run one fit at a time in this process, without Ray; breakpoints work")]
 MaxWait = Annotated[float | None, typer.Option(min=0, help="Seconds to wait for a machine; default: 600 where a cluster grows")]
 FitsPerGpu = Annotated[int | None, typer.Option(min=1, help="Fits that share a GPU in one process")]
+Trust = Annotated[bool, typer.Option("--trust", help="Execute the study's code, although you have not run it on this machine")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[str | None, typer.Option(help="A running Ray: auto (of this machine) or HOST:PORT; default: start one here")]
 

@@ -133,7 +133,8 @@ class LiveTable(Progress):
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__(stream)
-        self._live = Live(console=Console(file=stream), get_renderable=self.render, refresh_per_second=4, transient=False)
+        console = Console(file=stream, markup=False, emoji=False)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
 
     @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
@@ -142,7 +143,7 @@ class LiveTable(Progress):
 
     @override
     def note(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, highlight=False)
 
     @override
     def close(self) -> None:

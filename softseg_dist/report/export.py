@@ -21,8 +21,9 @@ from softseg_dist.words import count, interval, number, p_value
 ESCAPED = str.maketrans(
     {character: f"\\{character}" for character in "_%&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "³": "$^3$"}
+    | {"|": r"\textbar{}", "−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "³": "$^3$"}
 )
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a text that begins so is executed by spreadsheets
 
 
 def csv_tables(summary: Summary) -> dict[str, str]:
@@ -71,7 +72,8 @@ def csv_tables(summary: Summary) -> dict[str, str]:
 
 def _flat(row: Any) -> dict[str, Any]:
     """The leaves of a row; the texts of a list, such as the warnings of a test, are one text."""
-    return {key: "; ".join(map(str, value)) if isinstance(value, list) else value for key, value in leaves(plain(row))}
+    joined = ((key, "; ".join(map(str, value)) if isinstance(value, list) else value) for key, value in leaves(plain(row)))
+    return {key: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value for key, value in joined}
 
 
 def latex(summary: Summary) -> str:

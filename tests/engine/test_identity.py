@@ -83,6 +83,8 @@ def test_helper_modules_travel_and_an_edit_is_refused_or_runs_beside(tmp_path: P
     image = tmp_path / "elsewhere/new.nii.gz"
     nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(16, 16, 2)).astype(np.float32), np.eye(4)), image)
     command = ["predict", run / "model", image, "--out", tmp_path / "maps"]
-    assert "lab/networks.py" in softseg_here(*command, cwd=image.parent).stderr
-    predicted = softseg(*command, "--trust", cwd=image.parent)
+    with pytest.MonkeyPatch.context() as of_another_user:
+        of_another_user.setenv("XDG_CONFIG_HOME", str(tmp_path))
+        assert "lab/networks.py" in softseg_here(*command, cwd=image.parent).stderr
+    predicted = softseg(*command, cwd=image.parent)
     assert predicted.returncode == 0, predicted.stderr

@@ -331,7 +331,7 @@ def test_an_image_that_is_too_small_for_the_network_is_named(tmp_path: Path) -> 
     assert re.search("small.nii.gz: a U-Net of 5 levels needs images of at least 16 voxels .* got 14 x 12", done.error)
 
 
-def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> None:
+def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "from torch import nn\nfrom softseg_dist import Network\n\n\nclass Pointwise(Network):\n"
     text += "    def build(self, i, o, dim):\n        return nn.Conv2d(i, o, 1)\n"
     recipe = {"network": {"type": "s000_pointwise:Pointwise"}, "activation": {"type": "Sigmoid"}}
@@ -342,6 +342,9 @@ def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path) -> Non
     images, out = [[scan(tmp_path / "a.nii")]], tmp_path / "out"
     assert "give --trust" in refused(model, images, out)
     assert not [cls for cls in Network.__subclasses__() if cls.__name__ == "Pointwise"], "nothing of it has been run"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    card.study_source.record_as_run()  # as `softseg run` does
+    assert next(iter(predict_images(model, images, out))).maps
     (done,) = predict_images(model, images, out, trust=True)
     assert done.error == ""
     card_alone = json.loads((model / CARD).read_text()) | {"study_source": None}

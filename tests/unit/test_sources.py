@@ -20,7 +20,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import code_of, digest
 from softseg_dist.pipeline import RunOptions, refit_run, report_run
 from softseg_dist.record.ledger import Ledger
-from softseg_dist.sources import code_changes
+from softseg_dist.sources import Sources, code_changes
 from softseg_dist.study_file import StudyFile, load_study
 
 STUDY = """
@@ -299,8 +299,33 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
     (run / f"sources/{digest(text)}.py").write_text(text)
     (run / "code.json").write_text(json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]}))
     assert report_run(run).is_file()
-    with pytest.raises(UserError, match=r"s\.py, line 1: RuntimeError: the report runs"):
+    with pytest.raises(UserError, match=r"executes its code \(s\.py\), which you have not run on this machine; .* give --trust"):
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
+    with pytest.raises(UserError, match=r"s\.py, line 1: RuntimeError: the report runs"):
+        refit_run(run, None, RunOptions(), PlainLines(sys.stderr), trust=True)
+
+
+def test_code_is_trusted_that_this_user_has_run_to_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    ran, other = Sources("s.py", {"s.py": "STUDY = 1", "h.py": ""}), Sources("s.py", {"s.py": "STUDY = 1 ", "h.py": ""})
+    for _ in range(2):
+        ran.record_as_run()
+    ran.check_trusted("run", "training")
+    (kept,) = (tmp_path / "config/softseg").iterdir()
+    assert kept.read_text().split() == [ran.digest]
+    assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    with pytest.raises(UserError, match=r"^run: training executes its code \(s.py, h.py\), which you have not run"):
+        other.check_trusted("run", "training")
+    Sources("", {}).check_trusted("run", "training")  # a study of the package alone
+
+
+def test_where_nothing_can_be_kept_all_code_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    ran = Sources("s.py", {"s.py": "STUDY = 1"})
+    ran.record_as_run()
+    with pytest.raises(UserError, match="give --trust"):
+        ran.check_trusted("run", "training")
 
 
 @pytest.mark.parametrize("code", [{}, {"numerics": 99}], ids=["0", "99"])

@@ -54,6 +54,14 @@ def test_what_does_not_exist_is_an_empty_field(tmp_path: Path):
     assert "nan" not in (folder / "report" / "tests.csv").read_text().lower()
 
 
+@pytest.mark.parametrize("text", ["=HYPERLINK(A1)", "+1", "-1+2", "@SUM(A1)", "\t=1"])
+def test_a_text_that_a_spreadsheet_would_execute_is_quoted(tmp_path: Path, text: str):
+    folder = write_run(tmp_path, candidates=CELLS[:1], proposed=[text], num_splits=2)
+    cells = [cell for path in csv_of(folder) for cell in pd.read_csv(path).to_numpy().ravel() if isinstance(cell, str)]
+    assert f"'{text}" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t"))]
+
+
 def test_latex_needs_no_package_and_says_n(summary: Summary):
     text = latex(summary)
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
