@@ -121,11 +121,16 @@ def open_study(study: str | Path | Study, debug: bool = False) -> StudyFile:
 
 
 def run_file(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Finished | Nested:
-    """Run a loaded study, nested or not; `progress` makes a display for each search."""
+    """Run a loaded study, nested or not; `progress` makes a display for each search.
+
+    Raises KeyboardInterrupt if SIGINT, SIGTERM or SIGHUP comes before the run folder is open.
+    """
+    from softseg_dist.engine.session import interruptible
     from softseg_dist.nested import run_nested
     from softseg_dist.pipeline import run_study
 
-    return run_study(file, options, progress()) if file.study.nested is None else run_nested(file, options, progress)
+    with interruptible():
+        return run_study(file, options, progress()) if file.study.nested is None else run_nested(file, options, progress)
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray
 from softseg_dist.engine.final_model import make_model
 from softseg_dist.engine.finalists import ENSEMBLE, HOLDOUT, measure_ensembles, open_holdout
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.session import Outcome, run_search
+from softseg_dist.engine.session import Outcome, interruptible, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Place, make_folder
@@ -256,7 +256,8 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     resources, backend = resources_of(study, options), backend_of(options)
     context = RunContext(study, ledger.splits(), prepared, ledger, copy, resources, backend, progress, sources=sources)
     name = candidate or winner
-    model = make_model(context, name, copy.folder / (MODEL if name == winner else f"{MODEL}-{name}"))
+    with interruptible():
+        model = make_model(context, name, copy.folder / (MODEL if name == winner else f"{MODEL}-{name}"))
     copy.push(model.name)
     return model
 

@@ -22,7 +22,21 @@ from rich.table import Table
 import softseg_dist
 from softseg_dist.cli.compare import compare, evaluate
 from softseg_dist.cli.models import predict, refit
-from softseg_dist.cli.options import Address, DataRoot, Debug, FitsPerGpu, Json, Local, MaxWait, Out, RunArg, Stores, StudyArg, say
+from softseg_dist.cli.options import (
+    Address,
+    DataRoot,
+    Debug,
+    FitsPerGpu,
+    Json,
+    Local,
+    MaxWait,
+    Out,
+    Patient,
+    RunArg,
+    Stores,
+    StudyArg,
+    say,
+)
 from softseg_dist.cli.submit import after_debug, submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
 from softseg_dist.words import command, count, listed, next_command
@@ -44,6 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = "Interrupted; the same command continues it."
 PRICES = Path("cluster/prices.yaml")
 MAX_SHOWN = 24  # cases on the montage of `softseg check`
 MAX_PROBLEMS = 10  # lines of `softseg init`
@@ -112,7 +127,11 @@ def run(
         debug=debug,
     )
     live = not options.in_process
-    ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json, live=live))
+    try:
+        ended = run_file(open_study(study, debug), options, lambda: progress_for(sys.stdout, as_json=as_json, live=live))
+    except KeyboardInterrupt:  # before the run folder was open
+        typer.echo(json.dumps({"end": "interrupted"}) if as_json else INTERRUPTED)
+        raise typer.Exit(130) from None
     end, text, code = _end(ended.outcome)
     if isinstance(ended, Nested):
         places = {"run": ended.folder, "reports": [run.report for run in ended.runs], **ended.record}
@@ -332,7 +351,7 @@ app.command()(submit)
 def _end(outcome: Outcome) -> tuple[str, str, int]:
     """How a run ended, for JSON and as a sentence, and the exit code."""
     if outcome.interrupted:
-        return "interrupted", "Interrupted; the same command continues it.", 130
+        return "interrupted", INTERRUPTED, 130
     if outcome.failed or outcome.unfinished:
         return "failed", "Some fits failed.", 1
     return "done", "Done.", 0
@@ -391,6 +410,7 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, firs
 
 def main() -> None:
     """The command `softseg`."""
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         app()
     except (UserError, OSError) as error:

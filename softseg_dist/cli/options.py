@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +23,32 @@ FitsPerGpu = Annotated[int | None, typer.Option(min=1, help="Fits that share a G
 Trust = Annotated[bool, typer.Option("--trust", help="Execute the study's code, although you have not run it on this machine")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
 Address = Annotated[str | None, typer.Option(help="A running Ray: auto (of this machine) or HOST:PORT; default: start one here")]
+
+
+class Patient:
+    """A stream that goes mute when it cannot be written any more (`| head`, a lost terminal), so that what runs goes on."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of a file."""
+        return self._tried(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        """As of a file."""
+        self._tried(self._stream.flush)
+
+    def _tried(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError:  # what is left in its buffer, and what child processes write, goes nowhere, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def say(level: Literal["error", "warning"], message: str) -> None:

@@ -11,8 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.progress import Progress
@@ -25,6 +23,7 @@ from softseg_dist.study import Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the end of a job or machine, a lost terminal
 HOPELESS = 3  # so many fits given up, and none ended: the cause is not the fit
 
 
@@ -320,20 +319,39 @@ def _explained(error: OSError) -> UserError:
 
 @contextmanager
 def signals(session: Session) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops the session after checkpoints, the second one at once. Only a main thread can do that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """The first signal of `ENDING` stops the session after checkpoints, the second one at once."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop() -> None:
         if session.interrupted:
             raise KeyboardInterrupt
         session.stop()
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before: list[Callable[[int, FrameType | None], Any] | int | None] = [signal.signal(kind, stop) for kind in kinds]
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal of `ENDING` raises KeyboardInterrupt in the block, but where `signals` hold."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at the signals of `ENDING` that are not ignored, as `nohup` does. Only a main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {kind: handler for kind in ENDING if (handler := signal.getsignal(kind)) not in (signal.SIG_IGN, None)}
     try:
+        for kind in before:
+            signal.signal(kind, lambda number, frame: stop())
         yield
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
