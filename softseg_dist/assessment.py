@@ -7,7 +7,6 @@ several fits that predict a case, in splits or repeats, it has the mean of what 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +38,7 @@ from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
 from softseg_dist.report.tables import summarise
+from softseg_dist.sealed import is_intact
 from softseg_dist.study import Study, check_name
 from softseg_dist.training.task import FitResult
 from softseg_dist.words import listed
@@ -274,13 +274,16 @@ def _judge_case(yardstick: Yardstick, values: Values, folder: Path, task: tuple[
     origin = [*case.sources(), case.subject, case.rater_names, str(yardstick), *own_code, str(values), str(softseg_dist.NUMERICS)]
     for head, files in units:
         try:
-            name = digest(canonical_json([origin, [sha256_of(path) for path in files]]))
+            read = [sha256_of(path) for path in files]
+            name = digest(canonical_json([origin, read]))
             rows = folder / "fits" / head.candidate / f"{head.split:03d}" / "judged" / f"{case.name}-{name}.parquet"
-            if not rows.exists():
+            if not is_intact(rows, name):
                 data = data or case.load()
                 measured = judge(read_maps(files, data.geometry, values), OwnMasks.of(data), case.rater_names, yardstick, (FIXED,))
+                if read != [sha256_of(path) for path in files]:
+                    raise UserError(f"{listed(files)} changed while it was read; run again when it stays as it is")
                 rows.parent.mkdir(parents=True, exist_ok=True)
-                write_rows(head.rows(measured), rows)
+                write_rows(head.rows(measured), rows, name)
             done.append(rows)
         except UserError as error:
             done.append(f"{head.candidate}: {error}")
@@ -293,7 +296,7 @@ def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, rows: pd.D
     splits = asked.splits or (Split(index=0, test=tuple(sorted({subject_of[case] for _, case in wanted}))),)
     rows = rows[pd.MultiIndex.from_frame(rows[["split", "case"]]).isin(list(wanted))]
     rows = rows.groupby(KEPT, observed=True, dropna=False, sort=False)["value"].mean().reset_index().assign(repeat=0)
-    write_frame(rows, folder / "results.parquet")
+    write_frame(rows, folder / "results.parquet", ledger.seal_of("results.parquet"))
     scores = soft_scores(rows, row_of(asked.study["objective"]).name)
     for number, name in enumerate(asked.candidates):
         ledger.write_candidate(CandidateRecord(name=name, origin="fixed", number=number, recipe={}))
@@ -304,4 +307,4 @@ def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, rows: pd.D
     data = facts_of(asked.cases, yardstick.classes, yardstick.mean_volumes_mm3)
     written = {"study.json": asked.study, "splits.json": [json_of(split) for split in splits]}
     for file, content in (written | {"run.json": provenance(asked.options.command) | {"data": data}}).items():
-        (ledger.place / file).write(json.dumps(content, indent=1).encode())
+        ledger.write(file, content)

@@ -8,7 +8,6 @@ whole procedure is worth, search included; each outer split may have another win
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from softseg_dist.places import Place, make_folder
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.report.scores import mean_of, soft_scores
+from softseg_dist.sealed import checked
 from softseg_dist.study import WINNER, Study
 from softseg_dist.study_file import StudyFile
 from softseg_dist.words import number
@@ -87,7 +87,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
                 if (found := _outer_winner(one, split.index, name, run)) is not None:
                     outer.append(found[0])
                     tables.append(found[1])
-                    _write(copy, record, tables)
+                    _write(ledger, copy, record, tables)
                     shown.note(_line(found[0], study.control))
         except KeyboardInterrupt:  # between two searches
             interrupted = True
@@ -105,7 +105,7 @@ def _outer_winner(study: Study, split: int, name: str, run: Place) -> tuple[dict
     if holdout is None or not holdout.opened:
         return None
     winner, control = holdout.opened[-1].winner, study.control
-    rows = pd.read_parquet(WorkingCopy((run / name).uri).folder / HOLDOUT)
+    rows = pd.read_parquet(checked(WorkingCopy((run / name).uri).folder / HOLDOUT, ledger.seal_of(HOLDOUT)))
     scores = soft_scores(rows, study.objectives[0].row.name)
 
     def known(candidate: str) -> float | None:
@@ -141,7 +141,8 @@ def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
     return means.assign(candidate=label, split=split, repeat=0, subset="test", grid="own")
 
 
-def _write(copy: WorkingCopy, record: dict[str, Any], tables: list[pd.DataFrame]) -> None:
-    write_frame(pd.concat(tables, ignore_index=True).assign(study=record["study"]), copy.folder / "outer.parquet")
-    Place.at(copy.folder / "outer.json").write(json.dumps(record, indent=1).encode())
-    copy.push("outer.parquet", "outer.json")
+def _write(ledger: Ledger, copy: WorkingCopy, record: dict[str, Any], tables: list[pd.DataFrame]) -> None:
+    rows, name = pd.concat(tables, ignore_index=True).assign(study=record["study"]), "outer.parquet"
+    write_frame(rows, copy.folder / name, ledger.seal_of(name))
+    copy.push(name)
+    ledger.write("outer.json", record)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome, interruptible, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables
-from softseg_dist.places import Place, make_folder
+from softseg_dist.places import Place, make_folder, sweep_partials
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL
@@ -35,17 +35,18 @@ from softseg_dist.report.page import outer_json, summary_json, write_outer_page,
 from softseg_dist.report.pictures import choose_overlays
 from softseg_dist.report.run_folder import load_outer, load_run
 from softseg_dist.report.tables import summarise
+from softseg_dist.sealed import KEEPER, Damaged
 from softseg_dist.search.candidate import is_tuning
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
 from softseg_dist.training.preflight import preflight, start_child
-from softseg_dist.training.task import cases_path
+from softseg_dist.training.task import cases_path, vouched
 
 PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
 
-RECORDS = ("study.json", "splits.json", "run.json", "holdout.json", "outer.json")
+RECORDS = (KEEPER, "study.json", "splits.json", "run.json", "holdout.json", "outer.json")
 TABLES = ("results.parquet", ENSEMBLE, "outer.parquet", HOLDOUT)
 REPORTED = (*RECORDS, *TABLES, "fits/*/*.json", "fits/*/*/history.jsonl", "fits/*/*/cases.parquet")  # what a report is made of
 MODEL = "model"  # the folder of the winner, trained on all subjects
@@ -127,14 +128,15 @@ def run_prepared(
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():
+        sweep_partials(copy.folder)
         held_out = study.held_out(prepared.sites)
         for line in ledger.open_study(study, splits, prepared.store.fingerprint, held_out, file.sources):
             progress.note(f"extended: {line}")
         file.sources.record_as_run()
         copy.pull("mlflow_run", "mlflow.db", SPOOL)
         run_id_of(copy.folder)
-        _describe(run, copy.folder, file, prepared, options, cautions)
-        copy.push("mlflow_run", "run.json")
+        ledger.write("run.json", _described(run, file, prepared, options, cautions))
+        copy.push("mlflow_run")
         tracker = Tracker(options.tracking_uri, copy.folder, study, run.uri)
         tracker.data_set(type(study.data).__name__, prepared.store.digest, prepared.uri)
         backend = backend_of(options)
@@ -144,23 +146,27 @@ def run_prepared(
 
 def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
     """Search, and when the search is complete, all that follows from it."""
-    copy = context.copy
+    copy, again = context.copy, set[str]()
     status, page, model, outcome = "FAILED", None, None, Outcome(0, 0, 0, interrupted=True)
     try:
         with context.backend.held():
-            outcome = run_search(context)
-            status = "KILLED" if outcome.interrupted else "FINISHED"
-            if _collect(copy):
-                winner = summarise(load_run(copy.folder)).winner.name
-                open_holdout(context, winner, outcome)
-                measure_ensembles(context, winner, outcome)
-                page = _page(copy)
-                for path in sorted(page.parent.iterdir()):
-                    tracker.artifact(path, "report")
-                if final_model and not (outcome.interrupted or outcome.unfinished):
-                    model = make_model(context, winner, copy.folder / MODEL)
-                    copy.push(MODEL)
-                    tracker.model(model)
+            while page is None:
+                outcome = run_search(context)
+                status = "KILLED" if outcome.interrupted else "FINISHED"
+                try:
+                    if not _collect(copy):
+                        break
+                    page, model = _conclude(context, tracker, outcome, final_model)
+                except Damaged as damage:
+                    context.progress.note(str(damage))
+                    if outcome.interrupted:  # the next run makes it again
+                        break
+                    if not damage.fit or damage.fit in again:
+                        raise
+                    again.add(damage.fit)
+                    context.ledger.forget(damage.fit)
+                    if copy.place.path is None:  # it may only be this machine's copy that is damaged
+                        shutil.rmtree(copy.folder / "fits" / damage.fit, ignore_errors=True)
     except KeyboardInterrupt:  # before or after the search: the next run goes on there
         status, outcome = "KILLED", replace(outcome, interrupted=True)
     finally:
@@ -168,6 +174,22 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
             context.progress.note(line)
         copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
     return Finished(context.ledger.folder, outcome, page, model, str(without_password(tracker.uri)))
+
+
+def _conclude(context: RunContext, tracker: Tracker, outcome: Outcome, final_model: bool) -> tuple[Path, Path | None]:
+    """Held-out subjects, ensembles, report and model; returns page and model. Raises Damaged if what a fit has left is damaged."""
+    copy, model = context.copy, None
+    winner = summarise(load_run(copy.folder)).winner.name
+    open_holdout(context, winner, outcome)
+    measure_ensembles(context, winner, outcome)
+    page = _page(copy)
+    for path in sorted(page.parent.iterdir()):
+        tracker.artifact(path, "report")
+    if final_model and not (outcome.interrupted or outcome.unfinished):
+        model = make_model(context, winner, copy.folder / MODEL)
+        copy.push(MODEL)
+        tracker.model(model)
+    return page, model
 
 
 def backend_of(options: RunOptions) -> Backend:
@@ -285,21 +307,26 @@ def resources_of(study: Study, options: RunOptions) -> Resources:
 
 
 def _collect(copy: WorkingCopy) -> bool:
-    """Merge the fits' rows into the results table; False if no fit of it has finished. Trials of a learning rate are not in it."""
+    """Merge the fits' rows into the results table; False if no fit of it has finished. Trials of a learning rate are not in it.
+
+    Raises Damaged if what a fit has left is not as it was.
+    """
     copy.pull(*REPORTED)
-    ended = Ledger(copy.folder).results().values()
-    keys = sorted(fit.key for fit in ended if fit.state == "finished" and not is_tuning(fit.candidate))
-    if keys:
-        merge_tables([cases_path(copy.folder / "fits" / key) for key in keys], copy.folder / "results.parquet")
-        copy.push("results.parquet")
-    return bool(keys)
+    ledger, name = Ledger(copy.folder), "results.parquet"
+    ended = sorted(ledger.results(strict=True).items())
+    fits = [fit for _, fit in ended if fit.state == "finished" and not is_tuning(fit.candidate)]
+    if fits:
+        tables = (vouched(fit, cases_path(copy.folder / "fits" / fit.key)) for fit in fits)
+        merge_tables(tables, copy.folder / name, ledger.seal_of(name))
+        copy.push(name)
+    return bool(fits)
 
 
-def _describe(run: Place, folder: Path, file: StudyFile, prepared: Prepared, options: RunOptions, cautions: list[Problem]) -> None:
-    """Write what is needed to run this again, and what the report shows about data, versions and machine."""
+def _described(run: Place, file: StudyFile, prepared: Prepared, options: RunOptions, cautions: list[Problem]) -> dict[str, Any]:
+    """What is needed to run this again, and what the report shows about data, versions and machine."""
     store = prepared.store
     facts = facts_of(store.cases, store.classes, store.mean_volumes_mm3)
-    record = provenance(options.command) | {
+    return provenance(options.command) | {
         "run": run.uri if run.path is None else None,  # a local one may be moved
         "tracking_uri": without_password(options.tracking_uri),
         "study_file": file.sources.study,
@@ -310,7 +337,6 @@ def _describe(run: Place, folder: Path, file: StudyFile, prepared: Prepared, opt
         "data": facts | {"size": store.size, "sizes_differ": store.sizes_differ, "spacing_mm": store.sample(0).spacing_mm},
         "cautions": [{"rule": caution.rule, "text": caution.detail} for caution in cautions],
     }
-    Place.at(folder / "run.json").write(json.dumps(record, indent=1).encode())
 
 
 def facts_of(cases: Sequence[Any], classes: Sequence[str], mean_volumes_mm3: Sequence[float]) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import errno
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -96,7 +98,7 @@ class Place:
             self._upload(io.BytesIO(content))
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, lambda partial: _write_durably(partial, content))
+            replace_file(self.path, lambda partial: partial.write_bytes(content))
 
     def is_file(self) -> bool:
         """Whether there is a file here."""
@@ -174,22 +176,54 @@ def _with_patience(uri: str) -> str:
     return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+PARTIAL = re.compile(r"\.(\d{1,9})-([0-9a-f]{6})\..+")
+LEFT_S = 86400.0  # no file takes that long to write
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f".{os.getpid()}-{HOST}.{path.name}")
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that becomes `path` at the end of the block; nothing is left behind if the block raises."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    """A file beside `path` that becomes `path` at the end of the block, durably; nothing is left behind if the block raises."""
+    partial = partial_of(path)
     try:
         yield partial
+        _sync(partial)
         partial.replace(path)
+        with suppress(OSError):  # some file systems cannot do that with a folder
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Remove unfinished files, in a folder and below, of processes of this machine that have ended, and of others after a day."""
+    for path in folder.rglob(".[0-9]*"):
+        with suppress(OSError):  # its writer has just finished, or the folder may not be written
+            if found := PARTIAL.fullmatch(path.name):
+                gone = found[2] == HOST and not _is_running(int(found[1]))
+                if gone or time.time() - path.stat().st_mtime > LEFT_S:
+                    path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # of another user
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softseg_dist.locks import is_locked_here
+from softseg_dist.sealed import seal_file
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Draft:
         return self.path.with_name(f"{self.path.stem}.{number}.part")
 
     def finish(self, path: Path) -> None:
-        """Rename the draft to the finished file `path`: whole or not at all, even after a crash."""
+        """Seal the draft and rename it to the finished file `path`: whole or not at all, even after a crash."""
         self.file.flush()
+        seal_file(self.path)
         os.fsync(self.file.fileno())
         self.path.replace(path)
 

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
+from softseg_dist.sealed import ITEMS
 from softseg_dist.words import listed
 
 PARTS = ("train", "validation", "test")
@@ -231,6 +232,8 @@ def read_splits(path: Path) -> tuple[GivenSplit, ...]:
         raise UserError(f"cannot read the splits {path}: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not {'JSON' if path.suffix == '.json' else 'YAML'}: {str(error).splitlines()[0]}") from error
+    if isinstance(content, dict) and ITEMS in content:  # splits.json of a run
+        content = content[ITEMS]
     if not isinstance(content, list) or not content:
         raise UserError(f'{path}: it must be a list of splits such as [{{"train": [...], "test": [...]}}], got {content!r:.60}')
     return tuple(_given(one, f"{path}, split {index}") for index, one in enumerate(content))

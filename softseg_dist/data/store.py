@@ -11,10 +11,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import logging
 import math
+import platform
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +29,16 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.cases import Case, DataSet, check_apart
 from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
-from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of
+from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of, stamp_of
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, over_processes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
+from softseg_dist.places import Place, cache_folder, sweep_partials
+from softseg_dist.sealed import BLANK, FIELD, Damaged, is_intact
 
+log = logging.getLogger(__name__)
 KEY = b"softseg"
 PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32(), "own": pa.uint8()}
@@ -119,7 +124,7 @@ def write_records(file: BinaryIO, about: dict[str, Any], records: Iterable[CaseR
     """Write a file of at least one record, each when it comes; the first says how many channels all have."""
     left = iter(records)
     first = next(left)
-    schema = SCHEMA.with_metadata({KEY: sealed(about | {"channels": first.shape[1]})})
+    schema = SCHEMA.with_metadata({KEY: sealed(about | {"channels": first.shape[1]}), FIELD: BLANK})
     with pa.ipc.new_file(file, schema) as writer:
         for record in itertools.chain([first], left):
             batch = record.batch.replace_schema_metadata(schema.metadata)
@@ -149,7 +154,7 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         yield record
 
 
-FORMAT = 4  # raised when the same sources and preprocessing would give other numbers, or could not be read
+FORMAT = 5  # raised when the same sources and preprocessing would give other numbers, or could not be read
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
@@ -184,7 +189,7 @@ def build_store(
     progress: ProgressCallback | None = None,
     spread: PartMap = over_processes,
 ) -> Path:
-    """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there.
+    """Prepare `cases` into `folder`/<fingerprint>.arrow; returns at once if it is there and not damaged.
 
     Cases that a store in `folder` has already, prepared in the same way from equal sources, are copied from it; so are those of an
     unfinished one, so that an interrupted preparation goes on. `spread` prepares the rest: it calls a function on parts as `map`
@@ -202,9 +207,14 @@ def build_store(
     about = _about(data, preprocess, origins)
     path = folder / f"{about['fingerprint']}.arrow"
     if path.exists():
-        return path
+        try:
+            Store.open(check_store(path), about["fingerprint"])
+            return path
+        except UserError as error:
+            log.warning("%s; it is prepared again now", error)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sweep_partials(folder)
         with new_draft(path) as draft, leftovers(folder) as left:
             parts = [
                 Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
@@ -220,8 +230,10 @@ def build_store(
 
 
 def prepare_part(part: Part) -> Path:
-    """Prepare one case into a file of its own; returns where that is."""
+    """Prepare one case into a file of its own; returns where that is. Raises UserError if it has changed since then."""
     record = record_of(part.preprocess.apply(part.case), part.identity)
+    if digest(canonical_json(_origin(part.case, part.preprocess, sha256_of)), 32) != part.identity:
+        raise UserError(f"{part.case.name}: a file of it has changed since this began; run again when its files stay as they are")
     with part.path.open("wb") as file:
         write_records(file, part.about, [record])
     return part.path
@@ -336,19 +348,37 @@ class Store:
         return digest(canonical_json([self.fingerprint, [record.about["digest"] for record in self._records]]))
 
     def verify(self) -> None:
-        """Read everything and compare it with the digests of its cases. Raises UserError, naming the case, if they differ."""
-        for record in self._records:
-            if not record.is_intact():
-                raise _damaged(self.path, ValueError(f"the numbers of {record.about['name']} are not those that were written"))
+        """Read everything. Raises Damaged, naming the case where it is one, if the file is not as it was written."""
+        if not is_intact(self.path):
+            changed = ", ".join(record.about["name"] for record in self._records if not record.is_intact())
+            raise _damaged(self.path, ValueError(f"the numbers of {changed or 'no case'} are not those that were written"))
 
     def __reduce__(self) -> tuple[Callable[[Path, str], Store], tuple[Path, str]]:
         """A pickled store is opened again from its path."""
         return Store.open, (self.path, self.fingerprint)
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def check_store(path: Path) -> Path:
+    """The path of a store that is as it was written: read once per start of this machine, and again when the file has changed.
+
+    Raises Damaged if it is not.
+    """
+    started = Path("/proc/sys/kernel/random/boot_id")
+    seen = f"{stamp_of(path.stat())} {started.read_text() if started.exists() else ''}"
+    note = cache_folder() / "checked" / digest(f"{path.resolve()} {platform.node()}", 24)
+    with suppress(OSError):
+        if note.read_text() == seen:
+            return path
+    if not is_intact(path):
+        Store.open(path).verify()
+    with suppress(OSError):  # a cache that cannot be written costs time
+        Place.at(note).write(seen.encode())
+    return path
+
+
+def _damaged(path: Path, error: Exception) -> Damaged:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{path} is cut off, damaged or not a store ({reason}); delete it to prepare it again")
+    return Damaged(path, f"{reason}: the same `softseg run` or `softseg prepare` makes it again")
 
 
 class _IncompatibleError(UserError):
@@ -358,10 +388,13 @@ class _IncompatibleError(UserError):
 def _origins(cases: Sequence[Case], preprocess: Preprocess, sha256: Digest) -> list[list[Any]]:
     """What determines each case, apart from the preprocessing."""
     with ThreadPoolExecutor(num_processors()) as threads:  # reading and hashing hold no interpreter lock
-        lines = threads.map(lambda case: case.sources(preprocess.mask_parts, sha256), cases)
-        origins = [[case.name, case.subject, case.site, case.rater_names, found] for case, found in zip(cases, lines, strict=True)]
+        origins = list(threads.map(lambda case: _origin(case, preprocess, sha256), cases))
     check_apart(cases, [origin[-1] for origin in origins])
     return origins
+
+
+def _origin(case: Case, preprocess: Preprocess, sha256: Digest) -> list[Any]:
+    return [case.name, case.subject, case.site, case.rater_names, case.sources(preprocess.mask_parts, sha256)]
 
 
 def _about(data: DataSet, preprocess: Preprocess, origins: list[list[Any]]) -> dict[str, Any]:
@@ -415,7 +448,8 @@ def _records(
         record = known.get(part.identity)
         if record is None or not record.is_intact():
             path = next(prepared) if record is None else prepare_part(part)
-            record = next(read_records(path)[1])
+            if (record := next(read_records(path)[1], None)) is None or not record.is_intact():
+                raise Damaged(path, "the disk may be failing; run again")
         first = first or record
         if record.shape[1] != first.shape[1]:
             got = " and ".join(f"{each.shape[1]} for {each.about['name']}" for each in (first, record))

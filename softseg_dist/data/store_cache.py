@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from softseg_dist.data.cases import Case, DataSet
-from softseg_dist.data.file_digests import remembered_sha256, stamp_of
+from softseg_dist.data.file_digests import remembered_sha256
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.store import ProgressCallback, Store, build_store, fingerprint
+from softseg_dist.data.store import ProgressCallback, build_store, check_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.locks import hold
-from softseg_dist.places import Place, cache_folder
+from softseg_dist.places import Place, cache_folder, sweep_partials
+from softseg_dist.sealed import AGAIN, Damaged
+
+log = logging.getLogger(__name__)
 
 
 def local_store(where: str | Path) -> Path:
-    """The file of a store on this machine: `where` itself, or its copy in the cache, fetched by one process of the machine.
+    """The file of a store on this machine, checked: `where` itself, or its copy in the cache, fetched by one process.
 
-    A copy that is damaged is fetched again, once. Raises UserError if it is damaged still, or if there is no such store.
+    A copy that is damaged is fetched again, once. Raises Damaged if it is damaged still, UserError if there is no remote one.
     """
     place = Place.at(where)
     if place.path is not None:
-        return place.path
+        return check_store(place.path) if place.path.is_file() else place.path
     path = cached_path(place)
     with hold(path.with_suffix(".lock"), wait=True):
-        note = path.with_suffix(".checked")
-        is_checked = path.exists() and note.exists() and note.read_text() == f"{stamp_of(path.stat())}"
-        return path if is_checked else _fetch(place, path)
+        if path.exists():
+            try:
+                return check_store(path)
+            except UserError:
+                path.unlink()
+        return _fetch(place, path)
 
 
 def shared_store(
@@ -38,8 +45,13 @@ def shared_store(
     here = cached_path(place).parent
     with remembered_sha256(here) as sha256:
         place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
-    if not place.is_file():
-        place.push(build_store(here, cases, data, preprocess, progress))
+    if place.is_file():
+        try:
+            local_store(place.uri)
+            return str(place)
+        except Damaged as damage:
+            log.warning("%s; it is prepared again now", damage)
+    place.push(build_store(here, cases, data, preprocess, progress))
     return str(place)
 
 
@@ -49,19 +61,15 @@ def cached_path(place: Place) -> Path:
 
 
 def _fetch(place: Place, path: Path) -> Path:
-    damage: UserError | None = None
+    sweep_partials(path.parent)
     for _ in range(2):
-        if not path.exists():
-            try:
-                place.pull(path)
-            except FileNotFoundError:
-                raise UserError(f"there is no store {place}; run `softseg prepare` first") from None
         try:
-            Store.open(path).verify()
+            place.pull(path)
+        except FileNotFoundError:
+            raise UserError(f"there is no store {place}; run `softseg prepare` first") from None
+        try:
+            return check_store(path)
         except UserError as error:
             path.unlink()
             damage = error
-        else:
-            path.with_suffix(".checked").write_text(f"{stamp_of(path.stat())}")
-            return path
-    raise UserError(f"the store {place} is damaged; delete it to prepare it again") from damage
+    raise Damaged(place, AGAIN) from damage

@@ -32,7 +32,7 @@ from softseg_dist.study import Recipe, Resources, Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.fit import fit
 from softseg_dist.training.model import Model
-from softseg_dist.training.task import FitResult, FitTask, weights_path
+from softseg_dist.training.task import FitResult, FitTask, vouched, weights_path
 from softseg_dist.words import count
 
 if TYPE_CHECKING:
@@ -175,9 +175,5 @@ class RunContext:
         return self.copy.folder / "fits" / result.key
 
     def weights_of(self, result: FitResult) -> Path:
-        """The weights of a finished fit. Raises UserError if they are gone."""
-        weights = weights_path(self.fit_folder(result))
-        if not weights.exists():
-            folder = weights.parent
-            raise UserError(f"{weights}: the weights of a finished fit are gone; remove its folder and {folder}.json, run again")
-        return weights
+        """The weights of a finished fit. Raises Damaged if they are gone or not as they were."""
+        return vouched(result, weights_path(self.fit_folder(result)))

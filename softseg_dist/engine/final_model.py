@@ -19,8 +19,8 @@ from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.record.ledger import json_of
 from softseg_dist.study import Recipe
-from softseg_dist.training.saved_model import CARD, ModelCard, read_card, save_model
-from softseg_dist.training.task import FitResult, FitTask, weights_path
+from softseg_dist.training.saved_model import CARD, ModelCard, checked_weights, read_card, save_model
+from softseg_dist.training.task import FitResult, FitTask, vouched, weights_path
 
 REFIT = "refit"  # its folder among the fits of a candidate
 SAME = ("study", "candidate", "recipe", "preprocess", "epochs", "num_subjects", "store_fingerprint")
@@ -45,9 +45,13 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
     task = _task(context, candidate, recipe.replace(optim=recipe.optim.replace(epochs=epochs, patience=None)))
     card = _card(context, task, fits)
     if (out / CARD).exists():
-        before = read_card(out)
-        if all(getattr(before, name) == getattr(card, name) for name in SAME):
-            return out
+        try:
+            before = read_card(out)
+            checked_weights(out, before)
+            if all(getattr(before, name) == getattr(card, name) for name in SAME):
+                return out
+        except UserError as error:
+            context.progress.note(f"{error}; it is made again now")
     context.progress.note(f"training {candidate} on all {card.num_subjects} subjects for {epochs} epochs")
     result = run_beside(context, task)
     if result.state != "finished":
@@ -56,7 +60,7 @@ def make_model(context: RunContext, candidate: str, out: Path) -> Path:
     weights.parent.mkdir(parents=True, exist_ok=True)
     if (place := Place.at(task.folder)).path is None:
         (place / weights.name).pull(weights)
-    save_model(out, card, weights)
+    save_model(out, card, vouched(result, weights))
     return out
 
 

@@ -22,6 +22,7 @@ from softseg_dist.engine.session import Outcome
 from softseg_dist.judging.judge import Measurement, Yardstick
 from softseg_dist.judging.results import Head, Row, merge_tables, write_rows
 from softseg_dist.record.ledger import HoldoutRecord, Opening
+from softseg_dist.sealed import is_intact
 from softseg_dist.training.evaluation import Chosen, measure, spread_rows
 from softseg_dist.training.inference import ensemble_maps
 from softseg_dist.training.model import load_weights
@@ -51,12 +52,15 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
     fits = _fits(context, names)
     _record(context, record, winner, fits)
     copy.pull("fits/*/*/holdout.parquet")
-    todo = [result for result in fits if not holdout_path(context.fit_folder(result)).exists()]
+    todo = [result for result in fits if not is_intact(holdout_path(context.fit_folder(result)), _seal_of(context, result))]
     if todo:
         note(f"opening {len(record.subjects)} held-out subjects for {' and '.join(names)}: {len(todo)} fits")
     for result in todo:
         _measure(context, result, record.subjects)
-    merge_tables(sorted(copy.folder.glob("fits/*/*/holdout.parquet")), copy.folder / HOLDOUT)
+    tables = {holdout_path(context.fit_folder(result)): _seal_of(context, result) for _, result in sorted(results.items())}
+    merge_tables(
+        [path for path, key in tables.items() if is_intact(path, key)], copy.folder / HOLDOUT, context.ledger.seal_of(HOLDOUT)
+    )
     copy.push(HOLDOUT)
     copy.pull("holdout.json")
 
@@ -80,8 +84,13 @@ def _measure(context: RunContext, result: FitResult, subjects: tuple[str, ...]) 
     task = context.fit_task(result.candidate, context.recipe_of(result.candidate), split, result.repeat).replace(uncertainty=())
     worker = Worker(device=context.device)
     chosen = Chosen(result.thresholds, result.recalibration)
-    write_rows(measure(model, task, context.prepared.store, "holdout", subjects, chosen, worker), rows_path)
+    rows = measure(model, task, context.prepared.store, "holdout", subjects, chosen, worker)
+    write_rows(rows, rows_path, _seal_of(context, result))
     context.copy.push(f"fits/{result.key}/{rows_path.name}")
+
+
+def _seal_of(context: RunContext, result: FitResult) -> str:
+    return context.ledger.seal_of(f"fits/{result.key}/{holdout_path('').name}")
 
 
 def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> None:
@@ -107,10 +116,11 @@ def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> Non
         context.progress.note("no two fits test one subject, so no ensemble is measured; more MonteCarlo splits or repeats help")
         return
     copy.pull(ENSEMBLE)
-    if _held(copy.folder / ENSEMBLE) == {key: len(weights) for key, weights in cases.items()}:
+    key = context.ledger.seal_of(ENSEMBLE)
+    if _held(copy.folder / ENSEMBLE, key) == {key: len(weights) for key, weights in cases.items()}:
         return
     context.progress.note(f"measuring what the fits of {' and '.join(names)} predict together")
-    write_rows([row for name in names for row in _rows(context, name, cases)], copy.folder / ENSEMBLE)
+    write_rows([row for name in names for row in _rows(context, name, cases)], copy.folder / ENSEMBLE, key)
     copy.push(ENSEMBLE)
 
 
@@ -138,9 +148,9 @@ def _rows(context: RunContext, candidate: str, cases: dict[tuple[str, str], list
     return rows
 
 
-def _held(path: Path) -> dict[Any, float]:
+def _held(path: Path, key: str) -> dict[Any, float]:
     """How many fits have predicted each (candidate, case) of the table that is there."""
-    if not path.exists():
+    if not is_intact(path, key):
         return {}
     counted = pd.read_parquet(path, columns=["candidate", "case", "value"], filters=[("metric", "==", MEMBERS)])
     return counted.set_index(["candidate", "case"])["value"].to_dict()

@@ -46,6 +46,7 @@ class Progress:
     def start(self, total: int, done: Sequence[FitResult]) -> None:
         """The search begins: `total` fits in all, of which `done` ended in earlier sessions."""
         self.total, self.num_before, self.started = total, len(done), time.monotonic()
+        self.num_done, self.scores = 0, defaultdict(list)  # of an earlier search
         for result in done:
             self._count(result)
         self.show("start", total=total, done=len(done))

@@ -168,6 +168,8 @@ class OneFit(Session):
 
     def ended_as(self, fit_id: str, ending: Ending) -> None:
         task, self._runs, self.result = self._task, False, ending.result
+        for note in ending.result.notes if ending.result else ():
+            self._note_once(f"{task.key}: {note}", note)
         if ending.kind == "user_error":
             self.error = UserError(f"{task.key}: {ending.text}")
         elif ending.kind == "lost":

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softseg_dist.judging.judge import Measurement
-from softseg_dist.places import replace_file
+from softseg_dist.sealed import BLANK, FIELD, write_sealed
 
 if TYPE_CHECKING:  # a fit writes no data frame, so that machines that only train need no pandas
     import pandas as pd
@@ -53,27 +53,27 @@ class Head(NamedTuple):
         return [dict(zip(SCHEMA.names, (*self, *line), strict=True)) for line in measured]
 
 
-def write_rows(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows of the results table; the file appears whole or not at all."""
-    _write(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+def write_rows(rows: Sequence[Row], path: str | Path, key: str = "") -> None:
+    """Write rows of the results table, sealed with `key`; the file appears whole or not at all."""
+    _write([pa.Table.from_pylist(rows, schema=SCHEMA)], path, key)
 
 
-def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a data frame with the columns of the results table; the file appears whole or not at all."""
+def write_frame(frame: pd.DataFrame, path: str | Path, key: str = "") -> None:
+    """Write a data frame with the columns of the results table, sealed with `key`; the file appears whole or not at all."""
     plain = frame.astype({field.name: str for field in SCHEMA if field.type == _NAME})
-    _write(pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False), path)
+    _write([pa.Table.from_pandas(plain, schema=SCHEMA, preserve_index=False)], path, key)
 
 
-def _write(table: pa.Table, path: str | Path) -> None:
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+def merge_tables(parts: Iterable[Path], path: str | Path, key: str = "") -> None:
+    """Write the rows of all `parts` to one table, sealed with `key`, part by part."""
+    _write((pq.read_table(part).cast(SCHEMA) for part in parts), path, key)
 
 
-def merge_tables(parts: Iterable[str | Path], path: str | Path) -> None:
-    """Write the rows of all `parts` to one table, part by part."""
-
+def _write(tables: Iterable[pa.Table], path: str | Path, key: str) -> None:
     def write(partial: Path) -> None:
         with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-            for part in parts:
-                writer.write_table(pq.read_table(part).cast(SCHEMA))
+            for table in tables:
+                writer.write_table(table)
+            writer.add_key_value_metadata({FIELD: BLANK.decode()})
 
-    replace_file(path, write)
+    write_sealed(path, write, key)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
 
 import softseg_dist
 from softseg_dist.data.splits import Split
@@ -23,6 +26,7 @@ from softseg_dist.frozen import Frozen, canonical_json, digest
 from softseg_dist.locks import hold
 from softseg_dist.places import Place, working_folder
 from softseg_dist.record.changes import Json, holdout_change, study_changes
+from softseg_dist.sealed import AGAIN, KEEPER, RESTORE, Damaged, key_of, read_json, sealed_json
 from softseg_dist.sources import Sources
 from softseg_dist.study import Study
 from softseg_dist.training.task import FitResult, fit_name, is_fit_name
@@ -95,6 +99,13 @@ class Ledger:
         self.folder = self.place.uri
         self.working = working_folder(self.place)
         self._held = False
+        self._key = ""
+
+    @property
+    def key(self) -> str:
+        """What the seals of this run have in common; "" if nothing has been written yet."""
+        self._key = self._key or key_of(self.place)
+        return self._key
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -131,7 +142,7 @@ class Ledger:
             now, now_splits = json_of(study), [json_of(split) for split in splits]
             refused: list[str] = []
             extended: list[str] = []
-            code = self.read("code.json") or {}
+            code = self.read(KEEPER) or {}
             if (before := self.read("study.json")) is not None:
                 if (made := code.get("numerics")) != softseg_dist.NUMERICS:
                     other = f"another version of softseg_dist (numerics {made or 0}, this version has {softseg_dist.NUMERICS})"
@@ -149,21 +160,28 @@ class Ledger:
                 advice = "Finished fits are untouched: give the study a new name, or another --out"
                 raise UserError(f"{self.folder}: holds another study: {listed(refused, separator='; ')}. {advice}")
             self._write_code(code, sources)
-            self._write("splits.json", now_splits)
+            self.write("splits.json", now_splits)
             if held_out and before is None:
                 self.write_holdout(HoldoutRecord(subjects=held_out))
             if fingerprint is not None:
-                self._write("store.json", {"fingerprint": fingerprint})
-            self._write("study.json", now)
+                self.write("store.json", {"fingerprint": fingerprint})
+            self.write("study.json", now)
         return tuple(extended)
 
     def read(self, path: str) -> Any:
-        """The JSON in a file of the run folder; None if there is no file. Raises UserError if it is torn."""
-        content = (self.place / path).read()
-        try:
-            return None if content is None else json.loads(content)
-        except ValueError:
-            raise UserError(f"{self.folder}/{path}: not JSON (cut off?); restore it, or give another --out") from None
+        """The value in a file of the run folder; None if there is no file. Raises Damaged if it is not as it was written."""
+        return read_json(self.place, path, self.key, RESTORE)
+
+    def write(self, path: str, value: object) -> None:
+        """Replace a file of the run folder by a frozen object, or by JSON: an object or a list."""
+        content = json_of(value) if isinstance(value, Frozen) else value
+        (self.place / path).write(sealed_json(content, self.seal_of(path)))
+
+    def seal_of(self, path: str) -> str:
+        """What a file of the run folder is sealed with, which fits no other file and no other run."""
+        if not self.key:
+            self._write_code({}, None)
+        return f"{self.key}/{path}"
 
     def fit_folder(self, candidate: str, split: Split, repeat: int = 0) -> str:
         """The folder that belongs to one fit alone: its checkpoint, history, weights and cases."""
@@ -171,61 +189,54 @@ class Ledger:
 
     def write_candidate(self, record: CandidateRecord) -> None:
         """Record a candidate before its first fit is emitted."""
-        self._write(f"fits/{record.name}/candidate.json", record)
+        self.write(f"fits/{record.name}/candidate.json", record)
 
     def write_result(self, result: FitResult) -> None:
         """Record a fit that has ended, finished or failed: it never runs again."""
-        self._write(f"fits/{result.key}.json", result)
+        self.write(f"fits/{result.key}.json", result)
 
     def write_race(self, record: RaceRecord) -> None:
         """Record that a candidate gets no more splits, for good."""
-        self._write(f"fits/{record.candidate}/race.json", record)
+        self.write(f"fits/{record.candidate}/race.json", record)
+
+    def forget(self, fit: str) -> None:
+        """Let a fit run again, and the race of its candidate decide again; `fit` is its key."""
+        for path in (f"fits/{fit}.json", f"fits/{fit.partition('/')[0]}/race.json"):
+            (self.place / path).delete()
 
     def candidates(self) -> dict[str, CandidateRecord]:
         """All recorded candidates by name: the fixed ones first, each kind by number.
 
-        Raises UserError if a record cannot be read: which recipe its fits belong to would be a guess.
+        Raises Damaged if a record cannot be read: which recipe its fits belong to would be a guess.
         """
-        records = []
-        for name in (self.place / "fits").names(folders=True):
-            path = f"fits/{name}/candidate.json"
-            record = self._record(CandidateRecord, path)
-            if record is not None and record.name == name:
-                records.append(record)
-            elif (self.place / path).is_file():
-                raise UserError(f"{self.folder}/{path}: not a candidate's record; remove fits/{name} to run its fits again")
-        return {record.name: record for record in sorted(records, key=lambda r: (r.origin, r.number))}
+        names = (self.place / "fits").names(folders=True)
+        found = (
+            self._record(CandidateRecord, f"fits/{name}/candidate.json", f"remove fits/{name} to run it again") for name in names
+        )
+        return {record.name: record for record in sorted(filter(None, found), key=lambda r: (r.origin, r.number))}
 
-    def results(self) -> dict[str, FitResult]:
-        """Every fit that has ended, by its key. A file that cannot be read is named in a warning and left out."""
+    def results(self, strict: bool = False) -> dict[str, FitResult]:
+        """Every fit that has ended, by its key. A damaged file is named in a warning and left out; if `strict`, raises Damaged."""
         found = {}
         for name in self.candidates():
-            for file in (self.place / "fits" / name).names():
-                stem = file.removesuffix(".json")
-                if not (file.endswith(".json") and is_fit_name(stem)):
-                    continue
-                result = self._record(FitResult, f"fits/{name}/{file}")
-                if result is None or result.key != f"{name}/{stem}":
-                    log.warning("%s/fits/%s/%s: not a fit's result (torn?); left out, this fit runs again", self.folder, name, file)
-                    continue
-                found[result.key] = result
+            stems = [file.removesuffix(".json") for file in (self.place / "fits" / name).names() if file.endswith(".json")]
+            for key in (f"{name}/{stem}" for stem in stems if is_fit_name(stem)):
+                if (result := self._record(FitResult, f"fits/{key}.json", AGAIN, key, strict)) is not None:
+                    found[key] = result
         return found
 
     def write_holdout(self, record: HoldoutRecord) -> None:
         """Record the held-out subjects and their openings."""
-        self._write("holdout.json", record)
+        self.write("holdout.json", record)
 
     def holdout(self) -> HoldoutRecord | None:
-        """The held-out subjects and their openings; None if there are none. Raises UserError if the record cannot be read."""
-        record = self._record(HoldoutRecord, "holdout.json")
-        if record is None and (self.place / "holdout.json").is_file():
-            raise UserError(f"{self.folder}/holdout.json: not the record of held-out subjects; restore it")
-        return record
+        """The held-out subjects and their openings; None if there are none. Raises Damaged if the record cannot be read."""
+        return self._record(HoldoutRecord, "holdout.json", "restore it")
 
-    def races(self) -> dict[str, RaceRecord]:
-        """The candidates that lost their race, by name. A record that cannot be read is left out: the race decides again."""
-        found = {name: self._record(RaceRecord, f"fits/{name}/race.json") for name in self.candidates()}
-        return {name: record for name, record in found.items() if record is not None and record.candidate == name}
+    def races(self, strict: bool = False) -> dict[str, RaceRecord]:
+        """The candidates that lost their race, by name. A damaged one is left out (the race decides again), unless `strict`."""
+        found = {name: self._record(RaceRecord, f"fits/{name}/race.json", AGAIN, strict=strict) for name in self.candidates()}
+        return {name: record for name, record in found.items() if record is not None}
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were recorded with the study; () if there is no study."""
@@ -236,7 +247,7 @@ class Ledger:
 
         Raises UserError if one of them is missing or was changed.
         """
-        if not (recorded := (self.read("code.json") or {}).get("sources")):
+        if not (recorded := (self.read(KEEPER) or {}).get("sources")):
             return None
         texts = {}
         for file, name in recorded[-1]["files"].items():
@@ -254,18 +265,21 @@ class Ledger:
                     place.write(text.encode())
             now = {"study": sources.study, "files": {file: digest(text) for file, text in sources.texts.items()}}
             known = [*(one for one in known if one != now), now]
-        self._write("code.json", {"numerics": softseg_dist.NUMERICS, "sources": known})
+        self._key = code.get("key") or self._key or secrets.token_hex(8)
+        content = {"key": self._key, "numerics": softseg_dist.NUMERICS, "sources": known}
+        (self.place / KEEPER).write(sealed_json(content, KEEPER))
 
-    def _record(self, kind: type[F], path: str) -> F | None:
-        """The record in a file; None if there is no file, or not such a record."""
+    def _record(self, kind: type[F], path: str, to_do: str, fit: str = "", strict: bool = True) -> F | None:
+        """The record in a file; None if there is no file, or with a warning, unless `strict`, if it is not such a record."""
+        key = self.key
         try:
-            return kind.model_validate(json.loads((self.place / path).read() or b"null"))
-        except ValueError:  # pydantic's ValidationError is one
-            return None
-
-    def _write(self, path: str, value: object) -> None:
-        value = json_of(value) if isinstance(value, Frozen) else value
-        (self.place / path).write(json.dumps(value, indent=1).encode())
+            return None if (value := read_json(self.place, path, key)) is None else kind.model_validate(value)
+        except (Damaged, ValidationError):
+            damage = Damaged(self.place / path, to_do, fit)
+        if strict:
+            raise damage
+        log.warning("%s", damage)
+        return None
 
 
 def json_of(value: Frozen) -> Json:

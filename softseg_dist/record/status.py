@@ -5,7 +5,6 @@ Whether a fit runs cannot be read from a folder; one that has written something 
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from rich.console import Console
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
 from softseg_dist.places import Place, working_folder
+from softseg_dist.sealed import RESTORE, Damaged, key_of, read_json
 from softseg_dist.words import duration, next_command
 
 SPOOL = "mlflow_spool.jsonl"  # in a run folder: records that MLflow has not got yet
@@ -79,8 +79,8 @@ def status_of(run: str) -> RunStatus:
         ended = {name for name in files if re.fullmatch(r"fits/[^/]+/\d+(-r\d+)?\.json", name)}
         known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
         raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
-        names = ["study.json", "splits.json", *sorted(known), *sorted(ended)]
-        read = dict(zip(names, readers.map(lambda name: _json(place / name), names), strict=True))
+        names, key = ["study.json", "splits.json", *sorted(known), *sorted(ended)], key_of(place)
+        read = dict(zip(names, readers.map(lambda name: _json(place, name, key, name in ended), names), strict=True))
         study, splits = read["study.json"], read["splits.json"]
         if not isinstance(study, dict) or not isinstance(splits, list):
             raise UserError(f"{run}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
@@ -89,7 +89,7 @@ def status_of(run: str) -> RunStatus:
         running = _running(place, files, ended, study, readers)
     records, objective = {record["name"]: record for record in map(read.get, known) if record}, study["objective"]
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
-    results = [result for result in map(read.get, sorted(ended)) if result]  # a torn one runs again
+    results = [result for result in map(read.get, sorted(ended)) if result]  # a damaged one runs again
     tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
     tune_splits = min(len(splits), study["tune_each"]["splits"]) if tried else 0
     num_fits = len(splits) * study.get("repeats", 1)
@@ -146,11 +146,13 @@ def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
     return candidate.name, f"{candidate.finished + candidate.failed}/{candidate.splits}{failed}", mean
 
 
-def _json(place: Place) -> Any:
+def _json(place: Place, name: str, key: str, runs_again: bool) -> Any:
     try:
-        return json.loads(place.read() or b"null")
-    except ValueError:
-        return None
+        return read_json(place, name, key, RESTORE)
+    except Damaged:
+        if runs_again:
+            return None
+        raise
 
 
 def _candidate(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from softseg_dist.report.figures import INK, broken, new_figure
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import soft_rows
 from softseg_dist.report.tables import Summary
+from softseg_dist.sealed import Damaged
 from softseg_dist.training.evaluation import mean_reference
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, load_weights
-from softseg_dist.training.task import fit_name, weights_path
+from softseg_dist.training.task import fit_name, vouched, weights_path
 from softseg_dist.words import number
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,19 @@ def choose_overlays(run: RunData, summary: Summary) -> tuple[Overlay, ...]:
     ranked = means.dropna().reset_index().sort_values(order, ascending=summary.objective.sign < 0)  # the best first
     slots = list(ranked[["split", "repeat"]].drop_duplicates().itertuples(index=False))
     pair = dict.fromkeys((summary.reference, summary.winner.name))
+    fits = {(fit.candidate, *fit.slot): fit for fit in run.fits}
     names = [name for name in pair if all(_weights(run, name, *slot).exists() for slot in slots)]
+    for path, fit in ((_weights(run, name, *slot), fits[name, *slot]) for name in names for slot in slots):
+        vouched(fit, path)
     if ranked.empty or summary.winner.name not in names:
         return ()
     try:
         store = Store.open(local_store(run.run.get("store", "")), run.run.get("store_fingerprint"))
         recipes = {c.name: c.recipe for c in run.candidates}
         models = {name: Model.of_json(recipes[name], store.channels, len(store.classes), store.size) for name in names}
-    except (UserError, ValidationError, OSError):  # moved, out of reach, or a network of a study file that is not loaded
+    except (UserError, ValidationError, OSError) as error:  # moved, out of reach, or a network of a study file that is not loaded
+        if isinstance(error, Damaged):
+            log.warning("%s; the report has no pictures", error)
         return ()
     shown = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best"}  # of one or two cases none is shown twice
     return tuple(_overlay(label, ranked.iloc[at], run, store, models) for at, label in sorted(shown.items()))

@@ -9,22 +9,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.numerics.metrics import row_of
 from softseg_dist.record.ledger import CandidateRecord, HoldoutRecord, Ledger, RaceRecord
-from softseg_dist.training.task import FitResult, cases_path, history_of, is_fit_name
+from softseg_dist.sealed import checked
+from softseg_dist.training.task import FitResult, cases_path, history_of, vouched
 
 FEW_VALUES = dict.fromkeys(("candidate", "subset", "grid", "subject", "case", "class", "reference", "metric"), "category")
-RecordKind = TypeVar("RecordKind", bound=Frozen)
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,14 @@ def load_run(folder: Path) -> RunData:
         raise UserError(f"{folder}: a nested study has a run for every outer split; give {folder}/outer/000 or another one")
     records = ledger.candidates()
     tuning = {name: record for name, record in records.items() if record.origin == "tuning"}
-    paths = sorted(path for path in folder.glob("fits/*/*.json") if is_fit_name(path.stem))
-    ended = tuple(_record(FitResult, path, "a fit") for path in paths)
-    races = {path.parent.name: _record(RaceRecord, path, "a race") for path in folder.glob("fits/*/race.json")}
+    ended, races = tuple(ledger.results(strict=True).values()), ledger.races(strict=True)
     fits = tuple(fit for fit in ended if fit.candidate not in tuning)
     finished = [fit for fit in fits if fit.state == "finished"]
     if not finished:
         failed = f"; {len(fits)} have failed, the first: {fits[0].reason}" if fits else ""
         raise UserError(f"{folder}: no fit has finished yet, so there is nothing to report{failed}")
-    results, validation, prepared = _results(folder, row_of(study["objective"]).name, finished, tuning)
-    histories = {(fit.candidate, fit.key): pd.DataFrame(history_of(folder / "fits" / fit.key)) for fit in fits}
+    results, validation, prepared = _results(ledger, row_of(study["objective"]).name, finished, tuning)
+    histories = {(fit.candidate, fit.key): pd.DataFrame(history_of(folder / "fits" / fit.key, fit)) for fit in fits}
     return RunData(
         folder=folder,
         study=study,
@@ -171,8 +167,8 @@ def load_run(folder: Path) -> RunData:
             Trial(name.rpartition("~")[0], record.recipe, tuple(fit for fit in ended if fit.candidate == name))
             for name, record in tuning.items()
         ),
-        ensemble=_table(folder / "ensemble.parquet"),
-        holdout=_table(folder / "holdout.parquet"),
+        ensemble=_table(ledger, "ensemble.parquet"),
+        holdout=_table(ledger, "holdout.parquet"),
         holdout_record=ledger.holdout(),
     )
 
@@ -180,18 +176,10 @@ def load_run(folder: Path) -> RunData:
 def load_outer(folder: Path) -> OuterData | None:
     """What a nested study has collected in its folder so far; None if there is nothing. Raises UserError on a torn file."""
     ledger = Ledger(folder)
-    record, results = ledger.read("outer.json"), _table(folder / "outer.parquet")
+    record, results = ledger.read("outer.json"), _table(ledger, "outer.parquet")
     if record is None or results is None:
         return None
     return OuterData(ledger.read("study.json")["question"], record, results)
-
-
-def _record(kind: type[RecordKind], path: Path, what: str) -> RecordKind:
-    """A record of the ledger that a report cannot do without."""
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise UserError(f"{path}: not the record of {what} (cut off?); remove it and run the study again") from None
 
 
 def _candidates(
@@ -207,19 +195,19 @@ def _candidates(
     return tuple(found)
 
 
-def _table(path: Path) -> pd.DataFrame | None:
-    return _rows(path) if path.exists() else None
+def _table(ledger: Ledger, name: str) -> pd.DataFrame | None:
+    path = ledger.working / name
+    return _rows(checked(path, ledger.seal_of(name))) if path.exists() else None
 
 
-def _results(folder: Path, objective: str, finished: list[FitResult], left_out: Iterable[str]) -> Iterator[pd.DataFrame]:
+def _results(ledger: Ledger, objective: str, finished: list[FitResult], left_out: Iterable[str]) -> Iterator[pd.DataFrame]:
     """The rows on test, on validation, and on test on the prepared grid: those that a run collected at its end, and later ones."""
-    path = folder / "results.parquet"
-    parts = [_shown(path, objective)] if path.exists() else []
+    name, fits = "results.parquet", ledger.working / "fits"
+    path = ledger.working / name
+    parts = [_shown(checked(path, ledger.seal_of(name)), objective)] if path.exists() else []
     held = {key for part in parts for key in part.groupby(["candidate", "split", "repeat"], observed=True).groups}
-    for part in (cases_path(folder / "fits" / fit.key) for fit in finished if (fit.candidate, *fit.slot) not in held):
-        if not part.exists():
-            raise UserError(f"{part}: the cases of a finished fit are missing; remove {part.parent}.json and run again")
-        parts.append(_shown(part, objective))
+    left = [fit for fit in finished if (fit.candidate, *fit.slot) not in held]
+    parts += [_shown(vouched(fit, cases_path(fits / fit.key)), objective) for fit in left]
     table = pd.concat(parts, ignore_index=True).astype(FEW_VALUES)
     table = table[~table["candidate"].isin(tuple(left_out))]
     wanted = ("test", "own"), ("validation", "own"), ("test", "prepared")

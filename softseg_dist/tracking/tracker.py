@@ -388,7 +388,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         tracker = Tracker(uri, copy.folder, study, run)  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
         results, fits = list(ledger.results().values()), copy.folder / "fits"
-        tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key))
+        tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key, result))
         for path in sorted((copy.folder / "report").glob("*")):
             tracker.artifact(path, "report")
         notes = tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED", wait_s=None)

@@ -18,16 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from softseg_dist.data.file_digests import sha256_of
+from softseg_dist.data.store_cache import local_store
+from softseg_dist.frozen import digest
 from softseg_dist.numerics.activations import NormReLU
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.places import replace_file
+from softseg_dist.places import Place
+from softseg_dist.sealed import Damaged, sealed_json, unsealed_json
 from softseg_dist.training.batches import Batches, cases_of, open_store
 from softseg_dist.training.evaluation import evaluate, validation_score
 from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper, kept_heap
-from softseg_dist.training.model import Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
+from softseg_dist.training.model import ANEW, Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
 from softseg_dist.training.preflight import check_methods
 from softseg_dist.training.stepper import Diverged, FitProgress, Stepper, learning_rate
 from softseg_dist.training.task import (
@@ -38,7 +43,10 @@ from softseg_dist.training.task import (
     cases_path,
     checkpoint_path,
     history_path,
+    holdout_path,
+    left_in,
     result_path,
+    vouched,
     weights_path,
 )
 
@@ -49,10 +57,12 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     """Train, pick the best epoch on validation, evaluate validation and test; idempotent and resumable.
 
     Writes only into `task.folder`. A fit that has ended there is returned as it was; one that has not goes on from its
-    checkpoint. A loss that is not finite gives a result with state "failed". A requested stop raises `Interrupted`.
+    checkpoint; one that was damaged begins anew, and a note says so. A loss that is not finite gives a result with state "failed".
+    Raises UserError if the store is damaged, or was in the meantime. A requested stop raises `Interrupted`.
     """
     worker = worker or Worker()
-    if (ended := worker.share(_ended(task) if worker.leads else None)) is not None:
+    ended, notes = worker.share(_ended(task) if worker.leads else (None, []))
+    if ended is not None:
         return ended
     torch.set_num_threads(task.threads)
     if worker.leads:
@@ -60,33 +70,51 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     with kept_heap():
         torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing here, and cost a CPU a hundred times as much
         try:
-            running = RunningFit(task, worker)
-            running.run()
-            result = running.result()
-        except Diverged as reason:
-            result = running.describe(state="failed", reason=str(reason))
+            while (result := _train(task, worker, notes)) is None:
+                notes.append(str(Damaged(weights_path(task.folder), ANEW)))
+                if worker.leads:
+                    checkpoint_path(task.folder).unlink(missing_ok=True)
         finally:
             torch.set_flush_denormal(False)
     if worker.leads:
-        text = json.dumps({"identity": task.identity, "result": result.model_dump(mode="json")})
-        replace_file(result_path(task.folder), lambda partial: partial.write_text(text))
+        local_store(task.store)  # what was changed while it trained does not become a result
+        record = {"identity": task.identity, "result": result.model_dump(mode="json")}
+        Place.at(result_path(task.folder)).write(sealed_json(record))
         checkpoint_path(task.folder).unlink(missing_ok=True)
     return result
 
 
-def _ended(task: FitTask) -> FitResult | None:
+def _ended(task: FitTask) -> tuple[FitResult | None, list[str]]:
+    """The result of a fit that has ended, if all that it left is as it was; else what is damaged."""
     path = result_path(task.folder)
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    return FitResult.model_validate(record["result"]) if record["identity"] == task.identity else None
+    try:
+        record = unsealed_json(path.read_bytes(), path, to_do=ANEW) if path.exists() else {"identity": None}
+        if record["identity"] != task.identity:
+            return None, []
+        result = FitResult.model_validate(record["result"])
+        for name in result.files:
+            vouched(result, path.with_name(name))
+    except Damaged as damage:
+        return None, [str(Damaged(damage.path, ANEW))]
+    return result, []
+
+
+def _train(task: FitTask, worker: Worker, notes: list[str]) -> FitResult | None:
+    """Train from the checkpoint, or anew, to the result; None if the weights of the best epoch are damaged by then."""
+    running = RunningFit(task, worker, notes)
+    try:
+        running.run()
+        return running.result()
+    except Diverged as reason:
+        return running.describe(state="failed", reason=str(reason))
 
 
 class RunningFit:
     """The state of one running fit: model, batches, progress, and the stepper that trains."""
 
-    def __init__(self, task: FitTask, worker: Worker) -> None:
+    def __init__(self, task: FitTask, worker: Worker, notes: list[str] | None = None) -> None:
         self.task, self.worker, self.optim = task, worker, task.recipe.optim
+        self.notes = [] if notes is None else notes
         self.store = open_store(task.store, task.store_fingerprint)
         self.batches = Batches.of(task, self.store)
         weights_seed = seed_of(self.batches.seed, "weights")
@@ -97,7 +125,7 @@ class RunningFit:
         self.progress = FitProgress()
         self.resumed_epoch: int | None = None
         self.started = time.monotonic()
-        state = worker.share(load_checkpoint(task) if worker.leads else None)
+        state = worker.share(load_checkpoint(task, self.notes) if worker.leads else None)
         wanted = self.optim if state is None else self.optim.replace(precision=state["precision"])
         execution = choose_execution(wanted, worker.device, worker.num_workers, self.batches.num_steps)
         self.model.precision = execution.precision
@@ -113,22 +141,32 @@ class RunningFit:
             self._train_epoch()
             self._close_epoch()
 
-    def result(self) -> FitResult:
-        """Evaluate the best epoch on validation and test, write its rows, and say what came out."""
+    def result(self) -> FitResult | None:
+        """Evaluate the best epoch on validation and test, write its rows, and say what came out.
+
+        None if the weights of that epoch are not those that were saved.
+        """
         best = self.progress.best_epoch
         if best == 0:
             return self.describe(state="failed", reason=f"{self.task.objectives[0].row.name} is undefined on every validation case")
         if not self.task.split.validation:
             return self.describe(state="finished", best_epoch=best)
-        weights = self.worker.share(read_weights(weights_path(self.task.folder)) if self.worker.leads else {})
+        if (weights := self.worker.share(self._best_weights() if self.worker.leads else None)) is None:
+            return None
         self.model.load_state_dict(weights)
         self.model.precision = "float32"  # as the model that is taken home predicts
         outcome = evaluate(self.model, self.task, self.store, self.worker)
         converged = best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs
         return self.describe(state="finished", best_epoch=best, converged=converged, **outcome)
 
+    def _best_weights(self) -> dict[str, Tensor] | None:
+        path = weights_path(self.task.folder)
+        return read_weights(path) if path.is_file() and sha256_of(path) == self.progress.best_sha256 else None
+
     def describe(self, **outcome: Any) -> FitResult:
         """A result with everything that is known whether the fit has failed or not."""
+        best, history = self.progress.best_sha256, digest(self.progress.history, 64)
+        written = {history_path("").name: history} | ({weights_path("").name: best} if best else {})
         return FitResult(
             candidate=self.task.candidate,
             split=self.task.split.index,
@@ -146,7 +184,8 @@ class RunningFit:
             versions={"python": platform.python_version(), "torch": torch.__version__},
             precision=self.stepper.execution.precision,
             engine=self.stepper.execution.name,
-            notes=self.stepper.execution.notes,
+            notes=(*self.stepper.execution.notes, *self.notes),
+            files=left_in(self.task.folder) | written if self.worker.leads else {},
             **outcome,
         )
 
@@ -169,6 +208,7 @@ class RunningFit:
             now.best_score, now.best_epoch = score, now.epoch + 1
             if self.worker.leads and (has_validation or last):
                 save_weights(self.model, weights_path(self.task.folder))
+                now.best_sha256 = sha256_of(weights_path(self.task.folder))
         row = {
             "epoch": now.epoch + 1,
             "loss": sum(now.losses) / len(now.losses),
@@ -178,14 +218,17 @@ class RunningFit:
         }
         now.epoch, now.step, now.losses, now.dead = now.epoch + 1, 0, [], 0
         if self.worker.leads:
+            line = json.dumps(row) + "\n"
+            now.history += line
             with history_path(self.task.folder).open("a") as history:
-                history.write(json.dumps(row) + "\n")
+                history.write(line)
             self.worker.report({name: float(value) for name, value in row.items()})
 
     def _checkpoint(self) -> None:
         self.progress.elapsed_s += time.monotonic() - self.started
         self.started = self.stepper.saved_s = time.monotonic()
         if self.worker.leads:
+            local_store(self.task.store)  # what it was trained on until now is as it was
             state = {"model": self.model.state_dict(), "optimizer": self.stepper.state()}
             kept = {"progress": vars(self.progress), "precision": self.stepper.execution.precision}
             save_checkpoint(self.task, state | kept)
@@ -199,13 +242,11 @@ class RunningFit:
             self.resumed_epoch = self.progress.epoch
         if not self.worker.leads:
             return
-        history = history_path(self.task.folder)  # keeps the epochs that are done; nothing of another fit stays
-        if self.resumed_epoch is None:
-            for stale in (history, weights_path(self.task.folder), cases_path(self.task.folder)):
-                stale.unlink(missing_ok=True)
-            return
-        rows = history.read_text().splitlines(keepends=True) if history.exists() else []
-        history.write_text("".join(rows[: self.progress.epoch]))
+        if self.resumed_epoch is None:  # nothing of another fit stays
+            for stale in (history_path, weights_path, cases_path, holdout_path):
+                stale(self.task.folder).unlink(missing_ok=True)
+        else:
+            Place.at(history_path(self.task.folder)).write(self.progress.history.encode())  # the epochs that are done
 
 
 def validation_interval(batches: Batches, validation: Sequence[str]) -> int:

@@ -22,10 +22,12 @@ from softseg_dist.numerics.patches import filled_up
 from softseg_dist.numerics.sampling import TTA, UNDOABLE, MCDropout, Uncertainty, active_dropout
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.transforms import Augmentation
+from softseg_dist.places import Place
+from softseg_dist.sealed import key_of, read_json
 from softseg_dist.training.gpu.capture import apart_from_captures
 from softseg_dist.training.model import Model, load_weights
 from softseg_dist.training.saved_model import ModelCard
-from softseg_dist.training.task import FitResult, fit_name, is_fit_name, weights_path
+from softseg_dist.training.task import FitResult, is_fit_name, vouched, weights_path
 
 ITEMS_AT_ONCE = 16  # whole items in a batch; bounds memory; the result does not depend on it
 
@@ -105,18 +107,14 @@ class MapSource:
 
 def weights_of_fits(folder: Path, card: ModelCard) -> tuple[Path, ...]:
     """The weights of all finished fits of a model's candidate in its run folder. Raises UserError if fewer than two are there."""
-    fits = folder.parent / "fits" / card.candidate
-    try:
-        results = [FitResult.model_validate_json(p.read_bytes()) for p in fits.glob("*.json") if is_fit_name(p.stem)]
-    except ValidationError as error:
-        raise UserError(f"{fits}: a record of a fit cannot be read ({error.title}); run the study again") from error
-    finished = sorted(result.slot for result in results if result.state == "finished")
-    members = tuple(weights_path(fits / fit_name(*slot)) for slot in finished)
-    missing = [str(path) for path in members if not path.is_file()]
-    if missing or len(members) < 2:
-        found = f"{missing[0]} is missing" if missing else f"{fits} has {len(members)}"
+    run = Place.at(folder.parent)
+    names, key = [f"fits/{card.candidate}/{name}" for name in (run / f"fits/{card.candidate}").names()], key_of(run)
+    results = [FitResult.model_validate(read_json(run, name, key)) for name in names if is_fit_name(Path(name).stem)]
+    finished = sorted((result for result in results if result.state == "finished"), key=lambda result: result.slot)
+    if len(finished) < 2:
+        found = f"{folder.parent} has {len(finished)} of {card.candidate}"
         raise UserError(f"--ensemble needs the weights of two or more finished fits, but {found}; give a whole run folder")
-    return members
+    return tuple(vouched(result, weights_path(folder.parent / "fits" / result.key)) for result in finished)
 
 
 def method_of(card: ModelCard, model: Model, samples: int | None) -> Uncertainty:

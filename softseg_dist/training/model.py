@@ -6,7 +6,6 @@ a bare machine, runs without it. A checkpoint is written whole and read back onl
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 from softseg_dist.errors import UserError
 from softseg_dist.numerics.seeds import seeded
 from softseg_dist.places import replace_file
+from softseg_dist.sealed import BLANK, Damaged, is_intact, write_sealed
 from softseg_dist.study import Recipe
 from softseg_dist.training.execution import Precision
 from softseg_dist.training.task import FitTask, checkpoint_path
+
+ANEW = "the fit began anew"
 
 
 class Model(nn.Module):
@@ -138,16 +140,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def save_checkpoint(task: FitTask, state: dict[str, Any]) -> None:
     """Replace the fit's checkpoint; after a crash in between the previous one is still there."""
-    replace_file(checkpoint_path(task.folder), lambda partial: torch.save({"identity": task.identity, **state}, partial))
+
+    def write(partial: Path) -> None:
+        torch.save({"identity": task.identity, **state}, partial)
+        with partial.open("ab") as file:
+            file.write(BLANK)
+
+    write_sealed(checkpoint_path(task.folder), write)
 
 
-def load_checkpoint(task: FitTask) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` wrote; None if there is none, or if it is of another recipe or cannot be read."""
+def load_checkpoint(task: FitTask, notes: list[str]) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` wrote; None if there is none of this recipe, or it is damaged, which goes into `notes`."""
     path = checkpoint_path(task.folder)
     if not path.exists():
         return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+    if not is_intact(path):
+        notes.append(str(Damaged(path, ANEW)))
         return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state if state["identity"] == task.identity else None

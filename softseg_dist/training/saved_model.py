@@ -17,11 +17,13 @@ from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen, canonical_json
-from softseg_dist.places import replace_file
+from softseg_dist.places import Place, replace_file
+from softseg_dist.sealed import sealed_json, unsealed_json
 from softseg_dist.sources import Sources
 from softseg_dist.training.model import Model, load_weights
 
-FORMAT: Final = 1  # incremented when an older version could not read a card, or would misread it
+FORMAT: Final = 2  # incremented when an older version could not read a card, or would misread it
+RESTORE = "restore the folder from a copy, or train the model again"
 CARD, WEIGHTS = "model.json", "model.safetensors"
 INTENDED_USE = "Research use only; not a medical device. The licence of the training data may restrict it further."
 OF_A_STUDY_FILE = re.compile(r'"type":"[^"\\]*:')  # "s009_mine:MyNetwork", in canonical JSON; ours have no colon
@@ -38,7 +40,7 @@ class ModelCard(Frozen):
     `created` is an ISO date. `save_model` sets `weights_sha256`.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     study: str
     question: str
     candidate: str
@@ -84,15 +86,15 @@ def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
     sealed = card.replace(weights_sha256=sha256_of(folder / WEIGHTS))
-    text = json.dumps(sealed.model_dump(mode="json"), indent=1)
-    replace_file(folder / CARD, lambda partial: partial.write_text(text, encoding="utf-8"))
+    Place.at(folder / CARD).write(sealed_json(sealed.model_dump(mode="json")))
 
 
 def read_card(folder: Path) -> ModelCard:
     """The card of a model folder; executes no study file. Raises UserError if it is missing, damaged or of another format."""
     path = folder / CARD
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no model: there is no {CARD}; give the folder of a model or of its run") from None
     except OSError as error:
@@ -104,10 +106,20 @@ def read_card(folder: Path) -> ModelCard:
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; use the version that wrote it")
     try:
-        return ModelCard.model_validate(content)
+        return ModelCard.model_validate(unsealed_json(text, path, to_do=RESTORE))
     except ValidationError as error:
         first = error.errors()[0]
         raise _broken(path, f"{'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from error
+
+
+def checked_weights(folder: Path, card: ModelCard) -> Path:
+    """The weights of a model folder. Raises UserError if they are missing, or not those of the card."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} holds no model: there is no {WEIGHTS}; copy the whole folder, or train it again")
+    if sha256_of(path) != card.weights_sha256:
+        raise _broken(path, f"it is not the file that {CARD} was written for (cut off, or replaced?)")
+    return path
 
 
 def read_model(folder: Path, card: ModelCard) -> Model:
@@ -115,11 +127,7 @@ def read_model(folder: Path, card: ModelCard) -> Model:
 
     Raises UserError if the weights are missing or not those of the card, or do not fit its recipe.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder} holds no model: there is no {WEIGHTS}; copy the whole folder, or train it again")
-    if sha256_of(path) != card.weights_sha256:
-        raise _broken(path, f"it is not the file that {CARD} was written for (cut off, or replaced?)")
+    path = checked_weights(folder, card)
     try:
         model = Model.of_json(card.recipe, card.channels, len(card.classes), card.size)
     except ValidationError as error:
@@ -133,4 +141,4 @@ def read_model(folder: Path, card: ModelCard) -> Model:
 
 
 def _broken(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} cannot be used: {reason}; restore the folder from a copy, or train the model again")
+    return UserError(f"{path} cannot be used: {reason}; {RESTORE}")

@@ -31,7 +31,10 @@ class Diverged(Exception):
 
 @dataclass
 class FitProgress:
-    """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done."""
+    """How far a fit has come. `epoch` is being trained (from 0), `step` of its batches are done; `history` is its file's text.
+
+    `best_sha256` is of the file with the weights of `best_epoch`, "" as long as there is none.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -40,6 +43,8 @@ class FitProgress:
     dead_share: float = 0.0
     best_score: float = -math.inf
     best_epoch: int = 0
+    best_sha256: str = ""
+    history: str = ""
     elapsed_s: float = 0.0
 
 

@@ -12,10 +12,12 @@ from typing import Literal, TypeVar
 from torch import Tensor, distributed
 
 import softseg_dist
+from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.metrics import Metric, metric_of
 from softseg_dist.numerics.sampling import Uncertainty
+from softseg_dist.sealed import AGAIN, Damaged
 from softseg_dist.study import Recipe
 
 Slot = tuple[int, int]
@@ -95,7 +97,8 @@ class FitResult(Frozen):
     maps hold too few values for it. `converged` is False if the best epoch lies in the last 5 % of the budget. `dead_share` is the
     share of training samples, in the last epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has
     a `reason` and no score. `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say
-    how it was trained, and `notes` what was not used for it, and why (see `training.execution`).
+    how it was trained, and `notes` what was not used for it (see `training.execution`), or was damaged, and why. `files` has the
+    SHA-256 of what it left, by name.
     """
 
     candidate: str
@@ -124,6 +127,7 @@ class FitResult(Frozen):
     precision: str = "float32"
     engine: str = ""
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = {}
 
     @property
     def key(self) -> str:
@@ -200,7 +204,28 @@ cases_path = _in_folder("cases.parquet")  # the fit's rows of the results table
 holdout_path = _in_folder("holdout.parquet")  # its rows about held-out subjects; written by the driver when the search is complete
 
 
-def history_of(folder: str | Path) -> list[dict[str, float]]:
-    """The epochs that the fit of a folder has finished, each with its numbers."""
+def left_in(folder: str | Path) -> dict[str, str]:
+    """The SHA-256 of what a fit has left in its folder, by name, as in `FitResult.files`."""
+    found = (history_path(folder), weights_path(folder), cases_path(folder))
+    return {path.name: sha256_of(path) for path in found if path.exists()}
+
+
+def vouched(result: FitResult, path: Path) -> Path:
+    """The path of a file that a fit has left. Raises Damaged if that is not the file that its result was recorded with."""
+    if not path.is_file() or sha256_of(path) != result.files.get(path.name):
+        raise Damaged(path, AGAIN, fit=result.key)
+    return path
+
+
+def history_of(folder: str | Path, result: FitResult | None = None) -> list[dict[str, float]]:
+    """The epochs that the fit of a folder has finished, each with its numbers; a torn last line is left out.
+
+    Of a fit that has ended with `result`: none if that names no history. Raises Damaged if it is about another history.
+    """
     path = history_path(folder)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if result is not None and path.name in result.files:
+        vouched(result, path)
+    elif result is not None or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

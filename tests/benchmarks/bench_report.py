@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from record import Headline, record
+from sealed_files import put_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from synthetic_measures import ALL
@@ -72,7 +73,7 @@ def _add_validation(folder: Path) -> int:
     """As many rows on validation as on test, which a report must not be slowed by; returns the number of all rows."""
     table = pd.read_parquet(folder / "results.parquet")
     both = pd.concat([table, table.assign(subset="validation")], ignore_index=True)
-    both.to_parquet(folder / "results.parquet")
+    put_table(both, folder / "results.parquet")
     return len(both)
 
 

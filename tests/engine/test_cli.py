@@ -19,6 +19,7 @@ import psutil
 import pytest
 from commands import softseg, softseg_here
 from features import listed_files, pattern_of
+from sealed_files import put, value_of
 
 pytestmark = pytest.mark.engine
 
@@ -328,8 +329,7 @@ def test_help_answers_in_half_a_second() -> None:
 def test_a_report_without_the_prepared_images_says_so(done: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(done, copy)
-    recorded = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(recorded | {"store": str(tmp_path / "gone.arrow")}))
+    put(copy / "run.json", value_of(copy / "run.json") | {"store": str(tmp_path / "gone.arrow")})
     ran = softseg_here("report", copy, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "No pictures: the prepared images" in (copy / "report" / "index.html").read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import softseg_here
+from sealed_files import value_of
 
 import softseg_dist
 from softseg_dist import Bids, DataSet, EvaluateOptions, MonteCarlo, Phantom, Recipe, Study
@@ -76,7 +77,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = softseg_here("run", "tiny.py", "--local", cwd=folder)
     assert done.returncode == 0, done.stderr
     data = Phantom(subjects=6, size=(24, 24), num_slices=4, raters=2)
-    for split, one in enumerate(json.loads((folder / "runs/tiny/splits.json").read_text())):
+    for split, one in enumerate(value_of(folder / "runs/tiny/splits.json")):
         predict(data, None, folder / "maps" / f"fold_{split}", shift=1)
         for path in (folder / "maps" / f"fold_{split}").iterdir():
             if not any(path.name.startswith(subject) for subject in one["test"]):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from commands import softseg_here
+from sealed_files import value_of
 
 from softseg_dist.report.run_folder import load_outer, load_run
 
@@ -80,7 +81,7 @@ def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_
     outer = load_outer(run)
     assert outer is not None
     assert [found["run"] for found in outer.record["outer"]] == ["outer/000", "outer/001"]
-    splits = json.loads((run / "splits.json").read_text())
+    splits = value_of(run / "splits.json")
     for split, found in zip(splits, outer.record["outer"], strict=True):
         inner = load_run(run / found["run"])
         seen = {s for part in inner.splits for s in (*part.train, *part.validation, *part.test)}

@@ -14,7 +14,7 @@ from test_tracking import free_port, losses, runs_of, server, task
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.sources import Sources
 from softseg_dist.tracking.tracker import Tracker, default_uri
-from softseg_dist.training.task import FitResult, history_path
+from softseg_dist.training.task import FitResult, history_path, left_in
 
 pytestmark = pytest.mark.engine
 STUDY = make_study(("a",))
@@ -26,7 +26,7 @@ def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
     code = Sources("s.py", {"s.py": "raise RuntimeError('sync runs the code of a study')"})
     ledger.open_study(STUDY, splits_of(STUDY), sources=code)
     ledger.write_candidate(CandidateRecord(name="a", origin="fixed", number=0, recipe=json_of(STUDY.candidates["a"])))
-    (folder / "run.json").write_text(json.dumps({"tracking_uri": uri}))
+    ledger.write("run.json", {"tracking_uri": uri})
     (folder / "report").mkdir()
     (folder / "report/index.html").write_text("<p>report</p>")
     tracker = Tracker(uri, folder, STUDY)
@@ -35,7 +35,9 @@ def ran(folder: Path, uri: str, num_splits: int = 3) -> None:
         tracker.epoch(f"a/{split:03d}", {"epoch": 1.0, "loss": 0.5})
         (folder / f"fits/a/{split:03d}").mkdir()
         history_path(folder / f"fits/a/{split:03d}").write_text('{"epoch": 1, "loss": 0.5}\n')
-        result = FitResult(candidate="a", split=split, state="finished", score=score_of(task(split)))
+        result = FitResult(
+            candidate="a", split=split, state="finished", score=score_of(task(split)), files=left_in(folder / f"fits/a/{split:03d}")
+        )
         ledger.write_result(result)
         tracker.fit_ended(result)
     tracker.candidate_ended("a", list(ledger.results().values()))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sealed_files import put, put_table, vouch
 from synthetic_measures import measured_rows
 
 from softseg_dist.judging.thresholds import CURVE
@@ -15,6 +16,7 @@ from softseg_dist.report.page import write_page
 from softseg_dist.report.pictures import Overlay
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.report.tables import summarise
+from softseg_dist.training.task import left_in
 
 CELLS = [f"{label}-{act}-{loss}" for label in ("hard", "soft") for act in ("sigmoid", "normrelu") for loss in ("dice", "wing")]
 TYPES = {"sigmoid": "Sigmoid", "normrelu": "NormReLU", "dice": "Dice", "wing": "AdaptiveWing"}
@@ -75,15 +77,15 @@ def write_run(
         "search": {"type": "Search", "trials": len(proposed)} if proposed else None,
         "seed": 0,
     }
-    _write(folder / "study.json", study)
-    _write(folder / "splits.json", splits)
+    put(folder / "study.json", study)
+    put(folder / "splits.json", splits)
     level = {s: generator.normal(0, 0.04) for s in subjects}
     tables = []
     for number, name in enumerate([*candidates, *proposed]):
         gain = sum(GAIN.get(part, 0.0) for part in name.split("-")) + (generator.normal(0.04, 0.01) if name in proposed else 0)
         record = {"type": "CandidateRecord", "name": name, "number": number, "recipe": recipe(CELLS[-1]) | {"fusion": name}}
         fixed = {"origin": "fixed", "recipe": recipe(name)} if name in candidates else {"origin": "proposed"}
-        _write(folder / "fits" / name / "candidate.json", record | fixed)
+        put(folder / "fits" / name / "candidate.json", record | fixed)
         of_subject = {s: generator.normal(0, 0.008) for s in subjects}
         rows: list[Row] = []
         for split in splits:
@@ -104,12 +106,14 @@ def write_run(
             if collected:
                 rows += of_fit
             else:
-                _table(of_fit).to_parquet(folder / "fits" / name / f"{split['index']:03d}" / "cases.parquet")
+                fit = folder / "fits" / name / f"{split['index']:03d}"
+                put_table(_table(of_fit), fit / "cases.parquet")
+                vouch(fit)
         if rows:
             tables.append(_table(rows))
     if collected:
-        pd.concat(tables, ignore_index=True).to_parquet(folder / "results.parquet")
-        _write(folder / "run.json", _run(num_subjects, classes, raters, subjects))
+        put_table(pd.concat(tables, ignore_index=True), folder / "results.parquet")
+        put(folder / "run.json", _run(num_subjects, classes, raters, subjects))
     return folder
 
 
@@ -119,17 +123,12 @@ def _split(generator: np.random.Generator, subjects: list[str], index: int, num_
     return {"type": "Split", "index": index, **parts}
 
 
-def _write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
 def _write_fit(
     folder: Path, name: str, split: int, thresholds: dict[str, float], bad: bool, generator: np.random.Generator
 ) -> None:
     fit = {"type": "FitResult", "candidate": name, "split": split}
     if bad:
-        _write(folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"})
+        put(folder / "fits" / name / f"{split:03d}.json", fit | {"state": "failed", "reason": "loss is NaN in epoch 7"})
         return
     best = int(generator.integers(38, 61))
     measured = {
@@ -144,7 +143,6 @@ def _write_fit(
         "parameters": 412_345,
         "duration_s": float(generator.uniform(20, 30)),
     }
-    _write(folder / "fits" / name / f"{split:03d}.json", fit | measured)
     noise = generator.normal(0, 0.01, 60)
     history = [
         {"epoch": e + 1, "loss": float(0.6 * np.exp(-e / 15) + 0.1), "dice_dml": float(0.85 - 0.6 * np.exp(-e / 9) + noise[e])}
@@ -153,6 +151,7 @@ def _write_fit(
     path = folder / "fits" / name / f"{split:03d}" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in history))
+    put(folder / "fits" / name / f"{split:03d}.json", fit | measured | {"files": left_in(path.parent)})
 
 
 def _scores(

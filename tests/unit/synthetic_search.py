@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sealed_files import put, put_table, value_of
 
 
 def give_up(folder: Path, candidate: str, after: int, incumbent: str) -> None:
     """Take all splits but the first `after` from a candidate, as a race would have."""
     record = {"type": "RaceRecord", "candidate": candidate, "incumbent": incumbent}
-    _write(folder / "fits" / candidate / "race.json", record | {"after": after, "difference": -0.05, "p": 0.01})
+    put(folder / "fits" / candidate / "race.json", record | {"after": after, "difference": -0.05, "p": 0.01})
     for path in (folder / "fits" / candidate).glob("[0-9]*.json"):
         if int(path.stem) >= after:
             path.unlink()
     table = pd.read_parquet(folder / "results.parquet")
-    table[(table["candidate"] != candidate) | (table["split"] < after)].to_parquet(folder / "results.parquet")
+    put_table(table[(table["candidate"] != candidate) | (table["split"] < after)], folder / "results.parquet")
 
 
 def tune(folder: Path, candidate: str, rates: dict[float, float], chosen: float) -> None:
     """One trial of one fit per learning rate, with its score on validation; the candidate's recipe gets the `chosen` one."""
     path = folder / "fits" / candidate / "candidate.json"
-    record = json.loads(path.read_text())
+    record = value_of(path)
     for number, (rate, score) in enumerate(rates.items()):
         name = f"{candidate}~{number}"
         recipe = record["recipe"] | {"optim": record["recipe"]["optim"] | {"lr": rate}}
         trial = {"type": "CandidateRecord", "name": name, "origin": "tuning", "number": number, "recipe": recipe}
-        _write(folder / "fits" / name / "candidate.json", trial)
+        put(folder / "fits" / name / "candidate.json", trial)
         fit = {"type": "FitResult", "candidate": name, "split": 0, "state": "finished", "score": score}
-        _write(folder / "fits" / name / "000.json", fit | {"duration_s": 5.0})
+        put(folder / "fits" / name / "000.json", fit | {"duration_s": 5.0})
     tuned = record["recipe"] | {"optim": record["recipe"]["optim"] | {"lr": chosen}}
-    _write(path, record | {"recipe": tuned})
+    put(path, record | {"recipe": tuned})
     table = pd.read_parquet(folder / "results.parquet")
     rows = table[(table["candidate"] == candidate) & (table["split"] == 0)]
     parts = [rows.assign(candidate=f"{candidate}~{number}") for number in range(len(rates))]
-    pd.concat([table, *parts], ignore_index=True).to_parquet(folder / "results.parquet")
+    put_table(pd.concat([table, *parts], ignore_index=True), folder / "results.parquet")
 
 
 def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened: int = 1, num_subjects: int = 8) -> None:
@@ -44,7 +44,7 @@ def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened
     generator = np.random.default_rng(1)
     names = [f"9{i:02d}" for i in range(num_subjects)]
     looks = [{"at": f"2026-11-{20 + i}T10:00:00+00:00", "winner": winner, "control": control} for i in range(opened)]
-    _write(folder / "holdout.json", {"type": "HoldoutRecord", "subjects": names, "opened": looks})
+    put(folder / "holdout.json", {"type": "HoldoutRecord", "subjects": names, "opened": looks})
     if not opened:
         return
     level = {name: generator.normal(0.8, 0.03) for name in names}
@@ -60,7 +60,7 @@ def hold_out(folder: Path, winner: str, control: str | None, gain: float, opened
     about = {"study": "s002_gray_matter", "subset": "holdout", "grid": "own", "class": "GM", "reference": "mean"}
     soft = frame.assign(**about, metric="dice_dml", threshold=np.nan)
     hard = [soft.assign(metric="dice", threshold=tau) for tau in (0.4, 0.5)]
-    pd.concat([soft, *hard], ignore_index=True).to_parquet(folder / "holdout.parquet")
+    put_table(pd.concat([soft, *hard], ignore_index=True), folder / "holdout.parquet")
 
 
 def nest(folder: Path, gain: float, num_outer: int = 5, control: str | None = "hard-sigmoid-dice") -> None:
@@ -88,11 +88,6 @@ def nest(folder: Path, gain: float, num_outer: int = 5, control: str | None = "h
         for split in range(num_outer)
     ]
     record = {"study": "nested", "objective": "dice_dml", "control": control, "planned": num_outer + 1, "outer": outer}
-    _write(folder / "study.json", {"name": "nested", "question": "Is it < or >?", "nested": {"type": "MonteCarlo"}})
-    _write(folder / "outer.json", record)
-    frame.assign(**about, threshold=np.nan).to_parquet(folder / "outer.parquet")
-
-
-def _write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    put(folder / "study.json", {"name": "nested", "question": "Is it < or >?", "nested": {"type": "MonteCarlo"}})
+    put(folder / "outer.json", record)
+    put_table(frame.assign(**about, threshold=np.nan), folder / "outer.parquet")

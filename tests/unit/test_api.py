@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from model_folders import RECIPE, card_of, model_of, saved
+from sealed_files import put
 from synthetic_run import CELLS, write_run
 from synthetic_search import nest
 from test_prediction import OBLIQUE, ORIENTATIONS, SHAPE, random_model, scan, write
@@ -73,7 +74,7 @@ def test_a_folder_that_is_no_run_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_nested_study_has_its_outer_results_and_names_its_runs(tmp_path: Path) -> None:
     nest(tmp_path, gain=0.02)
-    (tmp_path / "splits.json").write_text("[]")
+    put(tmp_path / "splits.json", [])
     run = load(tmp_path)
     assert {name: str(kind) for name, kind in run.results.dtypes.items()} == RESULTS
     assert "outer" in run.answer

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
+from sealed_files import put, seal_of
 
 from softseg_dist import (
     Bids,
@@ -259,7 +260,7 @@ def test_a_run_with_repeats_is_averaged_over_them(root: Path) -> None:
     tests = [[0, 1], [2, 3], [4, 5]]
     run = judged(root, {"p": predict(root / "p", moved)}, folds(root, tests), name="once")[0]
     again = run.results.assign(repeat=1, value=run.results["value"] + 0.5)
-    write_frame(pd.concat([run.results, again]), run.folder / "results.parquet")
+    write_frame(pd.concat([run.results, again]), run.folder / "results.parquet", seal_of(run.folder / "results.parquet"))
     for fit in run.fits:
         Ledger(run.folder).write_result(fit.replace(repeat=1))
     twice = judged(root, {"p": root / "p", "run": run.folder / "fits/p"}, folds(root, tests), control="p")[0]
@@ -410,11 +411,11 @@ def test_another_call_with_other_candidates_replaces_them(root: Path) -> None:
 def test_the_run_of_a_study_is_not_overwritten_and_names_become_folders(root: Path) -> None:
     folder = predict(root / "p", same)
     (root / "runs/taken").mkdir(parents=True)
-    (root / "runs/taken/study.json").write_text('{"type": "Study"}')
+    put(root / "runs/taken/study.json", {"type": "Study"})
     with pytest.raises(UserError, match="holds the run of a study; give another --name"):
         judged(root, {"p": folder}, name="taken")
     (root / "runs/taken/study.json").write_text('{"type": "Eval')
-    with pytest.raises(UserError, match=r"study\.json: not JSON \(cut off\?\)"):
+    with pytest.raises(UserError, match=r"study\.json is not as it was written"):
         judged(root, {"p": folder}, name="taken")
     with pytest.raises(UserError, match=r"a name becomes a folder.*got 'a/b'"):
         judged(root, {"a/b": folder})

@@ -13,7 +13,7 @@ import pytest
 from s3_server import BUCKET
 
 from softseg_dist.errors import UserError
-from softseg_dist.places import Place
+from softseg_dist.places import Place, partial_of
 
 
 @pytest.fixture(params=["path", "file", pytest.param("s3", marks=pytest.mark.engine)])
@@ -83,13 +83,13 @@ def test_a_bucket_that_is_not_there_is_named(s3: dict[str, str]) -> None:
 
 def test_a_full_disk_is_named_and_leaves_the_former_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"former")
-    (tmp_path / f".{os.getpid()}.a.json").symlink_to("/dev/full")  # where the next content is written first
+    partial_of(tmp_path / "a.json").symlink_to("/dev/full")  # where the next content is written first
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a.json'"):
         Place.at(tmp_path / "a.json").write(b"next")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"former")]
 
 
 def test_a_process_that_used_s3_ends(s3: dict[str, str]) -> None:
-    code = f"from softseg_dist.places import Place; Place.at('s3://{BUCKET}/end').write(b'x'); print('written')"
+    code = f"from softseg_dist.places import Place; Place.at('s3://{BUCKET}/end').write(b'x'); print('written')", partial_of
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("written\n", "")

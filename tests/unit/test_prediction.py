@@ -15,6 +15,7 @@ import pytest
 import torch
 from model_folders import PASSING, RECIPE, card_of, model_of, passing_model, saved
 from scipy.spatial.transform import Rotation
+from sealed_files import put, vouch
 
 from softseg_dist import Affine, Bids, Elastic, Flip, Network, Preprocess, Recipe, UNet
 from softseg_dist.cli.main import main
@@ -24,6 +25,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.judging.thresholds import FIXED
 from softseg_dist.judging.uncertainty import entropy
 from softseg_dist.prediction import Prediction, predict_images
+from softseg_dist.sealed import sealed_json
 from softseg_dist.sources import Sources
 from softseg_dist.training.inference import predict_sample
 from softseg_dist.training.model import Model, save_weights
@@ -348,7 +350,7 @@ def test_a_network_of_a_study_file_is_run_only_if_trusted(tmp_path: Path, monkey
     (done,) = predict_images(model, images, out, trust=True)
     assert done.error == ""
     card_alone = json.loads((model / CARD).read_text()) | {"study_source": None}
-    (model / CARD).write_text(json.dumps(card_alone))
+    (model / CARD).write_bytes(sealed_json(card_alone))
     with pytest.raises(UserError, match="which it does not carry"):
         predict_images(model, images, out, trust=True)
 
@@ -364,7 +366,8 @@ def run_with_fits(folder: Path, preprocess: Preprocess, seeds: Sequence[int]) ->
         save_weights(fit, weights)
         state = "finished" if split else "failed"  # the first one is no member
         result = FitResult(candidate=card.candidate, split=split, state=state)
-        (weights.parent.parent / f"{split:03d}.json").write_text(result.model_dump_json())
+        put(weights.parent.parent / f"{split:03d}.json", result.model_dump(mode="json"))
+        vouch(weights.parent)
     return folder, fits[1:]
 
 
@@ -396,7 +399,7 @@ def test_an_ensemble_without_its_fits_is_refused(tmp_path: Path) -> None:
     run, _ = run_with_fits(tmp_path / "run", WHOLE, seeds=(1, 2, 3))
     out, images = tmp_path / "out", [[scan(tmp_path / "a.nii")]]
     weights_path(run / "fits/soft/002").unlink()
-    assert "002/best.safetensors is missing" in refused(run, images, out, ensemble=True)
+    assert "002/best.safetensors is not as it was written (missing" in refused(run, images, out, ensemble=True)
     (run / "fits/soft/002.json").unlink()
     assert "two or more finished fits, but" in refused(run, images, out, ensemble=True)
     message = refused(run, images, out, candidate="hard")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sealed_files import put, value_of
 from synthetic_run import write_run
 
 from softseg_dist import NUMERICS
@@ -282,7 +283,7 @@ def test_a_changed_helper_is_refused_with_old_and_new_line_and_every_text_is_kep
     opened(tmp_path / "run", edited := load(tmp_path, {"  # one by one": ""}))
     assert ledger.sources() == edited.sources
     assert {path: path.read_text() for path in kept} == kept, "nothing is overwritten"
-    assert len(json.loads((tmp_path / "run/code.json").read_text())["sources"]) == 2
+    assert len(value_of(tmp_path / "run/code.json")["sources"]) == 2
 
 
 def test_a_text_of_a_run_that_was_changed_is_refused(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_report_runs_no_code_of_the_run(tmp_path: Path) -> None:
     run, text = write_run(tmp_path / "run"), "raise RuntimeError('the report runs the code of a study')"
     (run / "sources").mkdir()
     (run / f"sources/{digest(text)}.py").write_text(text)
-    (run / "code.json").write_text(json.dumps({"numerics": 1, "sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]}))
+    put(run / "code.json", value_of(run / "code.json") | {"sources": [{"study": "s.py", "files": {"s.py": digest(text)}}]})
     assert report_run(run).is_file()
     with pytest.raises(UserError, match=r"executes its code \(s\.py\), which you have not run on this machine; .* give --trust"):
         refit_run(run, None, RunOptions(), PlainLines(sys.stderr))
@@ -328,14 +329,14 @@ def test_where_nothing_can_be_kept_all_code_is_asked_about(tmp_path: Path, monke
         ran.check_trusted("run", "training")
 
 
-@pytest.mark.parametrize("code", [{}, {"numerics": 99}], ids=["0", "99"])
-def test_a_run_of_other_numerics_is_refused_in_one_line_that_says_so(tmp_path: Path, code: dict[str, int]) -> None:
+@pytest.mark.parametrize("numerics", [0, 99])
+def test_a_run_of_other_numerics_is_refused_in_one_line_that_says_so(tmp_path: Path, numerics: int) -> None:
     """Whatever else differs, such as a store that was prepared otherwise."""
     file = load(tmp_path)
     opened(tmp_path / "run", file)
-    (tmp_path / "run/code.json").write_text(json.dumps(code))
-    (tmp_path / "run/store.json").write_text(json.dumps({"fingerprint": "of a store of the old format"}))
-    other = f"another version of softseg_dist (numerics {code.get('numerics', 0)}, this version has {NUMERICS})"
+    put(tmp_path / "run/code.json", value_of(tmp_path / "run/code.json") | {"numerics": numerics})
+    put(tmp_path / "run/store.json", {"fingerprint": "of a store of the old format"})
+    other = f"another version of softseg_dist (numerics {numerics}, this version has {NUMERICS})"
     with pytest.raises(UserError, match=re.escape(f"run was made by {other}")) as refused:
         opened(tmp_path / "run", file)
     assert "\n" not in str(refused.value)

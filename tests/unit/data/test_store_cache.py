@@ -61,7 +61,7 @@ def test_processes_that_ask_at_once_get_one_whole_file(where: str, cache: Path) 
     asking = [subprocess.Popen([sys.executable, "-c", code, where], stdout=subprocess.PIPE) for _ in range(3)]
     assert len({process.communicate(timeout=120)[0] for process in asking}) == 1
     assert [process.returncode for process in asking] == [0, 0, 0]
-    assert sorted(path.suffix for path in cache.iterdir()) == [".arrow", ".checked", ".lock"]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".arrow", ".lock"]
 
 
 def test_a_copy_that_was_damaged_here_is_fetched_again(where: str) -> None:
@@ -76,16 +76,27 @@ def test_a_copy_that_was_damaged_here_is_fetched_again(where: str) -> None:
 def test_a_store_that_is_damaged_there_is_refused_by_name_and_not_kept(where: str, cache: Path) -> None:
     place = Place.at(where)
     place.write(damaged(place.read() or b""))
-    with pytest.raises(UserError, match=f"the store {where} is damaged"):
+    with pytest.raises(UserError, match=f"{where} is not as it was written"):
         local_store(where)
     assert not list(cache.glob("*.arrow"))
+
+
+def test_a_store_that_is_damaged_there_is_prepared_again_by_who_has_the_data(cache: Path) -> None:
+    folder = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    place = Place.at(shared_store(folder, DATA.cases(None), DATA, PREPROCESS))
+    whole = place.read()
+    place.write(damaged(whole or b""))
+    for path in cache.glob("*.arrow"):
+        path.unlink()
+    assert shared_store(folder, DATA.cases(None), DATA, PREPROCESS) == str(place)
+    assert place.read() == whole
 
 
 def test_verify_names_the_case_whose_numbers_have_changed(tmp_path: Path) -> None:
     path = build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS)
     Store.open(path).verify()
     path.write_bytes(damaged(path.read_bytes()))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="not as it was written"):
         Store.open(path).verify()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from sealed_files import value_of
 from typer.testing import CliRunner
 
 import softseg_dist
@@ -373,7 +374,7 @@ def test_a_run_records_them_and_its_report_shows_them(tmp_path: Path) -> None:
     path.write_text(STUDY.replace("Recipe()", network))
     options = RunOptions(out=tmp_path / "runs", stores=tmp_path / "stores", final_model=False)
     softseg_dist.run(path, local=True, options=options)
-    recorded = json.loads((tmp_path / "runs/t/run.json").read_text())["cautions"]
+    recorded = value_of(tmp_path / "runs/t/run.json")["cautions"]
     assert [caution["rule"] for caution in recorded] == ["identical targets", "binary targets"]
     page = (tmp_path / "runs/t/report/index.html").read_text()
     assert page.index("(hard = soft)") < page.index("Read with care")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import uuid
 from collections import Counter
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from s3_server import BUCKET
+from sealed_files import value_of
 
 from softseg_dist import KFold, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet, factorial
 from softseg_dist.data.splits import held_out
@@ -311,13 +311,13 @@ def test_a_control_that_wins_is_measured_once(run: RunContext) -> None:
 )
 def test_nothing_is_opened_while_a_fit_is_missing(run: RunContext, outcome: Outcome, told: str) -> None:
     assert told in opened(run, outcome=outcome)
-    assert json.loads((run.copy.folder / "holdout.json").read_text())["opened"] == []
+    assert value_of(run.copy.folder / "holdout.json")["opened"] == []
     assert not list(run.copy.folder.rglob("holdout.parquet"))
 
 
 def test_weights_that_are_gone_are_named(run: RunContext) -> None:
     weights_path(run.copy.folder / "fits/soft/001").unlink()
-    with pytest.raises(UserError, match=r"fits/soft/001/best\.safetensors: the weights of a finished fit are gone"):
+    with pytest.raises(UserError, match=r"fits/soft/001/best\.safetensors is not as it was written \(missing"):
         opened(run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sealed_files import value_of
 from typer.testing import CliRunner
 
 import softseg_dist
@@ -155,7 +155,7 @@ def test_a_run_its_model_and_its_restart_have_the_numbers_and_new_cases_are_seen
     mixed(tmp_path)
     options = RunOptions(data_root=tmp_path, out=tmp_path / "runs", stores=tmp_path / "stores", local=True)
     run = softseg_dist.run(tmp_path / "m.py", options=options)
-    assert json.loads((tmp_path / "runs/m/study.json").read_text())["preprocess"]["spacing_mm"] == [0.625, 0.75]
+    assert value_of(tmp_path / "runs/m/study.json")["preprocess"]["spacing_mm"] == [0.625, 0.75]
     assert "0.625" in (tmp_path / "runs/m/report/index.html").read_text()
     assert softseg_dist.run(tmp_path / "m.py", options=options).results.equals(run.results)
     predictor = load_model(tmp_path / "runs/m")

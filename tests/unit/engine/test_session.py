@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from softseg_dist.data.splits import Split
 from softseg_dist.engine.progress import JsonLines, LiveTable, PlainLines, Progress
 from softseg_dist.engine.session import Outcome, SearchSession, interruptible
 from softseg_dist.engine.worker import Ending
-from softseg_dist.places import Place
+from softseg_dist.places import Place, partial_of
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.search.searcher import StudySearcher
 from softseg_dist.training.task import FitResult, FitTask
@@ -68,7 +67,7 @@ def result(split: int) -> Ending:
 
 def full(path: Path) -> None:
     """Make writing `path` meet a full disk."""
-    path.with_name(f".{os.getpid()}.{path.name}").symlink_to("/dev/full")
+    partial_of(path).symlink_to("/dev/full")
 
 
 def test_a_result_that_cannot_be_recorded_stops_the_session_and_runs_again_next_time(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sealed_files import value_of
 
 from softseg_dist import Dice, DiceSemimetric, MonteCarlo, Optim, Phantom, Race, Recipe, Resources, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
@@ -151,8 +151,8 @@ def test_opening_the_same_study_again_changes_nothing(tmp_path):
 
 def test_the_study_on_disk_is_the_study(tmp_path):
     opened(tmp_path)
-    assert Study.model_validate(json.loads((tmp_path / "study.json").read_text())) == STUDY
-    stored = [Split.model_validate(split) for split in json.loads((tmp_path / "splits.json").read_text())]
+    assert Study.model_validate(value_of(tmp_path / "study.json")) == STUDY
+    stored = [Split.model_validate(split) for split in value_of(tmp_path / "splits.json")]
     assert tuple(stored) == splits_of(STUDY)
 
 
@@ -171,8 +171,8 @@ def test_an_extension_is_recorded_and_told(tmp_path, name):
     opened(tmp_path)
     study = EXTENSIONS[name]
     assert len(Ledger(tmp_path).open_study(study, splits_of(study), "f" * 16)) == 1
-    assert Study.model_validate(json.loads((tmp_path / "study.json").read_text())) == study
-    assert len(json.loads((tmp_path / "splits.json").read_text())) == len(splits_of(study))
+    assert Study.model_validate(value_of(tmp_path / "study.json")) == study
+    assert len(value_of(tmp_path / "splits.json")) == len(splits_of(study))
 
 
 CHANGES = {

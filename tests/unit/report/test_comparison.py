@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sealed_files import put, put_table, value_of
 from synthetic_run import write_run
 from synthetic_search import give_up
 from typer.testing import CliRunner
@@ -50,7 +51,7 @@ def second(first: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    put(path, change(value_of(path)))
 
 
 def shift(run: Path, candidate: str, by: float, sd: float = 0.0) -> None:
@@ -58,7 +59,7 @@ def shift(run: Path, candidate: str, by: float, sd: float = 0.0) -> None:
     table = pd.read_parquet(run / "results.parquet")
     rows = (table["candidate"] == candidate) & table["threshold"].isna()
     table.loc[rows, "value"] += np.random.default_rng(1).normal(by, sd, rows.sum())
-    table.to_parquet(run / "results.parquet")
+    put_table(table, run / "results.parquet")
 
 
 def other_splits(run: Path, num_kept: int) -> None:
@@ -137,7 +138,7 @@ def test_winners_are_compared_and_marked(first: Path, second: Path) -> None:
 def test_splits_are_paired_by_their_people_not_by_their_number(first: Path, second: Path) -> None:
     edit(second / "splits.json", lambda splits: [s | {"index": 5 - s["index"]} for s in reversed(splits)])
     table = pd.read_parquet(second / "results.parquet")
-    table.assign(split=5 - table["split"]).to_parquet(second / "results.parquet")
+    put_table(table.assign(split=5 - table["split"]), second / "results.parquet")
     found = compared(first, second, SOFT)
     assert found.pairing.splits == tuple((i, 5 - i) for i in range(6))
     assert [c.test.mean for c in found.contrasts] == [0]
@@ -206,7 +207,7 @@ def test_other_grids_and_versions_and_recipes_are_said(first: Path, second: Path
 
     edit(second / "run.json", coarser)
     for path in (second / "study.json", second / "fits" / SOFT / "candidate.json"):
-        path.write_text(path.read_text().replace('"degrees": 20.0', '"degrees": 5.0'))
+        put(path, json.loads(json.dumps(value_of(path)).replace('"degrees": 20.0', '"degrees": 5.0')))
     found = compared(first, second, SOFT)
     assert found.study == {"store": ("0123456789abcdef", "f" * 16)}
     assert found.versions == {"torch": ("2.13.0", "3.0")}
@@ -221,7 +222,7 @@ def test_values_that_do_not_exist_are_counted_once(first: Path, second: Path) ->
     table = pd.read_parquet(second / "results.parquet")
     soft = (table["candidate"] == SOFT) & (table["metric"] == "dice_dml") & (table["reference"] == "mean")
     table.loc[table.index[soft][:2], "value"] = np.nan
-    table.to_parquet(second / "results.parquet")
+    put_table(table, second / "results.parquet")
     found = compared(first, second)
     assert contrast(found, SOFT).test.num_pairs == 34
     assert any(text.startswith("2 of 216 values of the metric are undefined") for text in caveats(found))

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sealed_files import put, put_table, value_of, vouch
 from synthetic_run import CELLS, GAIN, recipe, write_run, written_page
 
 from softseg_dist.data.phantom import Phantom
@@ -58,7 +59,7 @@ def test_mean_is_over_subjects_of_means_over_cases_of_means_over_classes(tmp_pat
     first = table["subject"].iloc[0]
     table = table[table["subset"] == "test"]
     second_session = table[table["subject"] == first].assign(case="second", value=lambda t: t["value"] - 0.1)
-    pd.concat([table, second_session]).to_parquet(folder / "results.parquet")
+    put_table(pd.concat([table, second_session]), folder / "results.parquet")
     rows = table[(table["metric"] == "dice_dml") & (table["reference"] == "mean")]
     by_subject = rows.groupby("subject")["value"].mean()
     expected = (by_subject[first] - 0.1 / 2 + by_subject.drop(first).sum()) / 2
@@ -132,7 +133,7 @@ def test_answer_claims_nothing_where_nothing_was_shown(tmp_path: Path):
 def test_answer_says_so_when_nothing_can_be_tested(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:4], num_splits=2, num_subjects=5, num_tested=1)
     rows = pd.read_parquet(folder / "results.parquet")
-    rows.assign(subject="the only one").to_parquet(folder / "results.parquet")
+    put_table(rows.assign(subject="the only one"), folder / "results.parquet")
     summary = summarise(load_run(folder))
     assert answer(summary).startswith("Nothing could be tested (only one subject")
     assert effects_answer(summary) == ""
@@ -143,7 +144,7 @@ def test_answer_for_one_candidate_and_its_control(tmp_path: Path, gain: float, w
     folder = write_run(tmp_path, candidates=[CONTROL, "hard-sigmoid-wing"], num_splits=4)
     rows = pd.read_parquet(folder / "results.parquet")
     rows["value"] += gain * (rows["candidate"] == "hard-sigmoid-wing")
-    rows.to_parquet(folder / "results.parquet")
+    put_table(rows, folder / "results.parquet")
     assert words in answer(summarise(load_run(folder)))
 
 
@@ -153,7 +154,7 @@ def test_an_objective_that_should_be_low_ranks_the_lowest_first(tmp_path: Path):
     chosen = (table["metric"] == "brier") & (table["candidate"] == "soft-sigmoid-dice")
     noise = np.random.default_rng(0).normal(0, 1e-4, len(table))
     table["value"] = table["value"] + noise - 0.01 * chosen
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     summary = summarise(load_run(folder))
     assert summary.winner.name == "soft-sigmoid-dice"
     assert summary.comparisons[0].crossed.mean < 0
@@ -202,7 +203,7 @@ def test_a_candidate_gains_nothing_by_lacking_the_hardest_split(tmp_path: Path):
     soft = table["threshold"].isna()
     table.loc[soft & (table["split"] == 2), "value"] -= 0.4  # hard for everybody
     table.loc[soft & (table["candidate"] == "hard-sigmoid-wing"), "value"] -= 0.03
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     first, second = summarise(load_run(folder)).ranking
     assert (first.name, second.name) == (CONTROL, "hard-sigmoid-wing")
     assert first.mean < second.mean
@@ -221,7 +222,7 @@ def move(folder: Path, subset: str, candidate: str, by: float) -> None:
     table = pd.read_parquet(folder / "results.parquet")
     here = (table["subset"] == subset) & (table["candidate"] == candidate) & (table["metric"] == "dice_dml")
     table.loc[here, "value"] += by
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
 
 
 def test_what_is_tested_chooses_nothing(tmp_path: Path):
@@ -253,8 +254,8 @@ def test_without_a_control_the_most_complete_is_compared_with_and_named(tmp_path
 def test_what_users_call_things_is_shown_as_it_is(tmp_path: Path):
     row = {"name": "dice_dml", "title": "cost $a_{$ & <x>", "meaning": "m", "higher_is_better": True}
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, classes=("G_$M$ <b>", "x"), measured=("volume", "reliability"))
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"objective": {"type": "own:Cost", "row": row}}))
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"objective": {"type": "own:Cost", "row": row}})
     page = written_page(folder).read_text()
     assert "G_$M$ &lt;b&gt;" in page
     assert "<b>" not in page[page.index("Read with care") :]
@@ -262,11 +263,11 @@ def test_what_users_call_things_is_shown_as_it_is(tmp_path: Path):
 
 def test_the_methods_count_known_sites_and_cite_what_they_used(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:1], control=None, num_splits=2)
-    recorded = json.loads((folder / "run.json").read_text())
+    recorded = value_of(folder / "run.json")
     recorded["data"] |= {"sites": {"": 20, "A": 20}, "num_subjects": 40}
-    (folder / "run.json").write_text(json.dumps(recorded))
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"repeats": 2}))
+    put(folder / "run.json", recorded)
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"repeats": 2})
     page = written_page(folder).read_text()
     methods = page[page.index('<section id="methods">') :]
     assert "of 40 subjects, " in methods
@@ -277,7 +278,7 @@ def test_the_methods_count_known_sites_and_cite_what_they_used(tmp_path: Path):
 def test_a_run_without_scores_on_validation_is_ranked_on_test_and_says_so(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:3], num_splits=4)
     table = pd.read_parquet(folder / "results.parquet")
-    table[(table["subset"] == "test") | (table["candidate"] != CELLS[1])].to_parquet(folder / "results.parquet")
+    put_table(table[(table["subset"] == "test") | (table["candidate"] != CELLS[1])], folder / "results.parquet")
     summary = summarise(load_run(folder))
     assert summary.chosen_on == "test"
     assert summary.winner.mean == max(s.mean for s in summary.ranking)
@@ -313,7 +314,7 @@ def test_what_weakens_a_test_is_read_with_care(tmp_path: Path):
     subject = table["subject"].iloc[0]
     one = (table["subject"] == subject) & (table["candidate"] == CELLS[1]) & (table["metric"] == "dice_dml")
     table.loc[one, "value"] -= 0.6
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     said = [text for text in caveats(summarise(load_run(folder))) if "nearly blind" in text]
     assert len(said) == 1
     assert f"({subject}, mean difference" in said[0]
@@ -365,7 +366,7 @@ def test_fits_in_different_precisions_are_told_apart(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
     assert summarise(load_run(folder)).compute.engines.keys() == {"float32"}
     path = folder / "fits" / CONTROL / "000.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "bfloat16", "engine": "bfloat16, graph"}))
+    put(path, value_of(path) | {"precision": "bfloat16", "engine": "bfloat16, graph"})
     summary = summarise(load_run(folder))
     assert summary.compute.engines["bfloat16, graph"] == 1
     assert any("trained in bfloat16 and in float32" in text for text in caveats(summary))
@@ -378,7 +379,7 @@ def test_values_that_do_not_exist_are_left_out_and_counted(tmp_path: Path):
     empty = (table["candidate"] == CONTROL) & (table["split"] == 0) & (table["metric"] == "dice_dml")
     hit = table.index[empty & (table["reference"] == "mean")][:1]
     table.loc[hit, "value"] = np.nan
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     summary = summarise(load_run(folder))
     control = next(s for s in summary.ranking if s.name == CONTROL)
     assert (control.undefined, control.values) == (1, 18)
@@ -441,9 +442,9 @@ def test_the_page_holds_everything_and_says_what_the_json_says(tmp_path: Path):
 @pytest.mark.engine
 def test_cautions_of_the_run_are_read_with_care_and_identical_targets_before_the_answer(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
-    record = json.loads((folder / "run.json").read_text())
+    record = value_of(folder / "run.json")
     cautions = [{"rule": "equal images", "text": "a = b twice"}, {"rule": "identical targets", "text": "hard = soft throughout"}]
-    (folder / "run.json").write_text(json.dumps(record | {"cautions": cautions}))
+    put(folder / "run.json", record | {"cautions": cautions})
     page, found = written_page(folder).read_text(), summary_json(folder)
     assert found["caveats"][:2] == ["a = b twice", "hard = soft throughout"]
     assert page.index("hard = soft throughout") < page.index(found["answer"][:30]) < page.index("a = b twice")
@@ -453,8 +454,8 @@ def test_cautions_of_the_run_are_read_with_care_and_identical_targets_before_the
 @pytest.mark.engine
 def test_a_page_without_run_json_and_with_a_question_that_looks_like_html(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, failed=[(CELLS[1], 1)])
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"question": "<script>alert(1)</script> a < b?"}))
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"question": "<script>alert(1)</script> a < b?"})
     (folder / "run.json").unlink()
     page = written_page(folder).read_text()
     assert "loss is NaN in epoch 7" in page
@@ -481,7 +482,9 @@ def test_results_of_an_older_version_are_refused_in_one_line(tmp_path: Path, col
     """A table without a column of today, collected at the end of a run or not yet."""
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2, collected=collected)
     for path in folder.rglob("*.parquet"):
-        pd.read_parquet(path).drop(columns="reference").to_parquet(path)
+        put_table(pd.read_parquet(path).drop(columns="reference"), path)
+        if not collected:
+            vouch(path.parent)
     with pytest.raises(UserError, match=r"parquet was made by an older version of softseg_dist \(no column reference\)") as refused:
         load_run(folder)
     assert "\n" not in str(refused.value)
@@ -508,7 +511,7 @@ def test_torn_files_are_named(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], num_splits=2)
     record = folder / "fits" / CONTROL / "001.json"
     record.write_text(record.read_text()[:20])
-    with pytest.raises(UserError, match=r"001\.json: not the record of a fit"):
+    with pytest.raises(UserError, match=r"001\.json is not as it was written"):
         load_run(folder)
 
 
@@ -533,19 +536,19 @@ def without_training(folder: Path, num_splits: int = 1, ours: str = "") -> Path:
     """A run folder of predictions that existed already: of one split nothing but test subjects; 0.5 alone but for `ours`."""
     write_run(folder, candidates=CELLS[:3], num_splits=num_splits, measured=("lesions", "surface"))
     if num_splits == 1:
-        (split,) = json.loads((folder / "splits.json").read_text())
-        (folder / "splits.json").write_text(json.dumps([{"type": "Split", "index": 0, "test": split["test"]}]))
+        (split,) = value_of(folder / "splits.json")
+        put(folder / "splits.json", [{"type": "Split", "index": 0, "test": split["test"]}])
     for path in folder.glob("fits/*/0*.json"):
-        fit = json.loads(path.read_text())
+        fit = value_of(path)
         known = {name: fit[name] for name in ("type", "candidate", "split", "state", "test_score")}
         thresholds = fit["thresholds"] if fit["candidate"] == ours else {"fixed": 0.5}
-        path.write_text(json.dumps(known | {"thresholds": thresholds}))
+        put(path, known | {"thresholds": thresholds})
     for path in folder.rglob("history.jsonl"):
         path.unlink()
     for path in folder.glob("fits/*/candidate.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": {}}))
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"candidates": {name: {} for name in study["candidates"]}}))
+        put(path, value_of(path) | {"recipe": {}})
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"candidates": {name: {} for name in study["candidates"]}})
     return folder
 
 
@@ -564,8 +567,8 @@ def with_store(folder: Path, num_subjects: int) -> Path:
     """The same run, with a store of cases of the same names."""
     data = Phantom(subjects=num_subjects, size=(16, 16), num_slices=1)
     store = build_store(folder / "stores", data.cases(None), data, Preprocess(dim=2))
-    record = json.loads((folder / "run.json").read_text()) | {"store": str(store), "store_fingerprint": store.stem}
-    (folder / "run.json").write_text(json.dumps(record))
+    record = value_of(folder / "run.json") | {"store": str(store), "store_fingerprint": store.stem}
+    put(folder / "run.json", record)
     return folder
 
 
@@ -573,7 +576,7 @@ def test_a_run_whose_objective_is_undefined_on_all_test_cases_has_a_report_witho
     folder = with_store(write_run(tmp_path, candidates=CELLS[:2], num_splits=2), num_subjects=1)
     results = pd.read_parquet(folder / "results.parquet")
     results.loc[(results["metric"] == "dice_dml") & (results["subset"] == "test"), "value"] = np.nan
-    results.to_parquet(folder / "results.parquet")
+    put_table(results, folder / "results.parquet")
     run = load_run(folder)
     assert choose_overlays(run, summarise(run)) == ()
     assert write_page(run, summarise(run)).is_file()
@@ -584,6 +587,7 @@ def test_no_case_is_shown_twice(tmp_path: Path, labels: list[str]) -> None:
     written = write_run(tmp_path, candidates=CELLS[:1], num_splits=1, num_subjects=9, num_tested=len(labels), seed=0)
     folder = with_store(written, num_subjects=9)
     save_weights(Model.of_json(recipe(CELLS[0]), 1, 1, (16, 16)), folder / "fits" / CELLS[0] / "000" / "best.safetensors")
+    vouch(folder / "fits" / CELLS[0] / "000")
     run = load_run(folder)
     overlays = choose_overlays(run, summarise(run))
     assert [overlay.label for overlay in overlays] == labels
@@ -594,7 +598,7 @@ def test_equal_candidates_are_called_equal(tmp_path: Path) -> None:
     folder = without_training(tmp_path)
     results = pd.read_parquet(folder / "results.parquet")
     one = results[results["candidate"] == CELLS[0]]
-    pd.concat([one.assign(candidate=name) for name in CELLS[:3]]).to_parquet(folder / "results.parquet")
+    put_table(pd.concat([one.assign(candidate=name) for name in CELLS[:3]]), folder / "results.parquet")
     found = answer(summarise(load_run(folder)))
     assert found.startswith(f"{CELLS[1]}, {CELLS[2]} and the control {CELLS[0]} have equal scores on")
     assert found.endswith("(6 tested subjects, 1 split).")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sealed_files import put, put_table, value_of
 from synthetic_measures import ALL, FOUND, INTER_RATER, LESIONS, MISSED, OVERCONFIDENCE, RECALIBRATED, VOLUME_BIAS
 from synthetic_run import CELLS, write_run, written_page
 
@@ -128,7 +128,7 @@ def test_cases_whose_prediction_is_empty_are_counted_as_missed(tmp_path: Path):
     table = pd.read_parquet(folder / "results.parquet")
     at_grid = (table["candidate"] == NAMES[0]) & (table["threshold"] == 0.4) & (table["split"] == 0)
     table.loc[at_grid & (table["metric"] == "lesions_predicted"), "value"] = 0
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     distances = table.loc[at_grid & (table["metric"] == "hd95_mm"), "value"]
     surfaces = summarise(load_run(folder)).measures.surfaces
     assert surfaces[NAMES[0]].missed == distances.notna().sum() > 0
@@ -189,9 +189,9 @@ def test_every_figure_has_a_caption_that_says_n(folder: Path):
 @pytest.mark.engine
 def test_a_run_without_these_rows_shows_no_such_section(tmp_path: Path):
     folder = write_run(tmp_path, candidates=NAMES, num_splits=2, raters=())
-    record = json.loads((folder / "run.json").read_text())
+    record = value_of(folder / "run.json")
     del record["data"]["site_of"]
-    (folder / "run.json").write_text(json.dumps(record))
+    put(folder / "run.json", record)
     measures = summarise(load_run(folder)).measures
     assert not any(vars(measures).values())
     page = written_page(folder).read_text()
@@ -206,7 +206,7 @@ def test_an_ensemble_over_splits_is_read_from_its_own_table(tmp_path: Path):
     tta = rows[rows["metric"].str.startswith("tta_") & (rows["split"] == 0)]
     ensemble = tta.assign(split=-1, metric=tta["metric"].str.replace("tta", "ensemble"))
     members = ensemble.groupby(["candidate", "subject"]).head(1).assign(metric="ensemble_members", reference="mean", value=2.0)
-    pd.concat([ensemble, members]).to_parquet(tmp_path / "ensemble.parquet")
+    put_table(pd.concat([ensemble, members]), tmp_path / "ensemble.parquet")
     measured = summarise(load_run(tmp_path)).measures.uncertainty
     assert list(measured) == ["mc_dropout", "tta", "ensemble"]
     assert {entry.name for entry in measured["ensemble"]} == set(NAMES[:2])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from sealed_files import put, put_table, value_of
 from synthetic_run import write_run, written_page
 
 from softseg_dist.numerics.metrics import TABLE
@@ -34,8 +34,8 @@ def scored(folder: Path, skill: float = 0.0, prepared: float = 0.0, num_splits: 
     An empty map scores `EMPTY` on average, 0.2 more or less on every other subject. Subjects below `LARGE` are ten times as large.
     """
     write_run(folder, candidates=[CONTROL, OTHER], num_splits=num_splits, num_tested=num_tested, measured=["volume"])
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"objective": "brier_skill"}))
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"objective": "brier_skill"})
     table = pd.read_parquet(folder / "results.parquet")
     subjects = table["subject"].astype(int)
     table["value"] = table["value"].mask(table["metric"] == "volume_true_mm3", np.where(subjects < LARGE, 1000.0, 100.0))
@@ -46,7 +46,7 @@ def scored(folder: Path, skill: float = 0.0, prepared: float = 0.0, num_splits: 
     on_training = skills[skills["subset"] == "test"].assign(grid="prepared")
     on_training["value"] += prepared * (on_training["candidate"] == OTHER)
     everything = [table, skills, on_training, *(part[part["subset"] == "test"] for part in (empty, own))]
-    pd.concat(everything, ignore_index=True).to_parquet(folder / "results.parquet")
+    put_table(pd.concat(everything, ignore_index=True), folder / "results.parquet")
     return summarise(load_run(folder))
 
 

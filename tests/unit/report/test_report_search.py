@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from sealed_files import put, put_table, value_of
 from synthetic_run import CELLS, write_run, written_page
 from synthetic_search import give_up, hold_out, nest, tune
 
@@ -66,8 +67,8 @@ def test_a_candidate_that_was_given_up_never_leads_whatever_its_few_splits_say(t
 
 def test_nobody_on_the_front_is_beaten_in_both_objectives(tmp_path: Path):
     folder = searched(tmp_path)
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"second_objective": "ece"}))
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"second_objective": "ece"})
     summary = summary_of(folder)
     pareto = summary.pareto
     assert pareto is not None
@@ -149,7 +150,7 @@ def test_all_others_worse_than_the_best_is_said_so(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:3], num_splits=4)
     table = pd.read_parquet(folder / "results.parquet")
     table["value"] += 0.2 * ((table["candidate"] == CELLS[2]) & (table["metric"] == "dice_dml"))
-    table.to_parquet(folder / "results.parquet")
+    put_table(table, folder / "results.parquet")
     summary = summary_of(folder)
     assert not any(rival.tied for rival in summary.rivals)
     assert group_answer(summary) == f"All other candidates were shown to be worse than the highest ranked, {CELLS[2]}."
@@ -192,8 +193,8 @@ def test_the_page_tells_all_of_a_search(tmp_path: Path):
     folder = write_run(tmp_path, candidates=[CONTROL], proposed=TRIALS[:6], num_splits=2, num_tested=4)
     give_up(folder, "trial-0004", after=1, incumbent="trial-0001")
     tune(folder, CONTROL, {0.0003: 0.8, 0.003: 0.86}, chosen=0.003)
-    study = json.loads((folder / "study.json").read_text())
-    (folder / "study.json").write_text(json.dumps(study | {"second_objective": "brier"}))
+    study = value_of(folder / "study.json")
+    put(folder / "study.json", study | {"second_objective": "brier"})
     hold_out(folder, summary_of(folder).winner.name, CONTROL, gain=0.03)
     page, summary = written_page(folder).read_text(), summary_of(folder)
     for told in ("Two objectives", "Given up early", "Tuning of each", "optim.lr 0.003"):
@@ -227,7 +228,7 @@ def test_a_nested_study_names_the_subject_that_weakens_its_test(tmp_path: Path) 
     nest(tmp_path, gain=0.02)
     rows = pd.read_parquet(tmp_path / "outer.parquet")
     far = (rows["candidate"] == "winner") & (rows["subject"] == "007")
-    rows.assign(value=rows["value"] - far).to_parquet(tmp_path / "outer.parquet")
+    put_table(rows.assign(value=rows["value"] - far), tmp_path / "outer.parquet")
     outer = load_outer(tmp_path)
     assert outer is not None
     page = unescape(write_outer_page(outer, tmp_path).read_text())
@@ -247,5 +248,5 @@ def test_a_nested_study_without_a_control_compares_nothing(tmp_path: Path):
 def test_a_note_of_the_ledger_is_read_with_care(tmp_path: Path):
     folder = write_run(tmp_path, candidates=CELLS[:2], num_splits=2)
     path = folder / "fits" / CELLS[1] / "candidate.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "every learning rate that was tried has failed"}))
+    put(path, value_of(path) | {"note": "every learning rate that was tried has failed"})
     assert f"{CELLS[1]}: every learning rate that was tried has failed." in caveats(summary_of(folder))

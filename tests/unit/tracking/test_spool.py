@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Study
 from softseg_dist.cli.main import _places
 from softseg_dist.engine.session import Outcome
 from softseg_dist.pipeline import Finished, provenance
+from softseg_dist.places import partial_of
 from softseg_dist.tracking.tracker import SPOOL, Spool, Tracker, without_password
 from softseg_dist.words import next_command
 
@@ -48,7 +48,7 @@ def test_a_full_disk_is_told_by_the_spool(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_the_thread_that_tells_mlflow(tmp_path: Path) -> None:
     study = Study(name="full", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a")
-    (tmp_path / f".{os.getpid()}.{SPOOL}").symlink_to("/dev/full")  # where the spool is written first
+    partial_of(tmp_path / SPOOL).symlink_to("/dev/full")  # where the spool is written first
     tracker = Tracker("http://127.0.0.1:9", tmp_path, study)  # nobody listens on the discard port
     notes = tracker.close()
     assert any("could not be kept" in note and "No space left" in note for note in notes), notes

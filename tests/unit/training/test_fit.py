@@ -229,7 +229,7 @@ def test_another_recipe_in_the_same_folder_starts_anew(task: FitTask, tmp_path: 
     training = RunningFit(other, Worker())
     assert training.resumed_epoch is None
     assert not history_path(tmp_path).exists()
-    assert load_checkpoint(other) is None
+    assert load_checkpoint(other, []) is None
 
 
 def test_a_torn_checkpoint_is_no_checkpoint(task: FitTask, tmp_path: Path) -> None:

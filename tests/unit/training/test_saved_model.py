@@ -12,6 +12,7 @@ from model_folders import RECIPE, card_of, model_of, saved
 
 from softseg_dist import Preprocess, UNet
 from softseg_dist.errors import UserError
+from softseg_dist.sealed import sealed_json
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.model import load_weights, save_weights
@@ -70,7 +71,7 @@ def test_a_card_whose_dims_disagree_is_refused() -> None:
 def edited(**fields: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         about = json.loads((folder / CARD).read_text())
-        (folder / CARD).write_text(json.dumps(about | fields))
+        (folder / CARD).write_bytes(sealed_json(about | fields))
 
     return edit
 
@@ -86,7 +87,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "there is no model.safetensors"),
     "card torn": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:99]), "not JSON"),
     "card of something else": (lambda f: (f / CARD).write_text("[1]"), "not the card of a model"),
-    "later format": (edited(format=2), "has format 2, this version reads 1"),
+    "later format": (edited(format=3), "has format 3, this version reads 2"),
     "field of a wrong kind": (edited(classes=3), "classes: "),
     "weights torn": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]), "not the file that model.json"),
     "weights of another save": (other_weights, "not the file that model.json"),
@@ -133,7 +134,7 @@ def test_a_network_of_the_study_file_comes_back_once_the_file_has_been_run(tmp_p
     image = torch.randn(1, 1, 8, 8)
     assert torch.equal(read_model(folder, read_card(folder))(image), model(image))
     unknown = json.loads((folder / CARD).read_text().replace("mine:One", "other:One"))
-    (folder / CARD).write_text(json.dumps(unknown))
+    (folder / CARD).write_bytes(sealed_json(unknown))
     with pytest.raises(UserError, match="load the study file that defines it first"):
         read_model(folder, read_card(folder))
 
