@@ -172,7 +172,7 @@ def load(folder: str | Path) -> Run:
 
     Raises UserError if it is not a run folder, a file in it cannot be read, or no fit has finished yet.
     """
-    loaded = Run(str(folder))
+    loaded = Run(WorkingCopy(folder).place.uri)
     _ = loaded._outer or loaded._data
     return loaded
 

@@ -33,7 +33,7 @@ from softseg_dist.judging.results import Head, merge_tables, write_frame, write_
 from softseg_dist.judging.thresholds import CURVE, FIXED
 from softseg_dist.numerics.metrics import TABLE, Metric, row_of
 from softseg_dist.pipeline import facts_of, provenance, pulled
-from softseg_dist.places import make_folder
+from softseg_dist.places import make_folder, without_credentials
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.report.run_folder import RunData, load_run
 from softseg_dist.report.scores import soft_scores, split_means
@@ -92,6 +92,7 @@ class Assessment:
     ) -> Assessment:
         """Scan the data set. Raises UserError if a name is not valid, and with a line for everything that a case lacks."""
         study, source = (data, data.data) if isinstance(data, Study) else (None, data)
+        places = {name: without_credentials(place) for name, place in places.items()}
         fields = json_of(study) if study else {"objective": Study.model_fields["objective"].default, "seed": 0}
         name = options.name or (f"{study.name}-evaluation" if study else "evaluation")
         control = options.control or (study.control if study and study.control in places else None)

@@ -21,7 +21,7 @@ from softseg_dist.engine.finalists import HOLDOUT
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome
 from softseg_dist.judging.results import write_frame
-from softseg_dist.pipeline import Finished, RunOptions, backend_of, run_prepared
+from softseg_dist.pipeline import Finished, RunOptions, backend_of, check_tracking, run_prepared
 from softseg_dist.places import Place, make_folder
 from softseg_dist.record.ledger import Ledger, json_of
 from softseg_dist.record.remote import WorkingCopy
@@ -57,6 +57,7 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
     `progress` makes a display for each of them. Raises UserError as `run_study` does; too few subjects for any inner study are
     refused before the first fit.
     """
+    check_tracking(options)
     backend, study, run = backend_of(options), file.study, Place.at(options.out) / file.study.name
     prepared = prepare(study, options.data_root, options.stores, progress().note)
     study = prepared.resolved(study)

@@ -25,7 +25,7 @@ from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import Outcome, interruptible, run_search
 from softseg_dist.errors import UserError
 from softseg_dist.judging.results import merge_tables
-from softseg_dist.places import Place, make_folder, sweep_partials
+from softseg_dist.places import Address, Place, make_folder, redacted, sweep_partials, without_credentials
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL
@@ -40,7 +40,8 @@ from softseg_dist.search.candidate import is_tuning
 from softseg_dist.search.optuna_study import OPTUNA_LOG, sample_proposals
 from softseg_dist.study import Resources, Study
 from softseg_dist.study_file import StudyFile, describe, load_sources
-from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of, without_password
+from softseg_dist.tracking.delivery import ENVIRONMENT_URI, check_server, server_address
+from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of
 from softseg_dist.training.preflight import preflight, start_child
 from softseg_dist.training.task import cases_path, vouched
 
@@ -56,6 +57,8 @@ MODEL = "model"  # the folder of the winner, trained on all subjects
 class RunOptions:
     """Where and on how much machine; nothing here changes a result. `out` and `stores` are paths, or URIs of shared places.
 
+    Logins in addresses are kept from what is stored and shown: see `places`. `tracking_uri` None is MLFLOW_TRACKING_URI, if set.
+
     `final_model`: train the winner on all subjects when the study is complete. `local`: in this process, without Ray, one fit at a
     time. `debug`: as `local`, unless an option asks for Ray; the study's code is loaded as in a worker, and tracebacks are shown.
     """
@@ -67,13 +70,24 @@ class RunOptions:
     workers_per_fit: int | None = None
     gpus_per_fit: float | None = None
     fits_per_gpu: int | None = None
-    tracking_uri: str | None = None
+    tracking_uri: str | Address | None = None
     command: str = ""
     final_model: bool = True
     address: str | None = None
     max_wait_s: float | None = None
     local: bool = False
     debug: bool = False
+
+    def __post_init__(self) -> None:
+        places = {name: str(getattr(self, name)) for name in ("out", "stores")}
+        if self.address and any(Address.of(place).secrets for place in places.values()):
+            do = "give them to its machines: a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in their environment"
+            raise UserError(f"--address: credentials in --out or --stores do not reach a cluster that runs already; {do}")
+        clean: dict[str, object] = {name: without_credentials(place) for name, place in places.items()}
+        if isinstance(self.tracking_uri, str):
+            clean["tracking_uri"] = Address.of(self.tracking_uri)
+        for name, value in (clean | {"command": redacted(self.command)}).items():
+            object.__setattr__(self, name, value)
 
     @property
     def in_process(self) -> bool:
@@ -102,6 +116,7 @@ def run_study(file: StudyFile, options: RunOptions, progress: Progress) -> Finis
     Raises UserError on bad input, a changed study, or a run folder in use; finished fits stay as they are.
     """
     backend_of(options)  # its refusals come before the data are read
+    check_tracking(options)
     with start_child() as child:  # it imports while the data are prepared
         try:
             prepared = prepare(file.study, options.data_root, options.stores, progress.note)
@@ -125,6 +140,8 @@ def run_prepared(
     preflight(recipes, study.uncertainty, prepared.store, splits[0], file.sources, child)
     for caution in cautions:
         progress.note(f"warning: {caution.detail}")
+    if options.tracking_uri is None and (server := server_address(None)):
+        progress.note(f"MLflow: {server.shown}, of the environment's {ENVIRONMENT_URI}")
     ledger, copy = Ledger(run.uri), WorkingCopy(run.uri)
     make_folder(copy.folder)
     with ledger.lock():
@@ -173,7 +190,12 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
         for line in tracker.close(status):
             context.progress.note(line)
         copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))
-    return Finished(context.ledger.folder, outcome, page, model, str(without_password(tracker.uri)))
+    return Finished(context.ledger.folder, outcome, page, model, tracker.uri)
+
+
+def check_tracking(options: RunOptions) -> None:
+    """Raise UserError if the MLflow server of the options cannot be one. One that is down is waited for."""
+    check_server(server_address(options.tracking_uri))
 
 
 def _conclude(context: RunContext, tracker: Tracker, outcome: Outcome, final_model: bool) -> tuple[Path, Path | None]:
@@ -247,7 +269,7 @@ def compare_runs(
 ) -> RunComparison:
     """In what two run folders differ, and by how much their scores do; see `report.comparison.compare`."""
     loaded = load_run(pulled(run_a).folder), load_run(pulled(run_b).folder)
-    return compare(loaded, (str(run_a), str(run_b)), candidates, metric)
+    return compare(loaded, (without_credentials(run_a), without_credentials(run_b)), candidates, metric)
 
 
 def pulled(run: str | Path) -> WorkingCopy:
@@ -328,7 +350,7 @@ def _described(run: Place, file: StudyFile, prepared: Prepared, options: RunOpti
     facts = facts_of(store.cases, store.classes, store.mean_volumes_mm3)
     return provenance(options.command) | {
         "run": run.uri if run.path is None else None,  # a local one may be moved
-        "tracking_uri": without_password(options.tracking_uri),
+        "tracking_uri": server.shown if (server := server_address(options.tracking_uri)) else None,
         "study_file": file.sources.study,
         "study_fingerprint": file.study.fingerprint,
         "store": prepared.uri,
@@ -358,4 +380,4 @@ def provenance(command: str) -> dict[str, Any]:
     host = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "host": platform.node()}
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": without_password(command), "versions": versions, "machine": host, "started": started}
+    return {"command": redacted(command), "versions": versions, "machine": host, "started": started}

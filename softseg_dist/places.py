@@ -1,6 +1,7 @@
 """Places: files and folders on any file system that pyarrow supports, given by a path or a URI such as s3://bucket/runs.
 
-S3 takes endpoint, region and credentials as the AWS tools do (AWS_ENDPOINT_URL, AWS_REGION, ...), GCS as Google's do.
+S3 takes endpoint, region and credentials as the AWS tools do (AWS_ENDPOINT_URL, AWS_REGION, ...), GCS as Google's do. Credentials
+in a URI of S3 move to the environment of this process when it is parsed: what is stored, sent or shown has none (see `Address`).
 A failure of a remote file system is an OSError with the errno EIO that names the place. Files are written whole or not at all
 (`Place.write`, `replace_file`); a full disk is an OSError with its errno whatever library was writing.
 """
@@ -13,13 +14,15 @@ import io
 import os
 import platform
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+from urllib.parse import quote, unquote
 
 import pyarrow
 from pyarrow import fs
@@ -29,6 +32,121 @@ from softseg_dist.errors import UserError
 FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
 GCS_RETRY_S = 60
 CHUNK_BYTES = 8 * 2**20  # what is copied at a time
+
+PLACES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # in their names an @ may stand for other things
+SECRET = re.compile(r"secret|token|pass|pwd|key|sig|cred|auth|sas|jwt", re.IGNORECASE)  # names of items in a query
+AWS = {"user": "AWS_ACCESS_KEY_ID", "password": "AWS_SECRET_ACCESS_KEY"}
+AWS |= {"access_key": AWS["user"], "secret_key": AWS["password"], "session_token": "AWS_SESSION_TOKEN"}
+_moved: dict[str, str] = {}  # credentials that this process has taken from a URI
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address as it may be stored and shown: without login and secret items of its query. Only `original()` has them.
+
+    It cannot be pickled, so that they stay in this process.
+    """
+
+    shown: str
+    _given: str = field(repr=False)
+    secrets: dict[str, str] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, text: str) -> Address:
+        """Parse an address; a path is one too. Raises UserError, without the text, if it is not clear where its password ends."""
+        scheme, mark, rest = text.partition("://")
+        if not mark or scheme == "file":
+            return cls(text, text, {})
+        login, rest = _login(scheme, rest)
+        user, colon, password = login.partition(":")
+        main, _, query = rest.partition("?")
+        items = [item.partition("=") for item in query.partition("#")[0].split("&")]
+        closed = [(name, value) if sign else ("", name) for name, sign, value in items if not _is_open(name, value)]
+        secrets = {unquote(name): unquote(value) for name, value in closed if value}
+        kept = f"{login}@" if login and scheme in PLACES and scheme != "s3" and not colon else ""  # a container, a user
+        if login and not kept:
+            secrets |= {"user": unquote(user)} | ({"password": unquote(password)} if colon else {})
+        main = main if scheme in PLACES or main.startswith("/") else main.partition("#")[0]
+        public = "&".join(f"{name}={value}" for name, _, value in items if _is_open(name, value))
+        given = f"{scheme}://{quote(user, '%')}{colon}{quote(password, '%')}@{rest}" if login else text
+        return cls(f"{scheme}://{kept}{main}" + (f"?{public}" if public else ""), given, secrets)
+
+    def original(self) -> str:
+        """The address with its secrets, for the client that connects."""
+        return self._given
+
+    def redact(self, text: str) -> str:
+        """A text of that client without the secrets."""
+        text = text.replace(self._given, self.shown)
+        secrets = {value for name, value in self.secrets.items() if name != "user" or "password" not in self.secrets}
+        for secret in sorted(secrets, key=len, reverse=True):
+            quoted = [(re.escape(char), "".join(f"%{byte:02x}" for byte in char.encode())) for char in secret]
+            text = re.sub("".join(f"(?:{char}|(?i:{code}))" for char, code in quoted), "***", text)
+        return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an address may hold a password: send what it shows")
+
+
+def _login(scheme: str, rest: str) -> tuple[str, str]:
+    """What stands before the host, and the rest. A login with a / or ? in it is understood if there is one way to."""
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" not in rest or not host or (scheme in PLACES and not {":", "@"} & set(host)):
+        return "", rest
+    if "@" in host and rest.count("@") == host.count("@"):
+        login, _, after = host.rpartition("@")
+        return login, after + rest[len(host) :]
+    is_port = scheme != "s3" and host.partition(":")[2].isdigit()
+    if rest.count("@") > 1 or ":" not in host or is_port:
+        write = "write @ as %40, / as %2F, ? as %3F and # as %23 in user, password, path and query"
+        raise UserError(f"{scheme}://...: it is not clear where the password of this address ends; {write}")
+    login, _, rest = rest.partition("@")
+    return login, rest
+
+
+def _is_open(name: str, value: str) -> bool:
+    """May an item of a query be shown?"""
+    return bool(value) and not SECRET.search(unquote(name)) and "@" not in unquote(value)
+
+
+def redacted(command: str) -> str:
+    """A command line whose addresses are as they may be shown."""
+
+    def shown(word: str) -> str:
+        before, mark, rest = word.partition("://")
+        scheme = re.split(r"[^\w+.-]", before)[-1]
+        try:
+            return before.removesuffix(scheme) + Address.of(scheme + mark + rest).shown if mark else word
+        except UserError:
+            return f"{before}://..."
+
+    if "://" not in command:
+        return command
+    try:
+        return shlex.join(map(shown, shlex.split(command)))
+    except ValueError:  # not one that a shell takes
+        return " ".join(map(shown, command.split()))
+
+
+def without_credentials(where: str | Path) -> str:
+    """A path or URI as it may be stored, sent and shown: the keys of an S3 URI move to the environment of this process.
+
+    Raises UserError, without showing them, for other schemes and if two URIs have different keys: a process has one environment.
+    """
+    address = Address.of(str(where))
+    if not address.secrets:
+        return str(where)
+    scheme, others = address.shown.partition("://")[0], sorted(address.secrets.keys() - AWS.keys())
+    keys = {AWS[name]: value for name, value in address.secrets.items() if name in AWS and value}
+    if scheme != "s3" or others or not {AWS["user"], AWS["password"]} <= keys.keys():
+        do = "take them from the environment, as the tools of its provider do; in an s3 URI KEY:SECRET@ is understood"
+        raise UserError(f"{address.shown}: the credentials in this address are not supported; {do}")
+    if _moved and _moved != keys:
+        raise UserError(f"{address.shown} has other credentials than an address before it; one process takes one login of S3")
+    os.environ.pop("AWS_SESSION_TOKEN", None)
+    os.environ.update(keys)
+    _moved.update(keys)
+    return address.shown
 
 
 def cache_folder() -> Path:
@@ -64,7 +182,7 @@ class Place:
     @classmethod
     def at(cls, where: str | Path) -> Place:
         """The place of a path or URI. Raises UserError if it is a URI that pyarrow does not know."""
-        text = str(where)
+        text = without_credentials(where)
         if "://" not in text:
             path = Path(text).absolute()
             return cls(text.rstrip("/") or "/", path, fs.LocalFileSystem(), str(path))

@@ -97,7 +97,9 @@ def run(
     workers_per_fit: Annotated[int | None, typer.Option(min=1, help="Processes that share every batch of a fit")] = None,
     gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker, such as 0.25; default: 1 if any")] = None,
     fits_per_gpu: FitsPerGpu = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database; default: a file in the run folder")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's server or database; default: MLFLOW_TRACKING_URI, or the run's own")
+    ] = None,
     address: Address = None,
     max_wait: MaxWait = None,
     local: Local = False,

@@ -11,8 +11,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+
+def as_shown(place: str) -> str:
+    """The callback of an option for a path or URI: its credentials go no further."""
+    from softseg_dist.places import without_credentials  # imports pyarrow
+
+    return without_credentials(place) if "://" in place else place
+
+
 StudyArg = Annotated[Path, typer.Argument(help="A study file, e.g. studies/s001_quickstart.py")]
-RunArg = Annotated[str, typer.Argument(help="A run folder or its URI, e.g. s3://lab/runs/s001")]
+RunArg = Annotated[str, typer.Argument(callback=as_shown, help="A run folder or its URI, e.g. s3://lab/runs/s001")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the study's data set")]
 Out = Annotated[str, typer.Option(help="Folder for runs, or its URI; the run folder is OUT/<study name>")]
 Stores = Annotated[str, typer.Option(help="Folder for prepared data, or its URI, e.g. s3://lab/stores")]

@@ -67,10 +67,10 @@ def submit(
 def after_debug() -> list[str]:
     """The last line of a command with --debug: the command without it. A job on a cluster has none: its submitter has its own."""
     from softseg_dist.engine.context import SUBMITTED_BY
-    from softseg_dist.tracking.tracker import without_password
+    from softseg_dist.places import redacted
 
     again = next_command(*(word for word in sys.argv[1:] if word != "--debug"))
-    return [] if SUBMITTED_BY in os.environ else [f"Next     {without_password(again)}"]
+    return [] if SUBMITTED_BY in os.environ else [f"Next     {redacted(again)}"]
 
 
 def with_given_splits(file: StudyFile) -> Sources:

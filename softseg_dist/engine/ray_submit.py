@@ -26,7 +26,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from softseg_dist.engine.context import SUBMITTED_BY
 from softseg_dist.engine.ray_cluster import TOKEN_WANTED
 from softseg_dist.errors import UserError
-from softseg_dist.places import Place
+from softseg_dist.places import Address, Place
 from softseg_dist.sources import Sources
 from softseg_dist.words import next_command
 
@@ -58,10 +58,19 @@ def submit(sources: Sources, address: str, folders: Mapping[str, str | None], fl
     """Start `softseg run`, as the head of the cluster at `address` has it, with a study file and its helper modules.
 
     `folders` maps options to paths of the head or URIs, `flags` are further arguments. Raises UserError if a path is relative, or
-    the cluster does not answer or refuses the token.
+    the cluster does not answer or refuses the token, or if an argument holds credentials.
     """
+    _public(address)
     arguments = [text for option, path in folders.items() if path for text in (option, _lasting(option, path))]
-    command = ["softseg", "run", shlex.quote(sources.study), "--address", "auto", *arguments, *map(shlex.quote, flags)]
+    command = [
+        "softseg",
+        "run",
+        shlex.quote(sources.study),
+        "--address",
+        "auto",
+        *arguments,
+        *(shlex.quote(_public(flag)) for flag in flags),
+    ]
     with tempfile.TemporaryDirectory() as folder, _as_user_error(address):
         for file, text in sources.texts.items():
             (Place.at(folder) / file).write(text.encode())
@@ -131,8 +140,17 @@ def _lasting(option: str, path: str) -> str:
     if path.startswith("~/"):
         return "~/" + shlex.quote(path[2:])
     if path.startswith("/") or "://" in path:
-        return shlex.quote(path)
+        return shlex.quote(_public(path))
     raise UserError(f"{option} {path}: a job's own folder does not last; give an absolute path of the head, or a URI")
+
+
+def _public(word: str) -> str:
+    """The word, which all who can reach the cluster may read. Raises UserError if it is an address with credentials."""
+    address = Address.of(word)
+    if address.secrets:
+        do = "give them to the head: AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME and the like in its environment"
+        raise UserError(f"{address.shown}: Ray shows the command of a job, so it takes no credentials; {do}")
+    return word
 
 
 def _client(address: str) -> Any:

@@ -83,9 +83,9 @@ def status_of(run: str) -> RunStatus:
         read = dict(zip(names, readers.map(lambda name: _json(place, name, key, name in ended), names), strict=True))
         study, splits = read["study.json"], read["splits.json"]
         if not isinstance(study, dict) or not isinstance(splits, list):
-            raise UserError(f"{run}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
+            raise UserError(f"{place}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
         if study.get("nested"):
-            raise UserError(f"{run}: a nested study has a run for every outer split; give {run}/outer/000 or another one")
+            raise UserError(f"{place}: a nested study has a run for every outer split; give {place}/outer/000 or another one")
         running = _running(place, files, ended, study, readers)
     records, objective = {record["name"]: record for record in map(read.get, known) if record}, study["objective"]
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
@@ -107,7 +107,7 @@ def status_of(run: str) -> RunStatus:
     here = working_folder(place)
     spooled = (Place.at(here) / SPOOL).read() or (place / SPOOL).read() or b""  # the driver leaves it in the run folder at its end
     return RunStatus(
-        run=run,
+        run=place.uri,
         study=study["name"],
         objective=objective if isinstance(objective, str) else objective["row"]["name"],
         planned=planned,
@@ -135,7 +135,7 @@ def show(status: RunStatus, console: Console) -> None:
     goes_on = ", the same command goes on" if status.left or status.running else ""
     driver = f"driver: {status.driver}" if status.driver is not None else f"no driver on this machine{goes_on}"
     console.print(f"last change {duration(status.quiet_s)} ago; {driver}")
-    if status.mlflow_waiting:
+    if status.mlflow_waiting and status.driver is None:
         console.print(f"{status.mlflow_waiting} records wait for MLflow: {next_command('sync', status.run)}")
 
 

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
+import re
 import secrets
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,20 @@ os.environ |= ENVIRONMENT | os.environ  # MLflow reads some of them when it is i
 
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 
-from softseg_dist.tracking.tracker import TrackingRecord  # noqa: E402
+from softseg_dist.places import Address  # noqa: E402
+from softseg_dist.tracking.delivery import DATABASES, ENVIRONMENT_URI, TrackingRecord  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
-CHUNK = 100  # MLflow takes 100 parameters or tags and 1000 metrics in one call
+MOST = {Metric: 800, Param: 100, RunTag: 100}  # that MLflow takes in one call: 1000 together
+ACTIONS = ("open", "log", "close", "data_set", "artifact", "model")
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the pages show training runs, not language models
 CLOSED = ("FINISHED", "FAILED")
+LOCATIONS = {"experiments": "artifact_location", "runs": "artifact_uri", "model_versions": "source"}  # columns with absolute places
+Refused = list[tuple[str, str]]  # what MLflow did not take of a record, and why
 RUN_TAG, KEY_TAG, WEIGHTS_TAG = "softseg.run", "softseg.key", "softseg.weights_sha256"
 
 
@@ -41,12 +52,19 @@ class MlflowServer:
         # MLflow may have been imported before this module, by MONAI, without the environment above.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        _make_database(uri)
-        self._client = MlflowClient(uri)
-        self._folder = folder
-        self._run = run
-        self._experiment = self._find_experiment(study, (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None)
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+        artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+        if database:
+            _make_database(uri, database)
+        if database and artifacts and database.parent == folder:  # it may have been moved or copied
+            _relocate(database, study, artifacts)
+        of_environment = uri == Address.of(os.environ.get(ENVIRONMENT_URI, "")).original()
+        self._client = MlflowClient(uri, None if of_environment else uri)  # or models would go to MLFLOW_REGISTRY_URI
+        self._uri, self._folder, self._run = uri, folder, run
+        self._study, self._artifacts = study, artifacts
+        self._experiment = self._find_experiment()
         self._ids: dict[str, str] = {}
+        self._deleted: set[str] = set()  # keys of runs that were deleted in MLflow's pages, where they can be restored
         self._ended: set[str] = set()  # keys of runs that are closed for good
         self._find_runs()
 
@@ -54,16 +72,32 @@ class MlflowServer:
         """Raises whatever the client raises if the server cannot be reached."""
         self._client.search_experiments(max_results=1)
 
-    def apply(self, record: TrackingRecord) -> None:
-        """Do what one record says. A "known" one repeats an earlier session's, and is skipped for a run that is closed."""
-        if record.get("known") and record["key"] in self._ended:
-            return
-        getattr(self, f"_{record['what']}")(record)
+    def close(self) -> None:
+        """Give back the open files and sockets of a database; MLflow keeps them otherwise."""
+        if self._uri.partition("://")[0].partition("+")[0] in DATABASES:
+            _dispose(self._client)
 
-    def _find_experiment(self, name: str, artifacts: str | None) -> str:
-        experiment = self._client.get_experiment_by_name(name)
+    def apply(self, record: TrackingRecord) -> Refused:
+        """Do what one record says. A "known" one repeats an earlier session's, and is skipped for a run that is closed.
+
+        Returns what MLflow refuses of a log. Raises whatever the client raises if it refuses all, or cannot be reached.
+        """
+        if record.get("known") and record["key"] in self._ended:
+            return []
+        if record["what"] not in ACTIONS:
+            raise ValueError(f"no such record: {record['what']}")
+        action = getattr(self, f"_{record['what']}")
+        try:
+            return action(record) or []
+        except MlflowException:
+            if not self._is_restored(self._ids.get(record["key"])):
+                raise
+            return action(record) or []
+
+    def _find_experiment(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._study)
         if experiment is None:
-            return str(self._client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS))
+            return str(self._client.create_experiment(self._study, artifact_location=self._artifacts, tags=EXPERIMENT_TAGS))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
@@ -72,15 +106,27 @@ class MlflowServer:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
+                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ALL, max_results=1000, page_token=token
             )
             for run in page:
-                key = run.data.tags[KEY_TAG]
+                key, is_deleted = run.data.tags[KEY_TAG], run.info.lifecycle_stage == "deleted"
+                if is_deleted and key in self._ids:
+                    continue
                 self._ids[key] = run.info.run_id
-                if run.info.status in CLOSED:
+                (self._deleted.add if is_deleted else self._deleted.discard)(key)
+                if run.info.status in CLOSED and not is_deleted:
                     self._ended.add(key)
             if not (token := page.token):
                 return
+
+    def _is_restored(self, run_id: str | None) -> bool:
+        """Restore a run that was deleted while the study runs; False if it was not."""
+        if run_id is None or self._client.get_run(run_id).info.lifecycle_stage == "active":
+            return False
+        self._experiment = self._find_experiment()
+        if self._client.get_run(run_id).info.lifecycle_stage != "active":  # restoring the experiment may have done it
+            self._client.restore_run(run_id)
+        return True
 
     def _open(self, record: TrackingRecord) -> None:
         key = record["key"]
@@ -90,15 +136,18 @@ class MlflowServer:
                 tags["mlflow.parentRunId"] = self._ids[record["parent"]]
             cut = {name: value[:TAG_CHARS] for name, value in tags.items()}
             run = self._client.create_run(self._experiment, start_time=record["ms"], tags=cut, run_name=record["name"])
-            run_id = self._ids[key] = run.info.run_id
+            self._ids[key] = run.info.run_id
         else:
+            if key in self._deleted:
+                self._is_restored(run_id)
+                self._deleted.discard(key)
             self._client.update_run(run_id, status="RUNNING")
-            self._batch(run_id, tags=_tags(record["tags"]))
+            self._batch(run_id, _tags(record["tags"]))
 
-    def _log(self, record: TrackingRecord) -> None:
+    def _log(self, record: TrackingRecord) -> Refused:
         metrics = [Metric(name[:250], value, ms, step) for name, value, ms, step in record["metrics"]]
         params = [Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()]
-        self._batch(self._ids[record["key"]], metrics, params, _tags(record["tags"]))
+        return self._batch(self._ids[record["key"]], [*metrics, *params, *_tags(record["tags"])])
 
     def _close(self, record: TrackingRecord) -> None:
         self._client.set_terminated(self._ids[record["key"]], record["status"], end_time=record["ms"])
@@ -111,7 +160,11 @@ class MlflowServer:
         self._client.log_inputs(self._ids[record["key"]], datasets=[DatasetInput(data, tags)])
 
     def _artifact(self, record: TrackingRecord) -> None:
-        self._client.log_artifact(self._ids[record["key"]], str(self._folder / record["path"]), record["folder"] or None)
+        self._artifacts_of(self._ids[record["key"]]).log_artifact(str(self._folder / record["path"]), record["folder"] or None)
+
+    def _artifacts_of(self, run_id: str) -> Any:
+        """Not by the client, which remembers where those of a run are: in a copied folder they are elsewhere."""
+        return get_artifact_repository(self._client.get_run(run_id).info.artifact_uri, tracking_uri=self._uri)
 
     def _model(self, record: TrackingRecord) -> None:
         """Register the present content of the folder, unless it is registered already."""
@@ -123,28 +176,79 @@ class MlflowServer:
         if any(version.tags.get(WEIGHTS_TAG) == card.weights_sha256 for version in versions):
             return
         place = f"model/{card.weights_sha256[:12]}"  # one each, or a later model would replace what a version points to
-        self._client.log_artifacts(run_id, str(folder), place)
+        self._artifacts_of(run_id).log_artifacts(str(folder), place)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
         tags = {WEIGHTS_TAG: card.weights_sha256, "softseg.candidate": card.candidate}
         self._client.create_model_version(name, source, run_id, tags, description=card.intended_use, await_creation_for=0)
 
-    def _batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
-        for start in range(0, max(len(metrics), len(params), len(tags)), CHUNK):
-            part = slice(start, start + CHUNK)
-            self._client.log_batch(run_id, metrics=metrics[part], params=params[part], tags=tags[part])
+    def _batch(self, run_id: str, items: Sequence[Any]) -> Refused:
+        """Log metrics, parameters and tags; what MLflow's rules for names do not allow is not even tried."""
+        refused = [(_title(item), "MLflow does not take such a name") for item in items if not _is_name(item.key)]
+        for number in count():
+            part: list[Any] = []
+            for kind, most in MOST.items():
+                own = [item for item in items if type(item) is kind and _is_name(item.key)]
+                part += own[number * most : (number + 1) * most]
+            if not part:
+                return refused
+            refused += self._log_batch(run_id, part)
+        return refused
+
+    def _log_batch(self, run_id: str, items: Sequence[Any]) -> Refused:
+        """Log what MLflow takes in one call, or what it takes of it: halves of what it refuses are tried again."""
+        metrics, params, tags = ([item for item in items if type(item) is kind] for kind in MOST)
+        try:
+            self._client.log_batch(run_id, metrics, params, tags)
+        except MlflowException as error:
+            if error.get_http_status_code() != 400 or self._client.get_run(run_id).info.lifecycle_stage != "active":
+                raise
+            if len(items) == 1:
+                return [(_title(items[0]), str(error))]
+            half = len(items) // 2
+            return self._log_batch(run_id, items[:half]) + self._log_batch(run_id, items[half:])
+        return []
 
 
-def _make_database(uri: str) -> None:
+def _title(item: Any) -> str:
+    kind = {Metric: "metric", Param: "parameter", RunTag: "tag"}[type(item)]
+    return f"{kind} {item.key!r}"
+
+
+def _is_name(name: str) -> bool:
+    """Does MLflow take it as the name of a metric, a parameter or a tag? It must be possible as that of a file."""
+    is_path = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+    return is_path and re.fullmatch(r"[/\w.\- :]+", name) is not None
+
+
+def _dispose(client: MlflowClient) -> None:
+    for store in (client._tracking_client.store, client._get_registry_client().store):
+        if (engine := getattr(store, "engine", None)) is not None:
+            engine.dispose()
+
+
+def _make_database(uri: str, path: Path) -> None:
     """Make an SQLite database whole or not at all: one whose tables are half made, MLflow never opens again."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.exists():
+    if path.exists():
         return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that failed
     try:
-        MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
+        client = MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
+        client.search_experiments(max_results=1)
+        _dispose(client)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _relocate(path: Path, study: str, artifacts: str) -> None:
+    """Make the places of artifacts those of this run folder; MLflow records them as absolute paths."""
+    with closing(sqlite3.connect(path)) as database, database:
+        found = database.execute("SELECT artifact_location FROM experiments WHERE name = ?", (study,)).fetchone()
+        if found is None or found[0] == artifacts:
+            return
+        for table, column in LOCATIONS.items():
+            change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+            database.execute(change, (artifacts, len(found[0]) + 1, len(found[0]), found[0]))
 
 
 def _tags(tags: dict[str, str]) -> list[Any]:

@@ -1,8 +1,7 @@
 """MLflow: study run > candidate run > fit run, written by one background thread of the driver alone.
 
-The driver never waits for MLflow. Each event becomes a record (a small JSON object); the thread sends records in order. What
-cannot be sent goes to `mlflow_spool.jsonl` in the run folder and is sent later: during the run, at its end, when the study runs
-again, or by `sync_run`. Runs are found again by their tags, so sending a record twice does no harm.
+The driver never waits for MLflow. Each event becomes a record (a small JSON object) in the spool (see `delivery`), which a thread
+sends in order: during the run, at its end, when the study runs again, or by `sync_run`.
 """
 
 from __future__ import annotations
@@ -10,38 +9,32 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
-import re
 import statistics
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softseg_dist.errors import in_words
+from softseg_dist.errors import UserError
 from softseg_dist.frozen import leaves
-from softseg_dist.places import replace_file
+from softseg_dist.places import Address
 from softseg_dist.record.ledger import Ledger, RaceRecord, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
+from softseg_dist.tracking.delivery import ENVIRONMENT_URI, Connection, Delivery, Spool, TrackingRecord, server_address
 from softseg_dist.training.task import FitResult, FitTask, history_of
-from softseg_dist.words import next_command
+from softseg_dist.words import count, listed, next_command
 
 if TYPE_CHECKING:
     from softseg_dist.tracking.server import MlflowServer
 
-COLLECT_S = 0.5  # records of this long go out together, so that epochs cost one call per fit and half second
-RETRY_S = 30.0  # pause between two tries to reach a server that is down
-CLOSE_S = 60.0  # longest wait for the thread at the end of a run; what is left then is spooled
+CLOSE_S = 60.0  # at the end of a run: as long as one record is waited for; what is left then is in the spool
 STUDY = "study"  # key of the study's run
 Texts = dict[str, str] | None
 Curve = Callable[[FitResult], list[dict[str, float]]]  # a fit -> its epochs
-TrackingRecord = dict[str, Any]
 NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "parameters", "duration_s", "peak_memory_mb")
 
 
@@ -50,28 +43,33 @@ def default_uri(folder: str | Path) -> str:
     return f"sqlite:///{Path(folder).absolute()}/mlflow.db"
 
 
+def _own_database(folder: Path) -> Address:
+    if "?" in str(folder):
+        raise UserError(f"{folder}: an SQLite database of MLflow cannot lie below a folder with a ? in its name; use another --out")
+    uri = default_uri(folder)
+    return Address(uri, uri, {})
+
+
 class Tracker:
     """Records the events of a study; a thread sends them to MLflow. No method raises or waits, except `close`, which joins it.
 
-    `uri` is any MLflow tracking URI; without one it is an SQLite database in the run folder, whose runs all carry one tag.
-    `run` is the path or URI of the run, if `folder` is a copy of it.
+    `uri` is any MLflow tracking URI; without one it is that of MLFLOW_TRACKING_URI, or else an SQLite database in the run folder,
+    whose runs all carry one tag. `run` is the path or URI of the run, if `folder` is a copy of it.
+    Raises UserError if `uri` can be no address of MLflow.
     """
 
-    def __init__(self, uri: str | None, folder: str | Path, study: Study, run: str = "") -> None:
-        self.uri, self.folder, self.study = uri or default_uri(folder), Path(folder).absolute(), study
+    def __init__(self, uri: str | Address | None, folder: str | Path, study: Study, run: str = "") -> None:
+        self.folder, self.study = Path(folder).absolute(), study
+        address = server_address(uri) or _own_database(self.folder)
+        self.uri = address.shown
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._records: queue.SimpleQueue[TrackingRecord | None] = queue.SimpleQueue()
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
-        self._known = False  # records are those of earlier sessions, which MLflow may have
+        self._recalled: list[TrackingRecord] | None = None  # a candidate's of earlier sessions, which MLflow may have
+        self._sync, self.num_waiting = next_command("sync", run or folder), 0  # after `close`
         self._spool = Spool(self.folder / SPOOL)
-        self.num_late = 0  # of the spooled records, those that were sent
-        self._num_unkept = 0
-        self._give_up = threading.Event()
-        self._problem, self._sync = "", next_command("sync", run or folder)
-        self._rejected: list[str] = []
-        self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
-        self._thread.start()
+        self._connection = Connection(address, lambda uri: connect(uri, self.folder, study.name))
+        self._delivery = Delivery(self._spool, self._connection)
         tags = {"softseg.fingerprint": study.fingerprint, "mlflow.note.content": study.question}
         self._put_open(STUDY, study.name, None, tags, {"objective": study.objectives[0].row.name, "seed": str(study.seed)})
 
@@ -85,10 +83,11 @@ class Tracker:
         So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
         with no fit left to run, `curve` gives the epochs of a fit if they are known.
         """
-        self._known, races = True, ledger.races()
+        races = ledger.races()
         for name, record in ledger.candidates().items():
             if not (own := [result for result in results if result.candidate == name]):
                 continue
+            self._recalled = []
             self._put_candidate(name, record.recipe)
             for result in own:
                 self._put_fit(result.key, record.recipe, {})
@@ -97,7 +96,8 @@ class Tracker:
                 self.fit_ended(result)
             if name in ended:
                 self.candidate_ended(name, own, races.get(name))
-        self._known = False
+            records, self._recalled = self._recalled, None
+            self._delivery.put(records)
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
@@ -152,25 +152,27 @@ class Tracker:
         self._put(what="model", key=STUDY, path=str(Path(folder).absolute()), name=self.study.name)
 
     def close(self, status: str = "FINISHED", wait_s: float | None = CLOSE_S) -> tuple[str, ...]:
-        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left, for `wait_s` at most.
+        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
 
-        Returns lines for the user: that the server was out of reach, or what it refused.
+        That takes as long as MLflow takes records, each within `wait_s`. Returns lines for the user: what waits and why, what was
+        refused.
         """
         for key in reversed(list(self._open)):
             self.close_run(key, status if key == STUDY or status != "FINISHED" else "KILLED")
-        self._records.put(None)
-        self._thread.join(wait_s)
-        self._give_up.set()
-        self._thread.join(CLOSE_S / 6)
-        notes = [f"MLflow refused {len(self._rejected)} records, the first: {self._rejected[0]}"] if self._rejected else []
-        if waiting := len(self._spool.read()):
-            later = f"{waiting} records wait in {self._spool.path} and are sent when the study runs again, or by: {self._sync}"
-            notes.append(f"MLflow at {self.uri} was out of reach ({self._problem}); {later}")
-        if self._thread.is_alive():
-            notes.append(f"MLflow at {self.uri} did not answer in time; send it the content of the ledger: {self._sync}")
-        if self._num_unkept:
-            notes.append(f"{self._num_unkept} records for MLflow could not be kept: {self._problem}; send them: {self._sync}")
-        return tuple(str(without_password(note)) for note in notes)
+        self.num_waiting, unkept = self._delivery.close(wait_s)
+        problem, notes = self._connection.problem, []
+        if refused := self._connection.refused:
+            number, (item, (_, reason)) = sum(times for times, _ in refused.values()), next(iter(refused.items()))
+            notes.append(f"MLflow refused {count(number, 'item')} ({listed(list(refused))}), the first: {item} {reason}")
+        if self.num_waiting:
+            state = f"was out of reach ({problem})" if problem else "is behind, it took no record any more"
+            later = (
+                f"{self.num_waiting} records wait in {self._spool.path} and are sent when the study runs again, or by: {self._sync}"
+            )
+            notes.append(f"MLflow at {self.uri} {state}; {later}")
+        if unkept:
+            notes.append(f"{unkept} records for MLflow could not be kept: {self._spool.problem}; send them: {self._sync}")
+        return tuple(notes)
 
     def _numbers(self, result: FitResult) -> dict[str, float]:
         numbers = {name: float(value) for name in NUMBERS if (value := getattr(result, name)) is not None}
@@ -179,7 +181,11 @@ class Tracker:
         return numbers | second | {f"threshold_{rule}": value for rule, value in result.thresholds.items()}
 
     def _put(self, **record: Any) -> None:
-        self._records.put({**record, "ms": int(time.time() * 1000), "known": self._known})
+        record |= {"ms": int(time.time() * 1000), "known": self._recalled is not None}
+        if self._recalled is not None:
+            self._recalled.append(record)
+        else:
+            self._delivery.put([record])
 
     def _put_candidate(self, name: str, recipe: Mapping[str, Any]) -> None:
         self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe))
@@ -201,123 +207,10 @@ class Tracker:
         finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
         self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {})
 
-    # What follows runs in the thread.
-
-    def _serve(self) -> None:
-        connection = Connection(lambda: connect(self.uri, self.folder, self.study.name))
-        retry_at = 0.0
-        unkept: list[TrackingRecord] = []
-        last = False
-        while not last:
-            collected, last = self._collect()
-            records, unkept = unkept + collected, []
-            try:
-                if last or time.monotonic() >= retry_at:
-                    retry_at = 0.0 if self._deliver(connection, records) else time.monotonic() + RETRY_S
-                else:
-                    self._spool.append(records)
-            except OSError as error:  # the disk is full, which the ledger reports; the records wait in memory
-                self._problem, unkept = str(error), records
-        self._num_unkept = len(unkept)
-
-    def _collect(self) -> tuple[list[TrackingRecord], bool]:
-        """The records of the next half second, and whether they are the last."""
-        records, until = [self._records.get()], time.monotonic() + COLLECT_S
-        with suppress(queue.Empty):
-            while records[-1] is not None:
-                records.append(self._records.get(timeout=max(0.0, until - time.monotonic())))
-        return coalesced([record for record in records if record is not None]), records[-1] is None
-
-    def _deliver(self, connection: Connection, records: list[TrackingRecord]) -> bool:
-        """Send what is spooled and then `records`; False if the server is out of reach, with the rest spooled."""
-        spooled = self._spool.read()
-        pending = spooled + records
-        for index, record in enumerate(pending):
-            problem = "stopped waiting for it" if self._give_up.is_set() else connection.send(record)
-            if problem is None:
-                self.num_late += index < len(spooled)
-                continue
-            if connection.lost or self._give_up.is_set():
-                self._problem = problem
-                self._spool.replace(pending[index:])
-                return False
-            self._rejected.append(f"{record['what']} {record['key']}: {problem}")
-        if spooled:
-            self._spool.replace([])
-        return True
-
-
-class Spool:
-    """Records that could not be sent yet, oldest first, in a file of JSON lines. A line torn by a crash is left out."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> list[TrackingRecord]:
-        """All records, oldest first."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError):
-                records.append(json.loads(line))
-        return records
-
-    def append(self, records: Sequence[TrackingRecord]) -> None:
-        """Add records at the end. Raises OSError if not all could be written; adding them again does no harm."""
-        if not records:
-            return
-        with self.path.open("a+b") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")  # ends a line that a crash or a full disk has torn
-            file.write(_lines(records))
-
-    def replace(self, records: Sequence[TrackingRecord]) -> None:
-        """Make `records` the whole content; none removes the file. Raises OSError, with nothing changed, if that cannot be."""
-        if records:
-            replace_file(self.path, lambda partial: partial.write_bytes(_lines(records)))
-        else:
-            self.path.unlink(missing_ok=True)
-
-
-def _lines(records: Sequence[TrackingRecord]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-class Connection:
-    """A server that may be out of reach. A second request distinguishes that from a refused record."""
-
-    def __init__(self, connect: Callable[[], MlflowServer]) -> None:
-        self._connect = connect
-        self._server: MlflowServer | None = None
-        self.lost = False
-
-    def send(self, record: TrackingRecord) -> str | None:
-        """None if the server took the record, else what it said; `lost` says whether it can be reached at all."""
-        try:
-            self._server = self._server or self._connect()
-            self.lost = False
-            try:
-                self._server.apply(record)
-            except Exception:  # noqa: BLE001 - whatever MLflow raises: refused or out of reach is decided by the ping
-                self._server.ping()
-                self._server.apply(record)
-        except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
-            # A server or database that cannot write now, as when its disk is full, takes the record later.
-            unavailable = getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE"
-            self.lost = unavailable or self._server is None or self.reach() is not None
-            return in_words(error)[:300]
-        return None
-
-    def reach(self) -> str | None:
-        """None if the server can be reached, else why not."""
-        try:
-            self._server = self._server or self._connect()
-            self._server.ping()
-        except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
-            self._server = None
-            return in_words(error)[:300]
-        return None
+    @property
+    def num_late(self) -> int:
+        """Of the records that had waited when this session began, those that were sent."""
+        return self._delivery.num_late
 
 
 def connect(uri: str, folder: Path, study: str) -> MlflowServer:
@@ -333,27 +226,6 @@ def run_id_of(folder: Path) -> str:
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text().strip()
-
-
-def coalesced(records: Sequence[TrackingRecord]) -> list[TrackingRecord]:
-    """The same records; logs of a run that follow each other, without another record of that run between, become the first."""
-    joined: list[TrackingRecord] = []
-    last: dict[str, TrackingRecord] = {}  # of each run
-    for record in records:
-        log = last.get(record["key"])
-        if log and log["what"] == record["what"] == "log" and log["known"] == record["known"]:
-            log["metrics"] += record["metrics"]
-            log["params"] |= record["params"]
-            log["tags"] |= record["tags"]
-        else:
-            last[record["key"]] = record
-            joined.append(record)
-    return joined
-
-
-def without_password(uri: str | None) -> str | None:
-    """A tracking URI as it may be recorded: the credentials come from the environment."""
-    return None if uri is None else re.sub(r"(?<=://)[^/@\s]*@", "", uri)
 
 
 def parameters(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -380,18 +252,29 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     ledger, copy = Ledger(run), WorkingCopy(run)
     with ledger.lock():
         copy.pull(SPOOL, "mlflow_run", "mlflow.db", "report/*", "fits/*/*/history.jsonl")
-        uri = tracking_uri or (ledger.read("run.json") or {}).get("tracking_uri") or default_uri(copy.folder)
-        if problem := Connection(lambda: connect(uri, copy.folder, status.study)).reach():
+        folder = copy.folder.absolute()
+        address = _address_of(tracking_uri, (ledger.read("run.json") or {}).get("tracking_uri")) or _own_database(folder)
+        uri, connection = address.shown, Connection(address, lambda uri: connect(uri, folder, status.study))
+        problem = connection.reach()
+        connection.close()
+        if problem:
             return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
         fields = ledger.read("study.json")  # its classes stay JSON: to make them would run its code
         study = Study.model_construct(**{name: value for name, value in fields.items() if name not in ("type", "code")})
-        tracker = Tracker(uri, copy.folder, study, run)  # its thread sends first what waits
+        tracker = Tracker(address, folder, study, run)  # its thread sends first what waits
         ended = [candidate.name for candidate in status.candidates if candidate.left == 0]
-        results, fits = list(ledger.results().values()), copy.folder / "fits"
+        results, fits = list(ledger.results().values()), folder / "fits"
         tracker.recall(ledger, results, ended, lambda result: history_of(fits / result.key, result))
-        for path in sorted((copy.folder / "report").glob("*")):
+        for path in sorted((folder / "report").glob("*")):
             tracker.artifact(path, "report")
         notes = tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED", wait_s=None)
-        waiting = len(Spool(copy.folder / SPOOL).read())
-        copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(copy.folder) else []))
-    return Synced(uri, tracker.num_late, waiting, notes)
+        copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(folder) else []))
+    return Synced(uri, tracker.num_late, tracker.num_waiting, notes)
+
+
+def _address_of(given: str | None, recorded: str | None) -> Address | None:
+    """What was recorded has no login: that is in MLFLOW_TRACKING_URI, if it is the same address."""
+    if given is not None or recorded is None:
+        return None if given is None else server_address(given)
+    own = server_address(None) if ENVIRONMENT_URI in os.environ else None
+    return own if own is not None and own.shown == recorded else server_address(recorded)

@@ -4,10 +4,12 @@ nothing."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from commands import softseg_here
+from commands import softseg, softseg_here
+from s3_server import BUCKET
 from scripted import make_study, score_of, splits_of
 from test_tracking import free_port, losses, runs_of, server, task
 
@@ -90,3 +92,56 @@ def test_a_run_that_is_in_use_is_refused(tmp_path: Path) -> None:
         refused = softseg_here("sync", tmp_path, cwd=tmp_path)
     assert refused.returncode == 2
     assert "in use by process" in refused.stderr
+
+
+def test_a_relative_path_and_a_run_whose_server_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran(tmp_path / "run", f"sqlite:///{tmp_path}/lab.db", num_splits=1)
+    done = softseg_here("sync", "run", "--json", cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["waiting"]) == (0, 0), done.stdout
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")  # the run has another
+    code, told = sync(tmp_path / "run")
+    assert (code, told["tracking_uri"]) == (0, f"sqlite:///{tmp_path}/lab.db")
+    assert not (tmp_path / "other.db").exists()
+
+
+TINY = """from softseg_dist import *
+BASE = Recipe(network=UNet(filters=(4, 8)), optim=Optim(epochs=1, batch_size=8))
+STUDY = Study(name="tiny", question="Does it run?", data=Phantom(subjects=6, size=(24, 24), num_slices=2),
+              preprocess=Preprocess(dim=2), splits=MonteCarlo(count=1), candidates={"a": BASE})
+"""
+
+
+def test_planted_secrets_are_found_in_nothing_that_a_run_leaves_or_prints(tmp_path: Path, s3: dict[str, str]) -> None:
+    """The server of MLflow is down, so that its client complains; then other commands look at the run."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    own = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "SOFTSEG_CACHE": str(tmp_path / "cache")}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    environment = {name: value for name, value in os.environ.items() if name not in keys} | own
+    server = "http://pl4nted-user:pl4nted%2F%40%3Fword@127.0.0.1:9/?token=pl4nted/t0k@n?"
+    stores = f"--stores=s3://PL4NTEDKEY:pl4nted/secret+x@{BUCKET}/stores?region=us-east-1"
+    refused = softseg("run", "tiny.py", "--local", f"--tracking-uri={server}", cwd=tmp_path, env=environment)
+    server = server.replace("k@n?", "k%40n%3F")
+    done = softseg("run", "tiny.py", "--local", "--json", stores, "--tracking-uri", server, cwd=tmp_path, env=environment)
+    assert (refused.returncode, done.returncode) == (2, 0), refused.stderr + done.stderr
+    assert "it is not clear where the password of this address ends" in refused.stderr
+    assert "MLflow at http://127.0.0.1:9/ was out of reach" in done.stdout
+    run = tmp_path / "runs/tiny"
+    record = json.loads((run / "run.json").read_text())
+    assert record["tracking_uri"] == "http://127.0.0.1:9/"
+    assert f"--stores=s3://{BUCKET}/stores?region=us-east-1" in record["command"]
+    assert record["store"].startswith(f"s3://{BUCKET}/stores/")
+    printed = [
+        refused,
+        done,
+        softseg_here("status", run, "--json", cwd=tmp_path),
+        softseg_here("report", run, "--json", cwd=tmp_path),
+    ]
+    printed += [softseg_here("sync", run, *words, cwd=tmp_path) for words in ((), ("--tracking-uri", server))]
+    assert [ended.returncode for ended in printed[2:]] == [0, 0, 1, 1]
+    texts = [text for ended in printed for text in (ended.stdout, ended.stderr)]
+    assert not [text for text in texts if "pl4nted" in text.lower()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"run.json", "mlflow_spool.jsonl", "index.html"} <= {path.name for path in files}
+    assert not [path for path in files if b"pl4nted" in path.read_bytes().lower() or "pl4nted" in path.name.lower()]

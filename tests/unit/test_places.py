@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import uuid
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET
 
+from softseg_dist import places
 from softseg_dist.errors import UserError
-from softseg_dist.places import Place, partial_of
+from softseg_dist.pipeline import RunOptions, provenance
+from softseg_dist.places import Address, Place, partial_of, redacted, without_credentials
 
 
 @pytest.fixture(params=["path", "file", pytest.param("s3", marks=pytest.mark.engine)])
@@ -93,3 +96,79 @@ def test_a_process_that_used_s3_ends(s3: dict[str, str]) -> None:
     code = f"from softseg_dist.places import Place; Place.at('s3://{BUCKET}/end').write(b'x'); print('written')", partial_of
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("written\n", "")
+
+
+SHOWN = {  # an address: how it is shown, and the secrets in it
+    "https://mlflow.lab:5000/a": ("https://mlflow.lab:5000/a", []),
+    "https://me:secret@mlflow.lab:5000/a": ("https://mlflow.lab:5000/a", ["me", "secret"]),
+    "https://TOKEN@lab": ("https://lab", ["TOKEN"]),
+    "https://u:p%40@host/?token=SECRET&x=1": ("https://host/?x=1", ["SECRET", "u", "p@"]),
+    "http://lab/?SECRET#access_token=SECRET": ("http://lab/", ["SECRET"]),
+    "postgresql://user:p/ss@host/db?sslmode=require&sslpassword=w": ("postgresql://host/db?sslmode=require", ["w", "user", "p/ss"]),
+    "mysql://user:p@ss@host/db": ("mysql://host/db", ["user", "p@ss"]),
+    "sqlite:////tmp/a@b.db": ("sqlite:////tmp/a@b.db", []),
+    "s3://KEY:SE/CR/ET@lab/runs?region=eu": ("s3://lab/runs?region=eu", ["KEY", "SE/CR/ET"]),
+    "s3://KEY:12/3@lab/runs": ("s3://lab/runs", ["KEY", "12/3"]),
+    "s3://lab/a@b:c": ("s3://lab/a@b:c", []),
+    "s3://lab/runs?endpoint_override=k:s@minio": ("s3://lab/runs", ["k:s@minio"]),
+    "gs://anonymous@lab/runs": ("gs://anonymous@lab/runs", []),
+    "abfs://box:pw@account/runs": ("abfs://account/runs", ["box", "pw"]),
+    "runs/me@home?": ("runs/me@home?", []),
+}
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_an_address_is_shown_without_its_secrets(text: str) -> None:
+    address, (shown, secrets) = Address.of(text), SHOWN[text]
+    assert (address.shown, list(address.secrets.values())) == (shown, secrets)
+    assert Address.of(shown).shown == shown
+    assert Address.of(address.original()).secrets == address.secrets
+    for leak in (str(address), repr(address), address.redact(f"cannot open {address.original()} or {text}: {secrets[-1:]}")):
+        assert not [secret for secret in secrets if len(secret) > 2 and secret in leak.replace("sslpassword", "")], leak
+    with pytest.raises(TypeError, match="may hold a password"):
+        pickle.dumps(address)
+
+
+@pytest.mark.parametrize(
+    "text", ["postgresql://user:p@ss/w?rd@host/db", "http://u:1/2@host", "https://u:p@host/?t=a@b", "s3://K:S@lab/a@b"]
+)
+def test_an_address_is_refused_if_it_is_not_clear_where_its_password_ends(text: str) -> None:
+    with pytest.raises(UserError, match=r"^\w+://\.\.\.: it is not clear where the password of this address ends"):
+        Address.of(text)
+    assert redacted(f"softseg run s.py --out '{text}'") == f"softseg run s.py --out {text.partition(':')[0]}://..."
+
+
+def test_a_command_is_recorded_without_secrets() -> None:
+    told = "softseg run s.py --tracking-uri http://lab --out me@lab"
+    assert provenance(told)["command"] == told
+    assert RunOptions(command=told.replace("http://lab", "'http://me:se cret@lab'")).command == told
+    assert redacted("softseg evaluate s.py --predictions=a=s3://K:S/1@lab/a") == "softseg evaluate s.py --predictions=a=s3://lab/a"
+    assert redacted("it's http://me:secret@lab").endswith("http://lab")
+
+
+def test_keys_of_s3_move_to_the_environment_and_those_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_moved", {})
+    for name in set(places.AWS.values()):
+        monkeypatch.setenv(name, "another")
+    shown = "s3://lab/runs?region=eu-west-1&endpoint_override=minio:9000"
+    given = shown.replace("//", "//KEY:SE/CRET@") + "&session_token="
+    options = RunOptions(out=given, stores="s3://KEY:SE%2FCRET@lab/stores", tracking_uri="http://me:secret@lab")
+    assert (options.out, options.stores) == (shown, "s3://lab/stores")
+    assert "cret" not in repr(options).lower().replace("secrets", "")
+    keys = {name: os.environ.get(name) for name in set(places.AWS.values())}
+    assert keys == {"AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "SE/CRET", "AWS_SESSION_TOKEN": None}
+    wrong = {"s3://OTHER:KEY@lab": "has other credentials", "gs://lab/a?access_token=X": "are not supported"}
+    wrong |= {"s3://KEY@lab/a": "are not supported", "abfs://c:X@a/b": "are not supported"}
+    for where, rule in wrong.items():
+        with pytest.raises(UserError, match=rule) as refused:
+            without_credentials(where)
+        assert not {"OTHER", "KEY", "X"} & set(str(refused.value).replace("KEY:SECRET@", ""))
+    with pytest.raises(UserError, match="do not reach a cluster that runs already"):
+        RunOptions(out=given, address="auto")
+
+
+def test_a_key_in_a_uri_opens_a_bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_moved", {})
+    place = Place.at(f"s3://{s3['AWS_ACCESS_KEY_ID']}:{s3['AWS_SECRET_ACCESS_KEY']}@{BUCKET}/keys")
+    (place / "a").write(b"x")
+    assert (str(place), (place / "a").read()) == (f"s3://{BUCKET}/keys", b"x")

@@ -79,3 +79,12 @@ def test_a_cluster_that_does_not_answer_is_one_line() -> None:
     with pytest.raises(UserError, match="does not answer or refuses") as refused:
         submit(Sources("s.py", {"s.py": ""}), "http://127.0.0.1:9", {})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["address", "out", "flag"])
+def test_a_job_takes_no_credentials_as_its_command_can_be_read(place: str) -> None:
+    given = {"address": "http://head:8265", "out": "s3://lab/runs", "flag": "http://lab:5000"}
+    given[place] = given[place].replace("://", "://me:planted@")
+    with pytest.raises(UserError, match="takes no credentials") as refused:
+        submit(Sources("s.py", {"s.py": ""}), given["address"], {"--out": given["out"]}, ["--tracking-uri", given["flag"]])
+    assert "planted" not in str(refused.value)

@@ -1,8 +1,9 @@
-"""The spool: records come back in order, a torn line costs nothing else, a full disk costs nothing that was there."""
+"""The spool and the address of MLflow: records come back in order, a torn line costs nothing else, a full disk costs nothing."""
 
 from __future__ import annotations
 
-import errno
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,60 +12,149 @@ from model_folders import card_of, model_of, saved
 from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Study
 from softseg_dist.cli.main import _places
 from softseg_dist.engine.session import Outcome
-from softseg_dist.pipeline import Finished, provenance
-from softseg_dist.places import partial_of
-from softseg_dist.tracking.tracker import SPOOL, Spool, Tracker, without_password
+from softseg_dist.errors import UserError
+from softseg_dist.pipeline import Finished
+from softseg_dist.record.status import SPOOL
+from softseg_dist.tracking.delivery import Spool, server_address
+from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.words import next_command
 
 RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
 
 
-def test_records_come_back_in_order(tmp_path: Path) -> None:
+def taken(spool: Spool) -> list[dict[str, object]]:
+    """All that is left, sent."""
+    found = []
+    while True:
+        records, _, release = spool.take(spool.end)
+        if not records:
+            return found
+        found += records
+        release()
+
+
+def test_records_come_back_in_order_and_what_was_sent_is_gone(tmp_path: Path) -> None:
     spool = Spool(tmp_path / SPOOL)
     spool.append(RECORDS[:2])
-    spool.append(RECORDS[2:])
-    assert spool.read() == RECORDS
-    spool.replace(RECORDS[1:])
-    assert spool.read() == RECORDS[1:]
-    spool.replace([])
-    assert spool.read() == []
+    spool.append(RECORDS[2:3])
+    records, old, release = spool.take(spool.end)
+    assert (records, old) == (RECORDS[:3], False)
+    spool.append(RECORDS[3:])
+    assert [*Spool(spool.path).take(1000)[0]] == RECORDS, "a process that dies now has lost nothing"
+    release()
+    assert taken(spool) == RECORDS[3:]
+    assert spool.path.read_bytes() == b""
+    assert spool.close() == (0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_follows_a_torn_line_is_kept(tmp_path: Path) -> None:
+def test_the_file_stays_short_while_records_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softseg_dist.tracking.delivery.LONGEST_BYTES", 100)
+    spool, found = Spool(tmp_path / SPOOL), []
+    for _ in range(20):
+        spool.append(RECORDS)
+        records, _, release = spool.take(spool.end)
+        spool.append([{"what": "close", "key": "late"}])  # it is never empty
+        release()
+        found += records
+        assert spool.path.stat().st_size < 300
+    assert [record["key"] for record in found] == [*"0123", *(["late", *"0123"] * 19)]
+
+
+def test_what_was_not_sent_stays_and_is_known_as_of_an_earlier_session(tmp_path: Path) -> None:
+    first = Spool(tmp_path / SPOOL)
+    first.append(RECORDS[:2])
+    first.take(first.end)  # and not sent
+    assert first.close() == (2, 0)
+    second = Spool(first.path)
+    second.append(RECORDS[2:])
+    (records, old, release), again = second.take(second.end), second.take(second.end)
+    assert (records, old) == (again[0], again[1]) == (RECORDS[:2], True)
+    release()
+    assert second.take(second.end)[:2] == (RECORDS[2:], False)
+    assert second.close() == (2, 0)
+    assert [json.loads(line) for line in second.path.read_bytes().splitlines()] == RECORDS[2:]
+
+
+def test_a_spool_larger_than_what_is_read_at_a_time_keeps_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softseg_dist.tracking.delivery.CHUNK_BYTES", 50)  # one line and a piece of the next
+    spool = Spool(tmp_path / SPOOL)
+    spool.append(RECORDS)
+    assert len(spool.take(spool.end)[0]) < len(RECORDS)
+    assert taken(spool) == RECORDS
+
+
+@pytest.mark.parametrize("damaged", [b'{"what": "op', b"[1, 2]\n", b'\xff\x00\n{"what": "log", "key": "a", "metrics": 3}\n\n'])
+def test_what_follows_a_damaged_line_is_kept(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / SPOOL).write_bytes(damaged)
+    spool = Spool(tmp_path / SPOOL)
+    spool.append(RECORDS)
+    assert taken(spool) == RECORDS
+    (tmp_path / SPOOL).write_bytes(damaged)
+    assert Spool(tmp_path / SPOOL).close() == (0, 0)
+
+
+def test_what_a_full_disk_does_not_take_waits_in_memory(tmp_path: Path) -> None:
+    (tmp_path / SPOOL).symlink_to("/dev/full")
     spool = Spool(tmp_path / SPOOL)
     spool.append(RECORDS[:2])
-    spool.path.write_bytes(spool.path.read_bytes()[:-9])
+    assert "No space left" in spool.problem
+    (tmp_path / SPOOL).unlink()
     spool.append(RECORDS[2:])
-    assert spool.read() == [RECORDS[0], *RECORDS[2:]]
-
-
-def test_a_full_disk_is_told_by_the_spool(tmp_path: Path) -> None:
-    (tmp_path / SPOOL).symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as full:
-        Spool(tmp_path / SPOOL).append(RECORDS)
-    assert full.value.errno == errno.ENOSPC
+    assert taken(spool) == RECORDS
+    assert spool.close() == (0, 0)
 
 
 def test_a_full_disk_does_not_end_the_thread_that_tells_mlflow(tmp_path: Path) -> None:
     study = Study(name="full", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a")
-    partial_of(tmp_path / SPOOL).symlink_to("/dev/full")  # where the spool is written first
+    (tmp_path / SPOOL).symlink_to("/dev/full")
     tracker = Tracker("http://127.0.0.1:9", tmp_path, study)  # nobody listens on the discard port
     notes = tracker.close()
-    assert any("could not be kept" in note and "No space left" in note for note in notes), notes
+    assert any("3 records for MLflow could not be kept: [Errno 28] No space left" in note for note in notes), notes
 
 
-def test_a_tracking_uri_is_recorded_without_its_password() -> None:
-    assert without_password("https://me:secret@mlflow.lab:5000/a@b") == "https://mlflow.lab:5000/a@b"
-    assert without_password("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
-    assert without_password(None) is None
-    assert (
-        provenance("softseg run s.py --tracking-uri http://me:secret@lab")["command"]
-        == "softseg run s.py --tracking-uri http://lab"
-    )
+@pytest.mark.parametrize(
+    "uri", ["localhost:5000", "htp://lab:5000", "mlruns", "file:///lab/mlruns", "sqlite:////no/such/folder/m.db"]
+)
+def test_what_can_be_no_address_of_mlflow_is_refused_at_once(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match=f"the tracking URI {uri}"):
+        server_address(uri)
 
-    told = "softseg run s.py --tracking-uri http://lab --out me@lab"
-    assert provenance(told)["command"] == told
+
+def test_a_run_folder_that_sqlite_cannot_name_is_refused(tmp_path: Path) -> None:
+    study = Study(name="odd", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a")
+    with pytest.raises(UserError, match=r"a folder with a \? in its name; use another --out"):
+        Tracker(None, tmp_path / "what?", study)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_database_is_refused_and_a_relative_one_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("buy milk, and more than sixteen bytes")
+    with pytest.raises(UserError, match="is not an SQLite database"):
+        server_address("sqlite:///notes.txt")
+    found = server_address("sqlite:///lab.db?timeout=9")
+    assert found is not None
+    assert found.original() == f"sqlite:///{tmp_path}/lab.db?timeout=9"
+
+
+def test_a_database_without_its_driver_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # Python's way to say that it is not installed
+    with pytest.raises(UserError, match=r"postgresql\+psycopg2://lab/db needs the package psycopg2") as refused:
+        server_address("postgresql+psycopg2://me:secret@lab/db")
+    assert "secret" not in str(refused.value)
+
+
+def test_the_environment_names_the_server_unless_an_option_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert server_address(None) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@lab:5000")
+    for given, shown in ((None, "http://lab:5000"), ("http://other:5000", "http://other:5000")):
+        address = server_address(given)
+        assert address is not None
+        assert address.shown == shown
 
 
 def test_commands_that_a_run_prints_can_be_typed(tmp_path: Path) -> None:
