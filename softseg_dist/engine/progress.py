@@ -7,6 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Any, TextIO
 
@@ -134,8 +135,8 @@ class LiveTable(Progress):
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         super().__init__(stream)
-        console = Console(file=stream, markup=False, emoji=False)
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
+        self._console, self._ends = Console(file=stream, markup=False, emoji=False), False
+        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=False)
 
     @override
     def start(self, total: int, done: Sequence[FitResult]) -> None:
@@ -148,6 +149,7 @@ class LiveTable(Progress):
 
     @override
     def close(self) -> None:
+        self._ends = True
         self._live.stop()
 
     def render(self) -> RenderableType:
@@ -156,7 +158,8 @@ class LiveTable(Progress):
         lines = [Text(f"{self.num_done}/{self.total} fits" + (f", {duration(left)} left" if left else ""))]
         lines += [Text(f"  {key}  {describe(metrics)}", style="dim") for key, metrics in sorted(self.running.copy().items())]
         table = Table("candidate", "fits", "mean score", box=None, header_style="bold", pad_edge=False)
-        for name, planned in self.planned_fits.copy().items():
+        height = None if self._ends else self._console.height  # rich lays all rows out before it cuts, at every look
+        for name, planned in islice(self.planned_fits.copy().items(), height):
             ended = self.scores.get(name, [])
             scores = [score for score in ended if score is not None]
             failed = f", {len(ended) - len(scores)} failed" if len(scores) < len(ended) else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from softseg_dist.engine import ray_cluster
@@ -73,6 +75,7 @@ def _tune(session: Session, context: RunContext) -> None:
             tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if alone else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
                 search_alg=_TuneSearcher(session, context.stop_file),
+                scheduler=_InOrder(),
                 num_samples=-1,
                 max_concurrent_trials=ray_cluster.fits_at_once(resources),
                 reuse_actors=True,
@@ -139,6 +142,10 @@ class _TuneEvents(_Shared, tune.Callback):
             self._next_s = time.monotonic() + SWEEP_S
             free_orphans()
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial.metric_analysis.clear()  # Tune keeps all trials, with statistics of all numbers that they have reported
+        trial.metric_n_steps.clear()
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -146,6 +153,22 @@ class _TuneEvents(_Shared, tune.Callback):
         node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and ray_cluster.node_is_gone(actor))
         cause = "its machine was lost" if node_lost else cause_in(text)
         self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost))
+
+
+class _InOrder(_Shared, FIFOScheduler):
+    """First in, first out; Tune's own looks through all trials that there ever were, several times for every fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._added: deque[Any] = deque()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._added.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        while self._added and self._added[0].status != self._added[0].PENDING:  # one that waits again is started by Tune itself
+            self._added.popleft()
+        return self._added[0] if self._added else None
 
 
 class _TuneSearcher(_Shared, Searcher):

@@ -293,15 +293,15 @@ class SearchSession(Session):
 
     def _report_decisions(self) -> None:
         """Report what followed from the last fit: the candidates that are out of the race, and those that have ended."""
-        for name, candidate in self.searcher.candidates.items():
-            if candidate.raced is not None and name not in self._raced:
-                self._raced.add(name)
-                self._report_planned(name)
-                self.progress.note(f"{name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
+        for candidate in self.searcher.changed():
+            if candidate.raced is not None and candidate.name not in self._raced:
+                self._raced.add(candidate.name)
+                self._report_planned(candidate.name)
+                self.progress.note(f"{candidate.name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
             if candidate.note:
-                self._note_once(f"{name}: {candidate.note}")
+                self._note_once(f"{candidate.name}: {candidate.note}")
             if candidate.ended and self.tracker is not None:
-                self.tracker.candidate_ended(name, list(candidate.results.values()), candidate.raced)
+                self.tracker.candidate_ended(candidate.name, list(candidate.results.values()), candidate.raced)
 
 
 def _verdict(record: RaceRecord, study: Study) -> str:

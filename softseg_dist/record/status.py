@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
@@ -80,7 +81,8 @@ def status_of(run: str) -> RunStatus:
         known = {name for name in files if name.startswith("fits/") and name.endswith("/candidate.json")}
         raced = {name.split("/")[1] for name in files if name.startswith("fits/") and name.endswith("/race.json")}
         names, key = ["study.json", "splits.json", *sorted(known), *sorted(ended)], key_of(place)
-        read = dict(zip(names, readers.map(lambda name: _json(place, name, key, name in ended), names), strict=True))
+        parts = [names[first::READERS] for first in range(READERS)]
+        read = dict(chain(*readers.map(lambda part: [(name, _json(place, name, key, name in ended)) for name in part], parts)))
         study, splits = read["study.json"], read["splits.json"]
         if not isinstance(study, dict) or not isinstance(splits, list):
             raise UserError(f"{place}: not a run folder: it must hold study.json and splits.json; give runs/<study>")
@@ -89,15 +91,17 @@ def status_of(run: str) -> RunStatus:
         running = _running(place, files, ended, study, readers)
     records, objective = {record["name"]: record for record in map(read.get, known) if record}, study["objective"]
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
-    results = [result for result in map(read.get, sorted(ended)) if result]  # a damaged one runs again
+    results: defaultdict[str, list[Json]] = defaultdict(list)
+    for result in filter(None, map(read.get, sorted(ended))):  # a damaged one runs again
+        results[result["candidate"]].append(result)
     tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
     tune_splits = min(len(splits), study["tune_each"]["splits"]) if tried else 0
     num_fits = len(splits) * study.get("repeats", 1)
     rates = {record["name"]: record["name"].rpartition("~")[0] in records for record in tried}  # whether one has been chosen
     candidates = (
-        *(_candidate(name, results, num_fits, name in raced) for name in study["candidates"]),
-        *(_candidate(name, results, tune_splits, final=True, over=chosen) for name, chosen in rates.items()),
-        *(_candidate(name, results, num_fits, name in raced, final=True) for name in sorted(proposed)),
+        *(_candidate(name, results[name], num_fits, name in raced) for name in study["candidates"]),
+        *(_candidate(name, results[name], tune_splits, final=True, over=chosen) for name, chosen in rates.items()),
+        *(_candidate(name, results[name], num_fits, name in raced, final=True) for name in sorted(proposed)),
     )
     finished, failed = sum(c.finished for c in candidates), sum(c.failed for c in candidates)
     trials = (study.get("search") or {}).get("trials", 0)
@@ -156,10 +160,9 @@ def _json(place: Place, name: str, key: str, runs_again: bool) -> Any:
 
 
 def _candidate(
-    name: str, results: list[Json], splits: int, raced_out: bool = False, final: bool = False, over: bool = False
+    name: str, mine: list[Json], splits: int, raced_out: bool = False, final: bool = False, over: bool = False
 ) -> CandidateStatus:
     """`final`: one failed fit ends the candidate. `over`: no fit of it is left to run."""
-    mine = [result for result in results if result["candidate"] == name]
     known = [result["score"] for result in mine if result["score"] is not None]  # an evaluation has none on validation
     mean, failed = sum(known) / len(known) if known else None, sum(result["state"] != "finished" for result in mine)
     left = 0 if raced_out or over or (final and failed) else splits - len(mine)

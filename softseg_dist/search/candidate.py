@@ -11,16 +11,20 @@ from typing import Literal
 
 from softseg_dist.data.splits import Split
 from softseg_dist.record.ledger import RaceRecord
-from softseg_dist.search.race import ScoresBySplit
 from softseg_dist.study import Recipe, TuneEach
 from softseg_dist.training.task import FitResult, FitTask, Slot
 
 Origin = Literal["fixed", "proposed", "tuning"]
+Rank = tuple[float, float, float, int]
+"""The lowest emits next; the last number is that of the candidate."""
 
 
 @dataclass
 class CandidateState:
-    """`objectives` are the metrics that it is judged by; `note` is a remark on the tuning of its learning rate."""
+    """`objectives` are the metrics that it is judged by; `note` is a remark on the tuning of its learning rate.
+
+    `scores` are its values on validation by split, means over repeats, where all have ended and every objective has one.
+    """
 
     name: str
     recipe: Recipe
@@ -28,13 +32,19 @@ class CandidateState:
     objectives: tuple[str, ...]
     repeats: int  # of every split
     todo: deque[tuple[Split, int, int]]  # with the repeat, and the attempt that is due
+    number: int  # of the candidates that were opened before it
+    raced: RaceRecord | None = None
     running: set[Slot] = field(default_factory=set)
-    results: dict[Slot, FitResult] = field(default_factory=dict)
+    results: dict[Slot, FitResult] = field(default_factory=dict)  # `record` adds them
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     lost: dict[Slot, str] = field(default_factory=dict)  # why it was given up in this session
     moves: Counter[Slot] = field(default_factory=Counter)  # how often it was lost blamelessly in this session
-    raced: RaceRecord | None = None
     tuning: bool = False  # it waits for the trials of its learning rate
     note: str = ""
+    counted: int = 0  # of its fits, those that the searcher has counted
+    rank: Rank | None = None  # its place among the candidates that may emit
+    _by_split: dict[int, list[tuple[float | None, ...]]] = field(default_factory=dict)  # one value for each objective
+    _failed: bool = False
 
     @property
     def ended(self) -> bool:
@@ -44,7 +54,7 @@ class CandidateState:
     @property
     def failed(self) -> bool:
         """One of its fits has no score."""
-        return bool(self.lost) or any(result.score is None for result in self.results.values())
+        return self._failed or bool(self.lost)
 
     @property
     def closed(self) -> bool:
@@ -55,16 +65,6 @@ class CandidateState:
     def num_planned(self) -> int:
         """Its fits: ended, given up, running and left to run."""
         return len(self.results) + len(self.lost) + len(self.running) + len(self.todo)
-
-    @property
-    def scores(self) -> ScoresBySplit:
-        """Its values on validation by split, means over repeats, where all have ended and every objective has one."""
-        found = {}
-        for split, fits in sorted(self._by_split.items()):
-            known = [[value for value in values if value is not None] for values in fits]
-            if len(fits) == self.repeats and all(len(values) == len(self.objectives) for values in known):
-                found[split] = tuple(map(fmean, zip(*known, strict=True)))
-        return found
 
     @property
     def means(self) -> tuple[float, ...] | None:
@@ -80,18 +80,21 @@ class CandidateState:
         """What Optuna gets when it has ended: those of the race that it lost, else `means`; None if it failed."""
         return self.means if self.raced is None or self.failed else self.raced.values
 
+    def record(self, result: FitResult) -> None:
+        """A fit has ended."""
+        self.results[result.slot] = result
+        self._failed |= result.score is None
+        fits = self._by_split.setdefault(result.split, [])
+        fits.append((result.score, *(result.scores.get(name) for name in self.objectives[1:])))
+        if len(fits) == self.repeats:
+            known = [[value for value in values if value is not None] for values in fits]
+            if all(len(values) == len(self.objectives) for values in known):
+                self.scores[result.split] = tuple(map(fmean, zip(*known, strict=True)))
+
     def again(self, task: FitTask, attempt: int) -> None:
         """A fit that was emitted did not end: it runs again, before all others, if it is still needed."""
         if not self.closed and task.slot not in self.results:
             self.todo.appendleft((task.split, task.repeat, attempt))
-
-    @property
-    def _by_split(self) -> dict[int, list[tuple[float | None, ...]]]:
-        """The values of its fits, one for each objective."""
-        found: dict[int, list[tuple[float | None, ...]]] = {}
-        for (split, _), result in self.results.items():
-            found.setdefault(split, []).append((result.score, *(result.scores.get(name) for name in self.objectives[1:])))
-        return found
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -62,7 +62,7 @@ def raced_out(
     if not lost:
         return None
     _, winner, after, means, p = min(lost, key=lambda found: found[0])
-    values = tuple(map(float, np.mean(list(opponents[winner].values()), axis=0) + means))
+    values = tuple(map(float, np.mean([other for _, other in sorted(opponents[winner].items())], axis=0) + means))
     second = {"second_difference": float(means[1]), "second_p": p[1]} if len(signs) > 1 else {}
     return RaceRecord(candidate=name, incumbent=winner, after=after, difference=float(means[0]), p=p[0], values=values, **second)
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.search.candidate import CandidateState, Origin, tuned, tuning_name, with_rate
+from softseg_dist.search.candidate import CandidateState, Origin, Rank, tuned, tuning_name, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
 from softseg_dist.study import Race, Recipe, Study
-from softseg_dist.training.task import FitResult, FitTask
+from softseg_dist.training.task import FitResult, FitTask, fit_name
 
 MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
 MAX_MOVES = 20  # so often a fit may lose its machine in a session: spot machines end, but a fit may also crash them
@@ -47,7 +49,14 @@ class StudySearcher:
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
         self.candidates: dict[str, CandidateState] = {}
-        self._best: CandidateState | None = None  # of those that have run fully
+        self._numbered: list[CandidateState] = []
+        self._num_fits = 0  # of all candidates
+        self._unended: set[int] = set()
+        self._queue: list[Rank] = []  # ranks of the candidates with fits to emit, the next one first
+        self._unsettled: set[int] = set()  # numbers of the candidates that have changed since the last `_settle`
+        self._changed: set[int] = set()  # and since the last `changed`
+        self._full: set[int] = set()  # numbers of those that have run fully, in a study with a race
+        self._best: CandidateState | None = None  # of those
         self._signs = tuple(metric.row.sign for metric in study.objectives)
         race = study.search.race if study.search else None
         self._race: Race | None = race if race and num_looks(race, len(self.splits)) else None
@@ -63,25 +72,25 @@ class StudySearcher:
             return None
         task = self._make_task(candidate.name, candidate.recipe, *candidate.todo.popleft())
         candidate.running.add(task.slot)
+        self._sort(candidate)
         return task
 
     @property
     def ended(self) -> bool:
         """No fit runs and none will be emitted any more."""
-        return not self._num_to_ask and all(c.ended for c in self.candidates.values())
+        return not self._num_to_ask and not self._unended
 
     @property
     def num_planned(self) -> int:
         """Fits of the whole study, the ended ones included; those that a race or a failure saves are left out once it has."""
-        asked = sum(candidate.num_planned for candidate in self.candidates.values())
-        return asked + self._num_to_ask * len(self.splits) * self.study.repeats
+        return self._num_fits + self._num_to_ask * len(self.splits) * self.study.repeats
 
     def finish(self, result: FitResult) -> None:
         """A fit has ended, finished or failed: record it."""
         candidate = self.candidates[result.candidate]
         self.ledger.write_result(result)
         candidate.running.discard(result.slot)
-        candidate.results[result.slot] = result
+        candidate.record(result)
         self._settle(candidate)
 
     def lose(self, task: FitTask, reason: str, blameless: bool = False) -> bool:
@@ -107,34 +116,40 @@ class StudySearcher:
         candidate = self.candidates[task.candidate]
         candidate.running.discard(task.slot)
         candidate.again(task, task.attempt)
+        self._update(candidate)
+
+    def changed(self) -> list[CandidateState]:
+        """The candidates that were opened, or of which a fit has ended, since the last call."""
+        numbers, self._changed = self._changed, set()
+        return self._by_number(numbers)
 
     # What is next.
 
     def _next(self) -> CandidateState | None:
         """The candidate whose split is emitted next."""
-        open_ones = [c for c in self.candidates.values() if c.todo and not c.tuning]
-        leader = self._leader(open_ones)
-        # A candidate that is underway waits for a result that may put it out of the race.
-        free = [c for c in open_ones if c is leader or not self._is_underway(c) or (self._best and not c.running)]
-        if not free and self._optuna and self._optuna.num_to_ask:
-            together = self._optuna.num_startup if self._race else 1  # startup trials are random whatever is known
-            first, *_ = [self._propose() for _ in range(max(1, together))]
+        first = next(self._ranked(), None)
+        if first is not None and not self._is_underway(first):
             return first
-        return min(free or open_ones, key=self._order, default=None)
+        # All that are open are underway, the best-looking first: they wait for results that may put them out of the race.
+        leader = next((c for c in self._ranked() if len(c.results) >= self._start), None)
+        if leader and self._best and self._look(leader)[0] < 0:
+            leader = None
+        free = (c for c in self._ranked() if c is leader or (self._best and not c.running))
+        if (ready := next(free, None)) is None and self._optuna and self._optuna.num_to_ask:
+            together = self._optuna.num_startup if self._race else 1  # startup trials are random whatever is known
+            ready, *_ = [self._propose() for _ in range(max(1, together))]
+        return ready or first
 
-    def _order(self, candidate: CandidateState) -> tuple[float, float, float]:
+    def _ranked(self) -> Iterator[CandidateState]:
+        return (self._numbered[number] for *_, number in self._queue)
+
+    def _rank(self, candidate: CandidateState) -> Rank:
         """Breadth-first; those that are underway in the race come last, the best-looking first."""
         if not self._is_underway(candidate):
             split, repeat, _ = candidate.todo[0]
-            return float(split.index), float(repeat), 0.0
+            return split.index, repeat, 0, candidate.number
         first, then = self._look(candidate)
-        return float(len(self.splits)), -first, -then
-
-    def _leader(self, open_ones: Sequence[CandidateState]) -> CandidateState | None:
-        """The candidate in the race that looks best, if none has run fully or it looks no worse than the best of those."""
-        underway = [c for c in open_ones if self._is_underway(c) and len(c.results) >= self._start]
-        leader = max(underway, key=self._look, default=None)
-        return leader if leader and (self._best is None or self._look(leader)[0] >= 0) else None
+        return len(self.splits), -first, -then, candidate.number
 
     def _look(self, candidate: CandidateState) -> tuple[float, float]:
         """How good a candidate looks, to be compared as it is."""
@@ -160,26 +175,63 @@ class StudySearcher:
             candidate.todo.clear()
         if candidate.origin == "tuning":
             self._choose_rate(candidate.name.rpartition("~")[0])
+        self._update(candidate)
         self._run_race()
-        for other in self.candidates.values():
+        for other in self._by_number(self._unsettled):
             if self._optuna and other.ended:
                 self._optuna.tell(other)
+        self._unsettled.clear()
+
+    def _update(self, candidate: CandidateState) -> None:
+        """Note what has changed in a candidate, so that no event needs to look at all of them."""
+        self._num_fits += candidate.num_planned - candidate.counted
+        candidate.counted = candidate.num_planned
+        (self._unended.discard if candidate.ended else self._unended.add)(candidate.number)
+        self._unsettled.add(candidate.number)
+        self._changed.add(candidate.number)
+        self._sort(candidate)
+
+    def _sort(self, candidate: CandidateState) -> None:
+        """Put a candidate in its place among those that may emit."""
+        if candidate.rank is not None:
+            del self._queue[bisect_left(self._queue, candidate.rank)]
+        candidate.rank = self._rank(candidate) if candidate.todo and not candidate.tuning else None
+        if candidate.rank is not None:
+            insort(self._queue, candidate.rank)
+
+    def _by_number(self, numbers: Iterable[int]) -> list[CandidateState]:
+        return [self._numbered[number] for number in sorted(numbers)]
 
     def _run_race(self) -> None:
-        """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
-        own_splits = [c for c in self.candidates.values() if c.origin != "tuning" and c.raced is None]
-        full = [c for c in own_splits if len(self.splits) == len(c.scores)]
-        if self._race is None or not full:
+        """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same.
+
+        Without a new opponent only those that have changed can lose.
+        """
+        if self._race is None:
             return
-        self._best = max(full, key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
-        scores = {c.name: c.scores for c in ([self._best] if len(self._signs) == 1 else full)}
-        for candidate in self.candidates.values():
+        changed, best = self._by_number(self._unsettled), self._best
+        ours = [c for c in changed if c.origin != "tuning" and c.raced is None]
+        full = {c.number for c in ours if len(c.scores) == len(self.splits)} - self._full
+        if full:
+            self._full |= full
+            rivals = self._by_number(full | ({best.number} if best else set()))
+            self._best = max(rivals, key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
+        if self._best is None:
+            return
+        several = len(self._signs) > 1
+        scores = {c.name: c.scores for c in (self._by_number(self._full) if several else [self._best])}
+        if (several and full) or self._best is not best:
+            changed = sorted(self._ranked(), key=lambda c: c.number)
+            for candidate in changed:
+                self._sort(candidate)  # it looks otherwise beside another one
+        for candidate in changed:
             if self._is_raced(candidate) and candidate.todo and not candidate.failed:
                 own = candidate.name, candidate.scores
                 candidate.raced = raced_out(self._race, len(self.splits), self._signs, own, scores)
                 if candidate.raced is not None:
                     self.ledger.write_race(candidate.raced)
                     candidate.todo.clear()
+                    self._update(candidate)
 
     # From the ledger.
 
@@ -206,12 +258,13 @@ class StudySearcher:
             recipe = with_rate(recipe, record.recipe["optim"]["lr"])
         candidate = self._open(name, recipe, "fixed")
         candidate.tuning = tune is not None and record is None
+        self._sort(candidate)
         if tune is None and record is None:
             self._record_fixed(candidate)
 
     def _record_fixed(self, candidate: CandidateState) -> None:
-        number, recipe = list(self._fixed).index(candidate.name), json_of(candidate.recipe)
-        record = CandidateRecord(name=candidate.name, origin="fixed", number=number, recipe=recipe, note=candidate.note)
+        recipe, note = json_of(candidate.recipe), candidate.note
+        record = CandidateRecord(name=candidate.name, origin="fixed", number=candidate.number, recipe=recipe, note=note)
         self.ledger.write_candidate(record)
 
     def _open_tuning(self, name: str, number: int, recipe: Recipe) -> None:
@@ -226,6 +279,7 @@ class StudySearcher:
             candidate = self._open(trial_of, tried, "tuning")
             if name in self._records or candidate.closed:
                 candidate.todo.clear()
+                self._update(candidate)
         self._choose_rate(name)
 
     def _choose_rate(self, name: str) -> None:
@@ -237,6 +291,7 @@ class StudySearcher:
             candidate.tuning = False
             candidate.recipe, candidate.note = tuned(candidate.recipe, tune, trials, self._signs[0])
             self._record_fixed(candidate)
+            self._update(candidate)
 
     def _recall(self, record: CandidateRecord) -> None:
         """A proposed candidate of an earlier session: added with its values, or open again."""
@@ -245,30 +300,34 @@ class StudySearcher:
             changed = "the code of a class in its recipe has changed since it ran"
             raise UserError(f"{record.name}: {changed}; undo the change, or give the study a new name")
         candidate = self._open(record.name, recipe, "proposed")
-        if candidate.todo and not candidate.closed:
-            self._propose(record)
-            return
         assert self._optuna is not None
+        if candidate.todo and not candidate.closed:
+            self._optuna.ask(record)
+            return
         candidate.todo.clear()
+        self._update(candidate)
         self._optuna.add(record, candidate)
 
-    def _propose(self, known: CandidateRecord | None = None) -> CandidateState:
-        """Open the next trial; a `known` one gets its recorded parameters back."""
+    def _propose(self) -> CandidateState:
+        """Open the next trial."""
         assert self._optuna is not None
-        record, recipe = self._optuna.ask(known)
-        if known is None:
-            self.ledger.write_candidate(record)
+        record, recipe = self._optuna.ask()
+        self.ledger.write_candidate(record)
         return self._open(record.name, recipe, "proposed")
 
     def _open(self, name: str, recipe: Recipe, origin: Origin) -> CandidateState:
         """A candidate with the fits that earlier sessions left."""
-        results = {result.slot: result for result in self._results.values() if result.candidate == name}
-        race = self._races.get(name)
         splits, repeats = self.splits, self.study.repeats
         objectives = tuple(metric.row.name for metric in self.study.objectives)
         if origin == "tuning" and self.study.tune_each is not None:
             splits, objectives, repeats = splits[: self.study.tune_each.splits], objectives[:1], 1
-        slots = [(split, repeat) for split in splits for repeat in range(repeats)]
-        todo = deque((*slot, 0) for slot in slots if (slot[0].index, slot[1]) not in results and race is None)
-        self.candidates[name] = CandidateState(name, recipe, origin, objectives, repeats, todo, results=results, raced=race)
-        return self.candidates[name]
+        candidate = CandidateState(name, recipe, origin, objectives, repeats, deque(), len(self._numbered), self._races.get(name))
+        for split, repeat in product(splits, range(repeats)):
+            if (result := self._results.get(f"{name}/{fit_name(split.index, repeat)}")) is not None:
+                candidate.record(result)
+            elif candidate.raced is None:
+                candidate.todo.append((split, repeat, 0))
+        self.candidates[name] = candidate
+        self._numbered.append(candidate)
+        self._update(candidate)
+        return candidate

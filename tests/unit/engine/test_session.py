@@ -171,6 +171,19 @@ def test_the_live_table_shows_what_has_ended_and_what_runs() -> None:
     assert lines[1:] == ["a/003 epoch 2 loss 0.25", "candidate fits mean score", "a 3/4, 1 failed 0.6250"]
 
 
+def test_the_live_table_lays_out_what_fits_the_terminal_and_at_the_end_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "12")
+    table, text = LiveTable(io.StringIO()), io.StringIO()
+    for number in range(50):
+        table.planned(f"c{number:02d}", 4, 200)
+    Console(file=text).print(table.render())
+    assert "c11" in text.getvalue()
+    assert "c12" not in text.getvalue()
+    table.close()
+    Console(file=text).print(table.render())
+    assert "c49" in text.getvalue()
+
+
 def test_lines_say_what_was_done_before_and_what_ends() -> None:
     plain, lines = io.StringIO(), io.StringIO()
     for shown in (PlainLines(plain), JsonLines(lines)):
