@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import pwd
 from typing import Any
 
 # Nobody's usage is reported to anybody; read by Ray and MLflow when they are first imported, here or in a worker.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+try:
+    pwd.getpwuid(os.getuid())
+except KeyError:  # in a container that runs as any user: Ray wants a home folder, torch a name, and neither needs to exist
+    os.environ.setdefault("HOME", "/")
+    os.environ.setdefault("LOGNAME", str(os.getuid()))
 
 # Module -> its public names. The stub `__init__.pyi` is written from it: python tests/unit/test_public_names.py
 PUBLIC = {

@@ -25,14 +25,22 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softseg_dist.engine.ray_private import JobWithoutPaths, ask_for_machines, free_orphans, grows, no_worker_logs, node_of_actor
+from softseg_dist.engine.ray_private import (
+    JobWithoutPaths,
+    ask_for_machines,
+    environment,
+    free_orphans,
+    grows,
+    no_worker_logs,
+    node_of_actor,
+    private_ray,
+)
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 from softseg_dist.study import Resources
 from softseg_dist.words import listed
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # explicit: else a token file left on the machine decides
     "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep the freed memory
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
@@ -151,18 +159,18 @@ def ray_at(address: str | None) -> Iterator[None]:
 
     Raises UserError if there is none at `address`, it wants a token, or it is of another version.
     """
-    ours = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE" or not address}
-    for name, value in ours.items():  # without RAY_AUTH_MODE: the users of a cluster decide how it is guarded
-        os.environ.setdefault(name, value)
-    with quiet(), ExitStack() as stack:
+    ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    with quiet(), environment(ours), ExitStack() as stack:
         if not ray.is_initialized():
-            where: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-            if address:
+            keep = _HELD[0] if _HELD else stack
+            options = {"job_config": JobWithoutPaths(), "logging_level": logging.CRITICAL, "log_to_driver": False}
+            if address is None:
+                keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES}))
+            else:
                 found = _reachable(address)
-                known = {name: os.environ[name] for name in ours} | {"RAY_ADDRESS": found}  # there may be other Rays
-                where = {"address": found, "runtime_env": {"env_vars": known}}
-            ray.init(**where, job_config=JobWithoutPaths(), logging_level=logging.CRITICAL, log_to_driver=False)
-            (_HELD[0] if _HELD else stack).callback(ray.shutdown)
+                known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays
+                ray.init(address=found, runtime_env=known, **options)
+                keep.callback(ray.shutdown)
         yield
 
 

@@ -8,18 +8,23 @@ again, and the lane takes the next job. This module does not know what a job is.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import train
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
+from softseg_dist.engine.ray_folder import VARIABLE
 from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.errors import in_words
 from softseg_dist.training.data_parallel import partner_died
@@ -81,6 +86,36 @@ class Mailbox:
             await asyncio.wait_for(self._changed.wait_for(predicate), WAIT_S)
 
 
+class FileStore(Backend):
+    """As Train's own for torch, but workers meet through a file: a TCPStore listens on all interfaces, without a token."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: PrivateTorch) -> None:
+        """Make the workers one process group."""
+        path, size = Path(backend_config.folder) / f"store-{uuid.uuid4().hex}", len(worker_group)
+        groups = [worker_group.execute_single_async(rank, _join, backend_config, path, rank, size) for rank in range(size)]
+        ray.get(groups)
+
+
+@dataclass
+class PrivateTorch(TorchConfig):
+    """A process group of workers on this machine, in the private `folder` of its Ray."""
+
+    folder: str = ""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What Train starts groups with."""
+        return FileStore
+
+
+def _join(config: PrivateTorch, path: Path, rank: int, size: int) -> None:
+    distributed.init_process_group(
+        config.backend, f"file://{path}", timedelta(seconds=config.timeout_s), rank=rank, world_size=size
+    )
+
+
 class Lane:
     """A group of `num_workers`, each with `resources` ({"CPU": 1, "GPU": 1}), that runs `run` for each job. Ends with this process.
 
@@ -89,11 +124,12 @@ class Lane:
 
     def __init__(self, run: Run, num_workers: int, resources: dict[str, float], storage: str) -> None:
         self._mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-        gpus = resources.get("GPU", 0.0) > 0
+        gpus, private = resources.get("GPU", 0.0) > 0, os.environ.get(VARIABLE)
+        backend = "nccl" if gpus else "gloo"
         trainer = TorchTrainer(
             _wait_for_jobs,
             train_loop_config={"mailbox": self._mailbox, "run": run},
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=PrivateTorch(backend, folder=private) if private else TorchConfig(backend),
             scaling_config=train.ScalingConfig(
                 num_workers=num_workers, use_gpu=gpus, resources_per_worker=resources, placement_strategy="PACK"
             ),

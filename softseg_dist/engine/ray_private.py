@@ -6,14 +6,24 @@ tests/unit/engine/test_ray_private.py lists the names, and says which one is gon
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import node as ray_node
+from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray._private import state as ray_state
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub lacks them
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
@@ -22,6 +32,23 @@ from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from typing_extensions import override
 
+from softseg_dist.engine.ray_folder import RAY, VARIABLE, private_folder
+from softseg_dist.errors import UserError
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+PRIVATE = {  # the environment of all processes of a Ray that we start on this machine; None removes a variable
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": None,  # it would win over the file
+    "RAY_ADDRESS": None,  # of another Ray
+    "RAY_REDIS_ADDRESS": None,
+    "SPT_NOENV": "1",  # a process that sets its title keeps its environment, by which `processes_of` finds it
+    "PYTHONBREAKPOINT": None,  # Ray sets its own, and leaves it
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on loopback only, as Ray does on macOS
+    "RAY_enable_metrics_collection": "0",  # else the agent serves Prometheus, without a token
+    "RAY_LOGGER_LEVEL": "warning",  # below it the log of the agent holds the value of every variable of a runtime_env
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+}
 REMOVED = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
 
 
@@ -34,6 +61,83 @@ class JobWithoutPaths(JobConfig):
     @override
     def _runtime_env_has_working_dir(self) -> bool:
         return True
+
+
+@contextmanager
+def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
+    """A new Ray on this machine that its user alone can reach; yields its folder. `options` are arguments of `ray.init`.
+
+    It has a random token, listens on loopback, and has neither dashboard, job endpoint nor Prometheus. The environment is as
+    before once it has started, so that processes that this one starts are none of Ray's. Raises UserError without a folder for it.
+    """
+    from ray.tune.execution import class_cache  # late, as it takes a second that `softseg submit` need not wait
+
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(private_folder())
+        except OSError as error:
+            raise UserError(f"no folder for Ray: {error}; set RAY_TMPDIR to a folder on a local disk, with a short path") from error
+        # Tune puts cloud keys into a runtime_env, which Ray shows in command lines and logs. Workers here inherit them.
+        harmless = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+        stack.enter_context(_replaced(class_cache, "ENV_VARS_TO_PROPAGATE", harmless))
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        stack.callback(_read_environment)
+        stack.callback(ray.shutdown)
+        with (
+            environment(PRIVATE | {"RAY_AUTH_TOKEN_PATH": str(token), VARIABLE: str(folder)}),
+            _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),  # Ray read the variable when it was imported
+            _replaced(ray_utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")),  # agents without servers
+            _replaced(ray_node.Node, "start_monitor", lambda node: None),  # the autoscaler, which serves Prometheus
+            _replaced(ray_node.Node, "start_api_server", _no_api_server),
+            # The terminal's signals and those of a job scheduler are for the driver, which asks fits to checkpoint.
+            _replaced(ray_services, "ConsolePopen", partial(ray_services.ConsolePopen, start_new_session=True)),
+        ):
+            _read_environment()
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
+        yield folder
+
+
+def _no_api_server(node: Any, **options: Any) -> None:
+    """In place of that of the dashboard. Agents look for its address every second until there is one: a port that nothing has."""
+    address, space = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+    node.get_gcs_client().internal_kv_put(address, b"127.0.0.1:0", True, space)
+
+
+def _read_environment() -> None:
+    """Ray keeps token and settings that it has read in this process, also for the next Ray."""
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables of the environment while the block runs; None removes one."""
+    before = {name: os.environ.get(name) for name in variables}
+    try:
+        _set(variables)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def ask_for_machines(bundle: dict[str, float], count: int) -> None:
@@ -49,7 +153,7 @@ def grows() -> bool:
     """
     if is_autoscaler_v2():
         return True
-    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    status = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
     types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
     return any(not name.startswith("node_") for name in types)
 
@@ -59,15 +163,9 @@ def node_of_actor(actor: str) -> str:
     return str(ray_state.actors(actor)["Address"]["NodeID"])
 
 
-@contextmanager
-def no_worker_logs() -> Iterator[None]:
+def no_worker_logs() -> AbstractContextManager[None]:
     """Ray prints nothing about workers while the block runs, or it would print their deaths on stdout, between lines of --json."""
-    shown = ray_worker._worker_logs_enabled
-    ray_worker._worker_logs_enabled = False
-    try:
-        yield
-    finally:
-        ray_worker._worker_logs_enabled = shown
+    return _replaced(ray_worker, "_worker_logs_enabled", False)
 
 
 def free_orphans() -> int:

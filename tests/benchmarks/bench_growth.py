@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import ray
 from bench_overhead import no_fit
 from record import Headline, record
 from scipy import ndimage
@@ -39,6 +38,7 @@ from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.plan import plan_study
 from softseg_dist.engine.progress import PlainLines, Progress
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_private import private_ray
 from softseg_dist.engine.ray_tune import RayBackend
 from softseg_dist.engine.session import SearchSession, run_search
 from softseg_dist.engine.worker import Ending
@@ -83,9 +83,8 @@ def main(tune: bool) -> None:
     if tune:
         os.environ.update(ENVIRONMENT)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        figures |= grow("candidates", TUNED, lambda count, place: tuned(count, place))
-        ray.shutdown()
+        with private_ray({"num_cpus": 2, "log_to_driver": False, "logging_level": "ERROR"}):
+            figures |= grow("candidates", TUNED, lambda count, place: tuned(count, place))
     steep = [value for key, value in figures.items() if key.endswith("slope") and figures[f"{key[:-7]}, s"] > FROM_S]
     record("growth", figures | {"steepest slope": max(steep, default=0.0)}, HEADLINES)
 

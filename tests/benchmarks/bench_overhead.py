@@ -11,15 +11,16 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 
-import ray
 from record import Headline, record
 
 from softseg_dist import MonteCarlo, Phantom, Recipe, Resources, Study
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_private import private_ray
 from softseg_dist.engine.ray_tune import RayBackend
 from softseg_dist.engine.session import run_search
 from softseg_dist.record.ledger import Ledger
@@ -58,7 +59,8 @@ def main(num_fits: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(ENVIRONMENT)
         tracker = Tracker(None, folder, study)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        private = ExitStack()
+        private.enter_context(private_ray({"num_cpus": 2, "log_to_driver": False, "logging_level": "ERROR"}))
         marks["Ray starts"] = time.perf_counter()
         ledger = Ledger(folder)
         ledger.open_study(study, splits)
@@ -80,7 +82,7 @@ def main(num_fits: int) -> None:
         marks["fits run"] = time.perf_counter()
         notes = tracker.close()
         marks["MLflow ends"] = time.perf_counter()
-        ray.shutdown()
+        private.close()
         marks["Ray stops"] = time.perf_counter()
     assert (outcome.finished, notes) == (num_candidates * NUM_SPLITS, ()), (outcome, notes)
     names = list(marks)

@@ -9,23 +9,21 @@ from pathlib import Path
 import pytest
 
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_private import private_ray
 
 
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[None]:
-    """A local Ray with two places for fits."""
-    import ray
-
+    """A private Ray with two places for fits, as a run starts it."""
     os.environ.update(ENVIRONMENT)
     here = str(Path(__file__).parent)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": here}},
-    )
-    yield
-    ray.shutdown()
+    with private_ray(
+        {
+            "num_cpus": 2,
+            "object_store_memory": 128 * 2**20,
+            "log_to_driver": False,
+            "logging_level": "ERROR",
+            "runtime_env": {"env_vars": {"PYTHONPATH": here}},
+        }
+    ):
+        yield

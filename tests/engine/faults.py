@@ -61,7 +61,7 @@ class Figures:
 @contextmanager
 def lasting_ray() -> Iterator[str]:
     """A Ray of two CPUs that drivers connect to; gives its address."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"})
     os.environ["PYTHONPATH"] = str(HERE)  # of drivers and of Ray's workers
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": NUM_CPUS, "include_dashboard": False, "object_store_memory": 100 * 2**20}

@@ -160,7 +160,8 @@ def processes(folder: Path) -> set[str]:
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     study = make_study(trials=options.pop("trials", 0))
-    resources = Resources(max_concurrent=2, cpus_per_fit=options.pop("cpus_per_fit", 1))
+    per_fit = {name: options.pop(name, 1) for name in ("cpus_per_fit", "workers_per_fit")}
+    resources = Resources(max_concurrent=2, **per_fit)
     backend: Backend = RayBackend(options.pop("address", None), options.pop("max_wait_s", None))
     if options.pop("local", False):
         backend = LocalBackend()

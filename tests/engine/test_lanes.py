@@ -21,6 +21,7 @@ from scripted import BASE, NUM_SPLITS, context_of, make_study, run, splits_of, s
 from softseg_dist import Resources
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
+from softseg_dist.engine.ray_private import private_ray
 from softseg_dist.engine.session import Outcome, run_beside
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
@@ -92,10 +93,7 @@ def test_a_fit_beside_the_search_runs_as_those_of_the_search_and_survives_its_de
 
 
 if __name__ == "__main__":
-    import ray
-
     os.environ.update(ENVIRONMENT)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False)
-    outcome = run(Path(sys.argv[1]), make_study(), faults={"sleep_s": 0.2}, resources=Resources(workers_per_fit=2))
-    print(json.dumps(vars(outcome) | {"reserved": reserved(4)}), flush=True)
-    ray.shutdown()
+    with private_ray({"num_cpus": 4, "object_store_memory": 128 * 2**20, "log_to_driver": False}):
+        outcome = run(Path(sys.argv[1]), make_study(), faults={"sleep_s": 0.2}, resources=Resources(workers_per_fit=2))
+        print(json.dumps(vars(outcome) | {"reserved": reserved(4)}), flush=True)

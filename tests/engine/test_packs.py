@@ -28,6 +28,7 @@ from softseg_dist import Dice, MCDropout, NormReLU, Resources, UNet
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.engine.ray_cluster import ENVIRONMENT
 from softseg_dist.engine.ray_packs import ENDED, packs, run_in_pack, wait_until_released
+from softseg_dist.engine.ray_private import private_ray
 from softseg_dist.engine.worker import LostJob, Report, run_fit, time_limit
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.fit import fit
@@ -212,11 +213,7 @@ def test_no_host_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
-    ray.init(
-        address="local", num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=128 * 2**20,
-        log_to_driver=False,
-    )  # fmt: skip
     resources = Resources(fits_per_gpu=SIZE, time_limit_s=5)
-    outcome = run(Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=json.loads(sys.argv[2]), resources=resources)
-    print(json.dumps(vars(outcome)), flush=True)
-    ray.shutdown()
+    with private_ray({"num_cpus": 4, "num_gpus": 1, "object_store_memory": 128 * 2**20, "log_to_driver": False}):
+        outcome = run(Path(sys.argv[1]), make_study(), PlainLines(sys.stdout), faults=json.loads(sys.argv[2]), resources=resources)
+        print(json.dumps(vars(outcome)), flush=True)

@@ -18,7 +18,7 @@ from softseg_dist.errors import UserError
 
 if __name__ == "__main__":
     here, there, folders = sys.argv[1:]
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"})
     cluster = Cluster()
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     for folder in (here, there):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from functools import reduce
 
 import pytest
@@ -13,14 +16,19 @@ from softseg_dist.engine.ray_private import cause_in, lost_actor
 from softseg_dist.errors import UserError
 
 USED = {
-    "ray._private.ray_constants": ("DEBUG_AUTOSCALING_STATUS",),
+    "ray._private.node": ("Node.get_gcs_client", "Node.start_api_server", "Node.start_monitor"),
+    "ray._private.ray_constants": ("DASHBOARD_ADDRESS", "DEBUG_AUTOSCALING_STATUS", "ENABLE_RAY_CLUSTER", "KV_NAMESPACE_DASHBOARD"),
+    "ray._private.services": ("ConsolePopen",),
     "ray._private.state": ("actors", "state._connect_and_get_accessor"),
+    "ray._private.utils": ("get_dashboard_dependency_error",),
     "ray._private.worker": ("_worker_logs_enabled",),
+    "ray._raylet": ("AuthenticationTokenLoader.instance", "AuthenticationTokenLoader.reset_cache", "Config.initialize"),
     "ray.autoscaler.sdk": ("request_resources",),
     "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
     "ray.experimental.internal_kv": ("_internal_kv_get",),
     "ray.job_config": ("JobConfig._runtime_env_has_working_dir",),
+    "ray.tune.execution.class_cache": ("ENV_VARS_TO_PROPAGATE",),
     "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
 }
 
@@ -54,3 +62,12 @@ def test_the_cause_of_a_death_is_read_from_what_ray_says() -> None:
     assert cause_in("The actor died unexpectedly") == ""
     assert lost_actor(f"The actor {'0a' * 16} is unavailable: The actor is temporarily unavailable") == "0a" * 16
     assert lost_actor("The actor died unexpectedly") is None
+
+
+def test_a_user_without_a_name_or_a_home_folder_has_what_ray_and_torch_ask_for() -> None:
+    nobody = "import pwd; pwd.getpwuid = {}.__getitem__"  # as in a container that runs as any user
+    code = f"{nobody}; import softseg_dist, getpass, pathlib, os; print(pathlib.Path.home(), getpass.getuser() == str(os.getuid()))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "/ True\n"
