@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -163,6 +164,7 @@ def ray_at(address: str | None) -> Iterator[None]:
     with quiet(), environment(ours), ExitStack() as stack:
         if not ray.is_initialized():
             keep = _HELD[0] if _HELD else stack
+            handler = signal.getsignal(signal.SIGTERM)
             options = {"job_config": JobWithoutPaths(), "logging_level": logging.CRITICAL, "log_to_driver": False}
             if address is None:
                 keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES}))
@@ -171,6 +173,8 @@ def ray_at(address: str | None) -> Iterator[None]:
                 known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays
                 ray.init(address=found, runtime_env=known, **options)
                 keep.callback(ray.shutdown)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
         yield
 
 

@@ -53,7 +53,7 @@ class RayBackend:
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
         try:
-            with ray_cluster.ray_at(self.address), signals(session):  # Ray sets a SIGTERM handler of its own
+            with ray_cluster.ray_at(self.address), signals(session):
                 ray_cluster.wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     ray_cluster.check_package()
