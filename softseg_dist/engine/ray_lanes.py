@@ -13,7 +13,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,29 +90,21 @@ class FileStore(Backend):
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: PrivateTorch) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Make the workers one process group."""
-        path, size = Path(backend_config.folder) / f"store-{uuid.uuid4().hex}", len(worker_group)
-        groups = [worker_group.execute_single_async(rank, _join, backend_config, path, rank, size) for rank in range(size)]
-        ray.get(groups)
+        start, size = distributed.init_process_group, len(worker_group)
+        place, limit = f"file://{os.environ[VARIABLE]}/store-{uuid.uuid4().hex}", timedelta(seconds=backend_config.timeout_s)
+        common = (backend_config.backend, place, limit, size)
+        ray.get([worker_group.execute_single_async(rank, start, *common, rank) for rank in range(size)])
 
 
-@dataclass
 class PrivateTorch(TorchConfig):
-    """A process group of workers on this machine, in the private `folder` of its Ray."""
-
-    folder: str = ""
+    """A process group of workers on this machine, whose Ray is private."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         """What Train starts groups with."""
         return FileStore
-
-
-def _join(config: PrivateTorch, path: Path, rank: int, size: int) -> None:
-    distributed.init_process_group(
-        config.backend, f"file://{path}", timedelta(seconds=config.timeout_s), rank=rank, world_size=size
-    )
 
 
 class Lane:
@@ -124,12 +115,11 @@ class Lane:
 
     def __init__(self, run: Run, num_workers: int, resources: dict[str, float], storage: str) -> None:
         self._mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-        gpus, private = resources.get("GPU", 0.0) > 0, os.environ.get(VARIABLE)
-        backend = "nccl" if gpus else "gloo"
+        gpus = resources.get("GPU", 0.0) > 0
         trainer = TorchTrainer(
             _wait_for_jobs,
             train_loop_config={"mailbox": self._mailbox, "run": run},
-            torch_config=PrivateTorch(backend, folder=private) if private else TorchConfig(backend),
+            torch_config=(PrivateTorch if VARIABLE in os.environ else TorchConfig)(backend="nccl" if gpus else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=num_workers, use_gpu=gpus, resources_per_worker=resources, placement_strategy="PACK"
             ),

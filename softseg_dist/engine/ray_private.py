@@ -114,20 +114,14 @@ def _read_environment() -> None:
 @contextmanager
 def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Set variables of the environment while the block runs; None removes one."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ.pop(name, None) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
     try:
-        _set(variables)
         yield
     finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
+        for name in variables:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextmanager

@@ -31,6 +31,19 @@ HERE = Path(__file__).parent
 SECRETS = {name: f"planted-{name}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 JOBS = ["/api/jobs/", "/api/job_agent/jobs/"]
+TWICE = """
+import os, ray
+from softseg_dist.engine.ray_cluster import one_ray, ray_at
+before = dict(os.environ)
+for _ in range(2):
+    with one_ray(), ray_at(None):
+        started = ray.get_runtime_context().gcs_address
+        assert ray.get(ray.remote(os.getenv).remote("RAY_AUTH_MODE")) == "token"
+        assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+        with ray_at(None):
+            assert ray.get_runtime_context().gcs_address == started
+    assert dict(os.environ) == before and not ray.is_initialized()
+"""
 CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('connected')"
 
 
@@ -151,6 +164,12 @@ def check_folder(folder: Path, processes: list[psutil.Process]) -> None:
     texts = {" ".join(process.cmdline()) for process in processes}
     texts |= {file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file() and file.name != "token"}
     assert not [text for text in texts for secret in (token, *SECRETS.values()) if secret in text]
+
+
+def test_a_process_may_start_one_after_another_and_has_its_environment_back() -> None:
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN": "t" * 32}
+    ended = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
 @pytest.mark.long
