@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -160,14 +159,14 @@ class _InOrder(_Shared, FIFOScheduler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._added: deque[Any] = deque()
+        self._added: list[Any] = []
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._added.append(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         while self._added and self._added[0].status != self._added[0].PENDING:  # one that waits again is started by Tune itself
-            self._added.popleft()
+            self._added.pop(0)
         return self._added[0] if self._added else None
 
 

@@ -15,11 +15,9 @@ from softseg_dist.study import Recipe, TuneEach
 from softseg_dist.training.task import FitResult, FitTask, Slot
 
 Origin = Literal["fixed", "proposed", "tuning"]
-Rank = tuple[float, float, float, int]
-"""The lowest emits next; the last number is that of the candidate."""
 
 
-@dataclass
+@dataclass(eq=False)
 class CandidateState:
     """`objectives` are the metrics that it is judged by; `note` is a remark on the tuning of its learning rate.
 
@@ -42,7 +40,7 @@ class CandidateState:
     tuning: bool = False  # it waits for the trials of its learning rate
     note: str = ""
     counted: int = 0  # of its fits, those that the searcher has counted
-    rank: Rank | None = None  # its place among the candidates that may emit
+    rank: tuple[float, float, float, int] | None = None  # of those with fits to emit the lowest is next; ends with its number
     _by_split: dict[int, list[tuple[float | None, ...]]] = field(default_factory=dict)  # one value for each objective
     _failed: bool = False
 

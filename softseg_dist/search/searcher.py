@@ -10,13 +10,14 @@ import math
 import re
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from operator import attrgetter
 
 from softseg_dist.data.splits import Split
 from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
-from softseg_dist.search.candidate import CandidateState, Origin, Rank, tuned, tuning_name, with_rate
+from softseg_dist.search.candidate import CandidateState, Origin, tuned, tuning_name, with_rate
 from softseg_dist.search.optuna_study import OPTUNA_LOG, OptunaStudy
 from softseg_dist.search.race import look, num_looks, raced_out
 from softseg_dist.study import Race, Recipe, Study
@@ -25,6 +26,7 @@ from softseg_dist.training.task import FitResult, FitTask, fit_name
 MAX_ATTEMPTS = 2  # a fit whose process dies gets one more
 MAX_MOVES = 20  # so often a fit may lose its machine in a session: spot machines end, but a fit may also crash them
 PROPOSED = re.compile(r"trial-\d+")
+NUMBER, RANK = attrgetter("number"), attrgetter("rank")
 
 MakeTask = Callable[[str, Recipe, Split, int, int], FitTask]
 """(candidate, recipe, split, repeat, attempt) -> the task, with folder and resources."""
@@ -49,13 +51,12 @@ class StudySearcher:
     def __init__(self, study: Study, splits: Sequence[Split], ledger: Ledger, make_task: MakeTask) -> None:
         self.study, self.splits, self.ledger, self._make_task = study, tuple(splits), ledger, make_task
         self.candidates: dict[str, CandidateState] = {}
-        self._numbered: list[CandidateState] = []
         self._num_fits = 0  # of all candidates
-        self._unended: set[int] = set()
-        self._queue: list[Rank] = []  # ranks of the candidates with fits to emit, the next one first
-        self._unsettled: set[int] = set()  # numbers of the candidates that have changed since the last `_settle`
-        self._changed: set[int] = set()  # and since the last `changed`
-        self._full: set[int] = set()  # numbers of those that have run fully, in a study with a race
+        self._queue: list[CandidateState] = []  # those with fits to emit, by rank
+        self._unended: set[CandidateState] = set()
+        self._unsettled: set[CandidateState] = set()  # have changed since the last `_settle`
+        self._changed: set[CandidateState] = set()  # and since the last `changed`
+        self._full: set[CandidateState] = set()  # have run fully, in a study with a race
         self._best: CandidateState | None = None  # of those
         self._signs = tuple(metric.row.sign for metric in study.objectives)
         race = study.search.race if study.search else None
@@ -120,30 +121,27 @@ class StudySearcher:
 
     def changed(self) -> list[CandidateState]:
         """The candidates that were opened, or of which a fit has ended, since the last call."""
-        numbers, self._changed = self._changed, set()
-        return self._by_number(numbers)
+        found, self._changed = self._changed, set()
+        return sorted(found, key=NUMBER)
 
     # What is next.
 
     def _next(self) -> CandidateState | None:
         """The candidate whose split is emitted next."""
-        first = next(self._ranked(), None)
+        first = self._queue[0] if self._queue else None
         if first is not None and not self._is_underway(first):
             return first
         # All that are open are underway, the best-looking first: they wait for results that may put them out of the race.
-        leader = next((c for c in self._ranked() if len(c.results) >= self._start), None)
+        leader = next((c for c in self._queue if len(c.results) >= self._start), None)
         if leader and self._best and self._look(leader)[0] < 0:
             leader = None
-        free = (c for c in self._ranked() if c is leader or (self._best and not c.running))
+        free = (c for c in self._queue if c is leader or (self._best and not c.running))
         if (ready := next(free, None)) is None and self._optuna and self._optuna.num_to_ask:
             together = self._optuna.num_startup if self._race else 1  # startup trials are random whatever is known
             ready, *_ = [self._propose() for _ in range(max(1, together))]
         return ready or first
 
-    def _ranked(self) -> Iterator[CandidateState]:
-        return (self._numbered[number] for *_, number in self._queue)
-
-    def _rank(self, candidate: CandidateState) -> Rank:
+    def _rank(self, candidate: CandidateState) -> tuple[float, float, float, int]:
         """Breadth-first; those that are underway in the race come last, the best-looking first."""
         if not self._is_underway(candidate):
             split, repeat, _ = candidate.todo[0]
@@ -177,7 +175,7 @@ class StudySearcher:
             self._choose_rate(candidate.name.rpartition("~")[0])
         self._update(candidate)
         self._run_race()
-        for other in self._by_number(self._unsettled):
+        for other in sorted(self._unsettled, key=NUMBER):
             if self._optuna and other.ended:
                 self._optuna.tell(other)
         self._unsettled.clear()
@@ -186,42 +184,35 @@ class StudySearcher:
         """Note what has changed in a candidate, so that no event needs to look at all of them."""
         self._num_fits += candidate.num_planned - candidate.counted
         candidate.counted = candidate.num_planned
-        (self._unended.discard if candidate.ended else self._unended.add)(candidate.number)
-        self._unsettled.add(candidate.number)
-        self._changed.add(candidate.number)
+        (self._unended.discard if candidate.ended else self._unended.add)(candidate)
+        self._unsettled.add(candidate)
+        self._changed.add(candidate)
         self._sort(candidate)
 
     def _sort(self, candidate: CandidateState) -> None:
-        """Put a candidate in its place among those that may emit."""
+        """Put a candidate in its place among those with fits to emit."""
         if candidate.rank is not None:
-            del self._queue[bisect_left(self._queue, candidate.rank)]
+            del self._queue[bisect_left(self._queue, candidate.rank, key=RANK)]
         candidate.rank = self._rank(candidate) if candidate.todo and not candidate.tuning else None
         if candidate.rank is not None:
-            insort(self._queue, candidate.rank)
-
-    def _by_number(self, numbers: Iterable[int]) -> list[CandidateState]:
-        return [self._numbered[number] for number in sorted(numbers)]
+            insort(self._queue, candidate, key=RANK)
 
     def _run_race(self) -> None:
-        """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same.
-
-        Without a new opponent only those that have changed can lose.
-        """
+        """End the candidates that lose now. Depends on the results alone, so that a resumed session decides the same."""
         if self._race is None:
             return
-        changed, best = self._by_number(self._unsettled), self._best
-        ours = [c for c in changed if c.origin != "tuning" and c.raced is None]
-        full = {c.number for c in ours if len(c.scores) == len(self.splits)} - self._full
-        if full:
+        changed, best = sorted(self._unsettled, key=NUMBER), self._best
+        ours = {c for c in changed if c.origin != "tuning" and c.raced is None and len(c.scores) == len(self.splits)}
+        if full := ours - self._full:
             self._full |= full
-            rivals = self._by_number(full | ({best.number} if best else set()))
+            rivals = sorted(full | ({best} if best else set()), key=NUMBER)
             self._best = max(rivals, key=lambda c: self._signs[0] * (c.means or (-math.inf,))[0])
         if self._best is None:
             return
         several = len(self._signs) > 1
-        scores = {c.name: c.scores for c in (self._by_number(self._full) if several else [self._best])}
+        scores = {c.name: c.scores for c in (sorted(self._full, key=NUMBER) if several else [self._best])}
         if (several and full) or self._best is not best:
-            changed = sorted(self._ranked(), key=lambda c: c.number)
+            changed = sorted(self._queue, key=NUMBER)  # without another opponent only who has changed can lose
             for candidate in changed:
                 self._sort(candidate)  # it looks otherwise beside another one
         for candidate in changed:
@@ -321,13 +312,12 @@ class StudySearcher:
         objectives = tuple(metric.row.name for metric in self.study.objectives)
         if origin == "tuning" and self.study.tune_each is not None:
             splits, objectives, repeats = splits[: self.study.tune_each.splits], objectives[:1], 1
-        candidate = CandidateState(name, recipe, origin, objectives, repeats, deque(), len(self._numbered), self._races.get(name))
+        candidate = CandidateState(name, recipe, origin, objectives, repeats, deque(), len(self.candidates), self._races.get(name))
         for split, repeat in product(splits, range(repeats)):
             if (result := self._results.get(f"{name}/{fit_name(split.index, repeat)}")) is not None:
                 candidate.record(result)
             elif candidate.raced is None:
                 candidate.todo.append((split, repeat, 0))
         self.candidates[name] = candidate
-        self._numbered.append(candidate)
         self._update(candidate)
         return candidate
