@@ -167,13 +167,18 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
     status, page, model, outcome = "FAILED", None, None, Outcome(0, 0, 0, interrupted=True)
     try:
         with context.backend.held():
-            while page is None:
+            while True:
                 outcome = run_search(context)
                 status = "KILLED" if outcome.interrupted else "FINISHED"
                 try:
-                    if not _collect(copy):
-                        break
-                    page, model = _conclude(context, tracker, outcome, final_model)
+                    if _collect(copy):
+                        winner = summarise(load_run(copy.folder)).winner.name
+                        page = _conclude(context, tracker, winner, outcome)
+                        if final_model and not (outcome.interrupted or outcome.unfinished):
+                            model = make_model(context, winner, copy.folder / MODEL)
+                            copy.push(MODEL)
+                            tracker.model(model)
+                    break
                 except Damaged as damage:
                     context.progress.note(str(damage))
                     if outcome.interrupted:  # the next run makes it again
@@ -198,20 +203,14 @@ def check_tracking(options: RunOptions) -> None:
     check_server(server_address(options.tracking_uri))
 
 
-def _conclude(context: RunContext, tracker: Tracker, outcome: Outcome, final_model: bool) -> tuple[Path, Path | None]:
-    """Held-out subjects, ensembles, report and model; returns page and model. Raises Damaged if what a fit has left is damaged."""
-    copy, model = context.copy, None
-    winner = summarise(load_run(copy.folder)).winner.name
+def _conclude(context: RunContext, tracker: Tracker, winner: str, outcome: Outcome) -> Path:
+    """Held-out subjects, ensembles and report, whose page is returned. Raises Damaged if what a fit has left is damaged."""
     open_holdout(context, winner, outcome)
     measure_ensembles(context, winner, outcome)
-    page = _page(copy)
+    page = _page(context.copy)
     for path in sorted(page.parent.iterdir()):
         tracker.artifact(path, "report")
-    if final_model and not (outcome.interrupted or outcome.unfinished):
-        model = make_model(context, winner, copy.folder / MODEL)
-        copy.push(MODEL)
-        tracker.model(model)
-    return page, model
+    return page
 
 
 def backend_of(options: RunOptions) -> Backend:
