@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` Ray would upload the folder and make environments
 try:
     pwd.getpwuid(os.getuid())
 except KeyError:  # in a container that runs as any user: Ray wants a home folder, torch a name, and neither needs to exist

@@ -172,7 +172,7 @@ def working_folder(run: Place) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """A file or a folder. `uri` is as given; `path` is None on a filesystem that is not this machine's."""
+    """A file or a folder. `uri` is an absolute path or a URI; `path` is None on a filesystem that is not this machine's."""
 
     uri: str
     path: Path | None
@@ -185,7 +185,7 @@ class Place:
         text = without_credentials(where)
         if "://" not in text:
             path = Path(text).absolute()
-            return cls(text.rstrip("/") or "/", path, fs.LocalFileSystem(), str(path))
+            return cls(str(path), path, fs.LocalFileSystem(), str(path))
         try:
             files, root = fs.FileSystem.from_uri(_with_patience(text))
         except (pyarrow.ArrowException, OSError) as error:

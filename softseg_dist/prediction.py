@@ -27,6 +27,7 @@ from softseg_dist.data.source_files import part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.places import make_folder
+from softseg_dist.study import NOT_IN_A_NAME
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model
@@ -34,7 +35,6 @@ from softseg_dist.training.saved_model import CARD, ModelCard, read_card, read_m
 from softseg_dist.words import count, dimensions, listed, next_command
 
 CONTRASTS = frozenset({"T1w", "T2w", "T2starw", "PDw", "FLAIR", "UNIT1", "dwi", "bold", "ct", "MTR", "T1map", "T2map"})  # of BIDS
-NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ from softseg_dist.numerics.smoothing import Smoothing
 from softseg_dist.numerics.spatial import Affine, Elastic
 from softseg_dist.numerics.transforms import Augmentation
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")  # of a class, in a file name
+NAME_LENGTH = 100  # file systems allow 255 bytes for a name, and some names get a suffix
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{,{NAME_LENGTH - 1}}}")
 RAY_UNITS = 10_000  # of a GPU or CPU: Ray rounds shares to one of them
 WINNER = "winner"  # the winners of all outer splits are reported under this name
 
@@ -39,7 +41,8 @@ WINNER = "winner"  # the winners of all outer splits are reported under this nam
 def check_name(name: str) -> str:
     """A name of a study or a candidate. Raises UserError if it cannot be that of a folder."""
     if not NAME.fullmatch(name):
-        raise UserError(f"a name becomes a folder: letters, digits, '.', '_' and '-' only, got {name!r}")
+        rule = f"letters, digits, '.', '_' and '-' only, at most {NAME_LENGTH} of them"
+        raise UserError(f"a name becomes a folder: {rule}, got {name!r:.120}")
     return name
 
 
@@ -56,7 +59,7 @@ class Optim(Frozen):
     """
 
     lr: PositiveFloat = 1e-3
-    epochs: PositiveInt = 200
+    epochs: int = Field(200, ge=1, le=100_000)
     batch_size: PositiveInt = 16
     patience: PositiveInt | None = 50
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -154,7 +157,7 @@ class Resources(Frozen):
     """
 
     workers_per_fit: PositiveInt = 1
-    cpus_per_fit: PositiveInt = 1
+    cpus_per_fit: int = Field(1, ge=1, le=4096)
     gpus_per_fit: float | None = Field(None, ge=0)
     fits_per_gpu: PositiveInt | None = None
     max_concurrent: PositiveInt | None = None
@@ -207,7 +210,7 @@ class Study(Frozen):
     data: DataSet
     preprocess: Preprocess = Preprocess()
     splits: Splits
-    repeats: PositiveInt = 1
+    repeats: int = Field(1, ge=1, le=1000)
     objective: str | Metric = "brier_skill"
     second_objective: str | Metric | None = None
     candidates: dict[Annotated[str, AfterValidator(check_name)], Recipe] = {}
@@ -245,6 +248,8 @@ class Study(Frozen):
             raise ValueError(f"second_objective must differ from the objective, got {self.objectives[0].row.name!r} for both")
         for name, recipe in self.candidates.items():
             self.check_recipe(name, recipe)
+        _check_apart("candidates", {name: name for name in self.candidates})
+        _check_apart("classes", {name: NOT_IN_A_NAME.sub("-", name) for name in self.data.classes})
         if self.control is not None and self.control not in self.candidates:
             raise ValueError(f"control {self.control!r} is not a candidate; there are {', '.join(self.candidates) or 'none'}")
         if self.holdout == () or (isinstance(self.holdout, float) and not 0 < self.holdout <= 0.5):
@@ -324,6 +329,13 @@ class Study(Frozen):
         """The cases of the first `subjects` subjects, by name."""
         first = sorted({case.subject for case in cases})[: self.subjects]
         return tuple(case for case in cases if case.subject in first)
+
+
+def _check_apart(kind: str, files: Mapping[str, str]) -> None:
+    seen: dict[str, str] = {}
+    for name, file in files.items():
+        if (other := seen.setdefault(file.casefold(), name)) != name:
+            raise ValueError(f"{kind} {other!r} and {name!r} are one in names of files where case does not count; rename one")
 
 
 def factorial(base: Recipe, **factors: tuple[Any, ...]) -> dict[str, Recipe]:

@@ -173,7 +173,7 @@ def load_sources(sources: Sources, folder: Path | None = None, *, anew: bool = F
             else:
                 for name in files:
                     importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = line_of(error) or shown[study or next(iter(files))]
             _TEXTS.known = known
             TEXT_MODULES.clear()
@@ -226,7 +226,7 @@ class _Texts(MetaPathFinder, Loader):
 _TEXTS = _Texts()
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """One line that says what is wrong, in the words of pydantic where it knows the field and the value."""
     if isinstance(error, PydanticUserError) and error.code == "model-field-missing-annotation":
         found = error.message.partition("`")[2].partition("`")[0]
@@ -242,7 +242,7 @@ def describe(error: Exception) -> str:
     return f"{place}: {message}{value}" + (f" (and {more} more)" if more else "")
 
 
-def line_of(error: Exception) -> str:
+def line_of(error: BaseException) -> str:
     """`s009_mine.py, line 3`: the last line of a study file or helper on the way to an error; "" if there is none."""
     files = {text.shown for text in _TEXTS.known.values()}
     if isinstance(error, SyntaxError) and error.filename in files:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from softseg_dist.data.cases import Case, CaseData, LabelledCase
 from softseg_dist.data.geometry import Float32, Geometry, spacing_of
@@ -110,7 +110,7 @@ class Preprocess(Frozen):
     dim: Literal[2, 3] = 2
     axis: Literal["x", "y", "z", "auto"] = "z"
     spacing_mm: tuple[PositiveFloat, ...] | Literal["median"] | None = None
-    crop: tuple[PositiveInt, ...] | None = None
+    crop: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = None
     center: Annotated[str, Field(pattern=r"^[^|]+(\|[^|]+)*$")] = "image"
     label_resampling: Literal["area", "linear"] = "area"
     normalize: Literal["zscore", "percentile", "none"] = "zscore"

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 from softseg_dist.frozen import TEXT_MODULES
 
+GROUPS = Path("/sys/fs/cgroup")
 PACE_KNOWN_S = 1.0
 POOL_PAYS_S = 4.0
 PRELOADED = [f"softseg_dist.data.{name}" for name in ("layouts", "phantom", "store")]  # once, not by each worker
@@ -43,15 +44,26 @@ Result = TypeVar("Result")
 
 
 def num_processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors this process may use, by its affinity and the limits of its control group."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = [int(quota) / int(period) for quota, period in map(str.split, _group_limits("cpu.max")) if quota != "max"]
+    return max(1, math.floor(min([allowed, *shares])))
 
 
 def free_bytes() -> float:
-    """The memory that is available, as Linux says it; infinite elsewhere."""
+    """The memory that is available, as Linux says it and a limit of the control group allows; infinite elsewhere."""
     facts = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", facts.read_text()) if facts.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
+    limits = [int(limit) for limit in _group_limits("memory.max") if limit != "max"]
+    return min([1024 * int(found[1]) if found else math.inf, *limits])
+
+
+def _group_limits(name: str, root: Path = GROUPS, own: Path = Path("/proc/self/cgroup")) -> list[str]:
+    """What a file of this process's control group (version 2) and of those above it says; in a container its own is the root."""
+    path = next((line[3:] for line in own.read_text().splitlines() if line.startswith("0::")), "") if own.exists() else ""
+    group = root / path.strip("/")
+    files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return [file.read_text().strip() for file in files if file.is_file()]
 
 
 def over_processes(

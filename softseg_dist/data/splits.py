@@ -91,7 +91,7 @@ class MonteCarlo(Splits):
     [6, 2, 2]
     """
 
-    count: int = Field(15, ge=1)
+    count: int = Field(15, ge=1, le=10_000)
     fractions: tuple[Share, Share, Share] = (0.6, 0.2, 0.2)
 
     @model_validator(mode="after")

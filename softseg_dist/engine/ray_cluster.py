@@ -26,6 +26,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from softseg_dist.data.processes import num_processors
 from softseg_dist.engine.ray_private import (
     JobWithoutPaths,
     ask_for_machines,
@@ -167,7 +168,7 @@ def ray_at(address: str | None) -> Iterator[None]:
             handler = signal.getsignal(signal.SIGTERM)
             options = {"job_config": JobWithoutPaths(), "logging_level": logging.CRITICAL, "log_to_driver": False}
             if address is None:
-                keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES}))
+                keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": num_processors()}))
             else:
                 found = _reachable(address)
                 known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays

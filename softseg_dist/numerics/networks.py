@@ -49,7 +49,7 @@ class UNet(Network):
     """
 
     short: ClassVar[str] = "unet"
-    filters: tuple[Annotated[int, Field(ge=2)], ...] = Field((16, 32, 64, 128), min_length=2)
+    filters: tuple[Annotated[int, Field(ge=2, le=4096)], ...] = Field((16, 32, 64, 128), min_length=2)
     norm: Literal["batch", "instance"] = "batch"
     dropout: float = Field(0.0, ge=0, lt=1)
     upsample: Literal["interp", "deconv"] = "interp"

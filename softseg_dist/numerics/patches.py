@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Patch(Frozen):
     """
 
     short: ClassVar[str] = "patch"
-    size: tuple[PositiveInt, ...] = Field((96, 96, 96), min_length=2, max_length=3)
+    size: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((96, 96, 96), min_length=2, max_length=3)
     per_item: PositiveInt = 1
     foreground: float = Field(0.33, ge=0, le=1)
     overlap: float = Field(0.5, ge=0, lt=1)
