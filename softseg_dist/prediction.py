@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from softseg_dist.data.cases import ImageCase, MaskFile, Spacing, VolumeCase, named_values
+from softseg_dist.data.cases import NOT_IN_A_NAME, ImageCase, MaskFile, Spacing, VolumeCase, named_values
 from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement, Sample
@@ -27,7 +27,6 @@ from softseg_dist.data.source_files import part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.places import make_folder
-from softseg_dist.study import NOT_IN_A_NAME
 from softseg_dist.study_file import load_sources
 from softseg_dist.training.inference import MapSource, method_of, weights_of_fits
 from softseg_dist.training.model import Model

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from softseg_dist.data.cases import Case, DataSet
+from softseg_dist.data.cases import NOT_IN_A_NAME, Case, DataSet
 from softseg_dist.data.preprocess import Preprocess
 from softseg_dist.data.splits import Split, Splits, held_out
 from softseg_dist.errors import UserError
@@ -31,7 +31,6 @@ from softseg_dist.numerics.smoothing import Smoothing
 from softseg_dist.numerics.spatial import Affine, Elastic
 from softseg_dist.numerics.transforms import Augmentation
 
-NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")  # of a class, in a file name
 NAME_LENGTH = 100  # file systems allow 255 bytes for a name, and some names get a suffix
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{,{NAME_LENGTH - 1}}}")
 RAY_UNITS = 10_000  # of a GPU or CPU: Ray rounds shares to one of them

@@ -30,6 +30,7 @@ from softseg_dist.words import count, dimensions, listed
 
 SINGLE_RATER = "rater"  # the name of the only rater where the data name none
 RATER = "{rater}"  # stands for the name of a rater in the pattern of a mask
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.+-]+")  # of a class, in the name of a file
 IGNORED = "voxels to ignore"  # that have a mask like a class: nobody labelled them
 OfCase = TypeVar("OfCase", bound="Case")
 ROUNDING = 1e-6  # values this far outside [0, 1] are clipped

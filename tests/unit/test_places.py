@@ -172,3 +172,11 @@ def test_a_key_in_a_uri_opens_a_bucket(s3: dict[str, str], monkeypatch: pytest.M
     place = Place.at(f"s3://{s3['AWS_ACCESS_KEY_ID']}:{s3['AWS_SECRET_ACCESS_KEY']}@{BUCKET}/keys")
     (place / "a").write(b"x")
     assert (str(place), (place / "a").read()) == (f"s3://{BUCKET}/keys", b"x")
+
+
+def test_a_place_is_absolute_once_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Place.at("runs") / "a"
+    monkeypatch.chdir("/")
+    place.write(b"here")
+    assert (str(place), (tmp_path / "runs/a").read_bytes()) == (str(tmp_path / "runs/a"), b"here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from softseg_dist import (
     MonteCarlo,
     NormReLU,
     Optim,
+    Patch,
     Phantom,
     Preprocess,
     Recipe,
@@ -132,6 +134,9 @@ def test_objects_are_frozen_and_print_what_differs_from_the_defaults() -> None:
         ({"second_objective": "brier_skill"}, "second_objective must differ from the objective, got 'brier_skill' for both"),
         ({"candidates": {}, "control": None}, "candidates=..., search=..."),
         ({"candidates": {"a b": BASE}, "control": None}, "'a b'"),
+        ({"candidates": {"a" * 101: BASE}, "control": None}, "at most 100 of them, got 'aaa"),
+        ({"candidates": {"Dice": BASE, "dice": BASE}, "control": None}, "candidates 'Dice' and 'dice' are one in names of files"),
+        ({"data": Bids("x", image="T2w", labels={"G 1": "a", "g/1": "b"})}, "classes 'G 1' and 'g/1' are one in names of files"),
         ({"candidates": {"a": BASE.replace(fusion="rater:nobody")}, "control": None}, "nobody"),
         *[
             (
@@ -191,3 +196,17 @@ def test_as_many_shares_of_a_gpu_as_asked_for_are_no_more_than_one_as_ray_counts
     parts = round(share * 10_000)
     assert parts == pytest.approx(share * 10_000)
     assert size * parts <= 10_000 < (size + 1) * parts
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Optim(epochs=10**9), "less than or equal to 100000"),
+        (lambda: UNet(filters=(10**6, 10**6)), "less than or equal to 4096"),
+        (lambda: Patch(size=(10**9, 10**9)), "less than or equal to 4096"),
+        (lambda: MonteCarlo(count=10**9), "less than or equal to 10000"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make()

@@ -208,3 +208,9 @@ def test_a_class_of_an_installed_package_is_found_by_a_process_that_has_not_impo
         Recipe.model_validate_json(text.replace(":Own", ":Other"))
     with pytest.raises(ValidationError, match="'no_such_package:Own' is unknown"):
         Recipe.model_validate_json(text.replace("lab_losses", "no_such_package"))
+
+
+@pytest.mark.parametrize("code", ["0", "1", "'no data'"])
+def test_a_study_file_that_ends_the_program_is_refused(tmp_path: Path, code: str) -> None:
+    with pytest.raises(UserError, match=r"s009_mine\.py, line 2: SystemExit"):
+        load_study(write(tmp_path, f"import sys\nsys.exit({code})\n"))

@@ -19,7 +19,7 @@ from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.data.processes import over_processes
+from softseg_dist.data.processes import _group_limits, num_processors, over_processes
 from softseg_dist.data.store import MAGIC, Part, Store, build_store, fingerprint
 from softseg_dist.data.volume import write_volume
 from softseg_dist.errors import UserError
@@ -270,3 +270,27 @@ def test_a_store_gives_nothing_to_one_that_is_prepared_otherwise(tmp_path: Path)
     build_store(tmp_path, DATA.cases(None), DATA, PREPROCESS)
     _, names = prepared(tmp_path, preprocess=PREPROCESS.replace(normalize="none"))
     assert len(names) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_processors_that_this_process_may_not_use_do_not_count() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert num_processors() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert num_processors() <= len(before)
+
+
+@pytest.mark.parametrize("group", ["/", "/user.slice/job"])
+def test_limits_of_the_control_group_and_of_those_above_count(tmp_path: Path, group: str) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    own.write_text(f"1:name=systemd:/x\n0::{group}\n")
+    (root / group.strip("/")).mkdir(parents=True)
+    (root / "cpu.max").write_text("200000 100000\n")
+    (root / group.strip("/") / "cpu.max").write_text("max 100000\n" if group != "/" else "150000 100000\n")
+    found = _group_limits("cpu.max", root, own)
+    assert found == (["150000 100000"] if group == "/" else ["max 100000", "200000 100000"])
+    assert _group_limits("memory.max", root, own) == []
+    assert _group_limits("cpu.max", root, tmp_path / "none") == found[-1:]
