@@ -36,6 +36,7 @@ from softseg_dist.engine.ray_private import (
     no_worker_logs,
     node_of_actor,
     private_ray,
+    shut_down,
 )
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
@@ -173,7 +174,7 @@ def ray_at(address: str | None) -> Iterator[None]:
                 found = _reachable(address)
                 known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays
                 ray.init(address=found, runtime_env=known, **options)
-                keep.callback(ray.shutdown)
+                keep.callback(shut_down)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
         yield

@@ -5,6 +5,7 @@ tests/unit/engine/test_ray_private.py lists the names, and says which one is gon
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -84,7 +85,7 @@ def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         stack.callback(_read_environment)
-        stack.callback(ray.shutdown)
+        stack.callback(shut_down)
         with (
             environment(PRIVATE | {"RAY_AUTH_TOKEN_PATH": str(token), VARIABLE: str(folder)}),
             _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),  # Ray read the variable when it was imported
@@ -97,6 +98,21 @@ def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
             _read_environment()
             ray.init(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
         yield folder
+
+
+def shut_down() -> None:
+    """Disconnect from Ray, and end it if this process has started it.
+
+    A reference of Ray's that another thread's garbage collection frees meanwhile would end this process at once.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _no_api_server(node: Any, **options: Any) -> None:
