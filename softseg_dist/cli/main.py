@@ -21,7 +21,7 @@ from rich.table import Table
 
 import softseg_dist
 from softseg_dist.cli.compare import compare, evaluate
-from softseg_dist.cli.models import predict, refit
+from softseg_dist.cli.models import predict, refit, verify
 from softseg_dist.cli.options import (
     Address,
     DataRoot,
@@ -281,6 +281,7 @@ def report(
 app.command()(compare)
 app.command()(evaluate)
 app.command()(refit)
+app.command()(verify)
 app.command()(predict)
 
 

@@ -1,4 +1,4 @@
-"""Commands about models: train one on all subjects, predict with one."""
+"""Commands about models and fits: train a model on all subjects, predict with one, run fits anew and compare."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from softseg_dist.cli.options import Address, Json, Local, MaxWait, RunArg, Trust, say
+from softseg_dist.errors import UserError
 
 
 def refit(
@@ -27,6 +28,31 @@ def refit(
 
     options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait, local=local)
     typer.echo(str(refit_run(run, candidate, options, PlainLines(sys.stdout), trust)))
+
+
+def verify(
+    run: RunArg,
+    fits: Annotated[str, typer.Option(metavar="N|all", help="How many finished fits to run anew")] = "3",
+    seed: Annotated[int, typer.Option(help="Another one draws other fits")] = 0,
+    gpus_per_fit: Annotated[float | None, typer.Option(min=0, help="GPUs of each worker")] = None,
+    address: Address = None,
+    max_wait: MaxWait = None,
+    local: Local = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Run some fits of a run anew, with one worker and apart from the run, and compare every row with the recorded one."""
+    from softseg_dist.engine.progress import PlainLines
+    from softseg_dist.pipeline import RunOptions, verify_run
+
+    if fits != "all" and not (fits.isdecimal() and int(fits)):
+        raise UserError(f"--fits takes a number from 1 on, or all, got {fits!r}")
+    options = RunOptions(gpus_per_fit=gpus_per_fit, address=address, max_wait_s=max_wait, local=local)
+    progress = PlainLines(sys.stderr if as_json else sys.stdout)
+    checks = verify_run(run, None if fits == "all" else int(fits), options, progress, seed, trust)
+    if as_json:
+        typer.echo(json.dumps([vars(check) for check in checks]))
+    raise typer.Exit(1 if any(check.verdict == "differs" for check in checks) else 0)
 
 
 def predict(

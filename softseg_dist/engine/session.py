@@ -164,7 +164,8 @@ class OneFit(Session):
         epochs = self._task.recipe.optim.epochs
         if metrics["epoch"] % max(1, epochs // 4) == 0:
             where = f"epoch {metrics['epoch']:g} of {epochs}"
-            self.progress.note(f"{self._task.candidate} on all subjects: {where}, loss {metrics['loss']:.4g}")
+            name = self._task.key if self._task.split.test else f"{self._task.candidate} on all subjects"
+            self.progress.note(f"{name}: {where}, loss {metrics['loss']:.4g}")
 
     def ended_as(self, fit_id: str, ending: Ending) -> None:
         task, self._runs, self.result = self._task, False, ending.result

@@ -88,7 +88,7 @@ def test_a_fit_beside_the_search_runs_as_those_of_the_search_and_survives_its_de
     context = context_of(tmp_path, study, resources=resources, progress=PlainLines(lines), fit=fit)
     result = run_beside(context, context.fit_task("a", BASE, splits_of(study)[0]))
     assert (result.num_workers, result.attempt) == (num_workers, 1)
-    assert lines.getvalue() == "a on all subjects: epoch 3 of 3, loss 0.5\n"
+    assert lines.getvalue() == "a/000: epoch 3 of 3, loss 0.5\n"
     assert reserved(2) == 0
 
 

@@ -182,6 +182,7 @@ def test_no_function_takes_more_than_six_arguments() -> None:
         ("cli/main.py", "run"),  # typer makes an option of each argument
         ("cli/models.py", "predict"),
         ("cli/models.py", "refit"),
+        ("cli/models.py", "verify"),
         ("cli/submit.py", "submit"),
         ("data/cases.py", "__init__"),
         ("prediction.py", "predict_images"),

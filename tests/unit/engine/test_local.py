@@ -110,7 +110,8 @@ def test_debug_shows_the_traceback_of_a_fit_that_breaks(tmp_path: Path) -> None:
 
 def beside(run: Run) -> FitTask:
     """A fit that is not one of the search, as that of the final model."""
-    return run.context.fit_task("a", BASE.replace(optim=Optim(epochs=4)), run.context.splits[0])
+    split = run.context.splits[0].replace(validation=(), test=())
+    return run.context.fit_task("a", BASE.replace(optim=Optim(epochs=4)), split)
 
 
 def test_a_fit_beside_the_search_runs_again_if_it_is_lost_once_and_not_twice(tmp_path: Path) -> None:
@@ -119,6 +120,8 @@ def test_a_fit_beside_the_search_runs_again_if_it_is_lost_once_and_not_twice(tmp
     assert run_beside(run.context, beside(run)).attempt == 1
     assert run.starts == ["a/000", "a/000"]
     assert run.lines.getvalue() == "a on all subjects: epoch 1 of 4, loss 0.5\n" * 2
+    run_beside(run.context, beside(run).replace(split=run.context.splits[1]))
+    assert run.lines.getvalue().endswith("\na/001: epoch 1 of 4, loss 0.5\n"), "one of the search, run anew"
     broken = replace(run.context, fit=lambda task, worker: breaks(worker))
     with pytest.raises(UserError, match=r"^a/000: lost 2 times, the last time: ValueError: the fit broke"):
         run_beside(broken, beside(run))
