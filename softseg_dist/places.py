@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote
 import pyarrow
 from pyarrow import fs
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 
 FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
 GCS_RETRY_S = 60
@@ -36,19 +36,18 @@ CHUNK_BYTES = 8 * 2**20  # what is copied at a time
 PLACES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # in their names an @ may stand for other things
 SECRET = re.compile(r"secret|token|pass|pwd|key|sig|cred|auth|sas|jwt", re.IGNORECASE)  # names of items in a query
 AWS = {"user": "AWS_ACCESS_KEY_ID", "password": "AWS_SECRET_ACCESS_KEY"}
-AWS |= {"access_key": AWS["user"], "secret_key": AWS["password"], "session_token": "AWS_SESSION_TOKEN"}
 _moved: dict[str, str] = {}  # credentials that this process has taken from a URI
 
 
 @dataclass(frozen=True)
 class Address:
-    """An address as it may be stored and shown: without login and secret items of its query. Only `original()` has them.
+    """An address as it may be stored and shown: without login and secret items of its query.
 
-    It cannot be pickled, so that they stay in this process.
+    Only `original` and `secrets` have them. It cannot be pickled, so that they stay in this process.
     """
 
     shown: str
-    _given: str = field(repr=False)
+    original: str = field(repr=False)  # for the client that connects
     secrets: dict[str, str] = field(repr=False, compare=False)
 
     @classmethod
@@ -60,24 +59,23 @@ class Address:
         login, rest = _login(scheme, rest)
         user, colon, password = login.partition(":")
         main, _, query = rest.partition("?")
-        items = [item.partition("=") for item in query.partition("#")[0].split("&")]
-        closed = [(name, value) if sign else ("", name) for name, sign, value in items if not _is_open(name, value)]
-        secrets = {unquote(name): unquote(value) for name, value in closed if value}
+        public, secrets = [], {}
+        for item in query.partition("#")[0].split("&"):
+            name, mark, value = item.partition("=")
+            if value and not SECRET.search(unquote(name)) and "@" not in unquote(value):
+                public.append(item)
+            elif hidden := value or (name if not mark else ""):
+                secrets[unquote(name) if mark else ""] = unquote(hidden)
         kept = f"{login}@" if login and scheme in PLACES and scheme != "s3" and not colon else ""  # a container, a user
         if login and not kept:
             secrets |= {"user": unquote(user)} | ({"password": unquote(password)} if colon else {})
         main = main if scheme in PLACES or main.startswith("/") else main.partition("#")[0]
-        public = "&".join(f"{name}={value}" for name, _, value in items if _is_open(name, value))
         given = f"{scheme}://{quote(user, '%')}{colon}{quote(password, '%')}@{rest}" if login else text
-        return cls(f"{scheme}://{kept}{main}" + (f"?{public}" if public else ""), given, secrets)
-
-    def original(self) -> str:
-        """The address with its secrets, for the client that connects."""
-        return self._given
+        return cls("?".join(filter(None, (f"{scheme}://{kept}{main}", "&".join(public)))), given, secrets)
 
     def redact(self, text: str) -> str:
         """A text of that client without the secrets."""
-        text = text.replace(self._given, self.shown)
+        text = text.replace(self.original, self.shown)
         secrets = {value for name, value in self.secrets.items() if name != "user" or "password" not in self.secrets}
         for secret in sorted(secrets, key=len, reverse=True):
             quoted = [(re.escape(char), "".join(f"%{byte:02x}" for byte in char.encode())) for char in secret]
@@ -93,20 +91,11 @@ def _login(scheme: str, rest: str) -> tuple[str, str]:
     host = re.split("[/?#]", rest, maxsplit=1)[0]
     if "@" not in rest or not host or (scheme in PLACES and not {":", "@"} & set(host)):
         return "", rest
-    if "@" in host and rest.count("@") == host.count("@"):
-        login, _, after = host.rpartition("@")
-        return login, after + rest[len(host) :]
     is_port = scheme != "s3" and host.partition(":")[2].isdigit()
-    if rest.count("@") > 1 or ":" not in host or is_port:
+    if rest.count("@") > host.count("@") and (rest.count("@") > 1 or ":" not in host or is_port):
         write = "write @ as %40, / as %2F, ? as %3F and # as %23 in user, password, path and query"
         raise UserError(f"{scheme}://...: it is not clear where the password of this address ends; {write}")
-    login, _, rest = rest.partition("@")
-    return login, rest
-
-
-def _is_open(name: str, value: str) -> bool:
-    """May an item of a query be shown?"""
-    return bool(value) and not SECRET.search(unquote(name)) and "@" not in unquote(value)
+    return rest.rpartition("@")[::2]
 
 
 def redacted(command: str) -> str:
@@ -123,9 +112,10 @@ def redacted(command: str) -> str:
     if "://" not in command:
         return command
     try:
-        return shlex.join(map(shown, shlex.split(command)))
+        words = shlex.split(command)
     except ValueError:  # not one that a shell takes
-        return " ".join(map(shown, command.split()))
+        words = command.split()
+    return shlex.join(map(shown, words))
 
 
 def without_credentials(where: str | Path) -> str:
@@ -136,9 +126,8 @@ def without_credentials(where: str | Path) -> str:
     address = Address.of(str(where))
     if not address.secrets:
         return str(where)
-    scheme, others = address.shown.partition("://")[0], sorted(address.secrets.keys() - AWS.keys())
     keys = {AWS[name]: value for name, value in address.secrets.items() if name in AWS and value}
-    if scheme != "s3" or others or not {AWS["user"], AWS["password"]} <= keys.keys():
+    if not address.shown.startswith("s3://") or len(keys) < len(AWS) or address.secrets.keys() - AWS.keys():
         do = "take them from the environment, as the tools of its provider do; in an s3 URI KEY:SECRET@ is understood"
         raise UserError(f"{address.shown}: the credentials in this address are not supported; {do}")
     if _moved and _moved != keys:
@@ -189,7 +178,7 @@ class Place:
         try:
             files, root = fs.FileSystem.from_uri(_with_patience(text))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{text}: cannot be used as a folder: {_first_line(error)}") from error
+            raise UserError(f"{text}: cannot be used as a folder: {in_words(error)}") from error
         head, mark, query = text.partition("?")
         local = Path(root) if isinstance(files, fs.LocalFileSystem) else None
         return cls(head.rstrip("/") + mark + query, local, files, root.rstrip("/"))
@@ -244,13 +233,13 @@ class Place:
     def pull(self, to: Path) -> None:
         """Copy the file to `to` on this machine, whole or not at all. Raises FileNotFoundError if it is not there."""
         to.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            _replacing(to) as part,
-            part.open("wb") as file,
-            self._named("read"),
-            self._files.open_input_stream(self._root) as data,
-        ):
-            shutil.copyfileobj(data, file, CHUNK_BYTES)
+        with self._named("read"), self._files.open_input_stream(self._root) as data:
+
+            def copy(partial: Path) -> None:
+                with partial.open("wb") as file:
+                    shutil.copyfileobj(data, file, CHUNK_BYTES)
+
+            replace_file(to, copy)
 
     def push(self, source: Path) -> None:
         """Copy the file `source` of this machine here."""
@@ -284,7 +273,7 @@ class Place:
         except OSError as error:
             if self.path is not None or error.errno is not None:
                 raise
-            raise OSError(errno.EIO, f"cannot {doing} it: {_first_line(error)}", self.uri) from error
+            raise OSError(errno.EIO, f"cannot {doing} it: {in_words(error)}", self.uri) from error
 
 
 def _with_patience(uri: str) -> str:
@@ -304,20 +293,6 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{os.getpid()}-{HOST}.{path.name}")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that becomes `path` at the end of the block, durably; nothing is left behind if the block raises."""
-    partial = partial_of(path)
-    try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        with suppress(OSError):  # some file systems cannot do that with a folder
-            _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -331,12 +306,13 @@ def sweep_partials(folder: Path) -> None:
     for path in folder.rglob(".[0-9]*"):
         with suppress(OSError):  # its writer has just finished, or the folder may not be written
             if found := PARTIAL.fullmatch(path.name):
-                gone = found[2] == HOST and not _is_running(int(found[1]))
+                gone = found[2] == HOST and not is_running(int(found[1]))
                 if gone or time.time() - path.stat().st_mtime > LEFT_S:
                     path.unlink()
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(process, 0)
     except OSError as error:
@@ -344,24 +320,23 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 FULL_BYTES = 2**16  # a disk with less than this left is full
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(partial)` and rename `partial` to `path`; nothing is left behind if `write` raises.
+    """Call `write(partial)` and rename `partial` to `path`, durably; nothing is left behind if `write` raises.
 
     An OSError about `partial` names `path`. It has the errno ENOSPC or EDQUOT if the disk is full, whatever `write` makes of that:
     safetensors hides it in its text, torch does not tell it, and writing, unlike opening, does not say which file.
     """
     path = Path(path)
+    partial = partial_of(path)
     try:
-        with _replacing(path) as partial:
-            write(partial)
+        write(partial)
+        _sync(partial)
+        partial.replace(path)
+        with suppress(OSError):  # some file systems cannot do that with a folder
+            _sync(path.parent)
     except Exception as error:
         hidden = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
@@ -371,3 +346,5 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         if number in (errno.ENOSPC, errno.EDQUOT) or (number is not None and about_it):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+    finally:
+        partial.unlink(missing_ok=True)

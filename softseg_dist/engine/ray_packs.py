@@ -25,6 +25,7 @@ from softseg_dist.engine.ray_private import cause_in
 from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.errors import in_words
 from softseg_dist.numerics.seeds import drawing
+from softseg_dist.places import is_running
 from softseg_dist.training.task import Worker
 
 CPU = "cpu"  # stands for the GPU of a host without one
@@ -53,7 +54,7 @@ class Host:
         The job stops when its client has died.
         """
         news: SimpleQueue[Event] = SimpleQueue()
-        worker = Worker(device=self._device, stop=lambda: not _is_alive(client))
+        worker = Worker(device=self._device, stop=lambda: not is_running(client))
         self._jobs[key] = threading.Thread(target=self._work, args=(message, worker, news), name=key, daemon=True)
         self._jobs[key].start()
         event = "began", None
@@ -157,11 +158,3 @@ def wait_until_released(manager: Any, key: str) -> None:
     with suppress(RayActorError):  # then all its jobs have ended
         if (host := ray.get(manager.release.remote(key))) is not None:
             ray.get(host.wait_for.remote(key))
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -62,15 +62,8 @@ def submit(sources: Sources, address: str, folders: Mapping[str, str | None], fl
     """
     _public(address)
     arguments = [text for option, path in folders.items() if path for text in (option, _lasting(option, path))]
-    command = [
-        "softseg",
-        "run",
-        shlex.quote(sources.study),
-        "--address",
-        "auto",
-        *arguments,
-        *(shlex.quote(_public(flag)) for flag in flags),
-    ]
+    arguments += [shlex.quote(_public(flag)) for flag in flags]
+    command = ["softseg", "run", shlex.quote(sources.study), "--address", "auto", *arguments]
     with tempfile.TemporaryDirectory() as folder, _as_user_error(address):
         for file, text in sources.texts.items():
             (Place.at(folder) / file).write(text.encode())
@@ -146,8 +139,7 @@ def _lasting(option: str, path: str) -> str:
 
 def _public(word: str) -> str:
     """The word, which all who can reach the cluster may read. Raises UserError if it is an address with credentials."""
-    address = Address.of(word)
-    if address.secrets:
+    if (address := Address.of(word)).secrets:
         do = "give them to the head: AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME and the like in its environment"
         raise UserError(f"{address.shown}: Ray shows the command of a job, so it takes no credentials; {do}")
     return word

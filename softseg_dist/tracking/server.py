@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import posixpath
-import re
 import secrets
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from itertools import count
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,14 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.utils import chunk_list  # noqa: E402
+from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name  # noqa: E402
 
-from softseg_dist.places import Address  # noqa: E402
-from softseg_dist.tracking.delivery import DATABASES, ENVIRONMENT_URI, TrackingRecord  # noqa: E402
+from softseg_dist.tracking.delivery import TrackingRecord  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
-MOST = {Metric: 800, Param: 100, RunTag: 100}  # that MLflow takes in one call: 1000 together
-ACTIONS = ("open", "log", "close", "data_set", "artifact", "model")
+KINDS = {Metric: "metric", Param: "parameter", RunTag: "tag"}
+MOST_METRICS, MOST_TEXTS = 900, 100  # that MLflow takes in one call
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the pages show training runs, not language models
 CLOSED = ("FINISHED", "FAILED")
@@ -53,18 +52,16 @@ class MlflowServer:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         database = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
-        artifacts = (database.parent / "mlartifacts").as_uri() if database else None
-        if database:
-            _make_database(uri, database)
-        if database and artifacts and database.parent == folder:  # it may have been moved or copied
-            _relocate(database, study, artifacts)
-        of_environment = uri == Address.of(os.environ.get(ENVIRONMENT_URI, "")).original()
-        self._client = MlflowClient(uri, None if of_environment else uri)  # or models would go to MLFLOW_REGISTRY_URI
-        self._uri, self._folder, self._run = uri, folder, run
-        self._study, self._artifacts = study, artifacts
+        self._artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+        if database and not database.exists():
+            _make_database(database)
+        is_own = database == folder / "mlflow.db"
+        if is_own:
+            _relocate(folder, study)
+        self._client = MlflowClient(uri, uri if is_own else None)  # its models do not go to MLFLOW_REGISTRY_URI
+        self._uri, self._folder, self._study, self._run = uri, folder, study, run
         self._experiment = self._find_experiment()
         self._ids: dict[str, str] = {}
-        self._deleted: set[str] = set()  # keys of runs that were deleted in MLflow's pages, where they can be restored
         self._ended: set[str] = set()  # keys of runs that are closed for good
         self._find_runs()
 
@@ -74,8 +71,7 @@ class MlflowServer:
 
     def close(self) -> None:
         """Give back the open files and sockets of a database; MLflow keeps them otherwise."""
-        if self._uri.partition("://")[0].partition("+")[0] in DATABASES:
-            _dispose(self._client)
+        _dispose(self._client)
 
     def apply(self, record: TrackingRecord) -> Refused:
         """Do what one record says. A "known" one repeats an earlier session's, and is skipped for a run that is closed.
@@ -84,15 +80,14 @@ class MlflowServer:
         """
         if record.get("known") and record["key"] in self._ended:
             return []
-        if record["what"] not in ACTIONS:
-            raise ValueError(f"no such record: {record['what']}")
-        action = getattr(self, f"_{record['what']}")
+        actions = {"open": self._open, "log": self._log, "close": self._close}
+        actions |= {"data_set": self._data_set, "artifact": self._artifact, "model": self._model}
         try:
-            return action(record) or []
+            return actions[record["what"]](record) or []
         except MlflowException:
             if not self._is_restored(self._ids.get(record["key"])):
                 raise
-            return action(record) or []
+            return actions[record["what"]](record) or []
 
     def _find_experiment(self) -> str:
         experiment = self._client.get_experiment_by_name(self._study)
@@ -103,24 +98,22 @@ class MlflowServer:
         return str(experiment.experiment_id)
 
     def _find_runs(self) -> None:
-        token: str | None = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment], f"tags.`{RUN_TAG}` = '{self._run}'", ViewType.ALL, max_results=1000, page_token=token
-            )
+        token, own = None, f"tags.`{RUN_TAG}` = '{self._run}'"
+        while True:  # by pages: runs take memory
+            page = self._client.search_runs([self._experiment], own, ViewType.ALL, max_results=1000, page_token=token)
             for run in page:
-                key, is_deleted = run.data.tags[KEY_TAG], run.info.lifecycle_stage == "deleted"
-                if is_deleted and key in self._ids:
+                key = run.data.tags[KEY_TAG]
+                if run.info.lifecycle_stage == "deleted":  # to be restored
+                    self._ids.setdefault(key, run.info.run_id)
                     continue
                 self._ids[key] = run.info.run_id
-                (self._deleted.add if is_deleted else self._deleted.discard)(key)
-                if run.info.status in CLOSED and not is_deleted:
+                if run.info.status in CLOSED:
                     self._ended.add(key)
             if not (token := page.token):
                 return
 
     def _is_restored(self, run_id: str | None) -> bool:
-        """Restore a run that was deleted while the study runs; False if it was not."""
+        """Restore a run that was deleted in MLflow's pages; False if it was not."""
         if run_id is None or self._client.get_run(run_id).info.lifecycle_stage == "active":
             return False
         self._experiment = self._find_experiment()
@@ -138,16 +131,14 @@ class MlflowServer:
             run = self._client.create_run(self._experiment, start_time=record["ms"], tags=cut, run_name=record["name"])
             self._ids[key] = run.info.run_id
         else:
-            if key in self._deleted:
-                self._is_restored(run_id)
-                self._deleted.discard(key)
             self._client.update_run(run_id, status="RUNNING")
-            self._batch(run_id, _tags(record["tags"]))
+            self._log(record | {"metrics": [], "params": {}})
 
     def _log(self, record: TrackingRecord) -> Refused:
         metrics = [Metric(name[:250], value, ms, step) for name, value, ms, step in record["metrics"]]
         params = [Param(name[:250], value[:PARAM_CHARS]) for name, value in record["params"].items()]
-        return self._batch(self._ids[record["key"]], [*metrics, *params, *_tags(record["tags"])])
+        tags = [RunTag(name, value[:TAG_CHARS]) for name, value in record["tags"].items()]
+        return self._batch(self._ids[record["key"]], [*metrics, *params, *tags])
 
     def _close(self, record: TrackingRecord) -> None:
         self._client.set_terminated(self._ids[record["key"]], record["status"], end_time=record["ms"])
@@ -183,41 +174,28 @@ class MlflowServer:
 
     def _batch(self, run_id: str, items: Sequence[Any]) -> Refused:
         """Log metrics, parameters and tags; what MLflow's rules for names do not allow is not even tried."""
-        refused = [(_title(item), "MLflow does not take such a name") for item in items if not _is_name(item.key)]
-        for number in count():
-            part: list[Any] = []
-            for kind, most in MOST.items():
-                own = [item for item in items if type(item) is kind and _is_name(item.key)]
-                part += own[number * most : (number + 1) * most]
-            if not part:
-                return refused
-            refused += self._log_batch(run_id, part)
-        return refused
+        bad = {item.key for item in items if not validate_param_and_metric_name(item.key) or path_not_unique(item.key)}
+        refused = [(item, "MLflow does not take such a name") for item in items if item.key in bad]
+        allowed = [item for item in items if item.key not in bad]
+        metrics = chunk_list([item for item in allowed if isinstance(item, Metric)], MOST_METRICS)
+        texts = chunk_list([item for item in allowed if not isinstance(item, Metric)], MOST_TEXTS)
+        for some, others in zip_longest(metrics, texts, fillvalue=()):
+            refused += self._log_batch(run_id, [*some, *others])
+        return [(f"{KINDS[type(item)]} {item.key!r}", reason) for item, reason in refused]
 
-    def _log_batch(self, run_id: str, items: Sequence[Any]) -> Refused:
+    def _log_batch(self, run_id: str, items: Sequence[Any]) -> list[tuple[Any, str]]:
         """Log what MLflow takes in one call, or what it takes of it: halves of what it refuses are tried again."""
-        metrics, params, tags = ([item for item in items if type(item) is kind] for kind in MOST)
+        metrics, params, tags = ([item for item in items if type(item) is kind] for kind in KINDS)
         try:
             self._client.log_batch(run_id, metrics, params, tags)
         except MlflowException as error:
             if error.get_http_status_code() != 400 or self._client.get_run(run_id).info.lifecycle_stage != "active":
                 raise
             if len(items) == 1:
-                return [(_title(items[0]), str(error))]
+                return [(items[0], str(error))]
             half = len(items) // 2
             return self._log_batch(run_id, items[:half]) + self._log_batch(run_id, items[half:])
         return []
-
-
-def _title(item: Any) -> str:
-    kind = {Metric: "metric", Param: "parameter", RunTag: "tag"}[type(item)]
-    return f"{kind} {item.key!r}"
-
-
-def _is_name(name: str) -> bool:
-    """Does MLflow take it as the name of a metric, a parameter or a tag? It must be possible as that of a file."""
-    is_path = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
-    return is_path and re.fullmatch(r"[/\w.\- :]+", name) is not None
 
 
 def _dispose(client: MlflowClient) -> None:
@@ -226,10 +204,8 @@ def _dispose(client: MlflowClient) -> None:
             engine.dispose()
 
 
-def _make_database(uri: str, path: Path) -> None:
+def _make_database(path: Path) -> None:
     """Make an SQLite database whole or not at all: one whose tables are half made, MLflow never opens again."""
-    if path.exists():
-        return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that failed
     try:
         client = MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
@@ -240,16 +216,13 @@ def _make_database(uri: str, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _relocate(path: Path, study: str, artifacts: str) -> None:
-    """Make the places of artifacts those of this run folder; MLflow records them as absolute paths."""
-    with closing(sqlite3.connect(path)) as database, database:
+def _relocate(folder: Path, study: str) -> None:
+    """Make the places of artifacts those of a run folder that was moved or copied; MLflow records them as absolute paths."""
+    artifacts = (folder / "mlartifacts").as_uri()
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
         found = database.execute("SELECT artifact_location FROM experiments WHERE name = ?", (study,)).fetchone()
         if found is None or found[0] == artifacts:
             return
         for table, column in LOCATIONS.items():
             change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
             database.execute(change, (artifacts, len(found[0]) + 1, len(found[0]), found[0]))
-
-
-def _tags(tags: dict[str, str]) -> list[Any]:
-    return [RunTag(name, value[:TAG_CHARS]) for name, value in tags.items()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 import uuid
@@ -17,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 from softseg_dist.frozen import leaves
 from softseg_dist.places import Address
 from softseg_dist.record.ledger import Ledger, RaceRecord, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
-from softseg_dist.tracking.delivery import ENVIRONMENT_URI, Connection, Delivery, Spool, TrackingRecord, server_address
+from softseg_dist.tracking.delivery import Delivery, Spool, TrackingRecord, server_address
 from softseg_dist.training.task import FitResult, FitTask, history_of
 from softseg_dist.words import count, listed, next_command
 
@@ -46,16 +45,14 @@ def default_uri(folder: str | Path) -> str:
 def _own_database(folder: Path) -> Address:
     if "?" in str(folder):
         raise UserError(f"{folder}: an SQLite database of MLflow cannot lie below a folder with a ? in its name; use another --out")
-    uri = default_uri(folder)
-    return Address(uri, uri, {})
+    return Address.of(default_uri(folder))
 
 
 class Tracker:
     """Records the events of a study; a thread sends them to MLflow. No method raises or waits, except `close`, which joins it.
 
-    `uri` is any MLflow tracking URI; without one it is that of MLFLOW_TRACKING_URI, or else an SQLite database in the run folder,
-    whose runs all carry one tag. `run` is the path or URI of the run, if `folder` is a copy of it.
-    Raises UserError if `uri` can be no address of MLflow.
+    `uri` is by default that of MLFLOW_TRACKING_URI, or else an SQLite database in the run folder. `run` is the path or URI of the
+    run, if `folder` is a copy of it. Raises UserError if `uri` can be no address of MLflow.
     """
 
     def __init__(self, uri: str | Address | None, folder: str | Path, study: Study, run: str = "") -> None:
@@ -66,10 +63,10 @@ class Tracker:
         self._open: dict[str, None] = {}  # keys of open runs, parents first
         self._running: set[str] = set()  # candidates that were opened by a fit of this session
         self._recalled: list[TrackingRecord] | None = None  # a candidate's of earlier sessions, which MLflow may have
-        self._sync, self.num_waiting = next_command("sync", run or folder), 0  # after `close`
+        self._sync = next_command("sync", run or folder)
+        self.num_waiting = self.num_late = 0  # after `close`: records that wait, and those of earlier sessions that were sent
         self._spool = Spool(self.folder / SPOOL)
-        self._connection = Connection(address, lambda uri: connect(uri, self.folder, study.name))
-        self._delivery = Delivery(self._spool, self._connection)
+        self._delivery = Delivery(self._spool, address, lambda address: connect(address.original, self.folder, study.name))
         tags = {"softseg.fingerprint": study.fingerprint, "mlflow.note.content": study.question}
         self._put_open(STUDY, study.name, None, tags, {"objective": study.objectives[0].row.name, "seed": str(study.seed)})
 
@@ -78,10 +75,9 @@ class Tracker:
         self._put(what="data_set", key=STUDY, name=name, digest=digest[:36], source=source)
 
     def recall(self, ledger: Ledger, results: list[FitResult], ended: list[str], curve: Curve = lambda result: []) -> None:
-        """Send the ledger's records of earlier sessions; runs that MLflow has closed already stay as they are.
+        """Send what the ledger knows of earlier sessions, after a driver was killed or the server changed; closed runs stay.
 
-        So nothing is missing, or stays RUNNING, after a driver was killed or the server changed. `ended` names the candidates
-        with no fit left to run, `curve` gives the epochs of a fit if they are known.
+        `ended` names the candidates with no fit left to run, `curve` gives the epochs of a fit if they are known.
         """
         races = ledger.races()
         for name, record in ledger.candidates().items():
@@ -97,7 +93,7 @@ class Tracker:
             if name in ended:
                 self.candidate_ended(name, own, races.get(name))
             records, self._recalled = self._recalled, None
-            self._delivery.put(records)
+            self._spool.append(records)
 
     def fit_started(self, task: FitTask) -> None:
         """A fit starts, or starts again; its candidate's run begins with its first fit."""
@@ -123,10 +119,7 @@ class Tracker:
         self._put(what="close", key=key, status=status)
 
     def candidate_ended(self, name: str, results: list[FitResult], race: RaceRecord | None = None) -> None:
-        """Nothing of a candidate runs any more: log mean and standard deviation over its fits, and the winner of a lost race.
-
-        Nothing happens if its run is not open.
-        """
+        """Nothing of a candidate runs any more: if its run is open, log mean and deviation of its fits, and who won a lost race."""
         if name not in self._open:
             return
         metrics = {"failed_fits": float(sum(r.score is None for r in results))}
@@ -152,26 +145,24 @@ class Tracker:
         self._put(what="model", key=STUDY, path=str(Path(folder).absolute()), name=self.study.name)
 
     def close(self, status: str = "FINISHED", wait_s: float | None = CLOSE_S) -> tuple[str, ...]:
-        """Close every open run ("FINISHED", "FAILED" or "KILLED" for the study's) and send what is left.
+        """Close every open run, the study's as `status`, and send what is left while MLflow takes records, each within `wait_s`.
 
-        That takes as long as MLflow takes records, each within `wait_s`. Returns lines for the user: what waits and why, what was
-        refused.
+        Returns lines for the user: what waits and why, what was refused.
         """
         for key in reversed(list(self._open)):
             self.close_run(key, status if key == STUDY or status != "FINISHED" else "KILLED")
-        self.num_waiting, unkept = self._delivery.close(wait_s)
-        problem, notes = self._connection.problem, []
-        if refused := self._connection.refused:
-            number, (item, (_, reason)) = sum(times for times, _ in refused.values()), next(iter(refused.items()))
-            notes.append(f"MLflow refused {count(number, 'item')} ({listed(list(refused))}), the first: {item} {reason}")
-        if self.num_waiting:
+        self.num_waiting, self.num_late, notes = self._delivery.close(wait_s), self._spool.num_late, []
+        if refused := self._delivery.refused:
+            items = f"{count(self._delivery.num_refused, 'item')} ({listed(list(refused))})"
+            notes.append(f"MLflow refused {items}, the first: {' '.join(next(iter(refused.items())))}")
+        if self.num_waiting and self._spool.problem:
+            lost = f"{self.num_waiting} records for MLflow could not be kept: {self._spool.problem}"
+            notes.append(f"{lost}; send them: {self._sync}")
+        elif self.num_waiting:
+            problem = self._delivery.problem
             state = f"was out of reach ({problem})" if problem else "is behind, it took no record any more"
-            later = (
-                f"{self.num_waiting} records wait in {self._spool.path} and are sent when the study runs again, or by: {self._sync}"
-            )
-            notes.append(f"MLflow at {self.uri} {state}; {later}")
-        if unkept:
-            notes.append(f"{unkept} records for MLflow could not be kept: {self._spool.problem}; send them: {self._sync}")
+            later = f"{self.num_waiting} records wait in {self._spool.path} and are sent when the study runs again"
+            notes.append(f"MLflow at {self.uri} {state}; {later}, or by: {self._sync}")
         return tuple(notes)
 
     def _numbers(self, result: FitResult) -> dict[str, float]:
@@ -185,7 +176,7 @@ class Tracker:
         if self._recalled is not None:
             self._recalled.append(record)
         else:
-            self._delivery.put([record])
+            self._spool.append([record])
 
     def _put_candidate(self, name: str, recipe: Mapping[str, Any]) -> None:
         self._put_open(name, name, STUDY, {"softseg.candidate": name}, parameters(recipe))
@@ -194,8 +185,7 @@ class Tracker:
         candidate, fit = key.rsplit("/", 1)
         split, _, repeat = fit.partition("-r")
         tags = {"softseg.candidate": candidate, "softseg.split": split, "softseg.repeat": repeat or "0"} | tags
-        name = f"{fit} {candidate}"  # MLflow's table cuts long names at their end
-        self._put_open(key, name, candidate, tags, parameters(recipe))
+        self._put_open(key, f"{fit} {candidate}", candidate, tags, parameters(recipe))  # its table cuts the end of long names
 
     def _put_open(self, key: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str]) -> None:
         self._open[key] = None
@@ -206,11 +196,6 @@ class Tracker:
         ms = int(time.time() * 1000)
         finite = [[name, value, ms, step] for name, value in metrics.items() if math.isfinite(value)]
         self._put(what="log", key=key, metrics=finite, params=params or {}, tags=tags or {})
-
-    @property
-    def num_late(self) -> int:
-        """Of the records that had waited when this session began, those that were sent."""
-        return self._delivery.num_late
 
 
 def connect(uri: str, folder: Path, study: str) -> MlflowServer:
@@ -253,12 +238,15 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
     with ledger.lock():
         copy.pull(SPOOL, "mlflow_run", "mlflow.db", "report/*", "fits/*/*/history.jsonl")
         folder = copy.folder.absolute()
-        address = _address_of(tracking_uri, (ledger.read("run.json") or {}).get("tracking_uri")) or _own_database(folder)
-        uri, connection = address.shown, Connection(address, lambda uri: connect(uri, folder, status.study))
-        problem = connection.reach()
-        connection.close()
-        if problem:
-            return Synced(uri, 0, status.mlflow_waiting, (f"MLflow at {uri} is out of reach: {problem}",))
+        known = tracking_uri or (ledger.read("run.json") or {}).get("tracking_uri")
+        address = (server_address(known) if known else None) or _own_database(folder)
+        uri, login = address.shown, server_address(None)
+        address = login if login and login.shown == uri else address  # what was recorded has none
+        try:
+            connect(address.original, folder, status.study).close()
+        except Exception as error:  # noqa: BLE001 - out of reach, in whatever way
+            note = f"MLflow at {uri} is out of reach: {address.redact(in_words(error))[:300]}"
+            return Synced(uri, 0, status.mlflow_waiting, (note,))
         fields = ledger.read("study.json")  # its classes stay JSON: to make them would run its code
         study = Study.model_construct(**{name: value for name, value in fields.items() if name not in ("type", "code")})
         tracker = Tracker(address, folder, study, run)  # its thread sends first what waits
@@ -270,11 +258,3 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         notes = tracker.close("FINISHED" if status.finished + status.failed == status.planned else "KILLED", wait_s=None)
         copy.push(SPOOL, "mlflow_run", *(["mlflow.db"] if uri == default_uri(folder) else []))
     return Synced(uri, tracker.num_late, tracker.num_waiting, notes)
-
-
-def _address_of(given: str | None, recorded: str | None) -> Address | None:
-    """What was recorded has no login: that is in MLFLOW_TRACKING_URI, if it is the same address."""
-    if given is not None or recorded is None:
-        return None if given is None else server_address(given)
-    own = server_address(None) if ENVIRONMENT_URI in os.environ else None
-    return own if own is not None and own.shown == recorded else server_address(recorded)

@@ -91,6 +91,8 @@ def test_a_fit_on_two_workers_leaves_what_one_leaves_even_if_it_changes_over_in_
 def assert_same_result(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Numbers may differ by rounding."""
     for name, value in other.items():
+        if name == "files":
+            continue  # `assert_same_files` looks into them
         if name == "recalibration":
             assert value.keys() == one[name].keys()
             np.testing.assert_allclose(list(value.values()), list(one[name].values()), rtol=0.01)

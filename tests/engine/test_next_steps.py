@@ -97,10 +97,10 @@ def printed_by(words: list[str], folder: Path) -> list[list[str]]:
 
 def test_the_commands_of_a_debug_run_and_of_the_run_that_it_recommends(folder: Path) -> None:
     options = ["my study.py", "--data-root", ".", "--stores", "my stores", "--local"]
-    printed = printed_by(["run", *options, "--debug"], folder)
+    printed, model = printed_by(["run", *options, "--debug"], folder), str(folder / "runs/tiny/model")
     assert ["run", *options] in printed
-    assert ["predict", "runs/tiny/model", "IMAGE1.nii.gz,IMAGE2.nii.gz", "--out", "maps", "--center-mask", "MASK.nii.gz"] in printed
-    assert ["report", "runs/tiny", "--json"] in printed
+    assert ["predict", model, "IMAGE1.nii.gz,IMAGE2.nii.gz", "--out", "maps", "--center-mask", "MASK.nii.gz"] in printed
+    assert ["report", str(folder / "runs/tiny"), "--json"] in printed
     assert ["ui", "--backend-store-uri", f"sqlite:///{folder}/runs/tiny/mlflow.db"] in printed
     assert any(words[:2] == ["-m", "webbrowser"] for words in printed)
     assert list((folder / "maps").glob("*.nii.gz"))
@@ -111,7 +111,7 @@ def test_the_commands_of_all_others(folder: Path) -> None:
     assert ["run", *study, "--debug"] in printed_by(["check", *study], folder)
     assert ["plan", *study, "--run", "runs/tiny-debug"] in printed_by(["plan", *study], folder)
     judged = ["evaluate", *study, "--predictions", "ours=runs/tiny", "--out", "my runs"]
-    assert ["report", "my runs/tiny-evaluation", "--json"] in printed_by(judged, folder)
+    assert ["report", str(folder / "my runs/tiny-evaluation"), "--json"] in printed_by(judged, folder)
     for words in (["prepare", *study], ["refit", "runs/tiny", "--local"], ["report", "runs/tiny"], ["status", "runs/tiny"]):
         assert not printed_by(words, folder)
 
@@ -136,6 +136,6 @@ def test_the_commands_of_a_run_that_was_interrupted_after_a_fit(folder: Path) ->
     ended = softseg_here("run", "long.py", "--data-root", ".", "--local", cwd=folder)
     assert ended.returncode == 130, ended.stderr
     printed = PRINTED.findall(ended.stdout)
-    assert ["report", "runs/tiny-long", "--json"] in [shlex.split(line)[1:] for line in printed]
+    assert ["report", str(folder / "runs/tiny-long"), "--json"] in [shlex.split(line)[1:] for line in printed]
     for line in printed:
         assert execute(line, folder).returncode == 0, line

@@ -29,10 +29,10 @@ def refused(tmp_path: Path, folders: dict[str, str]) -> str:
 
 
 def test_a_shared_disk_and_s3_can_be_used_by_all_nodes(s3: dict[str, str], tmp_path: Path) -> None:
-    folders = {"--out": str(tmp_path / "runs/tiny"), "--stores": f"s3://{BUCKET}/stores"}
+    folders = {"--out": str(tmp_path / "runs/tiny"), "--stores": f"s3://{BUCKET}/reach"}
     assert refused(tmp_path, folders) == ""
     assert list((tmp_path / "runs/tiny").iterdir()) == []
-    assert Place.at(f"s3://{BUCKET}/stores").names() == []
+    assert Place.at(f"s3://{BUCKET}/reach").names() == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs Linux's /proc")

@@ -93,7 +93,7 @@ def test_a_full_disk_is_named_and_leaves_the_former_file(tmp_path: Path) -> None
 
 
 def test_a_process_that_used_s3_ends(s3: dict[str, str]) -> None:
-    code = f"from softseg_dist.places import Place; Place.at('s3://{BUCKET}/end').write(b'x'); print('written')", partial_of
+    code = f"from softseg_dist.places import Place; Place.at('s3://{BUCKET}/end').write(b'x'); print('written')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("written\n", "")
 
@@ -122,8 +122,8 @@ def test_an_address_is_shown_without_its_secrets(text: str) -> None:
     address, (shown, secrets) = Address.of(text), SHOWN[text]
     assert (address.shown, list(address.secrets.values())) == (shown, secrets)
     assert Address.of(shown).shown == shown
-    assert Address.of(address.original()).secrets == address.secrets
-    for leak in (str(address), repr(address), address.redact(f"cannot open {address.original()} or {text}: {secrets[-1:]}")):
+    assert Address.of(address.original).secrets == address.secrets
+    for leak in (str(address), repr(address), address.redact(f"cannot open {address.original} or {text}: {secrets[-1:]}")):
         assert not [secret for secret in secrets if len(secret) > 2 and secret in leak.replace("sslpassword", "")], leak
     with pytest.raises(TypeError, match="may hold a password"):
         pickle.dumps(address)
@@ -148,14 +148,14 @@ def test_a_command_is_recorded_without_secrets() -> None:
 
 def test_keys_of_s3_move_to_the_environment_and_those_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_moved", {})
-    for name in set(places.AWS.values()):
+    for name in (*places.AWS.values(), "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "another")
     shown = "s3://lab/runs?region=eu-west-1&endpoint_override=minio:9000"
     given = shown.replace("//", "//KEY:SE/CRET@") + "&session_token="
     options = RunOptions(out=given, stores="s3://KEY:SE%2FCRET@lab/stores", tracking_uri="http://me:secret@lab")
     assert (options.out, options.stores) == (shown, "s3://lab/stores")
     assert "cret" not in repr(options).lower().replace("secrets", "")
-    keys = {name: os.environ.get(name) for name in set(places.AWS.values())}
+    keys = {name: os.environ.get(name) for name in (*places.AWS.values(), "AWS_SESSION_TOKEN")}
     assert keys == {"AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "SE/CRET", "AWS_SESSION_TOKEN": None}
     wrong = {"s3://OTHER:KEY@lab": "has other credentials", "gs://lab/a?access_token=X": "are not supported"}
     wrong |= {"s3://KEY@lab/a": "are not supported", "abfs://c:X@a/b": "are not supported"}
