@@ -111,7 +111,7 @@ def test_the_commands_of_all_others(folder: Path) -> None:
     assert ["run", *study, "--debug"] in printed_by(["check", *study], folder)
     assert ["plan", *study, "--run", "runs/tiny-debug"] in printed_by(["plan", *study], folder)
     judged = ["evaluate", *study, "--predictions", "ours=runs/tiny", "--out", "my runs"]
-    assert ["report", str(folder / "my runs/tiny-evaluation"), "--json"] in printed_by(judged, folder)
+    assert ["report", "my runs/tiny-evaluation", "--json"] in printed_by(judged, folder)
     for words in (["prepare", *study], ["refit", "runs/tiny", "--local"], ["report", "runs/tiny"], ["status", "runs/tiny"]):
         assert not printed_by(words, folder)
 
