@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import re
 
-NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR)
 
 
 class UserError(ValueError):
@@ -12,6 +13,9 @@ class UserError(ValueError):
 
     The command line prints its text on one line and exits with code 2. Every other exception is a defect of ours.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(re.sub(r"\S{400,}", lambda word: f"{word[0][:120]}...{word[0][-40:]}", text))  # as damaged files have them
 
 
 def in_words(error: BaseException) -> str:

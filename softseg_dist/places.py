@@ -198,6 +198,10 @@ class Place:
                 return stream.read()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if self.path is None or not (self.path.is_dir() or self.path.is_symlink()):
+                raise
+            raise UserError(f"{self} must be a file, got a folder or a link in a circle; remove it, or restore it") from error
 
     def write(self, content: bytes) -> None:
         """Make the file hold `content`: whole or as it was, even after a crash. Makes the folders above it."""

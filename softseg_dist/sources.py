@@ -27,6 +27,7 @@ from softseg_dist.errors import UserError
 
 PACKAGE = "softseg_dist"
 AT_IMPORT = "at import"  # the name for statements that change other modules, such as torch.manual_seed(0)
+LONGEST_NAME = 250  # of a module that may be a file
 BY_NAME = {"eval", "exec", "globals", "vars"}  # a function that calls one may reach its whole module
 _NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Chain = tuple[str, ...]  # a dotted name: ("lab", "losses", "scale")
@@ -192,6 +193,9 @@ def _line_of(text: str, definition: Definition, line: str) -> int:
     return definition.line
 
 
+UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last two: nested too deeply
+
+
 def module_name(file: str) -> str:
     """The name under which a helper module is imported.
 
@@ -205,7 +209,7 @@ def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
     """The files of `folder` that the text of one of them imports, anywhere in it."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+    except UNPARSED:
         return  # the import reports it with its line
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -226,7 +230,7 @@ def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
 
 def _file_beside(folder: Path, parts: list[str]) -> str | None:
     place = "/".join(parts)
-    if parts[0] in ("", PACKAGE):
+    if parts[0] in ("", PACKAGE) or max(map(len, parts)) > LONGEST_NAME:
         return None
     if (folder / place / "__init__.py").is_file():
         return f"{place}/__init__.py"
@@ -262,7 +266,7 @@ def _absolute(node: ast.ImportFrom, file: str) -> str:
 def _parsed(text: str, file: str) -> _Module:
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # in a helper whose import may fail
+    except UNPARSED:  # in a helper whose import may fail
         return _Module({}, {}, ())
     statements = defaultdict[str, list[ast.stmt]](list)
     kept = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")]

@@ -13,7 +13,7 @@ from pydantic import Field
 from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Spacing, folder_of, named_values, selected
 from softseg_dist.data.files import IGNORE, by_rater, center_mask
 from softseg_dist.data.participants import UNKNOWN
-from softseg_dist.data.source_files import part_of
+from softseg_dist.data.source_files import is_file, part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 
@@ -66,7 +66,10 @@ class Table(DataSet):
             raise UserError(f"{path} needs a column {mixed[0]}, or one for each rater, got {listed(columns[mixed[0]])}")
         if not rows or not all(row["case"] for row in rows):
             raise UserError(f"{path} needs rows, each with the name of its case")
-        return selected([self._case(path, row, columns) for row in rows], self.exclude)
+        try:
+            return selected([self._case(path, row, columns) for row in rows], self.exclude)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def _case(self, path: Path, row: Mapping[str, str], columns: Mapping[str, Sequence[str]]) -> LabelledCase:
         name, files, problems = row["case"], dict[str, MaskFile](), list[str]()
@@ -80,7 +83,7 @@ class Table(DataSet):
             if values and title in columns["image"]:
                 problems.append(f"case {name}: only masks have values, got {row[title]!r} in the column {title} of {path}")
             files[title] = MaskFile(path.parent / text, values)
-            if not part_of(files[title].path)[0].is_file():
+            if not is_file(part_of(files[title].path)[0]):
                 problems.append(f"case {name}: there is no file {files[title].path}, as the column {title} of {path} says")
         drawn = {
             label: {title.partition(":")[2] or SINGLE_RATER: files[title] for title in columns[label] if title in files}

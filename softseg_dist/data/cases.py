@@ -223,8 +223,8 @@ def named_values(text: str) -> tuple[str, tuple[int, ...]]:
     (('dseg', (1, 2)), ('mask', ()))
     """
     name, colon, after = text.partition(":")
-    if colon and not re.fullmatch(r"-?\d+(\+-?\d+)*", after):
-        raise UserError(f'what follows ":" must be an integer, or several as in "1+2+4", got {text!r}')
+    if colon and not re.fullmatch(r"-?\d{1,7}(\+-?\d{1,7})*", after):  # float32 tells larger ones not apart
+        raise UserError(f'what follows ":" must be an integer of at most 7 digits, or several as in "1+2+4", got {text!r}')
     values = tuple(map(int, after.split("+"))) if colon else ()
     if len(set(values)) < len(values):
         raise UserError(f'the values after ":" must differ, got {text!r}')

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, Spacing, selected
 from softseg_dist.data.files import IGNORE, SUFFIXES, Files, contents
@@ -37,7 +37,12 @@ class Layout(Folder):
 
     def form(self, root: Path) -> Files:
         """The first form of which there is an image."""
-        forms = [Files(str(root), **({"person": self.person, "ignore": self.ignore} | fields)) for fields in self.forms(root)]
+        own = {"person": self.person, "ignore": self.ignore}
+        try:
+            forms = [Files(str(root), **(own | fields)) for fields in self.forms(root)]
+        except ValidationError as error:  # of what dataset.json says
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UserError(f"{root / 'dataset.json'} names files or values that cannot be: {reason}") from error
         return next((form for form in forms if form.is_in(None)), forms[0])
 
     def warnings(self, data_root: Path | None) -> tuple[str, ...]:
@@ -202,8 +207,11 @@ class BraTS(Layout):
 
 
 def classes_of(root: Path) -> tuple[str, ...]:
-    """The classes that dataset.json names, without background and "ignore". Raises UserError if it cannot be read."""
-    return tuple(_by_class(_described(root)[1]))
+    """The classes that dataset.json names, without background and "ignore". Raises UserError if it cannot be read, or has none."""
+    path, facts = _described(root)
+    if not (found := tuple(_by_class(facts))):
+        raise UserError(f"{path} names no class but background")
+    return found
 
 
 def _by_class(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def _described(root: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"there is no file {path}, which says what the files of this layout are; {contents(root)}")
     try:
         facts = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("labels"), dict):
         raise UserError(f'{path} needs "labels", such as {{"background": 0, "GM": 1}}')

@@ -210,7 +210,7 @@ def _values(paths: Sequence[Path]) -> set[int] | None:
     for path in paths[:: max(1, len(paths) // MASKS_READ)][:MASKS_READ]:
         with suppress(UserError):  # what cannot be read is said of its case
             found |= set(np.unique(read_volume(path).data)[: MOST_VALUES + 1].tolist())
-    if max(found, default=1) <= 1 or len(found) > MOST_VALUES or any(value != round(value) for value in found):
+    if max(found, default=1) <= 1 or len(found) > MOST_VALUES or any(v != round(v) or v >= 1e7 for v in found):
         return None if max(found, default=1) > 1 or found - {0, 1} else {1}
     return {int(value) for value in found if value > 0}
 

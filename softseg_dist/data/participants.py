@@ -103,7 +103,10 @@ def _cells(line: str, separator: str) -> list[str]:
     if not separator:
         return line.split()
     is_quoted = separator != "\t" and line.count('"') % 2 == 0  # tables of tabs have no quotes
-    return next(csv.reader([line], delimiter=separator, quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE))
+    try:
+        return next(csv.reader([line], delimiter=separator, quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE))
+    except csv.Error:  # a cell of more than 131,072 characters
+        return line.split(separator)
 
 
 def _decoded(content: bytes) -> str:

@@ -50,6 +50,14 @@ def check_regular(path: Path) -> None:
         raise UserError(f"only regular files are read, got {kind}: {path}")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no error for a name that no disk takes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """The file, inflated if it is compressed, whatever its name says, and whether it is; errors of the block name it."""

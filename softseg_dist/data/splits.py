@@ -230,7 +230,7 @@ def read_splits(path: Path) -> tuple[GivenSplit, ...]:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the splits {path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not {'JSON' if path.suffix == '.json' else 'YAML'}: {str(error).splitlines()[0]}") from error
     if isinstance(content, dict) and ITEMS in content:  # splits.json of a run
         content = content[ITEMS]

@@ -5,6 +5,7 @@ Whether a fit runs cannot be read from a folder; one that has written something 
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections import defaultdict
@@ -19,9 +20,10 @@ from rich.console import Console
 from softseg_dist.errors import UserError
 from softseg_dist.locks import holder
 from softseg_dist.places import Place, working_folder
-from softseg_dist.sealed import RESTORE, Damaged, key_of, read_json
+from softseg_dist.sealed import AGAIN, RESTORE, Damaged, key_of, read_json
 from softseg_dist.words import duration, next_command
 
+log = logging.getLogger(__name__)
 SPOOL = "mlflow_spool.jsonl"  # in a run folder: records that MLflow has not got yet
 SEEMS_TO_RUN_S = 300.0  # a fit that has written nothing for so long, and for 3 checkpoints, does not seem to run
 READERS = 16  # files that are read at a time: an object store takes some 30 ms for each
@@ -152,9 +154,10 @@ def _row(candidate: CandidateStatus) -> tuple[str, str, str]:
 
 def _json(place: Place, name: str, key: str, runs_again: bool) -> Any:
     try:
-        return read_json(place, name, key, RESTORE)
-    except Damaged:
+        return read_json(place, name, key, AGAIN if runs_again else RESTORE)
+    except Damaged as damage:
         if runs_again:
+            log.warning("%s", damage)
             return None
         raise
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softseg_dist.errors import UserError, in_words, no_room
+from softseg_dist.frozen import digest, unsealed
 from softseg_dist.places import Address, replace_file
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def check_server(address: Address | None) -> None:
 
 
 class Spool:
-    """The queue, oldest first, in memory and in a file of JSON lines: what a process that dies leaves to the next.
+    """The queue, oldest first, in memory and in a file of lines, each JSON behind its digest: what a process that dies leaves.
 
     One process uses the file at a time. What the disk does not take waits in memory until it does. Damaged lines are left out.
     """
@@ -128,12 +129,11 @@ class Spool:
 
     def _write(self, added: Sequence[TrackingRecord] = ()) -> None:
         """Add records to the file, or write all of it."""
-        waiting = [*self._records, *self._new]
         try:
             if added and self._is_whole:
                 with self.path.open("ab") as file:
                     file.write(_lines(added))
-            elif waiting:
+            elif waiting := [*self._records, *self._new]:
                 replace_file(self.path, lambda partial: partial.write_bytes(_lines(waiting)))
             else:
                 self.path.unlink(missing_ok=True)
@@ -143,13 +143,15 @@ class Spool:
 
 
 def _lines(records: Sequence[TrackingRecord]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+    """Each behind its digest, as `unsealed` reads it."""
+    texts = map(json.dumps, records)
+    return "".join(f"{digest(text)}{text}\n" for text in texts).encode()
 
 
 def _records(lines: Sequence[bytes]) -> Iterator[TrackingRecord]:
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError):  # damaged
-            record = json.loads(line)
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
+            record = unsealed(line)
             hash((record["what"], record["key"]))
             if record["what"] == "log":
                 record |= {"metrics": [*record["metrics"]], "params": {**record["params"]}, "tags": {**record["tags"]}}

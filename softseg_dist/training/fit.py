@@ -67,6 +67,9 @@ def fit(task: FitTask, worker: Worker | None = None) -> FitResult:
     torch.set_num_threads(task.threads)
     if worker.leads:
         Path(task.folder).mkdir(parents=True, exist_ok=True)
+        for path in (of(task.folder) for of in (history_path, weights_path, cases_path, checkpoint_path, result_path)):
+            if path.is_dir():  # each is a file, and is written anew
+                Place.at(path).delete()
     with kept_heap():
         torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing here, and cost a CPU a hundred times as much
         try:
@@ -88,7 +91,7 @@ def _ended(task: FitTask) -> tuple[FitResult | None, list[str]]:
     """The result of a fit that has ended, if all that it left is as it was; else what is damaged."""
     path = result_path(task.folder)
     try:
-        record = unsealed_json(path.read_bytes(), path, to_do=ANEW) if path.exists() else {"identity": None}
+        record = unsealed_json(path.read_bytes(), path, to_do=ANEW) if path.is_file() else {"identity": None}
         if record["identity"] != task.identity:
             return None, []
         result = FitResult.model_validate(record["result"])

@@ -126,10 +126,14 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that `save_weights` wrote."""
+    """The state dict that `save_weights` wrote. Raises RuntimeError if the file is none of safetensors."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state: dict[str, Tensor] = load_file(path)
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise RuntimeError(str(error)) from error
     return state
 
 

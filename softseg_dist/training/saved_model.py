@@ -15,7 +15,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 
 from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.preprocess import Preprocess
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import Place, replace_file
 from softseg_dist.sealed import sealed_json, unsealed_json
@@ -99,7 +99,7 @@ def read_card(folder: Path) -> ModelCard:
         raise UserError(f"{folder} holds no model: there is no {CARD}; give the folder of a model or of its run") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _broken(path, "it is not JSON (cut off?)") from None
     if not isinstance(content, dict) or "format" not in content:
         raise _broken(path, "it is not the card of a model")
@@ -132,6 +132,8 @@ def read_model(folder: Path, card: ModelCard) -> Model:
         model = Model.of_json(card.recipe, card.channels, len(card.classes), card.size)
     except ValidationError as error:
         raise _broken(folder / CARD, f"recipe: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:  # of a recipe that was never trained
+        raise _broken(folder / CARD, f"recipe: {in_words(error):.200}") from error
     try:
         load_weights(model, path)
     except RuntimeError as error:  # torch lists every name and shape that differs, one per line

@@ -26,6 +26,7 @@ from scripted import BASE, make_study, run, splits_of
 from softseg_dist import AdaptiveWing, Affine, Flip, Preprocess
 from softseg_dist.engine.progress import PlainLines
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import unsealed
 from softseg_dist.record.ledger import CandidateRecord, Ledger, json_of
 from softseg_dist.tracking.delivery import check_server, coalesced, server_address
 from softseg_dist.tracking.tracker import CLOSE_S, Tracker, default_uri, parameters
@@ -225,7 +226,7 @@ def test_a_server_that_does_not_answer_is_named_when_the_wait_ends(tmp_path, mon
     finally:
         answered.set()
     spool = tmp_path / "mlflow_spool.jsonl"
-    kept = [json.loads(line) for line in spool.read_bytes().splitlines()]
+    kept = [unsealed(line) for line in spool.read_bytes().splitlines()]
     assert [(record["what"], record["key"]) for record in kept] == [("open", "study"), ("log", "study"), ("close", "study")]
     later = f"3 records wait in {spool} and are sent when the study runs again, or by: {next_command('sync', tmp_path)}"
     assert note == f"MLflow at http://127.0.0.1:9 is behind, it took no record any more; {later}"

@@ -120,7 +120,7 @@ def test_what_a_row_lacks_is_named(tmp_path: Path) -> None:
         "b": ("case b has no mask of GM in ROOT/cases.csv",),
         "c": (
             "case c: there is no file ROOT/gone.nii.gz, as the column image:t2 of ROOT/cases.csv says",
-            'case c: what follows ":" must be an integer, or several as in "1+2+4", '
+            'case c: what follows ":" must be an integer of at most 7 digits, or several as in "1+2+4", '
             "got 'c_x.nii.gz:one' in the column GM of ROOT/cases.csv",
             "case c: there is no file ROOT/c_x.nii.gz:one, as the column GM of ROOT/cases.csv says",
         ),

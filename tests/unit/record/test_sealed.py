@@ -397,7 +397,7 @@ def test_a_fit_whose_store_is_damaged_leaves_nothing_that_is_final(done: Path, t
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("harm", [*(f"flip {seed}" for seed in range(3)), "half", "empty"])
+@pytest.mark.parametrize("harm", [*(f"flip {seed}" for seed in range(3)), "half", "empty", "folder"])
 @pytest.mark.parametrize("file", ["checkpoint.pt", "best.safetensors"])
 def test_a_fit_whose_checkpoint_or_best_weights_are_damaged_begins_anew_and_says_so(
     done: Path, tmp_path: Path, file: str, harm: str
@@ -414,9 +414,13 @@ def test_a_fit_whose_checkpoint_or_best_weights_are_damaged_begins_anew_and_says
     with pytest.raises(Interrupted):
         fit(task, Worker(report=lambda metrics: epochs.append(metrics["epoch"]), stop=lambda: len(epochs) == 1))
     path = tmp_path / file
-    path.write_bytes(HARMS[harm](path.read_bytes(), b""))
+    if harm == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(HARMS[harm](path.read_bytes(), b""))
     again = fit(task)
-    if file == "checkpoint.pt" or whole.best_epoch == 1:
+    if harm != "folder" and (file == "checkpoint.pt" or whole.best_epoch == 1):
         assert (again.resumed_epoch, len(again.notes)) == (None, 1)
         assert f"{path} is not as it was written" in again.notes[0]
         assert "the fit began anew" in again.notes[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Study
 from softseg_dist.cli.main import _places
 from softseg_dist.engine.session import Outcome
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import unsealed
 from softseg_dist.pipeline import Finished
 from softseg_dist.record.status import SPOOL
 from softseg_dist.tracking.delivery import Spool, server_address
@@ -39,7 +39,7 @@ def test_records_come_back_in_order_and_what_was_sent_is_gone(tmp_path: Path) ->
     assert Spool(spool.path).collect() == RECORDS, "a process that dies now has lost nothing"
     spool.sent()
     assert spool.shorten() == 3
-    assert [json.loads(line) for line in spool.path.read_bytes().splitlines()] == RECORDS[1:]
+    assert [unsealed(line) for line in spool.path.read_bytes().splitlines()] == RECORDS[1:]
     assert taken(spool) == RECORDS[1:]
     assert spool.shorten(last=True) == 0
     assert list(tmp_path.iterdir()) == []
@@ -56,7 +56,7 @@ def test_what_was_not_sent_stays_and_is_known_as_of_an_earlier_session(tmp_path:
         second.sent()
     assert (second.num_sent, second.num_late) == (3, 2)
     assert second.shorten(last=True) == 1
-    assert [json.loads(line) for line in second.path.read_bytes().splitlines()] == RECORDS[3:]
+    assert [unsealed(line) for line in second.path.read_bytes().splitlines()] == RECORDS[3:]
     second.sent()  # of a thread that nobody waits for
     second.shorten()
     assert second.path.is_file(), "the file may be another's"
@@ -67,7 +67,7 @@ def test_what_follows_a_damaged_line_is_kept(tmp_path: Path, damaged: bytes) -> 
     (tmp_path / SPOOL).write_bytes(damaged)
     spool = Spool(tmp_path / SPOOL)
     spool.append(RECORDS)
-    assert [json.loads(line) for line in spool.path.read_bytes().splitlines()] == RECORDS == taken(spool)
+    assert [unsealed(line) for line in spool.path.read_bytes().splitlines()] == RECORDS == taken(spool)
     (tmp_path / SPOOL).write_bytes(damaged)
     assert Spool(tmp_path / SPOOL).shorten(last=True) == 0
     assert list(tmp_path.iterdir()) == []
