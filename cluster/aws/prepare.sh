@@ -36,19 +36,6 @@ aws s3api head-bucket --bucket "$bucket" 2> /dev/null || aws s3 mb "s3://$bucket
 aws s3api put-public-access-block --bucket "$bucket" --public-access-block-configuration \
     BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
 
-# Workers may use the bucket and pull the image; the head may also start and stop workers.
-trust='{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "sts:AssumeRole",
-        "Principal": {"Service": "ec2.amazonaws.com"}}]}'
-for role in softseg-head softseg-worker; do
-    if ! aws iam get-role --role-name "$role" > /dev/null 2>&1; then
-        aws iam create-role --role-name "$role" --assume-role-policy-document "$trust" > /dev/null
-        aws iam create-instance-profile --instance-profile-name "$role" > /dev/null
-        aws iam add-role-to-instance-profile --instance-profile-name "$role" --role-name "$role"
-    fi
-    aws iam put-role-policy --role-name "$role" --policy-name storage --policy-document "$(fill_in "$here/worker-policy.json")"
-done
-aws iam put-role-policy --role-name softseg-head --policy-name workers --policy-document "$(fill_in "$here/head-policy.json")"
-
 # Everything between the nodes, SSH from one address, nothing else. (Ray's own default would open SSH to all.)
 vpc=$(aws ec2 describe-vpcs --filters Name=is-default,Values=true --query 'Vpcs[0].VpcId' --output text)
 group=$(aws ec2 describe-security-groups --filters Name=group-name,Values=softseg "Name=vpc-id,Values=$vpc" \
@@ -65,6 +52,19 @@ for known in $old; do
     aws ec2 revoke-security-group-ingress --group-id "$group" --protocol tcp --port 22 --cidr "$known" > /dev/null
 done
 aws ec2 authorize-security-group-ingress --group-id "$group" --protocol tcp --port 22 --cidr "$address" > /dev/null
+
+# Workers may use the bucket and pull the image; the head may also start workers of the listed types, and stop them.
+trust='{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "sts:AssumeRole",
+        "Principal": {"Service": "ec2.amazonaws.com"}}]}'
+for role in softseg-head softseg-worker; do
+    if ! aws iam get-role --role-name "$role" > /dev/null 2>&1; then
+        aws iam create-role --role-name "$role" --assume-role-policy-document "$trust" > /dev/null
+        aws iam create-instance-profile --instance-profile-name "$role" > /dev/null
+        aws iam add-role-to-instance-profile --instance-profile-name "$role" --role-name "$role"
+    fi
+    aws iam put-role-policy --role-name "$role" --policy-name storage --policy-document "$(fill_in "$here/worker-policy.json")"
+done
+aws iam put-role-policy --role-name softseg-head --policy-name workers --policy-document "$(fill_in "$here/head-policy.json")"
 
 # Ubuntu with Docker, the NVIDIA driver and its container toolkit, as AWS keeps it.
 image=$(aws ssm get-parameter --query Parameter.Value --output text --name \

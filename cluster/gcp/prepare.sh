@@ -58,11 +58,12 @@ else
     gcloud compute firewall-rules create softseg-ssh --network softseg --source-ranges "$address" --allow tcp:22 >&2
 fi
 
-# Ubuntu with Docker, the NVIDIA driver and its container toolkit, as Google keeps it.
+# Ubuntu with Docker and NVIDIA's container toolkit, as Google keeps it, from a family whose name ends with the branch of its driver:
+# 580 or newer, which the CUDA of the pinned PyTorch needs.
 image=$(gcloud compute images list --project deeplearning-platform-release --sort-by ~creationTimestamp --limit 1 \
-    --filter 'family ~ ^common-cu12.*-ubuntu-2204-nvidia' --format 'value(selfLink.scope(v1))')
+    --filter 'family ~ "^common-cu[0-9]+-ubuntu-2204-nvidia-(5[89][0-9]|[6-9][0-9][0-9])$"' --format 'value(selfLink.scope(v1))')
 if [[ -z $image ]]; then
-    echo "error: found no Deep Learning VM image; look at: gcloud compute images list --project deeplearning-platform-release" >&2
+    echo "error: found no image with NVIDIA driver 580; see: gcloud compute images list --project deeplearning-platform-release" >&2
     exit 1
 fi
 

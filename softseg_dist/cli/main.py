@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -307,16 +308,19 @@ def plan(
     if splits is not None:
         write_splits(loaded, data_root, splits)
     cautions = inspect_first(loaded, data_root)
-    found = offers(planned, loaded.resources, priced.machines) if priced and planned.seconds_per_fit else ()
+    old = prices if priced and priced.are_old(date.today()) else None
+    found = offers(planned, loaded.resources, priced.machines, old is None) if priced and planned.seconds_per_fit else ()
     if as_json:
         machines = [vars(offer) | {"machine": offer.machine.model_dump(mode="json")} for offer in found]
+        if old:
+            machines = [offer | {"machine": {k: v for k, v in offer["machine"].items() if "usd" not in k}} for offer in machines]
         written = str(priced.written) if priced else None
         more = {"fits": planned.fits, "prices_written": written, "machines": machines, "cautions": list(map(vars, cautions))}
         typer.echo(json.dumps(vars(planned) | more))
     else:
         run = f"runs/{planned.study}-debug" + ("/outer/000" if planned.outer > 1 else "")
         measured = next_command("plan", study, data_root=data_root, prices=prices, run=run)
-        _print_plan(planned, found, priced, [next_command("run", study, data_root=data_root, debug=True), measured])
+        _print_plan(planned, found, priced, old, [next_command("run", study, data_root=data_root, debug=True), measured])
         for caution in cautions:
             say(caution.level, caution.detail)
 
@@ -382,7 +386,7 @@ def _places(finished: Finished) -> Iterator[str]:
         yield f"Model    {model}\n         use it:  {how_to_predict(model)}"
 
 
-def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, first: Sequence[str]) -> None:
+def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, old: Path | None, first: Sequence[str]) -> None:
     console = Console(markup=False, emoji=False, soft_wrap=True, highlight=False)
     candidates = f"{plan.candidates} candidates" + (f" and {plan.trials} trials" if plan.trials else "")
     nested = f", in each of {plan.outer} outer splits" if plan.outer > 1 else ""
@@ -398,17 +402,19 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, firs
     if prices is None:
         console.print("For costs give a price list with --prices, such as cluster/prices.yaml of the repository.")
         return
-    table = Table("Machine", "Where", "GPUs", "Places", "Hours", "USD", "USD spot", box=None, pad_edge=False)
+    usd = () if old else ("USD", "USD spot")
+    table = Table("Machine", "Where", "GPUs", "Places", "Hours", *usd, box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
         column.no_wrap, column.justify = True, "right" if number > 2 else "left"
     for offer in offers:
         machine = offer.machine
         gpus = f"{machine.gpus} x {machine.gpu}" if machine.gpus else ""
-        amounts = (f"{value:.2f}" for value in (offer.hours, offer.on_demand_usd, offer.spot_usd))
+        amounts = (f"{value:.2f}" for value in (offer.hours, offer.on_demand_usd, offer.spot_usd) if value is not None)
         table.add_row(machine.name, f"{machine.provider} {machine.region}", gpus, str(offer.places), *amounts)
     console.print(table if offers else "No machine of the price list can hold one fit: see the study's resources.")
     console.print("Places: fits at a time. Several machines divide the hours, not the costs; the speed of machines differs.")
-    console.print(f"Prices of {prices.written}, indicative; see {'; '.join(prices.pages.values())}")
+    stale = f"older than a year, so that no costs are shown; renew prices and date in {old}, from"
+    console.print(f"Prices of {prices.written}, {stale if old else 'indicative; see'} {'; '.join(prices.pages.values())}")
 
 
 def main() -> None:

@@ -45,6 +45,10 @@ class Prices(Frozen):
     pages: dict[str, str]
     machines: tuple[Machine, ...] = Field(min_length=1)
 
+    def are_old(self, today: date) -> bool:
+        """Whether they are older than a year: then a plan shows hours without costs."""
+        return (today - self.written).days > 365
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,13 +75,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Offer:
-    """A study on one machine of a kind. Several of them divide the hours and leave the money as it is."""
+    """A study on one machine of a kind. Several of them divide the hours and leave the money, None if it is not known, as it is."""
 
     machine: Machine
     places: int
     hours: float
-    on_demand_usd: float
-    spot_usd: float
+    on_demand_usd: float | None
+    spot_usd: float | None
 
 
 def plan_study(study: Study, data_root: Path | None, seconds_per_fit: float | None = None, run: str | None = None) -> Plan:
@@ -119,8 +123,8 @@ def _people(study: Study, data_root: Path | None) -> tuple[dict[str, str], dict[
     return {case.subject: case.site for case in cases}, {case.name: case.subject for case in cases}
 
 
-def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tuple[Offer, ...]:
-    """What the study takes on each machine that can hold one of its fits, the cheapest spot machine first.
+def offers(plan: Plan, resources: Resources, machines: Sequence[Machine], costs: bool = True) -> tuple[Offer, ...]:
+    """What the study takes on each machine that holds one of its fits, the cheapest spot machine or (no `costs`) the fastest first.
 
     Fits run side by side, as many as there are places, in rounds that last as long as a fit.
     """
@@ -130,8 +134,9 @@ def offers(plan: Plan, resources: Resources, machines: Sequence[Machine]) -> tup
         if (places := places_on(machine, resources)) == 0:
             continue
         hours = math.ceil(plan.fits / places) * plan.seconds_per_fit / 3600
-        found.append(Offer(machine, places, hours, hours * machine.on_demand_usd, hours * machine.spot_usd))
-    return tuple(sorted(found, key=lambda offer: offer.spot_usd))
+        usd = (hours * price if costs else None for price in (machine.on_demand_usd, machine.spot_usd))
+        found.append(Offer(machine, places, hours, *usd))
+    return tuple(sorted(found, key=lambda offer: offer.spot_usd or offer.hours))
 
 
 def places_on(machine: Machine, resources: Resources) -> int:

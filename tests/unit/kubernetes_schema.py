@@ -97,12 +97,17 @@ SERVICE = fields(
     selector=STRINGS,
     ports=many(fields("port", name=STRING, port=PORT, targetPort=PORT)),
 )
-PEER = fields(podSelector=SELECTOR, namespaceSelector=SELECTOR)
+CIDR: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+){3}/[0-9]+$"}
+PEER = fields(
+    podSelector=SELECTOR, namespaceSelector=SELECTOR, ipBlock=fields("cidr", cidr=CIDR, **{"except": many(CIDR)})
+)  # the API server refuses ipBlock beside a selector
+POLICY_PORTS = many(fields("port", protocol={"enum": ["TCP", "UDP", "SCTP"]}, port=PORT))
 NETWORK_POLICY = fields(
     "podSelector policyTypes",
     podSelector=SELECTOR,
     policyTypes=many({"enum": ["Ingress", "Egress"]}),
-    ingress=many(fields(**{"from": many(PEER)})),
+    ingress=many(fields(**{"from": many(PEER)}, ports=POLICY_PORTS)),
+    egress=many(fields(to=many(PEER), ports=POLICY_PORTS)),
 )
 HEAD_GROUP = fields("rayStartParams template", serviceType={"enum": ["ClusterIP"]}, rayStartParams=STRINGS, template=POD_TEMPLATE)
 WORKER_GROUP = fields(
@@ -139,6 +144,7 @@ RAY_JOB = fields(
     entrypoint=STRING,
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
     backoffLimit=COUNT,
+    submitterConfig=fields("backoffLimit", backoffLimit=COUNT),
     shutdownAfterJobFinishes=TRUTH,
     ttlSecondsAfterFinished=COUNT,
     rayClusterSpec=RAY_CLUSTER,

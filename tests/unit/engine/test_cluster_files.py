@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from fnmatch import fnmatch
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,80 @@ def test_the_job_has_the_cluster_of_the_cluster_file() -> None:
     assert job == cluster
 
 
+def test_a_study_with_failed_fits_starts_no_second_cluster() -> None:
+    [job] = [document["spec"] for _, document in MANIFESTS if document["kind"] == "RayJob"]
+    assert job["backoffLimit"] == 0  # a retry of a RayJob is a whole new cluster, and exit code 1 means "some fits failed"
+    assert job["submissionMode"] == "K8sJobMode"  # its submitter looks for the job before it submits, so that it may be retried
+    assert job["submitterConfig"] == {"backoffLimit": 2}
+    assert job["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+
+
+POLICIES = [(path, document) for path, document in MANIFESTS if document["kind"] == "NetworkPolicy"]
+RAY, HEAD, WORKER = {"app.kubernetes.io/name": "softseg"}, {"ray.io/node-type": "head"}, {"ray.io/node-type": "worker"}
+MLFLOW = {"app.kubernetes.io/name": "softseg-mlflow"}
+METADATA, ROLES, API, BUCKET = "169.254.169.254", "169.254.170.23", "10.96.0.1", "52.216.0.1"
+
+
+def leaves(pod: dict[str, str], to: str, port: int, protocol: str = "TCP", on_gke: bool = False) -> bool:
+    """Whether a pod of the namespace reaches an address, or the pods of a namespace, as Kubernetes reads the policies."""
+
+    def is_peer(peer: dict[str, Any]) -> bool:
+        if "ipBlock" in peer:
+            nets = [ip_network(net) for net in (peer["ipBlock"]["cidr"], *peer["ipBlock"].get("except", ()))]
+            return to[0].isdigit() and ip_address(to) in nets[0] and not any(ip_address(to) in net for net in nets[1:])
+        return to == peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name", "softseg")
+
+    rules = [
+        rule
+        for path, policy in POLICIES
+        if (on_gke or path.name != "gke-identity.yaml") and "Egress" in policy["spec"]["policyTypes"]
+        if policy["spec"]["podSelector"].get("matchLabels", {}).items() <= pod.items()
+        for rule in policy["spec"]["egress"]
+    ]
+    assert rules, "no policy selects the pod, so that it reaches everything"
+    return any(
+        any(is_peer(peer) for peer in rule["to"]) and ("ports" not in rule or {"protocol": protocol, "port": port} in rule["ports"])
+        for rule in rules
+    )
+
+
+@pytest.mark.parametrize("pod", [RAY | HEAD, RAY | WORKER, MLFLOW, {}], ids=["head", "worker", "mlflow", "submitter"])
+def test_a_pod_reaches_its_namespace_names_and_public_buckets_and_no_metadata(pod: dict[str, str]) -> None:
+    assert leaves(pod, "softseg", 6379)
+    assert leaves(pod, "kube-system", 53, "UDP")
+    assert leaves(pod, "kube-system", 53)
+    assert leaves(pod, BUCKET, 443)
+    refused = [("kube-system", 443), ("default", 443), ("default", 53), (BUCKET, 80), (BUCKET, 22), (API, 10250), (API, 80)]
+    refused += [(address, port) for address in (METADATA, ROLES, "169.254.169.252") for port in (80, 443, 988, 6443, 5432)]
+    assert not [(to, port) for to, port in refused if leaves(pod, to, port)]
+
+
+@pytest.mark.parametrize("private", [API, "172.16.0.1", "192.168.1.1", "100.64.0.1"])
+def test_only_the_head_reaches_the_api_server_and_only_mlflow_a_database(private: str) -> None:
+    for pod in (RAY | WORKER, MLFLOW, {}):
+        assert not leaves(pod, private, 443)
+        assert not leaves(pod, private, 6443)
+    assert leaves(RAY | HEAD, private, 443)
+    assert leaves(RAY | HEAD, private, 6443)
+    assert leaves(MLFLOW, private, 5432)
+    assert not leaves(RAY | HEAD, private, 5432)
+
+
+def test_the_metadata_of_gke_is_reached_only_where_its_policy_is_applied() -> None:
+    served = {(METADATA, 80), (METADATA, 8080), ("169.254.169.252", 987), ("169.254.169.252", 988)}
+    assert not [to for to in served if leaves(RAY | WORKER, *to)]
+    assert all(leaves(RAY | WORKER, *to, on_gke=True) for to in served)
+    assert not leaves(RAY | WORKER, METADATA, 443, on_gke=True)
+
+
+def test_only_the_namespace_and_the_operator_come_in() -> None:
+    [(path, inside)] = [(path, policy["spec"]) for path, policy in POLICIES if "Ingress" in policy["spec"]["policyTypes"]]
+    assert name_of(path) == "kuberay/namespace.yaml"
+    operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
+    assert inside["podSelector"] == {}
+    assert inside["ingress"] == [{"from": [{"podSelector": {}}, operator]}]
+
+
 @pytest.mark.parametrize("place", PODS)
 def test_a_pod_is_without_rights_and_gets_what_it_asks_for(place: str) -> None:
     spec = PODS[place]
@@ -278,7 +354,8 @@ def test_nothing_listens_on_all_interfaces_without_authentication(path: Path) ->
         assert "--app-name basic-auth" in text or re.search(r"authOptions: \{mode: token", text)
     if "ray start" in text or "symmetric-run --" in text:
         assert re.search(r"RAY_AUTH_MODE=token", text), "starts Ray without token authentication"
-    assert not re.search(r"0\.0\.0\.0/0", text), "opens a port to everybody"
+    outwards = re.sub(r"cidr: 0\.0\.0\.0/0\n +except: ", "", text)  # a rule of egress; what comes in is tested field by field
+    assert not re.search(r"0\.0\.0\.0/0", outwards), "opens a port to everybody"
     assert "RAY_AUTH_MODE=disabled" not in text
 
 
@@ -315,3 +392,13 @@ def test_the_readme_names_every_file_and_only_files_that_exist() -> None:
     ours = {name_of(path) for path in FILES} - {"README.md"}
     assert ours <= named
     assert {name for name in named - ours if not (ROOT / name).exists() and not (ROOT / "tests/unit" / name).exists()} == set()
+
+
+def test_the_readme_says_of_every_file_what_is_tested_and_what_is_not() -> None:
+    _, _, text = (CLUSTER / "README.md").read_text().partition("**Never run**")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 3 and all(row) for row in rows)
+    patterns = [pattern for row in rows for pattern in re.findall(r"`([^`]+)`", row[0])]
+    for name in (name_of(path) for path in FILES if path.name != "README.md"):
+        assert len([pattern for pattern in patterns if fnmatch(name, pattern)]) == 1, name
+    assert [pattern for pattern in patterns if not any(fnmatch(name_of(path), pattern) for path in FILES)] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,10 +57,24 @@ def calls(bench: Path, name: str) -> list[list[str]]:
 # ---- slurm/study.sbatch
 
 SRUN = """
-words = [word for word in sys.argv[1:] if word != "--kill-on-bad-exit=1"]
-if words[0] == "ray":
-    words = words[words.index("--") + 1:]  # the head's part of `ray symmetric-run`
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words = words[1:]
+if "symmetric-run" in words:
+    at = words.index("ray")
+    words = words[:at] + words[words.index("--") + 1:]  # the head's part of `ray symmetric-run`
 os.execvp(words[0], words)
+"""
+APPTAINER = """
+assert os.environ["PYTHONNOUSERSITE"] == "1"
+os.execvp(sys.argv[6], sys.argv[6:])  # after: exec --nv --bind FOLDERS IMAGE
+"""
+ADDRESSES = """
+named = os.path.basename(sys.argv[0]) == "getent"
+shown = os.environ.get("NODES", "127.0.1.1 10.1.0.5") if named else os.environ.get("OWN", "")
+for address in shown.split():
+    print(f"{address}       STREAM {sys.argv[-1]}" if named else address)
+sys.exit(0 if shown else 2)
 """
 SOFTSEG = """
 import signal
@@ -80,14 +95,19 @@ def slurm(bench: Path) -> Path:
     stand_in(bench, "srun", SRUN)
     stand_in(bench, "scontrol", 'print("node1\\nnode2") if sys.argv[1] == "show" else None\n')
     stand_in(bench, "softseg", SOFTSEG)
+    stand_in(bench, "apptainer", APPTAINER)
+    for name in ("getent", "hostname"):
+        stand_in(bench, name, ADDRESSES)
     return bench
 
 
-def submit(bench: Path, lasts: str) -> subprocess.Popen[str]:
+def submit(bench: Path, lasts: str, **more: str) -> subprocess.Popen[str]:
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     place = {"SLURM_CPUS_PER_TASK": "8", "SLURM_GPUS_ON_NODE": "1", "LASTS": lasts}
     command = ["bash", str(CLUSTER / "slurm/study.sbatch"), "study.py", str(bench / "shared"), "--gpus-per-fit", "1"]
-    return subprocess.Popen(command, env=environment(bench, **job, **place), stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment(bench, **job, **place, **more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["out of time", "preempted"])
@@ -124,9 +144,43 @@ def test_ray_takes_the_words_of_the_job(slurm: Path) -> None:
         job.wait(timeout=60)
     [words] = [words for words in calls(slurm, "srun") if "symmetric-run" in words]
     before = words[words.index("symmetric-run") + 1 : words.index("--")]
-    assert before[:4] == ["--address", "node1:24711", "--min-nodes", "2"]
+    assert before[:4] == ["--address", "10.1.0.5:24711", "--min-nodes", "2"]  # as the other node knows the head
+    [asked] = [words for words in calls(slurm, "srun") if "getent" in words]
+    assert asked == ["--nodes=1", "--ntasks=1", "--nodelist=node2", "getent", "ahostsv4", "node1"]
     parameters = start.make_context("start", curate_and_validate_ray_start_args(before)).params
     assert (parameters["num_cpus"], parameters["num_gpus"]) == (8, 1)
+
+
+def test_a_job_of_one_node_that_is_127_0_1_1_to_itself_takes_an_address_of_its_network(slurm: Path) -> None:
+    with submit(slurm, "0", NODES="127.0.1.1", OWN="fd00::2 10.1.0.8 172.17.0.1") as job:
+        assert job.wait(timeout=60) == 0
+    [words] = [words for words in calls(slurm, "srun") if "symmetric-run" in words]
+    assert words[words.index("--address") + 1] == "10.1.0.8:24711"
+
+
+def test_a_job_whose_head_is_reached_by_nobody_ends_with_its_name(slurm: Path) -> None:
+    with submit(slurm, "0", NODES="127.0.1.1", OWN="127.0.0.1") as job:
+        said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2
+    assert "error: node1 has no IPv4 address" in said
+    assert calls(slurm, "softseg") == []
+
+
+def test_a_job_in_an_image_sees_study_run_and_temporary_folder_and_is_told_to_stop(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(slurm)
+    with submit(slurm, "long", SOFTSEG_IMAGE="softseg.sif") as job:
+        assert job.stdout is not None
+        assert "training" in job.stdout.readline()
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == 130
+    assert calls(slurm, "stopped") == [[]]
+    [outside] = [words for words in calls(slurm, "srun") if "symmetric-run" in words]
+    folders = f"{slurm},{slurm / 'shared'},/tmp/softseg-4711"
+    assert outside[1:8] == ["apptainer", "exec", "--nv", "--bind", folders, "softseg.sif", "ray"]
+    [words] = calls(slurm, "softseg")
+    assert words[:2] == ["run", str(slurm / "study.py")]
 
 
 # ---- onprem/start-node.sh
@@ -146,6 +200,20 @@ def test_a_node_of_your_own_starts_with_the_token(bench: Path, role: str, head: 
         assert (parameters["dashboard_host"], parameters["num_cpus"], parameters["port"]) == ("127.0.0.1", 0, 6379)
     else:
         assert parameters["address"] == "10.0.0.5:6379"
+
+
+@pytest.mark.parametrize(("role", "known"), [("head", "127.0.1.1"), ("worker", "::1"), ("worker", "")])
+def test_a_node_is_not_started_at_an_address_that_others_do_not_reach(bench: Path, role: str, known: str) -> None:
+    stand_in(bench, "ray")
+    stand_in(bench, "getent", ADDRESSES)
+    (bench / "token").write_text("t" * 32)
+    command = ["bash", str(CLUSTER / "onprem/start-node.sh"), role, "node1"]
+    env = environment(bench, RAY_AUTH_TOKEN_PATH=str(bench / "token"), NODES=known)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"node1 is {known or 'unknown'} here" in done.stderr
+    assert "`hostname -I`" in done.stderr
+    assert calls(bench, "ray") == []
 
 
 def test_a_node_without_a_token_is_not_started(bench: Path) -> None:
@@ -174,7 +242,7 @@ words, new = sys.argv[1:], os.environ["STATE"] == "new"
 if "describe" in words and new:
     sys.exit(1)
 if "images" in words:
-    print("projects/deeplearning-platform-release/global/images/common-cu128-v1")
+    print("projects/deeplearning-platform-release/global/images/common-cu129-ubuntu-2204-nvidia-580-v20260818")
 """
 OURS = "203.0.113.7/32"
 
@@ -203,6 +271,47 @@ def test_prepare_writes_a_launcher_file_for_ray_and_opens_ssh_to_one_address(
     token = bench / ".softseg" / cloud / "auth_token"
     assert len(token.read_text()) >= 32
     assert token.stat().st_mode & 0o077 == 0
+
+
+# The oldest Linux driver for a version of CUDA, from table 3 of "CUDA Toolkit 13.0 Release Notes"
+# (docs.nvidia.com/cuda/archive/13.0.0/cuda-toolkit-release-notes), and the CUDA of the PyTorch that we pin: torch 2.13.0 from PyPI
+# requires cuda-toolkit==13.0.3 (its METADATA).
+OLDEST_DRIVER = {"13.0": "580.65.06"}
+CUDA_OF_TORCH = {"2.13.0": "13.0"}
+
+
+def driver_check(cloud: str) -> str:
+    config = yaml.safe_load((CLUSTER / cloud / "cluster.yaml").read_text())
+    [gpu] = [node for node in config["available_node_types"].values() if "GPU" in node["resources"]]
+    login, check = gpu["initialization_commands"]
+    assert config["initialization_commands"] == [login]
+    return str(check)
+
+
+def test_a_machine_with_a_gpu_needs_the_driver_of_the_pinned_torch(bench: Path) -> None:
+    lock = dict(line.split("==") for line in (CLUSTER.parent / "requirements.lock").read_text().split())
+    oldest = OLDEST_DRIVER[CUDA_OF_TORCH[lock["torch"]]]
+    command = driver_check("aws")
+    assert command == driver_check("gcp").replace("gcp/prepare.sh", "aws/prepare.sh")
+    assert set(re.findall(r"\d{3}\.\d+\.\d+", command)) == {oldest}
+    stand_in(bench, "nvidia-smi", 'print(os.environ["DRIVER"]) if "DRIVER" in os.environ else sys.exit(9)\n')
+    stand_in(bench, "timeout", "sys.exit(124)\n")
+    for driver, code in [(oldest, 0), ("595.91.07", 0), ("580.9.01", 1), ("", 1)]:
+        more = {"DRIVER": driver} if driver else {}
+        done = subprocess.run(["bash", "-c", command], env=environment(bench, **more), capture_output=True, text=True)
+        assert done.returncode == code, driver
+        assert (f"got {driver or 'none'};" in done.stderr) == bool(code)
+
+
+def test_the_images_on_google_have_a_driver_of_the_branch_that_the_pinned_torch_needs() -> None:
+    text = (CLUSTER / "gcp/prepare.sh").read_text()
+    [wanted] = re.findall(r"--filter 'family ~ \"(\S+)\"'", text)
+    families = {f"common-cu129-ubuntu-2204-nvidia-{branch}" for branch in (535, 550, 570, 575, 580, 595, 610)}
+    branch = min(OLDEST_DRIVER.values()).split(".")[0]
+    assert {family for family in families if re.search(wanted, family)} == {f for f in families if f[-3:] >= branch}
+    config = yaml.safe_load((CLUSTER / "gcp/cluster.yaml").read_text())
+    node = config["available_node_types"]["gpu_spot"]["node_config"]
+    assert node["metadata"]["items"] == [{"key": "install-nvidia-driver", "value": "True"}]
 
 
 @pytest.mark.parametrize(("cloud", "words"), [("aws", ["us-east-1"]), ("gcp", ["project", "us-central1-a"])])

@@ -160,6 +160,19 @@ def test_the_price_list_of_the_repository_is_one_dated_with_pages_and_cheaper_sp
     assert all(0 < machine.spot_usd < machine.on_demand_usd for machine in prices.machines)
 
 
+def test_prices_are_old_after_a_year() -> None:
+    prices = load_prices(PRICES).replace(written=date(2026, 11, 24))
+    assert not prices.are_old(date(2027, 11, 24))
+    assert prices.are_old(date(2027, 11, 25))
+
+
+def test_offers_without_costs_have_hours_and_the_fastest_first() -> None:
+    plan = Plan("s", candidates=11, trials=0, splits=3, seconds_per_fit=1800)
+    found = offers(plan, Resources(), (GPU, CPU.replace(spot_usd=99.0)), costs=False)
+    assert [(offer.machine.name, offer.hours) for offer in found] == [("c", 1.5), ("g", 16.5)]
+    assert {(offer.on_demand_usd, offer.spot_usd) for offer in found} == {(None, None)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,6 +217,12 @@ def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return str(tmp_path / "small.py")
 
 
+def prices_of(day: date) -> str:
+    """The price list of the repository as if it had been written on a day."""
+    Path("prices.yaml").write_text(yaml.safe_dump(yaml.safe_load(PRICES.read_text()) | {"written": day}))
+    return "prices.yaml"
+
+
 def test_the_command_says_what_to_do_when_the_time_is_not_known(path: str) -> None:
     said = CliRunner().invoke(app, ["plan", path, "--data-root", "my data"])
     assert said.exit_code == 0
@@ -214,7 +233,7 @@ def test_the_command_says_what_to_do_when_the_time_is_not_known(path: str) -> No
 
 
 def test_the_command_shows_every_machine_and_says_the_same_as_json(path: str) -> None:
-    words = ["plan", path, "--seconds-per-fit", "3600", "--prices", str(PRICES)]
+    words = ["plan", path, "--seconds-per-fit", "3600", "--prices", prices_of(date.today())]
     shown = CliRunner().invoke(app, words).output
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
     assert (told["fits"], told["seconds_per_fit"]) == (48, 3600)
@@ -223,6 +242,21 @@ def test_the_command_shows_every_machine_and_says_the_same_as_json(path: str) ->
     for offer in told["machines"]:
         row = next(line for line in shown.splitlines() if line.startswith(offer["machine"]["name"] + " "))
         assert row.split()[-3:] == [f"{offer[key]:.2f}" for key in ("hours", "on_demand_usd", "spot_usd")]
+
+
+def test_the_command_shows_hours_only_when_the_prices_are_old_and_names_the_file_to_renew(path: str) -> None:
+    words = ["plan", path, "--seconds-per-fit", "3600", "--prices", prices_of(date(2024, 2, 29))]
+    shown = CliRunner().invoke(app, words).output
+    why = "Prices of 2024-02-29, older than a year, so that no costs are shown; renew prices and date in prices.yaml, from https://"
+    assert why in shown
+    assert "USD" not in shown
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    assert len(told["machines"]) == len(load_prices(PRICES).machines)
+    for offer in told["machines"]:
+        assert (offer["on_demand_usd"], offer["spot_usd"]) == (None, None)
+        assert not [key for key in offer["machine"] if "usd" in key]
+        row = next(line for line in shown.splitlines() if line.startswith(offer["machine"]["name"] + " "))
+        assert row.split()[-1] == f"{offer['hours']:.2f}"
 
 
 def test_the_command_writes_the_splits_for_nnunet_and_they_can_be_given(path: str) -> None:
