@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import Popen
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import pandas as pd
 from pydantic import ValidationError
 
-import softseg_dist
 from softseg_dist.data.check import Problem
 from softseg_dist.engine.cautions import inspect_store
 from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray, prepare
 from softseg_dist.engine.final_model import make_model
 from softseg_dist.engine.finalists import ENSEMBLE, HOLDOUT, measure_ensembles, open_holdout
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.session import Outcome, interruptible, run_beside, run_search
+from softseg_dist.engine.session import Outcome, interruptible, run_search
 from softseg_dist.errors import UserError
-from softseg_dist.judging.results import SCHEMA, merge_tables
+from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Address, Place, make_folder, redacted, sweep_partials, without_credentials
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
@@ -48,17 +43,13 @@ from softseg_dist.study_file import StudyFile, describe, load_sources
 from softseg_dist.tracking.delivery import ENVIRONMENT_URI, check_server, server_address
 from softseg_dist.tracking.tracker import Tracker, default_uri, run_id_of
 from softseg_dist.training.preflight import preflight, start_child
-from softseg_dist.training.task import FitResult, cases_path, vouched
+from softseg_dist.training.task import cases_path, vouched
 
 PACKAGES = ("softseg_dist", "ray", "torch", "monai", "optuna", "mlflow", "nibabel", "pyarrow", "numpy", "scipy", "pydantic")
 
 RECORDS = (KEEPER, "study.json", "splits.json", "run.json", "holdout.json", "outer.json")
 TABLES = ("results.parquet", ENSEMBLE, "outer.parquet", HOLDOUT)
 REPORTED = (*RECORDS, *TABLES, "fits/*/*.json", "fits/*/*/history.jsonl", "fits/*/*/cases.parquet")  # what a report is made of
-ROUNDING = 1e-3  # of a value of 1 or less, else of the value: docs/running.md, Verify
-OF_MACHINE = {"candidate", "duration_s", "peak_memory_mb", "attempt", "resumed_epoch", "num_workers", "process", "versions"}
-OF_MACHINE |= {"precision", "engine", "notes", "files"}  # fields of a result that a fit that is run anew may change
-Verdict = Literal["equal", "within rounding", "differs"]
 MODEL = "model"  # the folder of the winner, trained on all subjects
 
 
@@ -294,7 +285,7 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     The code of the study is executed if this user has run it on this machine, or with `trust`.
     Raises UserError if not, if the run has no such candidate, or its store is not to be had any more.
     """
-    context, loaded = _reopened(run, options, progress, trust, "training a model")
+    context, loaded = reopened(run, options, progress, trust, "training a model")
     copy, winner = context.copy, summarise(loaded).winner.name
     name = candidate or winner
     with interruptible():
@@ -303,7 +294,7 @@ def refit_run(run: str | Path, candidate: str | None, options: RunOptions, progr
     return model
 
 
-def _reopened(run: str | Path, options: RunOptions, progress: Progress, trust: bool, doing: str) -> tuple[RunContext, RunData]:
+def reopened(run: str | Path, options: RunOptions, progress: Progress, trust: bool, doing: str) -> tuple[RunContext, RunData]:
     """A run as it was recorded, to train in again; `refit_run` says what is raised."""
     copy = pulled(run)
     loaded, ledger = load_run(copy.folder), Ledger(run)
@@ -317,105 +308,6 @@ def _reopened(run: str | Path, options: RunOptions, progress: Progress, trust: b
     prepared = Prepared(str(loaded.run["store"]), loaded.run["store_fingerprint"])
     resources, backend = resources_of(study, options), backend_of(options)
     return RunContext(study, ledger.splits(), prepared, ledger, copy, resources, backend, progress, sources=sources), loaded
-
-
-@dataclass(frozen=True)
-class FitCheck:
-    """A finished fit, run anew and compared: `differing` of its `rows`, among which are the numbers of its result.
-
-    `largest` is the largest difference, None where a value is in one of both alone, and `where` its place; `why` is what is known
-    of the cause. `verdict` is "within rounding" up to `ROUNDING`, on a GPU or with several workers only.
-    """
-
-    fit: str
-    verdict: Verdict
-    rows: int
-    differing: int = 0
-    largest: float | None = 0.0
-    where: str = ""
-    why: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        size = "" if self.largest is None else f" {self.largest:.2g}"
-        found = f"{self.differing} of {self.rows} rows, the largest difference{size} at {self.where}"
-        return f"{self.fit}: " + "; ".join([f"{self.verdict}, {found if self.differing else f'{self.rows} rows'}", *self.why])
-
-
-def verify_run(
-    run: str | Path, num_fits: int | None, options: RunOptions, progress: Progress, seed: int = 0, trust: bool = False
-) -> tuple[FitCheck, ...]:
-    """Run a sample of the finished fits (None: all) anew, each by one worker and from its beginning, and compare every row.
-
-    The sample follows from the study and `seed`. The fits run in a temporary folder: nothing in the run changes.
-    Raises UserError as `refit_run` does, and if the store or a recorded file is not as it was.
-    """
-    context, loaded = _reopened(run, replace(options, workers_per_fit=1), progress, trust, "verifying a run")
-    recorded, place = {key: fit for key, fit in context.ledger.results().items() if fit.state == "finished"}, context.copy.place
-    if options.address and place.path is None:
-        raise UserError(f"--address: {run} is verified on this machine, as nothing is written into it; leave out --address")
-    was, now = ({**facts.get("versions", {}), **facts.get("machine", {})} for facts in (loaded.run, provenance("")))
-    was, now = was | {"numerics": context.ledger.read(KEEPER)["numerics"]}, now | {"numerics": softseg_dist.NUMERICS}
-    for name in (name for name in was if was[name] != now.get(name)):
-        progress.note(f"not as recorded: {name} {now.get(name)}, it was {was[name]}")
-    size = len(recorded) if num_fits is None else min(num_fits, len(recorded))
-    chosen = sorted(random.Random(f"{context.study.fingerprint} {seed}").sample(sorted(recorded), size))
-    splits, checks = {split.index: split for split in context.splits}, list[FitCheck]()
-    scratch = TemporaryDirectory(prefix=".softseg-verify-", dir=place.path if options.address else None)  # a cluster sees the run
-    with interruptible(), scratch as folder, context.backend.held():
-        apart = replace(context, ledger=Ledger(folder), copy=WorkingCopy(folder))
-        for fit in map(recorded.__getitem__, chosen):
-            recipe, before = context.recipe_of(fit.candidate), _rows_of(fit, context)
-            again = run_beside(apart, apart.fit_task(fit.candidate, recipe, splits[fit.split], fit.repeat))
-            checks.append(_compared(fit, again, before, _rows_of(again, apart)))
-            progress.note(str(checks[-1]))
-    return tuple(checks)
-
-
-def _rows_of(fit: FitResult, context: RunContext) -> pd.DataFrame:
-    """The rows of a fit, and after them the numbers of its result that do not speak of time, memory or machine."""
-    fields = {name: value for name, value in fit if name not in OF_MACHINE}
-    case = "the result: " + " ".join(filter(None, (fields.pop("state"), fields.pop("reason"))))
-    numbers = [{"case": case, "metric": name, "value": value} for name, value in _leaves("", fields)]
-    tables = [pd.read_parquet(vouched(fit, cases_path(context.fit_folder(fit))))] if fit.state == "finished" else []
-    return pd.concat([*tables, pd.DataFrame(numbers)], ignore_index=True).reindex(columns=SCHEMA.names)
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and tuples, with the names on the way."""
-    if isinstance(value, dict | tuple):
-        for key, part in sorted(value.items()) if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(f"{name} {key}".strip(), part)
-    else:
-        yield name, np.nan if value is None else float(value)
-
-
-def _compared(fit: FitResult, again: FitResult, before: pd.DataFrame, now: pd.DataFrame) -> FitCheck:
-    """Row by row, in their order; numbers are equal if all their bits are, or if both are undefined."""
-    num, numbers = max(len(before), len(now)), ["threshold", "value"]
-    tables = [table.reindex(range(num)) for table in (before, now)]
-    old, new = (table[numbers].to_numpy(np.float64) for table in tables)
-    names = [table.drop(columns=numbers).astype(object).fillna("") for table in tables]
-    same = (names[0] == names[1]).all(axis=1).to_numpy()
-    equal = (old == new) & (np.signbit(old) == np.signbit(new)) | (np.isnan(old) & np.isnan(new))
-    gaps = np.abs(np.subtract(old, new, out=np.zeros_like(old), where=~equal)).max(axis=1)
-    gaps = np.where(same & np.isfinite(gaps), gaps, np.inf)
-    if not (differing := ~(same & equal.all(axis=1))).any():
-        return FitCheck(fit.key, "equal", num)
-    worst = int(np.where(differing, gaps, -1).argmax())
-    largest = float(gaps[worst]) if np.isfinite(gaps[worst]) else None
-    rounded = any(
-        one.num_workers > 1 or "graph" in one.engine or "\ngraph: " in "\n".join(("", *one.notes)) for one in (fit, again)
-    )
-    small = largest is not None and bool((gaps <= ROUNDING * np.fmax(1, np.abs(old[:, 1]))).all())
-    verdict: Verdict = "within rounding" if rounded and small else "differs"
-    row = tables[worst >= len(before)].iloc[worst]
-    where = ", ".join(str(row[name]) for name in ("subset", "case", "class", "metric") if isinstance(row[name], str))
-    made = (
-        (f"{one.num_workers} workers" if one.num_workers > 1 else one.engine, *map(" ".join, one.versions.items()), one.process)
-        for one in (fit, again)
-    )
-    why = tuple(f"recorded with {old}, now {new}" for old, new in zip(*made, strict=False) if old != new)
-    return FitCheck(fit.key, verdict, num, int(differing.sum()), largest, where, why)
 
 
 def _page(copy: WorkingCopy) -> Path:

@@ -43,7 +43,8 @@ def verify(
 ) -> None:
     """Run some fits of a run anew, with one worker and apart from the run, and compare every row with the recorded one."""
     from softseg_dist.engine.progress import PlainLines
-    from softseg_dist.pipeline import RunOptions, verify_run
+    from softseg_dist.pipeline import RunOptions
+    from softseg_dist.verification import verify_run
 
     if fits != "all" and not (fits.isdecimal() and int(fits)):
         raise UserError(f"--fits takes a number from 1 on, or all, got {fits!r}")

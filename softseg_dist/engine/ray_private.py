@@ -194,6 +194,13 @@ def free_orphans() -> int:
     return len(reserved)
 
 
+def forget_ended(controller: Any) -> None:
+    """Let Tune's controller forget the trials that have ended: it would keep all of them, and look through them again and again."""
+    controller._trials[:] = [trial for trial in controller._trials if not trial.is_finished()]
+    for kept in (controller._live_trials, controller._stopped_trials, controller._failed_trials, controller._trials_to_cache):
+        kept.intersection_update(controller._trials)
+
+
 def lost_actor(text: str) -> str | None:
     """The id of the actor that Ray's message about a dead process calls unavailable; None if it names none."""
     found = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -24,7 +25,7 @@ from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.ray_lanes import lane_of_process
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
-from softseg_dist.engine.ray_private import cause_in, free_orphans, lost_actor
+from softseg_dist.engine.ray_private import cause_in, forget_ended, free_orphans, lost_actor
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit
 from softseg_dist.places import Place
@@ -130,10 +131,14 @@ class _Shared:
         return self
 
 
-class _TuneEvents(_Shared, tune.Callback):
-    """Reports fits whose process died or raised to the session, and frees the resources of lanes that were killed."""
+class _TuneEvents(_Shared, TrialProgressCallback):
+    """Reports fits whose process died or raised to the session, and frees the resources of lanes that were killed.
+
+    Tune would add a `TrialProgressCallback` of its own, which prints nothing here and keeps every trial.
+    """
 
     def __init__(self, session: Session) -> None:
+        super().__init__()
         self._session, self._next_s = session, 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -141,9 +146,11 @@ class _TuneEvents(_Shared, tune.Callback):
             self._next_s = time.monotonic() + SWEEP_S
             free_orphans()
 
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """The searcher has it."""
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        trial.metric_analysis.clear()  # Tune keeps all trials, with statistics of all numbers that they have reported
-        trial.metric_n_steps.clear()
+        """The searcher is told."""
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
@@ -163,6 +170,9 @@ class _InOrder(_Shared, FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._added.append(trial)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        forget_ended(tune_controller)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         while self._added and self._added[0].status != self._added[0].PENDING:  # one that waits again is started by Tune itself

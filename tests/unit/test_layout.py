@@ -68,6 +68,7 @@ LAYERS = {
         "engine",
         "report",
     },
+    "verification": {"errors", "frozen", "sealed", "judging", "training", "record", "engine", "pipeline"},
     "nested": {"frozen", "places", "sealed", "words", "judging", "study", "study_file", "record", "engine", "report", "pipeline"},
     "assessment": {
         "errors",
@@ -117,6 +118,7 @@ LAYERS = {
         "prediction",
         "pipeline",
         "nested",
+        "verification",
     },
 }
 PRIVATE_RAY = ("ray._private", "ray._raylet", "ray.autoscaler", "ray.core", "ray.experimental", "ray.tune.execution")

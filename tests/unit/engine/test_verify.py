@@ -26,10 +26,11 @@ from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.frozen import digest
 from softseg_dist.judging.judge import Measurement
 from softseg_dist.judging.results import Head
-from softseg_dist.pipeline import FitCheck, RunOptions, _compared, provenance, verify_run
+from softseg_dist.pipeline import RunOptions, provenance
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.training.task import FitResult
+from softseg_dist.verification import FitCheck, _compared, verify_run
 
 BASE = Recipe(network=UNet(filters=(2, 4)), optim=Optim(lr=1e-2, epochs=2, batch_size=8))
 STUDY = Study(
@@ -193,7 +194,7 @@ def test_a_changed_number_of_the_result_is_found_and_named(run: Path) -> None:
     lines = io.StringIO()
     (check,) = [check for check in verify_run(run, None, RunOptions(local=True), PlainLines(lines)) if check.verdict != "equal"]
     assert (check.fit, check.differing, check.largest) == ("b/000", 1, pytest.approx(0.25))
-    assert check.where == "the result: finished, thresholds fixed"
+    assert check.where == "the result: finished, thresholds.fixed"
     assert (
         f"b/000: differs, 1 of {check.rows} rows, the largest difference 0.25 at {check.where}; recorded with elsewhere, now "
         in lines.getvalue()
