@@ -14,8 +14,8 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import psutil
 from record import Headline, record
@@ -48,8 +48,8 @@ STUDY = Study(
 HEADLINES = (
     Headline(key="driver", what="memory of the driver after all fits, to that after 200", unit="times", at_most=1.05),
     Headline(key="worker", what="the same of the processes that train", unit="times", at_most=1.05),
-    Headline(key="files", what="open files of the driver beyond those after 200 fits", at_most=0),
-    Headline(key="worker files", what="the same of a process that trains", at_most=0),
+    Headline(key="driver, files", what="open files of the driver, more at the end than at the beginning", at_most=0),
+    Headline(key="worker, files", what="the same of the processes that train", at_most=0),
     Headline(key="missing", what="fits that MLflow does not have, or not complete", at_most=0),
 )
 Look = tuple[int, float, int, float, int]
@@ -75,9 +75,12 @@ def main(fits: int) -> None:
         assert run.wait() == 0
         assert ended == fits, f"{ended} fits ended"
         missing = fits - complete(Path(folder) / "runs" / "soak" / "mlflow.db")
-    first, last = next(look for look in looks if look[0] == WARM), last_of(looks)
-    figures = {"driver": last[1] / first[1], "worker": last[3] / first[3], "driver MB": last[1], "worker MB": last[3]}
-    figures |= {"files": last[2] - first[2], "worker files": last[4] - first[4], "missing": missing}
+    first, early, late = looks[WARM // EVERY - 1], looks[WARM // EVERY - 1 :][: len(looks) // 4], looks[-len(looks) // 4 :]
+    figures: dict[str, float] = {"missing": missing}
+    for name, mb, files in (("driver", 1, 2), ("worker", 3, 4)):
+        largest = max(one[mb] for one in late)  # what a process holds goes up and down
+        figures |= {name: largest / first[mb], f"{name}, MB": largest}
+        figures[f"{name}, files"] = median(one[files] for one in late) - median(one[files] for one in early)
     print(json.dumps(figures, indent=1))
     record("soak", figures, HEADLINES, short=fits != LONG)
 
@@ -89,12 +92,6 @@ def look(ended: int, driver: psutil.Process) -> Look:
     family = [driver, *actors]
     seen = [(process.memory_full_info().uss / 2**20, process.num_fds()) for process in family]
     return (ended, *seen[0], max(mb for mb, _ in seen[1:]), max(files for _, files in seen[1:]))
-
-
-def last_of(looks: Sequence[Look]) -> Look:
-    """The largest of everything in the last quarter: what a process holds goes up and down."""
-    late = looks[-max(1, len(looks) // 4) :]
-    return (late[-1][0], *(max(one[column] for one in late) for column in (1, 2, 3, 4)))  # type: ignore[return-value]
 
 
 def complete(database: Path) -> int:
