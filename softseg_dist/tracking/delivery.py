@@ -20,6 +20,7 @@ from http.client import HTTPException
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from softseg_dist.errors import UserError, in_words, no_room
 from softseg_dist.frozen import digest, unsealed
@@ -67,8 +68,15 @@ def server_address(given: str | Address | None) -> Address | None:
         is_database = path.is_file() and path.open("rb").read(16) in (b"", b"SQLite format 3\0")
         if not is_database and (path.exists() or not path.parent.is_dir()):
             raise UserError(f"the tracking URI {address.shown}: {path} is no SQLite database and cannot become one; correct it")
-        address = Address.of(str(url.set(database=str(path))))
+        _, mark, query = address.original.partition("?")
+        address = Address.of(f"{sqlite_uri(path)}{mark}{query}")
     return address
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of an SQLite database. One that is quoted names its driver: else MLflow makes the folder of the quoted path."""
+    text = str(path)
+    return f"sqlite:///{text}" if unquote(text) == text and "?" not in text else f"sqlite+pysqlite:///{quote(text)}"
 
 
 def check_server(address: Address | None) -> None:

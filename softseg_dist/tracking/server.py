@@ -29,8 +29,10 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 from mlflow.utils import chunk_list  # noqa: E402
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name  # noqa: E402
+from sqlalchemy import make_url  # noqa: E402
 
-from softseg_dist.tracking.delivery import TrackingRecord  # noqa: E402
+from softseg_dist.places import partial_of  # noqa: E402
+from softseg_dist.tracking.delivery import TrackingRecord, sqlite_uri  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
 KINDS = {Metric: "metric", Param: "parameter", RunTag: "tag"}
@@ -51,7 +53,7 @@ class MlflowServer:
         # MLflow may have been imported before this module, by MONAI, without the environment above.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+        database = Path(make_url(uri).database or "") if uri.startswith("sqlite") else None
         self._artifacts = (database.parent / "mlartifacts").as_uri() if database else None
         if database and not database.exists():
             _make_database(database)
@@ -206,9 +208,9 @@ def _dispose(client: MlflowClient) -> None:
 
 def _make_database(path: Path) -> None:
     """Make an SQLite database whole or not at all: one whose tables are half made, MLflow never opens again."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # MLflow remembers a path that failed
+    partial = partial_of(path.with_name(f"{secrets.token_hex(4)}.{path.name}"))  # MLflow remembers a path that failed
     try:
-        client = MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
+        client = MlflowClient(sqlite_uri(partial), sqlite_uri(partial))
         client.search_experiments(max_results=1)
         _dispose(client)
         partial.replace(path)

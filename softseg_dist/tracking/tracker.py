@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softseg_dist.errors import UserError, in_words
+from softseg_dist.errors import in_words
 from softseg_dist.frozen import leaves
 from softseg_dist.places import Address
 from softseg_dist.record.ledger import Ledger, RaceRecord, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import SPOOL, status_of
 from softseg_dist.study import Study
-from softseg_dist.tracking.delivery import Delivery, Spool, TrackingRecord, server_address
+from softseg_dist.tracking.delivery import Delivery, Spool, TrackingRecord, server_address, sqlite_uri
 from softseg_dist.training.task import FitResult, FitTask, history_of
 from softseg_dist.words import count, listed, next_command
 
@@ -39,13 +39,7 @@ NUMBERS = ("score", "test_score", "best_epoch", "epochs", "dead_share", "paramet
 
 def default_uri(folder: str | Path) -> str:
     """The SQLite database of a run folder: `mlflow ui --backend-store-uri` takes it."""
-    return f"sqlite:///{Path(folder).absolute()}/mlflow.db"
-
-
-def _own_database(folder: Path) -> Address:
-    if "?" in str(folder):
-        raise UserError(f"{folder}: an SQLite database of MLflow cannot lie below a folder with a ? in its name; use another --out")
-    return Address.of(default_uri(folder))
+    return sqlite_uri(Path(folder).absolute() / "mlflow.db")
 
 
 class Tracker:
@@ -57,7 +51,7 @@ class Tracker:
 
     def __init__(self, uri: str | Address | None, folder: str | Path, study: Study, run: str = "") -> None:
         self.folder, self.study = Path(folder).absolute(), study
-        address = server_address(uri) or _own_database(self.folder)
+        address = server_address(uri) or Address.of(default_uri(self.folder))
         self.uri = address.shown
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, None] = {}  # keys of open runs, parents first
@@ -239,7 +233,7 @@ def sync_run(run: str, tracking_uri: str | None = None) -> Synced:
         copy.pull(SPOOL, "mlflow_run", "mlflow.db", "report/*", "fits/*/*/history.jsonl")
         folder = copy.folder.absolute()
         known = tracking_uri or (ledger.read("run.json") or {}).get("tracking_uri")
-        address = (server_address(known) if known else None) or _own_database(folder)
+        address = (server_address(known) if known else None) or Address.of(default_uri(folder))
         uri, login = address.shown, server_address(None)
         address = login if login and login.shown == uri else address  # what was recorded has none
         try:

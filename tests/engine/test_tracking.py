@@ -137,16 +137,17 @@ def server(port: int, folder: Path) -> Iterator[str]:
 
 
 def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
+    folder = tmp_path / "50%20?#"
     page = tmp_path / "index.html"
     page.write_text("<p>report</p>")
-    with closing(Tracker(None, tmp_path / "run", STUDY)) as tracker:
+    with closing(Tracker(None, folder / "run", STUDY)) as tracker:
         tracker.data_set("Phantom", "d" * 64, "store.arrow")
         run_fit(tracker, 0, 0.4)
         run_fit(tracker, 1, 0.6)
         run_fit(tracker, 2, None)
         tracker.candidate_ended("a", [result(0, 0.4), result(1, 0.6), result(2, None)])
         tracker.artifact(page, "report")
-    runs = runs_of(default_uri(tmp_path / "run"))
+    runs = runs_of(default_uri(folder / "run"))
     study, candidate, fit = runs["study"], runs["a"], runs["a/000"]
     assert candidate.data.tags["mlflow.parentRunId"] == study.info.run_id
     assert fit.data.tags["mlflow.parentRunId"] == candidate.info.run_id
@@ -164,12 +165,13 @@ def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
     assert fit.data.metrics["threshold_fixed"] == 0.5
     assert fit.data.params["loss"] == "Dice"
     assert runs["a/002"].data.tags["softseg.reason"] == "nan"
-    assert losses(default_uri(tmp_path / "run"), fit.info.run_id) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert losses(default_uri(folder / "run"), fit.info.run_id) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
     assert study.data.tags["softseg.fingerprint"] == STUDY.fingerprint
     assert study.inputs.dataset_inputs[0].dataset.digest == "d" * 36
-    assert (tmp_path / "run/mlartifacts" / study.info.run_id / "artifacts/report/index.html").exists()
+    assert (folder / "run/mlartifacts" / study.info.run_id / "artifacts/report/index.html").exists()
     assert not (tmp_path / "run/mlflow_spool.jsonl").exists()
     assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["50%20?#", "index.html"]
 
 
 def ledger_of(folder: Path) -> Ledger:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from model_folders import card_of, model_of, saved
+from sqlalchemy import make_url
 
 from softseg_dist import MonteCarlo, Phantom, Preprocess, Recipe, Study
 from softseg_dist.cli.main import _places
@@ -16,7 +17,7 @@ from softseg_dist.frozen import unsealed
 from softseg_dist.pipeline import Finished
 from softseg_dist.record.status import SPOOL
 from softseg_dist.tracking.delivery import Spool, server_address
-from softseg_dist.tracking.tracker import Tracker
+from softseg_dist.tracking.tracker import Tracker, default_uri
 from softseg_dist.words import next_command
 
 RECORDS = [{"what": "open", "key": str(number)} for number in range(4)]
@@ -100,11 +101,14 @@ def test_what_can_be_no_address_of_mlflow_is_refused_at_once(tmp_path: Path, uri
         server_address(uri)
 
 
-def test_a_run_folder_that_sqlite_cannot_name_is_refused(tmp_path: Path) -> None:
-    study = Study(name="odd", question="?", data=Phantom(), splits=MonteCarlo(count=1), candidates={"a": Recipe()}, control="a")
-    with pytest.raises(UserError, match=r"a folder with a \? in its name; use another --out"):
-        Tracker(None, tmp_path / "what?", study)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("name", ["50%20", "what?", "a#b"])
+def test_the_address_of_a_database_is_that_of_its_file_whatever_its_folder_is_called(tmp_path: Path, name: str) -> None:
+    uri = default_uri(tmp_path / name)
+    assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
+    (tmp_path / name).mkdir()
+    known = server_address(f"{uri}?timeout=5")
+    assert known is not None
+    assert known.original == f"{uri}?timeout=5"
 
 
 def test_a_file_that_is_no_database_is_refused_and_a_relative_one_is_made_absolute(
