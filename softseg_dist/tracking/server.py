@@ -35,6 +35,7 @@ from softseg_dist.places import partial_of  # noqa: E402
 from softseg_dist.tracking.delivery import TrackingRecord, sqlite_uri  # noqa: E402
 from softseg_dist.training.saved_model import read_card  # noqa: E402
 
+ROOT_VARIABLE = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 KINDS = {Metric: "metric", Param: "parameter", RunTag: "tag"}
 MOST_METRICS, MOST_TEXTS = 900, 100  # that MLflow takes in one call
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # MLflow's limits
@@ -209,12 +210,16 @@ def _dispose(client: MlflowClient) -> None:
 def _make_database(path: Path) -> None:
     """Make an SQLite database whole or not at all: one whose tables are half made, MLflow never opens again."""
     partial = partial_of(path.with_name(f"{secrets.token_hex(4)}.{path.name}"))  # MLflow remembers a path that failed
+    before = os.environ.get(ROOT_VARIABLE)
+    os.environ[ROOT_VARIABLE] = (path.parent / "mlartifacts").as_uri()  # else the working folder, where a ' is an error
     try:
         client = MlflowClient(sqlite_uri(partial), sqlite_uri(partial))
         client.search_experiments(max_results=1)
         _dispose(client)
         partial.replace(path)
     finally:
+        os.environ.pop(ROOT_VARIABLE)
+        os.environ |= {} if before is None else {ROOT_VARIABLE: before}
         partial.unlink(missing_ok=True)
 
 

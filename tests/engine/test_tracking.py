@@ -136,8 +136,10 @@ def server(port: int, folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
-    folder = tmp_path / "50%20?#"
+def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "50%20?#'"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     page = tmp_path / "index.html"
     page.write_text("<p>report</p>")
     with closing(Tracker(None, folder / "run", STUDY)) as tracker:
@@ -171,7 +173,7 @@ def test_study_candidate_and_fit_are_nested_and_closed(tmp_path, capfd):
     assert (folder / "run/mlartifacts" / study.info.run_id / "artifacts/report/index.html").exists()
     assert not (tmp_path / "run/mlflow_spool.jsonl").exists()
     assert capfd.readouterr() == ("", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["50%20?#", "index.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "index.html"]
 
 
 def ledger_of(folder: Path) -> Ledger:
