@@ -21,10 +21,10 @@ import pandas as pd
 
 import softseg_dist
 from softseg_dist.data.cases import Case, DataSet
-from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.prediction_files import Values, find_predictions, label_values, read_maps
 from softseg_dist.data.processes import over_processes
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.data.splits import Split, Splits
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest
@@ -132,8 +132,7 @@ def _refuse(problems: Iterable[str]) -> None:
 def assess(asked: Assessment, out: Path, note: Note) -> Path:
     """Judge all candidates; returns the run folder, OUT/<name>, of which a report can be written.
 
-    Raises UserError with a line for each file that is missing, stands twice, lies on another grid or is no prediction. What has
-    been judged is kept.
+    Raises UserError with a line for each file that is missing, twice there, on another grid or no prediction; rows are kept.
     """
     folder = out / asked.study["name"]
     make_folder(folder)
@@ -143,7 +142,10 @@ def assess(asked: Assessment, out: Path, note: Note) -> Path:
             raise UserError(f"{folder}: holds the run of a study; give another --name or --out")
         runs = {name: run for name, place in asked.candidates.items() if (run := _run_of(place))}
         files = {name: _files_of(name, asked, note) for name in asked.candidates if name not in runs}
-        yardstick = _yardstick(asked)
+        volumes = list(over_processes(_volumes_of, asked.cases))
+        _refuse(problem for problem in volumes if isinstance(problem, str))
+        means = np.mean([of_case for of_case in volumes if not isinstance(of_case, str)], axis=0)
+        yardstick = Yardstick(asked.data.classes, tuple(means.tolist()), asked.metrics)
         tables = {name: _rows_of_run(name, *run, asked, yardstick) for name, run in runs.items()}
         seen = {name: set(zip(rows["split"].astype(int), rows["case"].astype(str), strict=True)) for name, rows in tables.items()}
         wanted = _wanted(asked, {name: set(of) for name, of in (files | seen).items()}, note)
@@ -180,14 +182,6 @@ def _files_of(name: str, asked: Assessment, note: Note) -> dict[Key, Files]:
             note(f"{name}: {extra} is of no case that is tested; it is left out")
     _refuse(problems)
     return dict(files)
-
-
-def _yardstick(asked: Assessment) -> Yardstick:
-    """With the mean volumes of all cases. Raises UserError with a line for every case that cannot be read."""
-    found = list(over_processes(_volumes_of, asked.cases))
-    _refuse(problem for problem in found if isinstance(problem, str))
-    means = np.mean([volumes for volumes in found if not isinstance(volumes, str)], axis=0)
-    return Yardstick(asked.data.classes, tuple(means.tolist()), asked.metrics)
 
 
 def _volumes_of(case: Case) -> tuple[float, ...] | str:
@@ -302,9 +296,8 @@ def _write(asked: Assessment, wanted: set[Key], yardstick: Yardstick, rows: pd.D
     for number, name in enumerate(asked.candidates):
         ledger.write_candidate(CandidateRecord(name=name, origin="fixed", number=number, recipe={}))
         for split, score in split_means(scores.of(name), scores.splits).items():
-            ledger.write_result(
-                FitResult(candidate=name, split=split, state="finished", thresholds={"fixed": FIXED}, test_score=score)
-            )
+            result = FitResult(candidate=name, split=split, state="finished", thresholds={"fixed": FIXED}, test_score=score)
+            ledger.write_result(result)
     data = facts_of(asked.cases, yardstick.classes, yardstick.mean_volumes_mm3)
     written = {"study.json": asked.study, "splits.json": [json_of(split) for split in splits]}
     for file, content in (written | {"run.json": provenance(asked.options.command) | {"data": data}}).items():

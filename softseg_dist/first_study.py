@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from softseg_dist.data.cases import DataSet
 from softseg_dist.data.discovery import Contents
 from softseg_dist.errors import UserError
 from softseg_dist.words import command, count, dimensions, listed
@@ -70,6 +69,7 @@ def study_source(contents: Contents, file: Path) -> str:
     given += [*([f"spacing_mm={spacing_mm}"] if spacing_mm else []), *([] if used else [f"crop={crop}"])]
     names = {"Affine", "DiceSemimetric", "Optim", "Preprocess", "Recipe", "Study", "UNet", "factorial", *used}
     names |= {type(contents.data).__name__, splits.partition("(")[0]}
+    arguments = [f"        {name}={repr(value).translate(QUOTES)},\n" for name, value in contents.data.__repr_args__()]
     return TEMPLATE.format(
         question=f"Do soft labels beat hard ones on {Path(file).stem}?",
         file=command(file),
@@ -79,7 +79,7 @@ def study_source(contents: Contents, file: Path) -> str:
         patch=f"\n    patch=Patch(size={patch}),  # images are larger than is trained on at once" if used else "",
         batch=max(2, min(16, VOXELS_AT_ONCE[dim] // math.prod(patch))),
         name=re.sub(r"\W+", "_", Path(file).stem),
-        data=_call(contents.data),
+        data=f"{type(contents.data).__name__}(\n{''.join(arguments)}    )",
         grid_line=grid_line,
         preprocess=f"Preprocess({', '.join(given)})",
         splits=splits,
@@ -147,12 +147,6 @@ def _splits(contents: Contents) -> tuple[str, str]:
     if persons < 10:
         return f"KFold(folds={min(persons, 5)})", f"{persons} persons: each is tested once; too few to settle a question{by_site}"
     return "MonteCarlo(count=10)", f"{persons} persons in 10 random splits, all sessions of one person in the same part{by_site}"
-
-
-def _call(data: DataSet) -> str:
-    """The data set as a study file has it, a line for each argument."""
-    arguments = [f"        {name}={repr(value).translate(QUOTES)},\n" for name, value in data.__repr_args__()]
-    return f"{type(data).__name__}(\n{''.join(arguments)}    )"
 
 
 def _labels_line(contents: Contents, spacing_mm: tuple[float, ...] | None) -> str:

@@ -12,13 +12,14 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, reduce
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
 
@@ -30,6 +31,8 @@ STUDY_MODULES = "softseg_study."  # study files live in sys.modules under this p
 TEXT_MODULES: dict[str, ModuleType] = {}  # the modules that were made from the texts of `Sources`, by name
 SOURCES = "__softseg_sources__"  # the variable of such a module that holds its `Sources`
 INSTALLED = {"site-packages", "dist-packages"}  # the folders of packages that pip or the system has installed
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def digest(text: str | bytes, length: int = 12) -> str:
@@ -75,6 +78,14 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def grouped(pairs: Iterable[tuple[K, V]]) -> defaultdict[K, list[V]]:
+    """The second of each pair by the first, in their order; [] for what is none."""
+    groups = defaultdict[K, list[V]](list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
 def tag_of(thing: type | FunctionType) -> str:
     """`AdaptiveWing` for what the package defines, `s009_mine:MyLoss` for what a study (or a test) defines."""
     module = thing.__module__
@@ -117,10 +128,7 @@ def _namespace(thing: type | FunctionType) -> Mapping[str, Any]:
 
 
 def sources_of(thing: type | FunctionType) -> Sources | None:
-    """The texts with the definition of a class or function of the user; None for those of installed packages.
-
-    Raises UserError if its module has no file, as in a notebook.
-    """
+    """The texts that define a thing of the user; None for installed packages. Raises UserError if its module has no file."""
     own = _namespace(thing).get(SOURCES)
     if own is not None or thing.__module__.startswith("softseg_dist."):
         return cast("Sources | None", own)

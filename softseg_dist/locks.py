@@ -49,8 +49,7 @@ def is_locked_here(file: IO[Any], wait_s: float = 0.0) -> bool:
 def hold(path: Path, of: str = "", wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; `of` names what it locks, if that is not its folder.
 
-    Raises UserError, naming process and host, if another process holds it, unless `wait` is set; also if the file system does
-    not support locks.
+    Raises UserError that names process and host if another holds it, unless `wait` is set, and if the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

@@ -31,6 +31,7 @@ from softseg_dist.study import WINNER, Study
 from softseg_dist.study_file import StudyFile
 from softseg_dist.words import number
 
+TABLE = "outer.parquet"
 KEYS = ["subject", "case", "class", "reference", "threshold", "metric"]  # what a row is about
 
 
@@ -54,8 +55,7 @@ class Nested:
 def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Progress]) -> Nested:
     """Run or continue a nested study: its outer splits one after the other, each as `run_study` would, but without a model.
 
-    `progress` makes a display for each of them. Raises UserError as `run_study` does; too few subjects for any inner study are
-    refused before the first fit.
+    `progress` makes a display for each. Raises UserError as `run_study` does, for any inner study before the first fit.
     """
     check_tracking(options)
     backend, study, run = backend_of(options), file.study, Place.at(options.out) / file.study.name
@@ -87,8 +87,10 @@ def run_nested(file: StudyFile, options: RunOptions, progress: Callable[[], Prog
                     break
                 if (found := _outer_winner(one, split.index, name, run)) is not None:
                     outer.append(found[0])
-                    tables.append(found[1])
-                    _write(ledger, copy, record, tables)
+                    tables.append(found[1].assign(study=study.name))
+                    write_frame(pd.concat(tables, ignore_index=True), copy.folder / TABLE, ledger.seal_of(TABLE))
+                    copy.push(TABLE)
+                    ledger.write("outer.json", record)
                     shown.note(_line(found[0], study.control))
         except KeyboardInterrupt:  # between two searches
             interrupted = True
@@ -140,10 +142,3 @@ def _over_fits(rows: pd.DataFrame, label: str, split: int) -> pd.DataFrame:
     of_all = grouped[grouped["size"] == len(rows[["split", "repeat"]].drop_duplicates())]
     means = of_all["mean"].rename("value").reset_index()
     return means.assign(candidate=label, split=split, repeat=0, subset="test", grid="own")
-
-
-def _write(ledger: Ledger, copy: WorkingCopy, record: dict[str, Any], tables: list[pd.DataFrame]) -> None:
-    rows, name = pd.concat(tables, ignore_index=True).assign(study=record["study"]), "outer.parquet"
-    write_frame(rows, copy.folder / name, ledger.seal_of(name))
-    copy.push(name)
-    ledger.write("outer.json", record)

@@ -175,8 +175,11 @@ class Place:
         if "://" not in text:
             path = Path(text).absolute()
             return cls(str(path), path, fs.LocalFileSystem(), str(path))
+        more = ""
+        if text.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in text:
+            more = f"{'&' if '?' in text else '?'}retry_limit_seconds={GCS_RETRY_S}"  # else it tries for 15 minutes without network
         try:
-            files, root = fs.FileSystem.from_uri(_with_patience(text))
+            files, root = fs.FileSystem.from_uri(text + more)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{text}: cannot be used as a folder: {in_words(error)}") from error
         head, mark, query = text.partition("?")
@@ -278,13 +281,6 @@ class Place:
             if self.path is not None or error.errno is not None:
                 raise
             raise OSError(errno.EIO, f"cannot {doing} it: {in_words(error)}", self.uri) from error
-
-
-def _with_patience(uri: str) -> str:
-    """Without credentials or network, Google's client would try for 15 minutes before it says so."""
-    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in uri:
-        return uri
-    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
 
 
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]

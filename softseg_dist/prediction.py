@@ -1,7 +1,6 @@
 """From a saved model and new images to soft maps on the grids of the images.
 
-`load_model` gives a `Predictor` for images in memory, `predict_images` reads and writes files, for `softseg predict`. Neither
-imports Ray, MLflow or Optuna.
+`load_model` gives a `Predictor` for images in memory, `predict_images` is for files. Neither imports Ray, MLflow or Optuna.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from softseg_dist.data.cases import NOT_IN_A_NAME, ImageCase, MaskFile, Spacing, VolumeCase, named_values
+from softseg_dist.data.cases import NOT_IN_A_NAME, ImageCase, MaskFile, VolumeCase, named_values
 from softseg_dist.data.check import SPACING_OUTLIER
 from softseg_dist.data.geometry import Affine4
 from softseg_dist.data.preprocess import Placement, Sample
-from softseg_dist.data.source_files import part_of
+from softseg_dist.data.source_files import Spacing, part_of
 from softseg_dist.data.volume import Volume, image_of, is_image, stem_of, volume_of, write_volume
 from softseg_dist.errors import UserError
 from softseg_dist.places import make_folder

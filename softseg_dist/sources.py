@@ -51,8 +51,7 @@ class Sources:
     def beside(cls, path: Path, root: Path | None = None) -> Sources:
         """Read the file `path`, and all modules and packages in `root` (its own folder) that it imports, directly or not.
 
-        With a `root` the file is a helper module itself. Raises UserError if a file cannot be read, or if a helper has the name
-        of an installed module.
+        With a `root` the file is a helper. Raises UserError if a file cannot be read, or a helper has an installed module's name.
         """
         folder = (root or path.parent).resolve()
         name = path.name if root is None else path.resolve().relative_to(folder).as_posix()
@@ -223,8 +222,10 @@ def _imported_files(folder: Path, file: str, text: str) -> Iterator[str]:
             for count in range(1, len(parts) + 1):
                 if (found := _file_beside(folder, parts[:count])) is None:
                     break
-                if count == 1:
-                    _refuse_installed(folder, file, parts[0], found)
+                other = _installed(folder, parts[0]) if count == 1 else None
+                if other is not None and Path(other).resolve() != (folder / found).resolve():
+                    both = f"{found} beside the study and an installed module ({other}); rename the file beside the study"
+                    raise UserError(f"{folder / file} imports {parts[0]!r}, which is {both}")
                 yield found
 
 
@@ -238,12 +239,6 @@ def _file_beside(folder: Path, parts: list[str]) -> str | None:
         return f"{place}.py"
     bare = (folder / place).is_dir() and (len(parts) > 1 or _installed(folder, parts[0]) is None)
     return f"{place}/__init__.py" if bare else None
-
-
-def _refuse_installed(folder: Path, file: str, name: str, helper: str) -> None:
-    if (found := _installed(folder, name)) is not None and Path(found).resolve() != (folder / helper).resolve():
-        both = f"{helper} beside the study and an installed module ({found}); rename the file beside the study"
-        raise UserError(f"{folder / file} imports {name!r}, which is {both}")
 
 
 def _installed(folder: Path, name: str) -> str | None:
@@ -299,10 +294,7 @@ def _definition(parts: list[ast.stmt]) -> Definition:
 
 
 def _bound(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that a statement of a module binds, each with the statement that counts for it.
-
-    Public names of this package mean the same however they are imported.
-    """
+    """The names that a statement binds, each with the statement that counts for it; public names of this package never differ."""
     if isinstance(statement, ast.Import):
         for alias in statement.names:
             bound = alias if alias.asname else ast.alias(_local_name(alias))

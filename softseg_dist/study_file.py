@@ -42,10 +42,7 @@ class StudyFile:
 
     @classmethod
     def of(cls, study: Study) -> StudyFile:
-        """A study that was built in Python, in a script or a notebook.
-
-        Raises UserError if a class or function that it reaches has no source file, or no name after a restart.
-        """
+        """A study built in Python. Raises UserError if a class or function in it has no source file, or no name after a restart."""
         name = f"study {study.name}"
         _check_names(study, name)
         mains: set[str] = set()
@@ -66,10 +63,7 @@ class StudyFile:
         return cls(name, sources, _restarted(study.bound(Path.cwd()), name))
 
     def as_sent(self) -> StudyFile:
-        """The study as a worker gets it: its texts are pickled and run in new modules, and it comes back from its own JSON.
-
-        Raises UserError if that fails.
-        """
+        """The study as a worker gets it: pickled texts, run anew, and its own JSON. Raises UserError if that fails."""
         sources: Sources = pickle.loads(pickle.dumps(self.sources))
         load_sources(sources, anew=True)
         return replace(self, sources=sources, study=_restarted(self.study, self.path))

@@ -106,16 +106,13 @@ def _compared(fit: FitResult, again: FitResult, before: pd.DataFrame, now: pd.Da
         return FitCheck(fit.key, "equal", num)
     worst = int(np.where(differing, gaps, -1).argmax())
     largest = float(gaps[worst]) if np.isfinite(gaps[worst]) else None
-    rounded = any(
-        one.num_workers > 1 or "graph" in one.engine or "\ngraph: " in "\n".join(("", *one.notes)) for one in (fit, again)
-    )
+    graphs = [one for one in (fit, again) if "graph" in one.engine or any(note.startswith("graph: ") for note in one.notes)]
+    rounded = bool(graphs) or max(fit.num_workers, again.num_workers) > 1
     small = largest is not None and bool((gaps <= ROUNDING * np.fmax(1, np.abs(old[:, 1]))).all())
     verdict: Verdict = "within rounding" if rounded and small else "differs"
     row = tables[worst >= len(before)].iloc[worst]
     where = ", ".join(str(row[name]) for name in ("subset", "case", "class", "metric") if isinstance(row[name], str))
-    made = (
-        (f"{one.num_workers} workers" if one.num_workers > 1 else one.engine, *map(" ".join, one.versions.items()), one.process)
-        for one in (fit, again)
-    )
+    engines = (f"{one.num_workers} workers" if one.num_workers > 1 else one.engine for one in (fit, again))
+    made = ((engine, *map(" ".join, one.versions.items()), one.process) for engine, one in zip(engines, (fit, again), strict=True))
     why = tuple(f"recorded with {old}, now {new}" for old, new in zip(*made, strict=False) if old != new)
     return FitCheck(fit.key, verdict, num, int(differing.sum()), largest, where, why)

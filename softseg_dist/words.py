@@ -50,16 +50,6 @@ def interval_clause(low: float, high: float, signed: bool = False) -> str:
     return f"95 % interval {interval(low, high, signed=signed)}"
 
 
-def direction(sign: int) -> str:
-    """`higher is better` for sign 1, `lower is better` for -1."""
-    return "higher is better" if sign > 0 else "lower is better"
-
-
-def metric_title(title: str, sign: int) -> str:
-    """The title of a metric, and `(lower is better)` where that is so."""
-    return title if sign > 0 else f"{title} ({direction(sign)})"
-
-
 def percent(share: float | None, digits: int = 1, signed: bool = False) -> str:
     """`+3.2 %`, or an en dash."""
     return "–" if share is None or not math.isfinite(share) else f"{number(100 * share, digits, signed)} %"

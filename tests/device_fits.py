@@ -33,12 +33,11 @@ from softseg_dist import (
 from softseg_dist.data.store import build_store, fingerprint
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.training.batches import Batches, open_store
-from softseg_dist.training.execution import Execution
 from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, Streamed, device_batches
 from softseg_dist.training.gpu.device_step import DeviceStepper, Feed
 from softseg_dist.training.host_step import HostStepper
 from softseg_dist.training.model import Model, build_model
-from softseg_dist.training.stepper import FitProgress, Stepper
+from softseg_dist.training.stepper import Execution, FitProgress, Stepper
 from softseg_dist.training.task import FitTask, Worker
 
 EVERYTHING = (

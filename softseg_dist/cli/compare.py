@@ -69,7 +69,7 @@ def evaluate(
 
 
 def _show(found: RunComparison) -> None:
-    from softseg_dist.report.comparison import answer, caveats, metric_of, pairing_sentence, title_of
+    from softseg_dist.report.comparison import answer, caveats, pairing_sentence, title_of
 
     for side, p in (("A", found.a), ("B", found.b)):
         typer.echo(f"{side}: {p.run} ({p.study}; {p.num_splits} splits, {p.num_tested} tested subjects)")
@@ -83,7 +83,7 @@ def _show(found: RunComparison) -> None:
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             typer.echo(f"Only in {side}: {listed(names)}")
-    typer.echo(f"\nB minus A in {metric_of(found)} on test. {pairing_sentence(found)}")
+    typer.echo(f"\nB minus A in {found.metric.full_title} on test. {pairing_sentence(found)}")
     typer.echo("Columns A and B are means over all scores of a run; B minus A is the mean over pairs.")
     rows = [COLUMNS, *map(_row, found.contrasts)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]

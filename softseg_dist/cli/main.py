@@ -173,14 +173,10 @@ def init(
     if file.exists():
         raise UserError(f"{file} exists already: give another name with --out, or remove it")
     contents = look_at(folder)
-    text, console, table = (
-        study_source(contents, file),
-        Console(markup=False, emoji=False),
-        Table("", "", box=None, pad_edge=False, show_header=False),
-    )
+    text, table = study_source(contents, file), Table("", "", box=None, pad_edge=False, show_header=False)
     for what, found in facts(contents):
         table.add_row(what, found)
-    console.print(table)
+    Console(markup=False, emoji=False).print(table)
     for problem in contents.problems[:MAX_PROBLEMS]:
         say("warning", problem)
     if (more := len(contents.problems) - MAX_PROBLEMS) > 0:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import Field
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, Spacing, folder_of, named_values, selected
+from softseg_dist.data.cases import SINGLE_RATER, Case, DataSet, LabelledCase, MaskFile, folder_of, named_values, selected
 from softseg_dist.data.files import IGNORE, by_rater, center_mask
 from softseg_dist.data.participants import UNKNOWN
-from softseg_dist.data.source_files import is_file, part_of
+from softseg_dist.data.source_files import Spacing, is_file, part_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed
 

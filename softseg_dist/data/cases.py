@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Float32, Geometry, spacing_of
-from softseg_dist.data.source_files import nfc, part_of
+from softseg_dist.data.source_files import Digest, Spacing, nfc, part_of, sha256_of
 from softseg_dist.data.volume import Volume, is_picture, read_geometry, read_volumes
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import Frozen
@@ -167,7 +166,6 @@ def _of_nobody(ignore: str | None) -> str | None:
     return ignore
 
 
-Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
 SESSIONS = r"(.+?)(?:[-_]?[Ss]es(?:sion)?[-_]?\d+)?$"  # a person in the name of a subject that may be a session of one
 Person = Annotated[str | None, AfterValidator(_regular)]  # a regular expression, see `person_in`
 
@@ -330,9 +328,7 @@ class ImageCase(LabelledCase):
     `center_mask` is the mask that centres the crop, whatever its file is called, where the preprocessing wants one.
     """
 
-    def __init__(
-        self, name: str, images: Sequence[Path], center_mask: MaskFile | None = None, spacing_mm: tuple[float, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, images: Sequence[Path], center_mask: MaskFile | None = None, spacing_mm: Spacing = ()) -> None:
         super().__init__(name, images, name, "", {}, find_mask=self._center_mask, spacing_mm=spacing_mm)
         self.center_mask = center_mask
 
@@ -349,10 +345,7 @@ class ImageCase(LabelledCase):
 
 
 class VolumeCase(ImageCase):
-    """An image in memory. `volumes` are its channels, all on one grid; `center` is the mask that centres the crop.
-
-    Raises UserError if the volumes lie on different grids.
-    """
+    """An image in memory: its channels `volumes` and the mask `center` that centres the crop. Raises UserError if grids differ."""
 
     def __init__(self, name: str, volumes: Sequence[Volume], center: Volume | None = None) -> None:
         super().__init__(name, ())

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, Spacing, selected
+from softseg_dist.data.cases import SINGLE_RATER, Case, Folder, LabelledCase, selected
 from softseg_dist.data.files import IGNORE, SUFFIXES, Files, contents
-from softseg_dist.data.source_files import PICTURES
+from softseg_dist.data.source_files import PICTURES, Spacing
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
 from softseg_dist.words import listed

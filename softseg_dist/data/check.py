@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,6 +15,7 @@ from softseg_dist.data.cases import Case, CaseData, DataSet
 from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.preprocess import Preprocess, Sample
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import grouped
 from softseg_dist.words import dimensions
 
 SPACING_OUTLIER = 1.5  # a voxel size is unusual if it is this many times larger or smaller than the median
@@ -112,10 +113,7 @@ def _between(seen: Sequence[tuple[str, Geometry]], preprocess: Preprocess) -> It
 
 
 def _people(cases: Sequence[Case]) -> Iterator[Problem]:
-    sites: dict[str, set[str]] = defaultdict(set)
-    for case in cases:
-        sites[case.subject].add(case.site)
-    for subject, of_one in sorted(sites.items()):
-        if len(of_one) > 1:
-            detail = f"{subject} was seen at {', '.join(sorted(of_one))}; splits count the person at one of them"
+    for subject, sites in sorted(grouped((case.subject, case.site) for case in cases).items()):
+        if len(set(sites)) > 1:
+            detail = f"{subject} was seen at {', '.join(sorted(set(sites)))}; splits count the person at one of them"
             yield Problem("", "warning", "person at several sites", detail)

@@ -24,6 +24,7 @@ from softseg_dist.data.geometry import Geometry
 from softseg_dist.data.layouts import Bids, Name, by_folder, names_in
 from softseg_dist.data.volume import read_geometry, read_volume
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import grouped
 from softseg_dist.words import count, listed
 
 MASKS_READ = 12
@@ -84,10 +85,7 @@ class Contents:
 
 
 def look_at(folder: Path) -> Contents:
-    """Recognise the layout of `folder` and read names, headers and a few masks.
-
-    Raises UserError if there is no such folder, if no layout fits, or if no case is complete.
-    """
+    """Recognise the layout of `folder`, read names, headers, a few masks. Raises UserError if none fits, or no case is complete."""
     layout, data, why = recognise(folder.absolute())
     scanned = sorted(data.scan(None), key=lambda case: case.name)
     problems = [*data.warnings(None), *(sentence for case in scanned for sentence in case.missing())]
@@ -121,10 +119,7 @@ def look_at(folder: Path) -> Contents:
 
 def _spread(cases: Sequence[Case]) -> list[Case]:
     """`MASKS_READ` of the cases, in turn from each site."""
-    of_site = defaultdict[str, list[Case]](list)
-    for case in cases:
-        of_site[case.site].append(case)
-    turns = chain.from_iterable(zip_longest(*of_site.values()))
+    turns = chain.from_iterable(zip_longest(*grouped((case.site, case) for case in cases).values()))
     return [case for case in turns if case is not None][:MASKS_READ]
 
 
@@ -176,10 +171,7 @@ def _parts(contrast: str, contrasts: Iterable[str], images: Names, masks: Names)
 
 def _labels(parts: Mapping[str, Sequence[Path]], num_images: int) -> Iterator[tuple[str, str]]:
     """Class and part of every mask that half of the images have, raters joined; a class for every value of an integer map."""
-    joined = defaultdict[str, list[Path]](list)
-    for part, paths in parts.items():
-        joined[_of_raters(part, parts)] += paths
-    for part, paths in joined.items():
+    for part, paths in grouped((_of_raters(one, parts), path) for one, found in parts.items() for path in found).items():
         if len({path.parent for path in paths}) < HALF * num_images:
             continue
         values = _values(paths)
@@ -216,17 +208,14 @@ def _values(paths: Sequence[Path]) -> set[int] | None:
 
 
 def released_in(kind: type[Layout], folder: Path) -> tuple[DataSet, str] | None:
-    """The images of a challenge, by the names of its release."""
-    data = kind(str(folder))
-    return (data, "names as in its release") if data.form(folder).is_in(None) else None
-
-
-def described_in(kind: type[Layout], folder: Path) -> tuple[DataSet, str] | None:
-    """What a file dataset.json describes, with all its classes."""
-    if not (folder / "dataset.json").is_file() or not (folder / "imagesTr").is_dir():
-        return None
-    data = kind(str(folder), labels=classes_of(folder))
-    return (data, "dataset.json and imagesTr/") if data.form(folder).is_in(None) else None
+    """The images of a challenge, by the names of its release, or as dataset.json describes them, with all its classes."""
+    labels, why = dict[str, tuple[str, ...]](), "names as in its release"
+    if issubclass(kind, NnUNet | Decathlon):
+        if not (folder / "dataset.json").is_file() or not (folder / "imagesTr").is_dir():
+            return None
+        labels, why = {"labels": classes_of(folder)}, "dataset.json and imagesTr/"
+    data = kind(str(folder), **labels)
+    return (data, why) if data.form(folder).is_in(None) else None
 
 
 def table_in(folder: Path) -> tuple[DataSet, str] | None:
@@ -240,12 +229,10 @@ def table_in(folder: Path) -> tuple[DataSet, str] | None:
     return None
 
 
-LAYOUTS: dict[str, Callable[[Path], tuple[DataSet, str] | None]] = {
+RELEASES: dict[str, type[Layout]] = {"nnU-Net": NnUNet, "Decathlon": Decathlon, "SCGM": SCGM, "MSSEG": MSSEG, "BraTS": BraTS}
+Reader = Callable[[Path], tuple[DataSet, str] | None]
+LAYOUTS: Mapping[str, Reader] = {
     "BIDS": bids_in,
-    "nnU-Net": partial(described_in, NnUNet),
-    "Decathlon": partial(described_in, Decathlon),
-    "SCGM": partial(released_in, SCGM),
-    "MSSEG": partial(released_in, MSSEG),
-    "BraTS": partial(released_in, BraTS),
+    **{name: partial(released_in, kind) for name, kind in RELEASES.items()},
     "table": table_in,
 }

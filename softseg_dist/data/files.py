@@ -1,7 +1,4 @@
-"""Files whose names follow patterns: one reader for any layout, and what a folder has where nothing fits.
-
-Only names are read here; `LabelledCase` reads the files.
-"""
+"""Files whose names follow patterns: one reader for any layout, and what a folder has where nothing fits. It reads names."""
 
 from __future__ import annotations
 
@@ -18,19 +15,8 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from softseg_dist.data.cases import (
-    IGNORED,
-    RATER,
-    SINGLE_RATER,
-    Folder,
-    LabelledCase,
-    MaskFile,
-    Spacing,
-    named_values,
-    person_in,
-    selected,
-)
-from softseg_dist.data.source_files import PICTURES, nfc, split_part
+from softseg_dist.data.cases import IGNORED, RATER, SINGLE_RATER, Folder, LabelledCase, MaskFile, named_values, person_in, selected
+from softseg_dist.data.source_files import PICTURES, Spacing, nfc, split_part
 from softseg_dist.errors import UserError
 from softseg_dist.words import count, listed
 
@@ -38,9 +24,8 @@ PIECE = re.compile(r"\{(?P<name>[a-z]\w*)\}|(?P<star>\*)|(?P<text>[^{}*]+)", re.
 CHANNEL = "{channel}"
 IGNORE = "ignore"  # what nnU-Net's label and a table's column of the voxels to ignore are called
 SUFFIXES = (".nii", ".nii.gz")
-MISNAMED = {  # files of releases, and the names that they should have
-    "BraTS20_Training_355/W39_1998.09.19_Segm.nii": "BraTS20_Training_355/BraTS20_Training_355_seg.nii"
-}
+# Files of releases, and the names that they should have.
+MISNAMED = {"BraTS20_Training_355/W39_1998.09.19_Segm.nii": "BraTS20_Training_355/BraTS20_Training_355_seg.nii"}
 MOST_LISTED = 20_000  # files that are looked at to say what a folder has
 READERS = {  # of names of images
     "Bids": r"sub-[^/]+/(?:ses-[^/]+/)?[^/]+/sub-[^/]+_[A-Za-z0-9]+",

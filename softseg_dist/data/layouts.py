@@ -22,7 +22,7 @@ from softseg_dist.data.participants import read_participants
 from softseg_dist.data.source_files import nfc
 from softseg_dist.data.volume import stem_of
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen
+from softseg_dist.frozen import Frozen, grouped
 from softseg_dist.words import listed
 
 
@@ -110,21 +110,16 @@ class Bids(Folder):
         persons = [nfc(folder.name) for folder in folders]
         sites, odd = read_participants(root / "participants.tsv", self.site, persons, expected=self.site != "site")
         tree = _Tree(root, by_folder(images), by_folder(masks), sites)
-        by_name: dict[tuple[str, tuple[str, ...]], list[_Key]] = defaultdict(list)
-        for key, name in keys.items():
-            for of_case in self._cases_of(key, name, tree):
-                by_name[of_case].append(key)
+        by_name = grouped((of_case, key) for key, name in keys.items() for of_case in self._cases_of(key, name, tree))
         used = {folder.split("/")[0] for folder, _ in keys}
         lonely = {person: folder for person, folder in zip(persons, folders, strict=True) if person not in used}
         exclude = {nfc(name) for name in self.exclude}
         found = (self._case(tree, name, contrasts, same) for (name, contrasts), same in by_name.items())
         cases = selected(found, exclude - lonely.keys())
         self._check_parts(root, cases, masks)
-        left = [
-            f"{person} (a link that leads nowhere)" if folder.is_symlink() and not folder.exists() else person
-            for person, folder in lonely.items()
-            if person not in exclude
-        ]
+        apart = {person: folder for person, folder in lonely.items() if person not in exclude}
+        broken = {person for person, folder in apart.items() if folder.is_symlink() and not folder.exists()}
+        left = [person + " (a link that leads nowhere)" * (person in broken) for person in apart]
         without = [f"there is no image {' or '.join(self.contrasts)} in {listed(left)}: not in the study"] if left else []
         return cases, (*without, *odd)
 
@@ -318,10 +313,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def by_folder(names: Iterable[Name]) -> dict[str, list[Name]]:
     """The names in each folder."""
-    grouped: dict[str, list[Name]] = defaultdict(list)
-    for name in names:
-        grouped[name.folder].append(name)
-    return grouped
+    return grouped((name.folder, name) for name in names)
 
 
 def _words(text: str) -> frozenset[str]:

@@ -47,10 +47,8 @@ class OwnMasks:
         inside = tuple(slice(*edges) for edges in box)
         parts = [mask[inside] for mask in masks]
         binary = tuple(bool(((part == 0) | (part == 1)).all()) for part in parts)
-        flat = [
-            np.packbits(part != 0) if is_binary else np.frombuffer(part.astype(np.float32).tobytes(), np.uint8)
-            for part, is_binary in zip(parts, binary, strict=True)
-        ]
+        pairs = zip(parts, binary, strict=True)
+        flat = [np.packbits(part != 0) if bits else np.frombuffer(np.float32(part).tobytes(), np.uint8) for part, bits in pairs]
         packed = np.concatenate([*flat, np.empty(0, np.uint8)])  # an image to predict has no mask
         return cls(data.geometry, num_raters, num_classes, box, binary, packed)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softseg_dist.data.source_files import check_regular, nfc, pointer
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import grouped
 from softseg_dist.words import count, listed
 
 TITLES = ("participant_id", "participant", "subject_id", "subject", "id")  # of the column of persons: the first that there is
@@ -57,16 +57,11 @@ def read_participants(path: Path, column: str, persons: Sequence[str], *, expect
 def _of_rows(name: str, rows: Sequence[tuple[str, str]], persons: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Folder -> site, and what is odd in rows of person and site."""
     folders = _folders(persons, [person for person, _ in rows])
-    found: dict[str, list[str]] = defaultdict(list)
-    for person, site in rows:
-        if person in folders and site.lower() not in UNKNOWN and site not in found[folders[person]]:
-            found[folders[person]].append(site)
-    sites = {folder: of_one[0] for folder, of_one in found.items() if of_one}
-    warnings = [
-        f"{name} gives {folder} the sites {' and '.join(of_one)}; the first one counts"
-        for folder, of_one in found.items()
-        if len(of_one) > 1
-    ]
+    known = ((folders[person], site) for person, site in rows if person in folders and site.lower() not in UNKNOWN)
+    found = grouped(dict.fromkeys(known))
+    sites = {folder: of_one[0] for folder, of_one in found.items()}
+    several = {folder: " and ".join(of_one) for folder, of_one in found.items() if len(of_one) > 1}
+    warnings = [f"{name} gives {folder} the sites {of_one}; the first one counts" for folder, of_one in several.items()]
     if nowhere := dict.fromkeys(person for person, _ in rows if person and person not in folders):
         warnings.append(f"{name} names {listed([*nowhere])}: there is no such folder")
     if nameless := sum(not person for person, _ in rows):
@@ -78,9 +73,7 @@ def _folders(persons: Sequence[str], names: Iterable[str]) -> dict[str, str]:
     """Name in a table -> folder: as it is, with "sub-", or but for case and leading zeros where that means one person."""
     known, names = set(persons), [*names]
     found = {name: folder for name in names for folder in (name, f"sub-{name}") if folder in known}
-    loosely: dict[str, list[str]] = defaultdict(list)
-    for person in sorted(known - set(found.values())):
-        loosely[_bare(person)].append(person)
+    loosely = grouped((_bare(person), person) for person in sorted(known - set(found.values())))
     return found | {name: loosely[_bare(name)][0] for name in names if name not in found and len(loosely[_bare(name)]) == 1}
 
 

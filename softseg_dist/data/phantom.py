@@ -2,8 +2,7 @@
 
 A body is star-shaped around its centre (or centre line): a point q, in coordinates scaled by the body's half axes, lies inside
 if |q| < radius(direction of q). Its partial volume in a voxel is computed from sample points. A `Wobble` moves the boundary by a
-smooth random distance, as another rater would. An image is tissue intensities weighted by partial volumes, with texture, a bias
-field and noise.
+smooth random distance, as another rater would. An image is tissue weighted by partial volumes, with texture, bias field and noise.
 
 Legend: P points, 3 coordinates x y z in mm; X Y Z voxels.
 """
@@ -24,8 +23,8 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from scipy import ndimage
 
 from softseg_dist.data.cases import Case, CaseData, DataSet
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Float64, Geometry, Shape3
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.errors import UserError
 
 Vector3 = tuple[float, float, float]
@@ -265,7 +264,9 @@ class PhantomCase(Case):
             outside = FLUID + 0.25 * _texture(generator, target.shape)
             inside = WHITE + contrast * (GRAY - WHITE) * target
             tissue = (1 - surround) * outside + surround * inside
-        bias = np.exp(self.phantom.bias_field * _slow_field(generator, target.shape))
+        x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in target.shape), indexing="ij")
+        terms = np.stack([x, y, z, x * y, x * x - 0.5, y * y - 0.5])  # a random quadratic, within about +- 1
+        bias = np.exp(self.phantom.bias_field * np.tensordot(generator.normal(0, 0.5, len(terms)), terms, 1))
         noise = generator.normal(0, self.phantom.noise * SITE_NOISE**level, target.shape)
         return (INTENSITY * (tissue * bias + noise)).astype(np.float32)
 
@@ -311,10 +312,3 @@ def _texture(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[
     """Smooth noise over about 3 voxels, standard deviation 1."""
     field = ndimage.gaussian_filter(generator.normal(size=shape), (2.0, 2.0, 0.7))
     return field / max(float(field.std()), 1e-9)
-
-
-def _slow_field(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """A random quadratic over the image, within about +- 1."""
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    terms = np.stack([x, y, z, x * y, x * x - 0.5, y * y - 0.5])
-    return np.tensordot(generator.normal(0, 0.5, len(terms)), terms, 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softseg_dist.data.cases import ROUNDING, Case, LabelledCase, within_0_1
+from softseg_dist.data.cases import NOT_IN_A_NAME, ROUNDING, Case, LabelledCase, within_0_1
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.source_files import check_regular
 from softseg_dist.data.volume import read_volume, stem_of
@@ -63,7 +63,7 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
     owners = Counter(name for case in cases for name in _names_of(case))  # a name such as flair.nii.gz may be that of every case
     case_of = {name: case.name for case in cases for name in _names_of(case) if owners[name] == 1}
     case_of |= {case.name: case.name for case in cases}
-    class_of = {name: label for label in classes for name in (re.sub(r"[^A-Za-z0-9.+-]+", "-", label), label)}
+    class_of = {name: label for label in classes for name in (NOT_IN_A_NAME.sub("-", label), label)}
     forms = {form: _compiled(text, case_of, class_of) for form, text in ({"": pattern} if pattern else FORMS).items()}
     found = defaultdict[str, list[Match]](list)
     surplus: list[Path] = []
@@ -77,8 +77,7 @@ def find_predictions(folder: Path, cases: Sequence[Case], classes: Sequence[str]
             break
         else:
             surplus.append(path)
-    files, problems = _of_cases(found, classes, folder)
-    return Found(files, tuple(problems), tuple(surplus))
+    return _of_cases(found, classes, folder, surplus)
 
 
 def _names_of(case: Case) -> set[str]:
@@ -95,9 +94,7 @@ def _compiled(form: str, case_of: Mapping[str, str], class_of: Mapping[str, str]
     return re.compile(re.sub(r"\\\.nii(\\\.gz)?$", r"\\.nii(\\.gz)?", text))
 
 
-def _of_cases(
-    found: Mapping[str, Sequence[Match]], classes: Sequence[str], folder: Path
-) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
+def _of_cases(found: Mapping[str, Sequence[Match]], classes: Sequence[str], folder: Path, surplus: Sequence[Path]) -> Found:
     files: dict[str, tuple[Path, ...]] = {}
     seen = {label for matches in found.values() for _, label, _ in matches}
     nowhere = [label for label in classes if found and "" not in seen and label not in seen]
@@ -115,7 +112,7 @@ def _of_cases(
             problems.append(f"case {case} has no file of class {', '.join(lacking)} in {folder}")
         elif not nowhere:
             files[case] = tuple(paths[label] for label in classes)
-    return files, problems
+    return Found(files, tuple(problems), tuple(surplus))
 
 
 def label_values(classes: Sequence[str], cases: Sequence[Case]) -> Values:

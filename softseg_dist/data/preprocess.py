@@ -34,8 +34,7 @@ MOSTLY_ZERO = 0.75  # where more voxels than this share are 0, as without the sk
 class Placement:
     """Where a sample lies in its file: all that is needed to put predictions back on the original grid.
 
-    `axes`: how each of X, Y, Z was resampled and cropped. `slices`: the index of each item along `slice_axis` (0, 1, 2: X, Y, Z) in
-    2D, None in 3D.
+    `axes`: how X, Y and Z were resampled and cropped. `slices`, None in 3D: of each item along `slice_axis` (0, 1, 2: X, Y, Z).
     """
 
     geometry: Geometry
@@ -103,8 +102,7 @@ class Preprocess(Frozen):
             may vanish on a coarser grid. Images are always averaged along axes that get coarser, linear along the others.
         normalize: per case, over the voxels of the crop: "zscore" (mean 0, sd 1), "percentile" (0.5 % to 99.5 %
             become 0 to 1, clipped; of the voxels that are not 0, if more than three quarters are), "none".
-        slices: 2D only: "all", or "labelled" to keep only slices that some rater labelled, "labelled|all" to keep all of a
-            case without any.
+        slices: 2D only: "all", or "labelled": those that some rater labelled, "labelled|all": all of a case without any.
     """
 
     dim: Literal[2, 3] = 2
@@ -185,8 +183,7 @@ class Preprocess(Frozen):
     def restore(self, maps: Float32, placement: Placement) -> Float32:
         """Maps [N K *S] of a sample back on the grid of its file [K X Y Z], canonical; float32, clipped to [0, 1].
 
-        Linear along axes where the file's grid is finer, area-weighted where it is coarser; 0 in slices that were left out and
-        outside the crop.
+        Linear along axes where the file's grid is finer, area-weighted where it is coarser; 0 in other slices and outside the crop.
         """
         slices, num_slices = placement.slices, placement.axes[placement.slice_axis].size
         if slices is not None and len(slices) < num_slices:

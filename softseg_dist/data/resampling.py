@@ -2,8 +2,7 @@
 
 "area" and "average" weigh by the share of a new voxel that each old one covers, on axes that get coarser. At the border "area"
 counts what lies outside the old grid as 0, and "average" leaves it out, so that an image does not get darker. On axes that get
-finer "average" is linear, and "area" the mean of the linear interpolation over each new voxel. So "area" keeps the sum of value x
-voxel size on every axis.
+finer "average" is linear, and "area" the mean of that over each new voxel: it keeps the sum of value x voxel size on every axis.
 
 Both grids share their centre, and the new one covers the field of view of the old one: num_out = ceil(num_in * r_in / r_out).
 So new voxel j is centred at old index x_j = (j - (num_out - 1) / 2) * step + (num_in - 1) / 2, with step = r_out / r_in, and x_j

@@ -1,25 +1,37 @@
-"""Files that others wrote: regular ones alone, gzip by its first bytes, PNG and TIFF; no more is read than is asked for."""
+"""Files that others wrote: regular ones alone, gzip by its first bytes, PNG and TIFF; no more is read than is asked for.
+
+Their digests are remembered beside the stores: a file that has not changed is not read again to know that. It is taken as unchanged
+if size, inode, time of modification and time of change (which no tool can set back) are those that it had when it was read. One
+that was changed less than `SETTLED_NS` before it was read is not remembered: it could change again without a later time, as clocks
+of filesystems tick up to every 2 s (FAT).
+"""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
+import os
 import re
 import stat
 import struct
+import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PositiveFloat
 
 from softseg_dist.data.geometry import Shape3
 from softseg_dist.errors import UserError, in_words
+from softseg_dist.frozen import sealed, unsealed
+from softseg_dist.places import Place
 
 MAX_VOXELS = 2**31  # 1290^3: far beyond any scan, and 8 GiB as float32
 CHUNK = 2**24  # bytes inflated at a time
@@ -30,6 +42,7 @@ POINTERS = {  # files that stand for others: what they contain -> what they are 
     b"/annex/objects/": "a pointer of git-annex; fetch the file itself with git annex get, or datalad get",
 }
 PICTURES = (".png", ".tif", ".tiff")
+Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # of pictures
 COLOURS = {"RGB": 3, "RGBA": 3} | dict.fromkeys(("1", "L", "LA", "I;16", "I;16B", "I", "F"), 1)  # of Pillow's modes
 NO_SIZE = (1, 72, 96)  # dots per inch: Pillow's for files that say none, and what programs write that know none
 ORIENTATION, SAMPLES, SIGNED = 274, 277, 339  # tags of TIFF 6.0
@@ -158,3 +171,62 @@ def part_of(path: Path) -> tuple[Path, int | None]:
 def nfc(text: str) -> str:
     """The text with its accents composed: file systems differ in how they keep names."""
     return unicodedata.normalize("NFC", text)
+
+
+NAME = ".digests"  # in the folder of the stores; may be removed at any time
+SETTLED_NS = 4 * 10**9
+
+Digest = Callable[[Path], str]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits. Raises UserError if it cannot be read."""
+    return _read(path)[1]
+
+
+@contextmanager
+def remembered_sha256(folder: Path, now_ns: Callable[[], int] = time.time_ns) -> Iterator[Digest]:
+    """`sha256_of`, for files that were read before without reading them; several threads may ask at once.
+
+    At the end, what is new is written down; a folder that cannot be written only costs time. `now_ns` is the clock, for tests.
+    """
+    memory = folder / NAME
+    known: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # none yet, or damaged
+        known = unsealed(memory.read_bytes())
+
+    def sha256(path: Path) -> str:
+        key = str(path.absolute())
+        with suppress(OSError):  # reading the file reports the error with its name
+            if key in known and known[key][:-1] == stamp_of(path.stat()):
+                return str(known[key][-1])
+        read_ns = now_ns()
+        stamp, digest = _read(path)
+        if stamp is not None and max(stamp[1:3]) < read_ns - SETTLED_NS:
+            new[key] = [*stamp, digest]
+        return digest
+
+    try:
+        yield sha256
+    finally:
+        if new:
+            with suppress(OSError):
+                Place.at(memory).write(sealed(known | new).encode())
+
+
+def _read(path: Path) -> tuple[list[int] | None, str]:
+    """Stamp and digest of a file; no stamp if it changed while it was read."""
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            before = stamp_of(os.fstat(file.fileno()))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return before if stamp_of(os.fstat(file.fileno())) == before else None, digest
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def stamp_of(stat: os.stat_result) -> list[int]:
+    """Size, times and inode: a file is taken as unchanged while they are."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

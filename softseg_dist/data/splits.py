@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from softseg_dist.errors import UserError
-from softseg_dist.frozen import Frozen
+from softseg_dist.frozen import Frozen, grouped
 from softseg_dist.sealed import ITEMS
 from softseg_dist.words import listed
 
@@ -63,8 +63,7 @@ class Splits(Frozen, ABC):
     def make(self, subjects: Mapping[str, str], seed: int) -> tuple[Split, ...]:
         """The splits of `subjects` (person -> site, "" where unknown).
 
-        They depend on the people, their sites and `seed` only, not on the order of the mapping. Raises UserError if
-        there are too few people.
+        They depend on the people, their sites and `seed` only, not on their order. Raises UserError if these are too few.
         """
 
     def of_cases(self, subjects: Mapping[str, str], cases: Mapping[str, str], seed: int) -> tuple[Split, ...]:
@@ -280,9 +279,7 @@ def _given(one: Any, place: str) -> GivenSplit:
 
 def _parts_of(split: GivenSplit, cases: Mapping[str, str], place: str) -> dict[str, str]:
     """The part of each person. See `GivenSplits.of_cases` for what is refused."""
-    of_person: dict[str, list[str]] = defaultdict(list)
-    for case, person in cases.items():
-        of_person[person].append(case)
+    of_person = grouped((person, case) for case, person in cases.items())
     part_of: dict[str, str] = {}  # of a case
     for part in PARTS:
         for name in getattr(split, part):
@@ -313,14 +310,8 @@ def _spread(subjects: Mapping[str, str], key: str) -> list[str]:
 
     The k-th of a site's m people, in random order, stands at (k + u) / m, with one random u per site.
     """
-    by_site: dict[str, list[str]] = defaultdict(list)
-    for subject in sorted(subjects, key=lambda s: (_uniform(key, "subject", s), s)):
-        by_site[subjects[subject]].append(subject)
-    place = {
-        subject: (k + _uniform(key, "site", site)) / len(people)
-        for site, people in by_site.items()
-        for k, subject in enumerate(people)
-    }
+    by_site = grouped((subjects[s], s) for s in sorted(subjects, key=lambda s: (_uniform(key, "subject", s), s)))
+    place = {s: (k + _uniform(key, "site", site)) / len(people) for site, people in by_site.items() for k, s in enumerate(people)}
     return sorted(place, key=lambda s: (place[s], s))
 
 

@@ -4,6 +4,8 @@ The file has one record batch per case and one row per item. Each column holds t
 (`nearest`: uint8), so any Arrow reader can open it. Column `own` has the raters' own masks, packed, in the first row of a case.
 What belongs to a case (names, shapes, placement) is JSON in the metadata of its batch; what belongs to the file is JSON in the
 metadata of the schema. Arrow writes batches one after the other, so a file that was cut off is read up to the cut.
+
+Of a store on another file system each machine fetches a copy into its cache, once, and checks it.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ from numpy.typing import NDArray
 
 from softseg_dist.data.cases import Case, DataSet, check_apart
 from softseg_dist.data.drafts import Draft, leftovers, new_draft, parts_of, remove_draft
-from softseg_dist.data.file_digests import Digest, remembered_sha256, sha256_of, stamp_of
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.processes import num_processors, over_processes
+from softseg_dist.data.source_files import Digest, remembered_sha256, sha256_of, stamp_of
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import canonical_json, digest, sealed, unsealed
+from softseg_dist.locks import hold
 from softseg_dist.places import Place, cache_folder, sweep_partials
-from softseg_dist.sealed import BLANK, FIELD, Damaged, is_intact
+from softseg_dist.sealed import AGAIN, BLANK, FIELD, Damaged, is_intact
 
 log = logging.getLogger(__name__)
 KEY = b"softseg"
@@ -216,10 +219,9 @@ def build_store(
         folder.mkdir(parents=True, exist_ok=True)
         sweep_partials(folder)
         with new_draft(path) as draft, leftovers(folder) as left:
-            parts = [
-                Part(case, digest(canonical_json(origin), 32), preprocess, about, draft.part(number))
-                for number, (case, origin) in enumerate(zip(cases, origins, strict=True))
-            ]
+            identities = (digest(canonical_json(origin), 32) for origin in origins)
+            made_of = enumerate(zip(cases, identities, strict=True))
+            parts = [Part(case, identity, preprocess, about, draft.part(number)) for number, (case, identity) in made_of]
             usable = [each for each in left if not each.stat().st_size or _is_compatible(each, about)]  # an empty one is litter
             _build(draft, path, parts, usable, spread, progress)
     except BrokenPipeError:  # who listened to `progress` has gone
@@ -232,7 +234,9 @@ def build_store(
 def prepare_part(part: Part) -> Path:
     """Prepare one case into a file of its own; returns where that is. Raises UserError if it has changed since then."""
     record = record_of(part.preprocess.apply(part.case), part.identity)
-    if digest(canonical_json(_origin(part.case, part.preprocess, sha256_of)), 32) != part.identity:
+    with remembered_sha256(part.path.parent) as sha256:  # a file that has not changed is not read for that
+        origin = _origin(part.case, part.preprocess, sha256)
+    if digest(canonical_json(origin), 32) != part.identity:
         raise UserError(f"{part.case.name}: a file of it has changed since this began; run again when its files stay as they are")
     with part.path.open("wb") as file:
         write_records(file, part.about, [record])
@@ -298,10 +302,7 @@ class Store:
         return store
 
     def sample(self, index: int) -> Sample:
-        """Case `index`, as read-only views of the file: a page is loaded when it is touched.
-
-        Raises UserError if the file is damaged there.
-        """
+        """Case `index`, as read-only views of the file, loaded when touched. Raises UserError if the file is damaged there."""
         if index not in self._samples:  # the views are checked once: training asks for a case again and again
             try:
                 self._samples[index] = self._records[index].sample()
@@ -359,10 +360,7 @@ class Store:
 
 
 def check_store(path: Path) -> Path:
-    """The path of a store that is as it was written: read once per start of this machine, and again when the file has changed.
-
-    Raises Damaged if it is not.
-    """
+    """The path of a store as it was written: read once per start of the machine, and when changed. Raises Damaged if it is not."""
     started = Path("/proc/sys/kernel/random/boot_id")
     seen = f"{stamp_of(path.stat())} {started.read_text() if started.exists() else ''}"
     note = cache_folder() / "checked" / digest(f"{path.resolve()} {platform.node()}", 24)
@@ -410,13 +408,8 @@ def _build(
     """Write the store `path` by way of `draft`. The leftovers `left` are used, and removed if they will not be needed again."""
     about, found = parts[0].about, {part.identity for part in parts}
     files = [*path.parent.glob("*.arrow"), *left, *(file for each in left for file in parts_of(each))]
-    known = {
-        record.about["identity"]: record
-        for file in files
-        if _is_compatible(file, about)
-        for record in read_records(file)[1]
-        if record.about["identity"] in found
-    }
+    records = (record for file in files if _is_compatible(file, about) for record in read_records(file)[1])
+    known = {record.about["identity"]: record for record in records if record.about["identity"] in found}
     try:
         with closing(spread(prepare_part, [part for part in parts if part.identity not in known])) as prepared:
             write_records(draft.file, about, _records(parts, known, prepared, progress))
@@ -458,3 +451,52 @@ def _records(
         part.path.unlink(missing_ok=True)
         if progress is not None:
             progress(done, len(parts), part.case.name)
+
+
+def local_store(where: str | Path) -> Path:
+    """The file of a store on this machine, checked: `where` itself, or its copy in the cache, fetched by one process.
+
+    A copy that is damaged is fetched again, once. Raises Damaged if it is damaged still, UserError if there is no remote one.
+    """
+    place = Place.at(where)
+    if place.path is not None:
+        return check_store(place.path) if place.path.is_file() else place.path
+    path = cached_path(place)
+    with hold(path.with_suffix(".lock"), wait=True):
+        for _ in range(2):
+            try:
+                if not path.exists():
+                    sweep_partials(path.parent)
+                    place.pull(path)
+                return check_store(path)
+            except FileNotFoundError:
+                raise UserError(f"there is no store {place}; run `softseg prepare` first") from None
+            except UserError as error:
+                path.unlink()
+                damage = error
+        raise Damaged(place, AGAIN) from damage
+
+
+def shared_store(
+    folder: str | Path, cases: tuple[Case, ...], data: DataSet, preprocess: Preprocess, progress: ProgressCallback | None = None
+) -> str:
+    """Where the store of these cases is in `folder`, a path or URI; it is built on this machine if it is not there yet."""
+    place = Place.at(folder)
+    if place.path is not None:  # absolute: workers have their own working directories
+        return str(build_store(place.path, cases, data, preprocess, progress))
+    here = cached_path(place).parent
+    with remembered_sha256(here) as sha256:
+        place /= f"{fingerprint(cases, data, preprocess, sha256)}.arrow"
+    if place.is_file():
+        try:
+            local_store(place.uri)
+            return str(place)
+        except Damaged as damage:
+            log.warning("%s; it is prepared again now", damage)
+    place.push(build_store(here, cases, data, preprocess, progress))
+    return str(place)
+
+
+def cached_path(place: Place) -> Path:
+    """Where the cache keeps a remote store. Its name says what it was made from, so it is the same from every folder."""
+    return cache_folder() / "stores" / place.uri.partition("?")[0].rpartition("/")[2]

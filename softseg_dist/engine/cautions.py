@@ -23,15 +23,17 @@ from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import grouped
 from softseg_dist.numerics.activations import Softmax
 from softseg_dist.numerics.augmentation import apply, draw_all
-from softseg_dist.numerics.labels import LabelMode, prepare_target
+from softseg_dist.numerics.labels import LabelMode
 from softseg_dist.numerics.sampling import TTA
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Flip
 from softseg_dist.numerics.transforms import Frame
 from softseg_dist.search.optuna_study import sample_proposals
 from softseg_dist.study import Recipe, Study
+from softseg_dist.training.batches import case_target
 from softseg_dist.words import count, listed, percent
 
 FIRST = 8  # cases that `plan` looks at: it answers soon, whatever the size of the data set
@@ -60,10 +62,7 @@ class _Facts:
 
 
 class Inspection:
-    """One pass over the cases of a study: `look` at each of them, then ask for the `cautions`.
-
-    Raises UserError if `propose` of the study's search does.
-    """
+    """One pass over the cases of a study: `look` at each, then ask for the `cautions`. Raises UserError if `propose` does."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.classes = study, study.data.classes
@@ -93,9 +92,8 @@ class Inspection:
     def cautions(self, splits: Sequence[Split] | None) -> list[Problem]:
         """A line for each caution, of level "error" if a run is to be refused; `splits` is None if not all cases were looked at."""
         of_cases = self._targets(), self._softness(), self._volumes(), self._sides(), self._overlaps(), self._twins()
-        found = chain(
-            self._raters(), self._sessions(), *of_cases, self._own_masks(), () if splits is None else self._classes(splits)
-        )
+        of_splits = () if splits is None else self._classes(splits)
+        found = chain(self._raters(), self._sessions(), *of_cases, self._own_masks(), of_splits)
         return [Problem("", "error" if rule in REFUSED else "warning", rule, text) for rule, text in found]
 
     def _same_targets(self, sample: Sample, pair: tuple[str, str], same: dict[str, bool]) -> bool:
@@ -111,11 +109,9 @@ class Inspection:
         return same[key]
 
     def _sessions(self) -> Cautions:
-        of_person: dict[str, set[str]] = defaultdict(set)
-        for facts in self._facts:
-            if match := re.match(SESSIONS, facts.subject):
-                of_person[match[1]].add(facts.subject)
-        if mixed := [sorted(subjects) for _, subjects in sorted(of_person.items()) if len(subjects) > 1]:
+        subjects = sorted({facts.subject for facts in self._facts})
+        of_person = grouped((match[1], subject) for subject in subjects if (match := re.match(SESSIONS, subject)))
+        if mixed := [sessions for _, sessions in sorted(of_person.items()) if len(sessions) > 1]:
             what = f"{listed(mixed[0])} may be sessions of one person ({count(len(mixed), 'such person')})"
             yield "sessions apart", f'{what}, whom splits would not keep together; person=r"{SESSIONS}" of the data set does.'
 
@@ -143,12 +139,10 @@ class Inspection:
                 yield "binary targets", f"{what} {count(len(shares), 'labelled case')}: {share}; {remedy}"
 
     def _volumes(self) -> Cautions:
-        changed = [
-            (abs(new / old - 1), facts.name, name, old, new)
-            for facts in self._facts
-            for name, (old, new) in zip(self.classes, facts.volumes_mm3, strict=True)
-            if old and abs(new / old - 1) > CHANGED
-        ]
+        found = ((facts.name, zip(self.classes, facts.volumes_mm3, strict=True)) for facts in self._facts)
+        labelled = ((case, name, old, new) for case, classes in found for name, (old, new) in classes if old)
+        moved = ((abs(new / old - 1), case, name, old, new) for case, name, old, new in labelled)
+        changed = [each for each in moved if each[0] > CHANGED]
         if cases := list(dict.fromkeys(case for _, case, *_ in sorted(changed, reverse=True))):
             _, case, name, old, new = max(changed)
             of = f"{len(cases)} of {count(len(self._facts), 'case')} ({listed(cases)})"
@@ -189,9 +183,7 @@ class Inspection:
             yield "classes overlap", f"{what}: Softmax cannot predict that ({listed(self.softmax)}); use Sigmoid."
 
     def _twins(self) -> Cautions:
-        same: dict[str, list[str]] = defaultdict(list)
-        for facts in self._facts:
-            same[facts.image].append(facts.name)
+        same = grouped((facts.image, facts.name) for facts in self._facts)
         if twins := [" = ".join(names) for names in same.values() if len(names) > 1]:
             yield "equal images", f"Cases have equal images under several names: {listed(twins)}; keep one, or they count twice."
 
@@ -230,10 +222,7 @@ def _has_rater(sample: Sample, fusion: str) -> bool:
 
 def _target(sample: Sample, label: LabelMode, fusion: str, draw: int = 0) -> Tensor:
     """The targets [N K *S] of a case before augmentation and rounding."""
-    raters = torch.from_numpy(np.array(sample.raters)).movedim(0, 2)  # [R K N *S]
-    nearest = None if sample.nearest is None else torch.from_numpy(np.array(sample.nearest)).movedim(0, 2)
-    seed = seed_of("cautions", sample.name, draw)
-    return prepare_target(raters, nearest, label, fusion, sample.rater_names, seed).movedim(1, 0).nan_to_num()
+    return case_target(sample, label, fusion, seed_of("cautions", sample.name, draw)).nan_to_num()
 
 
 def _trained(sample: Sample, recipe: Recipe, item: int | None, draw: int) -> Tensor:

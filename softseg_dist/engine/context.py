@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from softseg_dist.data.splits import Split
-from softseg_dist.data.store import Store
-from softseg_dist.data.store_cache import local_store, shared_store
+from softseg_dist.data.store import Store, local_store, shared_store
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.worker import Fit
 from softseg_dist.errors import UserError

@@ -9,7 +9,6 @@ ensemble, is a fair prediction of it; their spread is what the choice of trainin
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.session import Outcome
+from softseg_dist.frozen import grouped
 from softseg_dist.judging.judge import Measurement, Yardstick
 from softseg_dist.judging.results import Head, Row, merge_tables, write_rows
 from softseg_dist.record.ledger import HoldoutRecord, Opening
@@ -58,9 +58,8 @@ def open_holdout(context: RunContext, winner: str, outcome: Outcome) -> None:
     for result in todo:
         _measure(context, result, record.subjects)
     tables = {holdout_path(context.fit_folder(result)): _seal_of(context, result) for _, result in sorted(results.items())}
-    merge_tables(
-        [path for path, key in tables.items() if is_intact(path, key)], copy.folder / HOLDOUT, context.ledger.seal_of(HOLDOUT)
-    )
+    intact = [path for path, key in tables.items() if is_intact(path, key)]
+    merge_tables(intact, copy.folder / HOLDOUT, context.ledger.seal_of(HOLDOUT))
     copy.push(HOLDOUT)
     copy.pull("holdout.json")
 
@@ -102,16 +101,10 @@ def measure_ensembles(context: RunContext, winner: str, outcome: Outcome) -> Non
     if not context.study.uncertainty or outcome.interrupted or outcome.unfinished:
         return
     names, copy, tested = _names(context, winner), context.copy, {split.index: split.test for split in context.splits}
-    members = defaultdict[tuple[str, str], list[Path]](list)  # the weights of all that have tested a subject
-    for fit in _fits(context, names):
-        for subject in tested[fit.split]:
-            members[fit.candidate, subject].append(context.weights_of(fit))
-    cases = {
-        (name, case.name): weights
-        for name in names
-        for case in context.prepared.store.cases
-        if len(weights := members[name, case.subject]) > 1
-    }
+    weighted = [(fit, context.weights_of(fit)) for fit in _fits(context, names)]
+    members = grouped(((fit.candidate, subject), weights) for fit, weights in weighted for subject in tested[fit.split])
+    tried = [(name, case.name, members[name, case.subject]) for name in names for case in context.prepared.store.cases]
+    cases = {(name, case): weights for name, case, weights in tried if len(weights) > 1}
     if not cases:
         context.progress.note("no two fits test one subject, so no ensemble is measured; more MonteCarlo splits or repeats help")
         return

@@ -31,10 +31,7 @@ def progress_for(stream: TextIO, *, as_json: bool = False, live: bool = True) ->
 
 
 class Progress:
-    """Receives the events of a search and counts fits; a subclass shows them on `stream`, this one nothing.
-
-    `total` and `done` count fits; a fit's `key` is `candidate/split`.
-    """
+    """Gets the events of a search and counts fits; subclasses show them on `stream`, this one nothing. `key`: `candidate/split`."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         self._stream = stream

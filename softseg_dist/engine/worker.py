@@ -1,8 +1,7 @@
 """What the process of a fit does: it loads the study file, runs the fit under its time limit, and says how it ended.
 
 A fit that overruns its limit ends the process and leaves the stacks of all threads. The interpreter watches without its lock, so
-that a fit that hangs in native code ends, too. It has one timer per process, which is set to the next limit of all fits that run
-in its threads.
+that a fit that hangs in native code ends, too. Its only timer is set to the next limit of all fits that run in its threads.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.store import local_store
 from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
@@ -70,10 +69,7 @@ Report = Callable[[dict[str, str]], None]
 
 
 class LostJob(Exception):
-    """A job that has no answer, as a worker died or raised; the text gives the cause, if it is known.
-
-    `blameless`: the job is not the cause, as a machine of the cluster was lost.
-    """
+    """A job without an answer, as a worker died or raised, and why if known; `blameless` if the loss of a machine is the cause."""
 
     def __init__(self, reason: str, blameless: bool = False) -> None:
         super().__init__(reason)
@@ -125,10 +121,7 @@ def message_of(task: FitTask, stop_file: Place) -> dict[str, str]:
 
 
 def run_fit(fit: Fit, sources: Sources | None, message: Mapping[str, Any], worker: Worker, report: Report) -> dict[str, str]:
-    """Run the fit of a `message_of`; returns the answer of its `Ending`. Each of several workers calls this.
-
-    The task's JSON may name classes of the study's `sources`.
-    """
+    """Run the fit of a `message_of`, with classes of `sources`; returns the answer of its `Ending`. Each worker calls this."""
     if sources is not None:
         load_sources(sources)
     task = FitTask.model_validate(json.loads(message["task"]))

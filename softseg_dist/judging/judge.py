@@ -2,8 +2,7 @@
 
 Fits, held-out subjects, ensembles and the predictions of other programs are all judged here. No reference is resampled.
 
-Legend: N items (slices in 2D, 1 in 3D; 1 for a whole case), R raters, K classes, *S axes of an item, X Y Z canonical (RAS+) voxels
-of the file.
+Legend: N items (slices in 2D, 1 in 3D; 1 for a whole case), R raters, K classes, *S axes of an item, X Y Z canonical voxels (RAS+).
 """
 
 from __future__ import annotations
@@ -18,25 +17,9 @@ import numpy.typing as npt
 
 from softseg_dist.data.geometry import Float32
 from softseg_dist.data.own_masks import OwnMasks
-from softseg_dist.judging.recalibration import Recalibration, recalibrated
-from softseg_dist.judging.thresholds import CURVE
-from softseg_dist.numerics.metrics import (
-    FORMULAS,
-    NUM_BINS,
-    RECALIBRATED,
-    Map,
-    Metric,
-    Pair,
-    PerClass,
-    Scale,
-    bounding_box,
-    confusion,
-    hard_scores,
-    mask_volume_error,
-    measured,
-    reach_of,
-    soft_metrics,
-)
+from softseg_dist.judging.thresholds import CURVE, Recalibration, recalibrated
+from softseg_dist.numerics import metrics as formulas
+from softseg_dist.numerics.metrics import FORMULAS, NUM_BINS, RECALIBRATED, Map, Metric, Pair, PerClass, Scale, bounding_box
 from softseg_dist.numerics.raters import ged2, pairwise_dice, volume_crps
 from softseg_dist.numerics.structures import components, lesion_metrics, surface_metrics
 
@@ -125,11 +108,8 @@ def case_rows(
     rows: list[Measurement] = []
     for name, pair in pairs.items():
         lines = list(_overlap(pair, yardstick, chosen, against_mean=name == "mean"))
-        rows += [
-            Measurement(of, name, tau, metric, float(values[k]))
-            for k, of in enumerate(yardstick.classes)
-            for tau, metric, values in lines
-        ]
+        for k, of in enumerate(yardstick.classes):
+            rows += [Measurement(of, name, tau, metric, float(values[k])) for tau, metric, values in lines]
     raters = [reference for name, reference in references.items() if name not in NOT_RATERS] or [references["mean"]]
     mean = references["mean"]
     empty = FORMULAS["brier_skill"](Pair(np.broadcast_to(np.float32(0), mean.shape), mean, scale))
@@ -140,10 +120,8 @@ def case_rows(
             found += [("mean", b / NUM_BINS, f"reliability_{of_bins}", float(value)) for b, value in enumerate(values)]
         volumes = np.array([rater[:, k].sum(dtype=np.float64) for rater in raters])
         masks = np.stack([rater[0, k] >= 0.5 for rater in raters])
-        found += [
-            ("raters", None, "volume_crps_mm3", scale.voxel_mm3 * volume_crps(p, volumes)),
-            ("raters", None, "ged2", ged2(p, masks)),
-        ]
+        found.append(("raters", None, "volume_crps_mm3", scale.voxel_mm3 * volume_crps(p, volumes)))
+        found.append(("raters", None, "ged2", ged2(p, masks)))
         if len(raters) > 1:
             found += [("raters", None, "inter_rater_dice", pairwise_dice(masks))]
         rows += [Measurement(class_name, *line) for line in found]
@@ -168,13 +146,14 @@ def _overlap(
     pair: Pair, yardstick: Yardstick, chosen: Sequence[float], *, against_mean: bool
 ) -> Iterator[tuple[float | None, str, PerClass]]:
     """Soft metrics, overlap and volume at the chosen thresholds, each with a value [K]; at those of `CURVE` the Dice."""
-    for metric, values in soft_metrics(pair, against_mean=against_mean).items():
+    for metric, values in formulas.soft_metrics(pair, against_mean=against_mean).items():
         yield None, metric, values
     for own in yardstick.metrics:
-        yield None, own.row.name, measured(own, *pair.maps, pair.scale)
+        yield None, own.row.name, formulas.measured(own, *pair.maps, pair.scale)
     if taus := [*chosen, *(tau for tau in CURVE if against_mean and tau not in chosen)]:
-        counts = confusion(*pair.maps, taus, pair.voxels)
-        for metric, scores in (hard_scores(counts) | {"mask_volume_error": mask_volume_error(counts, pair.true)}).items():
+        counts = formulas.confusion(*pair.maps, taus, pair.voxels)
+        volume_error = {"mask_volume_error": formulas.mask_volume_error(counts, pair.true)}
+        for metric, scores in (formulas.hard_scores(counts) | volume_error).items():
             yield from ((tau, metric, scores[:, t]) for t, tau in enumerate(taus if metric == "dice" else chosen))
 
 
@@ -261,5 +240,5 @@ def _region(maps: Float32, own: OwnMasks) -> Region:
     found[tuple(slice(*edges) for edges in own.box)] = True
     for soft_map in maps:
         found |= soft_map > 0
-    parts = zip(bounding_box(found), reach_of(own.geometry.spacing_mm), shape, strict=True)
+    parts = zip(bounding_box(found), formulas.reach_of(own.geometry.spacing_mm), shape, strict=True)
     return tuple(slice(max(0, part.start - reach), min(n, part.stop + reach)) for part, reach, n in parts)

@@ -110,9 +110,8 @@ class Spread:
     @property
     def samples_iou(self) -> PerClass:
         """Voxels in every sample over voxels in any sample, per class [K]; NaN if all are empty."""
-        everywhere, anywhere = (
-            np.bitwise_count(of.reduce(self.masks, axis=0)).sum(axis=1, dtype=np.float64) for of in (np.bitwise_and, np.bitwise_or)
-        )
+        bits = (np.bitwise_count(of.reduce(self.masks, axis=0)) for of in (np.bitwise_and, np.bitwise_or))
+        everywhere, anywhere = (voxels.sum(axis=1, dtype=np.float64) for voxels in bits)
         return self._of_several(ratio(everywhere, anywhere))
 
     def ged2(self, raters: Map) -> PerClass:

@@ -20,17 +20,7 @@ from torch import Tensor
 from softseg_dist.numerics.labels import LabelMode, harden
 from softseg_dist.numerics.seeds import seed_of
 from softseg_dist.numerics.spatial import Flip
-from softseg_dist.numerics.transforms import (
-    AffineMap,
-    Augmentation,
-    Fields,
-    Frame,
-    Intensity,
-    Invertible,
-    Pairing,
-    Spatial,
-    per_sample,
-)
+from softseg_dist.numerics.transforms import AffineMap, Augmentation, Frame, Intensity, Invertible, Pairing, Spatial, per_sample
 
 
 class Mixup(Pairing):
@@ -44,7 +34,7 @@ class Mixup(Pairing):
     """
 
     short: ClassVar[str] = "mixup"
-    inert: ClassVar[Fields] = {"alpha": 0}
+    inert = {"alpha": 0}
     alpha: NonNegativeFloat = 0.2
 
     def draw(self, generator: torch.Generator, frame: Frame) -> Tensor:

@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 WEYL = 0x9E3779B9  # 2^32 divided by the golden ratio: its multiples are far apart
 WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+COUNTED = (nn.Dropout, *WHOLE_CHANNELS)
 DROPOUTS = (nn.Dropout, *WHOLE_CHANNELS, nn.AlphaDropout, nn.FeatureAlphaDropout)  # all layers of torch that draw
 
 
 def count_dropout(module: nn.Module, seed: Tensor) -> int:
     """Replace all dropout inside `module`, but alpha dropout, by layers that drop by `seed`, int32 [1]; returns how many."""
-    found = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and child.p > 0
-    ]
+    layers = ((parent, name, child) for parent in module.modules() for name, child in parent.named_children())
+    found = [(parent, name, child) for parent, name, child in layers if isinstance(child, COUNTED) and child.p > 0]
     for number, (parent, name, child) in enumerate(found):
         setattr(parent, name, CountedDropout(child, number, seed))
     return len(found)
@@ -49,8 +46,7 @@ class CountedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Drop of `x` [B C *S]."""
         if not self.training:
-            unchanged: Tensor = self.dropout(x)
-            return unchanged
+            return self.dropout(x)
         if self.first_kept is None:
             return x * 0
         return x.masked_fill(self._numbers(x) < self.first_kept, 0) * (1 / (1 - self.dropout.p))

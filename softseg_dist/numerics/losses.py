@@ -405,8 +405,7 @@ class GeneralizedDice(Loss):
     0 for a perfect prediction of a hard target, and when all is empty; 1 at no overlap (nearly, if s > 0).
     Mis-specified on soft targets, like `Dice`. `smooth` is s, in voxels of the smallest class.
 
-    Source: Sudre et al., DLMIA 2017 (doi 10.1007/978-3-319-67558-9_28), w_k = 1 / V_k^2: the same ratio for s = 0. There is
-    no background class here.
+    Source: Sudre et al., DLMIA 2017 (doi 10.1007/978-3-319-67558-9_28), w_k = 1 / V_k^2: equal for s = 0, without a background.
 
     >>> GeneralizedDice(smooth=0)(torch.tensor([[[1.0, 0, 0], [0, 1, 0]]]), torch.tensor([[[1.0, 0, 0], [0, 1, 1]]]))
     tensor(0.0909)

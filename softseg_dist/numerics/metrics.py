@@ -93,6 +93,11 @@ class Row:
         return 1 if self.higher_is_better else -1
 
     @property
+    def full_title(self) -> str:
+        """The title, and `(lower is better)` where that is so."""
+        return self.title if self.sign > 0 else f"{self.title} (lower is better)"
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the largest value that it can have, as far as the table tells: none is better than a perfect one."""
         if self.higher_is_better is None or math.isnan(self.best):
@@ -469,7 +474,7 @@ _ROWS = (
 )
 # fmt: on
 TABLE = {row.name: row for row in _ROWS}
-RECALIBRATED = ("brier_skill", "ece", "ece_max")  # measured again of q = sigmoid(a logit(p) + b), see `judging.recalibration`
+RECALIBRATED = ("brier_skill", "ece", "ece_max")  # measured again of q = sigmoid(a logit(p) + b), see `judging.thresholds`
 for _row in [TABLE[name] for name in RECALIBRATED]:
     _meaning = f"`{_row.name}` of sigmoid(a logit(p) + b), a and b from validation; of fits alone, on test"
     _again = replace(_row, name=f"{_row.name}_recalibrated", title=f"{_row.title}, recalibrated", meaning=_meaning)

@@ -121,5 +121,4 @@ class _UpsampleAndConcatenate(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.upsample(x)
         missing = [n for axis in reversed(range(2, x.ndim)) for n in (0, skip.shape[axis] - x.shape[axis])]
-        y: Tensor = self.convs(torch.cat([skip, pad(x, missing, "replicate") if any(missing) else x], dim=1))
-        return y
+        return self.convs(torch.cat([skip, pad(x, missing, "replicate") if any(missing) else x], dim=1))

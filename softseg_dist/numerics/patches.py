@@ -118,16 +118,12 @@ class Patch(Frozen):
         return maps[inside].contiguous()
 
     def stitch(self, network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        """The logits [N L *S] of items [N C *S], none smaller than a patch, by a `network` that gets batches of patches of about
-        `VOXELS_AT_ONCE` voxels."""
+        """Logits [N L *S] of items [N C *S], none smaller than a patch; `network` gets about `VOXELS_AT_ONCE` voxels at a time."""
         # Importing monai takes seconds, which a study file that only names a patch need not wait for.
         from monai.inferers.utils import sliding_window_inference
 
         at_once = max(1, VOXELS_AT_ONCE // math.prod(self.size))
-        logits: Tensor = sliding_window_inference(
-            image, self.size, at_once, network, self.overlap, mode="gaussian", sigma_scale=1 / 8
-        )
-        return logits
+        return sliding_window_inference(image, self.size, at_once, network, self.overlap, mode="gaussian", sigma_scale=1 / 8)
 
 
 def filled_up(image: Tensor, size: Sequence[int]) -> tuple[Tensor, Index]:

@@ -72,8 +72,7 @@ class Affine(AffineMap):
 class Flip(AffineMap):
     """Mirrors each of `axes` with probability `p`, independently; bit-exact where no other transform moves the sample.
 
-    Axis 0, left to right, is the one along which anatomy is nearly symmetric. In slices across x, which have no such axis, 0 is
-    posterior to anterior.
+    Along axis 0, left to right, anatomy is nearly symmetric. Slices across x have no such axis: there 0 is posterior to anterior.
     """
 
     short: ClassVar[str] = "flip"

@@ -25,8 +25,8 @@ AWAKE_S = 0.05  # a sum that takes longer is waited for asleep
 class GlooSyncBatchNorm(nn.Module):
     """Takes over parameters, buffers and their names from `layer`, one of `BATCH_NORMS`.
 
-    In training, mean and variance [C] are those of all workers' items: every worker of `group` must call the layer. In evaluation
-    the layer is what `layer` is.
+    In training, mean and variance [C] are those of all workers' items: every worker of `group` must call the layer.
+    In evaluation the layer is what `layer` is.
     """
 
     running_mean: Tensor | None

@@ -200,7 +200,4 @@ class Pairing(Augmentation):
 
     @abstractmethod
     def mix(self, maps: Tensor, partners: Tensor, parameters: Tensor) -> Tensor:
-        """`maps` (images [B C *S] or targets [B K *S]) joined with those of the `partners`, of the same shape.
-
-        `parameters` [B ...] are stacked draws on the device of `maps`.
-        """
+        """`maps` (images [B C *S] or targets [B K *S]) joined with those of `partners`; `parameters` [B ...] are stacked draws."""

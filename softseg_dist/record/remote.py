@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from softseg_dist.data.file_digests import stamp_of
+from softseg_dist.data.source_files import stamp_of
 from softseg_dist.locks import hold, holder
 from softseg_dist.places import Place, working_folder
 from softseg_dist.training.task import FitTask
@@ -82,25 +82,20 @@ COPIERS = 8  # files that are copied at a time
 
 
 class WorkingCopy:
-    """`folder` holds the pulled files. In both directions the newer file wins, so a driver can continue on another machine.
-
-    Nothing is copied if the run folder is on this machine.
-    """
+    """A run folder and its copy `folder`: the newer file wins, so another driver can go on. A local one is not copied."""
 
     def __init__(self, run: str | Path) -> None:
         self.place = Place.at(run)
         self.folder = working_folder(self.place) if "://" in str(run) else Path(run)
 
     def pull(self, *patterns: str) -> None:
-        """Fetch all files whose names match, such as "fits/*/*.json", unless the files here are as new.
-
-        A file of a fit that is not there any more is removed here: its fit runs again.
-        """
+        """Fetch files whose names match, such as "fits/*/*.json", if newer; what a fit has not there any more is removed here."""
         if self.place.path is not None:
             return
         there = self.place.walk()
         matching = [name for name in there if any(PurePosixPath(name).match(pattern) for pattern in patterns)]
-        newer = [name for name in matching if _modified_s(self.folder / name) < there[name]]
+        here = {name: path.stat().st_mtime for name in matching if (path := self.folder / name).exists()}
+        newer = [name for name in matching if here.get(name, 0.0) + 0.001 < there[name]]  # clocks are not exact
         for path in self.folder.glob("fits/**/*"):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in there:
                 path.unlink()
@@ -123,8 +118,3 @@ class WorkingCopy:
             for path in sorted(here.iterdir()) if here.is_dir() else [here]:
                 if path.is_file():
                     (self.place / path.relative_to(self.folder).as_posix()).push(path)
-
-
-def _modified_s(path: Path) -> float:
-    """When a file was written, a millisecond later: clocks are not exact. Long ago if there is none."""
-    return path.stat().st_mtime + 0.001 if path.exists() else 0.0

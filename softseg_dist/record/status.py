@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from softseg_dist.errors import UserError
+from softseg_dist.frozen import grouped
 from softseg_dist.locks import holder
 from softseg_dist.places import Place, working_folder
 from softseg_dist.sealed import AGAIN, RESTORE, Damaged, key_of, read_json
@@ -34,8 +35,7 @@ Json = dict[str, Any]
 class CandidateStatus:
     """One candidate: its fits that ended with a score, those that failed, and the mean score on validation so far.
 
-    `splits` are its fits, one per split and repeat. `left` of them have not ended: none if it was `raced_out`, or has failed and is
-    not one of the study file.
+    `splits` are its fits, one per split and repeat, `left` those to run: none if it was `raced_out`, or failed and was proposed.
     """
 
     name: str
@@ -93,9 +93,8 @@ def status_of(run: str) -> RunStatus:
         running = _running(place, files, ended, study, readers)
     records, objective = {record["name"]: record for record in map(read.get, known) if record}, study["objective"]
     proposed = [name for name, record in records.items() if record["origin"] == "proposed"]
-    results: defaultdict[str, list[Json]] = defaultdict(list)
-    for result in filter(None, map(read.get, sorted(ended))):  # a damaged one runs again
-        results[result["candidate"]].append(result)
+    intact = filter(None, map(read.get, sorted(ended)))  # a damaged one runs again
+    results = grouped((str(result["candidate"]), result) for result in intact)
     tried = sorted((record for record in records.values() if record["origin"] == "tuning"), key=lambda record: record["number"])
     tune_splits = min(len(splits), study["tune_each"]["splits"]) if tried else 0
     num_fits = len(splits) * study.get("repeats", 1)

@@ -42,10 +42,7 @@ class AgainstRaters:
 
 @dataclass(frozen=True)
 class Raters:
-    """All raters. `inter_rater` is their mean Dice in pairs: over `num_subjects` the mean, and as `low` and `high` the quartiles.
-
-    The values are NaN if no case has two raters.
-    """
+    """All raters: `inter_rater`, mean Dice in pairs over `num_subjects`, quartiles `low` and `high`; NaN without two raters."""
 
     names: tuple[str, ...]
     inter_rater: float

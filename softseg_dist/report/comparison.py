@@ -26,7 +26,7 @@ from softseg_dist.report.paired_tests import effect_in_words, primary_test
 from softseg_dist.report.run_folder import RunData
 from softseg_dist.report.scores import ScoreTables, mean_of, soft_rows, soft_scores, undefined
 from softseg_dist.report.tables import plain, summarise
-from softseg_dist.words import SHOWN, count, dimensions, listed, metric_title, number, verdict
+from softseg_dist.words import SHOWN, count, dimensions, listed, number, verdict
 
 # Fields of a data set that say whose images they are; others say what is read of them.
 WHOSE = ("type", "folder", "shape", "seed")
@@ -94,10 +94,7 @@ class Party:
 
 @dataclass(frozen=True)
 class Side:
-    """One candidate in its own run: the mean over all its scores.
-
-    Of `values` (case, class, split) `undefined` are NaN and left out.
-    """
+    """One candidate in its own run: the mean over all its scores. Of `values` (case, class, split) `undefined` are left out."""
 
     candidate: str
     mean: float
@@ -184,11 +181,13 @@ def compare(
     pairs = _named(both, candidates) or _matched(both, pairing, other)
     found = [_contrast(both, pair, pairing, winners) for pair, winners in pairs.items()]
     adjusted = holm([contrast.test.p for contrast in found])
+    studies = [{k: v for k, v in run.study.items() if k not in LEFT_OUT} for run in runs]
+    stores = [{"store": run.run["store_fingerprint"]} for run in runs if run.run.get("store_fingerprint")]
     return RunComparison(
         a=a.party,
         b=b.party,
         metric=objective,
-        study=_study_changes(*runs),
+        study=_changed(*studies) | (_changed(*stores) if len(stores) == 2 else {}),
         versions=_changed(*(run.run.get("versions", {}) for run in runs)) if all(run.run for run in runs) else {},
         pairing=pairing,
         contrasts=tuple(replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)),
@@ -261,9 +260,8 @@ def _matched(both: Both, pairing: RunPairing, left_out: Sequence[str]) -> dict[t
 def _other_trials(a: RunData, b: RunData) -> tuple[str, ...]:
     """A search counts its candidates: equal names mean nothing unless the recipes are equal."""
     of_b = {candidate.name: candidate for candidate in b.candidates}
-    return tuple(
-        c.name for c in a.candidates if (other := of_b.get(c.name)) and (c.proposed or other.proposed) and c.recipe != other.recipe
-    )
+    both = [(candidate, of_b[candidate.name]) for candidate in a.candidates if candidate.name in of_b]
+    return tuple(one.name for one, other in both if (one.proposed or other.proposed) and one.recipe != other.recipe)
 
 
 def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: bool) -> CandidateContrast:
@@ -282,24 +280,14 @@ def _contrast(both: Both, pair: tuple[str, str], pairing: RunPairing, winners: b
     return replace(contrast, paired_by="nothing", test=TTest(contrast.b.mean - contrast.a.mean, note=UNPAIRED))
 
 
-def _study_changes(a: RunData, b: RunData) -> Changed:
-    studies = [{k: v for k, v in run.study.items() if k not in LEFT_OUT} for run in (a, b)]
-    stores = [{"store": run.run["store_fingerprint"]} for run in (a, b) if run.run.get("store_fingerprint")]
-    return _changed(*studies) | (_changed(*stores) if len(stores) == 2 else {})
-
-
 def _changed(a: Any, b: Any) -> Changed:
     return {found.field: (found.old, found.new) for found in differences(a, b)}
 
 
 def comparison_json(comparison: RunComparison) -> dict[str, Any]:
     """The numbers, ready for json.dumps, and the words that belong to them."""
-    return {
-        "answer": answer(comparison),
-        "pairing_in_words": pairing_sentence(comparison),
-        "caveats": list(caveats(comparison)),
-        **plain(comparison),
-    }
+    said = {"answer": answer(comparison), "pairing_in_words": pairing_sentence(comparison), "caveats": list(caveats(comparison))}
+    return said | plain(comparison)
 
 
 def answer(comparison: RunComparison) -> str:
@@ -315,7 +303,7 @@ def answer(comparison: RunComparison) -> str:
     shown = [f"{what} for {listed([title_of(c) for c in of])} ({len(of)} of {len(contrasts)})" for what, of in groups.items() if of]
     if unsure := len(said["not shown"]) - len(equal):
         shown.append(f"no difference was shown for {unsure} of {len(contrasts)}")
-    return f"On {metric_of(comparison)}: {'; '.join(shown)}."
+    return f"On {comparison.metric.full_title}: {'; '.join(shown)}."
 
 
 def pairing_sentence(comparison: RunComparison) -> str:
@@ -348,20 +336,16 @@ def sample(contrast: CandidateContrast) -> str:
     return f"{count(test.num_pairs, 'pair')} of {people}, {count(test.num_splits, 'split')}"
 
 
-def metric_of(compared: RunComparison) -> str:
-    """The metric's title, and whether a lower value is better."""
-    return metric_title(compared.metric.title, compared.metric.sign)
-
-
 def _finding(contrast: CandidateContrast, comparison: RunComparison) -> str:
     test = contrast.test
     a, b = f"{contrast.a.candidate} of A", f"{contrast.b.candidate} of B"
     if _equal(contrast):
-        return f"{b} has the same scores as {a} on {metric_of(comparison)}; {sample(contrast)}."
+        return f"{b} has the same scores as {a} on {comparison.metric.full_title}; {sample(contrast)}."
     if math.isnan(test.p):
-        return f"{b} differs from {a} by {number(test.mean, signed=True)} in {metric_of(comparison)}; not tested: {test.note}."
+        differs = f"{b} differs from {a} by {number(test.mean, signed=True)}"
+        return f"{differs} in {comparison.metric.full_title}; not tested: {test.note}."
     size = effect_in_words(test, contrast.p_holm, "Holm-corrected p")
-    found = f"{b} {SHOWN[_verdict(contrast, comparison)]} {a} on {metric_of(comparison)}"
+    found = f"{b} {SHOWN[_verdict(contrast, comparison)]} {a} on {comparison.metric.full_title}"
     return f"{found} (difference {size}; {sample(contrast)})."
 
 

@@ -23,7 +23,7 @@ from softseg_dist.report.measures import Agreement, ReliabilityTable
 from softseg_dist.report.paired_tests import Comparison, Effect
 from softseg_dist.report.scores import RULES
 from softseg_dist.report.tables import Summary
-from softseg_dist.words import direction, interval, number, p_value, verdict
+from softseg_dist.words import interval, number, p_value, verdict
 
 INK, QUIET, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 BETTER, WORSE, UNSHOWN = "#0072B2", "#D55E00", "#7a7a7a"
@@ -70,10 +70,7 @@ def _written(figure: Figure, kind: str, **options: Any) -> bytes:
 
 @contextmanager
 def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Iterator[Figure]:
-    """An empty figure of `width` x `height` inches in our style.
-
-    Its layout is solved once, when the block ends, and not again for every file that the figure is written to.
-    """
+    """An empty figure of `width` x `height` inches in our style; its layout is solved once, when the block ends."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout=layout)
         yield figure
@@ -109,9 +106,9 @@ def forest_figure(summary: Summary) -> Figure:
             axis.sharex(grid[-1, 0])
             axis.tick_params(axis="x", labelbottom=axis is grid[-1, 0])
             _forest(axis, beside, title, entries, summary.objective.sign)
-        grid[-1, 0].set_xlabel(
-            f"difference in {summary.objective.title} (test, own grid; {direction(summary.objective.sign)}), with 95 % interval"
-        )
+        better = "higher" if summary.objective.sign > 0 else "lower"
+        of = f"{summary.objective.title} (test, own grid; {better} is better)"
+        grid[-1, 0].set_xlabel(f"difference in {of}, with 95 % interval")
     return figure
 
 

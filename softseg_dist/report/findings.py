@@ -15,37 +15,16 @@ from softseg_dist.numerics.statistics import ALL_EQUAL
 from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, Rival, effect_in_words
 from softseg_dist.report.ranking import Standing
 from softseg_dist.report.tables import Summary
-from softseg_dist.words import (
-    ALPHA,
-    SHOWN,
-    capital,
-    count,
-    interval_clause,
-    listed,
-    metric_title,
-    moment,
-    number,
-    p_clause,
-    percent,
-    verdict,
-)
+from softseg_dist.words import ALPHA, SHOWN, capital, count, interval_clause, listed, moment, number, p_clause, percent, verdict
 
 WHERE = "on test, on the files' own grids"
 MOST_QUOTED = 2  # effects that a sentence gives with their numbers: the tables have all
 
 
 def sentences(summary: Summary) -> dict[str, Any]:
-    """All findings by name, as `softseg report --json` writes them; what there is nothing to say of is empty."""
-    return {
-        "not_learned": learned_answer(summary),
-        "scores_answer": scores_answer(summary),
-        "answer": answer(summary),
-        "effects_answer": effects_answer(summary),
-        "interactions_answer": interactions_answer(summary),
-        "group_answer": group_answer(summary),
-        "sites_answer": sites_answer(summary),
-        "holdout_answer": holdout_answer(summary),
-    }
+    """All findings by the names of their functions, as `softseg report --json` writes them; of what there is none is empty."""
+    said = (scores_answer, answer, effects_answer, interactions_answer, group_answer, sites_answer, holdout_answer)
+    return {"not_learned": learned_answer(summary), **{about.__name__: about(summary) for about in said}}
 
 
 def scores_answer(summary: Summary) -> str:
@@ -57,7 +36,7 @@ def scores_answer(summary: Summary) -> str:
     parts = [f"{role}{name} {_score(standings[name], summary)}" for name, role in pair.items()]
     if summary.objective.name == "brier_skill" and math.isfinite(summary.checks.empty_map):
         parts.append(f"a map that is 0 everywhere {number(summary.checks.empty_map)}")
-    return f"{capital(_metric(summary))} {WHERE}: {', '.join(parts)}."
+    return f"{capital(summary.objective.full_title)} {WHERE}: {', '.join(parts)}."
 
 
 def _score(standing: Standing, summary: Summary) -> str:
@@ -89,15 +68,16 @@ def answer(summary: Summary) -> str:
     if all(c.crossed.mean == 0 and c.crossed.note == ALL_EQUAL for c in summary.comparisons):
         named, control = listed([c.candidate for c in summary.comparisons]), "the control " * (summary.reference == summary.control)
         sample = _sample(summary.comparisons[0].crossed)
-        return f"{named} and {control}{summary.reference} have equal scores on {_metric(summary)} ({sample})."
+        return f"{named} and {control}{summary.reference} have equal scores on {summary.objective.full_title} ({sample})."
     if summary.reference != summary.control:
         best = summary.winner
         why = "The study names no control" if summary.control is None else f"The control {summary.control} has no finished fit"
-        score = f"{_metric(summary)} on test {number(best.mean)}, {interval_clause(best.low, best.high)}; {_sample(best)}"
+        mean = f"{number(best.mean)}, {interval_clause(best.low, best.high)}"
+        score = f"{summary.objective.full_title} on test {mean}; {_sample(best)}"
         return f"{why}, so candidates are only ranked: {best.name} ranks highest on {summary.chosen_on} ({score})."
     if why := _untestable(summary):
         first = summary.comparisons[0]
-        size = f"{number(first.crossed.mean, signed=True)} in {_metric(summary)}"
+        size = f"{number(first.crossed.mean, signed=True)} in {summary.objective.full_title}"
         differs = f"{first.candidate} differs from the control {summary.reference} by {size}"
         return f"Nothing could be tested ({why}): {summary.winner.name} ranks highest, and {differs}."
     return _against_control(summary)
@@ -178,7 +158,8 @@ def _against_control(summary: Summary) -> str:
     better = [c for c in summary.comparisons if _verdict(c, summary) == "better"]
     num_worse = sum(_verdict(c, summary) == "worse" for c in summary.comparisons)
     best = (better or summary.comparisons)[0]
-    control, found = f"the control {summary.reference} on {_metric(summary)}", f"{size_of(best)}; {_sample(best.crossed)}"
+    control = f"the control {summary.reference} on {summary.objective.full_title}"
+    found = f"{size_of(best)}; {_sample(best.crossed)}"
     if len(summary.comparisons) == 1:
         return f"{best.candidate} {SHOWN[_verdict(best, summary)]} {control} (difference {found})."
     first, of = f"No candidate was shown to be better than {control}", "the others"
@@ -187,10 +168,6 @@ def _against_control(summary: Summary) -> str:
         first = f"{share} {'are' if len(better) > 1 else 'is'} better than {control}"
     worse = f" {count(num_worse, 'candidate')} {'is' if num_worse == 1 else 'are'} worse than the control." if num_worse else ""
     return f"{first}; the highest ranked of {of} is {best.candidate} (difference {found}).{worse}"
-
-
-def _metric(summary: Summary) -> str:
-    return metric_title(summary.objective.title, summary.objective.sign)
 
 
 def _sample(scored: CrossedTest | Standing) -> str:

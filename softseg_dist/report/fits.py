@@ -101,12 +101,8 @@ def compute_of(run: RunData) -> Compute:
     """Of all fits that have ended."""
     tuning = [fit for trial in run.trials for fit in trial.fits]
     fits = [*run.fits, *tuning]
-    return Compute(
-        num_fits=len(fits),
-        num_tuning=len(tuning),
-        hours=sum(fit.duration_s * fit.num_workers for fit in fits) / 3600,
-        engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)),
-    )
+    hours = sum(fit.duration_s * fit.num_workers for fit in fits) / 3600
+    return Compute(len(fits), len(tuning), hours, engines=dict(Counter(fit.engine or fit.precision for fit in run.finished)))
 
 
 def _median(values: Sequence[float]) -> float:

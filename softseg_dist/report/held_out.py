@@ -65,8 +65,7 @@ class OuterTable:
     """All outer splits that are complete, of `planned`. `score` and `difference` (winners minus control) are crossed tests.
 
     `rows` has their records in outer.json: who won inside, and means of the objective, None where it is undefined everywhere. A
-    score is that of a subject in an outer split: the mean over the fits of that split's winner. `difference` is None without a
-    control.
+    score is that of a subject in an outer split: the mean over the fits of its winner. Without a control `difference` is None.
     """
 
     name: str

@@ -18,17 +18,7 @@ from matplotlib.figure import Figure
 from softseg_dist import words
 from softseg_dist.data.check import ALIKE
 from softseg_dist.numerics.metrics import TABLE
-from softseg_dist.report.figures import (
-    MOST,
-    agreement_figure,
-    curve_figure,
-    forest_figure,
-    learning_figure,
-    png,
-    reliability_figure,
-    shown,
-    svg,
-)
+from softseg_dist.report import figures
 from softseg_dist.report.findings import WHERE, caveats, sentences
 from softseg_dist.report.held_out import OuterTable, outer_answer, outer_table
 from softseg_dist.report.measures import MEASURES, METHODS, SIZES
@@ -50,9 +40,9 @@ def write_page(data: RunData, summary: Summary, overlays: Sequence[Overlay] = ()
     folder.mkdir(exist_ok=True)
     pictures = {}
     for name, (figure, alt) in _figures(summary, data, overlays).items():
-        image = png(figure)
+        image = figures.png(figure)
         (folder / f"{name}.png").write_bytes(image)
-        kind, content = ("png", image) if name == "overlays" else ("svg+xml", svg(figure))
+        kind, content = ("png", image) if name == "overlays" else ("svg+xml", figures.svg(figure))
         pictures[name] = {"source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", "alt": alt}
     page = folder / "index.html"
     page.write_text(_render(summary, data, pictures), encoding="utf-8")
@@ -79,31 +69,27 @@ def summary_json(run: Path) -> dict[str, Any]:
     """The numbers of the page, ready for json.dumps: the `Summary`, the answer, the caveats and where the run came from."""
     data = load_run(run)
     summary = summarise(data)
-    return {
-        **sentences(summary),
-        "caveats": [*(text for _, text in data.cautions), *caveats(summary)],
-        **plain(summary),
-        "run": plain(dict(data.run)),
-    }
+    limits = [*(text for _, text in data.cautions), *caveats(summary)]
+    return {**sentences(summary), "caveats": limits, **plain(summary), "run": plain(dict(data.run))}
 
 
 def _figures(summary: Summary, data: RunData, overlays: Sequence[Overlay]) -> dict[str, tuple[Figure, str]]:
     """Those that the run has data for, each with its text for readers who cannot see it."""
-    title, measures, names = summary.objective.title, summary.measures, shown(summary)
+    title, measures, names = summary.objective.title, summary.measures, figures.shown(summary)
     calibrated = [n for n in names if n in measures.reliability]
     pair = [n for n in dict.fromkeys((summary.winner.name, summary.reference)) if n in measures.agreements]
     found: dict[str, tuple[Figure, str]] = {}
     if summary.comparisons:
-        found["differences"] = forest_figure(summary), f"Forest plot of differences in {title}; the numbers are in the tests"
+        found["differences"] = (figures.forest_figure(summary), f"Forest plot of differences in {title}; numbers are in the tests")
     if summary.curves:
-        found["thresholds"] = curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
+        found["thresholds"] = figures.curve_figure(summary), "Curves of mean Dice against the threshold, one per candidate"
     if calibrated:
-        found["reliability"] = reliability_figure(summary, calibrated), "Reliability diagrams, one per candidate"
+        found["reliability"] = figures.reliability_figure(summary, calibrated), "Reliability diagrams, one per candidate"
     if pair:
-        found["volumes"] = agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
+        found["volumes"] = figures.agreement_figure(summary, pair), "Bland-Altman plots of volumes; the limits are in the table"
     if overlays:
         found["overlays"] = (overlay_figure(overlays), "Image, soft truth, predictions and signed errors of single test cases")
-    if (learning := learning_figure(summary, data.histories)) is not None:
+    if (learning := figures.learning_figure(summary, data.histories)) is not None:
         found["learning"] = learning, f"Learning curves: {title} on validation by epoch"
     return found
 
@@ -135,9 +121,8 @@ def _sections(summary: Summary, pictures: Collection[str]) -> dict[str, str]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update({name: value for name, value in vars(words).items() if isfunction(value)})
     environment.filters["moment"] = words.moment
     return environment
@@ -161,8 +146,8 @@ def _render(summary: Summary, data: RunData, pictures: Mapping[str, Mapping[str,
         where=WHERE,
         metric=_meaning(summary),
         caveats=[*(text for rule, text in data.cautions if rule != ALIKE), *caveats(summary)],
-        shown=shown(summary),
-        most=MOST,
+        shown=figures.shown(summary),
+        most=figures.MOST,
         cut=_cut(summary),
         rule_names=RULES,
         to_best={rival.candidate: rival for rival in summary.rivals},

@@ -15,23 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from softseg_dist.frozen import canonical_json
+from softseg_dist.frozen import canonical_json, grouped
 from softseg_dist.numerics.crossed_test import CrossedTest, crossed_test
 from softseg_dist.numerics.seeds import seed_of
-from softseg_dist.numerics.statistics import (
-    LEVEL,
-    NAN,
-    SplitTest,
-    TTest,
-    corrected_t_test,
-    holm,
-    paired_bootstrap,
-    subject_test,
-    wilcoxon_test,
-)
+from softseg_dist.numerics.statistics import SplitTest, TTest, corrected_t_test, holm, paired_bootstrap, subject_test, wilcoxon_test
 from softseg_dist.report.run_folder import RecordedCandidate
 from softseg_dist.report.scores import ScoreTable, ScoreTables, mean_of, split_means
-from softseg_dist.words import interval_clause, number, p_clause
+from softseg_dist.words import ALPHA, interval_clause, number, p_clause
 
 FEWEST_SITES = 3  # for a test over sites
 UNLIMITED = (-math.inf, math.inf)
@@ -63,7 +53,7 @@ def primary_test(scores: ScoreTables, table: ScoreTable, limits: tuple[float, fl
         why = f"it leaves the scale of the score, which ends at {limits[0] if test.low < limits[0] else limits[1]:g}"
     else:
         return test
-    return replace(test, low=NAN, high=NAN, warnings=(*test.warnings, f"interval not estimable: {why}"))
+    return replace(test, low=math.nan, high=math.nan, warnings=(*test.warnings, f"interval not estimable: {why}"))
 
 
 def effect_in_words(test: TTest, p: float, p_name: str = "p") -> str:
@@ -97,8 +87,7 @@ def comparisons_with(
 ) -> tuple[Comparison, ...]:
     """All tests of each of the `ranked` candidates minus `reference`, in their order; Holm over all of them.
 
-    `scores` are of the objective, `ratio` is test over training subjects of a split; name and seed of the bootstrap are those
-    of the JSON of the `study`.
+    `scores` are of the objective, `ratio` is test over training subjects of a split; the JSON of the `study` seeds the bootstrap.
     """
     found = []
     for name in (name for name in ranked if name != reference):
@@ -109,7 +98,7 @@ def comparisons_with(
                 candidate=name,
                 reference=reference,
                 crossed=primary_test(scores, table),
-                p_holm=NAN,
+                p_holm=math.nan,
                 wilcoxon=wilcoxon_test(means),
                 corrected=corrected_t_test(means, ratio),
                 bootstrap=paired_bootstrap(table, seed_of("bootstrap", study["name"], study.get("seed", 0))),
@@ -124,10 +113,8 @@ def new_sites_test(differences: ScoreTable, subjects: Sequence[str], site_of: Ma
 
     None for fewer than three sites; subjects of an unknown site, "", are left out.
     """
-    of_site: dict[str, list[float]] = {}
-    for subject, row in zip(subjects, differences, strict=True):
-        if site_of.get(subject) and not np.isnan(row).all():
-            of_site.setdefault(site_of[subject], []).append(mean_of(row))
+    tested = [(subject, row) for subject, row in zip(subjects, differences, strict=True) if not np.isnan(row).all()]
+    of_site = grouped((site_of[subject], mean_of(row)) for subject, row in tested if site_of.get(subject))
     return subject_test(np.array([np.mean(means) for means in of_site.values()])) if len(of_site) >= FEWEST_SITES else None
 
 
@@ -137,19 +124,18 @@ class Rival:
 
     candidate: str
     crossed: CrossedTest
-    p_holm: float = NAN
+    p_holm: float = math.nan
 
     @property
     def tied(self) -> bool:
         """Not shown to differ from the highest ranked at the 5 % level, or not testable."""
-        return not self.p_holm < 1 - LEVEL
+        return not self.p_holm < ALPHA
 
 
 def rivals_of(ranked: Sequence[str], scores: ScoreTables) -> tuple[Rival, ...]:
     """Crossed tests of all others minus the first of the `ranked` candidates; Holm over all of them.
 
-    Where the first was chosen by subjects who are tested, too few candidates may count as tied: the p-values describe, they do
-    not confirm.
+    Where the first was chosen by tested subjects, too few candidates may count as tied: the p-values describe, not confirm.
     """
     return holm_corrected([Rival(name, primary_test(scores, scores.difference(name, ranked[0]))) for name in ranked[1:]])
 
@@ -163,7 +149,7 @@ class Effect:
     base: str
     num_cells: int
     crossed: CrossedTest
-    p_holm: float = NAN
+    p_holm: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -181,7 +167,7 @@ class Interaction:
     other_base: str
     num_cells: int
     crossed: CrossedTest
-    p_holm: float = NAN
+    p_holm: float = math.nan
 
 
 def factorial_tests(

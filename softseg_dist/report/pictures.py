@@ -1,7 +1,6 @@
 """Slices of single test cases: image, soft truth, and predictions of control and winner with their signed errors, side by side.
 
-`choose_overlays` predicts the best, the median and the worst test case of the winner again, each with the fits of its own split;
-`overlay_figure` draws them.
+`choose_overlays` predicts the winner's best, median and worst test case with the fits of its split, `overlay_figure` draws them.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from matplotlib.patches import Rectangle
 from pydantic import ValidationError
 
 from softseg_dist.data.preprocess import Sample
-from softseg_dist.data.store import Store
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.store import Store, local_store
 from softseg_dist.errors import UserError
 from softseg_dist.report.figures import INK, broken, new_figure
 from softseg_dist.report.run_folder import RunData

@@ -26,8 +26,7 @@ class Standing:
     all scores, one of a subject in a split; the 95 % interval, `low` to `high`, is that of the crossed random-effects model, which
     weighs them, and is NaN where `no_interval` says why; `sd` is over the means of the splits. `beside` has further metrics; at the
     threshold of each rule `dice` has the Dice, `mask_volume` the volume error of the mask; `thresholds` has the mean one chosen;
-    `by_reference` and `by_class` the objective against each rater and in each class. Of `values` (case, class, split)
-    `undefined` are NaN.
+    `by_reference` and `by_class` the objective against each rater and in each class. `undefined` of the `values` are NaN.
     """
 
     rank: int | None

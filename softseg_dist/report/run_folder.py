@@ -132,10 +132,7 @@ class OuterData:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read a run folder, finished or not.
-
-    Raises UserError if it is not a run folder, if a file in it cannot be read, or if no fit has finished yet.
-    """
+    """Read a run folder, finished or not. Raises UserError if it is none, a file cannot be read, or no fit has finished yet."""
     ledger = Ledger(folder)
     study, splits = ledger.read("study.json"), ledger.read("splits.json")
     if not isinstance(study, dict) or not isinstance(splits, list):

@@ -1,8 +1,7 @@
 """From rows of the results table to the unit of analysis: the score of one subject in one split.
 
 A subject's score is the mean over its cases of the mean over classes, against the mean of the raters, on test, and then the mean
-over the repeats of the split; what is NaN (both maps empty) is left out. Tables are [subject x split], NaN where the subject was
-not tested.
+over the repeats of the split; what is NaN (both maps empty) is left out. Tables are [subject x split], NaN without a test.
 """
 
 from __future__ import annotations

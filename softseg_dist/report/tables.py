@@ -18,18 +18,8 @@ from softseg_dist.frozen import Frozen
 from softseg_dist.judging.thresholds import CURVE
 from softseg_dist.numerics.metrics import Row, row_of
 from softseg_dist.record.ledger import RaceRecord
+from softseg_dist.report import fits
 from softseg_dist.report.breakdown import ScoreChecks, score_checks
-from softseg_dist.report.fits import (
-    Compute,
-    Pareto,
-    TrainingSummary,
-    Tuned,
-    compute_of,
-    pareto_of,
-    training_of,
-    tuned_of,
-    varying_fields,
-)
 from softseg_dist.report.held_out import HoldoutTable, holdout_of
 from softseg_dist.report.measures import Measures, measures_of
 from softseg_dist.report.paired_tests import Comparison, Effect, Interaction, Rival, comparisons_with, factorial_tests, rivals_of
@@ -47,8 +37,7 @@ class Summary:
     scores on validation; `chosen_tested` of its subjects are tested in some split. `num_tested` subjects, of `num_subjects` in
     splits, were in a test set; `num_cases` are theirs. `rivals` compare the highest ranked with all others. `raced` says why
     candidates were given up early. `curves` are mean Dice at each threshold of `CURVE`. `splits` are numbers of subjects,
-    `varying` the fields in which recipes differ, per candidate. `of_models`: predictions were judged without splits (see
-    `ScoreTables`).
+    `varying` the fields in which recipes differ, per candidate. `of_models`: see `ScoreTables`.
     """
 
     name: str
@@ -71,15 +60,15 @@ class Summary:
     effects: tuple[Effect, ...]
     interactions: tuple[Interaction, ...]
     holdout: HoldoutTable | None
-    pareto: Pareto | None
+    pareto: fits.Pareto | None
     raced: dict[str, RaceRecord]
-    tuned: tuple[Tuned, ...]
+    tuned: tuple[fits.Tuned, ...]
     measures: Measures
     checks: ScoreChecks
-    training: tuple[TrainingSummary, ...]
+    training: tuple[fits.TrainingSummary, ...]
     failures: dict[str, str]
     notes: dict[str, str]
-    compute: Compute
+    compute: fits.Compute
     curve_thresholds: tuple[float, ...]
     curves: dict[str, list[float]]
     splits: tuple[dict[str, int], ...]
@@ -118,7 +107,7 @@ def summarise(run: RunData) -> Summary:
     names = [standing.name for standing in ranking if standing.rank is not None]
     effects, interactions = factorial_tests(run.candidates, control, scores)
     by_name = {candidate.name: candidate for candidate in run.candidates}
-    training = tuple(training_of(run, by_name[standing.name]) for standing in ranking)
+    training = tuple(fits.training_of(run, by_name[standing.name]) for standing in ranking)
     everyone = run.subjects
     ratio = math.nan if run.of_models else float(np.mean([of["test"] / of["train"] for of in sizes]))
     return Summary(
@@ -142,19 +131,19 @@ def summarise(run: RunData) -> Summary:
         effects=effects,
         interactions=interactions,
         holdout=holdout_of(run, objective),
-        pareto=pareto_of(run, scores, reference),
+        pareto=fits.pareto_of(run, scores, reference),
         raced=raced,
-        tuned=tuned_of(run),
+        tuned=fits.tuned_of(run),
         measures=measures_of(run, test, scores, ranking[0].name, reference),
         checks=score_checks(test, run.prepared, scores, objective, (ranking[0].name, reference)),
         training=training,
         failures={fit.key: fit.reason for fit in run.fits if fit.state == "failed"},
         notes={candidate.name: candidate.note for candidate in run.candidates if candidate.note},
-        compute=compute_of(run),
+        compute=fits.compute_of(run),
         curve_thresholds=CURVE,
         curves=dice_curves(test, [standing.name for standing in ranking]),
         splits=tuple(sizes),
-        varying=varying_fields(run.candidates),
+        varying=fits.varying_fields(run.candidates),
     )
 
 

@@ -30,6 +30,9 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 OPTUNA_LOG = "optuna.log"
 CANDIDATE, RACED = "candidate", "raced out by"  # what Optuna keeps of ours with a trial
+# All arguments that matter are named, as Optuna's defaults have changed. `group` models conditional parameters jointly;
+# `constant_liar` keeps candidates that run at the same time apart.
+SAMPLER: dict[str, Any] = {"n_ei_candidates": 24, "multivariate": True, "group": True, "constant_liar": True}
 # The run folder's own lock keeps other drivers out; one that a killed driver has left must not be waited for.
 NO_LOCK = SimpleNamespace(acquire=lambda: True, release=lambda: None)
 
@@ -44,11 +47,9 @@ class OptunaStudy:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what is experimental may change; Optuna is pinned
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
-        self._optuna = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK)),
-            study_name=study.name,
-            directions=["maximize" if metric.row.sign > 0 else "minimize" for metric in study.objectives],
-        )
+        storage = JournalStorage(JournalFileBackend(str(log), lock_obj=NO_LOCK))
+        directions = ["maximize" if metric.row.sign > 0 else "minimize" for metric in study.objectives]
+        self._optuna = optuna.create_study(storage=storage, study_name=study.name, directions=directions)
         self._optuna.set_metric_names([metric.row.name for metric in study.objectives])
 
     @property
@@ -64,23 +65,13 @@ class OptunaStudy:
     def ask(self, known: CandidateRecord | None = None) -> tuple[CandidateRecord, Recipe]:
         """The next trial, open until `tell`; a `known` one gets its recorded parameters back.
 
-        Raises UserError if `propose` raises, returns no Recipe, uses choices that cannot be stored, or gives a known trial
-        another recipe than before.
+        Raises UserError if `propose` raises, gives no Recipe, or a known trial another one, or has choices that cannot be stored.
         """
         if known is not None:
             self._optuna.enqueue_trial(known.params)
         number = self.asked
-        # Seeded by the trial's number: one sampler for all would repeat its first draws after a resume. All arguments that matter
-        # are named, as Optuna's defaults have changed. `group` models conditional parameters jointly; `constant_liar` keeps
-        # candidates that run at the same time apart.
-        self._optuna.sampler = TPESampler(
-            n_startup_trials=self._search.startup_trials,
-            n_ei_candidates=24,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            seed=seed_of(self._study.seed, "trial", number) % 2**32,
-        )
+        seed = seed_of(self._study.seed, "trial", number) % 2**32  # one sampler for all would repeat its first draws after a resume
+        self._optuna.sampler = TPESampler(n_startup_trials=self._search.startup_trials, seed=seed, **SAMPLER)
         trial = self._optuna.ask()
         assert trial.number == number, (trial.number, number)
         self.asked += 1

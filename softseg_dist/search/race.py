@@ -3,8 +3,7 @@
 The rule is in docs/statistics.md. The looks overlap, so Bonferroni's 1 / L in place of 1 / sqrt(L) would be too strict: for equal
 candidates, 5 to 40 splits and a level of .1 the chance that any look puts one out is .09 to .11 (simulated;
 tests/unit/search/test_race.py). Why t: the smallest p of an exact Wilcoxon test (Optuna's WilcoxonPruner) of 3 splits is 1/8, so it
-needs a third to a half more fits (tests/benchmarks/bench_racing.py). With two objectives a candidate is out only if one opponent is
-significantly better in both.
+needs a third to a half more fits (tests/benchmarks/bench_racing.py). With two objectives an opponent must be better in both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Records of the tracker, carried out by an MLflow client: the only module that imports MLflow.
-
-The tracker imports it in its thread, since importing MLflow takes seconds.
-"""
+"""Records of the tracker, carried out by an MLflow client. Only this module imports MLflow, in a thread: it takes seconds."""
 
 from __future__ import annotations
 

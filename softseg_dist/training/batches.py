@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softseg_dist.data.store import Store
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.preprocess import Sample
+from softseg_dist.data.store import Store, local_store
+from softseg_dist.frozen import grouped
 from softseg_dist.numerics.augmentation import Drawn, apply, draw_all, join, moves, pairs
 from softseg_dist.numerics.labels import STAPLE_FUSIONS, LabelMode, prepare_target
 from softseg_dist.numerics.patches import Window
@@ -177,10 +178,7 @@ class Batches:
 
     def _by_spacing(self, members: Sequence[int]) -> dict[tuple[float, ...], list[int]]:
         """Rows of a batch by voxel size, one group unless a study keeps each case's own: a rotation must be one in mm."""
-        rows: dict[tuple[float, ...], list[int]] = {}
-        for row, member in enumerate(members):
-            rows.setdefault(self.store.sample(self.items[member][0]).spacing_mm, []).append(row)
-        return rows
+        return grouped((self.store.sample(self.items[member][0]).spacing_mm, row) for row, member in enumerate(members))
 
     def _item(self, epoch: int, member: int, window: Window | None = None) -> tuple[np.ndarray, Tensor]:
         case, item = self.items[member]
@@ -222,15 +220,19 @@ def labelled_voxels(store: Store, case: int, item: int) -> tuple[NDArray[np.int3
     return tuple(v if len(v) <= MOST_VOXELS else np.random.default_rng(0).choice(v, MOST_VOXELS, replace=False) for v in found)
 
 
+def case_target(sample: Sample, mode: LabelMode, fusion: str, draw: int | None = None) -> Tensor:
+    """The targets [N K *S] of all items of a case before augmentation; see `labels.prepare_target`."""
+    raters = _copied(sample.raters).movedim(0, 2)  # [R K N *S]
+    nearest = None if sample.nearest is None else _copied(sample.nearest).movedim(0, 2)
+    return prepare_target(raters, nearest, mode, fusion, sample.rater_names, draw).movedim(1, 0)
+
+
 def _case_target(store: Store, case: int, mode: LabelMode, fusion: str) -> Tensor:
-    """The targets [N K *S] of all items of a case."""
+    """The `case_target` of a case, made once."""
     key = store.fingerprint, case, mode, fusion
     with _keeping:  # fits that run side by side wait for each other's targets, as they need the same ones
         if key not in _kept:
-            sample = store.sample(case)
-            raters = _copied(sample.raters).movedim(0, 2)  # [R K N *S]
-            nearest = None if sample.nearest is None else _copied(sample.nearest).movedim(0, 2)
-            _kept[key] = prepare_target(raters, nearest, mode, fusion, sample.rater_names).movedim(1, 0).contiguous()
+            _kept[key] = case_target(store.sample(case), mode, fusion).contiguous()
             while sum(target.nbytes for target in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
                 _kept.popitem(last=False)
         _kept.move_to_end(key)

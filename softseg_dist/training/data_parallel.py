@@ -104,8 +104,7 @@ class _SharedModel(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[b C *S] -> [b K *S], and a borrowed item [1 C *S] -> [0 K *S]."""
         logits = self.model.logits(image)
-        prediction: Tensor = self.model.activation(logits[:0] if self.share.empty else logits)
-        return prediction
+        return self.model.activation(logits[:0] if self.share.empty else logits)
 
 
 class _SharedDropout(nn.Module):
@@ -118,14 +117,12 @@ class _SharedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            alone: Tensor = self.dropout(x)
-            return alone
+            return self.dropout(x)
         if self.share.empty:
             return x
         rows = self.share.rows
         around = [0, 0] * (x.ndim - 1) + [rows.start, self.share.num_items - rows.stop]
-        whole: Tensor = self.dropout(pad(x, around))
-        return whole[rows]
+        return self.dropout(pad(x, around))[rows]
 
 
 def _skip_borrowed(layer: nn.Module, share: BatchShare) -> None:

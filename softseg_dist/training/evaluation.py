@@ -15,10 +15,18 @@ import numpy as np
 
 from softseg_dist.data.preprocess import Sample
 from softseg_dist.data.store import Store
+from softseg_dist.frozen import grouped
 from softseg_dist.judging.judge import Grid, Measurement, Yardstick, judge, references_of
-from softseg_dist.judging.recalibration import Histogram, Recalibration, fit_recalibration, histogram
 from softseg_dist.judging.results import Head, Row, write_rows
-from softseg_dist.judging.thresholds import Evidence, choose_thresholds, evidence
+from softseg_dist.judging.thresholds import (
+    Evidence,
+    Histogram,
+    Recalibration,
+    choose_thresholds,
+    evidence,
+    fit_recalibration,
+    histogram,
+)
 from softseg_dist.judging.uncertainty import Spread, uncertainty_rows
 from softseg_dist.numerics.metrics import TABLE, Map, Scale, measured, objective_score
 from softseg_dist.numerics.seeds import seed_of
@@ -41,29 +49,20 @@ class Chosen(NamedTuple):
 
 def mean_reference(sample: Sample) -> np.ndarray:
     """The mean of the raters, soft [N K *S], NaN in voxels to ignore: the same reference for all, whatever their targets."""
-    mean: np.ndarray = sample.raters.mean(axis=1)
-    return mean
+    return sample.raters.mean(axis=1)
 
 
 def validation_score(model: Model, task: FitTask, store: Store, worker: Worker) -> float:
-    """The signed objective on validation, on the prepared grid, higher is better: mean over subjects of their cases' mean.
-
-    NaN if all are NaN.
-    """
+    """The signed objective on validation, on the prepared grid, higher is better: mean over subjects of cases; or NaN."""
     scored = []
     for case, sample, prediction in _predict(model, store, task.split.validation, worker):
         scored.append((case, objective_score(task.objectives[0], *_prepared(sample, prediction, store))))
-    scores: dict[str, list[float]] = {}
-    for case, score in sorted(worker.gather(scored)):
-        scores.setdefault(store.cases[case].subject, []).append(score)
+    scores = grouped((store.cases[case].subject, score) for case, score in sorted(worker.gather(scored)))
     return _mean([_mean(of_subject) for of_subject in scores.values()])
 
 
 def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[str, Any]:
-    """Choose thresholds and recalibration on validation, judge validation and test, and write the fit's rows of the results table.
-
-    Returns what of it belongs into the `FitResult`.
-    """
+    """Choose thresholds and recalibration, judge validation and test, write the rows. Returns what belongs into `FitResult`."""
     judging = Judging(task, store)
     predicted = list(_predict(model, store, task.split.validation, worker))
     found = sorted(worker.gather(_over_threads(judging.evidence, predicted, task.threads)), key=lambda part: part[0])
@@ -75,12 +74,8 @@ def evaluate(model: Model, task: FitTask, store: Store, worker: Worker) -> dict[
         write_rows(rows, cases_path(task.folder))
     names = [metric.row.name for metric in task.objectives]
     scores = {name: _score(rows, name, "validation", "prepared") for name in names}
-    return {
-        "score": scores[names[0]],
-        "test_score": _score(rows, names[0], "test", "own"),
-        "scores": {name: score for name, score in scores.items() if score is not None},
-        **chosen._asdict(),
-    }
+    known, test_score = {name: score for name, score in scores.items() if score is not None}, _score(rows, names[0], "test", "own")
+    return {"score": scores[names[0]], "test_score": test_score, "scores": known, **chosen._asdict()}
 
 
 def measure(

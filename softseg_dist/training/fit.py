@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from softseg_dist.data.file_digests import sha256_of
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.source_files import sha256_of
+from softseg_dist.data.store import local_store
 from softseg_dist.frozen import digest
 from softseg_dist.numerics.activations import NormReLU
 from softseg_dist.numerics.seeds import seed_of
@@ -29,12 +28,11 @@ from softseg_dist.places import Place
 from softseg_dist.sealed import Damaged, sealed_json, unsealed_json
 from softseg_dist.training.batches import Batches, cases_of, open_store
 from softseg_dist.training.evaluation import evaluate, validation_score
-from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu.device_step import DeviceStepper
 from softseg_dist.training.host_step import HostStepper, kept_heap
 from softseg_dist.training.model import ANEW, Model, build_model, load_checkpoint, read_weights, save_checkpoint, save_weights
 from softseg_dist.training.preflight import check_methods
-from softseg_dist.training.stepper import Diverged, FitProgress, Stepper, learning_rate
+from softseg_dist.training.stepper import Diverged, FitProgress, Stepper, choose_execution, learning_rate
 from softseg_dist.training.task import (
     FitResult,
     FitTask,
@@ -145,26 +143,21 @@ class RunningFit:
             self._close_epoch()
 
     def result(self) -> FitResult | None:
-        """Evaluate the best epoch on validation and test, write its rows, and say what came out.
-
-        None if the weights of that epoch are not those that were saved.
-        """
+        """Evaluate the best epoch, write its rows, and say what came out; None if its weights are not those that were saved."""
         best = self.progress.best_epoch
         if best == 0:
             return self.describe(state="failed", reason=f"{self.task.objectives[0].row.name} is undefined on every validation case")
         if not self.task.split.validation:
             return self.describe(state="finished", best_epoch=best)
-        if (weights := self.worker.share(self._best_weights() if self.worker.leads else None)) is None:
+        path = weights_path(self.task.folder)
+        intact = self.worker.leads and path.is_file() and sha256_of(path) == self.progress.best_sha256
+        if (weights := self.worker.share(read_weights(path) if intact else None)) is None:
             return None
         self.model.load_state_dict(weights)
         self.model.precision = "float32"  # as the model that is taken home predicts
         outcome = evaluate(self.model, self.task, self.store, self.worker)
         converged = best <= (1 - NOT_CONVERGED_SHARE) * self.optim.epochs
         return self.describe(state="finished", best_epoch=best, converged=converged, **outcome)
-
-    def _best_weights(self) -> dict[str, Tensor] | None:
-        path = weights_path(self.task.folder)
-        return read_weights(path) if path.is_file() and sha256_of(path) == self.progress.best_sha256 else None
 
     def describe(self, **outcome: Any) -> FitResult:
         """A result with everything that is known whether the fit has failed or not."""

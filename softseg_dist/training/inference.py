@@ -34,10 +34,7 @@ ITEMS_AT_ONCE = 16  # whole items in a batch; bounds memory; the result does not
 
 @torch.inference_mode()
 def predict_sample(model: Model, sample: Sample, device: str = "cpu") -> np.ndarray:
-    """Soft map [N K *S] float32 of all items of one case.
-
-    The activation gets all items of the case at once: a maximum over "the batch" is one over the case, independent of other cases.
-    """
+    """Soft map [N K *S] float32 of a case. The activation gets all its items at once: a maximum over the batch is the case's."""
     model.eval()
     return _on_cpu(_soft_map(model, _image(sample, device)))
 
@@ -74,16 +71,14 @@ def _image(sample: Sample, device: str) -> Tensor:
 
 
 def _on_cpu(maps: Tensor) -> np.ndarray:
-    on_cpu: np.ndarray = maps.float().cpu().numpy()
-    return on_cpu
+    return maps.float().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class MapSource:
     """Predicts the soft map of a sample: the mean over the weights files of an ensemble, `members`, or that of the model.
 
-    The second result is an entropy, for an ensemble `with_entropy` that of the mean, with a `method` that of the mean of its
-    samples; otherwise None.
+    The second result is an entropy: of the mean of an ensemble `with_entropy`, or of the samples of a `method`; else None.
     """
 
     model: Model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from softseg_dist.numerics.seeds import seeded
 from softseg_dist.places import replace_file
 from softseg_dist.sealed import BLANK, Damaged, is_intact, write_sealed
 from softseg_dist.study import Recipe
-from softseg_dist.training.execution import Precision
 from softseg_dist.training.task import FitTask, checkpoint_path
 
 ANEW = "the fit began anew"
+Precision = Literal["float32", "bfloat16"]
 
 
 class Model(nn.Module):
@@ -50,10 +50,7 @@ class Model(nn.Module):
 
     @classmethod
     def of_json(cls, recipe: Mapping[str, Any], channels: int, classes: int, size: tuple[int, ...]) -> Self:
-        """The model of a recipe in JSON; other fields are not read, so that a loss of an unknown study file does not matter.
-
-        Raises pydantic.ValidationError if network, activation or patch are unknown.
-        """
+        """The model of a recipe's network, activation and patch in JSON. Raises pydantic.ValidationError if one is unknown."""
         parts = {name: recipe.get(name) for name in ("network", "activation", "patch")}
         return cls(Recipe.model_validate(parts), channels, classes, size)
 

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import PositiveInt, ValidationError, model_validator
 
-from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.errors import UserError, in_words
 from softseg_dist.frozen import Frozen, canonical_json
 from softseg_dist.places import Place, replace_file
@@ -79,10 +79,7 @@ class ModelCard(Frozen):
 
 
 def save_model(folder: Path, card: ModelCard, weights: Path) -> None:
-    """Write `folder`: a copy of the weights file that `save_weights` made, then the card.
-
-    `read_model` refuses the pair that a crash in between leaves, so that no prediction uses the wrong weights.
-    """
+    """Write `folder`: a copy of the weights file, then the card. `read_model` refuses the pair that a crash in between leaves."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda partial: shutil.copyfile(weights, partial))
     sealed = card.replace(weights_sha256=sha256_of(folder / WEIGHTS))

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from torch import Tensor, distributed
 
 import softseg_dist
-from softseg_dist.data.file_digests import sha256_of
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.data.splits import Split
 from softseg_dist.frozen import Frozen
 from softseg_dist.numerics.metrics import Metric, metric_of
@@ -97,7 +97,7 @@ class FitResult(Frozen):
     maps hold too few values for it. `converged` is False if the best epoch lies in the last 5 % of the budget. `dead_share` is the
     share of training samples, in the last epoch, whose NormReLU output was 0 everywhere; None without NormReLU. A "failed" fit has
     a `reason` and no score. `peak_memory_mb` is that of its process, with whatever else has run in it. `precision` and `engine` say
-    how it was trained, and `notes` what was not used for it (see `training.execution`), or was damaged, and why. `files` has the
+    how it was trained, and `notes` what was not used for it (see `training.stepper`), or was damaged, and why. `files` has the
     SHA-256 of what it left, by name.
     """
 

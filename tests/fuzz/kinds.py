@@ -31,10 +31,9 @@ from softseg_dist.data.case_table import read_table
 from softseg_dist.data.challenges import classes_of
 from softseg_dist.data.check import check_cases, unread
 from softseg_dist.data.discovery import look_at
-from softseg_dist.data.file_digests import sha256_of
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.data.splits import Split
-from softseg_dist.data.store import Store, build_store, fingerprint
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.store import Store, build_store, fingerprint, local_store
 from softseg_dist.data.volume import read_volumes
 from softseg_dist.engine.plan import load_prices
 from softseg_dist.record.ledger import Ledger

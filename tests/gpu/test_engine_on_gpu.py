@@ -14,11 +14,10 @@ from device_fits import EVERYTHING, batches_of, device_stepper, host_stepper, ta
 from softseg_dist import SVLS, Dice, Loss, NormReLU, Optim, Patch, Recipe, UNet
 from softseg_dist.numerics.dropout import CountedDropout
 from softseg_dist.training.evaluation import validation_score
-from softseg_dist.training.execution import choose_execution
 from softseg_dist.training.gpu import device_batches
 from softseg_dist.training.gpu.device_batches import DeviceBatches, Resident, Streamed
 from softseg_dist.training.gpu.device_step import DeviceStepper
-from softseg_dist.training.stepper import FitProgress
+from softseg_dist.training.stepper import FitProgress, choose_execution
 from softseg_dist.training.task import FitTask, Worker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]

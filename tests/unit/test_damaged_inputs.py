@@ -16,8 +16,8 @@ from softseg_dist import NnUNet, Preprocess, Table
 from softseg_dist.data.case_table import read_table
 from softseg_dist.data.cases import named_values
 from softseg_dist.data.challenges import classes_of
-from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.participants import read_participants
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.data.splits import read_splits
 from softseg_dist.engine.plan import load_prices
 from softseg_dist.errors import UserError

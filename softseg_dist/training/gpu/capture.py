@@ -115,5 +115,4 @@ MOST_NETWORKS = 256  # that a process compiles; torch's own limit of 8 is meant 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """`network` as one that is compiled when it is first called, and again for every other size of batch."""
     torch.compiler.config.recompile_limit = MOST_NETWORKS
-    function: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
-    return function
+    return torch.compile(network, dynamic=False)

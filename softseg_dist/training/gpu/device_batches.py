@@ -179,10 +179,8 @@ class Streamed:
     def fields(self, rows: int) -> Fields:
         """The images and targets themselves."""
         store, size = self.batches.store, self.batches.read_size
-        return {
-            "image": ((rows, store.channels, *size), torch.float32),
-            "target": ((rows, len(store.classes), *size), torch.float32),
-        }
+        shapes = {"image": (rows, store.channels, *size), "target": (rows, len(store.classes), *size)}
+        return {name: (shape, torch.float32) for name, shape in shapes.items()}
 
     def write(self, into: dict[str, Tensor], epoch: int, members: Sequence[int]) -> None:
         """Read them."""

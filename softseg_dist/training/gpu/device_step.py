@@ -100,13 +100,8 @@ class DeviceStepper(Stepper):
         self.dropout_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
         count_dropout(self.model.network, self.dropout_seed)
         self.network = compiled(self.model.network) if self.execution.compiled else None
-        self.adam = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=torch.tensor(self.optim.lr, device=self.device),
-            weight_decay=self.optim.weight_decay,
-            fused=True,
-            capturable=on_cuda,
-        )
+        lr, decay = torch.tensor(self.optim.lr, device=self.device), self.optim.weight_decay
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=decay, fused=True, capturable=on_cuda)
         # It does step without being captured: before the capture, to warm up.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         self.records = torch.zeros(self.batches.steps_per_epoch, RECORDED, device=self.device)
@@ -218,14 +213,10 @@ class DeviceStepper(Stepper):
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The current one, or this thread's own if that is the default one, on which nothing can be captured.
-
-    A thread has one for all its fits: cuBLAS keeps a workspace for every stream, 32 MiB on a Hopper.
-    """
+    """The current one; for the default, which cannot be captured, one of this thread's own, as each has a cuBLAS workspace."""
     current = torch.cuda.current_stream(device)
     if current != torch.cuda.default_stream(device):
         return current
     if not hasattr(_of_thread, "stream"):
         _of_thread.stream = torch.cuda.Stream(device)
-    stream: torch.cuda.Stream = _of_thread.stream
-    return stream
+    return _of_thread.stream

@@ -11,11 +11,11 @@ from matplotlib import image as pictures
 
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.check import Problem, check_cases
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.montage import montage
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Preprocess, Sample
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.errors import UserError
 
 BLOCK = np.zeros((12, 12, 4), np.float32)

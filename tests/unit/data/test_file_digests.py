@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softseg_dist.data.file_digests import NAME, remembered_sha256, sha256_of
+from softseg_dist.data.source_files import NAME, remembered_sha256, sha256_of
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed
 

@@ -15,12 +15,12 @@ from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
 from softseg_dist.data.cases import Case, CaseData
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
 from softseg_dist.data.layouts import Bids
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Placement, Preprocess, Sample
 from softseg_dist.data.resampling import Axis, Method, resample, restore
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.errors import UserError
 
 RNG = np.random.default_rng(0)

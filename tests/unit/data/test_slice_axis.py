@@ -18,11 +18,11 @@ from scipy.spatial.transform import Rotation
 
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.check import check_cases
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Affine4, Float32, Geometry
 from softseg_dist.data.montage import montage
 from softseg_dist.data.phantom import Phantom
 from softseg_dist.data.preprocess import Placement, Preprocess
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.data.store import Store, build_store
 
 AXES = ("x", "y", "z")

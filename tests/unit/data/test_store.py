@@ -19,11 +19,11 @@ import pyarrow.ipc
 import pytest
 
 from softseg_dist.data.cases import Case, CaseData, LabelledCase, MaskFile
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32
 from softseg_dist.data.own_masks import OwnMasks
 from softseg_dist.data.phantom import Phantom, PhantomCase
 from softseg_dist.data.preprocess import Preprocess
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.data.store import FORMAT, KEY, SCHEMA, Store, build_store, fingerprint
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed

@@ -13,8 +13,7 @@ import pytest
 from s3_server import BUCKET
 
 from softseg_dist import Phantom, Preprocess
-from softseg_dist.data.store import Store, build_store
-from softseg_dist.data.store_cache import local_store, shared_store
+from softseg_dist.data.store import Store, build_store, local_store, shared_store
 from softseg_dist.errors import UserError
 from softseg_dist.places import Place
 
@@ -57,7 +56,7 @@ def test_it_is_fetched_once_and_then_needs_no_network(where: str, monkeypatch: p
 
 @pytest.mark.engine
 def test_processes_that_ask_at_once_get_one_whole_file(where: str, cache: Path) -> None:
-    code = "import sys; from softseg_dist.data.store_cache import local_store as l; p = l(sys.argv[1]); print(p.stat().st_ino)"
+    code = "import sys; from softseg_dist.data.store import local_store as l; p = l(sys.argv[1]); print(p.stat().st_ino)"
     asking = [subprocess.Popen([sys.executable, "-c", code, where], stdout=subprocess.PIPE) for _ in range(3)]
     assert len({process.communicate(timeout=120)[0] for process in asking}) == 1
     assert [process.returncode for process in asking] == [0, 0, 0]

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softseg_dist.data.file_digests import sha256_of
 from softseg_dist.data.processes import free_bytes
+from softseg_dist.data.source_files import sha256_of
 from softseg_dist.data.volume import Volume, image_of, read_geometry, read_volume, read_volumes, volume_of, write_volume
 from softseg_dist.errors import UserError
 

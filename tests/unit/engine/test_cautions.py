@@ -33,8 +33,8 @@ from softseg_dist import (
 from softseg_dist.cli.main import _grouped, app
 from softseg_dist.data.cases import Case, CaseData
 from softseg_dist.data.check import Problem
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.data.splits import Split
 from softseg_dist.data.store import Store, build_store
 from softseg_dist.engine.cautions import Inspection, inspect_first, inspect_store

@@ -18,8 +18,8 @@ import softseg_dist
 from softseg_dist import Bids, Phantom, Preprocess, Study
 from softseg_dist.cli.main import app
 from softseg_dist.data.cases import Case, CaseData
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.geometry import Float32, Geometry
+from softseg_dist.data.source_files import Digest, sha256_of
 from softseg_dist.data.store import fingerprint
 from softseg_dist.engine.cautions import inspect_first
 from softseg_dist.engine.context import prepare

@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from softseg_dist.judging.judge import Yardstick, case_rows
-from softseg_dist.judging.recalibration import (
+from softseg_dist.judging.thresholds import (
     FEWEST_VALUES,
     SLOPES,
     TINY,

@@ -23,10 +23,9 @@ import softseg_dist
 from softseg_dist import TTA, Dice, Flip, MonteCarlo, Optim, Phantom, Preprocess, Recipe, Study, UNet
 from softseg_dist.cli.main import main
 from softseg_dist.data.cases import CaseData
-from softseg_dist.data.file_digests import Digest, sha256_of
 from softseg_dist.data.phantom import PhantomCase
-from softseg_dist.data.store import Part, Store, build_store
-from softseg_dist.data.store_cache import local_store
+from softseg_dist.data.source_files import Digest, sha256_of
+from softseg_dist.data.store import Part, Store, build_store, local_store
 from softseg_dist.engine.context import Prepared, RunContext
 from softseg_dist.engine.final_model import make_model
 from softseg_dist.engine.finalists import ENSEMBLE, HOLDOUT, measure_ensembles, open_holdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softseg_dist import Optim
-from softseg_dist.training.execution import COMPILE_STEPS, Execution, choose_execution
+from softseg_dist.training.stepper import COMPILE_STEPS, Execution, choose_execution
 
 
 @pytest.mark.parametrize(("has_it", "best"), [(True, "bfloat16"), (False, "float32")])
