@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softseg_dist.data.processes import num_processors
 from softseg_dist.engine.ray_private import (
     JobWithoutPaths,
-    ask_for_machines,
+    draining_nodes,
     environment,
     free_orphans,
     grows,
@@ -60,6 +62,8 @@ ANSWER_S = 3.0
 PROBE_S = 120.0  # a node starts a process first, which may import much from a slow disk
 SHOWN_NODES = 4  # a refusal is one line of text
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
+MOST_ASKED_FOR = 200  # workers of fits; a cluster that has grown so far grows on by the fits that wait
+LOOK_S = 2.0
 TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 TRY = """
@@ -78,56 +82,77 @@ def bundle_of(resources: Resources) -> dict[str, float]:
     return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
 
 
-def places_for(resources: Resources) -> int:
-    """How many fits the machines can hold at once; the workers of one fit may be on several machines.
+def places_for(resources: Resources, bundle: Mapping[str, float]) -> int:
+    """How many fits the machines can hold at once. Their workers hold a `bundle` each, and may be on several machines.
 
     Raises UserError if they cannot hold one.
     """
-    bundle = bundle_of(resources)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in _nodes()]
     places = sum(min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in bundle.items()) for node in nodes)
     if places < resources.workers_per_fit:
         raise UserError(_too_small(bundle, resources.workers_per_fit, places, nodes))
     return places // resources.workers_per_fit
 
 
-def fits_at_once(resources: Resources) -> int:
-    """How many fits to start at a time: as many as there is room for, and at most `max_concurrent`.
+class Room:
+    """How many fits may run or wait for their place now, as machines come and go: as many as the cluster has places for.
 
-    On a cluster that grows `max_concurrent` counts alone, because fits that wait for resources make it grow.
-    Raises UserError if there is no room for one.
+    On a cluster that grows as many again wait, which makes it grow. Of fits of several workers one waits, as each holds processes.
+    Not more wait than that, so that a search knows the results there are when it decides what runs next.
     """
-    places = places_for(resources)
-    wanted = resources.max_concurrent or places
-    return wanted if grows() else min(places, wanted)
+
+    def __init__(self, resources: Resources, bundle: Mapping[str, float]) -> None:
+        self._resources, self._bundle, self._grows = resources, bundle, grows()
+        self._places, self._next_s = 0, 0.0
+
+    def __call__(self) -> int:
+        """The number, which is found anew every `LOOK_S` seconds."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + LOOK_S
+            try:
+                self._places = places_for(self._resources, self._bundle)
+            except UserError:  # all machines are gone; a fit waits for another one
+                self._places = 0
+        ahead = self._places if self._resources.workers_per_fit == 1 else 1
+        return max(1, self._places + ahead * self._grows)
+
+
+@contextmanager
+def asking_for(resources: Resources, num_fits: int) -> Iterator[Callable[[], None]]:
+    """Ask a cluster that grows for machines for so many fits; yields what withdraws that, which the end of the block does, too.
+
+    The requests are placement groups of this process: they go with it, however it ends, which Ray's `request_resources` does not.
+    That also gets nothing at all of some autoscalers if it asks for more than the cluster's limit.
+    """
+    bundle = bundle_of(resources)
+    count = min(num_fits * resources.workers_per_fit, MOST_ASKED_FOR) if grows() else 0
+    with ExitStack() as requests:
+        for _ in range(count):
+            requests.callback(remove_placement_group, placement_group([bundle]))
+        yield requests.close
 
 
 def wait_for_room(resources: Resources, max_wait_s: float | None, note: Callable[[str], None], stopped: Callable[[], bool]) -> None:
-    """Return when there is room for one fit, or `stopped`; a growing cluster is asked for machines.
+    """Return when there is room for one fit, or `stopped`.
 
     `max_wait_s`: None waits `GROWING_WAIT_S` where machines can be added, else not at all. `note` gets one line about the wait.
     Raises UserError that names what is missing if it is still missing then.
     """
     limit_s = (GROWING_WAIT_S if grows() else 0.0) if max_wait_s is None else max_wait_s
     deadline_s = time.monotonic() + limit_s
-    requested = False
-    try:
-        while not stopped():
-            try:
-                places_for(resources)
-                return
-            except UserError as error:
-                if time.monotonic() >= deadline_s:
-                    waited = f" (waited {limit_s:g} s)" if limit_s else ""
-                    raise UserError(f"{error}{waited}") from None
-                if not requested:
-                    ask_for_machines(bundle_of(resources), resources.workers_per_fit)
-                    note(f"waiting up to {limit_s:g} s for machines: {error}")
-                    requested = True
-            time.sleep(0.5)
-    finally:
-        if requested:
-            ask_for_machines({}, 0)
+    noted = False
+    while not stopped():
+        try:
+            places_for(resources, bundle_of(resources))
+            return
+        except UserError as error:
+            if time.monotonic() >= deadline_s:
+                waited = f" (waited {limit_s:g} s)" if limit_s else ""
+                raise UserError(f"{error}{waited}") from None
+            if not noted:
+                note(f"waiting up to {limit_s:g} s for machines: {error}")
+                noted = True
+        time.sleep(0.5)
 
 
 def node_is_gone(actor: str) -> bool:
@@ -286,6 +311,26 @@ def check_package() -> None:
         raise UserError(f"{rule}, but {listed(problems, SHOWN_NODES, '; ')}; give all nodes one image or environment")
 
 
+def check_devices() -> None:
+    """Raise UserError, naming nodes, if torch cannot compute on each GPU of a node. Nodes that join later are not asked."""
+    nodes = [node for node in _nodes_for_fits() if node["Resources"].get("GPU", 0) > 0]
+    claims = [(str(int(node["Resources"]["GPU"])),) for node in nodes]
+    if problems := _problems(nodes, device_trouble, claims, max_calls=1):  # the process ends, and frees what it holds of a GPU
+        of = f"{len(problems)} of {len(nodes)} nodes with GPUs cannot run fits: {listed(problems, SHOWN_NODES, '; ')}"
+        to_do = "Install a torch for CUDA there and a driver that is new enough for it, or give --gpus-per-fit 0"
+        raise UserError(f"{of}. {to_do}")
+
+
+def device_trouble(num_gpus: str) -> str:
+    """Why torch cannot compute on so many GPUs of this machine; "" if it can. A task that holds none sees all (`ENVIRONMENT`)."""
+    try:
+        for device in range(int(num_gpus)):
+            torch.ones(1, device=f"cuda:{device}").add(1).item()
+    except (RuntimeError, AssertionError) as error:  # an assertion if torch is built without CUDA
+        return f"torch {torch.__version__} cannot use its GPU {device}: {(str(error).strip() or 'it failed').splitlines()[0]}"
+    return ""
+
+
 def probe(folder: str, token: str, trace: str) -> str:
     """Why this machine cannot use `folder`, in which the driver has written the file `token`; "" if it can.
 
@@ -302,16 +347,24 @@ def probe(folder: str, token: str, trace: str) -> str:
     return ""
 
 
+def _nodes() -> list[Mapping[str, Any]]:
+    """The nodes that take fits, if they are large enough."""
+    draining = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+
+
 def _nodes_for_fits() -> list[Mapping[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    return [node for node in _nodes() if node["Resources"].get("CPU", 0) > 0]
 
 
-def _problems(nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]]) -> list[str]:
+def _problems(
+    nodes: Sequence[Mapping[str, Any]], question: Callable[..., str], arguments: Sequence[tuple[str, ...]], **options: Any
+) -> list[str]:
     """What nodes answer, if it is not "", after a node's address and the start of its id: several may share a machine."""
     waiting = []
     for node, given in zip(nodes, arguments, strict=True):
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        waiting.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(question).remote(*given))
+        waiting.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned, **options)(question).remote(*given))
     answers = {node["NodeID"]: (node["NodeManagerAddress"], _answer(task)) for node, task in zip(nodes, waiting, strict=True)}
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one may have gone
     return [f"{address} ({node[:6]}) {answer}" for node, (address, answer) in answers.items() if answer and node in alive]

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
 from softseg_dist.engine.ray_folder import VARIABLE
-from softseg_dist.engine.worker import LostJob, Report
+from softseg_dist.engine.ray_private import Leaving
+from softseg_dist.engine.worker import ENDS_SOON, LostJob, Report
 from softseg_dist.errors import in_words
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import Worker
@@ -179,9 +181,12 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
     """What every worker of a lane does. An exception here makes Train start the group again."""
     mailbox, run = config["mailbox"], config["run"]
     context = train.get_context()
-    device = get_device()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    rank = context.get_world_rank()
+    worker = Worker(device=str(get_device()), rank=rank, num_workers=context.get_world_size())
+    worker = replace(worker, leaving=Leaving(worker.gather([ray.get_runtime_context().get_node_id()])))
     while True:
+        if rank == 0 and worker.leaving():
+            raise LostJob(ENDS_SOON)  # between two jobs: the group starts again elsewhere
         job = [ray.get(mailbox.take.remote()) if rank == 0 else None]
         distributed.broadcast_object_list(job, src=0)
         if job[0] is None:
@@ -192,7 +197,6 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
             if rank == 0:
                 mailbox.tell.remote(number, "report", report)
 
-        worker = Worker(device=str(device), rank=rank, num_workers=num_workers)
         try:
             answer = run(message, worker, send)
         except Exception as error:

@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softseg_dist.engine.ray_lanes import Event, Run
-from softseg_dist.engine.ray_private import cause_in
+from softseg_dist.engine.ray_private import Leaving, cause_in
 from softseg_dist.engine.worker import LostJob, Report
 from softseg_dist.errors import in_words
 from softseg_dist.numerics.seeds import drawing
@@ -43,6 +43,7 @@ class Host:
         if gpu != CPU:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         self._run, self._device = run, CPU if gpu == CPU else "cuda"
+        self._leaving = Leaving([ray.get_runtime_context().get_node_id()])
         self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
         for _ in range(size):
             self._streams.put(torch.cuda.Stream() if gpu != CPU and torch.cuda.is_available() else None)
@@ -54,7 +55,7 @@ class Host:
         The job stops when its client has died.
         """
         news: SimpleQueue[Event] = SimpleQueue()
-        worker = Worker(device=self._device, stop=lambda: not is_running(client))
+        worker = Worker(device=self._device, stop=lambda: not is_running(client), leaving=self._leaving)
         self._jobs[key] = threading.Thread(target=self._work, args=(message, worker, news), name=key, daemon=True)
         self._jobs[key].start()
         event = "began", None

@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ from ray._private import state as ray_state
 from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub lacks them
-from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.experimental.internal_kv import _internal_kv_get
@@ -150,11 +150,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def ask_for_machines(bundle: dict[str, float], count: int) -> None:
-    """Request `count` bundles of a cluster that grows; 0 withdraws the request."""
-    request_resources(bundles=[bundle] * count)
-
-
 def grows() -> bool:
     """Has the cluster an autoscaler that can add machines?
 
@@ -168,6 +163,25 @@ def grows() -> bool:
     return any(not name.startswith("node_") for name in types)
 
 
+def draining_nodes() -> set[str]:
+    """The ids, in hexadecimal, of the nodes that were told that they end soon: they run on, and take nothing new."""
+    return set(ray_state.state.get_draining_nodes())
+
+
+class Leaving:
+    """Does one of these nodes end soon? Ray is asked every two seconds at most."""
+
+    def __init__(self, nodes: Collection[str]) -> None:
+        self._nodes, self._next_s, self._seen = set(nodes), 0.0, False
+
+    def __call__(self) -> bool:
+        """The answer; a node that was told so is not told otherwise."""
+        if not self._seen and time.monotonic() >= self._next_s:
+            self._seen = not self._nodes.isdisjoint(draining_nodes())
+            self._next_s = time.monotonic() + 2
+        return self._seen
+
+
 def node_of_actor(actor: str) -> str:
     """The id of the node of an actor, both in hexadecimal."""
     return str(ray_state.actors(actor)["Address"]["NodeID"])
@@ -176,6 +190,12 @@ def node_of_actor(actor: str) -> str:
 def no_worker_logs() -> AbstractContextManager[None]:
     """Ray prints nothing about workers while the block runs, or it would print their deaths on stdout, between lines of --json."""
     return _replaced(ray_worker, "_worker_logs_enabled", False)
+
+
+def name_logs(name: str) -> None:
+    """From here on the log files of this process bear a name, which Ray's dashboard and `ray logs` show."""
+    for stream in (sys.stdout, sys.stderr):
+        print(f"{ray_constants.LOG_PREFIX_ACTOR_NAME}{name}", file=stream, flush=True)
 
 
 def free_orphans() -> int:

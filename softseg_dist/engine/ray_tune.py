@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
@@ -25,9 +26,9 @@ from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.ray_lanes import lane_of_process
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
-from softseg_dist.engine.ray_private import cause_in, forget_ended, free_orphans, lost_actor
+from softseg_dist.engine.ray_private import Leaving, cause_in, forget_ended, free_orphans, lost_actor, name_logs
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import Ending, LostJob, message_of, run_fit
+from softseg_dist.engine.worker import ENDS_SOON, Ending, LostJob, message_of, run_fit
 from softseg_dist.places import Place
 from softseg_dist.training.task import Worker
 
@@ -52,21 +53,24 @@ class RayBackend:
 
     def run_fits(self, session: Session, context: RunContext) -> None:
         """As `Backend.run_fits`. Raises UserError if no machine is large enough for one fit."""
+        resources, asking_for = context.resources, ray_cluster.asking_for
         try:
-            with ray_cluster.ray_at(self.address), signals(session):
-                ray_cluster.wait_for_room(context.resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
+            with ray_cluster.ray_at(self.address), signals(session), asking_for(resources, session.num_left) as withdraw:
+                ray_cluster.wait_for_room(resources, self.max_wait_s, context.progress.note, lambda: session.interrupted)
                 if self.address is not None:
                     ray_cluster.check_package()
                     stores = context.prepared.uri.rpartition("/")[0]
                     ray_cluster.check_reach({"--out": context.ledger.folder, "--stores": stores})
+                    if "GPU" in ray_cluster.bundle_of(resources):
+                        ray_cluster.check_devices()
                 if session.interrupted:
                     return
-                _tune(session, context)
+                _tune(session, context, withdraw)
         finally:
             shutil.rmtree(context.ledger.working / ".tune", ignore_errors=True)
 
 
-def _tune(session: Session, context: RunContext) -> None:
+def _tune(session: Session, context: RunContext, withdraw: Callable[[], None]) -> None:
     resources, folder = context.resources, context.ledger.place
     bundle = ray_cluster.bundle_of(resources)
     alone = resources.workers_per_fit == 1
@@ -74,19 +78,19 @@ def _tune(session: Session, context: RunContext) -> None:
         tune.Tuner(
             tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if alone else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
-                search_alg=_TuneSearcher(session, context.stop_file),
+                search_alg=_TuneSearcher(session, context.stop_file, ray_cluster.Room(resources, bundle)),
                 scheduler=_InOrder(),
                 num_samples=-1,
-                max_concurrent_trials=ray_cluster.fits_at_once(resources),
+                max_concurrent_trials=resources.max_concurrent or session.num_left,  # and `Room`, which follows the cluster
                 reuse_actors=True,
-                trial_name_creator=lambda trial: trial.trial_id,
+                trial_name_creator=lambda trial: trial.config["name"],
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 storage_path=str(context.ledger.working),  # on this machine: nothing of Tune's is kept
                 name=".tune",
                 verbose=0,
-                callbacks=[_TuneEvents(session)],
+                callbacks=[_TuneEvents(session, withdraw)],
                 failure_config=tune.FailureConfig(max_failures=0),  # a retry is a new trial: a fit knows its attempt
             ),
         ).fit()
@@ -105,6 +109,10 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
 
     def softseg_fit(config: dict[str, Any]) -> dict[str, str]:
         task = json.loads(config["task"])
+        name_logs(config["name"])
+        leaving = Leaving([ray.get_runtime_context().get_node_id()])
+        if leaving():  # Tune uses its processes again; one that fails is replaced, elsewhere
+            raise LostJob(ENDS_SOON)
         try:
             if workers > 1:
                 return dict(lane_of_process(run, workers, dict(bundle), lanes).run(config, tune.report))
@@ -114,7 +122,7 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
             return Ending(kind="lost", text=str(lost), blameless=lost.blameless).answer
         if manager is not None:
             wait_until_released(manager, task["folder"])
-        return dict(run(config, Worker(device=device), tune.report))
+        return dict(run(config, Worker(device=device, leaving=leaving), tune.report))
 
     together = packs(run, size) if size is not None and size > 1 else nullcontext()
     with together as manager:
@@ -134,14 +142,17 @@ class _Shared:
 class _TuneEvents(_Shared, TrialProgressCallback):
     """Reports fits whose process died or raised to the session, and frees the resources of lanes that were killed.
 
-    Tune would add a `TrialProgressCallback` of its own, which prints nothing here and keeps every trial.
+    Tune would add a `TrialProgressCallback` of its own, which prints nothing here and keeps every trial. `withdraw` is called as
+    soon as trials ask for machines themselves.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, withdraw: Callable[[], None]) -> None:
         super().__init__()
-        self._session, self._next_s = session, 0.0
+        self._session, self._withdraw, self._next_s = session, withdraw, 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if iteration:
+            self._withdraw()
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + SWEEP_S
             free_orphans()
@@ -157,8 +168,8 @@ class _TuneEvents(_Shared, TrialProgressCallback):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         # A preempted fit never comes here: Tune starts it again.
         node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and ray_cluster.node_is_gone(actor))
-        cause = "its machine was lost" if node_lost else cause_in(text)
-        self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost))
+        cause = ENDS_SOON if ENDS_SOON in text else "its machine was lost" if node_lost else cause_in(text)
+        self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost or cause == ENDS_SOON))
 
 
 class _InOrder(_Shared, FIFOScheduler):
@@ -181,21 +192,24 @@ class _InOrder(_Shared, FIFOScheduler):
 
 
 class _TuneSearcher(_Shared, Searcher):
-    def __init__(self, session: Session, stop_file: Place) -> None:
+    def __init__(self, session: Session, stop_file: Place, room: Callable[[], int]) -> None:
         super().__init__(metric=None, mode=None)
-        self._session, self._stop_file = session, stop_file
+        self._session, self._stop_file, self._room = session, stop_file, room
+        self._num_open = 0
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
-        task = self._session.next_fit(trial_id)
+        task = self._session.next_fit(trial_id) if self._num_open < self._room() else None
         if task is None:
             return Searcher.FINISHED if self._session.ended else None
-        return message_of(task, self._stop_file)
+        self._num_open += 1
+        return message_of(task, self._stop_file) | {"name": task.key}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if "epoch" in result and "ending" not in result:
             self._session.epoch(trial_id, json.loads(result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        self._num_open -= 1
         if not error:  # errors come through `_TuneEvents`, which knows their cause
             self._session.ended_as(trial_id, Ending.of(result) if result and "ending" in result else Ending(kind="lost"))
 

@@ -108,6 +108,11 @@ class Session(ABC):
     def ended(self) -> bool:
         """Nothing will be emitted any more."""
 
+    @property
+    def num_left(self) -> int:
+        """How many fits are to be run, as far as that is known."""
+        return 1
+
     @abstractmethod
     def next_fit(self, fit_id: str) -> FitTask | None:
         """The task of the next fit, which will be known as `fit_id`; None if there is nothing to start now."""
@@ -204,6 +209,10 @@ class SearchSession(Session):
     @property
     def ended(self) -> bool:
         return self.stopped or self.searcher.ended
+
+    @property
+    def num_left(self) -> int:
+        return self.outcome().unfinished
 
     def next_fit(self, fit_id: str) -> FitTask | None:
         """As `Session.next_fit`. A mistake in `propose` stops the session."""

@@ -62,6 +62,7 @@ def _set(file: TextIO, deadline_s: float | None) -> None:
 
 STOP_CHECK_S = 0.5  # how often a fit looks for the stop file, at most after every step
 REMOTE_STOP_CHECK_S = 5.0  # every request to an object store costs money
+ENDS_SOON = "its machine ends soon"
 ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
 
 Fit = Callable[[FitTask, Worker], FitResult]

@@ -96,6 +96,9 @@ class FitProgress:
     elapsed_s: float = 0.0
 
 
+LEAVING_S = 5.0
+
+
 class Request(NamedTuple):
     """What is requested of a fit while it trains: to stop, or to write its checkpoint (a fit that stops writes one, too)."""
 
@@ -118,8 +121,9 @@ class Stepper(ABC):
         self._begin()
 
     def checkpoint_is_due(self) -> bool:
-        """Whether the last checkpoint is `checkpoint_every_s` old; counts on the first worker."""
-        return time.monotonic() - self.saved_s >= self.task.checkpoint_every_s
+        """Is the last checkpoint `checkpoint_every_s` old, or `LEAVING_S` where a machine ends soon? Counts on the first worker."""
+        age_s = time.monotonic() - self.saved_s
+        return age_s >= self.task.checkpoint_every_s or (age_s >= LEAVING_S and self.worker.leaving())
 
     @abstractmethod
     def _begin(self) -> None:

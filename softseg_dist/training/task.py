@@ -148,15 +148,17 @@ class Worker:
     """One process of a fit: its device, its rank among the others, where it reports, and how it is stopped.
 
     A fit runs on `num_workers` processes at once, which call the same functions in the same order and differ in `rank`; they
-    find each other through torch.distributed. Rank 0 alone writes files, reports and calls `stop`. `report` gets one flat
-    dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is called in every step: True makes the fit
-    write its checkpoint and raise `Interrupted`. `saved` is called when a checkpoint has been written.
+    find each other through torch.distributed. Rank 0 alone writes files, reports and calls `stop` and `leaving`. `report` gets
+    one flat dict of numbers per epoch ("epoch", "loss", "lr", the objective, ...). `stop` is called in every step: True makes the
+    fit write its checkpoint and raise `Interrupted`. `saved` is called when a checkpoint has been written. `leaving` says whether
+    a machine of the fit ends soon: checkpoints are then written every few seconds.
     """
 
     device: str = "cpu"
     report: Callable[[dict[str, float]], None] = field(default=lambda metrics: None)
     stop: Callable[[], bool] = field(default=lambda: False)
     saved: Callable[[], None] = field(default=lambda: None)
+    leaving: Callable[[], bool] = field(default=lambda: False)
     rank: int = 0
     num_workers: int = 1
 

@@ -160,8 +160,8 @@ def processes(folder: Path) -> set[str]:
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     study = make_study(trials=options.pop("trials", 0))
-    per_fit = {name: options.pop(name, 1) for name in ("cpus_per_fit", "workers_per_fit")}
-    resources = Resources(max_concurrent=2, **per_fit)
+    defaults = {"cpus_per_fit": 1, "workers_per_fit": 1, "gpus_per_fit": None, "max_concurrent": 2}
+    resources = Resources(**{name: options.pop(name, default) for name, default in defaults.items()})
     backend: Backend = RayBackend(options.pop("address", None), options.pop("max_wait_s", None))
     if options.pop("local", False):
         backend = LocalBackend()

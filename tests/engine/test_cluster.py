@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scripted import NUM_SPLITS, processes, starts
 
 from softseg_dist.record.ledger import Ledger
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
 WITHOUT_TOKEN = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SOFTSEG_"))} | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONPATH": str(HERE),
+    "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
 }
 WITH_TOKEN = WITHOUT_TOKEN | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 32}
 STUDY = '''"""Tiny."""
@@ -132,14 +133,19 @@ def test_a_fit_waits_for_the_machine_that_can_hold_it(raylets: Raylets, tmp_path
     raylets.order("kill")
 
 
-def test_a_study_uses_all_machines_and_outlives_the_loss_of_one(raylets: Raylets, tmp_path: Path) -> None:
-    raylets.order("add 1")
-    process = driver(tmp_path, address=raylets.address, sleep_s=0.7)
+def wait_for_processes(number: int, folder: Path, process: subprocess.Popen[str]) -> None:
     deadline_s = time.monotonic() + 120
-    while len(processes(tmp_path)) < 2:
+    while len(processes(folder)) < number:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_a_study_uses_a_machine_that_joins_and_outlives_its_loss(raylets: Raylets, tmp_path: Path) -> None:
+    process = driver(tmp_path, address=raylets.address, together=2, sleep_s=0.7, max_concurrent=None)
+    wait_for_processes(1, tmp_path, process)
+    raylets.order("add 1")
+    wait_for_processes(2, tmp_path, process)
     before = set(Ledger(tmp_path).results())
     raylets.order("kill")
     out = told(process)
@@ -153,13 +159,36 @@ def test_a_study_uses_all_machines_and_outlives_the_loss_of_one(raylets: Raylets
     assert len(results) == 2 * NUM_SPLITS
 
 
+@pytest.fixture
+def claimed_gpu(raylets: Raylets) -> Iterator[None]:
+    """One of two nodes claims a GPU, which it has not."""
+    raylets.order("gpu 1")
+    yield
+    raylets.order("kill")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_is_refused_before_the_first_fit(raylets: Raylets, claimed_gpu: None, tmp_path: Path) -> None:
+    refused = refusal(softseg("run", study_file(tmp_path), "--address", raylets.address, cwd=tmp_path, env=WITH_TOKEN))
+    assert "1 of 1 nodes with GPUs cannot run fits: " in refused
+    assert f"torch {torch.__version__} cannot use its GPU 0: " in refused
+    assert "or give --gpus-per-fit 0" in refused
+    assert not list((tmp_path / "runs/tiny").glob("fits/a/00*"))
+
+
+def test_fits_without_gpus_run_beside_gpus(raylets: Raylets, claimed_gpu: None, tmp_path: Path) -> None:
+    process = driver(tmp_path, address=raylets.address, together=2, max_concurrent=None, gpus_per_fit=0)
+    assert json.loads(told(process).splitlines()[-1])["finished"] == 6
+
+
 @pytest.mark.long
-def test_a_cluster_without_workers_grows_for_a_study_and_shrinks_after_it(tmp_path: Path) -> None:
-    cluster = Raylets("grow")
-    process = driver(tmp_path, address=cluster.address, together=2)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_cluster_without_workers_grows_for_a_study_and_shrinks_after_it(tmp_path: Path, version: str) -> None:
+    cluster = Raylets("grow", version)
+    process = driver(tmp_path, address=cluster.address, together=3, max_concurrent=None)
     out = told(process)
     assert "waiting up to 600 s for machines: one fit needs 1 CPUs on one machine, but the most that one has is 0" in out
     assert json.loads(out.splitlines()[-1])["finished"] == 6
-    assert len(processes(tmp_path)) == 2, "a fit that waits for its place makes the cluster grow"
+    assert len(processes(tmp_path)) == 3, "the cluster grows to its limit, with the flags that the documentation gives"
     cluster.order("alone")
     cluster.end()

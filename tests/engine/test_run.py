@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray import tune
 from scripted import NUM_SPLITS, make_study, run, starts
 
 from softseg_dist import Recipe, Resources, Search, TuneEach
@@ -21,6 +22,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.sources import Sources
 from softseg_dist.study_file import load_sources
+from softseg_dist.training.task import FitResult
 
 pytestmark = pytest.mark.engine
 DRIVER = Path(__file__).parent / "scripted.py"
@@ -39,6 +41,19 @@ def wait_for_results(folder: Path, num_results: int, process: subprocess.Popen[s
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, results
         time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_a_trial_and_its_log_bear_the_name_of_the_fit(shared_ray, tmp_path):
+    def fit(task, worker):
+        log = Path("/proc/self/fd/1").readlink().read_text().splitlines()
+        known = {"candidate": task.candidate, "split": task.split.index, "process": tune.get_context().get_trial_name()}
+        return FitResult(**known, state="finished", versions={"log": log[-1]})
+
+    run(tmp_path, make_study(("a",)), fit=fit)
+    results = Ledger(tmp_path).results()
+    assert {key: result.process for key, result in results.items()} == {key: key for key in ("a/000", "a/001", "a/002")}
+    assert {key: result.versions["log"] for key, result in results.items()} == {key: f":actor_name:{key}" for key in results}
 
 
 def test_every_accident_of_a_fit_is_survived(shared_ray, tmp_path, capfd):

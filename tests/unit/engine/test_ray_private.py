@@ -17,13 +17,18 @@ from softseg_dist.errors import UserError
 
 USED = {
     "ray._private.node": ("Node.get_gcs_client", "Node.start_api_server", "Node.start_monitor"),
-    "ray._private.ray_constants": ("DASHBOARD_ADDRESS", "DEBUG_AUTOSCALING_STATUS", "ENABLE_RAY_CLUSTER", "KV_NAMESPACE_DASHBOARD"),
+    "ray._private.ray_constants": (
+        "DASHBOARD_ADDRESS",
+        "DEBUG_AUTOSCALING_STATUS",
+        "ENABLE_RAY_CLUSTER",
+        "KV_NAMESPACE_DASHBOARD",
+        "LOG_PREFIX_ACTOR_NAME",
+    ),
     "ray._private.services": ("ConsolePopen",),
-    "ray._private.state": ("actors", "state._connect_and_get_accessor"),
+    "ray._private.state": ("actors", "state._connect_and_get_accessor", "state.get_draining_nodes"),
     "ray._private.utils": ("get_dashboard_dependency_error",),
     "ray._private.worker": ("_worker_logs_enabled",),
     "ray._raylet": ("AuthenticationTokenLoader.instance", "AuthenticationTokenLoader.reset_cache", "Config.initialize"),
-    "ray.autoscaler.sdk": ("request_resources",),
     "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData.FromString", "PlacementGroupTableData.PlacementGroupState"),
     "ray.experimental.internal_kv": ("_internal_kv_get",),
