@@ -1,6 +1,6 @@
 # make demo   a finished study with its report, from nothing but Python and make
 # make test   lint, types and tests; make check: lint, types and unit tests only; make test-long: tests of rare accidents
-# make fuzz   10,000 damaged inputs of everything that is read
+# make fuzz   10,000 damaged inputs of everything that is read; make chaos: 100 faults in real runs, each carried to its end
 # make bench  speed and memory beside their targets, in half an hour on 2 cores; make bench-gpu: the same of a GPU
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +13,7 @@ export SOFTSEG_TEST_DATA ?= $(if $(DATA),$(abspath $(DATA)))
 
 unexport PYTHONDONTWRITEBYTECODE  # every process would compile all modules again
 
-.PHONY: demo test test-long fuzz check types units bench bench-gpu lock clean
+.PHONY: demo test test-long fuzz chaos check types units bench bench-gpu lock clean
 
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 ON_GPU     := $(filter tests/benchmarks/bench_gpu%,$(BENCHMARKS))
@@ -40,6 +40,10 @@ test-long: $(VENV)/.ready
 # 10,000 damaged inputs, in some minutes; the counts are in fuzz.json. To show them in docs/faults.md: see tests/fuzz/fuzzer.py
 fuzz: $(VENV)/.ready
 	$(BIN)/python tests/fuzz/fuzzer.py --inputs 10000 --seed 0
+
+# 100 faults, in an hour of 2 cores; each fault and its end are in chaos.json. To show them in docs/faults.md: see tests/chaos/chaos.py
+chaos: $(VENV)/.ready
+	$(BIN)/python tests/chaos/chaos.py --faults 100 --seed 0
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

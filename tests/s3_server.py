@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from typing import Any
 
 BUCKET = "lab"
 
 
 @contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """Yields the environment in which `s3://lab` is a bucket of the server."""
+def s3_server(wrapped: Callable[[Any], Any] | None = None) -> Iterator[dict[str, str]]:
+    """Yields the environment in which `s3://lab` is a bucket of the server, whose application may be `wrapped` in another."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else one line per request
@@ -22,6 +23,8 @@ def s3_server() -> Iterator[dict[str, str]]:
     connection = HTTPConnection(host, port, timeout=30)
     connection.request("PUT", f"/{BUCKET}")
     assert connection.getresponse().status == 200
+    if wrapped is not None:
+        server._server.app = wrapped(server._server.app)
     try:
         yield {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
@@ -33,3 +36,12 @@ def s3_server() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+def stored() -> dict[str, tuple[int, bytes]]:
+    """What the bucket of a server of this process holds: when it was written, and its content, by name."""
+    from moto.s3.models import s3_backends
+
+    keys = s3_backends["123456789012"]["aws"].buckets[BUCKET].keys
+    files = [(name, key) for name, key in list(keys.items()) if not name.endswith("/")]  # what stands for a folder
+    return {name: (int(1e9 * key.last_modified.timestamp()), key.value) for name, key in files}

@@ -64,6 +64,7 @@ SHOWN_NODES = 4  # a refusal is one line of text
 GROWING_WAIT_S = 600.0  # a cloud's machine with a large image needs minutes
 MOST_ASKED_FOR = 200  # workers of fits; a cluster that has grown so far grows on by the fits that wait
 LOOK_S = 2.0
+GONE = "Ray's raylet on this machine has died (killed, or out of memory); what has finished is kept, the same command goes on"
 TOKEN_WANTED = "the cluster refuses the token, or there is none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 TRY = """
@@ -80,6 +81,13 @@ def bundle_of(resources: Resources) -> dict[str, float]:
     """What one worker of a fit holds."""
     gpus = resources.gpus_of_worker(ray.cluster_resources().get("GPU", 0.0) > 0)
     return {"CPU": float(resources.cpus_per_fit)} | ({"GPU": gpus} if gpus else {})
+
+
+def living_nodes() -> list[Mapping[str, Any]]:
+    """What Ray knows of the machines that are there. Raises UserError if there is none, as fits would wait for one for ever."""
+    if not (nodes := [node for node in ray.nodes() if node["Alive"]]):
+        raise UserError(GONE)
+    return nodes
 
 
 def places_for(resources: Resources, bundle: Mapping[str, float]) -> int:
@@ -350,7 +358,7 @@ def probe(folder: str, token: str, trace: str) -> str:
 def _nodes() -> list[Mapping[str, Any]]:
     """The nodes that take fits, if they are large enough."""
     draining = draining_nodes()
-    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return [node for node in living_nodes() if node["NodeID"] not in draining]
 
 
 def _nodes_for_fits() -> list[Mapping[str, Any]]:

@@ -156,6 +156,7 @@ class _TuneEvents(_Shared, TrialProgressCallback):
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + SWEEP_S
             free_orphans()
+            ray_cluster.living_nodes()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         """The searcher has it."""

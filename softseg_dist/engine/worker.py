@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
 from softseg_dist.data.store import local_store
+from softseg_dist.engine.ray_folder import VARIABLE
 from softseg_dist.errors import UserError, no_room
 from softseg_dist.frozen import Frozen
 from softseg_dist.places import Place
@@ -141,7 +143,7 @@ def _guarded(task: FitTask, fit: Fit, worker: Worker) -> Ending:
     try:
         local_store(task.store)  # a node fetches it once, outside of any fit's time limit
         if not worker.leads:
-            with tempfile.TemporaryDirectory() as scratch:  # the fit's own folder belongs to rank 0
+            with tempfile.TemporaryDirectory(dir=os.environ.get(VARIABLE)) as scratch:  # the fit's own folder belongs to rank 0
                 return Ending(kind="result", result=_watched(task.replace(folder=scratch), fit, worker))
         with mirrored(task) as (here, saved):
             return Ending(kind="result", result=_watched(here, fit, replace(worker, saved=saved)))

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import pytest
 
+from softseg_dist.engine.ray_cluster import GONE
 from softseg_dist.engine.ray_folder import VARIABLE
 
 pytestmark = pytest.mark.engine
@@ -184,6 +185,17 @@ def test_nothing_is_left_a_minute_after_the_driver_was_killed_at_its_start(tmp_p
         driver.wait()
     wait_until(lambda: not folder.exists() and relatives(str(run)) == [], 60)
     assert not [file for file in Path("/dev/shm").glob("*plasma*") if file.stat().st_uid == os.getuid()]
+
+
+@pytest.mark.long
+def test_a_run_whose_raylet_dies_ends_with_a_sentence_that_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with driver_of(run, {"sleep_s": 600.0}) as driver:
+        wait_until(lambda: len(list(run.glob("fits/*/*/starts"))) == 2, 120)
+        next(process for process in relatives(str(run)) if process.name() == "raylet").kill()
+        assert driver.wait(120) == 1
+    assert (tmp_path / "out").read_text().splitlines()[-1].endswith(GONE)
+    wait_until(lambda: relatives(str(run)) == [], 60)
 
 
 def alive(mark: str) -> list[psutil.Process]:

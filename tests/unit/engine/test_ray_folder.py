@@ -13,8 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from softseg_dist import Recipe
+from softseg_dist.data.splits import Split
 from softseg_dist.engine import ray_folder
 from softseg_dist.engine.ray_folder import LOCK, PREFIX, SOCKET, VARIABLE, private_folder, processes_of
+from softseg_dist.engine.worker import Ending, message_of, run_fit
+from softseg_dist.errors import UserError
+from softseg_dist.places import Place
+from softseg_dist.training.task import FitResult, FitTask, Worker
 
 DRIVER = f"""
 import os, subprocess, sys
@@ -88,3 +94,20 @@ def test_a_temporary_folder_that_is_too_long_for_sockets_is_not_used(monkeypatch
         assert folder.parent == Path("/tmp")
         assert len(os.fsencode(folder.parent / SOCKET)) < 107
         assert VARIABLE not in os.environ
+
+
+def test_a_further_worker_of_a_fit_writes_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what a killed one leaves would stay."""
+
+    def fit(task: FitTask, worker: Worker) -> FitResult:
+        raise UserError(task.folder)
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    split = Split(index=0, train=("s1",), validation=("s2",), test=("s3",))
+    task = FitTask(
+        study="s", seed=0, candidate="a", recipe=Recipe(), split=split, objective="brier_skill", store="none.arrow",
+        store_fingerprint="0" * 16, folder=str(tmp_path / "fit"),
+    )  # fmt: skip
+    message = message_of(task, Place.at(tmp_path / "stop"))
+    ending = Ending.of(run_fit(fit, None, message, Worker(rank=1), print))
+    assert Path(ending.text).parent == tmp_path
