@@ -125,6 +125,15 @@ class Room:
         return max(1, self._places + ahead * self._grows)
 
 
+def num_asked_for(resources: Resources, num_fits: int) -> int:
+    """For how many workers machines are asked for, if so many fits are left.
+
+    >>> num_asked_for(Resources(workers_per_fit=2, max_concurrent=3), 10)
+    6
+    """
+    return min(min(num_fits, resources.max_concurrent or num_fits) * resources.workers_per_fit, MOST_ASKED_FOR)
+
+
 @contextmanager
 def asking_for(resources: Resources, num_fits: int) -> Iterator[Callable[[], None]]:
     """Ask a cluster that grows for machines for so many fits; yields what withdraws that, which the end of the block does, too.
@@ -133,7 +142,7 @@ def asking_for(resources: Resources, num_fits: int) -> Iterator[Callable[[], Non
     That also gets nothing at all of some autoscalers if it asks for more than the cluster's limit.
     """
     bundle = bundle_of(resources)
-    count = min(num_fits * resources.workers_per_fit, MOST_ASKED_FOR) if grows() else 0
+    count = num_asked_for(resources, num_fits) if grows() else 0
     with ExitStack() as requests:
         for _ in range(count):
             requests.callback(remove_placement_group, placement_group([bundle]))
