@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -416,8 +417,13 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, old:
 def main() -> None:
     """The command `softseg`."""
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
+    for kind in (signal.SIGTERM, signal.SIGHUP):  # also while packages are imported, as Ctrl-C does
+        if signal.getsignal(kind) == signal.SIG_DFL:
+            signal.signal(kind, signal.default_int_handler)
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, OSError) as error:
         message = str(error) if isinstance(error, UserError) else no_room(error) or out_of_reach(error)
         if message is None:

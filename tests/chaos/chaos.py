@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def _ended(kind: Kind, scene: Scene, expected: Path) -> tuple[str, str]:
         while (left := watched.processes()) and time.monotonic() < until:
             time.sleep(0.2)
         wrong += [("left behind", f"a killed driver: {left}")] * bool(left)
-    wrong += [found for struck in watched.commands if (found := judged(struck, kind.codes, kind.says))]
+    wrong += [found for struck in watched.commands if (found := judged(struck, (*kind.codes, *scene.codes), kind.says))]
     while not any(command.done for command in watched.commands):
         if len(watched.commands) >= MOST_COMMANDS:
             return "unclear", f"not done after {MOST_COMMANDS} commands: {wrong}"
@@ -306,8 +307,14 @@ def summary(ended: Sequence[Ended], seed: int) -> dict[str, Any]:
 
 def table_of(found: Mapping[str, Any]) -> str:
     """The counts, in Markdown."""
-    ends = ("lost", "repeated", "different", "traceback", "unclear", "hang", "left behind")
-    rows = [f"| fault | faults | right | {' | '.join(ends)} | trains again after |", "|---|" + "---:|" * (len(ends) + 3)]
+    ends = (*WRONG, "too late")
+    command = f"python tests/chaos/chaos.py --faults {found['faults']} --seed {found['seed']}"
+    rows = [
+        f"Counts of `{command}`, on 2 cores:",
+        "",
+        f"| fault | faults | right | {' | '.join(ends)} | trains again after |",
+        "|---|" + "---:|" * (len(ends) + 3),
+    ]
     counted = {kind: Counter(of) for kind, of in found["counts"].items() if of}
     for kind, of in (*counted.items(), ("**all**", sum(counted.values(), Counter[str]()))):
         times = [one["again_s"] for one in found["each"] if one["kind"] == kind and one["again_s"] is not None]
@@ -334,6 +341,8 @@ def main() -> None:
         return
     if given.expected is not None and namespaces_allowed():
         subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/shm"], check=True)  # so that all that is left there is of this run
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # by `nohup`: the commands must not inherit that
+        signal.signal(ignored, signal.default_int_handler)
     if given.undisturbed:
         undisturbed(given.expected, given.undisturbed)
         return

@@ -29,7 +29,7 @@ from flaky import (
     read_only,
     set_back,
 )
-from watched import NAME, Command, Watched, hung
+from watched import NAME, Command, Watched, catches, hung
 
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
@@ -45,6 +45,7 @@ MOMENTS = {  # the first file of this name
 }
 SHORT_S, LONG_S, SHARE_LONG = 5.0, 60.0, 0.1  # a stopped process
 DISK_MB = 24
+INTERRUPTED = -signal.SIGINT  # Python ends so, silently, if the signal came during an `exec`; a shell calls this 130, too
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Scene:
     at_end: list[Callable[[], str]] = field(default_factory=list)  # before all is compared; gives what went wrong
     struck: float | None = None
     did: str = ""
+    codes: tuple[int, ...] = ()  # with which the command may end, too
 
     def __post_init__(self) -> None:
         self.disk = self.folder / "d"
@@ -241,7 +243,10 @@ def stop_process(scene: Scene, command: Command) -> None:
 def send_signal(scene: Scene, command: Command) -> None:
     """As a terminal does to its processes, or a scheduler to one."""
     kind = scene.draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    if not scene.wait(command, lambda: catches(command.process.pid, signal.SIGTERM)):
+        return
     scene.did, scene.struck = kind.name, time.time()
+    scene.codes = (0,) if scene.moment == "final model" else ()  # all may be done by then
     send = os.kill if kind == signal.SIGTERM else os.killpg
     send(command.process.pid, kind)
 
@@ -313,7 +318,7 @@ KINDS = [
     Kind("Ray's raylet is killed", 6, kill("raylet"), ("ray", "pair"), (0, 1, 2), (*RUNS, "final model"), "Ray",
          trains_again=True),
     Kind("the driver or a fit stops for a while", 8, stop_process, OFTEN_HERE, (0,), EVER),
-    Kind("Ctrl-C, SIGTERM or SIGHUP", 12, send_signal, OFTEN_HERE, (130, 0), EVER),  # 0: all was done by then
+    Kind("Ctrl-C, SIGTERM or SIGHUP", 12, send_signal, OFTEN_HERE, (130, INTERRUPTED), EVER),
     Kind("the disk is full", 7, fill_disk, OFTEN_HERE, (0, 2), DISK, "No space left", small_disk),
     Kind("the disk can be read only", 6, make_read_only, OFTEN_HERE, (0, 2), DISK, "Read-only|read-only", small_disk),
     Kind("the store is deleted", 4, delete_store, OFTEN_HERE, (0, 2), ("prepared", *RUNS, "collected"), r"stores"),

@@ -33,6 +33,12 @@ STUDY = Study(
 """
 
 
+def catches(process: int, kind: signal.Signals) -> bool:
+    """Has it a handler for the signal?"""
+    caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (kind - 1) & 1)
+
+
 def study_in(folder: Path, subjects: int = 8, epochs: int = 12, holdout: str = "None") -> Path:
     text = STUDY.replace("SUBJECTS", str(subjects)).replace("EPOCHS", str(epochs)).replace("HOLDOUT", holdout)
     (folder / "ending.py").write_text(text)
@@ -101,6 +107,17 @@ def test_a_signal_during_preparation_ends_with_130_and_a_line(tmp_path: Path) ->
     out, err = stopped(run := started(tmp_path, "--local"), signal.SIGTERM, lambda line: "prepared" in line)
     assert (run.returncode, err) == (130, "")
     assert json.loads(out.splitlines()[-1]) == {"end": "interrupted"}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_packages_are_imported_ends_with_130_and_says_nothing(tmp_path: Path, kind: signal.Signals) -> None:
+    study_in(tmp_path)
+    run = started(tmp_path, "--local")
+    while not catches(run.pid, signal.SIGTERM):
+        assert run.poll() is None
+    run.send_signal(kind)
+    assert run.communicate(timeout=60) == ("", "")
+    assert run.returncode in (130, -signal.SIGINT)  # the second if it came during an `exec`; a shell calls it 130, too
 
 
 def test_a_display_that_cannot_write_goes_mute_and_the_study_goes_on(tmp_path: Path) -> None:
