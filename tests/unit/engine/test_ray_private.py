@@ -34,17 +34,31 @@ USED = {
     "ray.experimental.internal_kv": ("_internal_kv_get",),
     "ray.job_config": ("JobConfig._runtime_env_has_working_dir",),
     "ray.tune.execution.class_cache": ("ENV_VARS_TO_PROPAGATE",),
-    "ray.tune.experiment": ("Trial.error_file", "Trial.trial_id"),
+    "ray.tune.experiment": ("Trial.error_file", "Trial.is_finished"),
+    "ray.tune.progress_reporter": ("TrialProgressCallback",),
+}
+MADE = {  # by constructors
+    "ray.tune.execution.tune_controller.TuneController": (
+        "_failed_trials",
+        "_live_trials",
+        "_stopped_trials",
+        "_trials",
+        "_trials_to_cache",
+    ),
+    "ray.tune.experiment.Trial": ("trial_id",),
 }
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in USED.items() for name in names])
 def test_a_name_that_the_package_uses_exists_in_this_ray(module: str, name: str) -> None:
-    found = importlib.import_module(module)
-    if name == "Trial.trial_id":  # its constructor sets it
-        assert "trial_id" in found.Trial.__init__.__code__.co_names
-    else:
-        reduce(getattr, name.split("."), found)
+    reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+@pytest.mark.parametrize("owner", MADE)
+def test_an_object_has_what_the_package_uses_of_it(owner: str) -> None:
+    module, _, name = owner.rpartition(".")
+    made = getattr(importlib.import_module(module), name).__init__.__code__.co_names
+    assert {*MADE[owner]} <= {*made}
 
 
 def test_another_ray_is_refused_with_the_version_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
