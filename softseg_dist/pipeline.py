@@ -192,6 +192,7 @@ def _run(context: RunContext, tracker: Tracker, final_model: bool) -> Finished:
     except KeyboardInterrupt:  # before or after the search: the next run goes on there
         status, outcome = "KILLED", replace(outcome, interrupted=True)
     finally:
+        sweep_partials(copy.folder)  # of processes that were killed meanwhile
         for line in tracker.close(status):
             context.progress.note(line)
         copy.push(SPOOL, OPTUNA_LOG, *(["mlflow.db"] if tracker.uri == default_uri(copy.folder) else []))

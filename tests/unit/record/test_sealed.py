@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -33,13 +34,14 @@ from softseg_dist.engine.local import LocalBackend
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.session import run_search
 from softseg_dist.errors import UserError
-from softseg_dist.pipeline import RunOptions, _collect
+from softseg_dist.pipeline import RunOptions, _collect, run_study
 from softseg_dist.places import LEFT_S, Place, cache_folder, partial_of, sweep_partials
 from softseg_dist.record.ledger import Ledger, RaceRecord, json_of
 from softseg_dist.record.remote import WorkingCopy
 from softseg_dist.record.status import status_of
 from softseg_dist.report.run_folder import load_run
 from softseg_dist.sealed import BLANK, Damaged, is_sealed, seal, sealed_json, unsealed_json
+from softseg_dist.study_file import StudyFile
 from softseg_dist.training.fit import fit
 from softseg_dist.training.inference import weights_of_fits
 from softseg_dist.training.saved_model import read_card, read_model
@@ -449,6 +451,25 @@ def test_what_killed_writers_left_is_swept_and_what_runs_is_not(tmp_path: Path) 
     os.utime(old, (time.time() - LEFT_S - 1,) * 2)
     sweep_partials(tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {kept, elsewhere, user}
+
+
+@pytest.mark.engine
+def test_what_a_process_that_is_killed_in_a_run_leaves_is_gone_at_its_end(tmp_path: Path, cache: None) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = partial_of(Path("best.safetensors")).name.replace(f".{os.getpid()}-", f".{ended.pid}-")
+    seen = list[Path]()
+
+    class Killed(Progress):
+        def show(self, event: str, **fields: Any) -> None:
+            if event == "fit":
+                seen.append(tmp_path / "s" / "fits" / str(fields["fit"]) / name)
+                seen[-1].write_bytes(b"half")
+
+    study = STUDY.replace(splits=MonteCarlo(count=1), holdout=None, uncertainty=(), repeats=1)
+    run_study(StudyFile.of(study), RunOptions(out=tmp_path, stores=tmp_path / "stores", final_model=False, local=True), Killed())
+    assert seen
+    assert not [path for path in seen if path.exists()]
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
