@@ -254,7 +254,7 @@ class SearchSession(Session):
     def outcome(self) -> Outcome:
         """How the study stands."""
         candidates = self.searcher.candidates.values()
-        states = [result.state for candidate in candidates for result in candidate.results.values()]
+        states = [state for candidate in candidates for state in candidate.states.values()]
         finished = states.count("finished")
         failed = len(states) - finished + sum(len(candidate.lost) for candidate in candidates)
         return Outcome(finished, failed, self.searcher.num_planned - finished - failed, self.interrupted)
@@ -310,8 +310,10 @@ class SearchSession(Session):
                 self.progress.note(f"{candidate.name} is out of the race: {_verdict(candidate.raced, self.searcher.study)}")
             if candidate.note:
                 self._note_once(f"{candidate.name}: {candidate.note}")
-            if candidate.ended and self.tracker is not None:
-                self.tracker.candidate_ended(candidate.name, list(candidate.results.values()), candidate.raced)
+            if candidate.ended:
+                if self.tracker is not None:
+                    self.tracker.candidate_ended(candidate.name, list(candidate.results.values()), candidate.raced)
+                candidate.results.clear()  # they take memory
 
 
 def _verdict(record: RaceRecord, study: Study) -> str:

@@ -33,7 +33,8 @@ class CandidateState:
     number: int  # of the candidates that were opened before it
     raced: RaceRecord | None = None
     running: set[Slot] = field(default_factory=set)
-    results: dict[Slot, FitResult] = field(default_factory=dict)  # `record` adds them
+    states: dict[Slot, str] = field(default_factory=dict)  # of its fits that have ended; `record` adds them
+    results: dict[Slot, FitResult] = field(default_factory=dict)  # of those, until its end was reported
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     lost: dict[Slot, str] = field(default_factory=dict)  # why it was given up in this session
     moves: Counter[Slot] = field(default_factory=Counter)  # how often it was lost blamelessly in this session
@@ -62,7 +63,7 @@ class CandidateState:
     @property
     def num_planned(self) -> int:
         """Its fits: ended, given up, running and left to run."""
-        return len(self.results) + len(self.lost) + len(self.running) + len(self.todo)
+        return len(self.states) + len(self.lost) + len(self.running) + len(self.todo)
 
     @property
     def means(self) -> tuple[float, ...] | None:
@@ -81,6 +82,7 @@ class CandidateState:
     def record(self, result: FitResult) -> None:
         """A fit has ended."""
         self.results[result.slot] = result
+        self.states[result.slot] = result.state
         self._failed |= result.score is None
         fits = self._by_split.setdefault(result.split, [])
         fits.append((result.score, *(result.scores.get(name) for name in self.objectives[1:])))
@@ -91,7 +93,7 @@ class CandidateState:
 
     def again(self, task: FitTask, attempt: int) -> None:
         """A fit that was emitted did not end: it runs again, before all others, if it is still needed."""
-        if not self.closed and task.slot not in self.results:
+        if not self.closed and task.slot not in self.states:
             self.todo.appendleft((task.split, task.repeat, attempt))
 
 

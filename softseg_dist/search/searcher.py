@@ -132,7 +132,7 @@ class StudySearcher:
         if first is not None and not self._is_underway(first):
             return first
         # All that are open are underway, the best-looking first: they wait for results that may put them out of the race.
-        leader = next((c for c in self._queue if len(c.results) >= self._start), None)
+        leader = next((c for c in self._queue if len(c.states) >= self._start), None)
         if leader and self._best and self._look(leader)[0] < 0:
             leader = None
         free = (c for c in self._queue if c is leader or (self._best and not c.running))
