@@ -6,6 +6,7 @@ loggers, retries and signal handling are switched off.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -74,7 +75,7 @@ def _tune(session: Session, context: RunContext, withdraw: Callable[[], None]) -
     resources, folder = context.resources, context.ledger.place
     bundle = ray_cluster.bundle_of(resources)
     alone = resources.workers_per_fit == 1
-    with _function(context, bundle, str(folder / ".tune")) as softseg_fit:
+    with _frequent_collections(), _function(context, bundle, str(folder / ".tune")) as softseg_fit:
         tune.Tuner(
             tune.with_resources(softseg_fit, tune.PlacementGroupFactory([bundle if alone else LANE_HOLDER])),
             tune_config=tune.TuneConfig(
@@ -96,6 +97,17 @@ def _tune(session: Session, context: RunContext, withdraw: Callable[[], None]) -
         ).fit()
     if not alone:
         ray_cluster.wait_until_free()
+
+
+@contextmanager
+def _frequent_collections() -> Iterator[None]:
+    """Python collects cycles when a quarter has been added to what it looks at: here without the packages that were imported."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
