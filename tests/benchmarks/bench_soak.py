@@ -46,10 +46,10 @@ STUDY = Study(
 )
 '''
 HEADLINES = (
-    Headline(key="driver", what="memory of the driver after all fits, to that after 200", unit="times", at_most=1.05),
+    Headline(key="driver", what="2,000 fits: memory of the driver at the end, to that after 200", unit="times", at_most=1.05),
     Headline(key="worker", what="the same of the processes that train", unit="times", at_most=1.05),
-    Headline(key="driver, files", what="open files of the driver, more at the end than at the beginning", at_most=0),
-    Headline(key="worker, files", what="the same of the processes that train", at_most=0),
+    Headline(key="driver, files", what="open files of the driver, more at the end", at_most=0),
+    Headline(key="worker, files", what="open files of the processes that train, more at the end", at_most=0),
     Headline(key="missing", what="fits that MLflow does not have, or not complete", at_most=0),
 )
 Look = tuple[int, float, int, float, int]
