@@ -18,7 +18,7 @@ from test_cluster import WITH_TOKEN, Raylets, driver, told
 from softseg_dist.record.ledger import Ledger
 from softseg_dist.training.task import checkpoint_path, history_path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timed]
+pytestmark = pytest.mark.engine
 
 # In a process of its own: authentication is on or off for all of a process, and other tests have it off.
 SCENARIO = """
@@ -57,6 +57,7 @@ print("drained", flush=True)
 """
 
 
+@pytest.mark.timed
 def test_a_drained_node_takes_no_new_fits_and_those_that_run_are_waited_for() -> None:
     watcher = Path(__file__).parents[2] / "cluster/spot/drain_on_notice.py"
     environment = os.environ | {
@@ -69,13 +70,13 @@ def test_a_drained_node_takes_no_new_fits_and_those_that_run_are_waited_for() ->
     assert done.stdout.strip().endswith("drained"), done.stdout + done.stderr
 
 
-STUDY = '''"""One fit that runs for half a minute, and writes no checkpoint of its own accord."""
+STUDY = '''"""One fit that runs for half a minute or more, and writes no checkpoint of its own accord."""
 from softseg_dist import MonteCarlo, Optim, Phantom, Preprocess, Recipe, Resources, Study, UNet
 
 STUDY = Study(
     name="spot", question="Does it outlive a drain?", data=Phantom(subjects=6, size=(24, 24), num_slices=4),
     preprocess=Preprocess(dim=2), splits=MonteCarlo(count=1), validate_every=1000,
-    candidates={"a": Recipe(network=UNet(filters=(4, 8)), optim=Optim(epochs=1500, batch_size=8))},
+    candidates={"a": Recipe(network=UNet(filters=(4, 8)), optim=Optim(epochs=5000, batch_size=8))},
     resources=Resources(workers_per_fit=WORKERS, cpus_per_fit=2 // WORKERS, checkpoint_every_s=1e6),
 )
 '''
