@@ -164,7 +164,7 @@ def grows() -> bool:
 
 
 def draining_nodes() -> set[str]:
-    """The ids, in hexadecimal, of the nodes that were told that they end soon: they run on, and take nothing new."""
+    """The ids, in hexadecimal, of the nodes that have notice of their end: they run on, and take nothing new."""
     return set(ray_state.state.get_draining_nodes())
 
 
@@ -175,7 +175,7 @@ class Leaving:
         self._nodes, self._next_s, self._seen = set(nodes), 0.0, False
 
     def __call__(self) -> bool:
-        """The answer; a node that was told so is not told otherwise."""
+        """The answer; a notice is not taken back."""
         if not self._seen and time.monotonic() >= self._next_s:
             self._seen = not self._nodes.isdisjoint(draining_nodes())
             self._next_s = time.monotonic() + 2

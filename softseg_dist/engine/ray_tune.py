@@ -174,7 +174,7 @@ class _TuneEvents(_Shared, TrialProgressCallback):
         """The searcher has it."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The searcher is told."""
+        """The searcher has it."""
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
