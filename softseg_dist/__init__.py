@@ -71,7 +71,7 @@ PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}
 __version__ = "0.1.0"
-NUMERICS = 5  # raised when results of the same study change: a study that was begun with another number is refused
+NUMERICS = 6  # raised when results of the same study change: a study that was begun with another number is refused
 __all__ = sorted(_MODULE_OF)
 
 

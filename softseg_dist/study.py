@@ -48,8 +48,9 @@ def check_name(name: str) -> str:
 class Optim(Frozen):
     """Adam and its schedule, for one fit.
 
-    `patience` counts epochs without a better objective on validation; None trains for all `epochs`. `clip_norm` bounds the
-    gradient's L2 norm before each step. Defaults follow SoftSeg's published configuration where it has one.
+    `patience` counts epochs without a better objective on validation, and never ends a fit before its next validation; None
+    trains for all `epochs`. `clip_norm` bounds the gradient's L2 norm before each step. Defaults follow SoftSeg's published
+    configuration where it has one.
 
     `precision` and `compile` change the speed, and results by rounding alone. In "bfloat16" the network computes in bfloat16.
     Weights, activation, loss, sums, optimizer and metrics stay in float32, as does every prediction after training. "auto"

@@ -135,9 +135,9 @@ class RunningFit:
         self._go_on_from(state)
 
     def run(self) -> None:
-        """Train to the last epoch, or until the objective has not risen for `patience` epochs."""
+        """Train to the last epoch, or until the objective has not risen for `patience` epochs with a validation in them."""
         now = self.progress
-        patience = math.inf if self.optim.patience is None else self.optim.patience
+        patience = math.inf if self.optim.patience is None else max(self.optim.patience, self.validate_every)
         while now.epoch < self.optim.epochs and now.epoch - now.best_epoch < patience:
             self._train_epoch()
             self._close_epoch()

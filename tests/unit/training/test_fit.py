@@ -325,6 +325,10 @@ def test_early_stopping_waits_for_patience_epochs(task: FitTask, tmp_path: Path)
     assert result.best_epoch is not None
     assert result.epochs == result.best_epoch + 2 < 20
     assert result.converged
+    rarely = fit(task.replace(folder=str(tmp_path / "rarely"), recipe=frozen, validate_every=6))
+    validated = [row["epoch"] for row in history(tmp_path / "rarely") if "dice_dml" in row]
+    assert validated == [1, 6]  # patience that is shorter than that does not end a fit unseen
+    assert rarely.epochs == max(rarely.best_epoch or 0, 1) + 6
 
 
 def test_a_best_epoch_at_the_end_of_the_budget_is_not_converged(task: FitTask, tmp_path: Path) -> None:
