@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +36,6 @@ from softseg_dist.engine.ray_private import (
     free_orphans,
     grows,
     no_worker_logs,
-    node_of_actor,
     private_ray,
     shut_down,
 )
@@ -172,20 +171,21 @@ def wait_for_room(resources: Resources, max_wait_s: float | None, note: Callable
         time.sleep(0.5)
 
 
-def node_is_gone(actor: str) -> bool:
-    """Has an actor (its id in hex) lost contact because its machine is gone, and not its process alone?
+def node_is_gone(nodes: Set[str]) -> bool:
+    """Is one of these machines (their ids in hexadecimal) gone?
 
-    Ray knows that only after the machine has missed several heartbeats; a machine that runs answers at once.
+    Ray knows that only after a machine has missed several heartbeats; one that runs answers at once.
     """
-    home = node_of_actor(actor)
-    node = next((node for node in ray.nodes() if node["NodeID"] == home and node["Alive"]), None)
-    if node is None:
-        return True
+    alive = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]}
+    return not nodes <= alive.keys() or not all(_answers(alive[node]) for node in nodes)
+
+
+def _answers(address: tuple[str, int]) -> bool:
     try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
-            return False
+        with socket.create_connection(address, timeout=ANSWER_S):
+            return True
     except OSError:
-        return True
+        return False
 
 
 def _too_small(bundle: Mapping[str, float], workers: int, places: int, nodes: Sequence[Mapping[str, float]]) -> str:

@@ -24,6 +24,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed
 
+from softseg_dist.engine.ray_cluster import node_is_gone
 from softseg_dist.engine.ray_folder import VARIABLE
 from softseg_dist.engine.ray_private import Leaving
 from softseg_dist.engine.worker import ENDS_SOON, LostJob, Report
@@ -142,14 +143,14 @@ class Lane:
 
     def run(self, message: Any, report: Report) -> Any:
         """Run a job on all workers and return the answer of rank 0. Raises LostJob if there will be none."""
-        nodes = _nodes()
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         ray.get(self._mailbox.put.remote(message))
         while True:
             for kind, value in ray.get(self._mailbox.news.remote()):
                 if kind == "answer":
                     return value
                 if kind == "lost":
-                    raise LostJob(value, blameless=not nodes <= _nodes())
+                    raise LostJob(value, blameless=node_is_gone(nodes))
                 report(value)
             if not self.alive:
                 lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
@@ -160,10 +161,6 @@ class Lane:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - `run` raises it, in the thread that waits for an answer
             self._error = error
-
-
-def _nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 _lane: Lane | None = None

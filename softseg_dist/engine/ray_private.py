@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -182,9 +182,9 @@ class Leaving:
         return self._seen
 
 
-def node_of_actor(actor: str) -> str:
-    """The id of the node of an actor, both in hexadecimal."""
-    return str(ray_state.actors(actor)["Address"]["NodeID"])
+def nodes_of(actors: Iterable[str]) -> set[str]:
+    """The ids of the nodes of actors, all in hexadecimal."""
+    return {str(ray_state.actors(actor)["Address"]["NodeID"]) for actor in actors}
 
 
 def no_worker_logs() -> AbstractContextManager[None]:
@@ -221,10 +221,9 @@ def forget_ended(controller: Any) -> None:
         kept.intersection_update(controller._trials)
 
 
-def lost_actor(text: str) -> str | None:
-    """The id of the actor that Ray's message about a dead process calls unavailable; None if it names none."""
-    found = re.search(r"The actor ([0-9a-f]{32}) is unavailable", text)
-    return None if found is None else found[1]
+def lost_actors(text: str) -> list[str]:
+    """The ids of the actors that Ray's message about a dead process calls unavailable."""
+    return re.findall(r"The actor ([0-9a-f]{32}) is unavailable", text)
 
 
 def cause_in(text: str) -> str:

@@ -27,7 +27,7 @@ from softseg_dist.engine import ray_cluster
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.ray_lanes import lane_of_process
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
-from softseg_dist.engine.ray_private import Leaving, cause_in, forget_ended, free_orphans, lost_actor, name_logs
+from softseg_dist.engine.ray_private import Leaving, cause_in, forget_ended, free_orphans, lost_actors, name_logs, nodes_of
 from softseg_dist.engine.session import Session, signals
 from softseg_dist.engine.worker import ENDS_SOON, Ending, LostJob, message_of, run_fit
 from softseg_dist.places import Place
@@ -180,7 +180,7 @@ class _TuneEvents(_Shared, TrialProgressCallback):
         path = Path(trial.error_file)  # Tune's own `get_error` looks where it has not been copied to yet
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         # A preempted fit never comes here: Tune starts it again.
-        node_lost = "its node has died" in text or ((actor := lost_actor(text)) is not None and ray_cluster.node_is_gone(actor))
+        node_lost = "its node has died" in text or ray_cluster.node_is_gone(nodes_of(lost_actors(text)))
         cause = ENDS_SOON if ENDS_SOON in text else "its machine was lost" if node_lost else cause_in(text)
         self._session.ended_as(trial.trial_id, Ending(kind="lost", text=cause, blameless=node_lost or cause == ENDS_SOON))
 

@@ -12,7 +12,7 @@ import pytest
 
 from softseg_dist.engine import context
 from softseg_dist.engine.context import SUBMITTED_BY, check_ray
-from softseg_dist.engine.ray_private import cause_in, lost_actor
+from softseg_dist.engine.ray_private import cause_in, lost_actors
 from softseg_dist.errors import UserError
 
 USED = {
@@ -79,8 +79,8 @@ def test_the_cause_of_a_death_is_read_from_what_ray_says() -> None:
     assert cause_in(text) == "ValueError: the fit broke"
     assert "low on memory" in cause_in("Task was killed due to the node running low on memory.")
     assert cause_in("The actor died unexpectedly") == ""
-    assert lost_actor(f"The actor {'0a' * 16} is unavailable: The actor is temporarily unavailable") == "0a" * 16
-    assert lost_actor("The actor died unexpectedly") is None
+    assert lost_actors(f"The actor {'0a' * 16} is unavailable: The actor is temporarily unavailable") == ["0a" * 16]
+    assert lost_actors("The actor died unexpectedly") == []
 
 
 def test_a_user_without_a_name_or_a_home_folder_has_what_ray_and_torch_ask_for() -> None:
