@@ -29,10 +29,10 @@ from flaky import (
     read_only,
     set_back,
 )
-from watched import NAME, Command, Watched, catches, hung
+from watched import NAME, Command, Watched, hung
 
-sys.path.append(str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "engine")]
+from commands import catches, softseg
 
 FIT, WORKER = "ray::ImplicitFunc", "ray::RayTrainWorker"  # titles of the processes of fits, and of workers of a fit of two
 MOMENTS = {  # the first file of this name
@@ -174,7 +174,6 @@ def failing_s3(scene: Scene) -> Iterator[None]:
 @contextmanager
 def flapping_mlflow(scene: Scene) -> Iterator[None]:
     """MLflow on a server behind a proxy."""
-    from commands import softseg
     from test_tracking import free_port, server
 
     scene.disk.mkdir()

@@ -223,12 +223,6 @@ def _is_ours(path: Path, since: float) -> bool:
     return False
 
 
-def catches(process: int, kind: signal.Signals) -> bool:
-    """Has a process a handler for a signal? The first instant of a command belongs to Python."""
-    caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
-    return bool(int(caught, 16) >> (kind - 1) & 1)
-
-
 def hung(command: Command, limit_s: float) -> bool:
     """Wait for the end of a command; True, and it is killed, if it does not come."""
     try:

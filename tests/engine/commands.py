@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -31,3 +32,9 @@ def softseg_here(*args: object, cwd: Path, env: dict[str, str] | None = None) ->
         except SystemExit as end:
             code = int(end.code or 0)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def catches(process: int, kind: signal.Signals) -> bool:
+    """Has a process a handler for a signal? The first instant of a command belongs to Python."""
+    caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (kind - 1) & 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from commands import softseg, softseg_here
+from commands import catches, softseg, softseg_here
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.engine
@@ -31,12 +31,6 @@ STUDY = Study(
     candidates={"a": Recipe(network=UNet(filters=(2, 4)), loss=Slow(), optim=Optim(epochs=EPOCHS, batch_size=4))},
 )
 """
-
-
-def catches(process: int, kind: signal.Signals) -> bool:
-    """Has it a handler for the signal?"""
-    caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
-    return bool(int(caught, 16) >> (kind - 1) & 1)
 
 
 def study_in(folder: Path, subjects: int = 8, epochs: int = 12, holdout: str = "None") -> Path:
