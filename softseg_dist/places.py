@@ -32,7 +32,10 @@ from softseg_dist.errors import UserError, in_words
 FLAT = ("s3", "gcs", "abfs")  # object stores: they have no folders that must be made first
 GCS_RETRY_S = 60
 CHUNK_BYTES = 8 * 2**20  # what is copied at a time
-
+FULL_BYTES = 2**16  # a disk with less than this left is full
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+PARTIAL = re.compile(r"\.(\d{1,9})-([0-9a-f]{6})\..+")
+LEFT_S = 86400.0  # no file takes that long to write
 PLACES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # in their names an @ may stand for other things
 SECRET = re.compile(r"secret|token|pass|pwd|key|sig|cred|auth|sas|jwt", re.IGNORECASE)  # names of items in a query
 AWS = {"user": "AWS_ACCESS_KEY_ID", "password": "AWS_SECRET_ACCESS_KEY"}
@@ -283,11 +286,6 @@ class Place:
             raise OSError(errno.EIO, f"cannot {doing} it: {in_words(error)}", self.uri) from error
 
 
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-PARTIAL = re.compile(r"\.(\d{1,9})-([0-9a-f]{6})\..+")
-LEFT_S = 86400.0  # no file takes that long to write
-
-
 def partial_of(path: Path) -> Path:
     """Where this process writes what becomes `path`."""
     return path.with_name(f".{os.getpid()}-{HOST}.{path.name}")
@@ -318,9 +316,6 @@ def is_running(process: int) -> bool:
     except OSError as error:
         return error.errno == errno.EPERM  # of another user
     return True
-
-
-FULL_BYTES = 2**16  # a disk with less than this left is full
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:

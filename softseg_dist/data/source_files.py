@@ -46,6 +46,9 @@ Spacing = tuple[()] | tuple[PositiveFloat, PositiveFloat] | tuple[PositiveFloat,
 COLOURS = {"RGB": 3, "RGBA": 3} | dict.fromkeys(("1", "L", "LA", "I;16", "I;16B", "I", "F"), 1)  # of Pillow's modes
 NO_SIZE = (1, 72, 96)  # dots per inch: Pillow's for files that say none, and what programs write that know none
 ORIENTATION, SAMPLES, SIGNED = 274, 277, 339  # tags of TIFF 6.0
+DIGESTS = ".digests"  # in the folder of the stores; may be removed at any time
+SETTLED_NS = 4 * 10**9
+Digest = Callable[[Path], str]
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error)
 
 
@@ -173,12 +176,6 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-NAME = ".digests"  # in the folder of the stores; may be removed at any time
-SETTLED_NS = 4 * 10**9
-
-Digest = Callable[[Path], str]
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits. Raises UserError if it cannot be read."""
     return _read(path)[1]
@@ -190,7 +187,7 @@ def remembered_sha256(folder: Path, now_ns: Callable[[], int] = time.time_ns) ->
 
     At the end, what is new is written down; a folder that cannot be written only costs time. `now_ns` is the clock, for tests.
     """
-    memory = folder / NAME
+    memory = folder / DIGESTS
     known: dict[str, Any] = {}
     new: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # none yet, or damaged

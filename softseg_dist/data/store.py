@@ -42,11 +42,15 @@ from softseg_dist.places import Place, cache_folder, sweep_partials
 from softseg_dist.sealed import AGAIN, BLANK, FIELD, Damaged, is_intact
 
 log = logging.getLogger(__name__)
+FORMAT = 5  # raised when the same sources and preprocessing would give other numbers, or could not be read
 KEY = b"softseg"
 PLAIN = ("name", "subject", "site", "rater_names", "spacing_mm", "voxel_mm3")  # fields of a sample that JSON holds as they are
 COLUMNS = {"image": pa.float32(), "raters": pa.float32(), "nearest": pa.uint8(), "truth": pa.float32(), "own": pa.uint8()}
 SCHEMA = pa.schema([pa.field(name, pa.large_list(pa.field("item", kind, nullable=False))) for name, kind in COLUMNS.items()])
 Arrays = dict[str, NDArray[Any] | None]  # of a case, by column
+ProgressCallback = Callable[[int, int, str], None]
+PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAGIC = b"ARROW1\0\0"  # of a file; what follows it is a stream of messages (Arrow columnar format, IPC file format)
 
 
@@ -155,14 +159,6 @@ def _intact_records(stream: pa.RecordBatchReader) -> Iterator[CaseRecord]:
         except (StopIteration, pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # its end, or a damaged place
             return
         yield record
-
-
-FORMAT = 5  # raised when the same sources and preprocessing would give other numbers, or could not be read
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PREPARATION = ("format", "classes", "preprocess")  # stores that agree in these have equal records of equal sources
-
-ProgressCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

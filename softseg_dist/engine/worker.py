@@ -30,6 +30,13 @@ from softseg_dist.study_file import describe, load_sources
 from softseg_dist.training.data_parallel import partner_died
 from softseg_dist.training.task import FitResult, FitTask, Interrupted, Worker
 
+STOP_CHECK_S = 0.5  # how often a fit looks for the stop file, at most after every step
+REMOTE_STOP_CHECK_S = 5.0  # every request to an object store costs money
+ENDS_SOON = "its machine ends soon"
+ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
+
+Fit = Callable[[FitTask, Worker], FitResult]
+Report = Callable[[dict[str, str]], None]
 _limits: dict[TextIO, float] = {}  # the file that takes the stacks, and when
 _changing = threading.Lock()
 
@@ -60,15 +67,6 @@ def _set(file: TextIO, deadline_s: float | None) -> None:
             file, next_s = min(_limits.items(), key=lambda limit: limit[1])
             left_s = max(1e-3, next_s - time.monotonic())  # the timer takes no time that has passed
             faulthandler.dump_traceback_later(left_s, exit=True, file=file)
-
-
-STOP_CHECK_S = 0.5  # how often a fit looks for the stop file, at most after every step
-REMOTE_STOP_CHECK_S = 5.0  # every request to an object store costs money
-ENDS_SOON = "its machine ends soon"
-ERROR, STACK = "error.txt", "stack.txt"  # what a fit that died leaves in its folder
-
-Fit = Callable[[FitTask, Worker], FitResult]
-Report = Callable[[dict[str, str]], None]
 
 
 class LostJob(Exception):

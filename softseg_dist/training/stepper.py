@@ -26,6 +26,7 @@ from softseg_dist.training.task import FitTask, Worker
 # To compile a U-Net takes about a minute, once per machine, where torch keeps it, and some seconds in every further process.
 # It saves tenths of a millisecond (2D) to milliseconds (3D) of a step that is a graph anyway: about so many pay for the seconds.
 COMPILE_STEPS = 5000
+LEAVING_S = 5.0  # between checkpoints on a machine that ends soon
 
 
 class Execution(Frozen):
@@ -94,9 +95,6 @@ class FitProgress:
     best_sha256: str = ""
     history: str = ""
     elapsed_s: float = 0.0
-
-
-LEAVING_S = 5.0
 
 
 class Request(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softseg_dist.data.source_files import NAME, remembered_sha256, sha256_of
+from softseg_dist.data.source_files import DIGESTS, remembered_sha256, sha256_of
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import sealed, unsealed
 
@@ -36,7 +36,7 @@ def digest(folder: Path, source: Path, now_ns: Callable[[], int] = in_an_hour) -
 
 def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: Path, source: Path) -> None:
     assert digest(tmp_path, source) == sha256_of(source) == hashlib.sha256(CONTENT).hexdigest()
-    memory = tmp_path / NAME
+    memory = tmp_path / DIGESTS
     remembered = {path: [*stamp, "a mark"] for path, (*stamp, _) in unsealed(memory.read_bytes()).items()}
     memory.write_text(sealed(remembered))
     assert digest(tmp_path, source) == "a mark"
@@ -70,12 +70,12 @@ def test_a_changed_file_is_seen(tmp_path: Path, source: Path, change: Callable[[
 def test_a_file_that_was_changed_a_moment_ago_is_not_remembered(tmp_path: Path, source: Path) -> None:
     """It may change once more within the same tick of its filesystem's clock."""
     digest(tmp_path, source, time.time_ns)
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / DIGESTS).exists()
 
 
 def test_a_damaged_memory_is_no_memory(tmp_path: Path, source: Path) -> None:
     expected = digest(tmp_path, source)
-    memory = tmp_path / NAME
+    memory = tmp_path / DIGESTS
     memory.write_bytes(memory.read_bytes().replace(expected[:8].encode(), b"0" * 8))
     assert digest(tmp_path, source) == expected
     memory.write_bytes(b"")
