@@ -114,14 +114,15 @@ def interactions_answer(summary: Summary) -> str:
 
 
 def group_answer(summary: Summary) -> str:
-    """Candidates better on test than the highest ranked, or not shown to differ; "" if no other was ranked, or none tested."""
+    """Candidates better on test than the highest ranked, or not shown to differ, or all lower; "" if none was ranked or tested."""
     if all(math.isnan(rival.crossed.p) for rival in summary.rivals):
         return ""
     best, others = summary.winner.name, f"{count(len(summary.rivals), 'other')}, at the 5 % level after Holm's correction"
     better = [rival.candidate for rival in summary.rivals if _verdict(rival, summary) == "better"]
     groups = {"Better on test than": better, "Not shown to differ from": [r.candidate for r in summary.rivals if r.tied]}
     said = [f"{how} the highest ranked, {best}: {listed(who)} ({len(who)} of {others})." for how, who in groups.items() if who]
-    return " ".join(said) or f"All other candidates were shown to be worse than the highest ranked, {best}."
+    picked = "as it was picked by its rank, this describes and does not confirm"
+    return " ".join(said) or f"Lower on test than the highest ranked, {best}: all {others}; {picked}."
 
 
 def holdout_answer(summary: Summary) -> str:

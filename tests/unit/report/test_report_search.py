@@ -153,7 +153,10 @@ def test_all_others_worse_than_the_best_is_said_so(tmp_path: Path):
     put_table(table, folder / "results.parquet")
     summary = summary_of(folder)
     assert not any(rival.tied for rival in summary.rivals)
-    assert group_answer(summary) == f"All other candidates were shown to be worse than the highest ranked, {CELLS[2]}."
+    assert group_answer(summary) == (
+        f"Lower on test than the highest ranked, {CELLS[2]}: all 2 others, at the 5 % level after Holm's correction; "
+        "as it was picked by its rank, this describes and does not confirm."
+    )
 
 
 def test_effects_that_add_up_show_no_interaction(factorial: tuple[RunData, Summary]):
