@@ -179,7 +179,7 @@ def judged(command: Command, codes: Sequence[int], says: str) -> tuple[str, str]
     text, code = "".join(command.errors), command.process.returncode
     everything = text + "".join(line for _, line in command.lines)
     if "Traceback" in everything:
-        return "traceback", everything[everything.index("Traceback") :][-600:]
+        return "traceback", everything[max(0, everything.index("Traceback") - 200) :][:1500]
     if code not in codes or (code == 0 and not command.done):
         return "unclear", f"exit code {code}: {text[-300:]}{[line for _, line in command.lines[-2:]]}"
     lines = text.splitlines()
