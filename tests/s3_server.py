@@ -1,4 +1,4 @@
-"""A real S3 server on a free port of this machine, for tests; what it holds is gone when the block ends."""
+"""A real S3 server on a free port of this machine, for tests; it is empty at first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def s3_server(wrapped: Callable[[Any], Any] | None = None) -> Iterator[dict[str,
     server.start()
     host, port = server.get_host_and_port()
     connection = HTTPConnection(host, port, timeout=30)
-    connection.request("PUT", f"/{BUCKET}")
-    assert connection.getresponse().status == 200
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):  # a former server's content stays in the process
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        answer.read()
     if wrapped is not None:
         server._server.app = wrapped(server._server.app)
     try:
