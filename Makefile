@@ -41,7 +41,7 @@ test-long: $(VENV)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python tests/fuzz/fuzzer.py --inputs 10000 --seed 0
 
-# 100 faults, two at a time, in 45 minutes of 2 cores; each fault and its end are in chaos.json. To show them in docs/faults.md: see tests/chaos/chaos.py
+# 100 faults, two at a time, in 45 minutes; each and its end are in chaos.json. To show them in docs/faults.md: see tests/chaos/chaos.py
 chaos: $(VENV)/.ready
 	$(BIN)/python tests/chaos/chaos.py --faults 100 --seed 0
 

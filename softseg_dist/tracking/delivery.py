@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from softseg_dist.tracking.server import MlflowServer
 
 COLLECT_S, LONGEST_S = 0.5, 30.0  # records of this long go out together: all epochs of a fit in one call
-SHARE = 0.2  # of the time goes to sending, so that a queue that grows is sent in fewer and larger calls
+SHARE = 0.5  # of the time goes to sending at most, so that a queue that grows is sent in fewer and larger calls
 RETRY_S = 30.0  # pause between two tries to reach a server that is down
 PROBE_S = 3.0
 ENVIRONMENT_URI = "MLFLOW_TRACKING_URI"

@@ -260,17 +260,22 @@ class Chaos:
         kept = [ended_of(one) for one in known["each"] if known["seed"] == self.seed and one["end"] not in WRONG]
         done = {one.number: one for one in kept if one.number in numbers}
 
-        def told(number: int) -> None:
+        def kept_so_far() -> list[Ended]:
+            ended = [done[number] for number in sorted(done)]
+            if out is not None:
+                out.write_text(json.dumps(summary(ended, self.seed), indent=1) + "\n")
+            return ended
+
+        def inject(number: int) -> None:
             ended = self.one(number)
             print(line(ended), flush=True)
             with self._noting:
                 done[number] = ended
-                if out is not None:
-                    out.write_text(json.dumps(summary([done[one] for one in sorted(done)], self.seed), indent=1) + "\n")
+                kept_so_far()
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(told, [number for number in numbers if number not in done]))
-        return [done[number] for number in sorted(done)]
+            list(pool.map(inject, [number for number in numbers if number not in done]))
+        return kept_so_far()
 
 
 @contextmanager

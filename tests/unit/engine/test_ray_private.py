@@ -1,17 +1,20 @@
-"""Contract with Ray: the private and unstable names that the package uses exist, and an unsupported version is refused."""
+"""Contract with Ray: the private names that the package uses exist; other versions are refused; deaths are told apart."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 from functools import reduce
 
 import pytest
+import ray
 
 from softseg_dist.engine import context
 from softseg_dist.engine.context import SUBMITTED_BY, check_ray
+from softseg_dist.engine.ray_cluster import node_is_gone
 from softseg_dist.engine.ray_private import cause_in, lost_actors
 from softseg_dist.errors import UserError
 
@@ -90,3 +93,16 @@ def test_a_user_without_a_name_or_a_home_folder_has_what_ray_and_torch_ask_for()
         [sys.executable, "-c", code], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "/ True\n"
+
+
+def test_a_machine_is_gone_if_ray_says_so_or_if_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as answers, socket.socket() as silent:
+        for one in (answers, silent):
+            one.bind(("127.0.0.1", 0))
+        answers.listen()
+        ports = {"runs": answers.getsockname()[1], "vanished": silent.getsockname()[1], "dead": answers.getsockname()[1]}
+        common = {"NodeManagerAddress": "127.0.0.1"}
+        nodes = [{"NodeID": name, "NodeManagerPort": port, "Alive": name != "dead", **common} for name, port in ports.items()]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        gone = [node_is_gone(of) for of in (set(), {"runs"}, {"runs", "vanished"}, {"runs", "dead"}, {"unknown"})]
+    assert gone == [False, False, True, True, True]
