@@ -22,6 +22,7 @@ import pandas as pd
 from softseg_dist.data.cases import DataSet
 from softseg_dist.data.splits import GivenSplits, Splits
 from softseg_dist.errors import UserError
+from softseg_dist.interrupts import interruptible
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.prediction import Predictor, load_model
 from softseg_dist.record.remote import WorkingCopy
@@ -125,7 +126,6 @@ def run_file(file: StudyFile, options: RunOptions, progress: Callable[[], Progre
 
     Raises KeyboardInterrupt if SIGINT, SIGTERM or SIGHUP comes before the run folder is open.
     """
-    from softseg_dist.engine.session import interruptible
     from softseg_dist.nested import run_nested
     from softseg_dist.pipeline import run_study
 

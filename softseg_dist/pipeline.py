@@ -22,8 +22,9 @@ from softseg_dist.engine.context import Backend, Prepared, RunContext, check_ray
 from softseg_dist.engine.final_model import make_model
 from softseg_dist.engine.finalists import ENSEMBLE, HOLDOUT, measure_ensembles, open_holdout
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.session import Outcome, interruptible, run_search
+from softseg_dist.engine.session import Outcome, run_search
 from softseg_dist.errors import UserError
+from softseg_dist.interrupts import interruptible
 from softseg_dist.judging.results import merge_tables
 from softseg_dist.places import Address, Place, make_folder, redacted, sweep_partials, without_credentials
 from softseg_dist.record.ledger import Ledger

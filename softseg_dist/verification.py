@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -14,13 +13,14 @@ import pandas as pd
 import softseg_dist
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.progress import Progress
-from softseg_dist.engine.session import interruptible, run_beside
+from softseg_dist.engine.session import run_beside
 from softseg_dist.errors import UserError
 from softseg_dist.frozen import leaves
+from softseg_dist.interrupts import interruptible
 from softseg_dist.judging.results import SCHEMA
 from softseg_dist.pipeline import RunOptions, provenance, reopened
 from softseg_dist.record.ledger import Ledger
-from softseg_dist.record.remote import WorkingCopy
+from softseg_dist.record.remote import WorkingCopy, scratch_folder
 from softseg_dist.sealed import KEEPER
 from softseg_dist.training.task import FitResult, cases_path, vouched
 
@@ -71,9 +71,9 @@ def verify_run(
     size = len(recorded) if num_fits is None else min(num_fits, len(recorded))
     chosen = sorted(random.Random(f"{context.study.fingerprint} {seed}").sample(sorted(recorded), size))
     splits, checks = {split.index: split for split in context.splits}, list[FitCheck]()
-    scratch = TemporaryDirectory(prefix=".softseg-verify-", dir=place.path if options.address else None)  # a cluster sees the run
+    scratch = scratch_folder(".softseg-verify", place.path if options.address else None)  # a cluster sees the run
     with interruptible(), scratch as folder, context.backend.held():
-        apart = replace(context, ledger=Ledger(folder), copy=WorkingCopy(folder))
+        apart = replace(context, ledger=Ledger(folder / "run"), copy=WorkingCopy(folder / "run"))
         for fit in map(recorded.__getitem__, chosen):
             recipe, before = context.recipe_of(fit.candidate), _rows_of(fit, context)
             again = run_beside(apart, apart.fit_task(fit.candidate, recipe, splits[fit.split], fit.repeat))

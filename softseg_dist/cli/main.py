@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
-import time
-from _thread import start_new_thread
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -40,10 +37,12 @@ from softseg_dist.cli.options import (
     RunArg,
     Stores,
     StudyArg,
+    open_streams,
     say,
 )
 from softseg_dist.cli.submit import after_debug, submit
 from softseg_dist.errors import UserError, no_room, out_of_reach
+from softseg_dist.interrupts import interrupt_always
 from softseg_dist.words import command, count, listed, next_command
 
 if TYPE_CHECKING:  # they would import torch
@@ -64,7 +63,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = "Interrupted; the same command continues it."
-AGAIN_S = 0.05  # a finalizer is over by then
 PRICES = Path("cluster/prices.yaml")
 MAX_SHOWN = 24  # cases on the montage of `softseg check`
 MAX_PROBLEMS = 10  # lines of `softseg init`
@@ -418,26 +416,12 @@ def _print_plan(plan: Plan, offers: Sequence[Offer], prices: Prices | None, old:
     console.print(f"Prices of {prices.written}, {stale if old else 'indicative; see'} {'; '.join(prices.pages.values())}")
 
 
-def interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
-    """`sys.unraisablehook`: a signal that came during a finalizer, where Python only prints KeyboardInterrupt, is sent again."""
-    caught = [kind for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(kind))]
-    if isinstance(ignored.exc_value, KeyboardInterrupt) and caught:
-        start_new_thread(_send, (caught[0],))  # not `threading`, whose locks the finalizer may have interrupted
-    else:
-        sys.__unraisablehook__(ignored)
-
-
-def _send(kind: signal.Signals) -> None:
-    time.sleep(AGAIN_S)
-    os.kill(os.getpid(), kind)
-
-
 def main() -> None:
     """The command `softseg`."""
-    sys.stdout, sys.stderr, sys.unraisablehook = Patient(sys.stdout), Patient(sys.stderr), interrupt_again
-    for kind in (signal.SIGTERM, signal.SIGHUP):  # also while packages are imported, as Ctrl-C does
-        if signal.getsignal(kind) == signal.SIG_DFL:
-            signal.signal(kind, signal.default_int_handler)
+    open_streams()
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
+    interrupt_always()
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; that of a notebook may not be installed here
     try:
         app()
     except KeyboardInterrupt:

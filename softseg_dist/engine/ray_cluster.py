@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from softseg_dist.data.processes import num_processors
 from softseg_dist.engine.ray_private import (
     JobWithoutPaths,
+    connect,
     draining_nodes,
     environment,
     free_orphans,
@@ -208,17 +208,14 @@ def ray_at(address: str | None) -> Iterator[None]:
     with quiet(), environment(ours), ExitStack() as stack:
         if not ray.is_initialized():
             keep = _HELD[0] if _HELD else stack
-            handler = signal.getsignal(signal.SIGTERM)
             options = {"job_config": JobWithoutPaths(), "logging_level": logging.CRITICAL, "log_to_driver": False}
             if address is None:
                 keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": num_processors()}))
             else:
                 found = _reachable(address)
                 known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays
-                ray.init(address=found, runtime_env=known, **options)
+                connect(address=found, runtime_env=known, **options)
                 keep.callback(shut_down)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
         yield
 
 

@@ -35,6 +35,7 @@ from typing_extensions import override
 
 from softseg_dist.engine.ray_folder import RAY, VARIABLE, private_folder
 from softseg_dist.errors import UserError
+from softseg_dist.interrupts import held_back
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 PRIVATE = {  # the environment of all processes of a Ray that we start on this machine; None removes a variable
@@ -42,6 +43,7 @@ PRIVATE = {  # the environment of all processes of a Ray that we start on this m
     "RAY_AUTH_TOKEN": None,  # it would win over the file
     "RAY_ADDRESS": None,  # of another Ray
     "RAY_REDIS_ADDRESS": None,
+    "RAY_RUNTIME_ENV_HOOK": None,  # for jobs on a cluster
     "SPT_NOENV": "1",  # a process that sets its title keeps its environment, by which `processes_of` finds it
     "PYTHONBREAKPOINT": None,  # Ray sets its own, and leaves it
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on loopback only, as Ray does on macOS
@@ -96,12 +98,18 @@ def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
             _replaced(ray_services, "ConsolePopen", partial(ray_services.ConsolePopen, start_new_session=True)),
         ):
             _read_environment()
-            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
+            connect(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
         yield folder
 
 
+def connect(**options: Any) -> None:
+    """`ray.init` without its handler of SIGTERM. Signals wait for its end: one that interrupts Ray's C++ makes it wait for ever."""
+    with held_back(), _replaced(ray_utils, "set_sigterm_handler", lambda handler: None):
+        ray.init(**options)
+
+
 def shut_down() -> None:
-    """Disconnect from Ray, and end it if this process has started it.
+    """Disconnect from Ray, and end it if this process has started it. Signals wait for its end.
 
     A reference of Ray's that another thread's garbage collection frees meanwhile would end this process at once.
     """
@@ -109,7 +117,8 @@ def shut_down() -> None:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        ray.shutdown()
+        with held_back():
+            ray.shutdown()
     finally:
         if was_enabled:
             gc.enable()

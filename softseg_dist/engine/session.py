@@ -5,17 +5,16 @@ Knows no Ray, so that the order of events can be read, and tested, without one.
 
 from __future__ import annotations
 
-import signal
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from softseg_dist.engine.context import RunContext
 from softseg_dist.engine.progress import Progress
 from softseg_dist.engine.worker import Ending, reason_of
 from softseg_dist.errors import UserError, no_room, out_of_reach
+from softseg_dist.interrupts import handled
 from softseg_dist.places import Place
 from softseg_dist.record.ledger import RaceRecord
 from softseg_dist.search.searcher import MAX_ATTEMPTS, StudySearcher
@@ -23,7 +22,6 @@ from softseg_dist.study import Study
 from softseg_dist.tracking.tracker import Tracker
 from softseg_dist.training.task import FitResult, FitTask
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the end of a job or machine, a lost terminal
 HOPELESS = 3  # so many fits given up, and none ended: the cause is not the fit
 
 
@@ -331,41 +329,12 @@ def _explained(error: OSError) -> UserError:
     return UserError(text)
 
 
-@contextmanager
-def signals(session: Session) -> Iterator[None]:
+def signals(session: Session) -> AbstractContextManager[None]:
     """The first signal of `ENDING` stops the session after checkpoints, the second one at once."""
 
-    def stop() -> None:
+    def stop(kind: int) -> None:
         if session.interrupted:
             raise KeyboardInterrupt
         session.stop()
 
-    with _handled(stop):
-        yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """A signal of `ENDING` raises KeyboardInterrupt in the block, but where `signals` hold."""
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with _handled(stop):
-        yield
-
-
-@contextmanager
-def _handled(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the signals of `ENDING` that are not ignored, as `nohup` does. Only a main thread gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {kind: handler for kind in ENDING if (handler := signal.getsignal(kind)) not in (signal.SIG_IGN, None)}
-    try:
-        for kind in before:
-            signal.signal(kind, lambda number, frame: stop())
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    return handled(stop)

@@ -34,15 +34,25 @@ def mirrored(task: FitTask) -> Iterator[tuple[FitTask, Callable[[], None]]]:
     if place.path is not None:
         yield task.replace(folder=str(place.path)), lambda: None
         return
-    mine = f"softseg-fit-{os.getuid()}-"
-    _sweep(mine)
-    with tempfile.TemporaryDirectory(prefix=mine) as scratch, hold(Path(scratch) / ".lock"):
-        mirror = Mirror(place, Path(scratch))
+    with scratch_folder("softseg-fit") as scratch:
+        mirror = Mirror(place, scratch)
         mirror.pull()
         try:
-            yield task.replace(folder=scratch), mirror.push
+            yield task.replace(folder=str(scratch)), mirror.push
         finally:
             mirror.push()
+
+
+@contextmanager
+def scratch_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder for the block, in `parent` or where temporary files are. Removes those of `name` whose processes have died."""
+    parent, prefix = parent or Path(tempfile.gettempdir()), f"{name}-{os.getuid()}-"
+    for folder in parent.glob(f"{prefix}*"):
+        lock = folder / ".lock"
+        if lock.exists() and lock.stat().st_mtime < time.time() - FRESH_S and holder(lock) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, hold(Path(made) / ".lock"):
+        yield Path(made)
 
 
 class Mirror:
@@ -68,14 +78,6 @@ class Mirror:
         for name in self._copied.keys() - here.keys():
             (self._place / name).delete()
             del self._copied[name]
-
-
-def _sweep(prefix: str) -> None:
-    """Remove scratch folders whose processes have died."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        lock = folder / ".lock"
-        if lock.exists() and lock.stat().st_mtime < time.time() - FRESH_S and holder(lock) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be sweeping it too
 
 
 COPIERS = 8  # files that are copied at a time

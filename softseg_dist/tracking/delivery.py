@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from softseg_dist.tracking.server import MlflowServer
 
 COLLECT_S, LONGEST_S = 0.5, 30.0  # records of this long go out together: all epochs of a fit in one call
-SHARE = 0.5  # of the time goes to sending at most, so that a queue that grows is sent in fewer and larger calls
+SHARE = 0.2  # of the time goes to sending at most, so that a queue that grows is sent in fewer and larger calls
 RETRY_S = 30.0  # pause between two tries to reach a server that is down
 PROBE_S = 3.0
 ENVIRONMENT_URI = "MLFLOW_TRACKING_URI"
+TAKEN = 5_000  # lines of the spool that are in memory at a time, some 1 kB each; what waits behind them is in the file
 LATER = re.compile(  # errors after which the same record may be sent again: no answer, no login, too busy
     r"API request to \S+ failed with (timeout )?exception|failed with error code (40[138]|429|50[234])"
     r"|TEMPORARILY_UNAVAILABLE|DEADLINE_EXCEEDED|LIMIT_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAUTHORIZED"
@@ -94,60 +96,104 @@ def check_server(address: Address | None) -> None:
 
 
 class Spool:
-    """The queue, oldest first, in memory and in a file of lines, each JSON behind its digest: what a process that dies leaves.
+    """The queue, oldest first: a file of lines, each JSON behind its digest. What a process that dies leaves is sent by the next.
 
-    One process uses the file at a time. What the disk does not take waits in memory until it does. Damaged lines are left out.
+    In memory are the records that are being sent, and those that the disk did not take, until it does. Damaged lines are left out.
+    One process uses the file at a time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.problem = path, ""
         self._lock = threading.Lock()
-        lines = path.read_bytes().split(b"\n") if path.is_file() else []
-        self._records = deque(coalesced(_records(lines)))
-        self._new: list[TrackingRecord] = []  # since the last `collect`
-        self._num_old, self.num_sent, self.num_late = len(self._records), 0, 0  # `late`: sent, of earlier sessions
-        self._is_whole, self._is_closed = not lines, False  # nothing is torn or missing in the file
+        self._taken = deque[TrackingRecord]()  # from the file, to be sent
+        self._unwritten: list[TrackingRecord] = []
+        self._old, self._start = self._size(), 0  # bytes of the file that earlier sessions wrote, and that were taken
+        self._is_torn = self._old > 0  # the last line may have no end
+        self._is_late = self._is_closed = False  # what was taken is of an earlier session
+        self.num_sent = self.num_late = 0
 
     def append(self, records: Sequence[TrackingRecord]) -> None:
         """Add records at the end."""
         with self._lock:
-            self._new += records
-            self._write(records)
+            self._unwritten += records
+            self._write()
 
     def collect(self) -> list[TrackingRecord]:
-        """All that waits now, to be sent in this order."""
+        """What is to be sent next, in this order: what is left of the last time or, if nothing is, up to `TAKEN` lines."""
         with self._lock:
-            self._records, self._new = deque(coalesced([*self._records, *self._new])), []
-            return list(self._records)
+            self._take()
+            return list(self._taken)
 
     def sent(self) -> None:
         """Forget the first record."""
         with self._lock:
-            self._records.popleft()
-            self.num_late += self.num_sent < self._num_old
+            self._taken.popleft()
             self.num_sent += 1
+            self.num_late += self._is_late
 
-    def shorten(self, *, last: bool = False) -> int:
-        """Leave in the file what was not sent, and no file if there is nothing; returns how many records wait."""
+    def shorten(self) -> None:
+        """Leave out of the file what was sent, once that is an eighth of it; nothing remains if nothing waits."""
         with self._lock:
-            if not self._is_closed:
-                self._write()
-            self._is_closed |= last
-            return len(self._records) + len(self._new)
+            if not (self._is_closed or self._taken) and 8 * self._start >= self._size():
+                self._leave_out_sent()
 
-    def _write(self, added: Sequence[TrackingRecord] = ()) -> None:
-        """Add records to the file, or write all of it."""
+    def close(self) -> int:
+        """Leave in the file what was not sent, for the next session; returns how many records that are."""
+        with self._lock:
+            self._take()
+            num_waiting = len(self._taken) + sum(1 for _ in self._lines_left()) + len(self._unwritten)
+            self._leave_out_sent()
+            self._is_closed = True
+            return num_waiting
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def _write(self) -> None:
+        """Add to the file what it has not got. What a full disk took of it is a torn line, and is written again."""
+        if not self._unwritten:
+            return
         try:
-            if added and self._is_whole:
-                with self.path.open("ab") as file:
-                    file.write(_lines(added))
-            elif waiting := [*self._records, *self._new]:
-                replace_file(self.path, lambda partial: partial.write_bytes(_lines(waiting)))
+            with self.path.open("ab") as file:
+                file.write(b"\n" * self._is_torn + _lines(self._unwritten))
+            self.problem, self._is_torn, self._unwritten = "", False, []
+        except OSError as error:  # which the ledger reports
+            self.problem, self._is_torn = str(error), True
+
+    def _take(self) -> None:
+        """Read what comes next, unless something is left to be sent."""
+        self._write()
+        while not self._taken and (lines := self._next_lines()):
+            self._taken.extend(coalesced(_records(lines)))
+
+    def _next_lines(self) -> list[bytes]:
+        """At most `TAKEN` lines, all of earlier sessions or none."""
+        lines, self._is_late = list[bytes](), self._start < self._old
+        for line in islice(self._lines_left(), TAKEN):
+            lines.append(line)
+            self._start += len(line)
+            if self._is_late and self._start >= self._old:
+                break
+        return lines
+
+    def _lines_left(self) -> Iterator[bytes]:
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                file.seek(self._start)
+                yield from file
+
+    def _leave_out_sent(self) -> None:
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                file.write(_lines(self._taken))
+                file.writelines(self._lines_left())
+
+        with suppress(OSError):  # the disk is full: what is sent twice does no harm
+            if self._taken or self._start < self._size():
+                replace_file(self.path, write)
             else:
                 self.path.unlink(missing_ok=True)
-            self.problem, self._is_whole = "", True
-        except OSError as error:  # the disk is full, which the ledger reports
-            self.problem, self._is_whole = str(error), False
+            self._old, self._start = max(self._old - self._start, 0), 0
 
 
 def _lines(records: Sequence[TrackingRecord]) -> bytes:
@@ -159,7 +205,7 @@ def _lines(records: Sequence[TrackingRecord]) -> bytes:
 def _records(lines: Sequence[bytes]) -> Iterator[TrackingRecord]:
     for line in lines:
         with suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
-            record = unsealed(line)
+            record = unsealed(line.rstrip(b"\n"))
             hash((record["what"], record["key"]))
             if record["what"] == "log":
                 record |= {"metrics": [*record["metrics"]], "params": {**record["params"]}, "tags": {**record["tags"]}}
@@ -203,21 +249,22 @@ class Delivery:
                 before = self._spool.num_sent
                 self._thread.join(wait_s)
         self._give_up.set()
-        self._spool.collect()
-        return self._spool.shorten(last=True)
+        return self._spool.close()
 
     def _serve(self) -> None:
-        pause_s, closing = COLLECT_S, False
-        while not closing:
+        pause_s, has_ended = COLLECT_S, False
+        while not has_ended:
             closing, started, num_sent = self._closing.wait(pause_s), time.monotonic(), self._spool.num_sent
             try:
-                for record in self._spool.collect():
-                    if self._give_up.is_set():
+                records = self._spool.collect()
+                has_ended = closing and not records
+                for record in records:
+                    if has_ended := self._give_up.is_set():
                         break
                     self._send(record)
                 pause_s = min(max(COLLECT_S, (time.monotonic() - started) * (1 / SHARE - 1)), LONGEST_S)
             except Exception as error:  # noqa: BLE001 - an error of the tracking server must never reach the study
-                self.problem, pause_s = self._address.redact(in_words(error))[:300], RETRY_S
+                self.problem, pause_s, has_ended = self._address.redact(in_words(error))[:300], RETRY_S, closing
                 self._disconnect()
             if self._spool.num_sent > num_sent:
                 self._spool.shorten()

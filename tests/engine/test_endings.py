@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def goes_on(folder: Path, *options: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "where", "holdout"),
     [
+        pytest.param(signal.SIGTERM, '"event": "start"', "None", id="start of Ray", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, '"event": "epoch"', "None", id="search", marks=pytest.mark.long),
         pytest.param(signal.SIGHUP, '"event": "epoch"', "None", id="search, a lost terminal", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, "training a on all", "None", id="final model"),
@@ -114,33 +116,6 @@ def test_a_signal_while_packages_are_imported_ends_with_130_and_says_nothing(tmp
     assert run.returncode in (130, -signal.SIGINT)  # the second if it came during an `exec`; a shell calls it 130, too
 
 
-FINALIZER = """
-import os, signal, sys, time
-from softseg_dist.cli.main import interrupt_again
-
-class Object:
-    def __del__(self):
-        raise ERROR
-
-sys.unraisablehook = interrupt_again
-one = Object()
-try:
-    del one  # where Python prints what is raised, and goes on
-    time.sleep(30)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-
-
-def test_a_signal_that_comes_in_a_finalizer_comes_again_and_other_errors_there_are_printed() -> None:
-    ended = []
-    for raised in ("KeyboardInterrupt", "ValueError('of others')"):
-        text = FINALIZER.replace("ERROR", raised).replace("30", "30" if raised == "KeyboardInterrupt" else "0.2")
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
-        ended.append((done.stdout, done.stderr.splitlines()[-1:]))
-    assert ended == [("interrupted\n", []), ("", ["ValueError: of others"])]
-
-
 def test_a_display_that_cannot_write_goes_mute_and_the_study_goes_on(tmp_path: Path) -> None:
     study_in(tmp_path)
     run = started(tmp_path, "--local")
@@ -150,3 +125,10 @@ def test_a_display_that_cannot_write_goes_mute_and_the_study_goes_on(tmp_path: P
     run.stdout.close()  # as `| head -1` does
     assert (run.wait(timeout=120), run.stderr.read()) == (0, "")
     assert set(states(tmp_path).values()) == {"FINISHED"}
+
+
+def test_a_run_without_standard_streams_is_as_any_other(tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-P", "-m", "softseg_dist.cli.main", "run", str(study_in(tmp_path)), "--local"])
+    assert subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], cwd=tmp_path, timeout=120, check=False).returncode == 0
+    assert set(states(tmp_path).values()) == {"FINISHED"}
+    assert len(pd.read_parquet(tmp_path / "runs/ending/results.parquet").groupby(["candidate", "split"])) == 2

@@ -496,7 +496,7 @@ for epoch in range(1, epochs + 1):
     own_s += time.thread_time() - before
     time.sleep(max(0.0, started + epoch - time.monotonic()))
 processor_s = time.process_time() - processor_s
-backlog_s = len(spool._new) / len(keys)
+backlog_s = sum(1 for _ in spool._lines_left()) / len(keys)
 for repeat in range(fits):
     tracker.fit_ended(result(0).replace(repeat=repeat))
 tracker.candidate_ended("a", [])

@@ -21,6 +21,7 @@ LAYERS = {
     "sources": {"errors"},
     "frozen": {"errors", "sources"},
     "locks": {"errors"},
+    "interrupts": set(),
     "words": set(),
     "places": {"errors"},
     "sealed": {"errors", "places"},
@@ -35,6 +36,7 @@ LAYERS = {
     "tracking": {"errors", "frozen", "places", "words", "study", "study_file", "training", "record"},
     "engine": {
         "errors",
+        "interrupts",
         "frozen",
         "places",
         "sealed",
@@ -54,6 +56,7 @@ LAYERS = {
     "prediction": {"errors", "places", "words", "data", "study_file", "training"},
     "pipeline": {
         "errors",
+        "interrupts",
         "places",
         "sealed",
         "data",
@@ -68,7 +71,7 @@ LAYERS = {
         "engine",
         "report",
     },
-    "verification": {"errors", "frozen", "sealed", "judging", "training", "record", "engine", "pipeline"},
+    "verification": {"errors", "interrupts", "frozen", "sealed", "judging", "training", "record", "engine", "pipeline"},
     "nested": {"frozen", "places", "sealed", "words", "judging", "study", "study_file", "record", "engine", "report", "pipeline"},
     "assessment": {
         "errors",
@@ -87,6 +90,7 @@ LAYERS = {
     },
     "api": {
         "errors",
+        "interrupts",
         "data",
         "judging",
         "study",
@@ -105,6 +109,7 @@ LAYERS = {
         "api",
         "assessment",
         "errors",
+        "interrupts",
         "first_study",
         "places",
         "words",

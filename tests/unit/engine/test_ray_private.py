@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import ray
 from softseg_dist.engine import context
 from softseg_dist.engine.context import SUBMITTED_BY, check_ray
 from softseg_dist.engine.ray_cluster import node_is_gone
-from softseg_dist.engine.ray_private import cause_in, lost_actors
+from softseg_dist.engine.ray_private import cause_in, connect, lost_actors
 from softseg_dist.errors import UserError
+from softseg_dist.interrupts import interruptible
 
 USED = {
     "ray._private.node": ("Node.get_gcs_client", "Node.start_api_server", "Node.start_monitor"),
@@ -29,7 +31,7 @@ USED = {
     ),
     "ray._private.services": ("ConsolePopen",),
     "ray._private.state": ("actors", "state._connect_and_get_accessor", "state.get_draining_nodes"),
-    "ray._private.utils": ("get_dashboard_dependency_error",),
+    "ray._private.utils": ("get_dashboard_dependency_error", "set_sigterm_handler"),
     "ray._private.worker": ("_worker_logs_enabled",),
     "ray._raylet": ("AuthenticationTokenLoader.instance", "AuthenticationTokenLoader.reset_cache", "Config.initialize"),
     "ray.autoscaler.v2.utils": ("is_autoscaler_v2",),
@@ -93,6 +95,20 @@ def test_a_user_without_a_name_or_a_home_folder_has_what_ray_and_torch_ask_for()
         [sys.executable, "-c", code], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "/ True\n"
+
+
+def test_a_signal_waits_until_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def init(address: str) -> None:
+        ray._private.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as Ray does
+        signal.raise_signal(signal.SIGTERM)
+        started.append(address)
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        connect(address="a machine")
+    assert started == ["a machine"]
 
 
 def test_a_machine_is_gone_if_ray_says_so_or_if_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

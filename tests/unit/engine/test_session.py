@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from softseg_dist import MonteCarlo, Optim, Phantom, Recipe, Search, Study, TuneEach
 from softseg_dist.data.splits import Split
 from softseg_dist.engine.progress import JsonLines, LiveTable, PlainLines, Progress
-from softseg_dist.engine.session import Outcome, SearchSession, interruptible
+from softseg_dist.engine.session import Outcome, SearchSession
 from softseg_dist.engine.worker import Ending
 from softseg_dist.places import Place, partial_of
 from softseg_dist.record.ledger import Ledger
@@ -201,21 +200,3 @@ def test_lines_say_what_was_done_before_and_what_ends() -> None:
     assert [event["event"] for event in events] == ["start", "epoch", "fit", "fit", "end", "note"]
     assert events[1] == {"event": "epoch", "fit": "a/001", "metrics": {"epoch": 1.0, "loss": 0.25}}
     assert (events[3]["fit"], events[3]["state"], events[3]["done"], events[3]["total"]) == ("a/002", "failed", 3, 3)
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_interrupts_a_run_and_handlers_are_put_back(kind: signal.Signals) -> None:
-    before = signal.getsignal(kind)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.raise_signal(kind)
-    assert signal.getsignal(kind) == before
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with interruptible():
-            signal.raise_signal(signal.SIGHUP)
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from softseg_dist.errors import UserError
 from softseg_dist.frozen import unsealed
 from softseg_dist.pipeline import Finished
 from softseg_dist.record.status import SPOOL
-from softseg_dist.tracking.delivery import Spool, server_address
+from softseg_dist.tracking.delivery import TAKEN, Spool, server_address
 from softseg_dist.tracking.tracker import Tracker, default_uri
 from softseg_dist.words import next_command
 
@@ -39,28 +40,48 @@ def test_records_come_back_in_order_and_what_was_sent_is_gone(tmp_path: Path) ->
     spool.append(RECORDS[3:])
     assert Spool(spool.path).collect() == RECORDS, "a process that dies now has lost nothing"
     spool.sent()
-    assert spool.shorten() == 3
-    assert [unsealed(line) for line in spool.path.read_bytes().splitlines()] == RECORDS[1:]
-    assert taken(spool) == RECORDS[1:]
-    assert spool.shorten(last=True) == 0
+    assert spool.collect() == RECORDS[1:3], "what is left comes first"
+    assert taken(spool) == RECORDS[1:3]
+    spool.shorten()
+    assert [unsealed(line) for line in spool.path.read_bytes().splitlines()] == RECORDS[3:]
+    assert taken(spool) == RECORDS[3:]
+    assert spool.close() == 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_not_sent_stays_and_is_known_as_of_an_earlier_session(tmp_path: Path) -> None:
     first = Spool(tmp_path / SPOOL)
     first.append(RECORDS[:2])
-    assert first.shorten(last=True) == 2
+    assert first.close() == 2
     second = Spool(first.path)
     second.append(RECORDS[2:])
-    assert second.collect() == RECORDS
-    for _ in range(3):
-        second.sent()
+    assert taken(second) == RECORDS[:2]
+    assert second.collect() == RECORDS[2:]
+    second.sent()
     assert (second.num_sent, second.num_late) == (3, 2)
-    assert second.shorten(last=True) == 1
+    assert second.close() == 1
     assert [unsealed(line) for line in second.path.read_bytes().splitlines()] == RECORDS[3:]
     second.sent()  # of a thread that nobody waits for
     second.shorten()
     assert second.path.is_file(), "the file may be another's"
+
+
+def test_what_waits_for_a_server_that_is_away_waits_in_the_file(tmp_path: Path) -> None:
+    spool, num, at_a_time = Spool(tmp_path / SPOOL), 3 * TAKEN + 1, 1_000
+    tracemalloc.start()
+    for first in range(0, num, at_a_time):
+        spool.append([{"what": "open", "key": f"{key:05d}"} for key in range(first, min(first + at_a_time, num))])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < spool.path.stat().st_size / 10
+    keys, sizes = list[str](), list[int]()
+    while records := taken(spool):
+        keys += [str(record["key"]) for record in records]
+        spool.shorten()
+        sizes.append(len(records))
+    assert keys == sorted(keys)
+    assert sizes == [TAKEN, TAKEN, TAKEN, 1]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damaged", [b'{"what": "op', b"[1, 2]\n", b'\xff\x00\n{"what": "log", "key": "a", "metrics": 3}\n\n'])
@@ -68,9 +89,10 @@ def test_what_follows_a_damaged_line_is_kept(tmp_path: Path, damaged: bytes) -> 
     (tmp_path / SPOOL).write_bytes(damaged)
     spool = Spool(tmp_path / SPOOL)
     spool.append(RECORDS)
-    assert [unsealed(line) for line in spool.path.read_bytes().splitlines()] == RECORDS == taken(spool)
+    assert taken(spool) == RECORDS
+    assert spool.num_late == 0
     (tmp_path / SPOOL).write_bytes(damaged)
-    assert Spool(tmp_path / SPOOL).shorten(last=True) == 0
+    assert Spool(tmp_path / SPOOL).close() == 0
     assert list(tmp_path.iterdir()) == []
 
 
