@@ -246,6 +246,7 @@ def send_signal(scene: Scene, command: Command) -> None:
         return
     scene.did, scene.struck = kind.name, time.time()
     scene.codes = (0,) if scene.moment == "final model" else ()  # all may be done by then
+    scene.at_end.append(lambda: next((line for _, line in command.lines if "wait in" in line), ""))  # its thread must not hang
     send = os.kill if kind == signal.SIGTERM else os.killpg
     send(command.process.pid, kind)
 
