@@ -62,7 +62,7 @@ class Sources:
             if file not in texts:
                 bare = not (folder / file).exists()  # a package whose folder has no __init__.py
                 try:
-                    texts[file] = "" if bare else (folder / file).read_text(encoding="utf-8")
+                    texts[file] = "" if bare else (folder / file).read_text(encoding="utf-8-sig")
                 except (UnicodeDecodeError, OSError) as error:
                     raise UserError(f"{folder / file}: cannot be read as a Python file: {error}") from None
                 waiting += _imported_files(folder, file, texts[file])

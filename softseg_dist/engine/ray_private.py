@@ -34,7 +34,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from typing_extensions import override
 
 from softseg_dist.engine.ray_folder import RAY, VARIABLE, private_folder
-from softseg_dist.errors import UserError
+from softseg_dist.errors import UserError, in_words
 from softseg_dist.interrupts import held_back
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -71,7 +71,7 @@ def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
     """A new Ray on this machine that its user alone can reach; yields its folder. `options` are arguments of `ray.init`.
 
     It has a random token, listens on loopback, and has neither dashboard, job endpoint nor Prometheus. The environment is as
-    before once it has started, so that processes that this one starts are none of Ray's. Raises UserError without a folder for it.
+    before once it has started, so that processes that this one starts are none of Ray's. Raises UserError if it does not start.
     """
     from ray.tune.execution import class_cache  # late, as it takes a second that `softseg submit` need not wait
 
@@ -98,7 +98,10 @@ def private_ray(options: Mapping[str, Any]) -> Iterator[Path]:
             _replaced(ray_services, "ConsolePopen", partial(ray_services.ConsolePopen, start_new_session=True)),
         ):
             _read_environment()
-            connect(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
+            try:
+                connect(address="local", include_dashboard=False, _temp_dir=str(folder / RAY), **options)
+            except Exception as error:
+                raise UserError(f"Ray does not start on this machine ({in_words(error)}); --local does without") from error
         yield folder
 
 

@@ -58,6 +58,10 @@ def test_a_loss_defined_in_a_study_file_goes_through_json(tmp_path: Path) -> Non
     assert loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)).item() == 0.5**2
 
 
+def test_a_study_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load_study(write(tmp_path, f"\ufeff{MINE}")).study.name == "mine"
+
+
 def test_a_metric_defined_in_a_study_file_may_be_the_objective(tmp_path: Path) -> None:
     text = MINE.replace("import Loss,", "import Loss, Metric,").replace("search=Search", "objective=Bias(), search=Search")
     bias = """class Bias(Metric):

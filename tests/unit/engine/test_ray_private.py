@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from functools import reduce
+from pathlib import Path
 
 import pytest
 import ray
@@ -16,7 +17,7 @@ import ray
 from softseg_dist.engine import context
 from softseg_dist.engine.context import SUBMITTED_BY, check_ray
 from softseg_dist.engine.ray_cluster import node_is_gone
-from softseg_dist.engine.ray_private import cause_in, connect, lost_actors
+from softseg_dist.engine.ray_private import cause_in, connect, lost_actors, private_ray
 from softseg_dist.errors import UserError
 from softseg_dist.interrupts import interruptible
 
@@ -109,6 +110,17 @@ def test_a_signal_waits_until_ray_has_started(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt), interruptible():
         connect(address="a machine")
     assert started == ["a machine"]
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=r"Ray does not start .*timed out during startup.*--local"), private_ray({}):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_machine_is_gone_if_ray_says_so_or_if_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
