@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import socket
 import subprocess
@@ -44,17 +43,20 @@ from softseg_dist.places import Place
 from softseg_dist.study import Resources
 from softseg_dist.words import listed
 
-ENVIRONMENT = {
+ENVIRONMENT = {  # whatever that of the user says
     "MALLOC_ARENA_MAX": "1",  # Tune runs every fit in a new thread, whose own heap would keep the freed memory
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the same in driver and worker
+    "RAY_TRAIN_V2_ENABLED": "1",  # in the former Train a lane waits for ever
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a lane sees that a worker has died
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # the ledger is the state
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TORCH_DISTRIBUTED_DEBUG": "OFF",  # with DETAIL torch 2.13 crashes in a lane
 }
+REFUSED = dict.fromkeys(("RAY_AIR_LOCAL_CACHE_DIR", "TUNE_RESULT_DIR"))  # of older Rays; Tune does not run with them
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing of size goes through Ray; its default takes 30 % of the memory
 CONNECT_S = 60.0  # a slow network, and Ray's import from a slow disk
 ANSWER_S = 3.0
@@ -204,8 +206,7 @@ def ray_at(address: str | None) -> Iterator[None]:
 
     Raises UserError if there is none at `address`, it wants a token, or it is of another version.
     """
-    ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    with quiet(), environment(ours), ExitStack() as stack:
+    with quiet(), environment(ENVIRONMENT | REFUSED), ExitStack() as stack:
         if not ray.is_initialized():
             keep = _HELD[0] if _HELD else stack
             options = {"job_config": JobWithoutPaths(), "logging_level": logging.CRITICAL, "log_to_driver": False}
@@ -213,7 +214,7 @@ def ray_at(address: str | None) -> Iterator[None]:
                 keep.enter_context(private_ray(options | {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": num_processors()}))
             else:
                 found = _reachable(address)
-                known = {"env_vars": ours | {"RAY_ADDRESS": found}}  # there may be other Rays
+                known = {"env_vars": ENVIRONMENT | {"RAY_ADDRESS": found}}  # there may be other Rays
                 connect(address=found, runtime_env=known, **options)
                 keep.callback(shut_down)
         yield

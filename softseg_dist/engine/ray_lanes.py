@@ -45,7 +45,7 @@ class Mailbox:
     """Passes one job at a time to rank 0 of the group, and its events back. An actor."""
 
     def __init__(self) -> None:
-        self._number, self._message = 0, None  # of the present job
+        self._number, self._message, self._node = 0, None, ""  # of the present job, and the machine of rank 0, which has taken it
         self._events: list[Event] = []
         self._taken = self._ended = True
         self._changed = asyncio.Condition()
@@ -57,16 +57,20 @@ class Mailbox:
             self._taken = self._ended = False
             self._changed.notify_all()
 
-    async def take(self) -> tuple[int, Any] | None:
-        """The next job with its number, for rank 0; None to call again. A job that was taken before died with its group."""
+    async def take(self, node: str) -> tuple[int, Any] | None:
+        """The next job with its number, for rank 0 on `node`; None to call again. One that was taken before died with its group."""
         if self._taken:
             await self.tell(self._number, "lost", "one of its workers died (killed, out of memory, or its machine was lost)")
         async with self._changed:
             await self._until(lambda: not self._taken)
             if self._taken:
                 return None
-            self._taken = True
+            self._taken, self._node = True, node
             return self._number, self._message
+
+    async def node(self) -> str | None:
+        """Where rank 0 of the present job is, by the node's id; None if it has not been taken."""
+        return self._node if self._taken else None
 
     async def tell(self, number: int, kind: str, value: Any) -> None:
         """Pass on an event of a job that has not ended; one that has was given up."""
@@ -141,12 +145,18 @@ class Lane:
         """Can it take a job?"""
         return self._thread.is_alive()
 
-    def run(self, message: Any, report: Report) -> Any:
-        """Run a job on all workers and return the answer of rank 0. Raises LostJob if there will be none."""
+    def run(self, message: Any, report: Report, stop: Callable[[], bool]) -> Any:
+        """Run a job on all workers and return the answer of rank 0. Raises LostJob if there will be none.
+
+        A job that runs asks itself whether to `stop`. Returns None if it is to stop and waits for machines.
+        """
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         ray.get(self._mailbox.put.remote(message))
         while True:
-            for kind, value in ray.get(self._mailbox.news.remote()):
+            events = ray.get(self._mailbox.news.remote())
+            if not events and stop() and self._waits():
+                return None
+            for kind, value in events:
                 if kind == "answer":
                     return value
                 if kind == "lost":
@@ -155,6 +165,10 @@ class Lane:
             if not self.alive:
                 lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
                 raise LostJob(f"its group of workers has ended: {lines[-1]}")
+
+    def _waits(self) -> bool:
+        node = ray.get(self._mailbox.node.remote())
+        return node is None or node_is_gone({node})
 
     def _serve(self, trainer: TorchTrainer) -> None:
         try:
@@ -180,11 +194,12 @@ def _wait_for_jobs(config: dict[str, Any]) -> None:
     context = train.get_context()
     rank = context.get_world_rank()
     worker = Worker(device=str(get_device()), rank=rank, num_workers=context.get_world_size())
-    worker = replace(worker, leaving=Leaving(worker.gather([ray.get_runtime_context().get_node_id()])))
+    node = ray.get_runtime_context().get_node_id()
+    worker = replace(worker, leaving=Leaving(worker.gather([node])))
     while True:
         if rank == 0 and worker.leaving():
             raise LostJob(ENDS_SOON)  # between two jobs: the group starts again elsewhere
-        job = [ray.get(mailbox.take.remote()) if rank == 0 else None]
+        job = [ray.get(mailbox.take.remote(node)) if rank == 0 else None]
         distributed.broadcast_object_list(job, src=0)
         if job[0] is None:
             continue

@@ -29,7 +29,7 @@ from softseg_dist.engine.ray_lanes import lane_of_process
 from softseg_dist.engine.ray_packs import packs, run_in_pack, wait_until_released
 from softseg_dist.engine.ray_private import Leaving, cause_in, forget_ended, free_orphans, lost_actors, name_logs, nodes_of
 from softseg_dist.engine.session import Session, signals
-from softseg_dist.engine.worker import ENDS_SOON, Ending, LostJob, message_of, run_fit
+from softseg_dist.engine.worker import ENDS_SOON, Ending, LostJob, StopFile, message_of, run_fit
 from softseg_dist.places import Place
 from softseg_dist.training.task import Worker
 
@@ -127,7 +127,8 @@ def _function(context: RunContext, bundle: Mapping[str, float], lanes: str) -> I
             raise LostJob(ENDS_SOON)
         try:
             if workers > 1:
-                return dict(lane_of_process(run, workers, dict(bundle), lanes).run(config, tune.report))
+                lane = lane_of_process(run, workers, dict(bundle), lanes)
+                return dict(lane.run(config, tune.report, StopFile(config["stop"])) or Ending(kind="interrupted").answer)
             if manager is not None and task["attempt"] == 0:
                 return dict(run_in_pack(manager, task["folder"], config, tune.report))
         except LostJob as lost:  # as a value: Train is starting the workers again, which this process must not leave
@@ -165,6 +166,8 @@ class _TuneEvents(_Shared, TrialProgressCallback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if iteration:
             self._withdraw()
+        if self._session.stopped and trials and all(trial.status == trial.PENDING for trial in trials):
+            raise KeyboardInterrupt  # what waits for a machine has nothing to save
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + SWEEP_S
             free_orphans()

@@ -120,6 +120,27 @@ def test_a_fit_on_a_drained_node_loses_at_most_what_it_trained_since_the_notice(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_does_not_wait_for_a_machine(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "spot.py").write_text(STUDY.replace("WORKERS", str(workers)))
+    raylets = Raylets()
+    raylets.order("add 2")
+    command = [sys.executable, "-m", "softseg_dist.cli.main", "run", "spot.py", "--address", raylets.address]
+    process = subprocess.Popen(command, cwd=tmp_path, env=WITH_TOKEN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    fit = tmp_path / "runs/spot/fits/a/000"
+    wait_until(history_path(fit).is_file, process)
+    raylets.order("drain")
+    wait_until(checkpoint_path(fit).exists, process)
+    raylets.order("kill")
+    time.sleep(5)  # Tune starts the fit again, as soon as there is a machine
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    raylets.end()
+    assert process.returncode == 130, out
+    assert "Interrupted; the same command continues it." in out
+
+
+@pytest.mark.long
 def test_fits_that_begin_after_the_notice_begin_elsewhere(tmp_path: Path) -> None:
     raylets = Raylets()
     raylets.order("add 2")
