@@ -135,10 +135,10 @@ def test_a_local_run_gives_the_same_table_without_ray_and_stops_at_breakpoints(
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.long  # in test_data_parallel.py without the command line
 def test_two_workers_per_fit_give_the_rows_of_one_and_its_soft_scores_up_to_rounding(done: Path, tmp_path: Path) -> None:
-    of_users = {"RAY_TRAIN_V2_ENABLED": "0", "TUNE_RESULT_DIR": "/none", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}  # for other work
     one_candidate = STUDY.replace('("hard", "soft")', '("hard",)').replace(", search=Search(propose, trials=2)", "")
-    ran = softseg("run", write(tmp_path, one_candidate), "--workers-per-fit", 2, "--json", cwd=tmp_path, env=os.environ | of_users)
+    ran = softseg("run", write(tmp_path, one_candidate), "--workers-per-fit", 2, "--json", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     keys = ["candidate", "split", "subset", "grid", "case", "class", "reference", "metric"]
     two, one = table(tmp_path / "runs" / "tiny"), table(done).query("candidate == 'hard'").reset_index(drop=True)
@@ -217,6 +217,7 @@ def test_kill_minus_nine_and_the_same_command_again_give_the_same_table(done: Pa
     pd.testing.assert_frame_equal(table(run), table(done))
 
 
+@pytest.mark.long  # also in test_run.py, and at many moments in test_endings.py and the fault suite
 def test_ctrl_c_stops_resumably_with_exit_code_130(tmp_path: Path) -> None:
     study = write(tmp_path, STUDY, epochs=2000)
     command = [sys.executable, "-m", "softseg_dist.cli.main", "run", str(study), "--json"]

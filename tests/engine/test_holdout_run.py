@@ -74,6 +74,7 @@ def test_a_holdout_is_opened_once_and_the_model_does_not_know_it(tmp_path: Path)
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_nested_study_measures_every_inner_winner_on_subjects_that_its_search_has_not_seen(tmp_path: Path) -> None:
     study, run = write(tmp_path, "nested=MonteCarlo(count=2)"), tmp_path / "runs/tiny"
     first = finished(softseg_here("run", study, "--local", "--json", cwd=tmp_path))

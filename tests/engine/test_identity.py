@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -58,7 +59,8 @@ def losses(run: Path) -> list[float]:
 def test_helper_modules_travel_and_an_edit_is_refused_or_runs_beside(tmp_path: Path) -> None:
     for name in ("scipy", "weights", "json"):  # in the folder of the command, where no process may find them
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('a file of notes')")
-    ran = softseg("run", write(tmp_path), "--workers-per-fit", 2, "--json", cwd=tmp_path)
+    of_users = {"RAY_TRAIN_V2_ENABLED": "0", "TUNE_RESULT_DIR": "/none", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}  # for other work
+    ran = softseg("run", write(tmp_path), "--workers-per-fit", 2, "--json", cwd=tmp_path, env=os.environ | of_users)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     run = tmp_path / "runs/helped"
     assert [json.loads((run / f"fits/a/00{split}.json").read_text())["num_workers"] for split in (0, 1)] == [2, 2]

@@ -40,6 +40,7 @@ def comparable(numbers: str) -> dict[str, object]:
     return {name: found[name] for name in ("answer", "comparisons", "caveats")}
 
 
+@pytest.mark.long
 def test_a_study_on_s3_survives_its_driver_and_ends_as_on_one_machine(s3: dict[str, str], tmp_path: Path) -> None:
     study = write(tmp_path, STUDY)
     first, second, third = (machine(tmp_path / name) for name in ("first", "second", "third"))
